@@ -1,0 +1,66 @@
+# Two commands do everything: `make demo` opens the example, `make test` runs every test.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test torture bench docs style clean
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 5000
+EXTRAS ?= test
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(EXTRAS)
+DOCS_STAMP := $(VENV)/.installed-docs
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+help:
+	@echo 'make demo     open the example bank at http://127.0.0.1:$(PORT)/ (PORT=... for another port)'
+	@echo 'make test     run every test (ARGS=... goes to pytest)'
+	@echo 'make torture  run the long tests under load'
+	@echo 'make bench    measure, beside other packages'
+	@echo 'make docs     build the documentation into docs/_build/html'
+	@echo 'make style    lint, check the format and the types'
+	@echo 'make clean    remove what these commands made'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or later is needed; name it: make PYTHON=python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(DOCS_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e '.[docs,migrate]'
+	@touch $@
+
+demo: $(STAMP)
+ifeq ($(DEMO_CHECK),1)
+	$(BIN)/python -m example_app.demo_check
+else
+	$(BIN)/flask --app example_app db upgrade
+	@echo 'The bank is open at http://127.0.0.1:$(PORT)/ (Ctrl-C closes it)'
+	@$(BIN)/flask --app example_app run --host 127.0.0.1 --port $(PORT)
+endif
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(STAMP)
+	$(BIN)/python -m pytest -n 0 -m torture $(ARGS)
+
+bench: $(STAMP)
+	@test -d benchmarks || { echo 'There is no benchmarks/ in this version.' >&2; exit 1; }
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+
+style: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""The configuration: ``EVENTSOURCING_…`` keys of ``app.config``, read once and checked whole."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from .exceptions import ConfigurationError
+
+PREFIX = "EVENTSOURCING_"
+
+CommitMode = Literal["explicit", "request", "save"]
+OriginatorIdType = Literal["uuid", "text"]
+PostgresOrder = Literal["floor", "table-lock"]
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in choices:
+            return None
+        return "must be one of " + ", ".join(repr(choice) for choice in choices)
+
+    return check
+
+
+def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def optional(value: Any) -> str | None:
+        problem = None if value is None else check(value)
+        return problem and f"{problem}, or None"
+
+    return optional
+
+
+def _name(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "must be a non-empty string"
+
+
+def _seconds(value: Any) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if number and 0 < value < 86_400 else "must be a number of seconds above 0 and below 86,400"
+
+
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be True or False"
+
+
+def _environment(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return "must be a mapping of strings to strings, as the library's Application(env=...) takes it"
+    items: list[tuple[Any, Any]] = list(value.items())
+    for key, item in items:
+        if not (isinstance(key, str) and isinstance(item, str)):
+            return f"must map strings to strings, but {key!r} is mapped to {item!r}"
+    return None
+
+
+def _checked(check: Callable[[Any], str | None]) -> dict[str, Any]:
+    return {"check": check}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The checked configuration of one Flask app.
+
+    Each attribute is the ``app.config`` key ``EVENTSOURCING_`` + its name in capitals;
+    ``docs/configuration.md`` documents them one by one.
+    """
+
+    commit: CommitMode = field(default="explicit", metadata=_checked(_one_of("explicit", "request", "save")))
+    env: Mapping[str, str] = field(default_factory=dict, metadata=_checked(_environment))
+    bind_key: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    schema: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    originator_id_type: OriginatorIdType | None = field(
+        default=None, metadata=_checked(_optional(_one_of("uuid", "text")))
+    )
+    lock_timeout: float = field(default=30.0, metadata=_checked(_seconds))
+    postgres_order: PostgresOrder = field(default="floor", metadata=_checked(_one_of("floor", "table-lock")))
+    sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> Config:
+        """Read the ``EVENTSOURCING_…`` keys of *config*.
+
+        :raises ConfigurationError: for an unknown key or a value of the wrong type; the message names the key,
+            what was found and what is expected.
+        """
+        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if not key.startswith(PREFIX):
+                continue
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else "the known keys are " + ", ".join(sorted(known))
+                raise ConfigurationError(f"Unknown configuration key {key}: {hint}")
+            problem = known[key].metadata["check"](value)
+            if problem:
+                raise ConfigurationError(f"{key} {problem}; found {value!r}.")
+            values[known[key].name] = dict(value) if isinstance(value, Mapping) else value
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""Adapters for other projects; each module imports its optional dependency itself."""

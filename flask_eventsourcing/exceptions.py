@@ -1,0 +1,63 @@
+"""Every error that the package raises, each with a message that names the thing and the remedy.
+
+The class docstring is the default message, an idea seen in procrastinate. Where the ``eventsourcing``
+library has an error for the case, ours is a subclass of it.
+"""
+
+from __future__ import annotations
+
+from eventsourcing import persistence
+
+
+class FlaskEventSourcingError(Exception):
+    """Flask-EventSourcing failed."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or type(self).__name__).split("\n\n")[0])
+
+
+class ConfigurationError(FlaskEventSourcingError, ValueError):
+    """The configuration of Flask-EventSourcing cannot be used."""
+
+
+class NotInitializedError(FlaskEventSourcingError, RuntimeError):
+    """This Flask app has no Flask-EventSourcing state: call es.init_app(app) first."""
+
+
+class LifecycleError(FlaskEventSourcingError, AssertionError):
+    """The application of this process is not in the state that the call needs.
+
+    It is an ``AssertionError`` too, as the deployment guide of the library's version 7 raised them.
+    """
+
+
+class ApplicationInitializedError(LifecycleError):
+    """This process has its application already: call close_application() before init_application()."""
+
+
+class ApplicationNotInitializedError(LifecycleError):
+    """This process has no application yet: call init_application(...) first."""
+
+
+class ApplicationConstructingError(LifecycleError):
+    """The application's constructor asked for the application that it is constructing."""
+
+
+class UncommittedEventsError(FlaskEventSourcingError):
+    """Events were saved and then neither committed nor rolled back: call db.session.commit()."""
+
+
+class RollbackOnlyError(FlaskEventSourcingError):
+    """An inner unit of work failed, so the outer one was rolled back: let the inner error pass, or use a savepoint."""
+
+
+class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalError):
+    """The database aborted this transaction after an error, a commit would drop its events: roll back first."""
+
+
+class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
+
+
+class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
+    """Another writer held the database longer than EVENTSOURCING_LOCK_TIMEOUT seconds."""

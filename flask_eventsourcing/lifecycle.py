@@ -1,0 +1,164 @@
+"""One application object in every process, with no Flask in it.
+
+The pattern is that of the deployment guide of the ``eventsourcing`` library, version 7: construct the application
+once in a process, after the database is configured and before requests are handled. The process id is compared at
+every access rather than relying on ``os.register_at_fork``, because uWSGI forks in C and runs no such hook.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from .exceptions import (
+    ApplicationConstructingError,
+    ApplicationInitializedError,
+    ApplicationNotInitializedError,
+)
+
+T = TypeVar("T")
+
+
+class ProcessLock:
+    """A re-entrant lock that a forked child gets anew, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, threading.RLock] = {}
+
+    def _lock(self) -> threading.RLock:
+        pid = os.getpid()
+        lock = self._locks.get(pid)
+        if lock is None:
+            # setdefault is atomic: of two threads that race for it, both get the same lock.
+            lock = self._locks.setdefault(pid, threading.RLock())
+        return lock
+
+    def __enter__(self) -> None:
+        self._lock().acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock().release()
+
+
+@dataclass(frozen=True)
+class _Held(Generic[T]):
+    pid: int
+    application: T
+
+
+class ApplicationSlot(Generic[T]):
+    """Holds the single application of a process.
+
+    :param constructor: called without arguments, at most once in a process, by the first :meth:`get`. A slot without
+        one is filled by :meth:`init`.
+
+    A process that was forked from one that has an application never uses, nor closes, what it inherited: it
+    constructs its own at the first :meth:`get`. A slot is also a context manager that closes at exit.
+    """
+
+    def __init__(self, constructor: Callable[[], T] | None = None) -> None:
+        self._lazy = constructor
+        self._constructor = constructor
+        self._lock = ProcessLock()
+        self._held: _Held[T] | None = None
+        self._constructing: int | None = None
+        # Finalizers of an inherited application would close what belongs to the parent, so it is kept.
+        self._inherited: list[T] = []
+
+    @property
+    def constructed(self) -> bool:
+        """Whether this very process has constructed its application."""
+        held = self._held
+        return held is not None and held.pid == os.getpid()
+
+    def init(self, constructor: Callable[[], T] | None = None) -> T:
+        """Construct the application of this process and return it.
+
+        :raises ApplicationInitializedError: when this process has one already.
+        :raises ApplicationNotInitializedError: when there is no constructor.
+        """
+        with self._lock:
+            if self.constructed:
+                raise ApplicationInitializedError
+            if constructor is not None:
+                self._constructor = constructor
+            return self._construct()
+
+    def get(self) -> T:
+        """Return the application of this process; a lazy or a forked slot constructs it first.
+
+        :raises ApplicationNotInitializedError: when there is none and no constructor to make it.
+        """
+        held = self._held
+        if held is not None and held.pid == os.getpid():
+            return held.application
+        with self._lock:
+            held = self._held
+            if held is not None and held.pid == os.getpid():
+                return held.application
+            return self._construct()
+
+    def _construct(self) -> T:
+        pid = os.getpid()
+        if self._constructor is None:
+            raise ApplicationNotInitializedError
+        if self._constructing == pid:
+            raise ApplicationConstructingError
+        self._constructing = pid
+        try:
+            application = self._constructor()
+        finally:
+            self._constructing = None
+        if self._held is not None:
+            self._inherited.append(self._held.application)
+        self._held = _Held(pid, application)
+        return application
+
+    def close(self) -> None:
+        """Close the application of this process, if there is one; calling it again does nothing."""
+        with self._lock:
+            if self.constructed and self._held is not None:
+                application, self._held = self._held.application, None
+                self._constructor = self._lazy
+                close = getattr(application, "close", None)
+                if close is not None:
+                    close()
+            elif self._held is None:
+                self._constructor = self._lazy
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_process_slot: ApplicationSlot[Any] = ApplicationSlot()
+
+
+def init_application(constructor: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Construct the application of this process as ``constructor(*args, **kwargs)`` and return it.
+
+    :raises ApplicationInitializedError: when it was constructed already in this process.
+    """
+    application: T = _process_slot.init(lambda: constructor(*args, **kwargs))
+    return application
+
+
+def get_application() -> Any:
+    """Return the application of this process; after a fork it is constructed anew, with the arguments of the first.
+
+    :raises ApplicationNotInitializedError: before :func:`init_application`.
+    """
+    return _process_slot.get()
+
+
+def close_application() -> None:
+    """Close the application of this process, if there is one, so that it can be initialised again."""
+    _process_slot.close()

@@ -1,0 +1,28 @@
+"""Recorders of the ``eventsourcing`` library on SQLAlchemy, usable as its ``PERSISTENCE_MODULE``.
+
+The library looks for exactly one concrete factory class here.
+"""
+
+from __future__ import annotations
+
+from .datastore import Datastore, SessionScope
+from .dialects import Dialect, DialectOptions
+from .factory import SQLAlchemyFactory as Factory
+from .recorders import (
+    SQLAlchemyAggregateRecorder,
+    SQLAlchemyApplicationRecorder,
+    SQLAlchemyProcessRecorder,
+    SQLAlchemyTrackingRecorder,
+)
+
+__all__ = [
+    "Datastore",
+    "Dialect",
+    "DialectOptions",
+    "Factory",
+    "SQLAlchemyAggregateRecorder",
+    "SQLAlchemyApplicationRecorder",
+    "SQLAlchemyProcessRecorder",
+    "SQLAlchemyTrackingRecorder",
+    "SessionScope",
+]

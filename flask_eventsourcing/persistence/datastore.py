@@ -1,0 +1,107 @@
+"""A database as the recorders see it: an engine, its dialect, and the session to join if there is one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+from uuid import UUID, uuid4
+
+from eventsourcing.persistence import Notification, StoredEvent
+from sqlalchemy.engine import Connection, Engine
+
+from ..config import OriginatorIdType
+from ..models import Models
+from .dialects import DialectOptions, dialect_for
+from .dialects.base import EventTable
+from .errors import translated
+
+
+class SessionScope(Protocol):
+    """The session that recorders join, as ``flask_eventsourcing.session`` provides it."""
+
+    def joined(self, engine: Engine) -> AbstractContextManager[Connection]:
+        """The session's connection for a write; an error marks the session's transaction as failed."""
+
+    def connection(self, engine: Engine) -> Connection:
+        """The session's connection for a read."""
+
+    def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Told before an aggregate is read."""
+
+    def recorded(self, application_name: str, notifications: Sequence[Notification]) -> None:
+        """Told after events were written, which are not committed yet."""
+
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Told when events could not be written because another writer was first."""
+
+
+class Datastore:
+    """What the recorders of one or more applications share.
+
+    :param engine: where the tables are.
+    :param session_scope: returns the session to join, or None where recorders are to commit on their own.
+    :param models: record classes by the application's name; those of an application without are made on demand.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: DialectOptions | None = None,
+        *,
+        session_scope: Callable[[], SessionScope | None] = lambda: None,
+        models: Mapping[str, Models] | None = None,
+        originator_id_type: OriginatorIdType = "uuid",
+        schema: str | None = None,
+    ) -> None:
+        self.engine = engine
+        self.dialect = dialect_for(engine, options or DialectOptions())
+        self.dialect.prepare_engine()
+        self.session_scope = session_scope
+        self.models = dict(models or {})
+        self.originator_id_type = originator_id_type
+        self.schema = schema
+        self.token = uuid4().hex
+        _datastores[self.token] = self
+
+    @staticmethod
+    def check(engine: Engine, options: DialectOptions) -> None:
+        """Check that a database is supported, without touching its engine.
+
+        :raises ConfigurationError: when it is not.
+        """
+        dialect_for(engine, options)
+
+    @contextmanager
+    def writing(self) -> Iterator[tuple[Connection, SessionScope | None]]:
+        """A connection to write with: the session's, or one of its own that is committed at the end."""
+        scope = self.session_scope()
+        with translated:
+            if scope is None:
+                with self.engine.begin() as connection:
+                    yield connection, None
+            else:
+                with scope.joined(self.engine) as connection:
+                    yield connection, scope
+
+    @contextmanager
+    def reading(self, *, join: bool = True) -> Iterator[tuple[Connection, SessionScope | None]]:
+        """A connection to read with: the session's, if there is one and *join* is set, or one of its own."""
+        scope = self.session_scope() if join else None
+        with translated:
+            if scope is not None:
+                yield scope.connection(self.engine), scope
+                return
+            with self.engine.connect() as connection:
+                if self.dialect.reads_in_autocommit:
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                yield connection, None
+
+
+_datastores: weakref.WeakValueDictionary[str, Datastore] = weakref.WeakValueDictionary()
+
+
+def find_datastore(token: str) -> Datastore | None:
+    """Return the datastore that was registered under a token, if it is still in use."""
+    return _datastores.get(token)

@@ -1,0 +1,193 @@
+"""PostgreSQL: writers never wait for each other, readers stop at the horizon.
+
+A position is drawn from the sequence before the transaction commits, so a reader could pass over a position that is
+committed later. To prevent that, each writer publishes a *floor*, in a shared advisory lock that lasts to the end
+of its transaction and that no other writer waits for, and readers stop at the lowest one. ``docs/ordering.md`` has
+the argument.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from eventsourcing.persistence import StoredEvent
+from sqlalchemy.engine import Connection
+
+from ...exceptions import MissingTableError
+from .base import Dialect, EventTable
+
+FLOOR_BITS = 48
+INERROR = 3
+"""``PQTRANS_INERROR`` of libpq: the transaction failed and a commit would be a rollback."""
+BLOCK_TRIES = 20
+
+# The key of the lock: the table in its high 16 bits, as the low bits of the sequence's oid, and the floor in its low
+# 48 bits. The floor is read before the lock is taken and the ids are drawn after it: the CTEs are materialised, so
+# that each is evaluated before the next uses it.
+_HELD = """
+WITH floor AS MATERIALIZED (
+    SELECT coalesce(%s::bigint, CASE WHEN is_called THEN last_value ELSE last_value - 1 END) AS position,
+           (tableoid::bigint & 65535) << 48 AS key
+    FROM {sequence}
+), held AS MATERIALIZED (
+    SELECT position, pg_advisory_xact_lock_shared(key | position) FROM floor
+)"""
+
+_APPEND_ONE = (
+    _HELD
+    + """
+INSERT INTO {table} (notification_id, originator_id, originator_version, topic, state)
+SELECT nextval({regclass}), %s::{id_type}, %s, %s, %s FROM held
+RETURNING notification_id, (SELECT position FROM held)"""
+)
+
+# The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
+# nothing is inserted and the caller tries again: a gap in the positions does no harm.
+_APPEND_BLOCK = (
+    _HELD
+    + """, drawn AS MATERIALIZED (
+    SELECT array_agg(nextval({regclass})) AS ids FROM held, generate_series(1, %s::int)
+), block AS MATERIALIZED (
+    SELECT ids[1] AS first FROM drawn WHERE ids[array_length(ids, 1)] - ids[1] = array_length(ids, 1) - 1
+), inserted AS (
+    INSERT INTO {table} (notification_id, originator_id, originator_version, topic, state)
+    SELECT block.first + e.place - 1, e.originator_id, e.originator_version, e.topic, e.state
+    FROM block, unnest(%s::{id_type}[], %s::bigint[], %s::text[], %s::bytea[])
+         WITH ORDINALITY AS e (originator_id, originator_version, topic, state, place)
+)
+SELECT (SELECT first FROM block), position FROM held"""
+)
+
+# The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
+# slips in between the two draws ids above ``high``.
+_HORIZON = """
+WITH high AS MATERIALIZED (
+    SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END AS position,
+           tableoid::bigint & 65535 AS key
+    FROM {sequence}
+)
+SELECT least(high.position, (
+    SELECT min(((l.classid::bigint & 65535) << 32) | l.objid::bigint)
+    FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND l.classid::bigint >> 16 = high.key
+      {own}
+)), current_setting('transaction_isolation')
+FROM high"""
+
+
+class PostgreSQLDialect(Dialect):
+    """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
+
+    reads_in_autocommit = True
+
+    def encode_id(self, originator_id: UUID | str) -> Any:
+        """Ids go as text, which every driver takes; the statement casts them."""
+        return str(originator_id)
+
+    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+        """Insert events with contiguous positions, having published a floor below them."""
+        if self.options.postgres_order == "table-lock":
+            self._lock_table(connection, table)
+        statement = self._statement(connection, table, "one" if len(events) == 1 else "block")
+        floor = _Floor.of(connection, table.name)
+        if len(events) == 1:
+            row = connection.exec_driver_sql(statement, (floor.position, *self.parameters(events[0]))).one()
+            floor.position = row[1]
+            return [row[0]]
+        first = self._append_block(connection, table, statement, events, floor)
+        return list(range(first, first + len(events)))
+
+    def _append_block(
+        self, connection: Connection, table: EventTable, statement: str, events: Sequence[StoredEvent], floor: _Floor
+    ) -> int:
+        columns = [list(column) for column in zip(*(self.parameters(event) for event in events), strict=True)]
+        for _ in range(BLOCK_TRIES):
+            row = connection.exec_driver_sql(statement, (floor.position, len(events), *columns)).one()
+            floor.position = row[1]
+            if row[0] is not None:
+                return int(row[0])
+        # A large block among very many small appends: keep the others out for the one draw.
+        self._lock_table(connection, table)
+        row = connection.exec_driver_sql(statement, (floor.position, len(events), *columns)).one()
+        return int(row[0])
+
+    def _lock_table(self, connection: Connection, table: EventTable) -> None:
+        milliseconds = int(self.options.lock_timeout * 1000)
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
+        connection.exec_driver_sql(f"LOCK TABLE {table.name} IN EXCLUSIVE MODE")
+
+    def _statement(self, connection: Connection, table: EventTable, use: str) -> str:
+        statement = table.statements.get(use)
+        if statement is None:
+            sequence, regclass = self._sequence(connection, table)
+            names = {
+                "table": table.name,
+                "sequence": sequence,
+                "regclass": regclass,
+                "id_type": "text" if table.text_ids else "uuid",
+            }
+            own = "AND l.pid IS DISTINCT FROM pg_backend_pid()"
+            table.statements["one"] = _APPEND_ONE.format(**names)
+            table.statements["block"] = _APPEND_BLOCK.format(**names)
+            table.statements["horizon"] = _HORIZON.format(own="", **names)
+            table.statements["joined horizon"] = _HORIZON.format(own=own, **names)
+            statement = table.statements[use]
+        return statement
+
+    def _sequence(self, connection: Connection, table: EventTable) -> tuple[str, str]:
+        name = connection.exec_driver_sql(
+            "SELECT pg_get_serial_sequence(%s, 'notification_id')", (table.name,)
+        ).scalar()
+        if name is None:
+            raise MissingTableError(
+                f"Column notification_id of table {table.name} has no sequence: make it a bigserial or identity column."
+            )
+        return name, "'" + name.replace("'", "''") + "'::regclass"
+
+    def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
+        """Return the horizon: no writer in progress can commit a position at or below it."""
+        if self.options.postgres_order == "table-lock":
+            return None
+        statement = self._statement(connection, table, "joined horizon" if joined else "horizon")
+        row = connection.exec_driver_sql(statement).one()
+        return int(row[0])
+
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
+        statement = "SELECT pg_advisory_xact_lock(hashtext(%s), hashtext(%s))"
+        connection.exec_driver_sql(statement, (table.name, str(originator_id)))
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Ask the driver, without a round trip, whether the transaction has failed."""
+        driver: Any = connection.connection.driver_connection
+        info = getattr(driver, "info", None)
+        status = getattr(info, "transaction_status", None)
+        return status is not None and int(status) == INERROR
+
+
+class _Floor:
+    """The floor that a transaction published first; later appends hold on to the same one.
+
+    A lock taken within a savepoint goes when that is rolled back. Taking the same lock again is always safe, as a
+    lower floor only makes readers more careful, and costs no new entry in the server's lock table.
+    """
+
+    KEY = "flask_eventsourcing.floor"
+
+    def __init__(self, transaction: Any) -> None:
+        self.transaction = weakref.ref(transaction)
+        self.position: int | None = None
+
+    @classmethod
+    def of(cls, connection: Connection, table_name: str) -> _Floor:
+        transaction = connection.get_transaction() or connection
+        floors: dict[str, _Floor] = connection.info.setdefault(cls.KEY, {})
+        floor = floors.get(table_name)
+        if floor is None or floor.transaction() is not transaction:
+            floor = floors[table_name] = cls(transaction)
+        return floor

@@ -1,0 +1,293 @@
+"""SQLite: writers queue, first among the threads of the process and then, with SQLite's own lock, among processes.
+
+SQLite's busy handler sleeps up to 0.1 s between tries, so that threads which only rely on it spend most of their time
+asleep. A write transaction begins with ``BEGIN IMMEDIATE``: one that began by reading could not be upgraded after
+another writer's commit and would end with "database is locked". Reads take no lock and, in the journal mode WAL, never
+wait for a writer. An in-memory database has a single connection, which the threads take in turns.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import StoredEvent
+from sqlalchemy.engine import Connection, Engine
+
+from ...exceptions import WriteTimeoutError
+from .base import Dialect, EventTable
+
+WRITES = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(INSERT|UPDATE|DELETE|REPLACE|SAVEPOINT|WITH)\b", re.I | re.S)
+INSERTS_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
+IMMEDIATE = "BEGIN IMMEDIATE"
+
+
+def writes(statement: str) -> bool:
+    """Whether a statement needs SQLite's write lock; a savepoint does, because what follows it may."""
+    found = WRITES.match(statement)
+    return found is not None and (found[1].upper() != "WITH" or INSERTS_IN_WITH.search(statement) is not None)
+
+
+class Gate:
+    """The turn to use a database, of one connection at a time, and of one thread where they share the connection.
+
+    ``threading.Lock`` would not do: the turn may be given back by another thread than the one that took it, and a
+    thread that waits for itself is to be told so at once.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._owner: tuple[int, int] | None = None
+        self._waiting: deque[tuple[tuple[int, int], threading.Event]] = deque()
+
+    def acquire(self, connection: object, timeout: float) -> None:
+        """Take the turn for a connection of this thread, first come first served, waiting up to *timeout* seconds.
+
+        :raises WriteTimeoutError: when it does not come, or when this thread has it for another connection.
+        """
+        thread = threading.get_ident()
+        wanted = (thread, id(connection))
+        with self._lock:
+            if self._owner == wanted:
+                return
+            if self._owner is None:
+                self._owner = wanted
+                return
+            if self._owner[0] == thread:
+                raise WriteTimeoutError(
+                    f"This thread has an open write transaction on {self.name} in another session: "
+                    "commit or roll it back before writing through a second one."
+                )
+            place = (wanted, threading.Event())
+            self._waiting.append(place)
+        if not place[1].wait(timeout) and not self._give_up(place):
+            raise WriteTimeoutError(
+                f"Waited {timeout:g} s for another thread's transaction on {self.name}: end transactions with "
+                "db.session.commit() or .rollback(), keep them short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+            )
+
+    def _give_up(self, place: tuple[tuple[int, int], threading.Event]) -> bool:
+        """Leave the queue; returns True if the turn came in the meantime."""
+        with self._lock:
+            if place[1].is_set():
+                return True
+            self._waiting.remove(place)
+            return False
+
+    def release(self, connection: object) -> None:
+        """Give the turn, if this connection has it, to the one that has waited longest."""
+        with self._lock:
+            if self._owner is None or self._owner[1] != id(connection):
+                return
+            self._owner = None
+            if self._waiting:
+                self._owner, called = self._waiting.popleft()
+                called.set()
+
+    def is_mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._owner is not None and self._owner[0] == threading.get_ident()
+
+
+_gates: weakref.WeakValueDictionary[tuple[int, str], Gate] = weakref.WeakValueDictionary()
+
+
+def gate_for(name: str) -> Gate:
+    """Return the gate of a database file; a forked process has its own, as the parent's may be taken for ever."""
+    key = (os.getpid(), name)
+    # Not under the lock: it too may have been held by another thread at the time of a fork.
+    gate = _gates.get(key)
+    if gate is None:
+        gate = Gate(name)
+        gate = _gates.setdefault(key, gate)
+    return gate
+
+
+class GatedConnection(sqlite3.Connection):
+    """A driver connection that gives its turn back as soon as its transaction has ended."""
+
+    gate: Gate | None = None
+    shared = False
+    pid = 0
+
+    def take_turn(self, timeout: float) -> None:
+        """Wait for the turn to use the database."""
+        if self.gate is None or self.pid != os.getpid():
+            self.gate, self.pid = gate_for(self.gate.name if self.gate else ""), os.getpid()
+        self.gate.acquire(self, timeout)
+
+    def end_turn(self) -> None:
+        """Give the turn back unless a transaction is open."""
+        if self.gate is not None and not self.in_transaction:
+            self.gate.release(self)
+
+    def _ends_mine(self) -> bool:
+        # On a shared connection, the pool's "rollback on return" of one thread must not end another's transaction;
+        # a thread whose own transaction is open has the turn.
+        return not self.shared or self.gate is None or self.gate.is_mine()
+
+    def commit(self) -> None:
+        """Commit, and let the next one in."""
+        if self._ends_mine():
+            super().commit()
+            self.end_turn()
+
+    def rollback(self) -> None:
+        """Roll back, and let the next one in."""
+        if self._ends_mine():
+            super().rollback()
+            self.end_turn()
+
+    def close(self) -> None:
+        """Close, and let the next one in."""
+        super().close()
+        if self.gate is not None:
+            self.gate.release(self)
+
+
+class SQLiteDialect(Dialect):
+    """Order by SQLite's single writer; positions come from ``AUTOINCREMENT``."""
+
+    mark = "?"
+
+    def prepare_engine(self) -> None:
+        """Make the engine's connections take turns, and switch the file to the journal mode WAL."""
+        engine = self.engine
+        if getattr(engine.dialect, "_flask_eventsourcing", False):
+            return
+        engine.dialect._flask_eventsourcing = True  # type: ignore[attr-defined]
+        database = engine.url.database or ""
+        memory = database in ("", ":memory:") or "mode=memory" in str(engine.url)
+        name = f"in-memory database {id(engine):x}" if memory else os.path.realpath(database)
+        timeout = self.options.lock_timeout
+
+        @sa.event.listens_for(engine, "do_connect")
+        def use_gated_connection(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
+            parameters.setdefault("factory", GatedConnection)
+
+        @sa.event.listens_for(engine, "connect")
+        def configure(driver: Any, record: Any) -> None:
+            self._configure(driver, name, memory)
+
+        @sa.event.listens_for(engine, "before_cursor_execute")
+        def take_turn(c: Connection, cursor: Any, statement: str, *_: Any) -> None:
+            begin_turn(c, statement, memory, timeout)
+
+        if memory:
+            sa.event.listen(engine, "after_cursor_execute", _end_turn)
+        sa.event.listen(engine, "handle_error", _end_turn_on_error)
+        _replace_connections(engine, memory)
+
+    def _configure(self, driver: Any, name: str, memory: bool) -> None:
+        if not isinstance(driver, GatedConnection):
+            return
+        driver.gate, driver.shared, driver.pid = gate_for(name), memory, os.getpid()
+        driver.execute(f"PRAGMA busy_timeout = {int(self.options.lock_timeout * 1000)}").close()
+        if not memory and self.options.sqlite_wal:
+            _switch_to_wal(driver, self.options.lock_timeout)
+
+    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+        """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
+        statement = self.insert_statement(table)
+        if len(events) == 1:
+            return [connection.exec_driver_sql(statement, self.parameters(events[0])).lastrowid]
+        self.insert(connection, table, events)
+        last: int = connection.exec_driver_sql("SELECT last_insert_rowid()").scalar_one()
+        return list(range(last - len(events) + 1, last + 1))
+
+    def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Insert events, all or none of them: a failed row would leave those before it in the transaction."""
+        statement = self.insert_statement(table)
+        if len(events) == 1:
+            connection.exec_driver_sql(statement, self.parameters(events[0]))
+            return
+        connection.exec_driver_sql("SAVEPOINT flask_eventsourcing")
+        try:
+            connection.exec_driver_sql(statement, [self.parameters(event) for event in events])
+        except BaseException:
+            connection.exec_driver_sql("ROLLBACK TO flask_eventsourcing")
+            raise
+        finally:
+            connection.exec_driver_sql("RELEASE flask_eventsourcing")
+
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Begin the write transaction now: it is the only queue that SQLite has."""
+        begin_turn(connection, IMMEDIATE, True, self.options.lock_timeout, force=True)
+
+
+def _replace_connections(engine: Engine, memory: bool) -> None:
+    """Give up connections from before, which take no turns; the content of an in-memory database is copied."""
+    if not memory:
+        engine.dispose()
+        return
+    fairy = engine.raw_connection()
+    before: Any = fairy.driver_connection
+    if isinstance(before, GatedConnection):
+        fairy.close()
+        return
+    with closing(sqlite3.connect(":memory:")) as content:
+        before.backup(content)
+        fairy.close()
+        engine.dispose()
+        with closing(engine.raw_connection()) as fresh:
+            driver: Any = fresh.driver_connection
+            content.backup(driver)
+
+
+def begin_turn(connection: Connection, statement: str, always: bool, timeout: float, *, force: bool = False) -> None:
+    """Before a statement: take the turn, and begin a write transaction if the statement writes."""
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, GatedConnection):
+        return
+    needs_lock = force or writes(statement)
+    own_file = not driver.shared
+    if own_file and (driver.in_transaction or driver.isolation_level is None):
+        return
+    if always or needs_lock:
+        driver.take_turn(timeout)
+    if needs_lock and not driver.in_transaction and driver.isolation_level is not None:
+        try:
+            driver.execute(IMMEDIATE).close()
+        except sqlite3.OperationalError as error:
+            driver.end_turn()
+            raise WriteTimeoutError(
+                f"Could not begin a write transaction within {timeout:g} s ({error}): another process holds the "
+                "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+            ) from error
+
+
+def _end_turn(connection: Connection, *_: Any) -> None:
+    driver = connection.connection.driver_connection
+    if isinstance(driver, GatedConnection):
+        driver.end_turn()
+
+
+def _end_turn_on_error(context: Any) -> None:
+    if context.connection is not None and not context.connection.closed:
+        _end_turn(context.connection)
+
+
+def _switch_to_wal(driver: sqlite3.Connection, timeout: float) -> None:
+    # The switch needs the file for itself for a moment, and SQLite does not call its busy handler for it.
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode = WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise WriteTimeoutError(
+                    f"Could not switch the database to WAL within {timeout:g} s: {error}."
+                ) from error
+            time.sleep(0.01)

@@ -1,0 +1,158 @@
+"""The infrastructure factory: what makes this package a ``PERSISTENCE_MODULE`` of the library."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import sqlalchemy as sa
+from eventsourcing.persistence import (
+    AggregateRecorder,
+    ApplicationRecorder,
+    InfrastructureFactory,
+    InfrastructureFactoryError,
+    ProcessRecorder,
+)
+from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
+from sqlalchemy import orm
+
+from ..models import Models, make_models
+from .datastore import Datastore, find_datastore
+from .dialects import DialectOptions
+from .recorders import (
+    SQLAlchemyAggregateRecorder,
+    SQLAlchemyApplicationRecorder,
+    SQLAlchemyProcessRecorder,
+    SQLAlchemyTrackingRecorder,
+)
+
+
+class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
+    """Makes recorders for an application.
+
+    Within Flask the extension passes the datastore of the app. On its own, as the library's ``PERSISTENCE_MODULE``, the
+    factory reads these environment variables, each also with the application's name in front, as in
+    ``BANK_SQLALCHEMY_DATABASE_URI``:
+
+    ``SQLALCHEMY_DATABASE_URI``
+        The database, as SQLAlchemy writes it. Required.
+    ``SQLALCHEMY_SCHEMA``
+        The schema of the tables.
+    ``ORIGINATOR_ID_TYPE``
+        ``uuid``, the default, or ``text``.
+    ``CREATE_TABLE``
+        Whether missing tables are created when the recorders are made; unlike in the library, not by default.
+
+    :raises InfrastructureFactoryError: without a database.
+    """
+
+    DATASTORE = "FLASK_EVENTSOURCING_DATASTORE"
+    SQLALCHEMY_DATABASE_URI = "SQLALCHEMY_DATABASE_URI"
+    SQLALCHEMY_SCHEMA = "SQLALCHEMY_SCHEMA"
+    ORIGINATOR_ID_TYPE = "ORIGINATOR_ID_TYPE"
+    CREATE_TABLE = "CREATE_TABLE"
+
+    aggregate_recorder_class = SQLAlchemyAggregateRecorder
+    application_recorder_class = SQLAlchemyApplicationRecorder
+    tracking_recorder_class = SQLAlchemyTrackingRecorder
+    process_recorder_class = SQLAlchemyProcessRecorder
+
+    def __init__(self, env: Environment | EnvType | None) -> None:
+        super().__init__(env)
+        token = self.env.get(self.DATASTORE)
+        self._owns_engine = token is None
+        self.datastore = self._find(token) if token is not None else self._open()
+
+    def _find(self, token: str) -> Datastore:
+        datastore = find_datastore(token)
+        if datastore is None:
+            raise InfrastructureFactoryError(
+                f"{self.DATASTORE} names a datastore that is gone: the Flask app that it belonged to was dropped, "
+                "or this is another process."
+            )
+        return datastore
+
+    def _open(self) -> Datastore:
+        url = self.env.get(self.SQLALCHEMY_DATABASE_URI)
+        if not url:
+            keys = " or ".join(self.env.create_keys(self.SQLALCHEMY_DATABASE_URI))
+            raise InfrastructureFactoryError(f"No database: set the environment variable {keys}.")
+        options: dict[str, Any] = {}
+        if url.startswith("sqlite") and sa.make_url(url).database in (None, "", ":memory:"):
+            options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
+        id_type = self.env.get(self.ORIGINATOR_ID_TYPE, "uuid").lower()
+        if id_type not in ("uuid", "text"):
+            raise InfrastructureFactoryError(f"{self.ORIGINATOR_ID_TYPE} must be 'uuid' or 'text'; found {id_type!r}.")
+        return Datastore(
+            sa.create_engine(url, **options),
+            DialectOptions(),
+            originator_id_type="text" if id_type == "text" else "uuid",
+            schema=self.env.get(self.SQLALCHEMY_SCHEMA) or None,
+        )
+
+    @cached_property
+    def models(self) -> Models:
+        """The record classes of the application: those that the extension registered, or new ones."""
+        registered = self.datastore.models.get(self.env.name)
+        if registered is not None:
+            return registered
+        base = orm.declarative_base()
+        return make_models(
+            base,
+            self.env.name,
+            originator_id_type=self.datastore.originator_id_type,
+            schema=self.datastore.schema,
+        )
+
+    def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
+        """Make a recorder for a purpose: ``events`` or ``snapshots``."""
+        table = self._table(purpose)
+        return self.aggregate_recorder_class(self.datastore, table, self.env.name)
+
+    def application_recorder(self) -> ApplicationRecorder:
+        """Make the recorder of an application."""
+        cls = self._class(self.APPLICATION_RECORDER_TOPIC, self.application_recorder_class)
+        recorder: ApplicationRecorder = cls(self.datastore, self._table("events"), self.env.name)
+        return recorder
+
+    def tracking_recorder(
+        self, tracking_recorder_class: type[SQLAlchemyTrackingRecorder] | None = None
+    ) -> SQLAlchemyTrackingRecorder:
+        """Make a tracking recorder, or a view that derives from it."""
+        cls = tracking_recorder_class or self._class(self.TRACKING_RECORDER_TOPIC, self.tracking_recorder_class)
+        recorder: SQLAlchemyTrackingRecorder = cls(self.datastore, self._table("tracking"))
+        self._create(getattr(cls, "tables", ()))
+        return recorder
+
+    def process_recorder(self) -> ProcessRecorder:
+        """Make the recorder of an application that processes the events of others."""
+        cls = self._class(self.PROCESS_RECORDER_TOPIC, self.process_recorder_class)
+        recorder: ProcessRecorder = cls(self.datastore, self._table("tracking"), self._table("events"), self.env.name)
+        return recorder
+
+    def _class(self, key: str, default: type[Any]) -> type[Any]:
+        topic = self.env.get(key)
+        cls: type[Any] = resolve_topic(topic) if topic else default
+        if not issubclass(cls, default):
+            raise InfrastructureFactoryError(
+                f"{key} names {cls.__qualname__}, which does not derive from {default.__name__}."
+            )
+        return cls
+
+    def _table(self, purpose: str) -> sa.Table:
+        table = self.models.tables.get(purpose)
+        if table is None:
+            raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
+        self._create((table,))
+        return table
+
+    def _create(self, tables: tuple[sa.Table, ...]) -> None:
+        if strtobool(self.env.get(self.CREATE_TABLE) or "no"):
+            for table in tables:
+                table.create(self.datastore.engine, checkfirst=True)
+
+    def close(self) -> None:
+        """Close the engine if it is the factory's own; that of a Flask app is the app's."""
+        datastore = getattr(self, "datastore", None)
+        if datastore is not None and self._owns_engine:
+            datastore.engine.dispose()

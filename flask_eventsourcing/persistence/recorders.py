@@ -1,0 +1,209 @@
+"""The four recorders of the ``eventsourcing`` library, on SQLAlchemy connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import (
+    AggregateRecorder,
+    ApplicationRecorder,
+    IntegrityError,
+    Notification,
+    ProcessRecorder,
+    StoredEvent,
+    Subscription,
+    Tracking,
+    TrackingRecorder,
+)
+from sqlalchemy.engine import Connection
+
+from .datastore import Datastore
+from .errors import translated
+from .subscriptions import PollingSubscription
+
+
+class SQLAlchemyAggregateRecorder(AggregateRecorder):
+    """Records events, or snapshots, in aggregate sequences only."""
+
+    def __init__(self, datastore: Datastore, events_table: sa.Table, application_name: str = "") -> None:
+        self.datastore = datastore
+        self.dialect = datastore.dialect
+        self.events_table = self.dialect.event_table(events_table)
+        self.application_name = application_name
+
+    def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
+        """Insert all of the events, or none.
+
+        :raises IntegrityError: when another writer has recorded one of these versions.
+        """
+        if stored_events:
+            with self.datastore.writing() as (connection, _):
+                self.dialect.insert(connection, self.events_table, stored_events)
+        return None
+
+    def select_events(
+        self,
+        originator_id: UUID | str,
+        *,
+        gt: int | None = None,
+        lte: int | None = None,
+        desc: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[StoredEvent]:
+        """Read the events of an aggregate, those that the session has not committed yet among them."""
+        with self.datastore.reading() as (connection, scope):
+            if scope is not None:
+                scope.reading(connection, self.events_table, originator_id)
+            return self.dialect.select_events(
+                connection, self.events_table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
+            )
+
+
+class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
+    """Records events in aggregate sequences and in the application's log."""
+
+    def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
+        """Append all of the events to the log, or none, and return their positions.
+
+        :raises IntegrityError: when another writer has recorded one of these versions.
+        """
+        return self._append(stored_events, None) if stored_events else []
+
+    def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
+        with self.datastore.writing() as (connection, scope):
+            try:
+                with translated:
+                    positions = self._write(connection, events, tracking, savepoint=scope is not None)
+            except IntegrityError:
+                if scope is not None:
+                    scope.conflicted(self.events_table, events)
+                raise
+            if scope is not None:
+                notifications = [
+                    Notification(e.originator_id, e.originator_version, e.topic, e.state, position)
+                    for e, position in zip(events, positions, strict=True)
+                ]
+                scope.recorded(self.application_name, notifications)
+        return positions
+
+    def _write(
+        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
+    ) -> list[int]:
+        return self.dialect.append(connection, self.events_table, events)
+
+    def select_notifications(
+        self,
+        start: int | None,
+        limit: int,
+        stop: int | None = None,
+        topics: Sequence[str] = (),
+        *,
+        inclusive_of_start: bool = True,
+    ) -> Sequence[Notification]:
+        """Read the log by position; no event can appear later at or before the last one that is returned."""
+        return self.read_log(start, limit, stop, topics, inclusive_of_start=inclusive_of_start, join=True)
+
+    def read_log(
+        self,
+        start: int | None,
+        limit: int,
+        stop: int | None = None,
+        topics: Sequence[str] = (),
+        *,
+        inclusive_of_start: bool = True,
+        join: bool = False,
+    ) -> Sequence[Notification]:
+        """As :meth:`select_notifications`, but with a connection of its own unless *join* is set."""
+        with self.datastore.reading(join=join) as (connection, scope):
+            return self.dialect.select_notifications(
+                connection,
+                self.events_table,
+                start,
+                limit,
+                stop,
+                topics,
+                inclusive_of_start=inclusive_of_start,
+                joined=scope is not None,
+            )
+
+    def max_notification_id(self) -> int | None:
+        """Return the position of the last event, or None for an empty log."""
+        with self.datastore.reading() as (connection, scope):
+            return self.dialect.max_position(connection, self.events_table, joined=scope is not None)
+
+    def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
+        """Iterate over the log from a position on, waiting for new events at its end."""
+        return PollingSubscription(recorder=self, gt=gt, topics=topics)
+
+
+class SQLAlchemyTrackingRecorder(TrackingRecorder):
+    """Records how far the logs of upstream applications have been processed.
+
+    Derive your own views from it: :meth:`transaction` gives the connection on which both the view and its position
+    are written.
+    """
+
+    def __init__(self, datastore: Datastore, tracking_table: sa.Table, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.datastore = datastore
+        self.dialect = datastore.dialect
+        self.tracking_table = tracking_table
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A connection whose work is committed at the end, or that of the current session."""
+        with self.datastore.writing() as (connection, _):
+            yield connection
+
+    def insert_tracking(self, tracking: Tracking) -> None:
+        """Record a position.
+
+        :raises IntegrityError: when it is not above the recorded one.
+        """
+        with self.transaction() as connection:
+            self.write_tracking(connection, tracking)
+
+    def write_tracking(self, connection: Connection, tracking: Tracking) -> None:
+        """Record a position on a connection that :meth:`transaction` gave."""
+        self.dialect.insert_tracking(connection, self.tracking_table, tracking)
+
+    def max_tracking_id(self, application_name: str) -> int | None:
+        """Return the recorded position of an upstream application, or None."""
+        with self.datastore.reading() as (connection, _):
+            return self.dialect.max_tracking_id(connection, self.tracking_table, application_name)
+
+
+class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicationRecorder, ProcessRecorder):
+    """Records events together with the position of the event that caused them."""
+
+    def __init__(
+        self, datastore: Datastore, tracking_table: sa.Table, events_table: sa.Table, application_name: str = ""
+    ) -> None:
+        SQLAlchemyApplicationRecorder.__init__(self, datastore, events_table, application_name)
+        self.tracking_table = tracking_table
+
+    def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
+        """Append events and record the position given as ``tracking``, both or neither.
+
+        :raises IntegrityError: when another writer was first with either.
+        """
+        tracking: Tracking | None = kwargs.get("tracking")
+        return self._append(stored_events, tracking) if stored_events or tracking is not None else []
+
+    def _write(
+        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
+    ) -> list[int]:
+        if tracking is None:
+            return super()._write(connection, events, None, savepoint=savepoint)
+        if savepoint:
+            with connection.begin_nested():
+                return self._write_both(connection, events, tracking)
+        return self._write_both(connection, events, tracking)
+
+    def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
+        self.write_tracking(connection, tracking)
+        return self.dialect.append(connection, self.events_table, events) if events else []

@@ -1,0 +1,187 @@
+"""The unit of work on ``db.session``: what was recorded in it, and what becomes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification, StoredEvent
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection, Engine
+
+from .config import CommitMode
+from .exceptions import AbortedTransactionError
+from .hot import HotAggregates, Key
+from .persistence import Dialect
+from .persistence.dialects.base import EventTable
+
+INFO_KEY = "flask_eventsourcing"
+
+
+@dataclass
+class Batch:
+    """The events of one save, and the session's transaction, or savepoint, on which they depend."""
+
+    transaction: orm.SessionTransaction | None
+    application_name: str
+    notifications: Sequence[Notification]
+
+
+@dataclass
+class UnitOfWork:
+    """What one session has recorded and not yet committed; recorders join the session through it.
+
+    It is the ``SessionScope`` of ``flask_eventsourcing.persistence``.
+    """
+
+    session: orm.Session
+    dialect: Dialect
+    bind_arguments: dict[str, Any]
+    commit_mode: CommitMode
+    hot: HotAggregates
+    publish: Callable[[Sequence[Batch]], None]
+    batches: list[Batch] = field(default_factory=list)
+    after_commit: list[tuple[orm.SessionTransaction | None, Callable[[], None]]] = field(default_factory=list)
+    conflicts: dict[Key, EventTable] = field(default_factory=dict)
+    queued: set[Key] = field(default_factory=set)
+    depth: int = 0
+    rollback_only: bool = False
+    queueing: bool = False
+    committed: orm.SessionTransaction | None = None
+    failed_on: Connection | None = None
+
+    def connection(self, engine: Engine) -> Connection:
+        """The session's connection to the database of the events."""
+        return self.session.connection(bind_arguments=self.bind_arguments)
+
+    @contextmanager
+    def joined(self, engine: Engine) -> Iterator[Connection]:
+        """The session's connection for a write; in the mode ``save`` the session is committed after it."""
+        connection = self.connection(engine)
+        try:
+            yield connection
+        except BaseException:
+            self.failed_on = connection
+            raise
+        if self.commit_mode == "save" and not self.depth and not self.session.in_nested_transaction():
+            self.session.commit()
+
+    def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be re-run."""
+        if self.queueing and self.hot.is_hot((table.name, originator_id)):
+            self.queue_for(connection, table, originator_id)
+
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Wait for the turn to change an aggregate."""
+        key = (table.name, originator_id)
+        if key not in self.queued:
+            self.dialect.queue_for(connection, table, originator_id)
+            self.queued.add(key)
+
+    def recorded(self, application_name: str, notifications: Sequence[Notification]) -> None:
+        """Note events that were written and are not committed yet."""
+        self.batches.append(Batch(self.current, application_name, notifications))
+
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Note a conflict, so that the next try queues."""
+        for event in events:
+            key = (table.name, event.originator_id)
+            self.hot.heat(key)
+            self.conflicts[key] = table
+
+    def refuse_aborted(self) -> None:
+        """Refuse a commit that the database would turn into a rollback without a word.
+
+        :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
+        """
+        transaction = self.session.get_transaction()
+        if transaction is None or not (self.batches or self.failed_on is not None):
+            return
+        connection = self.connection(self.dialect.engine)
+        if self.dialect.is_aborted(connection):
+            raise AbortedTransactionError(
+                "The database aborted this transaction after an error, and a commit would drop everything in it: "
+                "call db.session.rollback(), or put what may fail into a savepoint, db.session.begin_nested()."
+            )
+
+    @property
+    def current(self) -> orm.SessionTransaction | None:
+        """The innermost savepoint of the session, or its transaction."""
+        return self.session.get_nested_transaction() or self.session.get_transaction()
+
+    def has_pending(self, originator_id: UUID | str) -> bool:
+        """Whether events of this aggregate were recorded and not committed yet."""
+        return any(n.originator_id == originator_id for batch in self.batches for n in batch.notifications)
+
+    def on_commit(self, function: Callable[[], None]) -> None:
+        """Call a function once what was done so far is committed; forget it if that is rolled back."""
+        self.after_commit.append((self.current, function))
+
+    def ended(self, transaction: orm.SessionTransaction) -> None:
+        """A transaction or a savepoint of the session has ended."""
+        committed, self.committed = self.committed is transaction, None
+        if transaction.nested:
+            self._end_savepoint(transaction, committed)
+        elif transaction.parent is None:
+            self._end_transaction(committed)
+
+    def _end_savepoint(self, savepoint: orm.SessionTransaction, committed: bool) -> None:
+        self.queued.clear()
+        if committed:
+            parent = self.current
+            for batch in self.batches:
+                if batch.transaction is savepoint:
+                    batch.transaction = parent
+            self.after_commit = [(parent if t is savepoint else t, f) for t, f in self.after_commit]
+        else:
+            self.batches = [batch for batch in self.batches if batch.transaction is not savepoint]
+            self.after_commit = [(t, f) for t, f in self.after_commit if t is not savepoint]
+
+    def _end_transaction(self, committed: bool) -> None:
+        batches, self.batches = self.batches, []
+        functions, self.after_commit = self.after_commit, []
+        self.queued.clear()
+        self.failed_on = None
+        if committed:
+            for _, function in functions:
+                function()
+            if batches:
+                self.publish(batches)
+
+
+def unit_of_work(session: orm.Session) -> UnitOfWork | None:
+    """Return the unit of work of a session, if a recorder has joined it."""
+    return session.info.get(INFO_KEY)
+
+
+def listen(sessions: Any) -> None:
+    """Install the session events, once for a session factory.
+
+    :param sessions: a ``sessionmaker`` or ``scoped_session``.
+    """
+    if not sa.event.contains(sessions, "after_transaction_end", _after_transaction_end):
+        sa.event.listen(sessions, "before_commit", _before_commit)
+        sa.event.listen(sessions, "after_commit", _after_commit)
+        sa.event.listen(sessions, "after_transaction_end", _after_transaction_end)
+
+
+def _before_commit(session: orm.Session) -> None:
+    unit = unit_of_work(session)
+    if unit is not None:
+        unit.refuse_aborted()
+
+
+def _after_commit(session: orm.Session) -> None:
+    unit = unit_of_work(session)
+    if unit is not None:
+        unit.committed = unit.current
+
+
+def _after_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
+    unit = unit_of_work(session)
+    if unit is not None:
+        unit.ended(transaction)
