@@ -17,9 +17,9 @@ from sqlalchemy import orm
 from .config import CommitMode
 from .databases import Database
 from .exceptions import NotInitializedError, RollbackOnlyError
-from .hot import HotAggregates
+from .hot import HotAggregates, sort_key
 from .persistence import Datastore
-from .persistence.errors import is_serialization_failure, translate
+from .persistence.errors import is_serialization_failure, translate, translated
 from .session import INFO_KEY, Batch, UnitOfWork
 
 R = TypeVar("R")
@@ -126,8 +126,8 @@ def _joined(unit: UnitOfWork) -> Iterator[None]:
 
 
 def _queue(unit: UnitOfWork) -> None:
-    conflicts = sorted(unit.conflicts.items(), key=lambda item: (item[0][0], str(item[0][1])))
+    conflicts = sorted(unit.conflicts.items(), key=lambda item: sort_key(item[0]))
     unit.conflicts.clear()
-    for (_, originator_id), table in conflicts:
-        # In one order for all, so that two units do not wait for each other.
-        unit.queue_for(unit.connection(unit.dialect.engine), table, originator_id)
+    with translated:
+        for (_, originator_id), table in conflicts:
+            unit.queue_for(unit.connection(unit.dialect.engine), table, originator_id)

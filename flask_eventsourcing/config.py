@@ -92,8 +92,11 @@ class Config:
             if not key.startswith(PREFIX):
                 continue
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else "the known keys are " + ", ".join(sorted(known))
+                # Compared without the prefix, which would make every key resemble every other.
+                close = difflib.get_close_matches(key[len(PREFIX) :], [name[len(PREFIX) :] for name in known], n=1)
+                hint = (
+                    f"did you mean {PREFIX}{close[0]}?" if close else f"the known keys are {', '.join(sorted(known))}"
+                )
                 raise ConfigurationError(f"Unknown configuration key {key}: {hint}")
             problem = known[key].metadata["check"](value)
             if problem:

@@ -9,6 +9,11 @@ from uuid import UUID
 Key = tuple[str, UUID | str]
 
 
+def sort_key(key: Key) -> tuple[str, str]:
+    """The order in which units of work queue for several aggregates."""
+    return key[0], str(key[1])
+
+
 class HotAggregates:
     """Remembers conflicts for a while, in this process.
 

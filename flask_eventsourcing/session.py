@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from .config import CommitMode
 from .exceptions import AbortedTransactionError
-from .hot import HotAggregates, Key
+from .hot import HotAggregates, Key, sort_key
 from .persistence import Dialect
 from .persistence.dialects.base import EventTable
 
@@ -72,15 +72,19 @@ class UnitOfWork:
 
     def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be re-run."""
-        if self.queueing and self.hot.is_hot((table.name, originator_id)):
-            self.queue_for(connection, table, originator_id)
-
-    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
-        """Wait for the turn to change an aggregate."""
         key = (table.name, originator_id)
-        if key not in self.queued:
-            self.dialect.queue_for(connection, table, originator_id)
-            self.queued.add(key)
+        if self.queueing and key not in self.queued and self.hot.is_hot(key):
+            # Units that wait for each other would be a deadlock: wait only in one order for all, and not while other
+            # units may wait for what this one has written.
+            in_order = not self.batches and all(sort_key(key) > sort_key(other) for other in self.queued)
+            self.queue_for(connection, table, originator_id, wait=in_order)
+
+    def queue_for(
+        self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool = True
+    ) -> None:
+        """Take the turn to change an aggregate; without *wait*, only if nobody has it."""
+        self.dialect.queue_for(connection, table, originator_id, wait=wait)
+        self.queued.add((table.name, originator_id))
 
     def recorded(self, application_name: str, notifications: Sequence[Notification]) -> None:
         """Note events that were written and are not committed yet."""
@@ -98,8 +102,7 @@ class UnitOfWork:
 
         :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
         """
-        transaction = self.session.get_transaction()
-        if transaction is None or not (self.batches or self.failed_on is not None):
+        if not self.dialect.aborts_transactions or not (self.batches or self.failed_on is not None):
             return
         connection = self.connection(self.dialect.engine)
         if self.dialect.is_aborted(connection):

@@ -1,4 +1,4 @@
-"""A plugin for Alembic 1.18 and later: migrations that use our column type import it.
+"""A plugin for Alembic 1.20.1 and later: migrations that use our column type import it.
 
 Alembic renders a type of another package by its module's name and leaves the import to the user, so that a generated
 migration fails with a ``NameError`` unless it is edited. Alembic finds this plugin by its entry point.
@@ -6,6 +6,9 @@ migration fails with a ``NameError`` unless it is edited. Alembic finds this plu
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from alembic.runtime.plugins import Plugin
@@ -27,3 +30,14 @@ def add_import(autogen_context: Any, upgrade_ops: Any) -> PriorityDispatchResult
     if any(isinstance(column.type, UUIDType) for column in columns):
         autogen_context.imports.add(f"import {UUIDType.__module__}")
     return PriorityDispatchResult.CONTINUE
+
+
+class _PluginModule(ModuleType):
+    """Lets Alembic 1.18.0 to 1.20.0, which iterate over what an entry point names, find the one plugin in it."""
+
+    def __iter__(self) -> Iterator[ModuleType]:
+        yield self
+
+
+# Without this, those versions of Alembic could not be imported any more where this package is installed.
+sys.modules[__name__].__class__ = _PluginModule

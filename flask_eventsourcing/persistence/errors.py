@@ -34,19 +34,25 @@ _CLASSES: tuple[tuple[type[exc.SQLAlchemyError], type[persistence.PersistenceErr
     (exc.PendingRollbackError, persistence.OperationalError),
 )
 
+_PEP_249 = (
+    "IntegrityError",
+    "DataError",
+    "OperationalError",
+    "InternalError",
+    "ProgrammingError",
+    "NotSupportedError",
+    "DatabaseError",
+    "InterfaceError",
+)
+
 
 def translate(error: exc.SQLAlchemyError) -> persistence.PersistenceError:
     """Return the library's exception for one of SQLAlchemy's."""
     driver_error: Any = getattr(error, "orig", None)
     text = str(driver_error if driver_error is not None else error).strip()
-    missing = MISSING_TABLE.search(text)
-    if missing:
-        return MissingTableError(
-            f"Table {missing[missing.lastgroup or 0]!r} does not exist: run 'flask eventsourcing init-db', "
-            "db.create_all() or your migrations."
-        )
-    if is_conflict(driver_error):
-        return persistence.IntegrityError(f"Another writer was first: {text}")
+    special = _special(driver_error, text)
+    if special is not None:
+        return special
     for ours, theirs in _CLASSES:
         if isinstance(error, ours):
             return theirs(text)
@@ -67,6 +73,33 @@ def _code(driver_error: Any) -> object:
     state = getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
     arguments = getattr(driver_error, "args", None) or (None,)
     return state or arguments[0]
+
+
+def translate_driver(error: Exception, driver: Any) -> persistence.PersistenceError:
+    """Return the library's exception for one of a driver's, by the classes of PEP 249.
+
+    :param driver: the driver's module.
+    """
+    special = _special(error, str(error).strip())
+    if special is not None:
+        return special
+    for name in _PEP_249:
+        if isinstance(error, getattr(driver, name)):
+            translated_class: type[persistence.PersistenceError] = getattr(persistence, name)
+            return translated_class(str(error).strip())
+    return persistence.PersistenceError(str(error).strip())
+
+
+def _special(driver_error: Any, text: str) -> persistence.PersistenceError | None:
+    missing = MISSING_TABLE.search(text)
+    if missing:
+        return MissingTableError(
+            f"Table {missing[missing.lastgroup or 0]!r} does not exist: run 'flask eventsourcing init-db', "
+            "db.create_all() or your migrations."
+        )
+    if is_conflict(driver_error):
+        return persistence.IntegrityError(f"Another writer was first: {text}")
+    return None
 
 
 class Translated:

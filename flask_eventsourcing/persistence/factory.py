@@ -112,7 +112,9 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
     def application_recorder(self) -> ApplicationRecorder:
         """Make the recorder of an application."""
         cls = self._class(self.APPLICATION_RECORDER_TOPIC, self.application_recorder_class)
-        recorder: ApplicationRecorder = cls(self.datastore, self._table("events"), self.env.name)
+        recorder: ApplicationRecorder = cls(
+            self.datastore, self._table("events"), self.env.name, tracking_table=self._table("tracking")
+        )
         return recorder
 
     def tracking_recorder(

@@ -29,10 +29,17 @@ from .subscriptions import PollingSubscription
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
     """Records events, or snapshots, in aggregate sequences only."""
 
-    def __init__(self, datastore: Datastore, events_table: sa.Table, application_name: str = "") -> None:
+    def __init__(
+        self,
+        datastore: Datastore,
+        events_table: sa.Table,
+        application_name: str = "",
+        *,
+        tracking_table: sa.Table | None = None,
+    ) -> None:
         self.datastore = datastore
         self.dialect = datastore.dialect
-        self.events_table = self.dialect.event_table(events_table)
+        self.events_table = self.dialect.event_table(events_table, tracking_table)
         self.application_name = application_name
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
@@ -183,7 +190,9 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
     def __init__(
         self, datastore: Datastore, tracking_table: sa.Table, events_table: sa.Table, application_name: str = ""
     ) -> None:
-        SQLAlchemyApplicationRecorder.__init__(self, datastore, events_table, application_name)
+        SQLAlchemyApplicationRecorder.__init__(
+            self, datastore, events_table, application_name, tracking_table=tracking_table
+        )
         self.tracking_table = tracking_table
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:

@@ -6,10 +6,16 @@ from sqlalchemy.engine import Engine
 
 from ...exceptions import ConfigurationError
 from .base import Dialect, DialectOptions
+from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
 
-DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQLDialect, "sqlite": SQLiteDialect}
+DIALECTS: dict[str, type[Dialect]] = {
+    "mariadb": MySQLDialect,
+    "mysql": MySQLDialect,
+    "postgresql": PostgreSQLDialect,
+    "sqlite": SQLiteDialect,
+}
 
 
 def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:

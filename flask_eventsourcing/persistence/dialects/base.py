@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -13,6 +13,7 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
+from .driver import Driver, notification, stored_event
 
 
 @dataclass(frozen=True)
@@ -32,43 +33,42 @@ class EventTable:
     name: str
     """Quoted, and qualified by the schema if there is one."""
     text_ids: bool
+    counter: str | None = None
+    """The quoted name of the tracking table, where a database counts positions in it."""
     statements: dict[str, str] = field(default_factory=dict, compare=False)
     """Statements by their use, filled by the dialect as they are needed."""
 
 
-class Dialect(ABC):
-    """How one database appends events in order and reads them.
+class Dialect(Driver, ABC):
+    """How one database appends events in order and reads them."""
 
-    Statements go through ``Connection.exec_driver_sql``, so that echoing, recording of queries and the
-    instrumentation of engines see them, without the cost of compiling expressions.
-    """
-
-    mark = "%s"
-    """The driver's parameter placeholder."""
+    aborts_transactions = False
+    """Whether an error makes the database refuse all but a rollback."""
     reads_in_autocommit = False
     """Whether reads outside a session are to run without a transaction."""
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.options = options
 
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine."""
         return
 
-    def event_table(self, table: sa.Table) -> EventTable:
+    def event_table(self, table: sa.Table, tracking_table: sa.Table | None = None) -> EventTable:
         """Describe a table for the statements."""
-        preparer = self.engine.dialect.identifier_preparer
+        quoted = self.engine.dialect.identifier_preparer.format_table
         text = isinstance(table.c.originator_id.type, sa.String)
-        return EventTable(table, preparer.format_table(table), text)
+        counter = None if tracking_table is None else quoted(tracking_table)
+        return EventTable(table, quoted(table), text, counter)
 
     def encode_id(self, originator_id: UUID | str) -> Any:
         """Return an id as the driver takes it."""
         return originator_id.hex if isinstance(originator_id, UUID) else originator_id
 
-    def decode_id(self, table: EventTable, value: Any) -> UUID | str:
-        """Return an id as the library takes it."""
-        return value if table.text_ids or isinstance(value, UUID) else UUID(value)
+    def id_decoder(self, table: EventTable) -> Callable[[Any], UUID | str]:
+        """Return the function that makes an id from a column's value."""
+        return str if table.text_ids else UUID
 
     def parameters(self, event: StoredEvent) -> tuple[Any, ...]:
         """Return the four parameters of one event."""
@@ -80,7 +80,7 @@ class Dialect(ABC):
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
-        connection.exec_driver_sql(self.insert_statement(table), [self.parameters(event) for event in events])
+        self.modify_many(connection, self.insert_statement(table), [self.parameters(event) for event in events])
 
     def insert_statement(self, table: EventTable) -> str:
         """The statement that inserts one event."""
@@ -103,10 +103,7 @@ class Dialect(ABC):
         limit: int | None = None,
     ) -> list[StoredEvent]:
         """Read the events of one aggregate."""
-        statement = (
-            "SELECT originator_id, originator_version, topic, state "
-            f"FROM {table.name} WHERE originator_id = {self.mark}"
-        )
+        statement = f"SELECT originator_version, topic, state FROM {table.name} WHERE originator_id = {self.mark}"
         parameters: list[Any] = [self.encode_id(originator_id)]
         if gt is not None:
             statement += f" AND originator_version > {self.mark}"
@@ -118,9 +115,10 @@ class Dialect(ABC):
         if limit is not None:
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
-        rows = connection.exec_driver_sql(statement, tuple(parameters)).fetchall()
-        decode = self.decode_id
-        return [StoredEvent(decode(table, row[0]), row[1], row[2], bytes(row[3])) for row in rows]
+        if isinstance(originator_id, str) and not table.text_ids:
+            originator_id = UUID(originator_id)
+        rows = self.fetch(connection, statement, parameters)
+        return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
 
     def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the position up to which no event can appear any more, or None where that is all of them.
@@ -161,19 +159,22 @@ class Dialect(ABC):
             "SELECT notification_id, originator_id, originator_version, topic, state "
             f"FROM {table.name}{where} ORDER BY notification_id LIMIT {self.mark}"
         )
-        rows = connection.exec_driver_sql(statement, (*parameters, limit)).fetchall()
-        decode = self.decode_id
-        return [Notification(decode(table, row[1]), row[2], row[3], bytes(row[4]), row[0]) for row in rows]
+        rows = self.fetch(connection, statement, [*parameters, limit])
+        decode = self.id_decoder(table)
+        return [
+            notification(position, decode(originator_id), version, topic, state)
+            for position, originator_id, version, topic, state in rows
+        ]
 
     def max_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
         """Return the last settled position of the log, or None for an empty log."""
         settled = self.settled_position(connection, table, joined=joined)
         statement = f"SELECT max(notification_id) FROM {table.name}"
-        parameters: tuple[Any, ...] = ()
+        parameters: list[Any] = []
         if settled is not None:
             statement += f" WHERE notification_id <= {self.mark}"
-            parameters = (settled,)
-        position: int | None = connection.exec_driver_sql(statement, parameters).scalar()
+            parameters = [settled]
+        position: int | None = self.fetch(connection, statement, parameters)[0][0]
         return position
 
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:
@@ -187,8 +188,7 @@ class Dialect(ABC):
             "ON CONFLICT (application_name) DO UPDATE SET notification_id = excluded.notification_id "
             f"WHERE {name}.notification_id < excluded.notification_id"
         )
-        parameters = (tracking.application_name, tracking.notification_id)
-        if connection.exec_driver_sql(statement, parameters).rowcount != 1:
+        if self.modify(connection, statement, (tracking.application_name, tracking.notification_id)).rowcount != 1:
             raise IntegrityError(
                 f"Position {tracking.notification_id} of {tracking.application_name} is not above the recorded one."
             )
@@ -197,12 +197,15 @@ class Dialect(ABC):
         """Return the recorded position of an upstream application, or None."""
         name = self.engine.dialect.identifier_preparer.format_table(table)
         statement = f"SELECT max(notification_id) FROM {name} WHERE application_name = {self.mark}"
-        position: int | None = connection.exec_driver_sql(statement, (application_name,)).scalar()
+        position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
         return position
 
     @abstractmethod
-    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
-        """Wait until no other unit of work has queued for this aggregate; the turn lasts to the transaction's end."""
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
+        """Take the turn to change an aggregate, which lasts to the transaction's end.
+
+        Without *wait* it is taken only if nobody has it; the unit of work goes on without it otherwise.
+        """
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""

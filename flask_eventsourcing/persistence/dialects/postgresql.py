@@ -9,7 +9,7 @@ the argument.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -83,11 +83,22 @@ FROM high"""
 class PostgreSQLDialect(Dialect):
     """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
 
+    aborts_transactions = True
     reads_in_autocommit = True
 
     def encode_id(self, originator_id: UUID | str) -> Any:
         """Ids go as text, which every driver takes; the statement casts them."""
         return str(originator_id)
+
+    def id_decoder(self, table: EventTable) -> Callable[[Any], UUID | str]:
+        """The drivers make ``UUID`` objects themselves, unless they are configured otherwise."""
+        return str if table.text_ids else _as_uuid
+
+    def open_cursor(self, driver_connection: Any) -> Any:
+        """Open a cursor that, with psycopg 3, gets binary values: ``bytea`` as text is twice as long."""
+        if self.engine.driver == "psycopg":
+            return driver_connection.cursor(binary=True)
+        return driver_connection.cursor()
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events with contiguous positions, having published a floor below them."""
@@ -96,9 +107,10 @@ class PostgreSQLDialect(Dialect):
         statement = self._statement(connection, table, "one" if len(events) == 1 else "block")
         floor = _Floor.of(connection, table.name)
         if len(events) == 1:
-            row = connection.exec_driver_sql(statement, (floor.position, *self.parameters(events[0]))).one()
-            floor.position = row[1]
-            return [row[0]]
+            position, floor.position = self.fetch(connection, statement, (floor.position, *self.parameters(events[0])))[
+                0
+            ]
+            return [position]
         first = self._append_block(connection, table, statement, events, floor)
         return list(range(first, first + len(events)))
 
@@ -107,19 +119,17 @@ class PostgreSQLDialect(Dialect):
     ) -> int:
         columns = [list(column) for column in zip(*(self.parameters(event) for event in events), strict=True)]
         for _ in range(BLOCK_TRIES):
-            row = connection.exec_driver_sql(statement, (floor.position, len(events), *columns)).one()
-            floor.position = row[1]
-            if row[0] is not None:
-                return int(row[0])
+            first, floor.position = self.fetch(connection, statement, (floor.position, len(events), *columns))[0]
+            if first is not None:
+                return int(first)
         # A large block among very many small appends: keep the others out for the one draw.
         self._lock_table(connection, table)
-        row = connection.exec_driver_sql(statement, (floor.position, len(events), *columns)).one()
-        return int(row[0])
+        return int(self.fetch(connection, statement, (floor.position, len(events), *columns))[0][0])
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
-        connection.exec_driver_sql(f"LOCK TABLE {table.name} IN EXCLUSIVE MODE")
+        self.modify(connection, f"SET LOCAL lock_timeout = {milliseconds}")
+        self.modify(connection, f"LOCK TABLE {table.name} IN EXCLUSIVE MODE")
 
     def _statement(self, connection: Connection, table: EventTable, use: str) -> str:
         statement = table.statements.get(use)
@@ -140,9 +150,8 @@ class PostgreSQLDialect(Dialect):
         return statement
 
     def _sequence(self, connection: Connection, table: EventTable) -> tuple[str, str]:
-        name = connection.exec_driver_sql(
-            "SELECT pg_get_serial_sequence(%s, 'notification_id')", (table.name,)
-        ).scalar()
+        statement = "SELECT pg_get_serial_sequence(%s, 'notification_id')"
+        name = self.fetch(connection, statement, (table.name,))[0][0]
         if name is None:
             raise MissingTableError(
                 f"Column notification_id of table {table.name} has no sequence: make it a bigserial or identity column."
@@ -154,13 +163,13 @@ class PostgreSQLDialect(Dialect):
         if self.options.postgres_order == "table-lock":
             return None
         statement = self._statement(connection, table, "joined horizon" if joined else "horizon")
-        row = connection.exec_driver_sql(statement).one()
-        return int(row[0])
+        return int(self.fetch(connection, statement)[0][0])
 
-    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
-        statement = "SELECT pg_advisory_xact_lock(hashtext(%s), hashtext(%s))"
-        connection.exec_driver_sql(statement, (table.name, str(originator_id)))
+        function = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
+        statement = f"SELECT {function}(hashtext(%s), hashtext(%s))"
+        self.fetch(connection, statement, (table.name, str(originator_id)))
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
@@ -168,6 +177,10 @@ class PostgreSQLDialect(Dialect):
         info = getattr(driver, "info", None)
         status = getattr(info, "transaction_status", None)
         return status is not None and int(status) == INERROR
+
+
+def _as_uuid(value: Any) -> UUID:
+    return value if type(value) is UUID else UUID(value)
 
 
 class _Floor:

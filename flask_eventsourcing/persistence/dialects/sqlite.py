@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
@@ -161,15 +162,29 @@ class SQLiteDialect(Dialect):
 
     mark = "?"
 
+    def before(self, connection: Connection, statement: str) -> None:
+        """Take the turn, as the engine's event does for other statements."""
+        begin_turn(connection, statement, self.is_memory, self.options.lock_timeout)
+
+    def after(self, connection: Connection) -> None:
+        """Give the turn back unless a transaction is open."""
+        if self.is_memory:
+            _end_turn(connection)
+
+    @cached_property
+    def is_memory(self) -> bool:
+        """Whether the database is in memory, so that all threads share one connection."""
+        return self.engine.url.database in (None, "", ":memory:") or "mode=memory" in str(self.engine.url)
+
     def prepare_engine(self) -> None:
         """Make the engine's connections take turns, and switch the file to the journal mode WAL."""
-        engine = self.engine
+        engine, memory = self.engine, self.is_memory
+        # Listeners of our own do what the shorter way to the driver does by itself.
+        self.own_listeners = (1, 1 if memory else 0)
         if getattr(engine.dialect, "_flask_eventsourcing", False):
             return
         engine.dialect._flask_eventsourcing = True  # type: ignore[attr-defined]
-        database = engine.url.database or ""
-        memory = database in ("", ":memory:") or "mode=memory" in str(engine.url)
-        name = f"in-memory database {id(engine):x}" if memory else os.path.realpath(database)
+        name = f"in-memory database {id(engine):x}" if memory else os.path.realpath(engine.url.database or "")
         timeout = self.options.lock_timeout
 
         @sa.event.listens_for(engine, "do_connect")
@@ -201,27 +216,27 @@ class SQLiteDialect(Dialect):
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
         statement = self.insert_statement(table)
         if len(events) == 1:
-            return [connection.exec_driver_sql(statement, self.parameters(events[0])).lastrowid]
+            return [self.modify(connection, statement, self.parameters(events[0])).lastrowid]
         self.insert(connection, table, events)
-        last: int = connection.exec_driver_sql("SELECT last_insert_rowid()").scalar_one()
+        last: int = self.fetch(connection, "SELECT last_insert_rowid()")[0][0]
         return list(range(last - len(events) + 1, last + 1))
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events, all or none of them: a failed row would leave those before it in the transaction."""
         statement = self.insert_statement(table)
         if len(events) == 1:
-            connection.exec_driver_sql(statement, self.parameters(events[0]))
+            self.modify(connection, statement, self.parameters(events[0]))
             return
-        connection.exec_driver_sql("SAVEPOINT flask_eventsourcing")
+        self.modify(connection, "SAVEPOINT flask_eventsourcing")
         try:
-            connection.exec_driver_sql(statement, [self.parameters(event) for event in events])
+            self.modify_many(connection, statement, [self.parameters(event) for event in events])
         except BaseException:
-            connection.exec_driver_sql("ROLLBACK TO flask_eventsourcing")
+            self.modify(connection, "ROLLBACK TO flask_eventsourcing")
             raise
         finally:
-            connection.exec_driver_sql("RELEASE flask_eventsourcing")
+            self.modify(connection, "RELEASE flask_eventsourcing")
 
-    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Begin the write transaction now: it is the only queue that SQLite has."""
         begin_turn(connection, IMMEDIATE, True, self.options.lock_timeout, force=True)
 

@@ -1,0 +1,144 @@
+"""MariaDB and MySQL: appends are serialised by one row, which also counts the positions.
+
+InnoDB draws the ids of ``AUTO_INCREMENT`` before the commit and shows nobody which transactions hold uncommitted
+ones, so there is no way to tell a reader where to stop. Positions are therefore counted in a row of the tracking
+table, called ``__order__``: its lock lasts to the end of the transaction, so that positions are committed in their
+order and without gaps. It is taken by the append and not before. In a Galera cluster the row makes the
+certification fail for all but the first of the transactions that append on different nodes at a time, and they are
+told to try again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent, Tracking
+from sqlalchemy.engine import Connection
+
+from ...exceptions import MissingTableError, WriteTimeoutError
+from .base import Dialect, EventTable
+
+ORDER = "__order__"
+ROWS_AT_ONCE = 500
+LOCK_WAIT_TIMEOUT = 1205
+DEADLOCK = 1213
+ABORTED = "flask_eventsourcing.aborted"
+
+
+class MySQLDialect(Dialect):
+    """Order by one counting row for each log."""
+
+    aborts_transactions = True
+    reads_in_autocommit = True
+
+    def prepare_engine(self) -> None:
+        """Limit how long a lock is waited for, on each new connection."""
+        seconds = max(1, round(self.options.lock_timeout))
+
+        def limit_waiting(driver: Any, record: Any) -> None:
+            cursor = driver.cursor()
+            cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
+            cursor.close()
+
+        sa.event.listen(self.engine, "connect", limit_waiting)
+
+    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+        """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        last = self._draw(connection, table, len(events))
+        positions = list(range(last - len(events) + 1, last + 1))
+        rows = [(position, *self.parameters(event)) for position, event in zip(positions, events, strict=True)]
+        self._insert_rows(connection, f"{table.name} (notification_id, {_COLUMNS})", rows)
+        return positions
+
+    def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Insert events that have no position, all or none of them."""
+        self._insert_rows(connection, f"{table.name} ({_COLUMNS})", [self.parameters(event) for event in events])
+
+    def _insert_rows(self, connection: Connection, target: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        # One statement is all or nothing; several need a savepoint to be so.
+        several = len(rows) > ROWS_AT_ONCE
+        if several:
+            self.modify(connection, "SAVEPOINT flask_eventsourcing")
+        try:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                chunk = rows[start : start + ROWS_AT_ONCE]
+                marks = ", ".join([f"({', '.join(['%s'] * len(chunk[0]))})"] * len(chunk))
+                self.modify(connection, f"INSERT INTO {target} VALUES {marks}", [item for row in chunk for item in row])
+        except PersistenceError:
+            if several and not self.is_aborted(connection):
+                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
+            raise
+        if several:
+            self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+
+    def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
+        counter = self._counter(table)
+        update = (
+            f"UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) WHERE application_name = %s"
+        )
+        drawn = self.modify(connection, update, (count, ORDER))
+        if drawn.rowcount == 0:
+            # The first append to this table, or to one that another package has written.
+            self.modify(
+                connection,
+                f"INSERT IGNORE INTO {counter} (application_name, notification_id) "
+                f"SELECT %s, coalesce(max(notification_id), 0) FROM {table.name}",
+                (ORDER,),
+            )
+            drawn = self.modify(connection, update, (count, ORDER))
+        return int(drawn.lastrowid)
+
+    def _counter(self, table: EventTable) -> str:
+        if table.counter is None:
+            raise MissingTableError(f"The recorder of {table.name} was made without a tracking table, which counts.")
+        return table.counter
+
+    def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:
+        """Record a position, which must be above the recorded one.
+
+        :raises IntegrityError: when it is not.
+        """
+        name = self.engine.dialect.identifier_preparer.format_table(table)
+        update = f"UPDATE {name} SET notification_id = %s WHERE application_name = %s AND notification_id < %s"
+        position, application_name = tracking.notification_id, tracking.application_name
+        if self.modify(connection, update, (position, application_name, position)).rowcount:
+            return
+        insert = f"INSERT INTO {name} (application_name, notification_id) VALUES (%s, %s)"
+        try:
+            self.modify(connection, insert, (application_name, position))
+        except IntegrityError as error:
+            raise IntegrityError(f"Position {position} of {application_name} is not above the recorded one.") from error
+
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
+        """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
+        if not wait:
+            return
+        statement = (
+            f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
+        )
+        self.fetch(connection, statement, (self.encode_id(originator_id),))
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Whether the server has rolled the transaction back, as it does to end a deadlock."""
+        aborted = connection.info.get(ABORTED)
+        return aborted is not None and aborted() is connection.get_transaction()
+
+    def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
+        """Return the error to raise, and remember that a deadlock has ended the whole transaction."""
+        number = error.args[0] if error.args else None
+        if number == LOCK_WAIT_TIMEOUT:
+            return WriteTimeoutError(
+                f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
+                "raise EVENTSOURCING_LOCK_TIMEOUT."
+            )
+        transaction = connection.get_transaction()
+        if number == DEADLOCK and transaction is not None:
+            connection.info[ABORTED] = weakref.ref(transaction)
+        return super().failed(connection, error, cursor)
+
+
+_COLUMNS = "originator_id, originator_version, topic, state"

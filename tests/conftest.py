@@ -1,0 +1,110 @@
+"""Fixtures that bring real servers, and the hooks that stop them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import servers
+from tests.servers import ServerFolder, require
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
+
+FOLDER = pytest.StashKey[ServerFolder]()
+WORKER_KEY = "server_folder"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take the run's folder from the controller, or make it."""
+    worker_input: dict[str, str] | None = getattr(config, "workerinput", None)
+    config.stash[FOLDER] = ServerFolder(Path(worker_input[WORKER_KEY])) if worker_input else ServerFolder.create()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tell a worker of pytest-xdist the run's folder."""
+    node.workerinput[WORKER_KEY] = str(node.config.stash[FOLDER].path)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the servers, once every worker is gone."""
+    if FOLDER in config.stash and not hasattr(config, "workerinput"):
+        config.stash[FOLDER].remove()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make a skipped test a failed one where REQUIRE_SERVERS=1 is set."""
+    report = yield
+    if servers.REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped although REQUIRE_SERVERS=1 is set: {_reason(report)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Make a skipped module a failed one where REQUIRE_SERVERS=1 is set."""
+    report = yield
+    if servers.REQUIRED and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped although REQUIRE_SERVERS=1 is set: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+@pytest.fixture(scope="session")
+def server_folder(pytestconfig: pytest.Config) -> ServerFolder:
+    """The folder in which this run's servers keep their data."""
+    return pytestconfig.stash[FOLDER]
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url(server_folder: ServerFolder) -> str:
+    """A database on the run's PostgreSQL server, for a user who may create others."""
+    return os.environ.get("TEST_POSTGRES_URL") or server_folder.shared("postgres", servers.start_postgres).url
+
+
+@pytest.fixture
+def postgres_url(postgres_server_url: str) -> Iterator[str]:
+    """A new PostgreSQL database, for this test only."""
+    with servers.postgres_database(postgres_server_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_server_url(server_folder: ServerFolder) -> str:
+    """A database on the run's MariaDB server, for a user who may create others."""
+    if url := os.environ.get("TEST_MYSQL_URL"):
+        return url
+    require(
+        servers.has_program("mariadbd") and servers.has_program("mariadb-install-db"),
+        "MariaDB",
+        "apt-get install mariadb-server, or set TEST_MYSQL_URL",
+    )
+    return server_folder.shared("mariadb", servers.start_mariadb).url
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server_url: str) -> Iterator[str]:
+    """A new MariaDB database, for this test only."""
+    with servers.mariadb_database(mariadb_server_url) as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(server_folder: ServerFolder) -> Iterator[str]:
+    """A new and empty Redis, for this test only."""
+    require(servers.has_program("redis-server"), "Redis", "apt-get install redis-server")
+    with server_folder.private("redis", servers.start_redis) as server:
+        yield server.url

@@ -1,0 +1,79 @@
+"""The databases on which the library's own tests run, none of them overridden or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import TestCase
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.pool import StaticPool
+
+from flask_eventsourcing.models import Models, make_models
+from flask_eventsourcing.persistence import Datastore, factory
+
+BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb")
+
+
+def url_for(backend: str, folder: Path, request: pytest.FixtureRequest) -> str:
+    """Return the URL of a fresh database of a kind."""
+    if backend == "sqlite-file":
+        return f"sqlite:///{folder / uuid4().hex}.db"
+    if backend == "sqlite-memory":
+        return "sqlite://"
+    url: str = request.getfixturevalue("mariadb_url" if backend == "mariadb" else "postgres_url")
+    return url.replace("+psycopg", "+psycopg2") if backend.endswith("psycopg2") else url
+
+
+class OnBackend:
+    """Gives a ``unittest`` class of the library a database of the kind ``backend``."""
+
+    backend: ClassVar[str]
+    url: str
+
+    @pytest.fixture(autouse=True)
+    def database(
+        self, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[None]:
+        """A fresh database, named in the environment, and the end of every engine that was made for it."""
+        self.url = url_for(self.backend, tmp_path, request)
+        self.engines: list[sa.Engine] = []
+        create_engine = sa.create_engine
+
+        def remember(*args: Any, **kwargs: Any) -> sa.Engine:
+            engine = create_engine(*args, **kwargs)
+            self.engines.append(engine)
+            return engine
+
+        monkeypatch.setattr(factory.sa, "create_engine", remember)
+        monkeypatch.setenv("PERSISTENCE_MODULE", "flask_eventsourcing.persistence")
+        monkeypatch.setenv("SQLALCHEMY_DATABASE_URI", self.url)
+        monkeypatch.setenv("CREATE_TABLE", "y")
+        yield
+        for engine in self.engines:
+            engine.dispose()
+
+    def create_datastore(self) -> tuple[Datastore, Models]:
+        """Return a datastore with fresh tables, and their models."""
+        options: dict[str, Any] = {"pool_size": 20}
+        if self.backend == "sqlite-memory":
+            options = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+        engine = sa.create_engine(self.url, **options)
+        base = orm.declarative_base()
+        models = make_models(base, "")
+        base.metadata.drop_all(engine)
+        base.metadata.create_all(engine)
+        return Datastore(engine), models
+
+
+def on_each_backend(namespace: dict[str, Any], *cases: type[TestCase], **attributes: Any) -> None:
+    """Add, for each case and each backend, a class to a test module's namespace."""
+    for case in cases:
+        for backend in BACKENDS:
+            name = f"Test{case.__name__.removesuffix('TestCase')}On{backend.title().replace('-', '')}"
+            body = {"backend": backend, "__module__": namespace["__name__"], "__test__": True, **attributes}
+            namespace[name] = type(name, (case,) if issubclass(case, OnBackend) else (OnBackend, case), body)

