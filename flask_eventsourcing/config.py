@@ -77,6 +77,7 @@ class Config:
     )
     lock_timeout: float = field(default=30.0, metadata=_checked(_seconds))
     postgres_order: PostgresOrder = field(default="floor", metadata=_checked(_one_of("floor", "table-lock")))
+    postgres_notify: bool = field(default=True, metadata=_checked(_boolean))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
 
     @classmethod

@@ -151,7 +151,7 @@ class EventSourcing:
 
     def _make_state(self, app: Flask, database: Database, config: Config) -> EventSourcingState:
         engine = database.engine(app, config.bind_key)
-        options = DialectOptions(config.lock_timeout, config.postgres_order, config.sqlite_wal)
+        options = DialectOptions(config.lock_timeout, config.postgres_order, config.postgres_notify, config.sqlite_wal)
         if config.schema is not None and engine.dialect.name == "sqlite":
             raise ConfigurationError("EVENTSOURCING_SCHEMA is set, but SQLite has no schemas: remove it.")
         Datastore.check(engine, options)

@@ -22,8 +22,9 @@ from eventsourcing.persistence import (
 from sqlalchemy.engine import Connection
 
 from .datastore import Datastore
+from .dialects.waiting import Waiter
 from .errors import translated
-from .subscriptions import PollingSubscription
+from .subscriptions import LogSubscription
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -144,7 +145,11 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
         """Iterate over the log from a position on, waiting for new events at its end."""
-        return PollingSubscription(recorder=self, gt=gt, topics=topics)
+        return LogSubscription(recorder=self, gt=gt, topics=topics)
+
+    def waiter(self) -> Waiter:
+        """Return what waits for news of this log."""
+        return self.dialect.waiter(self.events_table)
 
 
 class SQLAlchemyTrackingRecorder(TrackingRecorder):

@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
 from .driver import Driver, notification, stored_event
+from .waiting import Waiter
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class DialectOptions:
 
     lock_timeout: float = 30.0
     postgres_order: PostgresOrder = "floor"
+    postgres_notify: bool = True
     sqlite_wal: bool = True
 
 
@@ -199,6 +201,10 @@ class Dialect(Driver, ABC):
         statement = f"SELECT max(notification_id) FROM {name} WHERE application_name = {self.mark}"
         position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
         return position
+
+    def waiter(self, table: EventTable) -> Waiter:
+        """Return what waits for news of a log; here it polls."""
+        return Waiter()
 
     @abstractmethod
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingTableError
 from .base import Dialect, EventTable
+from .waiting import ListenWaiter, Waiter
 
 FLOOR_BITS = 48
 INERROR = 3
@@ -40,7 +41,7 @@ _APPEND_ONE = (
     _HELD
     + """
 INSERT INTO {table} (notification_id, originator_id, originator_version, topic, state)
-SELECT nextval({regclass}), %s::{id_type}, %s, %s, %s FROM held
+SELECT nextval({regclass}), %s::{id_type}, %s, %s, %s FROM held{notify}
 RETURNING notification_id, (SELECT position FROM held)"""
 )
 
@@ -49,7 +50,7 @@ RETURNING notification_id, (SELECT position FROM held)"""
 _APPEND_BLOCK = (
     _HELD
     + """, drawn AS MATERIALIZED (
-    SELECT array_agg(nextval({regclass})) AS ids FROM held, generate_series(1, %s::int)
+    SELECT array_agg(nextval({regclass})) AS ids FROM held{notify}, generate_series(1, %s::int)
 ), block AS MATERIALIZED (
     SELECT ids[1] AS first FROM drawn WHERE ids[array_length(ids, 1)] - ids[1] = array_length(ids, 1) - 1
 ), inserted AS (
@@ -140,6 +141,7 @@ class PostgreSQLDialect(Dialect):
                 "sequence": sequence,
                 "regclass": regclass,
                 "id_type": "text" if table.text_ids else "uuid",
+                "notify": self._notify(table),
             }
             own = "AND l.pid IS DISTINCT FROM pg_backend_pid()"
             table.statements["one"] = _APPEND_ONE.format(**names)
@@ -157,6 +159,14 @@ class PostgreSQLDialect(Dialect):
                 f"Column notification_id of table {table.name} has no sequence: make it a bigserial or identity column."
             )
         return name, "'" + name.replace("'", "''") + "'::regclass"
+
+    def _notify(self, table: EventTable) -> str:
+        # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
+        return f", pg_notify('{_channel(table)}', '')" if self.options.postgres_notify else ""
+
+    def waiter(self, table: EventTable) -> Waiter:
+        """Return what waits for notifications, unless they are switched off."""
+        return ListenWaiter(self.engine, _channel(table)) if self.options.postgres_notify else Waiter()
 
     def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the horizon: no writer in progress can commit a position at or below it."""
@@ -177,6 +187,10 @@ class PostgreSQLDialect(Dialect):
         info = getattr(driver, "info", None)
         status = getattr(info, "transaction_status", None)
         return status is not None and int(status) == INERROR
+
+
+def _channel(table: EventTable) -> str:
+    return str(table.table.name)
 
 
 def _as_uuid(value: Any) -> UUID:
