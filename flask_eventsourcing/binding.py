@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from .persistence.errors import is_serialization_failure, translate, translated
 from .session import INFO_KEY, Batch, UnitOfWork
 
 R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.1
 
@@ -83,7 +86,7 @@ class SessionBinding:
                 raise RollbackOnlyError
             self.commit(unit.session)
         except BaseException:
-            unit.session.rollback()
+            roll_back(unit.session)
             raise
         finally:
             unit.depth, unit.rollback_only, unit.queueing = 0, False, False
@@ -111,6 +114,15 @@ class SessionBinding:
             if is_serialization_failure(error.orig):
                 raise translate(error) from error
             raise
+
+
+def roll_back(session: orm.Session) -> None:
+    """Roll a session back; where its connection is lost, the server has done so already."""
+    try:
+        session.rollback()
+    except sa.exc.SQLAlchemyError as error:
+        logger.warning("A rollback failed, its connection is closed: %s", error)
+        session.invalidate()
 
 
 @contextmanager

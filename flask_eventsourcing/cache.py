@@ -13,6 +13,9 @@ from typing import Any
 
 from eventsourcing.application import Application, Cache
 
+from .persistence import SQLAlchemyAggregateRecorder
+from .persistence.dialects.base import EventTable
+from .persistence.errors import translated
 from .session import UnitOfWork
 
 
@@ -21,13 +24,17 @@ class CommittedCache(Cache[Any, Any]):
 
     :param inner: the cache that the library made, with its size.
     :param scope: returns the unit of work in which the caller is, or None.
+    :param events_table: the table of the aggregates' events.
     """
 
-    def __init__(self, inner: Cache[Any, Any], scope: Callable[[], UnitOfWork | None]) -> None:
+    def __init__(
+        self, inner: Cache[Any, Any], scope: Callable[[], UnitOfWork | None], events_table: EventTable
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.cache = inner.cache
         self._scope = scope
+        self._events_table = events_table
 
     def get(self, key: Any, *, evict: bool = False) -> Any:
         """Return a cached aggregate.
@@ -37,6 +44,11 @@ class CommittedCache(Cache[Any, Any]):
         unit = self._scope()
         if unit is not None and unit.has_pending(key):
             raise KeyError(key)
+        if unit is not None and unit.queueing:
+            # Before the library takes the aggregate's fast-forward lock: who waited for the turn with that lock would
+            # be in the way of who has the turn.
+            with translated:
+                unit.reading(unit.connection(unit.dialect.engine), self._events_table, key)
         return self.inner.get(key, evict=evict)
 
     def put(self, key: Any, value: Any) -> None:
@@ -55,5 +67,6 @@ class CommittedCache(Cache[Any, Any]):
 def install(application: Application[Any], scope: Callable[[], UnitOfWork | None]) -> None:
     """Wrap the cache of an application's repository, if it has one."""
     cache = application.repository.cache
-    if cache is not None:
-        application.repository.cache = CommittedCache(cache, scope)
+    recorder = application.recorder
+    if cache is not None and isinstance(recorder, SQLAlchemyAggregateRecorder):
+        application.repository.cache = CommittedCache(cache, scope, recorder.events_table)

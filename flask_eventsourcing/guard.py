@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from eventsourcing.persistence import Notification
 from flask import Flask, Response
 
+from .binding import roll_back
 from .exceptions import UncommittedEventsError
 from .session import Batch, UnitOfWork
 from .state import EventSourcingState, discard, state_of
@@ -44,12 +45,12 @@ def _commit_or_roll_back(state: EventSourcingState, response: Response) -> None:
     if session is None:
         return
     if response.status_code >= FAILURE:
-        session.rollback()
+        roll_back(session)
         return
     try:
         state.binding.commit(session)
     except BaseException:
-        session.rollback()
+        roll_back(session)
         raise
 
 
@@ -84,7 +85,7 @@ def _check_end(state: EventSourcingState, error: BaseException | None) -> None:
 
 def _drop(unit: UnitOfWork) -> list[Batch]:
     batches = list(unit.batches)
-    unit.session.rollback()
+    roll_back(unit.session)
     return batches
 
 

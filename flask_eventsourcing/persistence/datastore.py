@@ -15,7 +15,7 @@ from ..config import OriginatorIdType
 from ..models import Models
 from .dialects import DialectOptions, dialect_for
 from .dialects.base import EventTable
-from .errors import translated
+from .errors import Translated
 
 
 class SessionScope(Protocol):
@@ -58,6 +58,7 @@ class Datastore:
         self.engine = engine
         self.dialect = dialect_for(engine, options or DialectOptions())
         self.dialect.prepare_engine()
+        self.translated = Translated(engine.dialect.dbapi)
         self.session_scope = session_scope
         self.models = dict(models or {})
         self.originator_id_type = originator_id_type
@@ -77,7 +78,7 @@ class Datastore:
     def writing(self) -> Iterator[tuple[Connection, SessionScope | None]]:
         """A connection to write with: the session's, or one of its own that is committed at the end."""
         scope = self.session_scope()
-        with translated:
+        with self.translated:
             if scope is None:
                 with self.engine.begin() as connection:
                     yield connection, None
@@ -89,7 +90,7 @@ class Datastore:
     def reading(self, *, join: bool = True) -> Iterator[tuple[Connection, SessionScope | None]]:
         """A connection to read with: the session's, if there is one and *join* is set, or one of its own."""
         scope = self.session_scope() if join else None
-        with translated:
+        with self.translated:
             if scope is not None:
                 yield scope.connection(self.engine), scope
                 return

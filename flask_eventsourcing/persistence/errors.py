@@ -103,7 +103,16 @@ def _special(driver_error: Any, text: str) -> persistence.PersistenceError | Non
 
 
 class Translated:
-    """Context manager within which SQLAlchemy's exceptions become the library's."""
+    """Context manager within which SQLAlchemy's exceptions, and the driver's, become the library's.
+
+    SQLAlchemy lets the driver's through when it resets a connection.
+
+    :param driver: the driver's module.
+    """
+
+    def __init__(self, driver: Any = None) -> None:
+        self.driver = driver
+        self.driver_error: Any = getattr(driver, "Error", ())
 
     def __enter__(self) -> None:
         return None
@@ -113,6 +122,8 @@ class Translated:
     ) -> None:
         if isinstance(error, exc.SQLAlchemyError):
             raise translate(error) from error
+        if isinstance(error, self.driver_error):
+            raise translate_driver(error, self.driver) from error
 
 
 translated = Translated()

@@ -23,7 +23,6 @@ from sqlalchemy.engine import Connection
 
 from .datastore import Datastore
 from .dialects.waiting import Waiter
-from .errors import translated
 from .subscriptions import LogSubscription
 
 
@@ -84,7 +83,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
         with self.datastore.writing() as (connection, scope):
             try:
-                with translated:
+                with self.datastore.translated:
                     positions = self._write(connection, events, tracking, savepoint=scope is not None)
             except IntegrityError:
                 if scope is not None:

@@ -1,0 +1,61 @@
+"""No reader of the log skips an event, and the test that says so is known to notice when one does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from eventsourcing.persistence import StoredEvent
+
+from flask_eventsourcing import EventSourcing
+from tests.torture.storm import Storm, scene
+
+DATABASES = ["postgres_url", "mariadb_url"]
+
+
+def check(storm: Storm) -> None:
+    """Check that nothing was skipped, doubled, disordered or torn, and that enough was going on."""
+    assert storm.skipped() == {}
+    assert storm.disorder() == []
+    assert storm.torn() == []
+    assert storm.surprises == []
+    assert min(storm.counts[what] for what in ("committed", "rolled back", "conflict", "kills")) > 0
+    assert len(storm.stored) > storm.counts["committed"]
+
+
+def without_protection(es: EventSourcing) -> None:
+    """Read without a horizon on PostgreSQL, and let the database draw the positions on MariaDB."""
+    dialect: Any = es.application.recorder.dialect
+    dialect.settled_position = lambda *args, **kwargs: None
+    if dialect.engine.dialect.name == "mysql":
+
+        def append(connection: Any, table: Any, events: Sequence[StoredEvent]) -> list[int]:
+            statement = dialect.insert_statement(table)
+            return [int(dialect.modify(connection, statement, dialect.parameters(event)).lastrowid) for event in events]
+
+        dialect.append = append
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_nothing_is_skipped(database: str, request: pytest.FixtureRequest) -> None:
+    """Readers see every stored event once and in order while writers pause, collide, roll back and are killed."""
+    # Writers on MariaDB take turns, so shorter pauses let as much happen.
+    pause = 0.02 if database == "postgres_url" else 0.004
+    with scene(request.getfixturevalue(database), seconds=6, longest_pause=pause) as storm:
+        check(storm.run())
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("database", DATABASES)
+def test_nothing_is_skipped_in_a_minute(database: str, request: pytest.FixtureRequest) -> None:
+    """The same holds for a minute."""
+    with scene(request.getfixturevalue(database), seconds=60) as storm:
+        check(storm.run())
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_the_storm_finds_skips_without_protection(database: str, request: pytest.FixtureRequest) -> None:
+    """With the protection switched off the same storm makes readers skip events, so its silence means something."""
+    with scene(request.getfixturevalue(database), seconds=4, unprotected=without_protection) as storm:
+        assert storm.run().skipped()
