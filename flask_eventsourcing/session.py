@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -28,7 +27,16 @@ class Batch:
 
     transaction: orm.SessionTransaction | None
     application_name: str
-    notifications: Sequence[Notification]
+    events: Sequence[StoredEvent]
+    positions: Sequence[int]
+
+    @property
+    def notifications(self) -> list[Notification]:
+        """The events with their positions; made only when somebody asks."""
+        return [
+            Notification(event.originator_id, event.originator_version, event.topic, event.state, position)
+            for event, position in zip(self.events, self.positions, strict=True)
+        ]
 
 
 @dataclass
@@ -48,6 +56,7 @@ class UnitOfWork:
     after_commit: list[tuple[orm.SessionTransaction | None, Callable[[], None]]] = field(default_factory=list)
     conflicts: dict[Key, EventTable] = field(default_factory=dict)
     queued: set[Key] = field(default_factory=set)
+    considered: set[Key] = field(default_factory=set)
     depth: int = 0
     rollback_only: bool = False
     queueing: bool = False
@@ -58,22 +67,23 @@ class UnitOfWork:
         """The session's connection to the database of the events."""
         return self.session.connection(bind_arguments=self.bind_arguments)
 
-    @contextmanager
-    def joined(self, engine: Engine) -> Iterator[Connection]:
-        """The session's connection for a write; in the mode ``save`` the session is committed after it."""
-        connection = self.connection(engine)
-        try:
-            yield connection
-        except BaseException:
-            self.failed_on = connection
-            raise
+    def failed(self, connection: Connection) -> None:
+        """Note a write that failed."""
+        self.failed_on = connection
+
+    def written(self) -> None:
+        """After a write: in the mode ``save``, commit."""
         if self.commit_mode == "save" and not self.depth and not self.session.in_nested_transaction():
             self.session.commit()
 
     def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be re-run."""
         key = (table.name, originator_id)
-        if self.queueing and key not in self.queued and self.hot.is_hot(key):
+        if not self.queueing or key in self.considered:
+            return
+        # Once only: with a cache, the second time is under the library's fast-forward lock, where nobody may wait.
+        self.considered.add(key)
+        if key not in self.queued and self.hot.is_hot(key):
             # Units that wait for each other would be a deadlock: wait only in one order for all, and not while other
             # units may wait for what this one has written.
             in_order = not self.batches and all(sort_key(key) > sort_key(other) for other in self.queued)
@@ -86,9 +96,9 @@ class UnitOfWork:
         self.dialect.queue_for(connection, table, originator_id, wait=wait)
         self.queued.add((table.name, originator_id))
 
-    def recorded(self, application_name: str, notifications: Sequence[Notification]) -> None:
+    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
         """Note events that were written and are not committed yet."""
-        self.batches.append(Batch(self.current, application_name, notifications))
+        self.batches.append(Batch(self.current, application_name, events, positions))
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Note a conflict, so that the next try queues."""
@@ -118,7 +128,7 @@ class UnitOfWork:
 
     def has_pending(self, originator_id: UUID | str) -> bool:
         """Whether events of this aggregate were recorded and not committed yet."""
-        return any(n.originator_id == originator_id for batch in self.batches for n in batch.notifications)
+        return any(event.originator_id == originator_id for batch in self.batches for event in batch.events)
 
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function once what was done so far is committed; forget it if that is rolled back."""
@@ -134,6 +144,7 @@ class UnitOfWork:
 
     def _end_savepoint(self, savepoint: orm.SessionTransaction, committed: bool) -> None:
         self.queued.clear()
+        self.considered.clear()
         if committed:
             parent = self.current
             for batch in self.batches:
@@ -148,6 +159,7 @@ class UnitOfWork:
         batches, self.batches = self.batches, []
         functions, self.after_commit = self.after_commit, []
         self.queued.clear()
+        self.considered.clear()
         self.failed_on = None
         if committed:
             for _, function in functions:

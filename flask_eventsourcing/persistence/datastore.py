@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 from uuid import UUID, uuid4
 
-from eventsourcing.persistence import Notification, StoredEvent
+from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
 from ..config import OriginatorIdType
@@ -17,20 +17,25 @@ from .dialects import DialectOptions, dialect_for
 from .dialects.base import EventTable
 from .errors import Translated
 
+T = TypeVar("T")
+
 
 class SessionScope(Protocol):
     """The session that recorders join, as ``flask_eventsourcing.session`` provides it."""
 
-    def joined(self, engine: Engine) -> AbstractContextManager[Connection]:
-        """The session's connection for a write; an error marks the session's transaction as failed."""
-
     def connection(self, engine: Engine) -> Connection:
-        """The session's connection for a read."""
+        """The session's connection."""
+
+    def failed(self, connection: Connection) -> None:
+        """Told after a write that failed."""
+
+    def written(self) -> None:
+        """Told after a write that succeeded, and after :meth:`recorded`."""
 
     def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Told before an aggregate is read."""
 
-    def recorded(self, application_name: str, notifications: Sequence[Notification]) -> None:
+    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
         """Told after events were written, which are not committed yet."""
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
@@ -74,17 +79,38 @@ class Datastore:
         """
         dialect_for(engine, options)
 
-    @contextmanager
-    def writing(self) -> Iterator[tuple[Connection, SessionScope | None]]:
-        """A connection to write with: the session's, or one of its own that is committed at the end."""
+    def write(self, work: Callable[[Connection, SessionScope | None], T]) -> T:
+        """Call a function with a connection to write with: the session's, or one that is committed at the end."""
         scope = self.session_scope()
         with self.translated:
             if scope is None:
                 with self.engine.begin() as connection:
-                    yield connection, None
-            else:
-                with scope.joined(self.engine) as connection:
-                    yield connection, scope
+                    return work(connection, None)
+            connection = scope.connection(self.engine)
+            try:
+                result = work(connection, scope)
+            except BaseException:
+                scope.failed(connection)
+                raise
+            scope.written()
+            return result
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """As :meth:`write`, for a ``with`` block."""
+        scope = self.session_scope()
+        with self.translated:
+            if scope is None:
+                with self.engine.begin() as connection:
+                    yield connection
+                return
+            connection = scope.connection(self.engine)
+            try:
+                yield connection
+            except BaseException:
+                scope.failed(connection)
+                raise
+            scope.written()
 
     @contextmanager
     def reading(self, *, join: bool = True) -> Iterator[tuple[Connection, SessionScope | None]]:

@@ -21,7 +21,7 @@ from eventsourcing.persistence import (
 )
 from sqlalchemy.engine import Connection
 
-from .datastore import Datastore
+from .datastore import Datastore, SessionScope
 from .dialects.waiting import Waiter
 from .subscriptions import LogSubscription
 
@@ -48,8 +48,9 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         :raises IntegrityError: when another writer has recorded one of these versions.
         """
         if stored_events:
-            with self.datastore.writing() as (connection, _):
-                self.dialect.insert(connection, self.events_table, stored_events)
+            self.datastore.write(
+                lambda connection, _: self.dialect.insert(connection, self.events_table, stored_events)
+            )
         return None
 
     def select_events(
@@ -81,7 +82,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return self._append(stored_events, None) if stored_events else []
 
     def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        with self.datastore.writing() as (connection, scope):
+        def append(connection: Connection, scope: SessionScope | None) -> list[int]:
             try:
                 with self.datastore.translated:
                     positions = self._write(connection, events, tracking, savepoint=scope is not None)
@@ -89,13 +90,11 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 if scope is not None:
                     scope.conflicted(self.events_table, events)
                 raise
-            if scope is not None:
-                notifications = [
-                    Notification(e.originator_id, e.originator_version, e.topic, e.state, position)
-                    for e, position in zip(events, positions, strict=True)
-                ]
-                scope.recorded(self.application_name, notifications)
-        return positions
+            if scope is not None and events:
+                scope.recorded(self.application_name, events, positions)
+            return positions
+
+        return self.datastore.write(append)
 
     def _write(
         self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
@@ -167,7 +166,7 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """A connection whose work is committed at the end, or that of the current session."""
-        with self.datastore.writing() as (connection, _):
+        with self.datastore.writing() as connection:
             yield connection
 
     def insert_tracking(self, tracking: Tracking) -> None:

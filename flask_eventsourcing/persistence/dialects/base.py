@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -25,6 +26,23 @@ class DialectOptions:
     postgres_order: PostgresOrder = "floor"
     postgres_notify: bool = True
     sqlite_wal: bool = True
+
+
+SETTLED_FOR = 1.0
+"""Seconds for which a settled position is remembered. Settled is for ever, unless somebody makes the table anew."""
+
+
+class _Settled(NamedTuple):
+    position: int
+    until: float
+
+
+class _Page(NamedTuple):
+    start: int | None
+    limit: int
+    stop: int | None
+    topics: Sequence[str]
+    inclusive_of_start: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,7 @@ class Dialect(Driver, ABC):
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine)
         self.options = options
+        self._settled: dict[str, _Settled] = {}
 
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine."""
@@ -142,26 +161,40 @@ class Dialect(Driver, ABC):
         joined: bool = False,
     ) -> list[Notification]:
         """Read the log by position, up to the settled position."""
-        settled = self.settled_position(connection, table, joined=joined)
-        if settled is not None:
-            stop = settled if stop is None else min(stop, settled)
+        page = _Page(start, limit, stop, topics, inclusive_of_start)
+        if not joined:
+            # While catching up, a full page below a position that was settled a moment ago needs no look at the locks.
+            settled = self._settled.get(table.name)
+            if settled is not None and settled.until > time.monotonic():
+                found = self._select_page(connection, table, page, settled.position)
+                if len(found) == limit:
+                    return found
+        position = self.settled_position(connection, table, joined=joined)
+        if position is not None and not joined:
+            self._settled[table.name] = _Settled(position, time.monotonic() + SETTLED_FOR)
+        return self._select_page(connection, table, page, position)
+
+    def _select_page(
+        self, connection: Connection, table: EventTable, page: _Page, settled: int | None
+    ) -> list[Notification]:
+        stop = page.stop if settled is None else settled if page.stop is None else min(page.stop, settled)
         conditions: list[str] = []
         parameters: list[Any] = []
-        if start is not None:
-            conditions.append(f"notification_id {'>=' if inclusive_of_start else '>'} {self.mark}")
-            parameters.append(start)
+        if page.start is not None:
+            conditions.append(f"notification_id {'>=' if page.inclusive_of_start else '>'} {self.mark}")
+            parameters.append(page.start)
         if stop is not None:
             conditions.append(f"notification_id <= {self.mark}")
             parameters.append(stop)
-        if topics:
-            conditions.append(f"topic IN ({', '.join([self.mark] * len(topics))})")
-            parameters.extend(topics)
+        if page.topics:
+            conditions.append(f"topic IN ({', '.join([self.mark] * len(page.topics))})")
+            parameters.extend(page.topics)
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
         statement = (
             "SELECT notification_id, originator_id, originator_version, topic, state "
             f"FROM {table.name}{where} ORDER BY notification_id LIMIT {self.mark}"
         )
-        rows = self.fetch(connection, statement, [*parameters, limit])
+        rows = self.fetch(connection, statement, [*parameters, page.limit])
         decode = self.id_decoder(table)
         return [
             notification(position, decode(originator_id), version, topic, state)

@@ -229,7 +229,9 @@ class SQLiteDialect(Dialect):
             return
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         try:
-            self.modify_many(connection, statement, [self.parameters(event) for event in events])
+            encode = self.encode_id
+            rows = [(encode(e.originator_id), e.originator_version, e.topic, e.state) for e in events]
+            self.modify_many(connection, statement, rows)
         except BaseException:
             self.modify(connection, "ROLLBACK TO flask_eventsourcing")
             raise
