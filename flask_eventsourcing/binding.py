@@ -93,15 +93,17 @@ class SessionBinding:
 
     def retry(self, function: Callable[[], R], times: int) -> R:
         """See ``EventSourcing.retry_on_conflict``."""
+        unit = self.scope()
+        # What was saved before would be rolled back with the conflict, and the next try would go on without it.
+        again = unit is not None and not unit.has_changes()
         tries = 0
         while True:
             try:
                 with self.transaction(queueing=True):
                     return function()
             except IntegrityError:
-                unit = self.scope()
                 # Only the outermost unit can be re-run, as it is rolled back whole.
-                if tries == times or (unit is not None and unit.depth):
+                if not again or tries == times or (unit is not None and unit.depth):
                     raise
             tries += 1
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**tries)))  # noqa: S311

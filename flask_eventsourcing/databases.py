@@ -5,6 +5,7 @@ Neither is imported here for its type: the object that the user passes tells whi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,6 +35,12 @@ class Database:
         """The declarative base for models, or None where the user brings one (Flask-SQLAlchemy-Lite)."""
         return self.extension.Model if self.has_models else None
 
+    def engines(self, app: Flask) -> Mapping[str | None, sa.Engine]:
+        """Return all engines of an app by their bind keys."""
+        with app.app_context():
+            engines: Mapping[str | None, sa.Engine] = self.extension.engines
+        return engines
+
     def engine(self, app: Flask, bind_key: str | None) -> sa.Engine:
         """Return the engine of an app for a bind key.
 
@@ -44,8 +51,7 @@ class Database:
             raise ConfigurationError(
                 "The db object is not registered on this Flask app: call db.init_app(app) before es.init_app(app)."
             )
-        with app.app_context():
-            engines = self.extension.engines
+        engines = self.engines(app)
         key = bind_key if self.has_models or bind_key is not None else "default"
         if key not in engines:
             found = ", ".join(repr(name) for name in engines)

@@ -23,6 +23,7 @@ from .databases import Database
 from .exceptions import ConfigurationError
 from .models import Models, make_models
 from .persistence import Datastore, DialectOptions
+from .persistence.forks import drop_inherited_connections
 from .state import EXTENSION, EventSourcingState, current_state, publisher, state_of
 
 P = ParamSpec("P")
@@ -168,6 +169,8 @@ class EventSourcing:
         datastore = Datastore(engine, options, session_scope=binding.scope, models=models)
         binding.datastore = datastore
         session.listen(database.session_factory(app))
+        for each in database.engines(app).values():
+            drop_inherited_connections(each)
         state = EventSourcingState(app, database.extension, config, models, binding, datastore)
         for application_class in self._classes:
             state.add(application_class)
@@ -298,7 +301,8 @@ class EventSourcing:
         """Run a function in :meth:`transaction`, and all of it again after an optimistic conflict.
 
         Before the next try there is a short random pause, and the next try queues for the aggregates that had the
-        conflict before it reads them, so that it is not in vain again.
+        conflict before it reads them, so that it is not in vain again. When there were uncommitted events, or models
+        that were not flushed, before the function began, the conflict is raised at once: they cannot be done again.
 
         :param times: how often the function is run again at most; the last conflict is raised.
         :raises ConfigurationError: when *times* is not a whole number from 0 up.

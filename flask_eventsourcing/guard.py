@@ -76,7 +76,7 @@ def _check_end(state: EventSourcingState, error: BaseException | None) -> None:
     batches = _drop(unit)
     if error is None:
         state.app.logger.error(
-            "%s neither committed nor rolled back at the end of the application context, and are not stored: %s.",
+            "%s neither committed nor rolled back at the end of the application context, and nothing is stored: %s.",
             _describe(batches),
             REMEDY,
         )

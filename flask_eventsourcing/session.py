@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,8 @@ class UnitOfWork:
 
     def connection(self, engine: Engine) -> Connection:
         """The session's connection to the database of the events."""
-        return self.session.connection(bind_arguments=self.bind_arguments)
+        # A copy, as the session takes "bind" out of what it is given.
+        return self.session.connection(bind_arguments=dict(self.bind_arguments))
 
     def failed(self, connection: Connection) -> None:
         """Note a write that failed."""
@@ -105,7 +107,8 @@ class UnitOfWork:
         for event in events:
             key = (table.name, event.originator_id)
             self.hot.heat(key)
-            self.conflicts[key] = table
+            if self.queueing:
+                self.conflicts[key] = table
 
     def refuse_aborted(self) -> None:
         """Refuse a commit that the database would turn into a rollback without a word.
@@ -129,6 +132,11 @@ class UnitOfWork:
     def has_pending(self, originator_id: UUID | str) -> bool:
         """Whether events of this aggregate were recorded and not committed yet."""
         return any(event.originator_id == originator_id for batch in self.batches for event in batch.events)
+
+    def has_changes(self) -> bool:
+        """Whether there are events, or models that were not flushed, that a rollback would take away."""
+        session = self.session
+        return bool(self.batches or session.new or session.dirty or session.deleted)
 
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function once what was done so far is committed; forget it if that is rolled back."""
@@ -173,12 +181,18 @@ def unit_of_work(session: orm.Session) -> UnitOfWork | None:
     return session.info.get(INFO_KEY)
 
 
+_listened: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def listen(sessions: Any) -> None:
     """Install the session events, once for a session factory.
 
     :param sessions: a ``sessionmaker`` or ``scoped_session``.
     """
-    if not sa.event.contains(sessions, "after_transaction_end", _after_transaction_end):
+    factory = sessions.session_factory if isinstance(sessions, orm.scoped_session) else sessions
+    # Not sa.event.contains: it goes by id(), and says yes for a new factory in the place of one that is gone.
+    if factory not in _listened:
+        _listened.add(factory)
         sa.event.listen(sessions, "before_commit", _before_commit)
         sa.event.listen(sessions, "after_commit", _after_commit)
         sa.event.listen(sessions, "after_transaction_end", _after_transaction_end)

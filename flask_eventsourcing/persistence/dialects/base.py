@@ -32,6 +32,10 @@ SETTLED_FOR = 1.0
 """Seconds for which a settled position is remembered. Settled is for ever, unless somebody makes the table anew."""
 
 
+class FrozenSnapshotError(Exception):
+    """The transaction's snapshot is from before the log's horizon: the log is to be read on another connection."""
+
+
 class _Settled(NamedTuple):
     position: int
     until: float

@@ -17,7 +17,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingTableError
-from .base import Dialect, EventTable
+from .base import Dialect, EventTable, FrozenSnapshotError
 from .waiting import ListenWaiter, Waiter
 
 FLOOR_BITS = 48
@@ -123,7 +123,7 @@ class PostgreSQLDialect(Dialect):
             first, floor.position = self.fetch(connection, statement, (floor.position, len(events), *columns))[0]
             if first is not None:
                 return int(first)
-        # A large block among very many small appends: keep the others out for the one draw.
+        # A large block among very many small appends: keep the others out, up to the end of this transaction.
         self._lock_table(connection, table)
         return int(self.fetch(connection, statement, (floor.position, len(events), *columns))[0][0])
 
@@ -173,7 +173,11 @@ class PostgreSQLDialect(Dialect):
         if self.options.postgres_order == "table-lock":
             return None
         statement = self._statement(connection, table, "joined horizon" if joined else "horizon")
-        return int(self.fetch(connection, statement)[0][0])
+        position, isolation = self.fetch(connection, statement)[0]
+        if joined and isolation not in ("read committed", "read uncommitted"):
+            # The snapshot of this transaction is older than the locks that were just read.
+            raise FrozenSnapshotError
+        return int(position)
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""

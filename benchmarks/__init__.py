@@ -1,0 +1,1 @@
+"""Measures this package beside the library's own recorders and ``eventsourcing-sqlalchemy``; ``make bench`` runs it."""

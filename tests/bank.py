@@ -1,0 +1,204 @@
+"""A small bank, and Flask apps around it, for the tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.application import AggregateNotFoundError, Application
+from eventsourcing.domain import Aggregate, event
+from flask import Flask, request
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import orm
+from werkzeug.test import TestResponse
+
+from flask_eventsourcing import EventSourcing
+
+
+class Account(Aggregate):
+    """An account of the bank."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.balance = 0
+
+    @event("Deposited")
+    def deposit(self, amount: int) -> None:
+        """Pay in."""
+        self.balance += amount
+
+
+class Bank(Application[UUID]):
+    """The application of most tests."""
+
+    def open_account(self, owner: str = "Ada") -> UUID:
+        """Open an account and return its id."""
+        account = Account(owner)
+        self.save(account)
+        return account.id
+
+    def account(self, account_id: Any) -> Account:
+        """Read an account."""
+        account: Account = self.repository.get(account_id)
+        return account
+
+    def deposit(self, account_id: Any, amount: int = 1) -> None:
+        """Read an account, pay in and save it."""
+        account = self.account(account_id)
+        account.deposit(amount)
+        self.save(account)
+
+    def balance(self, account_id: UUID) -> int | None:
+        """Return what is in an account, or None if there is no such account."""
+        try:
+            return self.account(account_id).balance
+        except AggregateNotFoundError:
+            return None
+
+
+class Shop(Bank):
+    """A second application, with tables of its own."""
+
+
+def conflict_with(bank: Bank, account_id: UUID) -> Callable[[], None]:
+    """Read an account now, and return what saves a change of that state later."""
+    stale = bank.account(account_id)
+    stale.deposit(1000)
+    return lambda: _save(bank, stale)
+
+
+def _save(bank: Bank, account: Account) -> None:
+    bank.save(account)
+
+
+def in_thread(function: Callable[[], Any]) -> None:
+    """Run a function in a thread of its own, without this thread's application context, and pass on its error."""
+    in_threads([function])
+
+
+def in_threads(functions: Sequence[Callable[[], Any]], patience: float = 60) -> None:
+    """Run functions in threads that start together, and pass on the first error."""
+    start = threading.Barrier(len(functions))
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], Any]) -> None:
+        try:
+            start.wait(patience)
+            function()
+        except BaseException as error:  # noqa: BLE001  # raised in the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(patience)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a thread does not end"
+
+
+@dataclass
+class Site:
+    """A Flask app with a database, the extension and a model of its own."""
+
+    app: Flask
+    db: SQLAlchemy
+    es: EventSourcing
+    Note: Any
+
+    @property
+    def bank(self) -> Bank:
+        """The bank of the current app context."""
+        bank: Bank = self.es.application
+        return bank
+
+    def answer(self, view: Callable[[], Any]) -> TestResponse:
+        """Send a request that is answered by a function."""
+        return self.app.test_client().post("/", environ_overrides={"tests.view": view})
+
+    def elsewhere(self, function: Callable[[], Any]) -> None:
+        """Do something in a thread, an app context and a transaction of its own, and commit it."""
+
+        def run() -> None:
+            with self.app.app_context():
+                function()
+                self.db.session.commit()
+
+        in_thread(run)
+
+    def opened(self) -> UUID:
+        """Open an account, commit, and return its id."""
+        with self.app.app_context():
+            account_id = self.bank.open_account()
+            self.db.session.commit()
+        return account_id
+
+    def note(self, text: str = "note") -> None:
+        """Add a row of the ORM to the current session."""
+        self.db.session.add(self.Note(text=text))
+
+    def stored(self) -> tuple[int, int]:
+        """Count the events and the notes that a new transaction sees."""
+        with self.app.app_context():
+            events, notes = (
+                self.db.session.scalar(sa.select(sa.func.count()).select_from(each))
+                for each in (self.es.StoredEvent, self.Note)
+            )
+        return events or 0, notes or 0
+
+    def balance(self, account_id: UUID) -> int | None:
+        """Return what a new transaction sees in an account."""
+        with self.app.app_context():
+            return self.bank.balance(account_id)
+
+    def close(self) -> None:
+        """Close the applications and every connection."""
+        self.es.close(self.app)
+        with self.app.app_context():
+            for engine in self.db.engines.values():
+                engine.dispose()
+
+
+def answer_with_view() -> Any:
+    """Answer a request of ``Site.answer``."""
+    return request.environ["tests.view"]()
+
+
+def make_app(uri: str | None = None, **config: Any) -> Flask:
+    """Make a Flask app that answers as the request says."""
+    app = Flask("tests.bank")
+    if uri is not None:
+        app.config["SQLALCHEMY_DATABASE_URI"] = uri
+    app.config.update(config)
+    app.post("/")(answer_with_view)
+    return app
+
+
+def add_note(db: SQLAlchemy) -> Any:
+    """Make a model that has nothing to do with events."""
+    base: Any = db.Model
+    body = {
+        "__tablename__": "note",
+        "id": orm.mapped_column(sa.Integer, primary_key=True),
+        "text": orm.mapped_column(sa.Text, unique=True, nullable=False),
+    }
+    return type(base)("Note", (base,), body)
+
+
+def make_site(uri: str, *classes: type[Application[Any]], create: bool = True, **config: Any) -> Site:
+    """Make a site with its tables; keyword arguments are configuration keys."""
+    app = make_app(uri, **config)
+    db = SQLAlchemy()
+    note = add_note(db)
+    es = EventSourcing(db=db, applications=classes or (Bank,))
+    db.init_app(app)
+    es.init_app(app)
+    if create:
+        with app.app_context():
+            db.create_all()
+    return Site(app, db, es, note)

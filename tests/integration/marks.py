@@ -1,0 +1,11 @@
+"""Says on which databases a test runs, where it is not all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+on_files = pytest.mark.parametrize("uri", ["sqlite-file", "postgresql", "mariadb"], indirect=True)
+"""Where several connections are needed: not in memory."""
+on_postgresql = pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+on_sqlite_file = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
+on_sqlite_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)

@@ -1,0 +1,214 @@
+"""The aggregate cache, and snapshots."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import sqlalchemy as sa
+
+from tests.bank import Account, Bank, Site, in_threads
+from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_files
+
+
+class Branch(Bank):
+    """A bank that takes a snapshot at every second version."""
+
+    name = "Bank"
+    is_snapshotting_enabled = True
+    snapshotting_intervals: ClassVar[dict[type[Any], int]] = {Account: 2}
+
+
+@pytest.fixture(params=["fastforward", "no fastforward", "unlimited"])
+def cached(new_site: MakeSite, request: pytest.FixtureRequest) -> Site:
+    """A site with a cache."""
+    env = {
+        "AGGREGATE_CACHE_MAXSIZE": "0" if request.param == "unlimited" else "10",
+        "AGGREGATE_CACHE_FASTFORWARD": "n" if request.param == "no fastforward" else "y",
+    }
+    return new_site(EVENTSOURCING_ENV=env)
+
+
+def test_cache_is_there_and_used(cached: Site) -> None:
+    """The cache that the environment asks for is filled, with what is committed."""
+    account_id = cached.opened()
+    assert cached.balance(account_id) == 0
+    with cached.app.app_context():
+        cache: Any = cached.bank.repository.cache
+        assert cache.get(account_id).balance == 0
+        cached.bank.deposit(account_id, 5)
+        cached.db.session.commit()
+        assert cached.bank.balance(account_id) == 5
+        assert cache.get(account_id).balance == 5
+
+
+def test_rolled_back_state_is_never_served(cached: Site) -> None:
+    """After a rollback the cache serves what is stored, in this request and in the next."""
+    account_id = cached.opened()
+    with cached.app.app_context():
+        cached.bank.deposit(account_id, 5)
+        assert cached.bank.balance(account_id) == 5
+        cached.db.session.rollback()
+        assert cached.bank.balance(account_id) == 0
+    assert cached.balance(account_id) == 0
+
+
+def test_rolled_back_new_aggregate_is_not_there(cached: Site) -> None:
+    """An aggregate whose creation was rolled back is not found."""
+    with cached.app.app_context():
+        account_id = cached.bank.open_account()
+        assert cached.bank.balance(account_id) == 0
+        cached.db.session.rollback()
+        assert cached.bank.balance(account_id) is None
+    assert cached.balance(account_id) is None
+
+
+def test_state_of_a_failed_savepoint_is_never_served(cached: Site) -> None:
+    """After a savepoint is rolled back, and also after the commit, the cache has nothing of it."""
+    account_id = cached.opened()
+    with cached.app.app_context():
+        cached.bank.deposit(account_id, 1)
+        savepoint = cached.db.session.begin_nested()
+        cached.bank.deposit(account_id, 100)
+        assert cached.bank.balance(account_id) == 101
+        savepoint.rollback()
+        assert cached.bank.balance(account_id) == 1
+        cached.db.session.commit()
+        assert cached.bank.balance(account_id) == 1
+    assert cached.balance(account_id) == 1
+
+
+def test_cache_is_not_filled_from_a_failed_savepoint(cached: Site) -> None:
+    """What was saved, or read, in a savepoint that is rolled back does not get into the cache with the commit."""
+    account_id = cached.opened()
+    with cached.app.app_context():
+        savepoint = cached.db.session.begin_nested()
+        cached.bank.deposit(account_id, 100)
+        assert cached.bank.balance(account_id) == 100
+        savepoint.rollback()
+        cached.note()
+        cached.db.session.commit()
+    assert cached.balance(account_id) == 0
+
+
+def test_dropped_events_leave_nothing(cached: Site) -> None:
+    """Events that a view forgot to commit are not served by the cache afterwards."""
+    account_id = cached.opened()
+
+    def view() -> str:
+        cached.bank.deposit(account_id, 5)
+        return "done"
+
+    assert cached.answer(view).status_code == 500
+    assert cached.balance(account_id) == 0
+
+
+@on_files
+def test_uncommitted_state_is_not_served_to_others(cached: Site) -> None:
+    """While a request has not committed, others are served the committed state."""
+    account_id = cached.opened()
+    seen: list[int | None] = []
+    with cached.app.app_context():
+        cached.bank.deposit(account_id, 5)
+        cached.bank.balance(account_id)
+        in_threads([lambda: seen.append(cached.balance(account_id))])
+        cached.db.session.commit()
+        in_threads([lambda: seen.append(cached.balance(account_id))])
+    assert seen == [0, 5]
+
+
+def test_aggregate_that_is_changed_after_save_does_not_change_the_cache(cached: Site) -> None:
+    """Changes that were triggered but never saved do not reach the cache."""
+    account_id = cached.opened()
+    with cached.app.app_context():
+        account = cached.bank.account(account_id)
+        account.deposit(5)
+        cached.bank.save(account)
+        account.deposit(1000)
+        cached.db.session.commit()
+    assert cached.balance(account_id) == 5
+
+
+@on_files
+def test_deposits_with_a_cache_lose_nothing(new_site: MakeSite) -> None:
+    """With a cache, concurrent read-modify-write requests with retries lose no update."""
+    site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10"})
+    account_id = site.opened()
+
+    @site.es.retry_on_conflict(times=20)
+    def view() -> str:
+        site.bank.deposit(account_id, 1)
+        return "done"
+
+    def client() -> None:
+        for _ in range(10):
+            assert site.answer(view).status_code == 200
+
+    in_threads([client] * 4)
+    assert site.balance(account_id) == 40
+
+
+def snapshots(site: Site) -> list[int]:
+    """Return the versions of the snapshots that are stored."""
+    with site.app.app_context():
+        column = site.es.Snapshot.originator_version
+        return list(site.db.session.scalars(sa.select(column).order_by(column)))
+
+
+def test_snapshots_are_taken_in_the_same_transaction(new_site: MakeSite) -> None:
+    """Automatic snapshots are stored with the events that caused them, and go with them."""
+    site = new_site(Branch)
+    account_id = site.opened()
+    with site.app.app_context():
+        site.bank.deposit(account_id, 1)
+        site.db.session.rollback()
+    assert snapshots(site) == []
+    with site.app.app_context():
+        for _ in range(4):
+            site.bank.deposit(account_id, 1)
+        site.db.session.commit()
+    assert snapshots(site) == [2, 4]
+    assert site.balance(account_id) == 4
+
+
+def test_snapshot_is_what_is_read(new_site: MakeSite) -> None:
+    """A snapshot stands for the events before it, and a past version is read without it."""
+    site = new_site(Branch)
+    account_id = site.opened()
+    with site.app.app_context():
+        for _ in range(3):
+            site.bank.deposit(account_id, 1)
+        site.db.session.commit()
+        site.db.session.execute(sa.delete(site.es.StoredEvent).where(site.es.StoredEvent.originator_version == 3))
+        assert site.bank.balance(account_id) == 3
+        past: Account = site.bank.repository.get(account_id, version=2)
+        assert past.balance == 1
+        site.db.session.rollback()
+
+
+def test_snapshot_of_a_failed_savepoint_is_gone(new_site: MakeSite) -> None:
+    """A snapshot taken in a savepoint that is rolled back is not stored."""
+    site = new_site(Branch)
+    account_id = site.opened()
+    with site.app.app_context():
+        savepoint = site.db.session.begin_nested()
+        site.bank.deposit(account_id, 100)
+        savepoint.rollback()
+        site.note()
+        site.db.session.commit()
+        assert site.bank.balance(account_id) == 0
+    assert snapshots(site) == []
+
+
+def test_snapshot_on_demand(new_site: MakeSite) -> None:
+    """``take_snapshot()`` joins the transaction too; snapshots can be switched on by the environment."""
+    site = new_site(EVENTSOURCING_ENV={"IS_SNAPSHOTTING_ENABLED": "y"})
+    account_id = site.opened()
+    with site.app.app_context():
+        site.bank.take_snapshot(account_id)
+        site.db.session.rollback()
+        assert snapshots(site) == []
+        site.bank.take_snapshot(account_id)
+        site.db.session.commit()
+    assert snapshots(site) == [1]

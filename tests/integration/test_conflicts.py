@@ -1,0 +1,170 @@
+"""Optimistic concurrency: a conflict is told at ``save()``, and costs nothing that was not part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError
+
+from flask_eventsourcing import AbortedTransactionError
+from tests.bank import Account, Site, conflict_with
+from tests.integration.marks import on_postgresql
+
+
+def beaten(site: Site) -> tuple[Callable[[], None], Account]:
+    """Read an account that another request then changes; return the late save, and the account."""
+    account_id = site.opened()
+    stale = site.bank.account(account_id)
+    stale.deposit(1000)
+    site.db.session.rollback()
+    site.elsewhere(lambda: site.bank.deposit(account_id, 1))
+    return lambda: _save(site, stale), stale
+
+
+def _save(site: Site, *accounts: Account) -> None:
+    site.bank.save(*accounts)
+
+
+def test_conflict_is_raised_at_save(site: Site) -> None:
+    """Who saves second gets the library's ``IntegrityError`` at ``save()``, also when nothing else was done."""
+    with site.app.app_context():
+        save_late, stale = beaten(site)
+        with pytest.raises(IntegrityError):
+            save_late()
+        site.db.session.rollback()
+    assert site.balance(stale.id) == 1
+    assert site.stored() == (2, 0)
+
+
+def test_conflict_after_other_work(site: Site) -> None:
+    """A conflict after rows and events were written in the same transaction is told in the same way."""
+    with site.app.app_context():
+        save_late, _ = beaten(site)
+        site.note()
+        site.bank.open_account()
+        with pytest.raises(IntegrityError):
+            save_late()
+        site.db.session.rollback()
+    assert site.stored() == (2, 0)
+
+
+def test_none_of_several_events_stays(site: Site) -> None:
+    """If one of the aggregates of a save is in conflict, none of its events is stored, not even in this session."""
+    with site.app.app_context():
+        _, stale = beaten(site)
+        fresh = Account("Bob")
+        fresh.deposit(1)
+        stale.deposit(2)
+        with pytest.raises(IntegrityError), site.db.session.begin_nested():
+            _save(site, fresh, stale)
+        assert site.bank.balance(fresh.id) is None
+        site.db.session.commit()
+    assert site.stored() == (2, 0)
+
+
+@pytest.mark.parametrize("uri", ["sqlite-file", "sqlite-memory", "mariadb"], indirect=True)
+def test_caught_conflict_leaves_none_of_its_save(site: Site) -> None:
+    """Where the database lets go on after a caught conflict, none of that save's events is stored, and the rest is."""
+    with site.app.app_context():
+        _, stale = beaten(site)
+        fresh = Account("Bob")
+        site.note()
+        with pytest.raises(IntegrityError):
+            _save(site, fresh, stale)
+        site.db.session.commit()
+        assert site.bank.balance(fresh.id) is None
+    assert site.stored() == (2, 1)
+
+
+def test_session_can_be_used_after_rollback(site: Site) -> None:
+    """After a conflict and a rollback the same request can read the new state, save and commit."""
+    with site.app.app_context():
+        save_late, stale = beaten(site)
+        with pytest.raises(IntegrityError):
+            save_late()
+        site.db.session.rollback()
+        site.bank.deposit(stale.id, 10)
+        site.note()
+        site.db.session.commit()
+    assert site.balance(stale.id) == 11
+    assert site.stored() == (3, 1)
+
+
+def test_session_can_be_used_after_a_savepoint(site: Site) -> None:
+    """A conflict within a savepoint costs the savepoint only; what was done before it is committed."""
+    with site.app.app_context():
+        save_late, stale = beaten(site)
+        site.note()
+        with pytest.raises(IntegrityError), site.db.session.begin_nested():
+            save_late()
+        site.bank.deposit(stale.id, 10)
+        site.db.session.commit()
+    assert site.balance(stale.id) == 11
+    assert site.stored() == (3, 1)
+
+
+def test_conflict_within_one_session(site: Site) -> None:
+    """Two states of one aggregate in the same request are a conflict too."""
+    account_id = site.opened()
+    with site.app.app_context():
+        save_late = conflict_with(site.bank, account_id)
+        site.bank.deposit(account_id, 1)
+        with pytest.raises(IntegrityError):
+            save_late()
+        site.db.session.rollback()
+    assert site.balance(account_id) == 0
+
+
+def test_same_aggregate_twice_in_one_save(site: Site) -> None:
+    """One save with the same version twice is refused whole."""
+    account_id = site.opened()
+    with site.app.app_context():
+        first, second = (site.bank.account(account_id) for _ in range(2))
+        first.deposit(1)
+        second.deposit(2)
+        with pytest.raises(IntegrityError):
+            _save(site, first, second)
+        site.db.session.rollback()
+    assert site.stored() == (1, 0)
+
+
+@on_postgresql
+def test_caught_conflict_cannot_be_committed(site: Site) -> None:
+    """PostgreSQL would turn the commit after a caught conflict into a rollback; that is told, never done silently."""
+    with site.app.app_context():
+        save_late, _ = beaten(site)
+        site.note()
+        site.bank.open_account()
+        with pytest.raises(IntegrityError):
+            save_late()
+        with pytest.raises(AbortedTransactionError, match=r"call db\.session\.rollback") as raised:
+            site.db.session.commit()
+        assert isinstance(raised.value, OperationalError)
+        site.db.session.rollback()
+    assert site.stored() == (2, 0)
+
+
+@on_postgresql
+def test_caught_conflict_alone_cannot_be_committed(site: Site) -> None:
+    """The same holds when the conflict was the first thing that the transaction did."""
+    with site.app.app_context():
+        save_late, _ = beaten(site)
+        with pytest.raises(IntegrityError):
+            save_late()
+        with pytest.raises(AbortedTransactionError):
+            site.db.session.commit()
+        site.db.session.rollback()
+
+
+@on_postgresql
+def test_aborted_transaction_refuses_reads_with_the_librarys_error(site: Site) -> None:
+    """In an aborted transaction recorders raise the library's errors, not the driver's."""
+    with site.app.app_context():
+        save_late, stale = beaten(site)
+        with pytest.raises(IntegrityError):
+            save_late()
+        with pytest.raises(PersistenceError):
+            site.bank.account(stale.id)
+        site.db.session.rollback()
+        assert site.bank.balance(stale.id) == 1

@@ -1,0 +1,99 @@
+"""Flask-Migrate finds, creates and then leaves alone the three tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tests.integration.marks import on_files
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = "flask_eventsourcing.contrib.alembic"
+APP = """
+import os
+from eventsourcing.application import Application
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+from flask_eventsourcing import EventSourcing
+
+class Bank(Application): pass
+
+app = Flask(__name__)
+app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["TEST_URI"]
+app.config.from_prefixed_env()
+db = SQLAlchemy(app)
+es = EventSourcing(app, db=db, application=Bank)
+migrate = Migrate(app, db)
+"""
+TABLES = {"bank_events", "bank_snapshots", "bank_tracking"}
+
+
+def flask(folder: Path, uri: str, *arguments: str, **environment: str) -> str:
+    """Run a command of the app in a folder and return what it prints."""
+    env = {**os.environ, "TEST_URI": uri, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", "flask", "--app", "bank", *arguments]
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an app in it."""
+    found = {point.value for point in entry_points(group="alembic.plugins")}
+    assert PLUGIN in found, "install the package: pip install -e ."
+    (tmp_path / "bank.py").write_text(APP)
+    return tmp_path
+
+
+def inspect(uri: str, schema: str | None = None) -> set[str]:
+    """Return the tables of a database."""
+    engine = sa.create_engine(uri, poolclass=sa.NullPool)
+    return set(sa.inspect(engine).get_table_names(schema=schema)) - {"alembic_version"}
+
+
+@on_files
+def test_autogenerate_creates_the_tables_and_then_finds_nothing(uri: str, folder: Path) -> None:
+    """The first autogenerate creates the three tables, runs as it was generated, and the second finds nothing."""
+    flask(folder, uri, "db", "init")
+    flask(folder, uri, "db", "migrate", "-m", "first")
+    versions = folder / "migrations" / "versions"
+    (generated,) = versions.glob("*_first.py")
+    text = generated.read_text()
+    assert text.count("op.create_table(") == 3
+    assert inspect(uri) == set()
+    flask(folder, uri, "db", "upgrade")
+    assert inspect(uri) == TABLES
+    assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second")
+    assert list(versions.glob("*.py")) == [generated]
+    assert "ok" in flask(folder, uri, "eventsourcing", "check")
+    flask(folder, uri, "db", "check")
+    flask(folder, uri, "db", "downgrade", "base")
+    assert inspect(uri) == set()
+
+
+@on_files
+def test_tables_of_init_db_need_no_migration(uri: str, folder: Path) -> None:
+    """Tables that ``flask eventsourcing init-db`` created are those that the migration would create."""
+    flask(folder, uri, "db", "init")
+    flask(folder, uri, "eventsourcing", "init-db")
+    output = flask(folder, uri, "db", "migrate", "-m", "first")
+    assert "No changes in schema detected" in output
+
+
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_text_ids_settle_too(uri: str, folder: Path) -> None:
+    """With text ids, too, the second autogenerate finds nothing."""
+    text_ids = {"FLASK_EVENTSOURCING_ORIGINATOR_ID_TYPE": '"text"'}
+    flask(folder, uri, "db", "init")
+    flask(folder, uri, "db", "migrate", "-m", "first", **text_ids)
+    flask(folder, uri, "db", "upgrade", **text_ids)
+    assert inspect(uri) == TABLES
+    assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second", **text_ids)

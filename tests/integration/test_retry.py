@@ -1,0 +1,180 @@
+"""``@es.retry_on_conflict``."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+from eventsourcing.persistence import IntegrityError
+
+from flask_eventsourcing import ConfigurationError
+from tests.bank import Site, in_threads
+from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_files
+
+
+class Unlucky:
+    """A unit of work that is overtaken by another request, a number of times."""
+
+    def __init__(self, site: Site, times: int) -> None:
+        self.site = site
+        self.times = times
+        self.tries = 0
+        self.account_id: UUID = site.opened()
+
+    def __call__(self, amount: int = 100) -> int:
+        """Read, be overtaken, save, and add a note that tells the try."""
+        self.tries += 1
+        account = self.site.bank.account(self.account_id)
+        account.deposit(amount)
+        self.site.note(f"try {self.tries}")
+        if self.tries <= self.times:
+            self.site.db.session.rollback()
+            self.site.elsewhere(lambda: self.site.bank.deposit(self.account_id, 1))
+            self.site.note(f"try {self.tries}")
+        self.site.bank.save(account)
+        return self.tries
+
+
+def notes(site: Site) -> list[str]:
+    """Return the texts of the notes."""
+    with site.app.app_context():
+        return [note.text for note in site.db.session.query(site.Note).order_by(site.Note.id)]
+
+
+@pytest.mark.parametrize("conflicts", [0, 1, 3])
+def test_whole_unit_is_run_again(site: Site, conflicts: int) -> None:
+    """After a conflict the whole unit is run again, on the new state; rows of earlier tries are not stored."""
+    work = Unlucky(site, conflicts)
+    with site.app.app_context():
+        assert site.es.retry_on_conflict(work)(amount=100) == conflicts + 1
+    assert site.balance(work.account_id) == 100 + conflicts
+    assert notes(site) == [f"try {conflicts + 1}"]
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_gives_up_with_the_conflict(site: Site, times: int) -> None:
+    """After so many retries the last conflict is raised, and nothing of the unit is stored."""
+    work = Unlucky(site, 10)
+    with site.app.app_context(), pytest.raises(IntegrityError):
+        site.es.retry_on_conflict(times=times)(work)()
+    assert work.tries == times + 1
+    assert notes(site) == []
+    assert site.balance(work.account_id) == times + 1
+
+
+def test_other_errors_are_not_retried(site: Site) -> None:
+    """Any other error passes at once, and rolls back."""
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        site.bank.open_account()
+        raise KeyError
+
+    with site.app.app_context(), pytest.raises(KeyError):
+        site.es.retry_on_conflict(work)()
+    assert len(tries) == 1
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("times", [-1, 1.5, "3", None, True])
+def test_bad_number_of_times_is_refused(site: Site, times: Any) -> None:
+    """A number of retries that is none is refused when the function is decorated."""
+    with pytest.raises(ConfigurationError, match=r"retry_on_conflict\(times=…\) takes a whole number"):
+        site.es.retry_on_conflict(times=times)(lambda: None)
+
+
+def test_nested_unit_is_left_to_the_outermost(site: Site) -> None:
+    """Within another unit of work, the outermost is run again, as only the whole can be."""
+    work = Unlucky(site, 2)
+    outer_tries: list[int] = []
+    inner = site.es.retry_on_conflict(times=5)(work)
+
+    @site.es.retry_on_conflict(times=5)
+    def outer() -> int:
+        outer_tries.append(1)
+        return inner()
+
+    with site.app.app_context():
+        assert outer() == 3
+    assert len(outer_tries) == 3
+    assert site.balance(work.account_id) == 102
+
+
+def test_within_a_plain_transaction_the_conflict_passes(site: Site) -> None:
+    """Within ``transaction()`` nothing can be run again: the conflict passes through."""
+    work = Unlucky(site, 1)
+    with site.app.app_context(), pytest.raises(IntegrityError), site.es.transaction():
+        site.es.retry_on_conflict(times=5)(work)()
+    assert work.tries == 1
+
+
+@pytest.mark.parametrize("before", ["event", "row"])
+def test_work_before_the_unit_is_never_lost(site: Site, before: str) -> None:
+    """Where something was saved before the unit, a conflict passes at once: a next try would go on without that."""
+    work = Unlucky(site, 0)
+    with site.app.app_context():
+        stale = site.bank.account(work.account_id)
+        stale.deposit(1000)
+        site.db.session.rollback()
+        site.elsewhere(lambda: site.bank.deposit(work.account_id, 1))
+        if before == "event":
+            site.bank.open_account()
+        else:
+            site.note("before")
+        tries: list[int] = []
+
+        @site.es.retry_on_conflict(times=3)
+        def unit() -> None:
+            tries.append(1)
+            site.bank.save(stale)
+
+        with pytest.raises(IntegrityError):
+            unit()
+        assert len(tries) == 1
+    assert site.stored() == (2, 0)
+
+
+def test_view_is_run_again_and_keeps_its_name(site: Site) -> None:
+    """Above a view the decorator gives one transaction, committed when the view returns, and run again whole."""
+    work = Unlucky(site, 1)
+
+    @site.es.retry_on_conflict(times=3)
+    def deposit() -> tuple[str, int]:
+        """Deposit."""
+        return f"try {work()}", 201
+
+    answer = site.answer(deposit)
+    assert (answer.status_code, answer.text) == (201, "try 2")
+    assert (deposit.__name__, deposit.__doc__) == ("deposit", "Deposit.")
+    assert site.balance(work.account_id) == 101
+
+
+@pytest.mark.parametrize("mode", ["request", "save"])
+def test_works_in_the_other_commit_modes(new_site: MakeSite, mode: str) -> None:
+    """In every commit mode a conflict runs the unit again."""
+    site = new_site(EVENTSOURCING_COMMIT=mode)
+    work = Unlucky(site, 2)
+    assert site.answer(site.es.retry_on_conflict(lambda: str(work()))).text == "3"
+    assert site.balance(work.account_id) == 102
+    assert notes(site) == ["try 3"]
+
+
+@on_files
+def test_hot_aggregate_loses_no_update(site: Site) -> None:
+    """Many clients on one account all succeed with few retries, because after a conflict they queue."""
+    account_id = site.opened()
+
+    @site.es.retry_on_conflict(times=10)
+    def view() -> str:
+        site.bank.deposit(account_id, 1)
+        return "done"
+
+    def client() -> None:
+        for _ in range(10):
+            assert site.answer(view).status_code == 200
+
+    in_threads([client] * 6)
+    assert site.balance(account_id) == 60

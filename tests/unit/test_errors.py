@@ -1,0 +1,132 @@
+"""Errors: SQLAlchemy's become the library's, and ours explain themselves."""
+
+from __future__ import annotations
+
+import inspect
+import sqlite3
+from typing import Any
+
+import pytest
+from eventsourcing import persistence
+from sqlalchemy import exc
+
+from flask_eventsourcing import exceptions
+from flask_eventsourcing.exceptions import FlaskEventSourcingError, MissingTableError
+from flask_eventsourcing.persistence.errors import (
+    is_conflict,
+    is_serialization_failure,
+    translate,
+    translated,
+)
+
+OURS = [cls for _, cls in inspect.getmembers(exceptions, inspect.isclass) if issubclass(cls, FlaskEventSourcingError)]
+
+
+class DriverError(Exception):
+    """An error of a driver with a SQLSTATE, as psycopg and psycopg2 have it."""
+
+    def __init__(self, text: str = "failed", sqlstate: str | None = None, pgcode: str | None = None) -> None:
+        super().__init__(text)
+        self.sqlstate = sqlstate
+        self.pgcode = pgcode
+
+
+def wrapped(cls: type[exc.DBAPIError], driver_error: BaseException) -> exc.DBAPIError:
+    """Return SQLAlchemy's error around a driver's."""
+    return cls("SELECT 1", {}, driver_error)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "library"),
+    [
+        (exc.IntegrityError, persistence.IntegrityError),
+        (exc.DataError, persistence.DataError),
+        (exc.OperationalError, persistence.OperationalError),
+        (exc.InternalError, persistence.InternalError),
+        (exc.ProgrammingError, persistence.ProgrammingError),
+        (exc.NotSupportedError, persistence.NotSupportedError),
+        (exc.DatabaseError, persistence.DatabaseError),
+        (exc.InterfaceError, persistence.InterfaceError),
+    ],
+)
+def test_driver_errors_become_the_librarys(theirs: type[exc.DBAPIError], library: type[Exception]) -> None:
+    """Each kind of error of a driver is the library's error of that kind, with the driver's text."""
+    error = translate(wrapped(theirs, DriverError("it broke")))
+    assert type(error) is library
+    assert "it broke" in str(error)
+
+
+@pytest.mark.parametrize("theirs", [exc.TimeoutError("pool"), exc.PendingRollbackError("first roll back")])
+def test_sqlalchemys_own_errors_become_operational_ones(theirs: exc.SQLAlchemyError) -> None:
+    """An exhausted pool, or a session that needs a rollback, is the library's operational error."""
+    assert type(translate(theirs)) is persistence.OperationalError
+
+
+def test_any_other_error_is_still_the_librarys() -> None:
+    """An error of SQLAlchemy that has no counterpart is the library's most general one."""
+    assert type(translate(exc.ArgumentError("?"))) is persistence.PersistenceError
+
+
+@pytest.mark.parametrize(
+    ("driver_error", "conflict", "again"),
+    [
+        (DriverError(sqlstate="23505"), True, False),
+        (DriverError(pgcode="23505"), True, False),
+        (DriverError(sqlstate="40001"), True, True),
+        (DriverError(pgcode="40P01"), True, True),
+        (Exception(1062, "Duplicate entry"), True, False),
+        (Exception(1213, "Deadlock found"), True, True),
+        (DriverError(sqlstate="42P01"), False, False),
+        (Exception(), False, False),
+        (None, False, False),
+    ],
+)
+def test_conflicts_are_told_from_other_errors(driver_error: Any, conflict: bool, again: bool) -> None:
+    """A duplicate key, a deadlock and a failed serialisation are conflicts; the last two concern the whole unit."""
+    assert is_conflict(driver_error) is conflict
+    assert is_serialization_failure(driver_error) is again
+
+
+def test_deadlock_is_an_integrity_error() -> None:
+    """A deadlock, an operational error for drivers, is a conflict for users, so that it is retried."""
+    error = translate(wrapped(exc.OperationalError, DriverError("deadlock detected", sqlstate="40P01")))
+    assert isinstance(error, persistence.IntegrityError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no such table: bank_events",
+        'relation "bank_events" does not exist',
+        "(1146, \"Table 'bank_events' doesn't exist\")",
+    ],
+)
+def test_missing_table_says_which_and_what_to_run(text: str) -> None:
+    """On every database a missing table is named, with the commands that create it."""
+    error = translate(wrapped(exc.ProgrammingError, DriverError(text)))
+    assert isinstance(error, MissingTableError)
+    assert "'bank_events'" in str(error)
+    assert "flask eventsourcing init-db" in str(error)
+
+
+def test_context_manager_translates_and_keeps_the_cause() -> None:
+    """Within the context manager, SQLAlchemy's error becomes the library's and stays visible as the cause."""
+    original = wrapped(exc.OperationalError, sqlite3.OperationalError("disk I/O error"))
+    with pytest.raises(persistence.OperationalError, match="disk I/O error") as raised, translated:
+        raise original
+    assert raised.value.__cause__ is original
+
+
+def test_context_manager_leaves_other_errors_alone() -> None:
+    """An error that is not SQLAlchemy's passes as it is."""
+    with pytest.raises(KeyError), translated:
+        raise KeyError
+
+
+@pytest.mark.parametrize("cls", OURS)
+def test_every_error_explains_itself(cls: type[FlaskEventSourcingError]) -> None:
+    """An error raised without a message has its class's explanation as the message, in one line."""
+    text = str(cls())
+    assert len(text) > 20
+    assert "\n\n" not in text
+    assert str(cls("told otherwise")) == "told otherwise"

@@ -1,0 +1,210 @@
+"""One application in every process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flask_eventsourcing import lifecycle
+from flask_eventsourcing.exceptions import (
+    ApplicationConstructingError,
+    ApplicationInitializedError,
+    ApplicationNotInitializedError,
+    FlaskEventSourcingError,
+)
+from flask_eventsourcing.lifecycle import ApplicationSlot, close_application, get_application, init_application
+from tests.bank import in_threads
+
+
+class App:
+    """Stands for an application: notes how it was made and how often it was closed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments = args, kwargs
+        self.closed = 0
+
+    def close(self) -> None:
+        """Note that it was closed."""
+        self.closed += 1
+
+
+@pytest.fixture(autouse=True)
+def process_slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test a process without an application."""
+    monkeypatch.setattr(lifecycle, "_process_slot", ApplicationSlot())
+    yield
+    close_application()
+
+
+def test_init_returns_what_get_returns() -> None:
+    """The application is constructed with the arguments given, and everyone gets that one."""
+    application = init_application(App, 1, env={"A": "b"})
+    assert application.arguments == ((1,), {"env": {"A": "b"}})
+    assert get_application() is application
+    assert get_application() is application
+
+
+def test_init_twice_is_refused() -> None:
+    """A second initialisation is an error, and the first application stays."""
+    application = init_application(App)
+    with pytest.raises(ApplicationInitializedError, match="close_application"):
+        init_application(App)
+    assert get_application() is application
+
+
+def test_get_before_init_is_refused() -> None:
+    """Asking for the application before it was initialised is an error that says what to call."""
+    with pytest.raises(ApplicationNotInitializedError, match="init_application"):
+        get_application()
+
+
+def test_slot_without_constructor_cannot_be_initialised() -> None:
+    """A slot that was never told how to construct says so."""
+    with pytest.raises(ApplicationNotInitializedError):
+        ApplicationSlot[App]().init()
+
+
+@pytest.mark.parametrize(
+    "error", [ApplicationInitializedError, ApplicationNotInitializedError, ApplicationConstructingError]
+)
+def test_errors_are_assertion_errors(error: type[Exception]) -> None:
+    """Code that catches the classic pattern's ``AssertionError`` goes on working."""
+    assert issubclass(error, AssertionError)
+    assert issubclass(error, FlaskEventSourcingError)
+
+
+def test_close_is_idempotent() -> None:
+    """Closing twice, or before there is anything to close, does nothing more."""
+    close_application()
+    application = init_application(App)
+    close_application()
+    close_application()
+    assert application.closed == 1
+    with pytest.raises(ApplicationNotInitializedError):
+        get_application()
+
+
+def test_init_again_after_close() -> None:
+    """After closing there can be a new application, made with new arguments."""
+    first = init_application(App, 1)
+    close_application()
+    second = init_application(App, 2)
+    assert second is not first
+    assert get_application().arguments == ((2,), {})
+
+
+def test_application_without_close_is_let_go() -> None:
+    """An object that has no ``close`` can be held too."""
+    with ApplicationSlot(object) as slot:
+        first = slot.get()
+    assert slot.get() is not first
+
+
+def test_lazy_slot_constructs_at_the_first_get() -> None:
+    """A lazy slot constructs nothing until it is asked, and then once."""
+    made: list[App] = []
+
+    def construct() -> App:
+        made.append(App())
+        return made[-1]
+
+    slot = ApplicationSlot(construct)
+    assert made == []
+    assert slot.get() is slot.get()
+    assert slot.constructed
+    assert len(made) == 1
+
+
+def test_lazy_slot_keeps_its_constructor() -> None:
+    """A lazy slot that was initialised with another constructor returns to its own after closing."""
+    slot = ApplicationSlot(lambda: "lazy")
+    assert slot.init(lambda: "other") == "other"
+    assert slot.get() == "other"
+    slot.close()
+    assert slot.get() == "lazy"
+
+
+def test_racing_threads_construct_once() -> None:
+    """However many threads ask first, one application is constructed and all get that one."""
+    made: list[App] = []
+    got: list[App] = []
+
+    def construct() -> App:
+        time.sleep(0.05)
+        made.append(App())
+        return made[-1]
+
+    slot = ApplicationSlot(construct)
+    in_threads([lambda: got.append(slot.get())] * 16)
+    assert len(made) == 1
+    assert len(got) == 16
+    assert {id(application) for application in got} == {id(made[0])}
+
+
+def test_racing_initialisations_succeed_once() -> None:
+    """Of threads that initialise at the same time, one succeeds and the others are told."""
+    results: list[object] = []
+
+    def construct() -> App:
+        time.sleep(0.02)
+        return App()
+
+    def init() -> None:
+        try:
+            results.append(init_application(construct))
+        except ApplicationInitializedError as error:
+            results.append(error)
+
+    in_threads([init] * 8)
+    assert sum(isinstance(result, App) for result in results) == 1
+    assert sum(isinstance(result, ApplicationInitializedError) for result in results) == 7
+
+
+def test_racing_close_closes_once() -> None:
+    """Threads that close at the same time close one application once."""
+    application = init_application(App)
+    in_threads([close_application] * 8)
+    assert application.closed == 1
+
+
+def test_constructor_that_asks_for_its_application_is_told() -> None:
+    """A constructor that needs the very application it constructs gets an error, not a deadlock or a second one."""
+    with pytest.raises(ApplicationConstructingError):
+        init_application(get_application)
+    application = init_application(App)
+    assert get_application() is application
+
+
+def test_failed_construction_can_be_tried_again() -> None:
+    """If the constructor fails, its error passes, and the next try constructs."""
+    failures = [OSError("no database")]
+
+    def construct() -> App:
+        if failures:
+            raise failures.pop()
+        return App()
+
+    slot = ApplicationSlot(construct)
+    with pytest.raises(OSError, match="no database"):
+        slot.get()
+    assert not slot.constructed
+    assert slot.get().closed == 0
+
+
+def test_slot_is_a_context_manager() -> None:
+    """A slot closes its application at the end of a ``with`` block, on errors too."""
+    slot = ApplicationSlot(App)
+    applications: list[App] = []
+
+    def work() -> None:
+        with slot as entered:
+            assert entered is slot
+            applications.append(slot.get())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert [application.closed for application in applications] == [1]
