@@ -81,11 +81,17 @@ class Datastore:
         """
         dialect_for(engine, options)
 
-    def write(self, work: Callable[[Connection, SessionScope | None], T]) -> T:
-        """Call a function with a connection to write with: the session's, or one that is committed at the end."""
+    def write(self, work: Callable[[Connection, SessionScope | None], T], *, one_append: bool = False) -> T:
+        """Call a function with a connection to write with: the session's, or one that is committed at the end.
+
+        With *one_append* the function does no more than that, which may save the transaction's own round trips.
+        """
         scope = self.session_scope()
         with self.translated:
             if scope is None:
+                if one_append and self.dialect.appends_in_autocommit:
+                    with self.engine.connect() as connection:
+                        return work(connection.execution_options(isolation_level="AUTOCOMMIT"), None)
                 with self.engine.begin() as connection:
                     return work(connection, None)
             connection = scope.connection(self.engine)

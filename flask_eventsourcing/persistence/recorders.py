@@ -97,7 +97,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 scope.recorded(self.application_name, events, positions)
             return positions
 
-        return self.datastore.write(append)
+        return self.datastore.write(append, one_append=tracking is None)
 
     def _write(
         self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool

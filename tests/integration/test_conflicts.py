@@ -64,11 +64,14 @@ def test_none_of_several_events_stays(site: Site) -> None:
 
 
 @pytest.mark.parametrize("uri", ["sqlite-file", "sqlite-memory", "mariadb"], indirect=True)
-def test_caught_conflict_leaves_none_of_its_save(site: Site) -> None:
+@pytest.mark.parametrize("events", [1, 2000])
+def test_caught_conflict_leaves_none_of_its_save(site: Site, events: int) -> None:
     """Where the database lets go on after a caught conflict, none of that save's events is stored, and the rest is."""
     with site.app.app_context():
         _, stale = beaten(site)
         fresh = Account("Bob")
+        for _ in range(events - 1):
+            fresh.deposit(1)
         site.note()
         with pytest.raises(IntegrityError):
             _save(site, fresh, stale)

@@ -124,6 +124,21 @@ def test_several_aggregates_in_one_save(site: Site) -> None:
         assert [n.originator_id for n in log] == [a.id for a in accounts for _ in range(2)]
 
 
+def test_large_save(site: Site) -> None:
+    """A save of very many events is one, too: contiguous in the log, and all of it or nothing."""
+    with site.app.app_context():
+        account = Account("Ada")
+        for _ in range(2999):
+            account.deposit(1)
+        positions = [recording.notification.id for recording in site.bank.save(account)]
+        assert positions == list(range(positions[0], positions[0] + 3000))
+        site.db.session.rollback()
+        assert site.stored() == (0, 0)
+        site.bank.open_account("Bob")
+        site.db.session.commit()
+    assert site.stored() == (1, 0)
+
+
 def test_two_commits_in_one_request(site: Site) -> None:
     """A view may commit several times; each time what was saved so far is stored."""
 

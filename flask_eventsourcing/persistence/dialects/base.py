@@ -68,6 +68,8 @@ class Dialect(Driver, ABC):
 
     aborts_transactions = False
     """Whether an error makes the database refuse all but a rollback."""
+    appends_in_autocommit = False
+    """Whether one append is one statement, so that it needs no transaction around it."""
     reads_in_autocommit = False
     """Whether reads outside a session are to run without a transaction."""
 

@@ -98,7 +98,8 @@ class Driver:
             self.after(connection)
 
     def _is_watched(self, connection: Connection) -> bool:
-        events = connection.dispatch
+        # A connection without listeners of its own has those of its engine; to ask it would make it copy them.
+        events = connection.dispatch if "dispatch" in connection.__dict__ else connection.engine.dispatch
         before, after = self.own_listeners
         return (
             len(events.before_cursor_execute) > before

@@ -14,10 +14,10 @@ from typing import Any
 from uuid import UUID
 
 from eventsourcing.persistence import StoredEvent
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError
-from .base import Dialect, EventTable, FrozenSnapshotError
+from .base import Dialect, DialectOptions, EventTable, FrozenSnapshotError
 from .waiting import ListenWaiter, Waiter
 
 FLOOR_BITS = 48
@@ -87,6 +87,11 @@ class PostgreSQLDialect(Dialect):
     aborts_transactions = True
     reads_in_autocommit = True
 
+    def __init__(self, engine: Engine, options: DialectOptions) -> None:
+        super().__init__(engine, options)
+        # The table's lock needs a transaction.
+        self.appends_in_autocommit = options.postgres_order == "floor"
+
     def encode_id(self, originator_id: UUID | str) -> Any:
         """Ids go as text, which every driver takes; the statement casts them."""
         return str(originator_id)
@@ -119,7 +124,8 @@ class PostgreSQLDialect(Dialect):
         self, connection: Connection, table: EventTable, statement: str, events: Sequence[StoredEvent], floor: _Floor
     ) -> int:
         columns = [list(column) for column in zip(*(self.parameters(event) for event in events), strict=True)]
-        for _ in range(BLOCK_TRIES):
+        tries = BLOCK_TRIES if connection.in_transaction() else BLOCK_TRIES * 100
+        for _ in range(tries):
             first, floor.position = self.fetch(connection, statement, (floor.position, len(events), *columns))[0]
             if first is not None:
                 return int(first)

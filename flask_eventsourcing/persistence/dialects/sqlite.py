@@ -31,6 +31,8 @@ from .base import Dialect, EventTable
 WRITES = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(INSERT|UPDATE|DELETE|REPLACE|SAVEPOINT|WITH)\b", re.I | re.S)
 INSERTS_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 IMMEDIATE = "BEGIN IMMEDIATE"
+ROWS_AT_ONCE = 200
+"""Rows of one statement: SQLite before 3.32 takes 999 parameters."""
 
 
 def writes(statement: str) -> bool:
@@ -214,29 +216,40 @@ class SQLiteDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        statement = self.insert_statement(table)
-        if len(events) == 1:
-            return [self.modify(connection, statement, self.parameters(events[0])).lastrowid]
-        self.insert(connection, table, events)
-        last: int = self.fetch(connection, "SELECT last_insert_rowid()")[0][0]
+        last = self._insert_rows(connection, table, events)
         return list(range(last - len(events) + 1, last + 1))
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
-        """Insert events, all or none of them: a failed row would leave those before it in the transaction."""
-        statement = self.insert_statement(table)
-        if len(events) == 1:
-            self.modify(connection, statement, self.parameters(events[0]))
-            return
+        """Insert events that have no position, all or none of them."""
+        self._insert_rows(connection, table, events)
+
+    def _insert_rows(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> int:
+        if len(events) <= ROWS_AT_ONCE:
+            return self._insert_chunk(connection, table, events)
+        # One statement is all or nothing; several need a savepoint to be so.
+        last = 0
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         try:
-            encode = self.encode_id
-            rows = [(encode(e.originator_id), e.originator_version, e.topic, e.state) for e in events]
-            self.modify_many(connection, statement, rows)
+            for start in range(0, len(events), ROWS_AT_ONCE):
+                last = self._insert_chunk(connection, table, events[start : start + ROWS_AT_ONCE])
         except BaseException:
             self.modify(connection, "ROLLBACK TO flask_eventsourcing")
             raise
         finally:
             self.modify(connection, "RELEASE flask_eventsourcing")
+        return last
+
+    def _insert_chunk(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> int:
+        statement = self.insert_statement(table) + ", (?, ?, ?, ?)" * (len(events) - 1)
+        parameters: list[Any] = []
+        for event in events:
+            parameters += (
+                self.encode_id(event.originator_id),
+                event.originator_version,
+                event.topic,
+                event.state,
+            )
+        return int(self.modify(connection, statement, parameters).lastrowid)
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Begin the write transaction now: it is the only queue that SQLite has."""

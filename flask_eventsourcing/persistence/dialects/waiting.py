@@ -86,11 +86,15 @@ class ListenWaiter(Waiter):
         fairy = self._engine.raw_connection()
         driver: Any = fairy.driver_connection
         fairy.detach()
-        driver.autocommit = True
-        cursor = driver.cursor()
-        channel = self._engine.dialect.identifier_preparer.quote_identifier(self._channel)
-        cursor.execute(f"LISTEN {channel}")
-        cursor.close()
+        try:
+            driver.autocommit = True
+            cursor = driver.cursor()
+            channel = self._engine.dialect.identifier_preparer.quote_identifier(self._channel)
+            cursor.execute(f"LISTEN {channel}")
+            cursor.close()
+        except BaseException:
+            driver.close()
+            raise
         return driver
 
     def _receive(self, seconds: float) -> bool:
