@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -160,6 +160,25 @@ def test_works_in_the_other_commit_modes(new_site: MakeSite, mode: str) -> None:
     assert site.answer(site.es.retry_on_conflict(lambda: str(work()))).text == "3"
     assert site.balance(work.account_id) == 102
     assert notes(site) == ["try 3"]
+
+
+def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
+    """A unit never begins to wait for an aggregate in the midst of reading it, where it would hold the cache's lock."""
+    account_id = site.opened()
+    binding = site.app.extensions["eventsourcing"].binding
+    queued: list[int] = []
+
+    @site.es.retry_on_conflict
+    def unit() -> None:
+        site.bank.account(account_id)
+        binding.hot.heat((cast(Any, site.bank.recorder).events_table.name, account_id))
+        site.bank.account(account_id)
+        queued.append(len(binding.scope().queued))
+
+    with site.app.app_context():
+        unit()
+        unit()
+    assert queued == [0, 1]
 
 
 @on_files

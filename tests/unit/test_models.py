@@ -33,7 +33,7 @@ def bare(*bases: type[Any]) -> Callable[[], Any]:
     return lambda: types.new_class("Base", bases, {}, lambda body: body.update(__module__=__name__))
 
 
-BASES: dict[str, Callable[[], Any]] = {
+CANDIDATES: dict[str, Callable[[], Any]] = {
     "Model": lambda: Model,
     "subclass of Model": lambda: OwnModel,
     "DeclarativeBase": bare(orm.DeclarativeBase),
@@ -44,6 +44,23 @@ BASES: dict[str, Callable[[], Any]] = {
     "MappedAsDataclass, DeclarativeBaseNoMeta": bare(orm.MappedAsDataclass, orm.DeclarativeBaseNoMeta),
     "declarative_base()": orm.declarative_base,
 }
+
+
+def is_accepted(make: Callable[[], Any]) -> bool:
+    """Whether Flask-SQLAlchemy itself takes a base; 3.1.1 takes no dataclasses with SQLAlchemy 2.1."""
+    try:
+        SQLAlchemy(model_class=make())
+    except sa.exc.InvalidRequestError:
+        return False
+    return True
+
+
+BASES = {name: make for name, make in CANDIDATES.items() if is_accepted(make)}
+
+
+def test_enough_bases_are_accepted() -> None:
+    """The bases without dataclasses are accepted by every Flask-SQLAlchemy, so that the tests below mean something."""
+    assert {name for name in CANDIDATES if "Dataclass" not in name} <= set(BASES)
 
 
 @pytest.fixture(params=BASES)
