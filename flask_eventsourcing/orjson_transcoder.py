@@ -13,6 +13,7 @@ import orjson
 from eventsourcing.persistence import JSONTranscoder
 
 _PLAIN = frozenset({str, bool, type(None)})
+_NUMBERS = frozenset({int, float})
 _LARGEST = 2**63 - 1
 # orjson reads larger integers as floats.
 _LARGE_NUMBER = re.compile(rb"\d{18}")
@@ -65,11 +66,9 @@ class OrjsonTranscoder(JSONTranscoder):
             return prepared
         if kind is list or kind is tuple:
             return [self._prepare(item) for item in value]
-        if kind is int or kind is float:
-            # NaN and the infinities fail the comparison too.
-            if -_LARGEST <= value <= _LARGEST:
-                return value
-            raise _NotForOrjsonError
+        # NaN and the infinities fail the comparison too.
+        if kind in _NUMBERS and -_LARGEST <= value <= _LARGEST:
+            return value
         transcoding = self.types.get(kind)
         if transcoding is None:
             raise _NotForOrjsonError

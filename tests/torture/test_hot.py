@@ -53,7 +53,7 @@ def change_one_aggregate(url: str, units: int) -> int:
         list(executor.map(client, range(CLIENTS)))
     with app.app_context():
         stored = db.session.scalars(sa.select(sa.func.count()).select_from(es.StoredEvent)).one()
-        db.engine.dispose()
+    es.close(app)
     return stored - 1
 
 

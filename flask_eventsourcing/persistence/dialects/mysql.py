@@ -17,10 +17,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent, Tracking
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
-from .base import Dialect, EventTable
+from .base import Dialect, DialectOptions, EventTable
 
 ORDER = "__order__"
 ROWS_AT_ONCE = 500
@@ -34,6 +34,10 @@ class MySQLDialect(Dialect):
 
     aborts_transactions = True
     reads_in_autocommit = True
+
+    def __init__(self, engine: Engine, options: DialectOptions) -> None:
+        super().__init__(engine, options)
+        self._counters: set[str] = set()
 
     def prepare_engine(self) -> None:
         """Limit how long a lock is waited for, on each new connection."""
@@ -77,20 +81,33 @@ class MySQLDialect(Dialect):
 
     def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
         counter = self._counter(table)
+        if counter not in self._counters:
+            self._ensure_counter(connection, table, counter)
         update = (
             f"UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) WHERE application_name = %s"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
-            # The first append to this table, or to one that another package has written.
-            self.modify(
-                connection,
-                f"INSERT IGNORE INTO {counter} (application_name, notification_id) "
-                f"SELECT %s, coalesce(max(notification_id), 0) FROM {table.name}",
-                (ORDER,),
-            )
+            # Somebody has emptied the table since.
+            self._counters.discard(counter)
+            self._ensure_counter(connection, table, counter)
             drawn = self.modify(connection, update, (count, ORDER))
         return int(drawn.lastrowid)
+
+    def _ensure_counter(self, connection: Connection, table: EventTable, counter: str) -> None:
+        # A locking statement that looks for a missing row would lock the gap where others insert theirs, and a plain
+        # INSERT of an existing row would share a lock that all then want for themselves: both end in deadlocks.
+        if self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s", (ORDER,)):
+            self._counters.add(counter)
+            return
+        # It begins where a table that another package has written ends.
+        last = self.fetch(connection, f"SELECT coalesce(max(notification_id), 0) FROM {table.name}")[0][0]
+        self.modify(
+            connection,
+            f"INSERT INTO {counter} (application_name, notification_id) VALUES (%s, %s) "
+            "ON DUPLICATE KEY UPDATE notification_id = notification_id",
+            (ORDER, last),
+        )
 
     def _counter(self, table: EventTable) -> str:
         if table.counter is None:
@@ -103,10 +120,15 @@ class MySQLDialect(Dialect):
         :raises IntegrityError: when it is not.
         """
         name = self.engine.dialect.identifier_preparer.format_table(table)
-        update = f"UPDATE {name} SET notification_id = %s WHERE application_name = %s AND notification_id < %s"
         position, application_name = tracking.notification_id, tracking.application_name
-        if self.modify(connection, update, (position, application_name, position)).rowcount:
-            return
+        key = f"{name} {application_name}"
+        select = f"SELECT 1 FROM {name} WHERE application_name = %s"
+        # As for the counting row: no locking statement is to look for a row that is not there.
+        if key in self._counters or self.fetch(connection, select, (application_name,)):
+            self._counters.add(key)
+            update = f"UPDATE {name} SET notification_id = %s WHERE application_name = %s AND notification_id < %s"
+            if self.modify(connection, update, (position, application_name, position)).rowcount:
+                return
         insert = f"INSERT INTO {name} (application_name, notification_id) VALUES (%s, %s)"
         try:
             self.modify(connection, insert, (application_name, position))
