@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -183,6 +184,17 @@ def start_postgres(folder: Path) -> Server:
     if pid is None:
         raise RuntimeError(f"PostgreSQL did not start; its log is {folder / 'log'}")
     return Server(_with_driver(server.get_uri(), "postgresql+psycopg"), Process.of(pid), signal.SIGINT)
+
+
+def forget_killed_connections() -> None:
+    """Collect the driver's objects of connections that the server ended.
+
+    SQLAlchemy does not close a connection that is ended while it is being set up, and psycopg warns of that whenever its
+    object is collected, in some later test.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def restart_postgres(server: Server) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.models import make_models
 from flask_eventsourcing.persistence import Datastore, DialectOptions, SQLAlchemyApplicationRecorder
-from tests.servers import ServerFolder, restart_postgres, start_postgres
+from tests.servers import ServerFolder, forget_killed_connections, restart_postgres, start_postgres
 
 PATIENCE = 20
 ALL = ["sqlite", "postgres_url", "psycopg2", "polling", "mariadb_url"]
@@ -40,6 +40,7 @@ def recorder_on(url: str, *, notify: bool = True) -> Iterator[SQLAlchemyApplicat
         datastore, models.tables["events"], "Followed", tracking_table=models.tables["tracking"]
     )
     engine.dispose()
+    forget_killed_connections()
 
 
 @pytest.fixture

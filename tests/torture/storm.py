@@ -18,6 +18,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.persistence import SQLAlchemyApplicationRecorder
+from tests.servers import forget_killed_connections
 
 WRITERS = 32
 LONGEST_PAUSE = 0.02
@@ -230,3 +231,4 @@ def scene(
     finally:
         made.es.close()
         made.engine.dispose()
+        forget_killed_connections()
