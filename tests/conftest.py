@@ -82,6 +82,14 @@ def postgres_url(postgres_server_url: str) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def pgbouncer_url(server_folder: ServerFolder, postgres_url: str) -> Iterator[str]:
+    """A new PostgreSQL database, behind a PgBouncer in transaction mode."""
+    require(servers.has_program("pgbouncer"), "PgBouncer", "apt-get install pgbouncer")
+    with server_folder.private("pgbouncer", lambda folder: servers.start_pgbouncer(folder, postgres_url)) as server:
+        yield server.url
+
+
 @pytest.fixture(scope="session")
 def mariadb_server_url(server_folder: ServerFolder) -> str:
     """A database on the run's MariaDB server, for a user who may create others."""

@@ -189,8 +189,8 @@ def start_postgres(folder: Path) -> Server:
 def forget_killed_connections() -> None:
     """Collect the driver's objects of connections that the server ended.
 
-    SQLAlchemy does not close a connection that is ended while it is being set up, and psycopg warns of that whenever its
-    object is collected, in some later test.
+    SQLAlchemy does not close a connection that is ended while it is being set up, and psycopg warns of that whenever
+    its object is collected, in some later test.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -210,6 +210,29 @@ def restart_postgres(server: Server) -> None:
     if pid is None:
         raise RuntimeError(f"PostgreSQL did not start again; its log is {folder / 'log'}")
     server.process = Process.of(pid)
+
+
+def start_pgbouncer(folder: Path, postgres_url: str) -> Server:
+    """Start a PgBouncer in transaction mode before a PostgreSQL database, with fewer connections than clients."""
+    port = free_port()
+    url = sa.make_url(postgres_url)
+    settings = folder / "pgbouncer.ini"
+    users = folder / "users.txt"
+    users.write_text(f'"{url.username}" ""\n')
+    host = str(url.query.get("host") or url.host)
+    settings.write_text(
+        f"[databases]\n{url.database} = host={host} port={url.port or 5432} dbname={url.database} user={url.username}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        f"auth_file = {users}\npool_mode = transaction\ndefault_pool_size = 12\nmax_client_conn = 200\n"
+    )
+    command = [_program("pgbouncer") or "", str(settings)]
+    if os.geteuid() == 0:
+        # PgBouncer refuses to run as root, and the folder of PostgreSQL's socket is its owner's only.
+        command[1:1] = ["-u", Path(host).owner() if host.startswith("/") else "nobody"]
+    process = _spawn(command, folder / "log")
+    address = f"postgresql+psycopg://{url.username}@127.0.0.1:{port}/{url.database}"
+    _wait(lambda: _connects(address), process, folder / "log")
+    return Server(address, Process.of(process.pid), signal.SIGINT)
 
 
 def start_mariadb(folder: Path) -> Server:

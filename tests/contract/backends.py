@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,7 +54,11 @@ class OnBackend:
         monkeypatch.setenv("PERSISTENCE_MODULE", "flask_eventsourcing.persistence")
         monkeypatch.setenv("SQLALCHEMY_DATABASE_URI", self.url)
         monkeypatch.setenv("CREATE_TABLE", "y")
+        before = set(threading.enumerate())
         yield
+        for thread in set(threading.enumerate()) - before:
+            # Some of the library's tests leave their readers to end by themselves.
+            thread.join(10)
         for engine in self.engines:
             engine.dispose()
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -68,9 +69,16 @@ class Scene:
     """A Flask app on a database, and the threads that work on it."""
 
     def __init__(
-        self, url: str, seconds: float, longest_pause: float, unprotected: Callable[[EventSourcing], None] | None
+        self,
+        url: str,
+        seconds: float,
+        longest_pause: float,
+        unprotected: Callable[[EventSourcing], None] | None,
+        engine_options: dict[str, Any],
+        kills: bool,
     ) -> None:
         self.longest_pause = longest_pause
+        self.kills = kills
         self.storm = Storm()
         self.stop = threading.Event()
         self.calm = threading.Event()
@@ -78,7 +86,7 @@ class Scene:
         self.shared = [uuid4() for _ in range(4)]
         self.app = Flask("storm")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = url
-        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": WRITERS + 8, "max_overflow": 8}
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": WRITERS + 8, "max_overflow": 8, **engine_options}
         self.db = SQLAlchemy(self.app)
         self.es = EventSourcing(self.app, db=self.db, application=Bank)
         with self.app.app_context():
@@ -176,7 +184,7 @@ class Scene:
         jobs: list[threading.Thread] = [threading.Thread(target=self.write, args=(n,)) for n in range(WRITERS)]
         readers = [threading.Thread(target=self.read, args=(f"reader {n}",)) for n in range(2)]
         readers.append(threading.Thread(target=self.subscribe, args=("subscriber",)))
-        if self.engine.dialect.name in VICTIMS:
+        if self.kills:
             jobs.append(threading.Thread(target=self.kill))
         for thread in [*jobs, *readers]:
             thread.start()
@@ -223,9 +231,11 @@ def scene(
     *,
     longest_pause: float = LONGEST_PAUSE,
     unprotected: Callable[[EventSourcing], None] | None = None,
+    engine_options: dict[str, Any] | None = None,
+    kills: bool = True,
 ) -> Iterator[Scene]:
     """A scene, whose connections are closed at the end."""
-    made = Scene(url, seconds, longest_pause, unprotected)
+    made = Scene(url, seconds, longest_pause, unprotected, engine_options or {}, kills)
     try:
         yield made
     finally:
