@@ -86,6 +86,7 @@ class SessionBinding:
                 raise RollbackOnlyError
             self.commit(unit.session)
         except BaseException:
+            # Ctrl-C and the end of a greenlet too must leave no transaction open.
             roll_back(unit.session)
             raise
         finally:
@@ -133,6 +134,7 @@ def _joined(unit: UnitOfWork) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # Whatever it was, the outer unit must not commit half of this one.
         unit.rollback_only = True
         raise
     finally:

@@ -14,6 +14,7 @@ PREFIX = "EVENTSOURCING_"
 CommitMode = Literal["explicit", "request", "save"]
 OriginatorIdType = Literal["uuid", "text"]
 PostgresOrder = Literal["floor", "table-lock"]
+ProjectionLock = Literal["database", "lease"]
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
@@ -79,6 +80,7 @@ class Config:
     postgres_order: PostgresOrder = field(default="floor", metadata=_checked(_one_of("floor", "table-lock")))
     postgres_notify: bool = field(default=True, metadata=_checked(_boolean))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
+    projection_lock: ProjectionLock = field(default="database", metadata=_checked(_one_of("database", "lease")))
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> Config:

@@ -61,3 +61,23 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
 
 class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
     """Another writer held the database longer than EVENTSOURCING_LOCK_TIMEOUT seconds."""
+
+
+class HandlerError(FlaskEventSourcingError):
+    """A handler of a projection did what it must not do."""
+
+
+class ProjectionHaltedError(FlaskEventSourcingError):
+    """A projection stands before an event that it cannot apply: mend its handler, and run it again."""
+
+
+class ProjectionBusyError(FlaskEventSourcingError):
+    """Another process has the projection in its hands now."""
+
+
+class RebuildError(FlaskEventSourcingError):
+    """A projection cannot be rebuilt."""
+
+
+class DeadLetterError(FlaskEventSourcingError):
+    """There is no such dead letter."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -18,17 +17,24 @@ from sqlalchemy import orm
 from . import guard, session
 from .binding import SessionBinding
 from .cli import group
-from .config import Config, OriginatorIdType
+from .config import Config
 from .databases import Database
 from .exceptions import ConfigurationError
-from .models import Models, make_models
+from .models import Models
 from .persistence import Datastore, DialectOptions
-from .persistence.forks import drop_inherited_connections
+from .projections import ModelProjection
+from .projections.consumers import ProjectionHost
+from .projections.registry import BoundProjections, Registrations
+from .projections.status import Health, status_of
+from .projections.waiting import wait_for
+from .records import RecordClasses
 from .state import EXTENSION, EventSourcingState, current_state, publisher, state_of
+from .undo import untouched_on_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
+J = TypeVar("J", bound=ModelProjection)
 
 DEFAULT_URI = "sqlite:///eventsourcing.db"
 
@@ -65,14 +71,14 @@ class EventSourcing:
     ) -> None:
         self._database = None if db is None else Database(db)
         self._classes: list[type[Application[Any]]] = []
-        self._own_models = {
+        own_models = {
             "stored_event_model": stored_event_model,
             "snapshot_model": snapshot_model,
             "tracking_model": tracking_model,
         }
-        self._model_class = model_class
+        self._records = RecordClasses(own_models, model_class)
+        self._registrations = Registrations()
         self._made_database: Database | None = None
-        self._models: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Models]]] = weakref.WeakKeyDictionary()
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         for application_class in (application, *applications) if application is not None else applications:
             self._add_class(application_class)
@@ -106,6 +112,44 @@ class EventSourcing:
                 )
         self._classes.append(application_class)
 
+    @overload
+    def projection(self, projection_class: type[J], /) -> type[J]: ...
+
+    @overload
+    def projection(self, /, *, of: type[Application[Any]] | None = None) -> Callable[[type[J]], type[J]]: ...
+
+    def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
+        """Register a projection, a subclass of ``ModelProjection``; a decorator, before or after :meth:`init_app`.
+
+        :param of: the application class whose events it follows; not needed where there is only one.
+        :raises ConfigurationError: when the class cannot be used; the message says why.
+        """
+
+        def decorate(decorated: type[J]) -> type[J]:
+            followed = self._followed(decorated, of)
+            bound = [state_of(app).projections for app in self._apps]
+            # All is checked before anything is registered.
+            for each in bound:
+                each.check(decorated)
+            registration = self._registrations.add(decorated, followed)
+            for each in bound:
+                each.add(registration)
+            return decorated
+
+        return decorate if projection_class is None else decorate(projection_class)
+
+    def _followed(self, projection_class: Any, of: Any) -> type[Application[Any]]:
+        if of is None and len(self._classes) == 1:
+            return self._classes[0]
+        if of not in self._classes:
+            names = ", ".join(cls.__qualname__ for cls in self._classes) or "none"
+            raise ConfigurationError(
+                f"Projection {projection_class!r}: of={of!r} is not a registered application class "
+                f"(registered: {names})."
+            )
+        followed: type[Application[Any]] = of
+        return followed
+
     # ------------------------------------------------------------------------------------------------- registering
 
     def init_app(self, app: Flask) -> None:
@@ -127,7 +171,7 @@ class EventSourcing:
                 "There is no application class: pass EventSourcing(application=…) or use @es.register."
             )
         config = Config.from_mapping(app.config)
-        with _untouched_on_error(app):
+        with untouched_on_error(app):
             database = self._database or self._find_database(app)
             state = self._make_state(app, database, config)
             guard.install(app)
@@ -156,7 +200,7 @@ class EventSourcing:
         if config.schema is not None and engine.dialect.name == "sqlite":
             raise ConfigurationError("EVENTSOURCING_SCHEMA is set, but SQLite has no schemas: remove it.")
         Datastore.check(engine, options)
-        models = self._make_models(database, config)
+        models = self._records.make(database, self._classes, config)
         binding = SessionBinding(
             app,
             database,
@@ -169,41 +213,27 @@ class EventSourcing:
         datastore = Datastore(engine, options, session_scope=binding.scope, models=models)
         binding.datastore = datastore
         session.listen(database.session_factory(app))
-        for each in database.engines(app).values():
-            drop_inherited_connections(each)
-        state = EventSourcingState(app, database.extension, config, models, binding, datastore)
+        database.separate_processes(app)
+        projections = BoundProjections(
+            lambda of: self._make_host(state, database, of), database.table_checker(config.bind_key)
+        )
+        state = EventSourcingState(app, database.extension, config, models, binding, datastore, projections)
         for application_class in self._classes:
             state.add(application_class)
+        for registration in self._registrations.entries:
+            state.projections.add(registration)
         return state
 
-    def _make_models(self, database: Database, config: Config) -> dict[str, Models]:
-        made = self._models.setdefault(database.extension, {})
-        for number, application_class in enumerate(self._classes):
-            id_type = originator_id_type(application_class, config)
-            wanted = (id_type, config.schema, config.bind_key)
-            known = made.get(application_class.name)
-            if known is None:
-                models = make_models(
-                    self._base(database),
-                    application_class.name,
-                    originator_id_type=id_type,
-                    schema=config.schema,
-                    bind_key=config.bind_key if database.has_models else None,
-                    **(self._own_models if number == 0 else {}),
-                )
-                made[application_class.name] = (wanted, models)
-            elif known[0] != wanted:
-                raise ConfigurationError(
-                    f"The models of {application_class.name} were made for another Flask app with other values of "
-                    "EVENTSOURCING_ORIGINATOR_ID_TYPE, EVENTSOURCING_SCHEMA or EVENTSOURCING_BIND_KEY: use the same "
-                    "values, or another EventSourcing and db object."
-                )
-        return {name: models for name, (_, models) in made.items()}
-
-    def _base(self, database: Database) -> Any:
-        if self._model_class is None:
-            self._model_class = database.base if database.has_models else orm.declarative_base()
-        return self._model_class
+    def _make_host(self, state: EventSourcingState, database: Database, of: type[Application[Any]]) -> ProjectionHost:
+        return ProjectionHost(
+            state.app,
+            state.binding,
+            of.name,
+            lambda: state[of],
+            self._records.make_for_projections(database, of.name, state.config),
+            lease=state.config.projection_lock == "lease",
+            notify=state.config.postgres_notify,
+        )
 
     # ---------------------------------------------------------------------------------------------------- using
 
@@ -262,13 +292,7 @@ class EventSourcing:
     def _known_models(self) -> dict[str, Models]:
         if has_app_context():
             return dict(current_state().models)
-        known = list(self._models.values())
-        if len(known) != 1:
-            raise ConfigurationError(
-                "The record classes are made by es.init_app(app): use them after it, and in an application context "
-                "where there are several db objects."
-            )
-        return {name: models for name, (_, models) in known[0].items()}
+        return self._records.only()
 
     def transaction(self) -> AbstractContextManager[orm.Session]:
         """A unit of work: commits ``db.session`` on success, rolls it back on error.
@@ -319,6 +343,26 @@ class EventSourcing:
 
         return decorate if function is None else decorate(function)
 
+    def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
+        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+
+        :param recordings: what ``Application.save()`` returned, or a position of the log.
+        :param timeout: in seconds.
+        :raises TimeoutError: when that takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
+        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        """
+        bound = current_state().projections
+        consumer = bound.find(projection)
+        wait_for(consumer, recordings, timeout, bound.waiters_of(consumer))
+
+    def health(self) -> Health:
+        """Look at every projection of the current app: a few queries for each.
+
+        :raises NotInitializedError: outside an application context.
+        """
+        return Health(tuple(status_of(consumer) for consumer in current_state().projections))
+
     def close(self, app: Flask | None = None) -> None:
         """Close the applications of this process, of one Flask app or of all that this object serves.
 
@@ -335,37 +379,3 @@ def check_times(times: Any) -> None:
     """
     if not isinstance(times, int) or isinstance(times, bool) or times < 0:
         raise ConfigurationError(f"retry_on_conflict(times=…) takes a whole number from 0 up; found {times!r}.")
-
-
-def originator_id_type(application_class: type[Application[Any]], config: Config) -> OriginatorIdType:
-    """Return the type of an application's ids: as configured, or as ``Application[str]`` says, or ``uuid``."""
-    if config.originator_id_type is not None:
-        return config.originator_id_type
-    for env in (config.env, application_class.env):
-        if env.get("ORIGINATOR_ID_TYPE", "").lower() == "text":
-            return "text"
-    for cls in application_class.__mro__:
-        for base in getattr(cls, "__orig_bases__", ()):
-            if typing.get_args(base) == (str,) and issubclass(typing.get_origin(base) or object, Application):
-                return "text"
-    return "uuid"
-
-
-@contextmanager
-def _untouched_on_error(app: Flask) -> Iterator[None]:
-    """Take back what was done to an app if the block fails."""
-    mappings: list[MutableMapping[Any, Any]] = [app.extensions, app.config, app.after_request_funcs, app.cli.commands]
-    lists: list[list[Any]] = [app.teardown_appcontext_funcs, app.shell_context_processors]
-    before = [dict(mapping) for mapping in mappings], [list(items) for items in lists]
-    functions = {key: list(value) for key, value in app.after_request_funcs.items()}
-    try:
-        yield
-    except BaseException:
-        for mapping, old in zip(mappings, before[0], strict=True):
-            mapping.clear()
-            mapping.update(old)
-        for items, old_items in zip(lists, before[1], strict=True):
-            items[:] = old_items
-        for key, value in functions.items():
-            app.after_request_funcs[key][:] = value
-        raise

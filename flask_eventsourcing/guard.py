@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eventsourcing.persistence import Notification
-from flask import Flask, Response
+from flask import Flask, Response, request_started
 
 from .binding import roll_back
 from .exceptions import UncommittedEventsError
+from .persistence.forks import leave_inherited_connections
 from .session import Batch, UnitOfWork
 from .state import EventSourcingState, discard, state_of
 
@@ -26,6 +27,11 @@ def install(app: Flask) -> None:
     """
     app.after_request(lambda response: _check_response(state_of(app), response))
     app.teardown_appcontext(lambda error: _check_end(state_of(app), error))
+    request_started.connect(_begin_request, app)
+
+
+def _begin_request(_: Flask, **__: object) -> None:
+    leave_inherited_connections()
 
 
 def _check_response(state: EventSourcingState, response: Response) -> Response:
@@ -50,6 +56,7 @@ def _commit_or_roll_back(state: EventSourcingState, response: Response) -> None:
     try:
         state.binding.commit(session)
     except BaseException:
+        # The worker may go on after any error, with this session's connection in its pool.
         roll_back(session)
         raise
 
@@ -71,7 +78,10 @@ def _refuse_uncommitted(state: EventSourcingState, response: Response) -> None:
 
 def _check_end(state: EventSourcingState, error: BaseException | None) -> None:
     unit = state.binding.open_unit()
-    if unit is None or not unit.batches:
+    if unit is None or not (unit.batches or unit.after_commit):
+        return
+    if not unit.batches:
+        _forget(state, unit, error)
         return
     batches = _drop(unit)
     if error is None:
@@ -81,6 +91,17 @@ def _check_end(state: EventSourcingState, error: BaseException | None) -> None:
             REMEDY,
         )
     discard(state, batches)
+
+
+def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | None) -> None:
+    waiting = ", ".join(repr(function) for _, function in unit.after_commit)
+    roll_back(unit.session)
+    if error is None:
+        state.app.logger.warning(
+            "No commit came before the end of the application context, and what waited for one is not done: %s; "
+            "call db.session.commit() after it.",
+            waiting,
+        )
 
 
 def _drop(unit: UnitOfWork) -> list[Batch]:

@@ -7,8 +7,11 @@ every access rather than relying on ``os.register_at_fork``, because uWSGI forks
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,25 +26,46 @@ from .exceptions import (
 T = TypeVar("T")
 
 
+def keep_for_ever(thing: object) -> None:
+    """Never let an object be finalized in this process, not even when the interpreter ends.
+
+    Some finalizers end the parent's session on a server: that of a connection of mysqlclient says goodbye to it.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+class PerProcess(Generic[T]):
+    """Makes something once in each process, so that a forked child does not use its parent's.
+
+    :param make: makes it, called without arguments; of threads that race for it all get the same.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: dict[int, T] = {}
+
+    def get(self) -> T:
+        """Return what belongs to this process."""
+        pid = os.getpid()
+        try:
+            return self._made[pid]
+        except KeyError:
+            # setdefault is atomic, and takes no lock that another thread may have held at the time of the fork.
+            return self._made.setdefault(pid, self._make())
+
+
 class ProcessLock:
     """A re-entrant lock that a forked child gets anew, whoever held it in the parent."""
 
     def __init__(self) -> None:
-        self._locks: dict[int, threading.RLock] = {}
-
-    def _lock(self) -> threading.RLock:
-        pid = os.getpid()
-        lock = self._locks.get(pid)
-        if lock is None:
-            # setdefault is atomic: of two threads that race for it, both get the same lock.
-            lock = self._locks.setdefault(pid, threading.RLock())
-        return lock
+        # By its name at the time of the call, as gevent may put another in its place.
+        self._locks = PerProcess(lambda: threading.RLock())  # noqa: PLW0108
 
     def __enter__(self) -> None:
-        self._lock().acquire()
+        self._locks.get().acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock().release()
+        self._locks.get().release()
 
 
 @dataclass(frozen=True)
@@ -66,8 +90,7 @@ class ApplicationSlot(Generic[T]):
         self._lock = ProcessLock()
         self._held: _Held[T] | None = None
         self._constructing: int | None = None
-        # Finalizers of an inherited application would close what belongs to the parent, so it is kept.
-        self._inherited: list[T] = []
+        _slots.add(self)
 
     @property
     def constructed(self) -> bool:
@@ -113,10 +136,15 @@ class ApplicationSlot(Generic[T]):
             application = self._constructor()
         finally:
             self._constructing = None
-        if self._held is not None:
-            self._inherited.append(self._held.application)
+        self._keep_inherited()
         self._held = _Held(pid, application)
         return application
+
+    def _keep_inherited(self) -> None:
+        # Finalizers of an inherited application would close what belongs to the parent.
+        held = self._held
+        if held is not None and held.pid != os.getpid():
+            keep_for_ever(held.application)
 
     def close(self) -> None:
         """Close the application of this process, if there is one; calling it again does nothing."""
@@ -137,6 +165,15 @@ class ApplicationSlot(Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+_slots: weakref.WeakSet[ApplicationSlot[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _keep_inherited_at_exit() -> None:
+    for slot in list(_slots):
+        slot._keep_inherited()
 
 
 _process_slot: ApplicationSlot[Any] = ApplicationSlot()

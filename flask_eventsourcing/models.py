@@ -21,7 +21,14 @@ from .exceptions import ConfigurationError
 
 POSITION = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 STATE = sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
-TEXT_ID = sa.String(255).with_variant(sa.Text(), "postgresql")
+# The default collations of MariaDB and MySQL take "Ada" for "ada", and some "é" for "e".
+EXACT = "utf8mb4_bin"
+TEXT_ID = (
+    sa.String(255)
+    .with_variant(sa.Text(), "postgresql")
+    .with_variant(mysql.VARCHAR(255, collation=EXACT), "mysql", "mariadb")
+)
+TOPIC = sa.Text().with_variant(mysql.TEXT(collation=EXACT), "mysql", "mariadb")
 
 
 class UUIDType(BaseUUIDType):  # type: ignore[misc]  # untyped
@@ -55,7 +62,7 @@ class _RecordMixin:
     __originator_id_options__: ClassVar[dict[str, Any]] = {"nullable": False}
 
     originator_id: ClassVar[Any]
-    topic = orm.mapped_column(sa.Text(), nullable=True)
+    topic = orm.mapped_column(TOPIC, nullable=True)
     state = orm.mapped_column(STATE, nullable=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

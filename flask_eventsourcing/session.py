@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
+from flask import has_request_context
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine
 
 from .config import CommitMode
-from .exceptions import AbortedTransactionError
+from .exceptions import AbortedTransactionError, HandlerError
 from .hot import HotAggregates, Key, sort_key
 from .persistence import Dialect
 from .persistence.dialects.base import EventTable
@@ -63,6 +65,9 @@ class UnitOfWork:
     queueing: bool = False
     committed: orm.SessionTransaction | None = None
     failed_on: Connection | None = None
+    refused: tuple[orm.SessionTransaction | None, str] | None = None
+    held: str | None = None
+    """Why nobody may commit now: handlers are at work, and their position is committed with what they write."""
 
     def connection(self, engine: Engine) -> Connection:
         """The session's connection to the database of the events."""
@@ -114,7 +119,14 @@ class UnitOfWork:
         """Refuse a commit that the database would turn into a rollback without a word.
 
         :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
+        :raises HandlerError: when it is a handler that commits.
         """
+        if self.held is not None and not self.session.in_nested_transaction():
+            raise HandlerError(self.held)
+        if self.refused is not None:
+            raise AbortedTransactionError(
+                f"{self.refused[1]}, so the events that were saved cannot be committed: call db.session.rollback()."
+            )
         if not self.dialect.aborts_transactions or not (self.batches or self.failed_on is not None):
             return
         connection = self.connection(self.dialect.engine)
@@ -123,6 +135,21 @@ class UnitOfWork:
                 "The database aborted this transaction after an error, and a commit would drop everything in it: "
                 "call db.session.rollback(), or put what may fail into a savepoint, db.session.begin_nested()."
             )
+
+    def refuse(self, reason: str) -> None:
+        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
+        # The first one stays: it belongs to the same savepoint or an outer one, and lasts longer.
+        if self.refused is None:
+            self.refused = self.current, reason
+
+    @contextmanager
+    def hold(self, reason: str) -> Iterator[None]:
+        """Refuse commits, other than of savepoints, in a ``with`` block."""
+        before, self.held = self.held, reason
+        try:
+            yield
+        finally:
+            self.held = before
 
     @property
     def current(self) -> orm.SessionTransaction | None:
@@ -138,8 +165,22 @@ class UnitOfWork:
         session = self.session
         return bool(self.batches or session.new or session.dirty or session.deleted)
 
+    @property
+    def awaits_commit(self) -> bool:
+        """Whether something may have been done that a commit is still to come for."""
+        if self.depth or self.session.in_nested_transaction() or self.has_changes():
+            return True
+        # The session does not tell whether its transaction has written. In the mode "save" a save() has committed, and
+        # nobody else need do so: a transaction that is open is then taken for one that reads.
+        if self.commit_mode == "save":
+            return False
+        return self.session.in_transaction() or (self.commit_mode == "request" and has_request_context())
+
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function once what was done so far is committed; forget it if that is rolled back."""
+        if not self.session.in_transaction():
+            # A rollback of nothing would not be noticed, and the function be called after the next commit.
+            self.session.begin()
         self.after_commit.append((self.current, function))
 
     def ended(self, transaction: orm.SessionTransaction) -> None:
@@ -159,16 +200,20 @@ class UnitOfWork:
                 if batch.transaction is savepoint:
                     batch.transaction = parent
             self.after_commit = [(parent if t is savepoint else t, f) for t, f in self.after_commit]
+            if self.refused is not None and self.refused[0] is savepoint:
+                self.refused = parent, self.refused[1]
         else:
             self.batches = [batch for batch in self.batches if batch.transaction is not savepoint]
             self.after_commit = [(t, f) for t, f in self.after_commit if t is not savepoint]
+            if self.refused is not None and self.refused[0] is savepoint:
+                self.refused = None
 
     def _end_transaction(self, committed: bool) -> None:
         batches, self.batches = self.batches, []
         functions, self.after_commit = self.after_commit, []
         self.queued.clear()
         self.considered.clear()
-        self.failed_on = None
+        self.failed_on = self.refused = None
         if committed:
             for _, function in functions:
                 function()

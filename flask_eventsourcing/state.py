@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -9,7 +10,6 @@ from typing import Any, cast
 from eventsourcing.application import Application
 from eventsourcing.persistence import Notification
 from flask import Flask, current_app, has_app_context
-from sqlalchemy.pool import StaticPool
 from werkzeug.local import LocalProxy
 
 from . import cache
@@ -19,10 +19,13 @@ from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
 from .models import Models
 from .persistence import Datastore, Factory
+from .persistence.forks import in_memory
+from .projections.registry import BoundProjections
 from .session import Batch
 from .signals import events_discarded, events_recorded
 
 EXTENSION = "eventsourcing"
+_states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
 
 
 @dataclass(eq=False)
@@ -36,7 +39,11 @@ class EventSourcingState:
     """The record classes by the application's name."""
     binding: SessionBinding
     datastore: Datastore
+    projections: BoundProjections
     slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _states.add(self)
 
     def add(self, application_class: type[Application[Any]]) -> None:
         """Make the slot of an application; it is constructed at the first use in each process."""
@@ -81,17 +88,28 @@ class EventSourcingState:
         cache.install(application, self.binding.scope)
         return application
 
+    def construct(self) -> None:
+        """Construct the applications of this process now, so that its first request does not pay for it."""
+        for slot in self.slots.values():
+            slot.get()
+
     def close(self) -> None:
         """Close the applications of this process and its idle connections to their database.
 
         It may be called again, and an application is constructed anew when it is used after that.
         """
+        self.projections.close()
         for slot in self.slots.values():
             slot.close()
         engine = self.datastore.engine
         # The one connection of an in-memory database is the database.
-        if not isinstance(engine.pool, StaticPool):
+        if not in_memory(engine.url):
             engine.dispose()
+
+
+def states() -> list[EventSourcingState]:
+    """Return the states of all Flask apps in this process on which the extension is registered."""
+    return list(_states)
 
 
 def publisher(app: Flask, find: Callable[[], EventSourcingState]) -> Callable[[Sequence[Batch]], None]:

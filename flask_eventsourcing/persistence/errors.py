@@ -21,20 +21,8 @@ MISSING_TABLE = re.compile(
     r"|Table '(?P<mysql>[^']+)' doesn't exist"
 )
 
-_CLASSES: tuple[tuple[type[exc.SQLAlchemyError], type[persistence.PersistenceError]], ...] = (
-    (exc.IntegrityError, persistence.IntegrityError),
-    (exc.DataError, persistence.DataError),
-    (exc.OperationalError, persistence.OperationalError),
-    (exc.InternalError, persistence.InternalError),
-    (exc.ProgrammingError, persistence.ProgrammingError),
-    (exc.NotSupportedError, persistence.NotSupportedError),
-    (exc.DatabaseError, persistence.DatabaseError),
-    (exc.InterfaceError, persistence.InterfaceError),
-    (exc.TimeoutError, persistence.OperationalError),
-    (exc.PendingRollbackError, persistence.OperationalError),
-)
-
-_PEP_249 = (
+# The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
+_NAMES = (
     "IntegrityError",
     "DataError",
     "OperationalError",
@@ -53,26 +41,27 @@ def translate(error: exc.SQLAlchemyError) -> persistence.PersistenceError:
     special = _special(driver_error, text)
     if special is not None:
         return special
-    for ours, theirs in _CLASSES:
-        if isinstance(error, ours):
-            return theirs(text)
-    return persistence.PersistenceError(text)
+    if isinstance(error, exc.TimeoutError | exc.PendingRollbackError):
+        # Of SQLAlchemy's own: the pool is exhausted, or the session waits for a rollback.
+        return persistence.OperationalError(text)
+    return _counterpart(error, exc, text)
 
 
 def is_conflict(driver_error: Any) -> bool:
     """Whether a driver's exception means that another transaction was first."""
-    return _code(driver_error) in CONFLICTS
+    return not CONFLICTS.isdisjoint(_codes(driver_error))
 
 
 def is_serialization_failure(driver_error: Any) -> bool:
     """Whether a driver's exception means that the whole transaction may be tried again."""
-    return _code(driver_error) in SERIALIZATION_FAILURES
+    return not SERIALIZATION_FAILURES.isdisjoint(_codes(driver_error))
 
 
-def _code(driver_error: Any) -> object:
-    state = getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
+def _codes(driver_error: Any) -> tuple[object, ...]:
+    # PyMySQL has the server's number, and newer versions a SQLSTATE beside it that tells less: 23000 for a duplicate.
     arguments = getattr(driver_error, "args", None) or (None,)
-    return state or arguments[0]
+    first = arguments[0] if isinstance(arguments[0], int) else None
+    return getattr(driver_error, "sqlstate", None), getattr(driver_error, "pgcode", None), first
 
 
 def translate_driver(error: Exception, driver: Any) -> persistence.PersistenceError:
@@ -80,14 +69,17 @@ def translate_driver(error: Exception, driver: Any) -> persistence.PersistenceEr
 
     :param driver: the driver's module.
     """
-    special = _special(error, str(error).strip())
-    if special is not None:
-        return special
-    for name in _PEP_249:
-        if isinstance(error, getattr(driver, name)):
-            translated_class: type[persistence.PersistenceError] = getattr(persistence, name)
-            return translated_class(str(error).strip())
-    return persistence.PersistenceError(str(error).strip())
+    text = str(error).strip()
+    return _special(error, text) or _counterpart(error, driver, text)
+
+
+def _counterpart(error: Exception, module: Any, text: str) -> persistence.PersistenceError:
+    """Return the library's exception of the same name as the class of PEP 249, in *module*, that an error is of."""
+    for name in _NAMES:
+        if isinstance(error, getattr(module, name)):
+            theirs: type[persistence.PersistenceError] = getattr(persistence, name)
+            return theirs(text)
+    return persistence.PersistenceError(text)
 
 
 def _special(driver_error: Any, text: str) -> persistence.PersistenceError | None:

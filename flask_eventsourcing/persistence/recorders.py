@@ -95,9 +95,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 raise
             if scope is not None and events:
                 scope.recorded(self.application_name, events, positions)
+            if after_append is not None and events:
+                after_append(connection, scope, events)
             return positions
 
-        return self.datastore.write(append, one_append=tracking is None)
+        after_append = self.datastore.after_append.get(self.application_name)
+        return self.datastore.write(append, one_append=tracking is None and after_append is None)
 
     def _write(
         self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
@@ -145,10 +148,17 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""
 
+        return self._last_position(join=True)
+
+    def log_end(self) -> int | None:
+        """As :meth:`max_notification_id`, but with a connection of its own."""
+        return self._last_position(join=False)
+
+    def _last_position(self, *, join: bool) -> int | None:
         def read(connection: Connection, scope: SessionScope | None) -> int | None:
             return self.dialect.max_position(connection, self.events_table, joined=scope is not None)
 
-        return self._read(read, join=True)
+        return self._read(read, join=join)
 
     def _read(self, read: Callable[[Connection, SessionScope | None], T], *, join: bool) -> T:
         try:
@@ -200,7 +210,20 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
 
     def max_tracking_id(self, application_name: str) -> int | None:
         """Return the recorded position of an upstream application, or None."""
-        with self.datastore.reading() as (connection, _):
+        return self._max_tracking_id(application_name, join=True)
+
+    def has_tracking_id(self, application_name: str, notification_id: int | None) -> bool:
+        """Whether a position was reached, also if that was after the session's transaction took its snapshot.
+
+        The library's ``wait()`` asks this again and again.
+        """
+        if super().has_tracking_id(application_name, notification_id):
+            return True
+        found = self._max_tracking_id(application_name, join=False)
+        return found is not None and notification_id is not None and found >= notification_id
+
+    def _max_tracking_id(self, application_name: str, *, join: bool) -> int | None:
+        with self.datastore.reading(join=join) as (connection, _):
             return self.dialect.max_tracking_id(connection, self.tracking_table, application_name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import TestCase
@@ -16,8 +17,9 @@ from sqlalchemy.pool import StaticPool
 
 from flask_eventsourcing.models import Models, make_models
 from flask_eventsourcing.persistence import Datastore
+from tests.servers import require
 
-BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb")
+BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb", "mariadb-mysqlclient")
 
 
 def url_for(backend: str, folder: Path, request: pytest.FixtureRequest) -> str:
@@ -26,8 +28,11 @@ def url_for(backend: str, folder: Path, request: pytest.FixtureRequest) -> str:
         return f"sqlite:///{folder / uuid4().hex}.db"
     if backend == "sqlite-memory":
         return "sqlite://"
-    url: str = request.getfixturevalue("mariadb_url" if backend == "mariadb" else "postgres_url")
-    return url.replace("+psycopg", "+psycopg2") if backend.endswith("psycopg2") else url
+    if backend == "mariadb-mysqlclient":
+        require(find_spec("MySQLdb"), "mysqlclient", "apt-get install libmariadb-dev; pip install mysqlclient")
+    url: str = request.getfixturevalue("mariadb_url" if backend.startswith("mariadb") else "postgres_url")
+    driver = {"postgresql-psycopg2": "postgresql+psycopg2", "mariadb-mysqlclient": "mysql+mysqldb"}.get(backend)
+    return sa.make_url(url).set(drivername=driver).render_as_string(hide_password=False) if driver else url
 
 
 class OnBackend:

@@ -14,14 +14,18 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from flask_eventsourcing.config import PREFIX, Config
 from tests.docs.pages import PAGES, ROOT, Block, blocks, files, program
+from tests.servers import require
 
 README = ROOT / "README.md"
+SHOWN = files(ROOT / "docs" / "projections.md")
+"""What the README has lines of."""
 FLASK = [sys.executable, "-m", "flask"]
 
 
@@ -49,6 +53,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run(folder: Path, page: Path, marks: set[str], **variables: str) -> None:
     """Run the blocks of a page as one program."""
+    if page.name == "task-queues.md":
+        for package in ("celery", "rq"):
+            require(find_spec(package), package, f"pip install Flask-EventSourcing[{package}]")
     fill(folder, page)
     script = folder / "page.py"
     script.write_text(program(page, marks))
@@ -84,7 +91,7 @@ def test_every_example_is_checked(page: Path) -> None:
         kind, _, argument = block.mark.partition(": ")
         assert kind in {"file", "from", "run"}, f"{page.name}:{block.line} has no mark"
         if kind == "from":
-            whole = {**files(README), **files(page)}[argument]
+            whole = {**SHOWN, **files(README), **files(page)}[argument]
             assert block.code in whole, f"{page.name}:{block.line} is not in {argument}"
 
 

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
 from eventsourcing.application import Application
 from eventsourcing.domain import BaseAggregate, CanInitAggregate, CanMutateAggregate, event
+from eventsourcing.persistence import StoredEvent, Tracking
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy_lite import SQLAlchemy as Lite
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventSourcing, SnapshotMixin, StoredEventMixin, TrackingMixin
+from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import Bank, Shop, Site, add_note, make_app, make_site
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_postgresql
@@ -211,6 +214,38 @@ def test_text_ids(new_site: MakeSite, club: type[Application[Any]], config: dict
             ]
             or site.db.engine.dialect.name == "postgresql"
         )
+
+
+@pytest.mark.parametrize("other", ["Ada", "adá"])
+def test_text_ids_are_compared_exactly(new_site: MakeSite, other: str) -> None:
+    """Ids that differ in case, or in an accent, are those of two aggregates, on every database."""
+    site = new_site(Club)
+    with site.app.app_context():
+        club = site.es.application
+        for name, visits in (("ada", 1), (other, 2)):
+            member = TextId(name)
+            for _ in range(visits):
+                member.visit()
+            club.save(member)
+        site.db.session.commit()
+        found = [cast(TextId, club.repository.get(f"member/{name}")) for name in ("ada", other)]
+        assert [(member.name, member.visits) for member in found] == [("ada", 1), (other, 2)]
+
+
+def test_topics_and_names_are_compared_exactly(site: Site) -> None:
+    """A topic, or the name of an upstream application, that differs in case is another one, on every database."""
+    with site.app.app_context():
+        bank, datastore = site.bank, site.app.extensions["eventsourcing"].binding.datastore
+        recorder: Any = bank.recorder
+        account_id = uuid4()
+        recorder.insert_events([StoredEvent(account_id, n, topic, b"{}") for n, topic in enumerate(["a:B", "a:b"])])
+        tracking = SQLAlchemyTrackingRecorder(datastore, site.es.Tracking.__table__)
+        tracking.insert_tracking(Tracking("Shop", 5))
+        tracking.insert_tracking(Tracking("shop", 3))
+        site.db.session.commit()
+        assert [n.topic for n in recorder.select_notifications(None, 10, topics=["a:b"])] == ["a:b"]
+        assert [n.topic for n in recorder.select_notifications(None, 10, topics=["A:b"])] == []
+        assert [tracking.max_tracking_id(name) for name in ("Shop", "shop", "SHOP")] == [5, 3, None]
 
 
 def test_registered_db_is_used_where_none_is_given() -> None:

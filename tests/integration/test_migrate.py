@@ -88,7 +88,7 @@ def test_tables_of_init_db_need_no_migration(uri: str, folder: Path) -> None:
     assert "No changes in schema detected" in output
 
 
-@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+@on_files
 def test_text_ids_settle_too(uri: str, folder: Path) -> None:
     """With text ids, too, the second autogenerate finds nothing."""
     text_ids = {"FLASK_EVENTSOURCING_ORIGINATOR_ID_TYPE": '"text"'}

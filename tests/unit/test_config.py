@@ -20,6 +20,7 @@ GOOD: dict[str, list[Any]] = {
     "POSTGRES_ORDER": ["floor", "table-lock"],
     "POSTGRES_NOTIFY": [True, False],
     "SQLITE_WAL": [True, False],
+    "PROJECTION_LOCK": ["database", "lease"],
 }
 BAD: dict[str, list[Any]] = {
     "COMMIT": ["Explicit", "", None, True, ["save"]],
@@ -31,6 +32,7 @@ BAD: dict[str, list[Any]] = {
     "POSTGRES_ORDER": ["lock", None, 1],
     "POSTGRES_NOTIFY": ["yes", 1, 0, None],
     "SQLITE_WAL": ["yes", 1, 0, None],
+    "PROJECTION_LOCK": ["advisory", None, True],
 }
 
 

@@ -6,6 +6,7 @@ import inspect
 import sqlite3
 from typing import Any
 
+import pymysql
 import pytest
 from eventsourcing import persistence
 from sqlalchemy import exc
@@ -29,6 +30,12 @@ class DriverError(Exception):
         super().__init__(text)
         self.sqlstate = sqlstate
         self.pgcode = pgcode
+
+
+def with_sqlstate(error: Any, sqlstate: str) -> Any:
+    """Return an error with what PyMySQL 1.2 adds to it."""
+    error.sqlstate = sqlstate
+    return error
 
 
 def wrapped(cls: type[exc.DBAPIError], driver_error: BaseException) -> exc.DBAPIError:
@@ -76,6 +83,11 @@ def test_any_other_error_is_still_the_librarys() -> None:
         (DriverError(pgcode="40P01"), True, True),
         (Exception(1062, "Duplicate entry"), True, False),
         (Exception(1213, "Deadlock found"), True, True),
+        (pymysql.err.IntegrityError(1062, "Duplicate entry"), True, False),
+        (with_sqlstate(pymysql.err.IntegrityError(1062, "Duplicate entry"), "23000"), True, False),
+        (with_sqlstate(pymysql.err.IntegrityError(1048, "Column cannot be null"), "23000"), False, False),
+        (with_sqlstate(pymysql.err.OperationalError(1213, "Deadlock found"), "40001"), True, True),
+        (Exception(["unhashable"]), False, False),
         (DriverError(sqlstate="42P01"), False, False),
         (Exception(), False, False),
         (None, False, False),

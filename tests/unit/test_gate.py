@@ -11,9 +11,14 @@ import pytest
 from eventsourcing.persistence import OperationalError
 
 from flask_eventsourcing import WriteTimeoutError
-from flask_eventsourcing.persistence.dialects.sqlite import Gate, gate_for, writes
+from flask_eventsourcing.persistence.dialects.gate import Gate, gate_for
+from flask_eventsourcing.persistence.dialects.sqlite import writes
 from tests.bank import in_thread, in_threads
 from tests.unit.test_lifecycle_fork import in_child
+
+
+class Connection:
+    """Stands for a connection, which is all that the gate looks at."""
 
 
 def until(condition: Callable[[], bool], patience: float = 10) -> None:
@@ -36,7 +41,7 @@ def test_one_thread_at_a_time() -> None:
     most: list[int] = []
 
     def work() -> None:
-        connection = object()
+        connection = Connection()
         for _ in range(50):
             gate.acquire(connection, 20)
             inside.append(1)
@@ -51,12 +56,12 @@ def test_one_thread_at_a_time() -> None:
 def test_first_come_first_served() -> None:
     """Threads get the turn in the order in which they came, so that none starves."""
     gate = Gate("bank.db")
-    holder = object()
+    holder = Connection()
     gate.acquire(holder, 1)
     served: list[int] = []
 
     def come(number: int) -> None:
-        connection = object()
+        connection = Connection()
         gate.acquire(connection, 20)
         served.append(number)
         gate.release(connection)
@@ -75,21 +80,22 @@ def test_first_come_first_served() -> None:
 def test_same_connection_may_take_the_turn_again() -> None:
     """A connection that has the turn keeps it, and one release gives it back."""
     gate = Gate("bank.db")
-    connection = object()
+    connection = Connection()
     gate.acquire(connection, 1)
     gate.acquire(connection, 1)
     assert gate.is_mine()
     gate.release(connection)
     assert not gate.is_mine()
-    in_thread(lambda: gate.acquire(object(), 0.1))
+    in_thread(lambda: gate.acquire(Connection(), 0.1))
 
 
 def test_timeout_names_the_database_and_the_remedy() -> None:
     """A thread that waits too long is told for how long, for which database, and what to do."""
     gate = Gate("bank.db")
-    gate.acquire(object(), 1)
+    holder = Connection()
+    gate.acquire(holder, 1)
     with pytest.raises(WriteTimeoutError, match=r"Waited 0\.05 s .* on bank\.db") as raised:
-        in_thread(lambda: gate.acquire(object(), 0.05))
+        in_thread(lambda: gate.acquire(Connection(), 0.05))
     assert "db.session.commit()" in str(raised.value)
     assert "EVENTSOURCING_LOCK_TIMEOUT" in str(raised.value)
     assert isinstance(raised.value, OperationalError)
@@ -98,18 +104,18 @@ def test_timeout_names_the_database_and_the_remedy() -> None:
 def test_thread_that_gave_up_is_not_served() -> None:
     """The turn does not go to a thread that stopped waiting."""
     gate = Gate("bank.db")
-    holder = object()
+    holder = Connection()
     gate.acquire(holder, 1)
     with pytest.raises(WriteTimeoutError):
-        in_thread(lambda: gate.acquire(object(), 0.02))
+        in_thread(lambda: gate.acquire(Connection(), 0.02))
     gate.release(holder)
-    in_thread(lambda: gate.acquire(object(), 0.1))
+    in_thread(lambda: gate.acquire(Connection(), 0.1))
 
 
 def test_thread_that_would_wait_for_itself_is_told_at_once() -> None:
     """A second write transaction of the same thread is an error at once instead of a wait for nothing."""
     gate = Gate("bank.db")
-    first, second = object(), object()
+    first, second = Connection(), Connection()
     gate.acquire(first, 1)
     with pytest.raises(WriteTimeoutError, match=r"This thread has an open write transaction on bank\.db"):
         gate.acquire(second, 20)
@@ -118,12 +124,33 @@ def test_thread_that_would_wait_for_itself_is_told_at_once() -> None:
 def test_only_the_owner_gives_the_turn_back() -> None:
     """A connection that has not the turn cannot give it away, whichever thread asks."""
     gate = Gate("bank.db")
-    owner = object()
+    owner = Connection()
     gate.acquire(owner, 1)
-    gate.release(object())
+    gate.release(Connection())
     assert gate.is_mine()
     in_thread(lambda: gate.release(owner))
     assert not gate.is_mine()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_connection_that_is_gone_has_the_turn_no_longer(waits: bool) -> None:
+    """The turn of a connection that was collected without being closed goes to the next, who may wait already."""
+    gate = Gate("bank.db")
+    holder: list[Connection] = [Connection()]
+    gate.acquire(holder[0], 1)
+    if not waits:
+        holder.clear()
+        in_thread(lambda: gate.acquire(Connection(), 0))
+        return
+    waiter = threading.Thread(target=lambda: gate.acquire(kept, 20))
+    kept = Connection()
+    waiter.start()
+    until(lambda: waiting(gate) == 1)
+    holder.clear()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    with pytest.raises(WriteTimeoutError):
+        gate.acquire(Connection(), 0)
 
 
 def test_one_gate_for_each_file() -> None:
@@ -136,12 +163,13 @@ def test_one_gate_for_each_file() -> None:
 def test_forked_process_has_a_gate_of_its_own() -> None:
     """A turn that the parent holds does not block a forked process."""
     gate = gate_for("a.db")
-    gate.acquire(object(), 1)
+    holder = Connection()
+    gate.acquire(holder, 1)
     parent = os.getpid()
 
     def child() -> bool:
         own = gate_for("a.db")
-        own.acquire(object(), 0.1)
+        own.acquire(Connection(), 0.1)
         return own is not gate and own is gate_for("a.db") and os.getpid() != parent
 
     assert in_child(child) is True

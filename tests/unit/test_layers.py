@@ -17,9 +17,9 @@ LAYERS: list[set[str]] = [
     {"exceptions"},
     {"config", "lifecycle", "hot"},
     {"models", "persistence"},
-    {"signals", "databases", "session", "binding", "cache", "projections"},
+    {"signals", "databases", "session", "binding", "cache", "projections", "records"},
     {"state"},
-    {"guard", "cli", "http", "browser", "workers", "testing"},
+    {"guard", "undo", "cli", "http", "browser", "workers", "testing"},
     {"extension", "pytest_plugin", ""},
 ]
 SIDE = {"cassandra", "contrib", "orjson_transcoder"}

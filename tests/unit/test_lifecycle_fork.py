@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -16,10 +17,15 @@ from flask_eventsourcing.lifecycle import ApplicationSlot, ProcessLock
 from tests.unit.test_lifecycle import App
 
 
-def in_child(function: Callable[[], Any], patience: float = 20) -> Any:
-    """Fork as uWSGI does, without hooks mattering, run a function in the child and return its result."""
+def fork_in_c() -> int:
+    """Fork as uWSGI does: Python is not told, and no hook of ``os.register_at_fork`` runs."""
+    return int(ctypes.PyDLL(None).fork())
+
+
+def in_child(function: Callable[[], Any], patience: float = 20, fork: Callable[[], int] = os.fork) -> Any:
+    """Fork, run a function in the child and return its result."""
     read_end, write_end = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             result = json.dumps(function())

@@ -252,6 +252,13 @@ class Dialect(Driver, ABC):
         Without *wait* it is taken only if nobody has it; the unit of work goes on without it otherwise.
         """
 
+    def lock_log(self, connection: Connection, table: EventTable) -> None:
+        """Keep appends to a log out, to the end of the transaction, once those in progress have ended.
+
+        Here the transaction has written something before and that is enough, as there is one writer at a time.
+        """
+        return
+
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False

@@ -72,7 +72,8 @@ class Driver:
         """Run a statement that returns no rows."""
         if self._is_watched(connection):
             result = connection.exec_driver_sql(statement, tuple(parameters))
-            return Modified(result.rowcount, result.lastrowid if result.context.isinsert else None)
+            # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
+            return Modified(result.rowcount, getattr(result.context.cursor, "lastrowid", None))
         return self._modify(connection, statement, parameters, many=False)
 
     def modify_many(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEv
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
+from ..errors import is_serialization_failure
 from .base import Dialect, DialectOptions, EventTable
 
 ORDER = "__order__"
@@ -40,7 +42,10 @@ class MySQLDialect(Dialect):
         self._counters: set[str] = set()
 
     def prepare_engine(self) -> None:
-        """Limit how long a lock is waited for, on each new connection."""
+        """Limit how long a lock is waited for, on each new connection, and make rollbacks in a cluster succeed."""
+        if getattr(self.engine.dialect, "_flask_eventsourcing", False):
+            return
+        self.engine.dialect._flask_eventsourcing = True  # type: ignore[attr-defined]
         seconds = max(1, round(self.options.lock_timeout))
 
         def limit_waiting(driver: Any, record: Any) -> None:
@@ -49,6 +54,8 @@ class MySQLDialect(Dialect):
             cursor.close()
 
         sa.event.listen(self.engine, "connect", limit_waiting)
+        sa.event.listen(self.engine, "handle_error", _after_error)
+        _tolerate_rolled_back(self.engine)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
@@ -144,23 +151,76 @@ class MySQLDialect(Dialect):
         )
         self.fetch(connection, statement, (self.encode_id(originator_id),))
 
+    def lock_log(self, connection: Connection, table: EventTable) -> None:
+        """Lock the counting row, which every append takes."""
+        counter = self._counter(table)
+        self._ensure_counter(connection, table, counter)
+        self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE", (ORDER,))
+
     def is_aborted(self, connection: Connection) -> bool:
-        """Whether the server has rolled the transaction back, as it does to end a deadlock."""
+        """Whether the server has rolled the transaction back, as it does to end a deadlock.
+
+        A Galera node does it where another node was first, and some servers are set to after a wait in vain.
+        """
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
 
     def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
-        """Return the error to raise, and remember that a deadlock has ended the whole transaction."""
-        number = error.args[0] if error.args else None
-        if number == LOCK_WAIT_TIMEOUT:
+        """Return the error to raise, and remember when it has ended the whole transaction."""
+        _note_failure(connection, error)
+        if _number(error) == LOCK_WAIT_TIMEOUT:
             return WriteTimeoutError(
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
                 "raise EVENTSOURCING_LOCK_TIMEOUT."
             )
-        transaction = connection.get_transaction()
-        if number == DEADLOCK and transaction is not None:
-            connection.info[ABORTED] = weakref.ref(transaction)
         return super().failed(connection, error, cursor)
+
+
+def _after_error(context: Any) -> None:
+    if context.connection is not None and not context.connection.closed:
+        _note_failure(context.connection, context.original_exception)
+
+
+def _number(error: BaseException) -> Any:
+    return error.args[0] if error.args else None
+
+
+def _note_failure(connection: Connection, error: BaseException) -> None:
+    """Remember when an error has ended the whole transaction: a caught one must not lead to half a commit."""
+    transaction = connection.get_transaction()
+    if transaction is None:
+        return
+    number = _number(error)
+    if number == DEADLOCK or (number == LOCK_WAIT_TIMEOUT and _rolls_back_on_timeout(connection)):
+        connection.info[ABORTED] = weakref.ref(transaction)
+
+
+def _rolls_back_on_timeout(connection: Connection) -> bool:
+    # A setting of the server; by default only the statement is rolled back.
+    with closing(connection.connection.cursor()) as cursor:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        row: Any = cursor.fetchone()
+    return bool(row[0])
+
+
+def _tolerate_rolled_back(engine: Engine) -> None:
+    """Let a rollback succeed where a Galera node has done it already.
+
+    The node tells a client that another one has overtaken at its next statement, be it ROLLBACK. SQLAlchemy, which has
+    no event around rollbacks, would raise that from ``session.rollback()``, and from the end of a ``with`` block in
+    place of the error that led to it.
+    """
+    rollback = engine.dialect.do_rollback
+
+    def do_rollback(driver_connection: Any) -> None:
+        try:
+            rollback(driver_connection)
+        except engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
+            if not is_serialization_failure(error):
+                raise
+            rollback(driver_connection)
+
+    engine.dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
 
 
 _COLUMNS = "originator_id, originator_version, topic, state"

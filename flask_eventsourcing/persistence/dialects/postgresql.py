@@ -124,19 +124,30 @@ class PostgreSQLDialect(Dialect):
         self, connection: Connection, table: EventTable, statement: str, events: Sequence[StoredEvent], floor: _Floor
     ) -> int:
         columns = [list(column) for column in zip(*(self.parameters(event) for event in events), strict=True)]
-        tries = BLOCK_TRIES if connection.in_transaction() else BLOCK_TRIES * 100
+        autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        tries = BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES
         for _ in range(tries):
             first, floor.position = self.fetch(connection, statement, (floor.position, len(events), *columns))[0]
             if first is not None:
                 return int(first)
         # A large block among very many small appends: keep the others out, up to the end of this transaction.
+        if autocommit:
+            # Without one, the lock would be refused. Should a statement fail, the pool's rollback ends it.
+            self.modify(connection, "BEGIN")
         self._lock_table(connection, table)
-        return int(self.fetch(connection, statement, (floor.position, len(events), *columns))[0][0])
+        first = self.fetch(connection, statement, (floor.position, len(events), *columns))[0][0]
+        if autocommit:
+            self.modify(connection, "COMMIT")
+        return int(first)
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)
         self.modify(connection, f"SET LOCAL lock_timeout = {milliseconds}")
         self.modify(connection, f"LOCK TABLE {table.name} IN EXCLUSIVE MODE")
+
+    def lock_log(self, connection: Connection, table: EventTable) -> None:
+        """Lock the table against writers; readers go on."""
+        self._lock_table(connection, table)
 
     def _statement(self, connection: Connection, table: EventTable, use: str) -> str:
         statement = table.statements.get(use)

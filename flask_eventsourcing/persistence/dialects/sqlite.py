@@ -11,10 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
@@ -25,8 +22,10 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import WriteTimeoutError
+from ...exceptions import AbortedTransactionError, WriteTimeoutError
+from ..forks import in_memory
 from .base import Dialect, EventTable
+from .gate import Gate, gate_for
 
 WRITES = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(INSERT|UPDATE|DELETE|REPLACE|SAVEPOINT|WITH)\b", re.I | re.S)
 INSERTS_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
@@ -41,121 +40,67 @@ def writes(statement: str) -> bool:
     return found is not None and (found[1].upper() != "WITH" or INSERTS_IN_WITH.search(statement) is not None)
 
 
-class Gate:
-    """The turn to use a database, of one connection at a time, and of one thread where they share the connection.
-
-    ``threading.Lock`` would not do: the turn may be given back by another thread than the one that took it, and a
-    thread that waits for itself is to be told so at once.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._lock = threading.Lock()
-        self._owner: tuple[int, int] | None = None
-        self._waiting: deque[tuple[tuple[int, int], threading.Event]] = deque()
-
-    def acquire(self, connection: object, timeout: float) -> None:
-        """Take the turn for a connection of this thread, first come first served, waiting up to *timeout* seconds.
-
-        :raises WriteTimeoutError: when it does not come, or when this thread has it for another connection.
-        """
-        thread = threading.get_ident()
-        wanted = (thread, id(connection))
-        with self._lock:
-            if self._owner == wanted:
-                return
-            if self._owner is None:
-                self._owner = wanted
-                return
-            if self._owner[0] == thread:
-                raise WriteTimeoutError(
-                    f"This thread has an open write transaction on {self.name} in another session: "
-                    "commit or roll it back before writing through a second one."
-                )
-            place = (wanted, threading.Event())
-            self._waiting.append(place)
-        if not place[1].wait(timeout) and not self._give_up(place):
-            raise WriteTimeoutError(
-                f"Waited {timeout:g} s for another thread's transaction on {self.name}: end transactions with "
-                "db.session.commit() or .rollback(), keep them short, or raise EVENTSOURCING_LOCK_TIMEOUT."
-            )
-
-    def _give_up(self, place: tuple[tuple[int, int], threading.Event]) -> bool:
-        """Leave the queue; returns True if the turn came in the meantime."""
-        with self._lock:
-            if place[1].is_set():
-                return True
-            self._waiting.remove(place)
-            return False
-
-    def release(self, connection: object) -> None:
-        """Give the turn, if this connection has it, to the one that has waited longest."""
-        with self._lock:
-            if self._owner is None or self._owner[1] != id(connection):
-                return
-            self._owner = None
-            if self._waiting:
-                self._owner, called = self._waiting.popleft()
-                called.set()
-
-    def is_mine(self) -> bool:
-        """Whether this thread has the turn."""
-        return self._owner is not None and self._owner[0] == threading.get_ident()
-
-
-_gates: weakref.WeakValueDictionary[tuple[int, str], Gate] = weakref.WeakValueDictionary()
-
-
-def gate_for(name: str) -> Gate:
-    """Return the gate of a database file; a forked process has its own, as the parent's may be taken for ever."""
-    key = (os.getpid(), name)
-    # Not under the lock: it too may have been held by another thread at the time of a fork.
-    gate = _gates.get(key)
-    if gate is None:
-        gate = Gate(name)
-        gate = _gates.setdefault(key, gate)
-    return gate
-
-
 class GatedConnection(sqlite3.Connection):
     """A driver connection that gives its turn back as soon as its transaction has ended."""
 
     gate: Gate | None = None
     shared = False
     pid = 0
+    began = False
+    """Whether a write transaction was begun that was neither committed nor rolled back by the client."""
+    aborted = False
+    """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
+
+    def note_failure(self) -> None:
+        """After a statement that failed."""
+        if self.began and not self.in_transaction:
+            self.aborted = True
+
+    def own_gate(self) -> Gate | None:
+        """Return the gate of this process; only a copy of an in-memory database is ever used after a fork."""
+        if self.gate is not None and self.pid != os.getpid():
+            self.gate, self.pid = gate_for(self.gate.name), os.getpid()
+            if self.shared:
+                # What the parent had not committed is not to be committed here.
+                super().rollback()
+        return self.gate
 
     def take_turn(self, timeout: float) -> None:
         """Wait for the turn to use the database."""
-        if self.gate is None or self.pid != os.getpid():
-            self.gate, self.pid = gate_for(self.gate.name if self.gate else ""), os.getpid()
-        self.gate.acquire(self, timeout)
+        gate = self.own_gate()
+        if gate is not None:
+            gate.acquire(self, timeout)
 
     def end_turn(self) -> None:
         """Give the turn back unless a transaction is open."""
-        if self.gate is not None and not self.in_transaction:
-            self.gate.release(self)
+        gate = self.own_gate()
+        if gate is not None and not self.in_transaction:
+            gate.release(self)
 
     def _ends_mine(self) -> bool:
         # On a shared connection, the pool's "rollback on return" of one thread must not end another's transaction;
         # a thread whose own transaction is open has the turn.
-        return not self.shared or self.gate is None or self.gate.is_mine()
+        gate = self.own_gate()
+        return not self.shared or gate is None or gate.is_mine()
 
     def commit(self) -> None:
         """Commit, and let the next one in."""
         if self._ends_mine():
             super().commit()
+            self.began = self.aborted = False
             self.end_turn()
 
     def rollback(self) -> None:
         """Roll back, and let the next one in."""
         if self._ends_mine():
             super().rollback()
+            self.began = self.aborted = False
             self.end_turn()
 
     def close(self) -> None:
         """Close, and let the next one in."""
         super().close()
-        if self.gate is not None:
+        if self.gate is not None and self.pid == os.getpid():
             self.gate.release(self)
 
 
@@ -163,6 +108,7 @@ class SQLiteDialect(Dialect):
     """Order by SQLite's single writer; positions come from ``AUTOINCREMENT``."""
 
     mark = "?"
+    aborts_transactions = True
 
     def before(self, connection: Connection, statement: str) -> None:
         """Take the turn, as the engine's event does for other statements."""
@@ -176,7 +122,7 @@ class SQLiteDialect(Dialect):
     @cached_property
     def is_memory(self) -> bool:
         """Whether the database is in memory, so that all threads share one connection."""
-        return self.engine.url.database in (None, "", ":memory:") or "mode=memory" in str(self.engine.url)
+        return in_memory(self.engine.url)
 
     def prepare_engine(self) -> None:
         """Make the engine's connections take turns, and switch the file to the journal mode WAL."""
@@ -203,7 +149,7 @@ class SQLiteDialect(Dialect):
 
         if memory:
             sa.event.listen(engine, "after_cursor_execute", _end_turn)
-        sa.event.listen(engine, "handle_error", _end_turn_on_error)
+        sa.event.listen(engine, "handle_error", _after_error)
         _replace_connections(engine, memory)
 
     def _configure(self, driver: Any, name: str, memory: bool) -> None:
@@ -233,10 +179,12 @@ class SQLiteDialect(Dialect):
             for start in range(0, len(events), ROWS_AT_ONCE):
                 last = self._insert_chunk(connection, table, events[start : start + ROWS_AT_ONCE])
         except BaseException:
-            self.modify(connection, "ROLLBACK TO flask_eventsourcing")
+            # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
+            if not self.is_aborted(connection):
+                self.modify(connection, "ROLLBACK TO flask_eventsourcing")
+                self.modify(connection, "RELEASE flask_eventsourcing")
             raise
-        finally:
-            self.modify(connection, "RELEASE flask_eventsourcing")
+        self.modify(connection, "RELEASE flask_eventsourcing")
         return last
 
     def _insert_chunk(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> int:
@@ -254,6 +202,16 @@ class SQLiteDialect(Dialect):
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Begin the write transaction now: it is the only queue that SQLite has."""
         begin_turn(connection, IMMEDIATE, True, self.options.lock_timeout, force=True)
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Whether SQLite has rolled the transaction back, as it does when the disk is full."""
+        driver = connection.connection.driver_connection
+        return isinstance(driver, GatedConnection) and driver.aborted
+
+    def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
+        """Return the error to raise, and remember when it has ended the whole transaction."""
+        _note_failure(connection)
+        return super().failed(connection, error, cursor)
 
 
 def _replace_connections(engine: Engine, memory: bool) -> None:
@@ -281,6 +239,9 @@ def begin_turn(connection: Connection, statement: str, always: bool, timeout: fl
     if not isinstance(driver, GatedConnection):
         return
     needs_lock = force or writes(statement)
+    if driver.aborted and needs_lock:
+        # A new transaction would be committed without what was lost.
+        raise AbortedTransactionError
     own_file = not driver.shared
     if own_file and (driver.in_transaction or driver.isolation_level is None):
         return
@@ -289,6 +250,7 @@ def begin_turn(connection: Connection, statement: str, always: bool, timeout: fl
     if needs_lock and not driver.in_transaction and driver.isolation_level is not None:
         try:
             driver.execute(IMMEDIATE).close()
+            driver.began = True
         except sqlite3.OperationalError as error:
             driver.end_turn()
             raise WriteTimeoutError(
@@ -303,9 +265,16 @@ def _end_turn(connection: Connection, *_: Any) -> None:
         driver.end_turn()
 
 
-def _end_turn_on_error(context: Any) -> None:
+def _after_error(context: Any) -> None:
     if context.connection is not None and not context.connection.closed:
+        _note_failure(context.connection)
         _end_turn(context.connection)
+
+
+def _note_failure(connection: Connection) -> None:
+    driver = connection.connection.driver_connection
+    if isinstance(driver, GatedConnection):
+        driver.note_failure()
 
 
 def _switch_to_wal(driver: sqlite3.Connection, timeout: float) -> None:

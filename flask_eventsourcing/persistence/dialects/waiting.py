@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
+
+from ...lifecycle import PerProcess, ProcessLock, keep_for_ever
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +27,21 @@ class Waiter:
     """Seconds after which to look into the log although there was no news."""
 
     def __init__(self) -> None:
-        self.stopped = threading.Event()
+        # By its name at the time of the call, as gevent may put another in its place.
+        self._stopped = PerProcess(lambda: threading.Event())  # noqa: PLW0108
+
+    @property
+    def stopped(self) -> threading.Event:
+        """Set in order to end the waiting, in this process."""
+        return self._stopped.get()
 
     def wait(self, seconds: float) -> bool:
         """Wait, and return whether there was news, as far as this waiter can know."""
         self.stopped.wait(seconds)
         return False
+
+    def rest(self) -> None:
+        """Hear nothing until the next :meth:`wait`."""
 
     def close(self) -> None:
         """Give up what the waiter holds."""
@@ -50,8 +62,10 @@ class ListenWaiter(Waiter):
         super().__init__()
         self._engine = engine
         self._channel = channel
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._driver: Any = None
+        self._pid = os.getpid()
+        self._resting = False
 
     def wait(self, seconds: float) -> bool:
         """Wait for a notification; without a connection to listen on, only for the time to pass."""
@@ -61,6 +75,7 @@ class ListenWaiter(Waiter):
             if remaining <= 0:
                 return False
             with self._lock:
+                self._leave_inherited()
                 heard = self._hear(min(remaining, SLICE))
             if heard is None:
                 return super().wait(remaining)
@@ -76,6 +91,10 @@ class ListenWaiter(Waiter):
                 # There may have been news before listening began.
                 self._driver = self._listen()
                 return True
+            if self._resting:
+                self._execute(self._driver, self._statement("LISTEN"))
+                self._resting = False
+                return True
             return self._receive(seconds)
         except (error_class, SQLAlchemyError, OSError) as error:
             logger.warning("Listening on %s was interrupted and is taken up again: %s", self._channel, error)
@@ -88,14 +107,36 @@ class ListenWaiter(Waiter):
         fairy.detach()
         try:
             driver.autocommit = True
-            cursor = driver.cursor()
-            channel = self._engine.dialect.identifier_preparer.quote_identifier(self._channel)
-            cursor.execute(f"LISTEN {channel}")
-            cursor.close()
+            self._execute(driver, self._statement("LISTEN"))
         except BaseException:
+            # Nobody else knows of the connection any more, and no pool.
             driver.close()
             raise
         return driver
+
+    def _statement(self, verb: str) -> str:
+        return f"{verb} {self._engine.dialect.identifier_preparer.quote_identifier(self._channel)}"
+
+    @staticmethod
+    def _execute(driver: Any, statement: str) -> None:
+        cursor = driver.cursor()
+        try:
+            cursor.execute(statement)
+        finally:
+            cursor.close()
+
+    def rest(self) -> None:
+        """Stop listening: the server keeps all notifications until the last listener has read them."""
+        error_class: Any = getattr(self._engine.dialect.dbapi, "Error", Exception)
+        with self._lock:
+            if self._driver is None or self._resting:
+                return
+            try:
+                self._execute(self._driver, self._statement("UNLISTEN"))
+                self._resting = True
+            except (error_class, SQLAlchemyError, OSError) as error:
+                logger.info("The connection that listened on %s is lost: %s", self._channel, error)
+                self._drop()
 
     def _receive(self, seconds: float) -> bool:
         if self._engine.driver == "psycopg":
@@ -110,6 +151,7 @@ class ListenWaiter(Waiter):
 
     def _drop(self) -> None:
         driver, self._driver = self._driver, None
+        self._resting = False
         if driver is not None:
             driver.close()
 
@@ -117,4 +159,11 @@ class ListenWaiter(Waiter):
         """Stop waiting, and close the connection."""
         super().close()
         with self._lock:
+            self._leave_inherited()
             self._drop()
+
+    def _leave_inherited(self) -> None:
+        """Part from the connection of the process from which this one was forked, without closing it."""
+        if self._pid != os.getpid():
+            keep_for_ever(self._driver)
+            self._driver, self._pid = None, os.getpid()

@@ -1,0 +1,218 @@
+"""How a projection is written: handlers by event class, and the models that they keep up to date."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import sqlalchemy as sa
+
+from ..exceptions import ConfigurationError
+from .topics import topics_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OnFailure = Literal["halt", "dead-letter"]
+Start = Literal["beginning", "end"]
+
+_ON = "flask_eventsourcing_on"
+_REACTION = "flask_eventsourcing_reaction"
+MOST_EVENTS = 1000
+
+
+def on(*event_classes: type[Any]) -> Callable[[F], F]:
+    """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
+
+    The method takes the domain event and the session: ``def opened(self, event, session)``. The handler of the most
+    specific class is called, and only that one.
+
+    :raises ConfigurationError: when something else than classes is given.
+    """
+    return _marker(_ON, event_classes, "on")
+
+
+def reaction(*event_classes: type[Any], start: Start = "beginning") -> Callable[[F], F]:
+    """Mark a method of a :class:`ModelProjection` as a side effect of event classes, as a mail or an HTTP call.
+
+    The method takes the domain event and an idempotency key: ``def warn(self, event, key)``. It is called at least
+    once, after the event was committed and after the projection's own models have it, and never during a rebuild. If
+    it was called and the process is killed before that is noted, it is called again with the same key.
+
+    :param start: ``"beginning"`` of the log, or its ``"end"`` at the time when a worker first runs the reaction.
+    :raises ConfigurationError: when something else than classes is given, or *start* is unknown.
+    """
+    if start not in get_args(Start):
+        raise ConfigurationError(f"@reaction(start=…) is 'beginning' or 'end'; found {start!r}.")
+    mark = _marker(_REACTION, event_classes, "reaction")
+
+    def decorate(function: F) -> F:
+        function.__dict__[f"{_REACTION}_start"] = start
+        return mark(function)
+
+    return decorate
+
+
+def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callable[[F], F]:
+    if not event_classes or not all(isinstance(each, type) for each in event_classes):
+        raise ConfigurationError(
+            f"@{name} takes one or more event classes, as @{name}(Account.Opened); found {event_classes!r}."
+        )
+
+    def decorate(function: F) -> F:
+        function.__dict__[attribute] = (*function.__dict__.get(attribute, ()), *event_classes)
+        return function
+
+    return decorate
+
+
+class Handlers:
+    """The handlers of one kind by event class.
+
+    :param functions: methods of a projection class, as ``(projection, event, session or key)``.
+    """
+
+    def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
+        self.functions = dict(functions)
+        self._found: dict[type[Any], Callable[..., Any] | None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.functions)
+
+    def find(self, event_class: type[Any]) -> Callable[..., Any] | None:
+        """Return the handler of the most specific class, or None."""
+        try:
+            return self._found[event_class]
+        except KeyError:
+            found = next((self.functions[cls] for cls in event_class.__mro__ if cls in self.functions), None)
+            self._found[event_class] = found
+            return found
+
+    @property
+    def topics(self) -> Sequence[str]:
+        """The topics to read, or none where all events are to be read."""
+        return topics_of(self.functions)
+
+
+class ModelProjection:
+    """A read model: handlers that keep Flask-SQLAlchemy models up to date with the events of an application.
+
+    The position and what the handlers write are committed together, so that no event is applied twice or missed.
+    Handlers write through the session that they are given and neither commit it nor roll it back.
+    """
+
+    name: ClassVar[str] = ""
+    """The name by which commands and tables know it; by default the name of the class."""
+    models: ClassVar[Sequence[Any]] = ()
+    """The models that it owns: nobody else writes them, and a rebuild makes them anew."""
+    on_failure: ClassVar[OnFailure] = "halt"
+    """When a handler keeps failing: halt before that event, or set it aside as a dead letter and go on."""
+    retries: ClassVar[int] = 3
+    """How often an event whose handler failed is tried again before that, with growing pauses from 0.1 s."""
+    inline: ClassVar[bool] = False
+    """Whether handlers run within ``save()``, in its transaction, so that the read model is never behind."""
+    prefetch: ClassVar[bool] = True
+    """Whether the rows whose primary key is the id of an aggregate are loaded at once for a batch of events."""
+    batch_size: ClassVar[int] = MOST_EVENTS
+    """The most events in one commit."""
+
+    handlers: ClassVar[Handlers] = Handlers({})
+    reactions: ClassVar[Handlers] = Handlers({})
+    reactions_start: ClassVar[Start] = "beginning"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+        cls.handlers = Handlers(_collect(cls, _ON, "(self, event, session)"))
+        cls.reactions = Handlers(_collect(cls, _REACTION, "(self, event, key)"))
+        starts = {start for _, function in _functions(cls) if (start := function.__dict__.get(f"{_REACTION}_start"))}
+        if len(starts) > 1:
+            raise ConfigurationError(f"The reactions of {cls.__name__} share one position: give them the same start=….")
+        cls.reactions_start = next(iter(starts), "beginning")
+
+    @classmethod
+    def tables(cls) -> list[sa.Table]:
+        """The tables of the models that it owns."""
+        found: dict[str, sa.Table] = {}
+        for model in cls.models:
+            for table in sa.inspect(model).tables:
+                found[table.key] = table
+        return list(found.values())
+
+
+def check_projection(cls: Any) -> type[ModelProjection]:
+    """Check a projection class when it is registered.
+
+    :raises ConfigurationError: naming what is wrong and the remedy.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, ModelProjection):
+        raise ConfigurationError(f"{cls!r} is not a projection: derive a class from ModelProjection.")
+    problems = list(_problems(cls))
+    if problems:
+        raise ConfigurationError(f"Projection {cls.__name__}: {problems[0]}")
+    return cls
+
+
+def _problems(cls: Any) -> Iterable[str]:
+    if not isinstance(cls.name, str) or not 0 < len(cls.name) <= 100 or ":" in cls.name:
+        yield f"name must be a string of 1 to 100 characters without ':'; found {cls.name!r}."
+    if not cls.handlers and not cls.reactions:
+        yield "it has no handler: mark its methods with @on(EventClass) or @reaction(EventClass)."
+    if cls.on_failure not in get_args(OnFailure):
+        yield f"on_failure is 'halt' or 'dead-letter'; found {cls.on_failure!r}."
+    if not isinstance(cls.retries, int) or isinstance(cls.retries, bool) or cls.retries < 0:
+        yield f"retries is a whole number from 0 up; found {cls.retries!r}."
+    size = cls.batch_size
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_EVENTS:
+        yield f"batch_size is a whole number from 1 to {MOST_EVENTS}; found {size!r}."
+    for model in cls.models:
+        mapper = sa.inspect(model, raiseerr=False)
+        if not isinstance(model, type) or mapper is None or not isinstance(mapper.local_table, sa.Table):
+            yield f"{model!r} in models is not a mapped class with a table."
+    if cls.inline and cls.on_failure != "halt":
+        yield "inline projections fail with the save() itself, so on_failure cannot be set."
+
+
+def _collect(cls: type[Any], attribute: str, signature: str) -> dict[type[Any], Callable[..., Any]]:
+    functions: dict[type[Any], Callable[..., Any]] = {}
+    for name, function in _functions(cls):
+        for event_class in function.__dict__.get(attribute, ()):
+            if event_class in functions:
+                raise ConfigurationError(
+                    f"Projection {cls.__name__} has two handlers for {event_class.__qualname__}: "
+                    f"{functions[event_class].__name__} and {name}."
+                )
+            _check_signature(cls, name, function, signature)
+            functions[event_class] = function
+    return functions
+
+
+def _functions(cls: type[Any]) -> list[tuple[str, Callable[..., Any]]]:
+    # By the class's attributes, so that a method that is overridden without a mark is no handler any more.
+    found: list[tuple[str, Callable[..., Any]]] = []
+    for name in dir(cls):
+        value = inspect.getattr_static(cls, name)
+        if inspect.isfunction(value):
+            found.append((name, value))
+        elif isinstance(value, staticmethod | classmethod) and {_ON, _REACTION} & {
+            *value.__dict__,
+            *getattr(value.__func__, "__dict__", {}),
+        }:
+            raise ConfigurationError(
+                f"Handler {cls.__name__}.{name} is a static or class method: make it a plain method."
+            )
+    return found
+
+
+def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], signature: str) -> None:
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(is_kind(function) for is_kind in kinds):
+        raise ConfigurationError(
+            f"Handler {cls.__name__}.{name} is a coroutine or a generator, which does nothing when it is called: make "
+            "it a plain method."
+        )
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError:
+        raise ConfigurationError(f"Handler {cls.__name__}.{name} must take {signature}.") from None

@@ -1,0 +1,1 @@
+"""Adapters for servers and task queues; each imports its optional dependency only itself."""

@@ -1,0 +1,210 @@
+"""Celery: every task has an application context and a unit of work; tasks are sent after the commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from celery import Celery, Task, signals
+from celery import current_app as current_celery_app
+from celery.app.registry import TaskRegistry
+from celery.canvas import Signature
+from celery.result import AsyncResult, GroupResult
+from eventsourcing.persistence import IntegrityError
+from flask import current_app, has_app_context
+from kombu.serialization import dumps
+
+from ..exceptions import ConfigurationError
+from ..state import EXTENSION, EventSourcingState, current_state
+from .tasks import (
+    CONFLICT_RETRIES,
+    FlaskAppOrFactory,
+    StateSlot,
+    after_commit,
+    check_retries,
+    describe,
+    pause,
+    state_slot,
+    task_unit,
+)
+
+LONGEST_PAUSE = 5.0
+"""The longest pause before a task is tried again after a conflict, in seconds."""
+
+logger = logging.getLogger(__name__)
+
+_MARK = "_flask_eventsourcing"
+
+
+def init_celery(
+    celery_app: Celery, flask_app_or_factory: FlaskAppOrFactory, *, conflict_retries: int = CONFLICT_RETRIES
+) -> None:
+    """Give every task of a Celery app an application context and a unit of work of its own.
+
+    Call it once, where the Celery app is made: it holds for tasks that are registered before and after it, whatever
+    their base class. The unit of work is committed before the task counts as done, and rolled back when it raises,
+    ``Retry``, ``Ignore`` and ``Reject`` included.
+
+    :param celery_app: the Celery app.
+    :param flask_app_or_factory: the Flask app, or a function that makes it, which is called once in each process that
+        runs tasks.
+    :param conflict_retries: after an optimistic conflict a task is retried by Celery's own means as long as
+        ``request.retries`` is below this number; ``@celery_app.task(conflict_retries=…)`` sets it for one task.
+    :raises ConfigurationError: when an argument cannot be used, or the Celery app has been initialised already.
+    :raises NotInitializedError: when the Flask app is one without ``es.init_app(app)``.
+    """
+    if not isinstance(celery_app, Celery):
+        raise ConfigurationError(f"init_celery takes a Celery app first; found {celery_app!r}.")
+    if isinstance(celery_app._tasks, _UnitTasks):
+        raise ConfigurationError(
+            f"init_celery was called for the Celery app {celery_app.main!r} already. Where a function makes several "
+            "Flask apps, call it beside the Celery app, with that function: init_celery(celery_app, create_app)."
+        )
+    check_retries(conflict_retries)
+    slot = state_slot(flask_app_or_factory, "init_celery")
+    _Worker(celery_app, slot, conflict_retries).install()
+
+
+class _UnitTasks(TaskRegistry):
+    """Makes tasks run in a unit of work as they are registered."""
+
+    worker: _Worker
+
+    def __setitem__(self, name: str, task: Any) -> None:
+        self.worker.wrap(task)
+        super().__setitem__(name, task)
+
+
+class _Worker:
+    """What the tasks of one Celery app run in."""
+
+    def __init__(self, celery_app: Celery, slot: StateSlot, conflict_retries: int) -> None:
+        self.celery_app = celery_app
+        self.slot = slot
+        self.conflict_retries = conflict_retries
+
+    def install(self) -> None:
+        """Take charge of the tasks that are registered, and of those to come.
+
+        A common base class would miss the tasks that have another one, so it is the registry that is extended.
+        """
+        tasks = self.celery_app._tasks
+        for task in tasks.values():
+            self.wrap(task)
+        tasks.__class__ = type("UnitTasks", (_UnitTasks, type(tasks)), {"worker": self})
+        # The signals have weak references, and the registry's class keeps this object.
+        signals.worker_process_init.connect(self.construct)
+        signals.worker_process_shutdown.connect(self.close)
+        signals.worker_shutdown.connect(self.close)
+
+    def construct(self, **_: Any) -> None:
+        """Construct the applications of a worker's process; if it fails, Celery logs it and the first task tries."""
+        # The worker in this process may be that of another Celery app.
+        if current_celery_app._get_current_object() is self.celery_app:
+            constructed = ", ".join(cls.__qualname__ for cls in self.slot.get().applications)
+            logger.info("Constructed %s in process %d.", constructed, os.getpid())
+
+    def close(self, **_: Any) -> None:
+        """Close the applications of a process that ends."""
+        self.slot.close()
+
+    def wrap(self, task: Any) -> None:
+        """Make a task run in a unit of work."""
+        if _MARK in vars(task):
+            return
+        if type(task).run is Task.run:
+            raise ConfigurationError(
+                f"The task {task.name} has no run(), around which its unit of work is put: rename its __call__()."
+            )
+        check_retries(getattr(task, "conflict_retries", self.conflict_retries))
+        # Celery's autoretry stays outside, so that it sees errors of the commit, after the rollback.
+        attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
+        setattr(task, attribute, self._in_unit(task, getattr(task, attribute)))
+        setattr(task, _MARK, True)
+
+    def _in_unit(self, task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(body)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            request = _request(task)
+            # A task that is called as a function is one: it does what it does in the caller's context.
+            if request is None or hasattr(request, _MARK):
+                return body(*args, **kwargs)
+            setattr(request, _MARK, True)
+            return self._run(task, request, lambda: body(*args, **kwargs))
+
+        return run
+
+    def _run(self, task: Any, request: Any, body: Callable[[], Any]) -> Any:
+        state = self._state(request)
+        retries = getattr(task, "conflict_retries", self.conflict_retries)
+        if request.is_eager:
+            # Celery would raise Retry to the caller when task_eager_propagates is set.
+            with state.app.app_context():
+                return state.binding.retry(body, retries)
+        try:
+            with task_unit(state):
+                return body()
+        except IntegrityError as error:
+            if request.retries >= retries:
+                raise
+            try:
+                return task.retry(exc=error, countdown=pause(request.retries, LONGEST_PAUSE), max_retries=retries)
+            finally:
+                # retry() leaves it behind for Celery's autoretry, which has a limit of its own.
+                vars(task).pop("override_max_retries", None)
+
+    def _state(self, request: Any) -> EventSourcingState:
+        if request.is_eager and has_app_context() and EXTENSION in current_app.extensions:
+            return current_state()
+        return self.slot.get()
+
+
+def _request(task: Any) -> Any:
+    """Return what a worker, or eager mode, is asked to do, or None where the task is called as a function."""
+    # Before Celery 5.5 a __call__ of the user's that calls super() puts a request on top that looks like a function's.
+    return next((request for request in reversed(task.request_stack.stack) if not request.called_directly), None)
+
+
+def send_after_commit(task: Any, /, *args: Any, **kwargs: Any) -> AsyncResult | GroupResult:
+    """Send a task once what was done so far in ``db.session`` is committed; never, if that is rolled back.
+
+    :param task: a Celery task, or a signature where there are options: ``task.s(1).set(queue="mail", countdown=60)``.
+    :param args: arguments of the task.
+    :param kwargs: arguments of the task.
+    :return: its result to come, with the id that the task will have.
+    :raises TypeError: when it is neither, or the arguments do not fit.
+    :raises kombu.exceptions.EncodeError: when the arguments cannot be serialised.
+    :raises NotInitializedError: outside an application context.
+
+    It follows savepoints. When nothing waits for a commit, the task is sent at once. If the broker fails after the
+    commit, that is logged, and the commit stays a success.
+    """
+    if isinstance(task, Signature):
+        signature = task.clone(args, kwargs)
+    elif isinstance(task, Task):
+        signature = task.signature(args, kwargs)
+    else:
+        raise TypeError(f"send_after_commit takes a Celery task or a signature; found {task!r}.")
+    description = _checked(signature)
+    current_state()
+    result = signature.freeze()
+    after_commit(signature.apply_async, description)
+    return result
+
+
+def _checked(signature: Any) -> str:
+    """Describe a signature for the log, after what apply_async() would refuse has been refused."""
+    app = signature.app
+    task = app.tasks.get(signature.task) if type(signature) is Signature else None
+    if task is None:
+        dumps(dict(signature), serializer=app.conf.task_serializer)
+        return f"the task {signature.task}"
+    if task.typing and hasattr(task, "__header__"):
+        task.__header__(*signature.args, **signature.kwargs)
+    if getattr(task, "_dump_pydantic_arguments", None) is None:
+        serializer = signature.options.get("serializer") or task.serializer
+        dumps((signature.args, signature.kwargs), serializer=serializer or app.conf.task_serializer)
+    return "the task " + describe(task.name, task.run, signature.args, signature.kwargs)

@@ -1,0 +1,176 @@
+"""RQ: every job has an application context and a unit of work; jobs are enqueued after the commit.
+
+``flask_app`` as a class attribute follows the ways in which RQ's own workers are configured, by subclasses.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, ClassVar
+from uuid import uuid4
+
+from eventsourcing.persistence import IntegrityError
+from flask import Flask
+from flask.cli import ScriptInfo
+from rq import Queue, Retry, SimpleWorker, Worker
+from rq.job import Job
+from sqlalchemy import orm
+
+from ..binding import roll_back
+from ..exceptions import ConfigurationError
+from ..state import current_state
+from .tasks import (
+    CONFLICT_RETRIES,
+    FlaskAppOrFactory,
+    StateSlot,
+    after_commit,
+    check_retries,
+    describe,
+    pause,
+    state_slot,
+    task_unit,
+)
+
+LONGEST_PAUSE = 0.1
+"""The longest pause before a job is enqueued again after a conflict, in seconds; the work-horse waits."""
+
+FLASK_APP = "FLASK_APP"
+
+
+class EventSourcingWorkerMixin:
+    """Gives every job of an RQ worker an application context and a unit of work of its own.
+
+    It goes before a worker class of RQ: ``class MyWorker(EventSourcingWorkerMixin, SpawnWorker)``. The unit of work is
+    committed before the job counts as finished, and rolled back when it raises or returns a ``Retry``.
+    """
+
+    flask_app: ClassVar[FlaskAppOrFactory | None] = None
+    """The Flask app, or a function that makes it, which is called in each work-horse. Without it, the environment's
+    ``FLASK_APP`` says which app it is, as for the command ``flask``."""
+
+    conflict_retries: ClassVar[int] = CONFLICT_RETRIES
+    """How often a job that had an optimistic conflict is enqueued again, at most."""
+
+    @cached_property
+    def _slot(self) -> StateSlot:
+        check_retries(self.conflict_retries)
+        given = inspect.getattr_static(type(self), "flask_app")
+        if isinstance(given, staticmethod):
+            given = given.__func__
+        return state_slot(_app_of_environment if given is None else given, f"{type(self).__name__}.flask_app")
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        """Work off the queues, as RQ's worker does.
+
+        :raises ConfigurationError: when there is no Flask app.
+        """
+        if inspect.getattr_static(type(self), "flask_app") is None and not os.environ.get(FLASK_APP):
+            raise ConfigurationError(
+                f"{type(self).__name__} does not know the Flask app: set the environment's {FLASK_APP}, or the class "
+                "attribute flask_app in a subclass."
+            )
+        slot = self._slot
+        try:
+            return bool(super().work(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            slot.close()
+
+    def perform_job(self, job: Job, *args: Any, **kwargs: Any) -> bool:
+        """Perform a job in a unit of work; a work-horse closes its applications after it."""
+        # RQ calls job.perform() under its time limit, before it stores the result.
+        vars(job)["perform"] = partial(self._perform, job, job.perform)
+        try:
+            return bool(super().perform_job(job, *args, **kwargs))  # type: ignore[misc]
+        finally:
+            del vars(job)["perform"]
+            if self.is_horse:  # type: ignore[attr-defined]
+                # It ends by os._exit().
+                self._slot.close()
+
+    def _perform(self, job: Job, perform: Callable[[], Any]) -> Any:
+        retries = job.number_of_retries or 0
+        try:
+            with task_unit(self._slot.get()) as session:
+                result = perform()
+                if isinstance(result, Retry):
+                    roll_back(session)
+                return result
+        except IntegrityError:
+            if retries >= self.conflict_retries:
+                raise
+            time.sleep(pause(retries, LONGEST_PAUSE))
+            return Retry(max=self.conflict_retries)
+
+
+class EventSourcingWorker(EventSourcingWorkerMixin, Worker):
+    """RQ's worker that forks a work-horse for each job; every work-horse has applications of its own."""
+
+
+class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
+    """RQ's worker that performs jobs in its own process, for tests."""
+
+
+def _app_of_environment() -> Flask:
+    return ScriptInfo(app_import_path=os.environ[FLASK_APP]).load_app()
+
+
+@contextmanager
+def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session]:
+    """An application context and a unit of work for one job, for workers other than those above.
+
+    It is a decorator of job functions too. An app that is made by a function is closed at the end.
+
+    :param flask_app_or_factory: the Flask app, or a function that makes it.
+    :raises ConfigurationError: when it is neither.
+    :raises NotInitializedError: when ``es.init_app(app)`` was not called.
+    """
+    slot = state_slot(flask_app_or_factory, "job_context")
+    try:
+        with task_unit(slot.get()) as session:
+            yield session
+    finally:
+        if not isinstance(flask_app_or_factory, Flask):
+            slot.close()
+
+
+def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> str:
+    """Enqueue a job once what was done so far in ``db.session`` is committed; never, if that is rolled back.
+
+    :param queue: the RQ queue.
+    :param function: the job's function, or its name with its module.
+    :param args: its arguments, as for ``queue.enqueue``.
+    :param kwargs: its arguments and RQ's options, as for ``queue.enqueue``.
+    :return: the id that the job will have.
+    :raises TypeError: when *queue* is none.
+    :raises NotInitializedError: outside an application context.
+
+    What RQ cannot serialise raises as it would in ``queue.enqueue``. It follows savepoints. When nothing waits for a
+    commit, the job is enqueued at once. If Redis fails after the commit, that is logged, and the commit has succeeded.
+    """
+    if not isinstance(queue, Queue):
+        raise TypeError(f"enqueue_after_commit takes an RQ queue first; found {queue!r}.")
+    job_id: str = kwargs.setdefault("job_id", None) or str(uuid4())
+    kwargs["job_id"] = job_id
+    job_args, job_kwargs = _checked(queue, function, args, kwargs)
+    name = function if isinstance(function, str) else f"{function.__module__}.{function.__qualname__}"
+    description = "the job " + describe(name, function, job_args, job_kwargs)
+    current_state()
+    after_commit(partial(queue.enqueue, function, *args, **kwargs), description)
+    return job_id
+
+
+def _checked(
+    queue: Queue, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of the function, after RQ has refused what it would refuse later."""
+    parsed: Any = Queue.parse_args(function, *args, **kwargs)
+    # A named tuple in RQ 3, and a plain one that ends with them in RQ 2.
+    found = (parsed.args, parsed.kwargs) if hasattr(parsed, "kwargs") else parsed[-2:]
+    job_args, job_kwargs = tuple(found[0] or ()), dict(found[1] or {})
+    queue.serializer.dumps((function if isinstance(function, str) else None, job_args, job_kwargs))
+    return job_args, job_kwargs

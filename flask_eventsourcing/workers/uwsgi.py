@@ -1,0 +1,59 @@
+"""uWSGI: construct the applications when a worker begins, and close them when it ends.
+
+Nothing here is needed for a fork to be safe. It spares the first request of each worker the construction, and lets
+applications that have something to close do so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask
+
+from ..state import state_of
+
+logger = logging.getLogger(__name__)
+
+
+def init_uwsgi(app: Flask) -> None:
+    """Construct the app's applications in each worker before its first request, and close them at its end.
+
+    Call it at the end of the module that uWSGI loads, after ``import uwsgidecorators`` if you use that. Under another
+    server it does nothing. Functions that were registered as ``uwsgi.post_fork_hook`` and ``uwsgi.atexit`` before are
+    called too. uWSGI calls neither in a worker that is killed, or that it ends in the middle of a request.
+
+    :raises NotInitializedError: when ``es.init_app(app)`` was not called.
+    """
+    state = state_of(app)
+    try:
+        import uwsgi
+    except ImportError:  # It exists inside of the server only.
+        return
+    server: Any = uwsgi
+
+    def begin() -> None:
+        # Not in a mule or a spooler, which may have no need of it, and construct at the first use.
+        if server.worker_id() > 0:
+            state.construct()
+
+    if server.worker_id() > 0:
+        # With lazy-apps the module is loaded after the fork, and no hook is called.
+        begin()
+    else:
+        server.post_fork_hook = _chained(getattr(server, "post_fork_hook", None), begin)
+    server.atexit = _chained(state.close, getattr(server, "atexit", None))
+
+
+def _chained(*functions: Callable[[], Any] | None) -> Callable[[], None]:
+    def call() -> None:
+        for function in functions:
+            if function is not None:
+                try:
+                    function()
+                except Exception:
+                    # uWSGI prints what a hook raises and goes on; the others are called as well.
+                    logger.exception("A hook of uWSGI failed.")
+
+    return call

@@ -1,0 +1,147 @@
+"""Errors after which the database has rolled back more than the statement: nothing is committed by half."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing.persistence import OperationalError, StoredEvent
+
+from flask_eventsourcing import AbortedTransactionError, WriteTimeoutError
+from tests import servers
+from tests.bank import Site, make_site
+from tests.integration.marks import on_postgresql, on_sqlite_file
+from tests.servers import ServerFolder, require
+
+FULL = b"x" * 1_000_000
+
+
+@contextmanager
+def full_disk(site: Site) -> Iterator[None]:
+    """Let SQLite find no room for more than is there, on the session's connection."""
+    driver: Any = site.db.session.connection().connection.driver_connection
+    pages = driver.execute("PRAGMA page_count").fetchone()[0]
+    driver.execute(f"PRAGMA max_page_count = {pages + 20}")
+    yield
+    driver.execute("PRAGMA max_page_count = 1000000")
+
+
+@on_sqlite_file
+@pytest.mark.parametrize("then", ["commit", "save", "row"])
+def test_full_disk_is_not_committed_by_half(site: Site, then: str) -> None:
+    """After "disk is full" SQLite has rolled back what was saved before, and neither a commit nor a save hides it."""
+    site.opened()
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        with full_disk(site):
+            site.bank.open_account("lost")
+            with pytest.raises(OperationalError, match="full"):
+                recorder.insert_events([StoredEvent(uuid4(), 1, "a:b", FULL)])
+        if then == "row":
+            site.note("lost, too")
+        go_on = site.bank.open_account if then == "save" else site.db.session.commit
+        with pytest.raises(AbortedTransactionError, match="roll"):
+            go_on()
+        site.db.session.rollback()
+        site.bank.open_account("next")
+        site.db.session.commit()
+    assert site.stored() == (2, 0)
+
+
+@on_sqlite_file
+def test_interrupted_save_is_told_as_it_is(site: Site) -> None:
+    """When SQLite ends the transaction in the midst of a large save, the error says why, and no commit hides it."""
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        site.bank.open_account("lost")
+        driver: Any = site.db.session.connection().connection.driver_connection
+        driver.set_progress_handler(lambda: 1, 1000)
+        with pytest.raises(OperationalError, match="interrupted"):
+            recorder.insert_events([StoredEvent(uuid4(), 1, "a:b", b"{}") for _ in range(500)])
+        driver.set_progress_handler(None, 0)
+        with pytest.raises(AbortedTransactionError):
+            site.db.session.commit()
+        site.db.session.rollback()
+    assert site.stored() == (0, 0)
+
+
+@on_sqlite_file
+def test_full_disk_that_a_row_met_is_not_committed_by_half(site: Site) -> None:
+    """The same holds when a statement of the session's own was the one that failed."""
+    with site.app.app_context():
+        with full_disk(site):
+            site.bank.open_account("lost")
+            with pytest.raises(sa.exc.OperationalError, match="full"):
+                site.db.session.execute(sa.insert(site.Note).values(text=FULL.decode()))
+        with pytest.raises(AbortedTransactionError):
+            site.db.session.commit()
+        site.db.session.rollback()
+    assert site.stored() == (0, 0)
+
+
+@pytest.fixture
+def strict_mariadb_url(server_folder: ServerFolder) -> Iterator[str]:
+    """A server that rolls a transaction back when it has waited for a lock in vain."""
+    require(servers.has_program("mariadbd"), "MariaDB", "apt-get install mariadb-server")
+
+    def start(folder: Any) -> servers.Server:
+        return servers.start_mariadb(folder, ["--innodb-rollback-on-timeout"])
+
+    with server_folder.private("mariadb", start) as server, servers.mariadb_database(server.url) as url:
+        yield url
+
+
+def test_timeout_that_rolls_back_is_not_committed_by_half(strict_mariadb_url: str) -> None:
+    """On a MariaDB that is set to roll back after a wait in vain, a caught timeout cannot be committed."""
+    site = make_site(strict_mariadb_url, EVENTSOURCING_LOCK_TIMEOUT=1)
+    site.opened()
+    with site.app.app_context():
+        other = site.db.engine.connect()
+        other.exec_driver_sql("SELECT * FROM bank_tracking FOR UPDATE")
+        site.note("lost")
+        site.db.session.flush()
+        with pytest.raises(WriteTimeoutError):
+            site.bank.open_account("late")
+        other.close()
+        with pytest.raises(AbortedTransactionError):
+            site.db.session.commit()
+        site.db.session.rollback()
+    assert site.stored() == (1, 0)
+    site.close()
+
+
+@on_postgresql
+@pytest.mark.parametrize("echo", [False, True])
+def test_block_that_is_always_torn_is_appended_under_a_lock(
+    site: Site, echo: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several events among very many small appends are stored in the end, outside a session too."""
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        site.db.engine.echo = echo
+    dialect = recorder.dialect
+    fetch, lock_table = dialect.fetch, dialect._lock_table
+    locked: list[int] = []
+
+    def torn(connection: Any, statement: str, parameters: Any = ()) -> Any:
+        # As if another writer drew a position within each block, until the table is locked.
+        if "array_agg" in statement and not locked:
+            return [(None, 0)]
+        return fetch(connection, statement, parameters)
+
+    def lock(*args: Any) -> None:
+        lock_table(*args)
+        locked.append(1)
+
+    monkeypatch.setattr(dialect, "fetch", torn)
+    monkeypatch.setattr(dialect, "_lock_table", lock)
+    originator_id = uuid4()
+    positions = recorder.insert_events([StoredEvent(originator_id, n, "a:b", b"{}") for n in range(3)])
+    assert locked == [1]
+    assert len(set(positions)) == 3
+    assert site.stored() == (3, 0)
+    assert recorder.max_notification_id() == positions[-1]

@@ -1,0 +1,1 @@
+"""Projections, on each database."""

@@ -1,0 +1,22 @@
+"""A process that rebuilds, to be killed."""
+
+from __future__ import annotations
+
+import sys
+
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from tests.projections.desk import Desk, make_desk
+
+
+def make(uri: str) -> Desk:
+    """Make the desk of this process and of the test."""
+    desk = make_desk(uri)
+    desk.balances(batch_size=20)
+    return desk
+
+
+if __name__ == "__main__":
+    DESK = make(sys.argv[1])
+    print("begun", flush=True)  # noqa: T201
+    Rebuild(DESK.consumer()).run()
+    print("ended", flush=True)  # noqa: T201

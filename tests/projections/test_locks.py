@@ -1,0 +1,211 @@
+"""One runner at a time: locks of the server, leases, taking over, and the fence behind them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from flask_eventsourcing.projections import control, heartbeat, runners
+from flask_eventsourcing.projections.applying import Applier
+from flask_eventsourcing.projections.control import FencedError
+from flask_eventsourcing.projections.workers import Worker
+from tests.projections.conftest import MakeDesk
+from tests.projections.desk import Desk, until
+from tests.servers import forget_killed_connections
+
+on_servers = pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+locks = pytest.mark.parametrize("lock", ["database", "lease"])
+
+
+@pytest.fixture
+def desks(new_desk: MakeDesk, lock: str, monkeypatch: pytest.MonkeyPatch) -> list[Desk]:
+    """Two apps on one database, as in two processes."""
+    monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.05)
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.2)
+    made = [new_desk(EVENTSOURCING_PROJECTION_LOCK=lock) for _ in range(2)]
+    for desk in made:
+        desk.balances()
+    return made
+
+
+def states(*workers: Worker) -> set[str]:
+    """What the runners of workers are doing."""
+    return {runner.state for worker in workers for runner in worker.runners}
+
+
+@locks
+def test_one_runs_the_other_stands_by_and_takes_over(desks: list[Desk]) -> None:
+    """Of two workers one applies the events; when it ends the other goes on, and each event is applied once."""
+    one, two = desks
+    account_id = one.open(*[1] * 50)
+    with two.running() as second:
+        with one.running() as first:
+            until(lambda: one.position() == 51)
+            until(lambda: states(first, second) == {"up to date", "standing by"})
+            assert one.status().state == "running"
+            assert one.status().runner is not None
+            assert one.status().since is not None
+            one.deposit(account_id, *[1] * 50)
+            until(lambda: one.position() == 101)
+        until(lambda: states(second) == {"up to date"})
+        one.deposit(account_id, 1)
+        until(lambda: one.position() == 102)
+    assert one.amounts() == {account_id: 101}
+    assert one.status().state == "stopped"
+
+
+@locks
+def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> None:
+    """Whoever has been overtaken finds out when it wants to apply events, and leaves no trace."""
+    one, _ = desks
+    one.open(1, 2)
+    consumer = one.consumer()
+    consumer.control.ensure()
+    with one.app.app_context():
+        old = consumer.control.claim(lease=False)
+        new = consumer.control.claim(lease=False)
+        assert old is not None
+        assert new is not None
+        page = consumer.host.read_log(0, 10, None, ())
+        applier = Applier(consumer)
+        with pytest.raises(FencedError):
+            applier.apply(old, page, 3)
+        assert one.amounts() == {}
+        moved = applier.apply(new, page, 3)
+        # Nor does it apply the same events again.
+        for stale in (new, moved._replace(token=old.token)):
+            with pytest.raises(FencedError):
+                applier.apply(stale, page, 3)
+        with pytest.raises(FencedError):
+            consumer.control.halt(old, 3, "x")
+        with pytest.raises(FencedError):
+            consumer.control.renew(old)
+    assert list(one.amounts().values()) == [3]
+
+
+@locks
+def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
+    """A lock that is taken is not to be had, is seen from elsewhere, and is free again after its release."""
+    one, two = desks
+    one.consumer().control.ensure()
+    mine, other = one.consumer().lock(), two.consumer().lock()
+
+    def held() -> bool:
+        row = two.row()
+        with two.consumer().host.engine.connect() as connection:
+            return other.is_held(connection, row.leased_until)
+
+    assert not held()
+    assert mine.acquire()
+    claimed = one.consumer().control.claim(lease=mine.leased)
+    assert claimed is not None
+    assert held()
+    assert not (other.acquire() and two.consumer().control.claim(lease=other.leased))
+    one.consumer().control.give_up(claimed)
+    mine.release()
+    assert not held()
+    assert other.acquire()
+    other.release()
+
+
+def end_locks(desk: Desk) -> int:
+    """End the connections that hold locks, from the server; return how many."""
+    engine = desk.consumer().host.engine
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            query = (
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+            return len(connection.execute(sa.text(query)).all())
+        name: Any = desk.consumer().lock()
+        holder = connection.scalar(sa.text("SELECT IS_USED_LOCK(:name)"), name.parameters())
+        if holder is not None:
+            connection.exec_driver_sql(f"KILL {int(holder)}")
+        return int(holder is not None)
+
+
+@on_servers
+@pytest.mark.parametrize("lock", ["database"])
+def test_a_lost_lock_is_noticed_although_nothing_happens(
+    desks: list[Desk], lock: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the connection with the lock ends, the runner takes it again or leaves it to another; nothing is lost."""
+    one, two = desks
+    caplog.set_level(logging.CRITICAL, logger="flask_eventsourcing")
+    account_id = one.open(1)
+    with one.running():
+        until(lambda: one.position() == 2)
+        before = one.row().token
+        assert end_locks(one) == 1
+        until(lambda: one.row().token not in (None, before) and one.status().state == "running")
+        with two.running():
+            assert end_locks(one) == 1
+            one.deposit(account_id, *[1] * 20)
+            until(lambda: one.position() == 22)
+    assert one.amounts() == {account_id: 21}
+    forget_killed_connections()
+
+
+@pytest.mark.parametrize("lock", ["lease"])
+def test_a_lease_that_is_not_renewed_ends(desks: list[Desk], lock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a runner has vanished without a word, another takes over when the lease is over."""
+    monkeypatch.setattr(control, "LEASE", 1.0)
+    one, two = desks
+    account_id = one.open(1)
+    one.consumer().control.ensure()
+    vanished = one.consumer().control.claim(lease=True)
+    assert vanished is not None
+    assert one.status().state == "running"
+    with two.running():
+        until(lambda: two.position() == 2)
+    assert two.amounts() == {account_id: 1}
+
+
+@locks
+def test_once_while_another_runs(desks: list[Desk], lock: str) -> None:
+    """A run to the head waits for the one who runs, and ends when that has reached it."""
+    one, two = desks
+    account_id = one.open(*[1] * 20)
+    with one.running():
+        assert not two.run_once()
+        assert two.position() == 21
+    assert two.amounts() == {account_id: 20}
+
+
+@locks
+def test_the_status_of_what_nobody_runs(desks: list[Desk], lock: str) -> None:
+    """Before the first run a projection is stopped, at the beginning, and as old as its first event."""
+    one, _ = desks
+    assert (one.status().lag_events, one.status().lag_seconds) == (0, 0.0)
+    one.open(1, 2)
+    status = one.status()
+    assert (status.state, status.position, status.head, status.lag_events) == ("stopped", 0, 3, 3)
+    assert status.lag_seconds is not None
+    assert status.lag_seconds > 0
+    assert (status.runner, status.since, status.error, status.healthy) == (None, None, None, False)
+    values = status.to_dict()
+    assert values["name"] == "Balances"
+    assert values["since"] is None
+    with one.running():
+        until(lambda: one.status().state == "running" and not one.status().lag_events)
+        running = one.status()
+        assert running.healthy
+        assert running.to_dict()["since"] == (running.since and running.since.isoformat())
+
+
+def test_the_lock_is_the_databases_own(new_desk: MakeDesk) -> None:
+    """PostgreSQL and MariaDB lock with their own means unless a lease is asked for; SQLite has a lease."""
+
+    def found(desk: Desk) -> str:
+        return type(desk.consumer().lock()).__name__
+
+    plain, leased = new_desk(), new_desk(EVENTSOURCING_PROJECTION_LOCK="lease")
+    for desk in (plain, leased):
+        desk.balances()
+    expected = {"postgresql": "AdvisoryLock", "mysql": "NamedLock", "sqlite": "Lease"}
+    assert found(plain) == expected[plain.consumer().host.engine.dialect.name]
+    assert found(leased) == "Lease"
