@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
-from example_app import models, problems
+from example_app import models, problems, projections
 from example_app.api import api
 from example_app.extensions import db, es, migrate
 from example_app.pages import pages
+from example_app.reports import reports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flask import Response
 
-__all__ = ["create_app", "models"]
+__all__ = ["create_app", "models", "projections"]
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
@@ -35,9 +36,13 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     """
     app = Flask(__name__, instance_relative_config=True)
     app.config.from_mapping(
+        MAIL_SENDER=os.environ.get("MAIL_SENDER", "Harbour Bank <bank@example.com>"),
+        MAIL_SERVER=os.environ.get("MAIL_SERVER"),
         MAX_CONTENT_LENGTH=64 * 1024,
+        REDIS_URL=os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0"),
         SESSION_COOKIE_SAMESITE="Lax",
         SQLALCHEMY_DATABASE_URI=os.environ.get("DATABASE_URL", "sqlite:///bank.db"),
+        STATEMENT_QUEUE=os.environ.get("STATEMENT_QUEUE"),
     )
     app.config.from_mapping(config or {})
     if not app.config["SECRET_KEY"]:
@@ -47,6 +52,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     es.init_app(app)
     app.register_blueprint(api)
     app.register_blueprint(pages)
+    app.register_blueprint(reports)
     problems.init_app(app)
     app.after_request(_add_security_headers)
     return app

@@ -95,6 +95,15 @@ def statement(account_id: UUID) -> ResponseReturnValue:
     }
 
 
+@api.post("/accounts/<uuid:account_id>/statement-mail")
+def mail_statement(account_id: UUID) -> ResponseReturnValue:
+    """Have a month's statement mailed: ``{"recipient": "ada@example.com", "month": "2026-11"}``."""
+    body = inputs.json_object()
+    recipient, month = inputs.address(body.get("recipient")), inputs.month(body.get("month"))
+    task_id = services.request_statement_mail(account_id, recipient, month)
+    return {"task_id": task_id, "recipient": recipient, "month": month}, 202
+
+
 @api.post("/transfers")
 def transfer() -> ResponseReturnValue:
     """Move money: ``{"sender_id": …, "recipient_id": …, "amount": "12.50", "note": "rent"}``."""

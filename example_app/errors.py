@@ -84,6 +84,18 @@ class InvalidAccountNumber(BankError):
     title = "That is not an account number"
 
 
+class MailUnavailable(BankError):
+    """There is no task queue."""
+
+    title = "Statements are not mailed here"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Start a worker, and set STATEMENT_QUEUE to celery or rq for the bank; its README says how. "
+            "Nothing was changed."
+        )
+
+
 class SameAccount(BankError):
     """A transfer needs two accounts."""
 

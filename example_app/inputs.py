@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NoReturn
 from uuid import UUID
@@ -50,6 +52,22 @@ def text(given: object, what: str) -> str:
     if given is not None and not isinstance(given, str):
         raise InvalidText(f"{what} is a text.")
     return given or ""
+
+
+def address(given: object) -> str:
+    """Return a mail address as a client wrote it; whether it exists, only a mail can tell."""
+    found = text(given, "The mail address").strip()
+    if not re.fullmatch(r"[!-?A-~]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,250}[A-Za-z0-9])?", found):
+        raise InvalidText("A mail address is a text such as ada@example.com.")
+    return found
+
+
+def month(given: object) -> str:
+    """Return a month, ``"2026-11"``; the present one, in UTC, if it is left out."""
+    found = text(given, "The month") or f"{datetime.now(UTC):%Y-%m}"
+    if not re.fullmatch(r"[0-9]{4}-(?:0[1-9]|1[0-2])", found):
+        raise InvalidText("A month is a text such as 2026-11.")
+    return found
 
 
 def account_number(given: object) -> UUID:

@@ -89,6 +89,15 @@ def transfer(account_id: UUID) -> ResponseReturnValue:
     return _to_account(account_id)
 
 
+@pages.post("/accounts/<uuid:account_id>/mail")
+def mail(account_id: UUID) -> ResponseReturnValue:
+    """Have this month's statement mailed."""
+    recipient = inputs.address(request.form.get("recipient"))
+    services.request_statement_mail(account_id, recipient, inputs.month(None))
+    flash(f"This month's statement is on its way to {recipient}.")
+    return _to_account(account_id)
+
+
 @pages.post("/accounts/<uuid:account_id>/close")
 def close(account_id: UUID) -> ResponseReturnValue:
     """Close an empty account."""

@@ -17,6 +17,7 @@ from example_app.errors import (
     AccountNotFound,
     BankError,
     InsufficientFunds,
+    MailUnavailable,
     VersionNotFound,
 )
 from example_app.money import decimal_text
@@ -29,6 +30,7 @@ STATUSES: dict[type[BankError], int] = {
     VersionNotFound: 404,
     AccountClosed: 409,
     AccountNotEmpty: 409,
+    MailUnavailable: 503,
 }
 UNPROCESSABLE = 422
 

@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 
 from example_app.extensions import db
 from example_app.models import AccountSummary, Transfer
+from example_app.projections import Balance, FraudAlert, MonthlyStatement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,6 +41,29 @@ def accounts() -> Pagination:
 def transfers() -> Pagination:
     """Return the page of transfers that the request asks for, the latest first."""
     query = select(Transfer).order_by(Transfer.created_at.desc(), Transfer.id)
+    return db.paginate(query, page=_page_number(), max_per_page=100)
+
+
+def balances() -> Pagination:
+    """Return the page of open accounts that the request asks for, by what they hold, from the read model."""
+    query = select(Balance).where(~Balance.closed)
+    return db.paginate(query.order_by(Balance.amount.desc(), Balance.account_id), page=_page_number(), max_per_page=100)
+
+
+def total_of_balances() -> int:
+    """Return what the read model has in all."""
+    return int(db.session.scalar(select(func.coalesce(func.sum(Balance.amount), 0))) or 0)
+
+
+def months(account_id: UUID) -> Sequence[MonthlyStatement]:
+    """Return the months of an account, the latest first."""
+    query = select(MonthlyStatement).where(MonthlyStatement.account_id == account_id)
+    return db.session.scalars(query.order_by(MonthlyStatement.month.desc())).all()
+
+
+def alerts() -> Pagination:
+    """Return the page of alerts that the request asks for, the latest first."""
+    query = select(FraudAlert).order_by(FraudAlert.seen_at.desc(), FraudAlert.account_id, FraudAlert.version.desc())
     return db.paginate(query, page=_page_number(), max_per_page=100)
 
 

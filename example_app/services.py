@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from flask import current_app
+
 from example_app.domain import Bank
+from example_app.errors import MailUnavailable
 from example_app.extensions import db, es
 from example_app.models import AccountSummary, Transfer
 
@@ -69,6 +72,31 @@ def close_account(account_id: UUID) -> Account:
     account = es[Bank].close_account(account_id)
     _summarise(account)
     return account
+
+
+@es.transactional
+def request_statement_mail(account_id: UUID, recipient: str, month: str) -> str:
+    """Have the statement of a month mailed by a worker, and return the number of the task."""
+    es[Bank].get_account(account_id)
+    arguments = (str(account_id), recipient, month)
+    # Either is installed only where it is used.
+    match current_app.config["STATEMENT_QUEUE"]:
+        case "celery":
+            from example_app.tasks_celery import mail_statement
+            from flask_eventsourcing.workers.celery import send_after_commit
+
+            return str(send_after_commit(mail_statement, *arguments).id)
+        case "rq":
+            from redis import Redis
+            from rq import Queue, Retry
+
+            from example_app import tasks_rq
+            from flask_eventsourcing.workers.rq import enqueue_after_commit
+
+            queue = Queue(tasks_rq.QUEUE, connection=Redis.from_url(current_app.config["REDIS_URL"]))
+            return enqueue_after_commit(queue, tasks_rq.mail_statement, *arguments, retry=Retry(max=3))
+        case _:
+            raise MailUnavailable
 
 
 def _summarise(account: Account) -> None:

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from flask import Flask
     from flask.testing import FlaskClient
 
-TABLES = {"account_summary", "bank_events", "bank_snapshots", "bank_tracking", "transfer"}
+TABLES = {"account_summary", "bank_events", "bank_snapshots", "bank_tracking", "transfer"} | {
+    "balance",
+    "bank_dead_letters",
+    "bank_projections",
+    "fraud_alert",
+    "monthly_statement",
+    "outflow",
+}
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def test_the_migrations_make_and_drop_the_tables(empty_app: Flask) -> None:
     with empty_app.app_context():
         upgrade()
         assert set(inspect(db.engine).get_table_names()) >= TABLES
-        downgrade()
+        downgrade(revision="base")
         assert set(inspect(db.engine).get_table_names()) == {"alembic_version"}
         db.engine.dispose()
 
