@@ -41,7 +41,7 @@ ifeq ($(DEMO_CHECK),1)
 else
 	$(BIN)/flask --app example_app db upgrade
 	@echo 'The bank is open at http://127.0.0.1:$(PORT)/ (Ctrl-C closes it)'
-	@$(BIN)/flask --app example_app run --host 127.0.0.1 --port $(PORT)
+	@$(BIN)/python -m example_app.demo $(PORT)
 endif
 
 test: $(STAMP)
@@ -56,6 +56,7 @@ bench:
 
 run-bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.projections $(filter --quick,$(ARGS))
 
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from .chart import draw
 from .databases import DATABASES, Database
 from .field import absent, contenders
+from .projections import section
 from .report import to_markdown, to_page
 from .results import Results
 from .workloads import WORKLOADS, Settings, Workload
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown, flush=True)
     _draw(results, folder / "benchmarks.svg")
     if options.publish:
-        (ROOT / "docs" / "benchmarks.md").write_text(to_page(results))
+        kept = section()
+        (ROOT / "docs" / "benchmarks.md").write_text(to_page(results) + (f"\n{kept}" if kept else ""))
         _draw(results, ROOT / "docs" / "_static" / "benchmarks.svg")
 
 

@@ -81,6 +81,14 @@ class Database(ABC):
             self._templates[key] = url
         return self._templates[key]
 
+    def create_empty(self) -> sa.URL:
+        """Create a database without tables."""
+        return self._create(f"empty_{next(self._numbers)}")
+
+    def drop(self, url: sa.URL) -> None:
+        """Drop a database."""
+        self._drop(url)
+
     @contextmanager
     def copy(self, contender: type[Contender], size: int) -> Iterator[sa.URL]:
         """A fresh copy of such a database, to be written to."""
