@@ -12,7 +12,7 @@ from eventsourcing.persistence import Notification
 from flask import Flask, current_app, has_app_context
 from werkzeug.local import LocalProxy
 
-from . import cache
+from . import cache, repository
 from .binding import SessionBinding
 from .config import Config
 from .exceptions import ConfigurationError, NotInitializedError
@@ -85,6 +85,7 @@ class EventSourcingState:
             # A variable with the application's name in front, set in the process's environment, would win otherwise.
             env[f"{application_class.name.upper()}_{key}"] = env[key]
         application = application_class(env=env)
+        repository.install(application)
         cache.install(application, self.binding.scope)
         return application
 

@@ -9,9 +9,11 @@ import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import ConfigurationError, EventSourcing, events_recorded
+from flask_eventsourcing.repository import CheckedRepository
 from flask_eventsourcing.state import EventSourcingState
 from tests.bank import Bank, Shop, Site, in_threads, make_app
 from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_sqlite_memory
 
 
 def test_each_application_has_its_own_tables(new_site: MakeSite) -> None:
@@ -231,3 +233,10 @@ def test_outside_an_app_context_recorders_commit_on_their_own(site: Site) -> Non
     assert [n.originator_version for n in bank.notification_log.select(start=1, limit=10)] == [1, 2]
     assert site.stored() == (2, 0)
     assert heard == []
+
+
+@on_sqlite_memory
+def test_repository_is_the_faster_one(site: Site) -> None:
+    """Applications of a Flask app rebuild aggregates with the repository that checks each class of events once."""
+    with site.app.app_context():
+        assert type(site.bank.repository) is CheckedRepository

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"exceptions"},
     {"config", "lifecycle", "hot"},
     {"models", "persistence"},
-    {"signals", "databases", "session", "binding", "cache", "projections", "records"},
+    {"signals", "databases", "session", "binding", "cache", "projections", "records", "repository"},
     {"state"},
     {"guard", "undo", "cli", "http", "browser", "workers", "testing"},
     {"extension", "pytest_plugin", ""},
