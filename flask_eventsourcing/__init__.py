@@ -9,7 +9,9 @@ from .exceptions import (
     MissingTableError,
     NotInitializedError,
     RollbackOnlyError,
+    StandbyError,
     UncommittedEventsError,
+    UnsafeSequenceError,
     WriteTimeoutError,
 )
 from .extension import EventSourcing
@@ -29,10 +31,12 @@ __all__ = [
     "NotInitializedError",
     "RollbackOnlyError",
     "SnapshotMixin",
+    "StandbyError",
     "StoredEventMixin",
     "TrackingMixin",
     "UUIDType",
     "UncommittedEventsError",
+    "UnsafeSequenceError",
     "WriteTimeoutError",
     "__version__",
     "current_application",

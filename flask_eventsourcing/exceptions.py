@@ -59,6 +59,14 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
 
 
+class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """The sequence of the positions is set up in a way that would break the order of the log."""
+
+
+class StandbyError(FlaskEventSourcingError, persistence.OperationalError):
+    """This server is a standby, which does not know what writers are at work: read the log on the primary."""
+
+
 class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
     """Another writer held the database longer than EVENTSOURCING_LOCK_TIMEOUT seconds."""
 

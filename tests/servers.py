@@ -118,7 +118,11 @@ class ServerFolder:
         with (self.path / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not record.exists():
+                known = len(_STARTED)
                 _write(record, start(self._folder(name)))
+                for process in _STARTED[known:]:
+                    # It outlives the worker that starts it, and Popen would warn of that at the worker's end.
+                    process.returncode = 0
         return _read(record)
 
     @contextmanager

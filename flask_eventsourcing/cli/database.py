@@ -6,7 +6,7 @@ import click
 from flask.cli import with_appcontext
 
 from ..state import current_state
-from .common import missing_tables, tables
+from .common import clear_errors, missing_tables, tables
 
 
 @click.command("init-db")
@@ -29,7 +29,7 @@ def init_db() -> None:
 @click.command("check")
 @with_appcontext
 def check() -> None:
-    """Check the configuration, the connection and the tables; exits with 1 if something is missing."""
+    """Check the configuration, the connection, the tables and the logs; exits with 1 if something is wrong."""
     state = current_state()
     engine = state.datastore.engine
     click.echo(f"Database: {engine.url.render_as_string(hide_password=True)} ({engine.dialect.name}, {engine.driver})")
@@ -39,3 +39,8 @@ def check() -> None:
         click.echo(f"{owner}: table {table.fullname} {'is missing' if table in missing else 'ok'}")
     if missing:
         raise click.ClickException("Tables are missing: run 'flask eventsourcing init-db' or your migrations.")
+    with clear_errors():
+        # It is also what finds a sequence on PostgreSQL, or a standby, with which the order would not be safe.
+        for application_class, application in state.applications.items():
+            last = application.recorder.max_notification_id() or 0
+            click.echo(f"{application_class.name}: log ok, last position {last}")

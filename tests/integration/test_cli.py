@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from tests.bank import Bank, Shop, Site, make_app, make_site
 from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_postgresql
 
 
 def run(site: Site, command: str) -> tuple[int, str]:
@@ -39,13 +40,25 @@ def test_init_db_keeps_what_is_there(site: Site) -> None:
 
 
 def test_check_of_a_good_app(new_site: MakeSite) -> None:
-    """``check`` tells the database, the mode and each table, and exits with 0; no password is shown."""
+    """``check`` tells the database, the mode, each table and each log, and exits with 0; no password is shown."""
     site = new_site(EVENTSOURCING_COMMIT="request")
+    site.opened()
     code, output = run(site, "check")
     assert code == 0
     assert "Commit mode: request" in output
     assert "Bank: table bank_events ok" in output
+    assert "Bank: log ok, last position 1" in output
     assert "is missing" not in output
+
+
+@on_postgresql
+def test_check_of_a_log_that_is_not_safe(site: Site) -> None:
+    """``check`` names a sequence with which readers could miss events, and exits with 1."""
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        connection.execute(sa.text("ALTER SEQUENCE bank_events_notification_id_seq CACHE 20"))
+    code, output = run(site, "check")
+    assert code == 1
+    assert "Error: Sequence public.bank_events_notification_id_seq has CACHE 20" in output
 
 
 def test_check_names_what_is_missing(new_site: MakeSite) -> None:

@@ -16,7 +16,7 @@ from uuid import UUID
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import MissingTableError
+from ...exceptions import MissingTableError, StandbyError, UnsafeSequenceError
 from .base import Dialect, DialectOptions, EventTable, FrozenSnapshotError
 from .waiting import ListenWaiter, Waiter
 
@@ -77,8 +77,13 @@ SELECT least(high.position, (
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND l.classid::bigint >> 16 = high.key
       {own}
-)), current_setting('transaction_isolation')
+)), current_setting('transaction_isolation'), pg_is_in_recovery()
 FROM high"""
+
+_SEQUENCE = """
+SELECT found.name, s.seqcache, s.seqincrement, s.seqcycle
+FROM (SELECT pg_get_serial_sequence(%s, 'notification_id') AS name) AS found
+LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass"""
 
 
 class PostgreSQLDialect(Dialect):
@@ -169,11 +174,16 @@ class PostgreSQLDialect(Dialect):
         return statement
 
     def _sequence(self, connection: Connection, table: EventTable) -> tuple[str, str]:
-        statement = "SELECT pg_get_serial_sequence(%s, 'notification_id')"
-        name = self.fetch(connection, statement, (table.name,))[0][0]
+        name, cache, increment, cycle = self.fetch(connection, _SEQUENCE, (table.name,))[0]
         if name is None:
             raise MissingTableError(
                 f"Column notification_id of table {table.name} has no sequence: make it a bigserial or identity column."
+            )
+        if (cache, increment, cycle) != (1, 1, False):
+            # Each connection would draw a range of positions in advance, below what others have committed by then.
+            raise UnsafeSequenceError(
+                f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
+                f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
             )
         return name, "'" + name.replace("'", "''") + "'::regclass"
 
@@ -186,11 +196,16 @@ class PostgreSQLDialect(Dialect):
         return ListenWaiter(self.engine, _channel(table)) if self.options.postgres_notify else Waiter()
 
     def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
-        """Return the horizon: no writer in progress can commit a position at or below it."""
+        """Return the horizon: no writer in progress can commit a position at or below it.
+
+        :raises StandbyError: on a standby, which has no locks of the writers.
+        """
         if self.options.postgres_order == "table-lock":
             return None
         statement = self._statement(connection, table, "joined horizon" if joined else "horizon")
-        position, isolation = self.fetch(connection, statement)[0]
+        position, isolation, standby = self.fetch(connection, statement)[0]
+        if standby:
+            raise StandbyError
         if joined and isolation not in ("read committed", "read uncommitted"):
             # The snapshot of this transaction is older than the locks that were just read.
             raise FrozenSnapshotError
