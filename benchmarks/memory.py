@@ -46,7 +46,7 @@ def peak() -> int:
 def main(name: str, database: str, url: str, events: int) -> None:
     """Read the first page, and then the log to its end."""
     from .field import contender
-    from .workloads import PAGE, read_log
+    from .log import PAGE, read_log
 
     opened = contender(name, database)(sa.make_url(url), 2)
     with opened.worker() as worker:

@@ -17,12 +17,11 @@ import sqlalchemy as sa
 from .contenders import Contender, Worker
 from .databases import Database
 from .domain import LENGTH, new_events, originator
+from .log import read_log
 from .memory import growth
 
 logger = logging.getLogger(__name__)
 
-PAGE = 1000
-"""Events of the log that are read at a time."""
 HOLD = 0.005
 """Seconds between save and commit."""
 WARM_UP = 8
@@ -242,17 +241,6 @@ def _repeat(function: Callable[[], int], seconds: float) -> tuple[int, float]:
     while (elapsed := time.perf_counter() - begin) < seconds or not count:
         count += function()
     return count, elapsed
-
-
-def read_log(worker: Worker) -> int:
-    """Read the log from its beginning to its end, and return how many events there are."""
-    found, position = 0, 0
-    while True:
-        number, position = worker.page(position + 1, PAGE)
-        worker.rollback()
-        found += number
-        if number < PAGE:
-            return found
 
 
 def _concurrent(threads: int, pause: float) -> Concurrent:
