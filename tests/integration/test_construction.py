@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sqlite3
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from weakref import ref
 
 import psutil
 import pytest
+import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
@@ -157,4 +159,21 @@ def check_fork(uri: str) -> None:
         site.bank.deposit(account_id, 2)
         site.db.session.commit()
     assert site.balance(account_id) == 7
+    site.close()
+
+
+@pytest.mark.parametrize("database", ["sqlite://", "sqlite:///bank.db"])
+def test_init_app_opens_no_connection(database: str) -> None:
+    """Making an app connects to nothing, so that an app that is never used has nothing to close."""
+    opened: list[int] = []
+
+    def connect() -> sqlite3.Connection:
+        opened.append(1)
+        return sqlite3.connect(":memory:", check_same_thread=False)
+
+    site = make_site(database, create=False, SQLALCHEMY_ENGINE_OPTIONS={"creator": connect})
+    assert opened == []
+    with site.app.app_context():
+        site.db.session.execute(sa.text("SELECT 1"))
+    assert opened == [1]
     site.close()

@@ -216,7 +216,9 @@ class SQLiteDialect(Dialect):
 
 def _replace_connections(engine: Engine, memory: bool) -> None:
     """Give up connections from before, which take no turns; the content of an in-memory database is copied."""
-    if not memory:
+    pool = engine.pool
+    if not memory or (isinstance(pool, sa.pool.StaticPool) and "connection" not in vars(pool)):
+        # Nothing to copy: its one connection was not made yet, and is not to be made by looking for it.
         engine.dispose()
         return
     fairy = engine.raw_connection()
