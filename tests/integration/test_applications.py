@@ -101,6 +101,8 @@ def test_register_is_a_decorator(tmp_path: Path) -> None:
         es[Branch].open_account()
         db.session.commit()
     assert "branch_events" in db.metadata.tables
+    with app.app_context():
+        db.engine.dispose()
 
 
 def test_register_after_init_app_is_refused(site: Site) -> None:
@@ -153,8 +155,9 @@ def test_nested_app_contexts_keep_apart(new_site: MakeSite, tmp_path: Path) -> N
             es.application.open_account("other")
             db.session.commit()
             assert es.application.balance(account_id) is None
-            db.engine.dispose()
         site.db.session.rollback()
+    with app.app_context():
+        db.engine.dispose()
     assert site.stored() == (0, 0)
 
 

@@ -126,6 +126,8 @@ def test_corrected_app_can_be_registered(case: str) -> None:
         db.create_all()
         es.application.open_account("Ada")
         db.session.commit()
+    with app.app_context():
+        db.engine.dispose()
 
 
 def test_init_app_twice_is_refused() -> None:

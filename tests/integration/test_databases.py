@@ -259,6 +259,7 @@ def test_registered_db_is_used_where_none_is_given() -> None:
         assert es.db is db
         db.create_all()
         use(es, db)
+    dispose(app, db)
 
 
 def test_db_is_made_where_there_is_none(tmp_path: Path) -> None:

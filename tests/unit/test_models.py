@@ -87,6 +87,8 @@ def test_every_declarative_base_works(model_class: Any, disable_autonaming: bool
         assert es.application.balance(account_id) == 7
         rows = db.session.scalars(sa.select(es.StoredEvent).order_by(es.StoredEvent.notification_id)).all()
         assert [(row.originator_id, row.originator_version) for row in rows] == [(account_id, 1), (account_id, 2)]
+    with app.app_context():
+        db.engine.dispose()
 
 
 def test_users_models_stand_beside_ours(model_class: Any) -> None:
