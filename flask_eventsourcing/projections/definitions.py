@@ -161,17 +161,23 @@ def _problems(cls: Any) -> Iterable[str]:
         yield "it has no handler: mark its methods with @on(EventClass) or @reaction(EventClass)."
     if cls.on_failure not in get_args(OnFailure):
         yield f"on_failure is 'halt' or 'dead-letter'; found {cls.on_failure!r}."
-    if not isinstance(cls.retries, int) or isinstance(cls.retries, bool) or cls.retries < 0:
+    if not _is_whole(cls.retries) or cls.retries < 0:
         yield f"retries is a whole number from 0 up; found {cls.retries!r}."
     size = cls.batch_size
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MOST_EVENTS:
+    if not _is_whole(size) or not 1 <= size <= MOST_EVENTS:
         yield f"batch_size is a whole number from 1 to {MOST_EVENTS}; found {size!r}."
-    for model in cls.models:
-        mapper = sa.inspect(model, raiseerr=False)
-        if not isinstance(model, type) or mapper is None or not isinstance(mapper.local_table, sa.Table):
-            yield f"{model!r} in models is not a mapped class with a table."
+    yield from (f"{model!r} in models is not a mapped class with a table." for model in cls.models if not _maps(model))
     if cls.inline and cls.on_failure != "halt":
         yield "inline projections fail with the save() itself, so on_failure cannot be set."
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _maps(model: Any) -> bool:
+    mapper = sa.inspect(model, raiseerr=False)
+    return isinstance(model, type) and mapper is not None and isinstance(mapper.local_table, sa.Table)
 
 
 def _collect(cls: type[Any], attribute: str, signature: str) -> dict[type[Any], Callable[..., Any]]:

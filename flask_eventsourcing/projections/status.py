@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from .consumers import Consumer
-from .control import HALTED, ControlRow
+from .control import ACTIVE, HALTED, ControlRow
 from .dead_letters import DeadLetters
 
 
@@ -70,14 +70,12 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     inline = consumer.kind == "projection" and consumer.projection_class.inline
     letters = DeadLetters(consumer.host.models.tables["dead_letters"])
     with consumer.host.engine.connect() as connection:
-        row = consumer.control.read(connection)
-        position = head if inline else row.position if row is not None else 0
-        held = consumer.lock().is_held(connection, row.leased_until if row is not None else None)
-        running = held and row is not None and row.token is not None
+        row = consumer.control.read(connection) or _never_run(consumer)
+        position = head if inline else row.position
+        running = row.token is not None and consumer.lock().is_held(connection, row.leased_until)
         failed, waiting = letters.count(connection, consumer.name)
         lag = _lag(connection, consumer, position, head)
-    halted = row is not None and row.state == HALTED
-    state = "inline" if inline else "halted" if halted else "running" if running else "stopped"
+    state = "inline" if inline else "halted" if row.state == HALTED else "running" if running else "stopped"
     return ProjectionStatus(
         name=consumer.name,
         application=consumer.host.application_name,
@@ -86,17 +84,21 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         head=head,
         lag_events=lag,
         lag_seconds=_age(consumer, position, head) if lag else 0.0,
-        runner=row.runner if running and row is not None else None,
-        since=_aware(row) if running else None,
-        error=row.error if row is not None else None,
-        failed_position=row.failed_position if row is not None else None,
+        runner=row.runner if running else None,
+        since=_aware(row.running_since) if running else None,
+        error=row.error,
+        failed_position=row.failed_position,
         dead_letters=failed,
         waiting=waiting,
     )
 
 
-def _aware(row: ControlRow | None) -> datetime | None:
-    return None if row is None or row.running_since is None else row.running_since.replace(tzinfo=UTC)
+def _never_run(consumer: Consumer) -> ControlRow:
+    return ControlRow(consumer.name, 0, 0, ACTIVE, None, None, None, None, None, None, None)
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    return None if time is None else time.replace(tzinfo=UTC)
 
 
 def _lag(connection: Connection, consumer: Consumer, position: int, head: int) -> int:

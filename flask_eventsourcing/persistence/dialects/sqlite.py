@@ -250,15 +250,19 @@ def begin_turn(connection: Connection, statement: str, always: bool, timeout: fl
     if always or needs_lock:
         driver.take_turn(timeout)
     if needs_lock and not driver.in_transaction and driver.isolation_level is not None:
-        try:
-            driver.execute(IMMEDIATE).close()
-            driver.began = True
-        except sqlite3.OperationalError as error:
-            driver.end_turn()
-            raise WriteTimeoutError(
-                f"Could not begin a write transaction within {timeout:g} s ({error}): another process holds the "
-                "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."
-            ) from error
+        _begin_immediate(driver, timeout)
+
+
+def _begin_immediate(driver: GatedConnection, timeout: float) -> None:
+    try:
+        driver.execute(IMMEDIATE).close()
+        driver.began = True
+    except sqlite3.OperationalError as error:
+        driver.end_turn()
+        raise WriteTimeoutError(
+            f"Could not begin a write transaction within {timeout:g} s ({error}): another process holds the "
+            "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+        ) from error
 
 
 def _end_turn(connection: Connection, *_: Any) -> None:
