@@ -1,15 +1,176 @@
-"""The ``flask eventsourcing`` commands."""
+"""The ``flask eventsourcing`` commands: click's front of what stands in ``commands``."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec
+
+import click
 from flask.cli import AppGroup
 
-from .database import check, init_db
-from .dead_letters import dead_letters
-from .projections import run, status
-from .rebuild import rebuild
+from ..commands import Bar, CommandError, Output, Subject, UsageError, letters, reports, work
+from ..state import current_state
+
+P = ParamSpec("P")
 
 group = AppGroup("eventsourcing", help="Event-sourced applications: their tables, events and projections.")
 
-for command in (init_db, check, run, status, rebuild, dead_letters):
-    group.add_command(command)
+
+class ClickOutput:
+    """Prints, asks and shows progress as click does."""
+
+    def write(self, text: str) -> None:
+        """Print lines."""
+        click.echo(text)
+
+    def confirm(self, question: str) -> bool:
+        """Ask; no aborts the command."""
+        return click.confirm(question, abort=True)
+
+    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
+        """Show a bar where standard error is a terminal."""
+        return ClickBar(length, label, rate) if sys.stderr.isatty() else None
+
+
+class ClickBar:
+    """A progress bar of click's, on standard error."""
+
+    def __init__(self, length: int, label: str, rate: Callable[[], str]) -> None:
+        self._bar: Any = click.progressbar(
+            length=length, label=label, show_percent=True, item_show_func=lambda _: rate(), file=sys.stderr
+        )
+        self._bar.__enter__()
+
+    def move(self, position: int, length: int) -> None:
+        """Show that so many of so many are done."""
+        self._bar.length = length
+        if position > self._bar.pos:
+            self._bar.update(position - self._bar.pos)
+
+    def finish(self) -> None:
+        """End its line."""
+        self._bar.render_finish()
+
+
+def subject() -> Subject:
+    """Return what commands work on in the current app."""
+    state = current_state()
+    return Subject(
+        program="flask eventsourcing",
+        commit_mode=state.config.commit,
+        datastore=state.datastore,
+        application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],
+        applications=lambda: {cls.name: application for cls, application in state.applications.items()},
+        projections=state.projections,
+    )
+
+
+def call(command: Callable[Concatenate[Subject, Output, P], int], *arguments: P.args, **options: P.kwargs) -> None:
+    """Call a command on the current app, and end with its exit status."""
+    try:
+        exit_status = command(subject(), ClickOutput(), *arguments, **options)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    except CommandError as error:
+        raise click.ClickException(str(error)) from error
+    if exit_status:
+        raise click.exceptions.Exit(exit_status)
+
+
+@group.command("init-db")
+def init_db() -> None:
+    """Create the missing tables of applications, projections and their models."""
+    call(reports.init_db)
+
+
+@group.command("check")
+def check() -> None:
+    """Check the configuration, the connection, the tables and the logs; exits with 1 if something is wrong."""
+    call(reports.check)
+
+
+@group.command("run")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="Run every projection and every reaction.")
+@click.option("--once", is_flag=True, help="End when all have reached the end of the log.")
+@click.option(
+    "--log-every",
+    type=click.FloatRange(min=0, min_open=True),
+    default=work.LOG_EVERY,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often a line is logged for each of them.",
+)
+def run(names: Sequence[str], everything: bool, once: bool, log_every: float) -> None:
+    """Run projections and reactions by their names.
+
+    NAME is a projection, which is run with its reactions, or only its reactions, as Balances:reactions. One process
+    at a time runs each; others stand by and take over. SIGTERM and Ctrl-C finish the batch in progress.
+    """
+    call(work.run, names, everything=everything, once=once, log_every=log_every)
+
+
+@group.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Exit with 1 unless all are run and nothing was set aside.")
+def status(as_json: bool, check: bool) -> None:
+    """Tell how far each projection is, who runs it, and what is wrong."""
+    call(reports.status, as_json=as_json, check=check)
+
+
+@group.command("rebuild")
+@click.argument("name")
+@click.option("--dry-run", is_flag=True, help="Say how many events there are and how long it would take.")
+@click.option("--drop-old", is_flag=True, help="Drop the replaced tables afterwards; otherwise they are kept.")
+@click.option("--restart", is_flag=True, help="Begin anew, even if an earlier rebuild can be taken up.")
+def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool) -> None:
+    """Build the tables of projection NAME anew beside the live ones, and put them in their place.
+
+    Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was.
+    """
+    call(work.rebuild, name, dry_run=dry_run, drop_old=drop_old, restart=restart)
+
+
+# ------------------------------------------------------------------------------------------------------- dead letters
+
+dead_letters = AppGroup("dead-letters", help="Events that projections have set aside, and those that wait behind them.")
+group.add_command(dead_letters)
+
+of_projection = click.option("--projection", metavar="NAME", help="Only those of a projection.")
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@dead_letters.command("list")
+@of_projection
+@as_json_option
+def list_letters(projection: str | None, as_json: bool) -> None:
+    """List the dead letters, in the order of the log."""
+    call(letters.list_letters, projection=projection, as_json=as_json)
+
+
+@dead_letters.command("show")
+@click.argument("letter_id", metavar="ID", type=int)
+@of_projection
+@as_json_option
+def show_letter(letter_id: int, projection: str | None, as_json: bool) -> None:
+    """Show a dead letter with its traceback."""
+    call(letters.show_letter, letter_id, projection=projection, as_json=as_json)
+
+
+@dead_letters.command("retry")
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=int)
+@click.option("--all", "everything", is_flag=True, help="Retry all of them.")
+@of_projection
+def retry_letters(ids: Sequence[int], everything: bool, projection: str | None) -> None:
+    """Apply events again, in order, with those that wait behind them; exits with 1 if one fails again."""
+    call(letters.retry_letters, ids, everything=everything, projection=projection)
+
+
+@dead_letters.command("discard")
+@click.argument("ids", metavar="ID...", nargs=-1, type=int, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@of_projection
+def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> None:
+    """Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails."""
+    call(letters.discard_letters, ids, yes=yes, projection=projection)

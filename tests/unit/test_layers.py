@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"config", "lifecycle", "hot"},
     {"models", "persistence"},
     {"signals", "databases", "session", "binding", "cache", "projections", "records", "repository"},
-    {"state"},
+    {"state", "commands"},
     {"guard", "undo", "cli", "http", "browser", "workers", "testing"},
     {"extension", "pytest_plugin", ""},
 ]

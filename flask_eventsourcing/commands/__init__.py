@@ -1,0 +1,209 @@
+"""What commands do and print, for every host, whatever reads its command line.
+
+A host makes a :class:`Subject` and calls a command with it and with an :class:`Output`. A command returns the exit
+status, or raises a :class:`CommandError`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TextIO
+
+import sqlalchemy as sa
+from eventsourcing.application import Application
+from eventsourcing.persistence import PersistenceError
+
+from ..exceptions import FlaskEventSourcingError
+from ..persistence import Datastore
+from ..projections.consumers import Consumer
+from ..projections.outages import is_outage
+from ..projections.registry import BoundProjections
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What commands work on.
+
+    :param program: how the user calls the commands, as messages name it: ``flask eventsourcing``.
+    :param commit_mode: who commits, as ``check`` tells it.
+    :param application_tables: the tables of applications, each with the application's name.
+    :param applications: returns the applications of this process by their names; may construct them.
+    """
+
+    program: str
+    commit_mode: str
+    datastore: Datastore
+    application_tables: Sequence[tuple[str, sa.Table]]
+    applications: Callable[[], Mapping[str, Application[Any]]]
+    projections: BoundProjections
+
+    def tables(self) -> list[tuple[str, sa.Table]]:
+        """Return the tables of applications, then those that projections need, each with whom it belongs to."""
+        known = {table for _, table in self.application_tables}
+        further = [("Projections", table) for table in self.projections.tables() if table not in known]
+        return [*self.application_tables, *further]
+
+    def consumers(self) -> list[Consumer]:
+        """Return all that workers run, and inline projections, in the order of their registration."""
+        return list(self.projections)
+
+
+class CommandError(Exception):
+    """A command has failed: its message is for the user, who needs no traceback."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class UsageError(CommandError):
+    """A command was called in a way that makes no sense."""
+
+    exit_status = 2
+
+
+class UnreachableError(CommandError):
+    """The database failed in a way that passes; the cause is the database's error."""
+
+
+class Bar(Protocol):
+    """A progress bar that stands on a terminal."""
+
+    def move(self, position: int, length: int) -> None:
+        """Show that so many of so many are done; the length may change, and the position never goes back."""
+
+    def finish(self) -> None:
+        """End its line."""
+
+
+class Output(Protocol):
+    """Where a command prints and asks; the host's."""
+
+    def write(self, text: str) -> None:
+        """Print lines on standard output."""
+
+    def confirm(self, question: str) -> bool:
+        """Ask whether to go on; a host whose programs end otherwise may raise instead of returning False."""
+
+    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
+        """Show a progress bar, with a rate beside it, or return None where there is no terminal to show it on."""
+
+
+class PlainOutput:
+    """An output for hosts that have none of their own: it has no progress bar.
+
+    :param stream: where it prints, standard output unless told otherwise.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Print lines."""
+        # Looked up each time, as others may have put another one in its place.
+        stream = self._stream or sys.stdout
+        stream.write(f"{text}\n")
+        stream.flush()
+
+    def confirm(self, question: str) -> bool:
+        """Ask on standard input; whatever is not yes, and the end of the input, is no."""
+        try:
+            return input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
+
+    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
+        """Return None: log lines tell of progress."""
+
+
+def missing_tables(subject: Subject) -> list[sa.Table]:
+    """Return the tables that are not in the database.
+
+    :raises CommandError: when the database cannot be reached.
+    """
+    with clear_errors():
+        inspector = sa.inspect(subject.datastore.engine)
+        return [table for _, table in subject.tables() if not inspector.has_table(table.name, schema=table.schema)]
+
+
+def require_tables(subject: Subject) -> None:
+    """Check that there is every table.
+
+    :raises CommandError: naming those that are missing, and the remedy.
+    """
+    missing = missing_tables(subject)
+    if missing:
+        names = ", ".join(table.fullname for table in missing)
+        raise CommandError(f"Tables are missing ({names}): {remedy_of_missing(subject)}.")
+
+
+def remedy_of_missing(subject: Subject) -> str:
+    """Return what is to be done when tables are missing."""
+    return f"run '{subject.program} init-db' or your migrations"
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn errors of the database and of this package into one message, without a traceback."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, PersistenceError, FlaskEventSourcingError) as error:
+        error_class = UnreachableError if is_outage(error) else CommandError
+        raise error_class(message_of(error)) from error
+
+
+def message_of(error: Exception) -> str:
+    """Return what is said of an error."""
+    # The driver's own words, without the statement and the address of a manual.
+    text = str(getattr(error, "orig", None) or error).strip()
+    if is_outage(error):
+        return f"The database cannot be reached: {text}"
+    return text if isinstance(error, FlaskEventSourcingError) else f"{type(error).__name__}: {text}"
+
+
+def qualified(consumer: Consumer, name: str | None = None) -> str:
+    """Return the name that also tells the application."""
+    return f"{consumer.host.application_name}.{name or consumer.name}"
+
+
+def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:
+    """Return the consumers that a name stands for: a projection with its reactions, or the one of that name.
+
+    Where several applications have one of that name, the application's name goes before it: ``Bank.Balances``.
+
+    :raises CommandError: when there is none, or there are several.
+    """
+    found = []
+    for consumer in consumers:
+        names = {consumer.name, consumer.projection_class.name}
+        if name in names or name in {qualified(consumer, each) for each in names}:
+            found.append(consumer)
+    if not found:
+        raise CommandError(f"There is no projection {name!r}. {registered(consumers)}")
+    choices = list(dict.fromkeys(qualified(consumer, name) for consumer in found))
+    if len(choices) > 1:
+        raise CommandError(f"Several applications have a projection {name!r}: say {' or '.join(choices)}.")
+    return found
+
+
+def registered(consumers: Sequence[Consumer]) -> str:
+    """Return a sentence with the names that can be given."""
+    if not consumers:
+        return "No projection is registered: decorate a class with @es.projection(of=…)."
+    names = [consumer.name for consumer in consumers]
+    shown = [qualified(each) if names.count(each.name) > 1 else each.name for each in consumers]
+    return f"Registered: {', '.join(shown)}."
+
+
+def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a table of text; columns whose cells are all numbers are set to the right."""
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        parts = zip(cells, widths, numbers, strict=True)
+        return "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in parts).rstrip()
+
+    return "\n".join(line(row) for row in (heads, *rows))

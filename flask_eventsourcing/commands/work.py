@@ -1,0 +1,289 @@
+"""``run`` and ``rebuild`` as processes: signals, log lines, exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from ..projections.consumers import Consumer
+from ..projections.rebuilding import Rebuild, Rebuilt
+from ..projections.runners import FIRST_PAUSE, LONGEST_PAUSE
+from ..projections.workers import Worker
+from . import (
+    CommandError,
+    Output,
+    Subject,
+    UnreachableError,
+    UsageError,
+    clear_errors,
+    message_of,
+    named,
+    registered,
+    require_tables,
+)
+from .progress_lines import Reporter
+
+logger = logging.getLogger(__name__)
+PACKAGE = __name__.partition(".")[0]
+
+LOG_EVERY = 60.0
+"""Seconds between two log lines of each consumer, unless told otherwise."""
+TICK = 0.2
+
+
+class Signals:
+    """What SIGTERM and SIGINT ask for: the first to end, a second one to end at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal, and no more: a handler runs between any two steps of the main thread, locks held or not."""
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle them, where this is the main thread; others have no say in signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def watch(signals: Signals, stopping: threading.Event, reporter: Reporter) -> None:
+    """Pass a signal on, and tell of progress; called in the main thread, a few times a second."""
+    if signals.received is not None and not stopping.is_set():
+        reporter.finish_bar()
+        logger.info("%s: ending after the batch in progress", signal.Signals(signals.received).name)
+        stopping.set()
+    reporter.tick()
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Show what this package logs on standard error, unless the app has configured its logging."""
+    package = logging.getLogger(PACKAGE)
+    if package.hasHandlers():
+        yield
+        return
+    handler = logging.StreamHandler()
+    # On a terminal a line begins by wiping out the bar that may stand there.
+    wipe = "\r\033[K" if sys.stderr.isatty() else ""
+    handler.setFormatter(logging.Formatter(f"{wipe}%(asctime)s %(levelname)s %(message)s"))
+    level = package.level
+    package.addHandler(handler)
+    if level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+def run(
+    subject: Subject,
+    output: Output,
+    names: Sequence[str] = (),
+    *,
+    everything: bool = False,
+    once: bool = False,
+    log_every: float = LOG_EVERY,
+) -> int:
+    """Run projections and reactions until a signal comes or, with *once*, until they have reached the head.
+
+    :raises CommandError: when a table is missing, or one of them has ended with an error.
+    """
+    consumers = chosen(subject, names, everything)
+    signals = Signals()
+    with shown_log(), signals.handled():
+        if not _prepare(subject, consumers, signals, once=once):
+            return 0
+        worker = Worker(consumers, once=once)
+        errors = _run(worker, signals, Reporter(worker.runners, output, log_every))
+    if errors:
+        raise CommandError("\n".join(message_of(error) for error in errors))
+    return 0
+
+
+def chosen(subject: Subject, names: Sequence[str], everything: bool) -> list[Consumer]:
+    """Return what is to be run.
+
+    :raises CommandError: when that cannot be known or cannot be run.
+    """
+    known, runnable = subject.consumers(), subject.projections.runnable()
+    if names and everything:
+        raise UsageError("Give names or --all, not both.")
+    if not known:
+        raise CommandError(registered(known))
+    if names:
+        # Each once, in the order of their registration.
+        found = {consumer for name in names for consumer in _runnable(known, name)}
+        return [consumer for consumer in known if consumer in found]
+    if not runnable:
+        raise CommandError("There is nothing to run: all projections are inline, they run within save().")
+    if everything or len({consumer.projection_class for consumer in runnable}) == 1:
+        return runnable
+    raise UsageError(f"Say which projections to run, or --all. {registered(runnable)}")
+
+
+def _runnable(known: Sequence[Consumer], name: str) -> list[Consumer]:
+    found = named(known, name)
+    runnable = [c for c in found if c.kind == "reactions" or not c.projection_class.inline]
+    if not runnable:
+        raise CommandError(
+            f"Projection {name!r} is inline: it runs within save(), in the same transaction, and needs no worker."
+        )
+    return runnable
+
+
+def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, *, once: bool) -> bool:
+    """Wait for the database, check the tables and let halted consumers try again; False when told to end before."""
+    pause = FIRST_PAUSE
+    while signals.received is None:
+        try:
+            with clear_errors():
+                subject.datastore.engine.connect().close()
+                require_tables(subject)
+                for consumer in consumers:
+                    consumer.control.resume()
+        except UnreachableError as error:
+            # A worker that is started together with the database goes on when that is there.
+            if once:
+                raise
+            logger.warning("Next try in %.3g s, as the database cannot be reached: %s", pause, error.__cause__)
+            _sleep(pause, signals)
+            pause = min(pause * 2, LONGEST_PAUSE)
+        else:
+            return True
+    return False
+
+
+def _sleep(seconds: float, signals: Signals) -> None:
+    end = time.monotonic() + seconds
+    while signals.received is None and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _run(worker: Worker, signals: Signals, reporter: Reporter) -> Sequence[Exception]:
+    def tick() -> None:
+        end_if_halted(worker)
+        watch(signals, worker.stopping, reporter)
+
+    try:
+        errors = worker.run(tick)
+    finally:
+        reporter.finish_bar()
+    reporter.log_lines()
+    return errors
+
+
+def end_if_halted(worker: Worker) -> None:
+    """End when nothing is left to run, so that the supervisor of the process sees it."""
+    if all(runner.halted is not None for runner in worker.runners):
+        worker.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------ rebuild
+
+
+def rebuild(
+    subject: Subject,
+    output: Output,
+    name: str,
+    *,
+    dry_run: bool = False,
+    drop_old: bool = False,
+    restart: bool = False,
+) -> int:
+    """Build the tables of a projection again beside the live ones, and put them in their place.
+
+    :param dry_run: only say how many events there are and how long it would take.
+    :param drop_old: drop the replaced tables afterwards.
+    :param restart: begin from the start, even if an earlier rebuild can be taken up.
+    :raises CommandError: when it cannot be rebuilt, or was stopped before its end.
+    """
+    stopping = threading.Event()
+    with clear_errors():
+        building = _find(subject, name, stopping)
+        if dry_run:
+            estimate = building.estimate()
+            output.write(f"{estimate.events:,} events, about {_duration(estimate.seconds)}. Nothing was changed.")
+            return 0
+        done = _build(building, stopping, output, restart)
+    if done is None:
+        raise CommandError("Stopped before its end: the live tables are as they were; run it again to go on.")
+    for table, (before, after) in done.rows.items():
+        output.write(f"{table}: {after:,} rows, {before:,} before.")
+    resumed = ", taken up from an earlier run" if done.resumed else ""
+    output.write(
+        f"Rebuilt up to position {done.position} ({done.events:,} events in {_duration(done.seconds)}{resumed})."
+    )
+    if drop_old:
+        with clear_errors():
+            for table in building.drop_old():
+                output.write(f"Dropped table {table}.")
+    return 0
+
+
+def _find(subject: Subject, name: str, stopping: threading.Event) -> Rebuild:
+    require_tables(subject)
+    found = named(subject.consumers(), name)[0]
+    if name.endswith(":reactions"):
+        raise CommandError("Reactions are never called again: only the models of a projection are rebuilt.")
+    return Rebuild(found, stopping)
+
+
+def _build(building: Rebuild, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
+    """Build in a thread, as the main thread is the one that signals interrupt."""
+    results: list[Rebuilt | None] = []
+    errors: list[Exception] = []
+
+    def build() -> None:
+        try:
+            results.append(building.run(restart=restart))
+        except Exception as error:  # noqa: BLE001
+            # Raised below, in the main thread.
+            errors.append(error)
+
+    thread = threading.Thread(target=build, name=f"rebuild {building.live.name}")
+    signals = Signals()
+    with shown_log(), signals.handled():
+        reporter = Reporter([building.runner], output, LOG_EVERY)
+        thread.start()
+        try:
+            while thread.is_alive():
+                watch(signals, stopping, reporter)
+                thread.join(TICK)
+        finally:
+            stopping.set()
+            thread.join()
+            reporter.finish_bar()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

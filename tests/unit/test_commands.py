@@ -1,0 +1,205 @@
+"""What commands do and print, without click and without an app."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing import persistence
+from eventsourcing.application import Application
+
+from flask_eventsourcing import commands
+from flask_eventsourcing.commands import (
+    CommandError,
+    PlainOutput,
+    Subject,
+    UnreachableError,
+    UsageError,
+    as_table,
+    clear_errors,
+    letters,
+    reports,
+    work,
+)
+from flask_eventsourcing.exceptions import RebuildError
+from flask_eventsourcing.persistence import Datastore
+from flask_eventsourcing.projections.registry import BoundProjections
+
+FOLDER = Path(commands.__file__).parent
+FRONTS = {"click", "flask", "flask_sqlalchemy", "werkzeug"}
+
+METADATA = sa.MetaData()
+EVENTS = sa.Table("events", METADATA, sa.Column("id", sa.Integer, primary_key=True))
+ROWS = sa.Table("rows", METADATA, sa.Column("event_id", sa.ForeignKey("events.id"), primary_key=True))
+UNRELATED = sa.Table("unrelated", METADATA, sa.Column("id", sa.Integer, primary_key=True))
+
+
+class NoProjections:
+    """Projections of a host that has none, but a table that they would need."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def runnable(self) -> list[Any]:
+        """Return nothing to run."""
+        return []
+
+    def tables(self) -> list[sa.Table]:
+        """Return a table that belongs to the application too, and one that does not."""
+        return [EVENTS, ROWS]
+
+
+@pytest.fixture
+def engine() -> Iterator[sa.Engine]:
+    """An empty database."""
+    made = sa.create_engine("sqlite://")
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def subject(engine: sa.Engine) -> Subject:
+    """What commands work on, on a host that is not Flask."""
+    return Subject(
+        program="manage.py events",
+        commit_mode="explicit",
+        datastore=Datastore(engine),
+        application_tables=[("Bank", EVENTS)],
+        applications=lambda: {"Bank": Application[UUID]()},
+        projections=cast(BoundProjections, NoProjections()),
+    )
+
+
+@pytest.fixture
+def printed() -> io.StringIO:
+    """What was printed."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def output(printed: io.StringIO) -> PlainOutput:
+    """An output without a terminal."""
+    return PlainOutput(printed)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_commands_know_no_front(path: Path) -> None:
+    """The commands import neither click nor anything of Flask's, so that every host can have them."""
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            imported.add(node.module.partition(".")[0])
+    assert imported & FRONTS == set()
+
+
+def test_init_db(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
+    """``init-db`` creates the tables of applications and projections, each once, and no other; then all are there."""
+    assert reports.init_db(subject, output) == 0
+    assert printed.getvalue() == "Created table events.\nCreated table rows.\n"
+    assert reports.init_db(subject, output) == 0
+    assert printed.getvalue().endswith("\nAll tables are there.\n")
+    assert not sa.inspect(subject.datastore.engine).has_table("unrelated")
+
+
+def test_check(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
+    """``check`` tells the database, the mode, the tables with their owners, and the logs."""
+    METADATA.create_all(subject.datastore.engine)
+    assert reports.check(subject, output) == 0
+    assert printed.getvalue().splitlines() == [
+        "Database: sqlite:// (sqlite, pysqlite)",
+        "Commit mode: explicit",
+        "Bank: table events ok",
+        "Projections: table rows ok",
+        "Bank: log ok, last position 0",
+    ]
+
+
+def test_messages_name_the_program(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
+    """A message that names a command names it as the user calls it on this host."""
+    with pytest.raises(
+        CommandError, match=r"^Tables are missing: run 'manage\.py events init-db' or your migrations\.$"
+    ):
+        reports.check(subject, output)
+    assert "Bank: table events is missing\n" in printed.getvalue()
+    missing = r"^Tables are missing \(events, rows\): run 'manage\.py events init-db' or your migrations\.$"
+    with pytest.raises(CommandError, match=missing):
+        reports.status(subject, output)
+    METADATA.create_all(subject.datastore.engine)
+    with pytest.raises(CommandError, match=r"^There is no dead letter 7: see 'manage\.py events dead-letters list'\.$"):
+        letters.show_letter(subject, output, 7)
+
+
+def test_status_without_projections(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
+    """Without projections ``status`` says so, to people and to programs, and nothing is wrong."""
+    METADATA.create_all(subject.datastore.engine)
+    assert reports.status(subject, output, check=True) == 0
+    assert printed.getvalue() == "No projection is registered.\n"
+    printed.truncate(0)
+    printed.seek(0)
+    assert reports.status(subject, output, as_json=True) == 0
+    assert json.loads(printed.getvalue()) == {"ok": True, "projections": []}
+
+
+def test_a_wrong_call_has_another_exit_status(subject: Subject, output: PlainOutput) -> None:
+    """A call that makes no sense ends with 2, as programs do, and what fails with 1."""
+    with pytest.raises(UsageError) as wrong:
+        work.run(subject, output, ["Balances"], everything=True)
+    with pytest.raises(UsageError):
+        letters.retry_letters(subject, output)
+    with pytest.raises(CommandError, match="No projection is registered") as failed:
+        work.run(subject, output)
+    assert (wrong.value.exit_status, failed.value.exit_status) == (2, 1)
+
+
+def test_a_lost_database_is_told_from_other_errors() -> None:
+    """Errors of the database and of this package become one message; one that passes is told from the others."""
+    with pytest.raises(UnreachableError, match=r"^The database cannot be reached: gone$"), clear_errors():
+        raise persistence.OperationalError("gone")
+    with pytest.raises(CommandError, match=r"^It has no models\.$") as failed, clear_errors():
+        raise RebuildError("It has no models.")
+    assert not isinstance(failed.value, UnreachableError)
+    with pytest.raises(CommandError, match=r"^ArgumentError: no such thing$"), clear_errors():
+        raise sa.exc.ArgumentError("no such thing")
+    with pytest.raises(KeyError), clear_errors():
+        raise KeyError
+
+
+def test_columns_of_numbers_are_set_to_the_right() -> None:
+    """A table's columns are as wide as their widest cell, numbers to the right, and no line ends with spaces."""
+    rows = [["Balances", "7", "-"], ["Mails", "1024", "b:2"]]
+    assert as_table(["NAME", "LAG", "RUNNER"], rows).splitlines() == [
+        "NAME       LAG  RUNNER",
+        "Balances     7  -",
+        "Mails     1024  b:2",
+    ]
+
+
+def test_a_plain_output_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a stream a plain output prints to the standard output of that moment, and shows no bar."""
+    output = PlainOutput()
+    output.write("one\ntwo")
+    assert capsys.readouterr() == ("one\ntwo\n", "")
+    assert output.bar(10, "Balances", str) is None
+
+
+@pytest.mark.parametrize(("answer", "agreed"), [("y", True), (" Yes ", True), ("", False), ("no", False), ("j", False)])
+def test_a_plain_output_asks(answer: str, agreed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a yes is a yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+    assert PlainOutput().confirm("Go on?") is agreed
+
+
+def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that nobody can answer asks, and takes it for a no."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert PlainOutput().confirm("Go on?") is False
+    assert capsys.readouterr().out == "Go on? [y/N]: "
