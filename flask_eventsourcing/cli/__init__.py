@@ -28,22 +28,24 @@ class ClickOutput:
         """Ask; no aborts the command."""
         return click.confirm(question, abort=True)
 
-    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
+    def bar(self, length: int, label: str) -> Bar | None:
         """Show a bar where standard error is a terminal."""
-        return ClickBar(length, label, rate) if sys.stderr.isatty() else None
+        return ClickBar(length, label) if sys.stderr.isatty() else None
 
 
 class ClickBar:
     """A progress bar of click's, on standard error."""
 
-    def __init__(self, length: int, label: str, rate: Callable[[], str]) -> None:
+    def __init__(self, length: int, label: str) -> None:
+        self._note = ""
         self._bar: Any = click.progressbar(
-            length=length, label=label, show_percent=True, item_show_func=lambda _: rate(), file=sys.stderr
+            length=length, label=label, show_percent=True, item_show_func=lambda _: self._note, file=sys.stderr
         )
         self._bar.__enter__()
 
-    def move(self, position: int, length: int) -> None:
+    def move(self, position: int, length: int, note: str) -> None:
         """Show that so many of so many are done."""
+        self._note = note
         self._bar.length = length
         if position > self._bar.pos:
             self._bar.update(position - self._bar.pos)

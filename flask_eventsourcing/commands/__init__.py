@@ -70,8 +70,8 @@ class UnreachableError(CommandError):
 class Bar(Protocol):
     """A progress bar that stands on a terminal."""
 
-    def move(self, position: int, length: int) -> None:
-        """Show that so many of so many are done; the length may change, and the position never goes back."""
+    def move(self, position: int, length: int, note: str) -> None:
+        """Show that so many of so many are done, with a note beside it; the length may change."""
 
     def finish(self) -> None:
         """End its line."""
@@ -86,8 +86,8 @@ class Output(Protocol):
     def confirm(self, question: str) -> bool:
         """Ask whether to go on; a host whose programs end otherwise may raise instead of returning False."""
 
-    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
-        """Show a progress bar, with a rate beside it, or return None where there is no terminal to show it on."""
+    def bar(self, length: int, label: str) -> Bar | None:
+        """Show a progress bar, or return None where there is no terminal to show it on."""
 
 
 class PlainOutput:
@@ -113,7 +113,7 @@ class PlainOutput:
         except EOFError:
             return False
 
-    def bar(self, length: int, label: str, rate: Callable[[], str]) -> Bar | None:
+    def bar(self, length: int, label: str) -> Bar | None:
         """Return None: log lines tell of progress."""
 
 

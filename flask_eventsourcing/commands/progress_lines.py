@@ -38,8 +38,7 @@ class Reporter:
         if self._draws:
             behind = [each for each in self.runners if each.state == "catching up" and _lag(each) > 0]
             if self._stretch is None and sum(map(_lag, behind)) >= WORTH_A_BAR:
-                self._stretch = _Stretch.begin(self.runners, self.output)
-                self._draws = self._stretch is not None
+                self._start_bar()
             if self._stretch is not None:
                 self._stretch.move()
                 if not behind:
@@ -61,6 +60,16 @@ class Reporter:
             self._stretch.bar.finish()
             self._stretch = None
 
+    def _start_bar(self) -> None:
+        names = ", ".join(runner.name for runner in self.runners)
+        bar = self.output.bar(
+            sum(map(_end, self.runners)) - _position(self.runners),
+            names if len(names) <= 40 else f"{len(self.runners)} projections",
+        )
+        # Without a terminal, log lines it is from now on.
+        self._draws = bar is not None
+        self._stretch = None if bar is None else _Stretch(self.runners, bar)
+
     def _line(self, runner: Runner) -> str:
         now, events = time.monotonic(), runner.events
         since, counted = self._counted[runner]
@@ -75,42 +84,27 @@ class Reporter:
 class _Stretch:
     """A stretch of the logs that is being caught up with, shown as a bar."""
 
-    bar: Bar
-
-    def __init__(self, runners: Sequence[Runner]) -> None:
+    def __init__(self, runners: Sequence[Runner], bar: Bar) -> None:
         self.runners = runners
+        self.bar = bar
         self.started = time.monotonic()
-        self.events = self._events()
-        self.position = self._position()
-
-    @classmethod
-    def begin(cls, runners: Sequence[Runner], output: Output) -> _Stretch | None:
-        """Show the bar; returns None where none can be shown."""
-        stretch = cls(runners)
-        names = ", ".join(runner.name for runner in runners)
-        label = names if len(names) <= 40 else f"{len(runners)} projections"
-        bar = output.bar(stretch._length(), label, stretch._rate)
-        if bar is None:
-            return None
-        stretch.bar = bar
-        return stretch
+        self.events = _events(runners)
+        self.position = _position(runners)
 
     def move(self) -> None:
         """Show how far it is; the log grows meanwhile."""
-        self.bar.move(self._position() - self.position, self._length())
-
-    def _length(self) -> int:
-        return sum(map(_end, self.runners)) - self.position
-
-    def _position(self) -> int:
-        return sum(runner.position for runner in self.runners)
-
-    def _events(self) -> int:
-        return sum(runner.events for runner in self.runners)
-
-    def _rate(self) -> str:
         seconds = time.monotonic() - self.started
-        return f"{(self._events() - self.events) / seconds:,.0f} events/s" if seconds > 0.1 else ""
+        rate = f"{(_events(self.runners) - self.events) / seconds:,.0f} events/s" if seconds > 0.1 else ""
+        length = sum(map(_end, self.runners)) - self.position
+        self.bar.move(_position(self.runners) - self.position, length, rate)
+
+
+def _events(runners: Sequence[Runner]) -> int:
+    return sum(runner.events for runner in runners)
+
+
+def _position(runners: Sequence[Runner]) -> int:
+    return sum(runner.position for runner in runners)
 
 
 def _end(runner: Runner) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from flask_eventsourcing.commands import (
     reports,
     work,
 )
+from flask_eventsourcing.commands.progress_lines import Reporter
 from flask_eventsourcing.exceptions import RebuildError
 from flask_eventsourcing.persistence import Datastore
 from flask_eventsourcing.projections.registry import BoundProjections
@@ -188,7 +190,7 @@ def test_a_plain_output_prints(capsys: pytest.CaptureFixture[str]) -> None:
     output = PlainOutput()
     output.write("one\ntwo")
     assert capsys.readouterr() == ("one\ntwo\n", "")
-    assert output.bar(10, "Balances", str) is None
+    assert output.bar(10, "Balances") is None
 
 
 @pytest.mark.parametrize(("answer", "agreed"), [("y", True), (" Yes ", True), ("", False), ("no", False), ("j", False)])
@@ -203,3 +205,55 @@ def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert PlainOutput().confirm("Go on?") is False
     assert capsys.readouterr().out == "Go on? [y/N]: "
+
+
+class Following:
+    """A runner that catches up."""
+
+    name = "Balances"
+    state = "catching up"
+    position = 0
+    head = 2000
+    events = 0
+
+
+class Terminal(PlainOutput):
+    """An output that has a bar, and notes what it shows."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.shown: list[Any] = []
+
+    def bar(self, length: int, label: str) -> Terminal:
+        """Show a bar."""
+        self.shown.append((length, label))
+        return self
+
+    def move(self, position: int, length: int, note: str) -> None:
+        """Move it."""
+        self.shown.append((position, length))
+
+    def finish(self) -> None:
+        """End it."""
+        self.shown.append("finished")
+
+
+def test_progress_is_a_bar_or_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """A bar on a terminal moves until the end of the log, which may grow; elsewhere lines are logged."""
+    caplog.set_level("INFO", "flask_eventsourcing")
+    runner = Following()
+    terminal = Terminal()
+    reporter = Reporter(cast(Any, [runner]), terminal, 0.001)
+    reporter.tick()
+    assert caplog.messages == []
+    runner.position, runner.head = 1500, 2500
+    reporter.tick()
+    runner.position = 2500
+    reporter.tick()
+    assert terminal.shown == [(2000, "Balances"), (0, 2000), (1500, 2500), (2500, 2500), (2500, 2500), "finished"]
+    assert caplog.messages[0].startswith("Balances: catching up, position 2500, head 2500, lag 0, ")
+    runner.position = 0
+    reporter = Reporter(cast(Any, [runner]), PlainOutput(), 0.001)
+    time.sleep(0.01)
+    reporter.tick()
+    assert caplog.messages[1].startswith("Balances: catching up, position 0, head 2500, lag 2500, ")
