@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ class DialectOptions:
     postgres_notify: bool = True
     sqlite_wal: bool = True
 
+
+_prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 SETTLED_FOR = 1.0
 """Seconds for which a settled position is remembered. Settled is for ever, unless somebody makes the table anew."""
@@ -72,6 +75,8 @@ class Dialect(Driver, ABC):
     """Whether one append is one statement, so that it needs no transaction around it."""
     reads_in_autocommit = False
     """Whether reads outside a session are to run without a transaction."""
+    rows_at_once = 1
+    """The rows of one statement of :meth:`insert_rows`."""
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine)
@@ -79,7 +84,16 @@ class Dialect(Driver, ABC):
         self._settled: dict[str, _Settled] = {}
 
     def prepare_engine(self) -> None:
-        """Install what the engine needs, once an engine."""
+        """Install what the engine needs, once an engine; that of ``execution_options()`` has what its parent has."""
+        engine = self.engine
+        while (parent := getattr(engine, "_proxied", None)) is not None:
+            engine = parent
+        if engine not in _prepared:
+            _prepared.add(engine)
+            self.install(engine)
+
+    def install(self, engine: Engine) -> None:
+        """Install it."""
         return
 
     def event_table(self, table: sa.Table, tracking_table: sa.Table | None = None) -> EventTable:
@@ -108,6 +122,29 @@ class Dialect(Driver, ABC):
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
         self.modify_many(connection, self.insert_statement(table), [self.parameters(event) for event in events])
+
+    def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
+        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
+        if len(rows) <= self.rows_at_once:
+            return self._insert_chunk(connection, statement, rows)
+        # One statement is all or nothing; several need a savepoint to be so.
+        last = None
+        self.modify(connection, "SAVEPOINT flask_eventsourcing")
+        try:
+            for start in range(0, len(rows), self.rows_at_once):
+                last = self._insert_chunk(connection, statement, rows[start : start + self.rows_at_once])
+        except BaseException:
+            # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
+            if not connection.invalidated and not self.is_aborted(connection):
+                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
+                self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+            raise
+        self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+        return last
+
+    def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
+        marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
+        return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
 
     def insert_statement(self, table: EventTable) -> str:
         """The statement that inserts one event."""

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent, Tracking
+from eventsourcing.persistence import IntegrityError, StoredEvent, Tracking
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
@@ -25,7 +25,6 @@ from ..errors import is_serialization_failure
 from .base import Dialect, DialectOptions, EventTable
 
 ORDER = "__order__"
-ROWS_AT_ONCE = 500
 LOCK_WAIT_TIMEOUT = 1205
 DEADLOCK = 1213
 ABORTED = "flask_eventsourcing.aborted"
@@ -36,16 +35,14 @@ class MySQLDialect(Dialect):
 
     aborts_transactions = True
     reads_in_autocommit = True
+    rows_at_once = 500
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._counters: set[str] = set()
 
-    def prepare_engine(self) -> None:
+    def install(self, engine: Engine) -> None:
         """Limit how long a lock is waited for, on each new connection, and make rollbacks in a cluster succeed."""
-        if getattr(self.engine.dialect, "_flask_eventsourcing", False):
-            return
-        self.engine.dialect._flask_eventsourcing = True  # type: ignore[attr-defined]
         seconds = max(1, round(self.options.lock_timeout))
 
         def limit_waiting(driver: Any, record: Any) -> None:
@@ -53,38 +50,22 @@ class MySQLDialect(Dialect):
             cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
             cursor.close()
 
-        sa.event.listen(self.engine, "connect", limit_waiting)
-        sa.event.listen(self.engine, "handle_error", _after_error)
-        _tolerate_rolled_back(self.engine)
+        sa.event.listen(engine, "connect", limit_waiting)
+        sa.event.listen(engine, "handle_error", _after_error)
+        _tolerate_rolled_back(engine)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
         last = self._draw(connection, table, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *self.parameters(event)) for position, event in zip(positions, events, strict=True)]
-        self._insert_rows(connection, f"{table.name} (notification_id, {_COLUMNS})", rows)
+        statement = f"INSERT INTO {table.name} (notification_id, {_COLUMNS}) VALUES (%s, %s, %s, %s, %s)"
+        self.insert_rows(connection, statement, rows)
         return positions
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
-        self._insert_rows(connection, f"{table.name} ({_COLUMNS})", [self.parameters(event) for event in events])
-
-    def _insert_rows(self, connection: Connection, target: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        # One statement is all or nothing; several need a savepoint to be so.
-        several = len(rows) > ROWS_AT_ONCE
-        if several:
-            self.modify(connection, "SAVEPOINT flask_eventsourcing")
-        try:
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                chunk = rows[start : start + ROWS_AT_ONCE]
-                marks = ", ".join([f"({', '.join(['%s'] * len(chunk[0]))})"] * len(chunk))
-                self.modify(connection, f"INSERT INTO {target} VALUES {marks}", [item for row in chunk for item in row])
-        except PersistenceError:
-            if several and not self.is_aborted(connection):
-                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
-            raise
-        if several:
-            self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+        self.insert_rows(connection, self.insert_statement(table), [self.parameters(event) for event in events])
 
     def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
         counter = self._counter(table)

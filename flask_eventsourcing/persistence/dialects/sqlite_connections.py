@@ -1,0 +1,253 @@
+"""SQLite's driver connections, which queue before they write: those to a file, and the shared one of a memory.
+
+The owner of the queue is the driver's connection for a file, and SQLAlchemy's where all share the driver's one.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from ...exceptions import AbortedTransactionError, WriteTimeoutError
+from .write_queue import WriteQueue, write_queue_of
+
+
+class QueuedConnection(sqlite3.Connection):
+    """A driver connection to a file: it owns the queue from the first write to the end of its transaction."""
+
+    queue: WriteQueue | None = None
+    """None before it was configured."""
+    pid = 0
+    timeout = 0.0
+    began = False
+    """Whether a write transaction was begun that was neither committed nor rolled back by the client."""
+    aborted = False
+    """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
+
+    def configure(self, name: str, timeout: float) -> None:
+        """Join the queue of a database."""
+        self.queue, self.pid, self.timeout = write_queue_of(name), os.getpid(), timeout
+
+    def own_queue(self) -> WriteQueue | None:
+        """Return the queue of this process; only a copy of an in-memory database is ever used after a fork."""
+        if self.queue is not None and self.pid != os.getpid():
+            self.queue, self.pid = write_queue_of(self.queue.name), os.getpid()
+            self._leave_parents()
+        return self.queue
+
+    def _leave_parents(self) -> None:
+        return
+
+    def before(self, connection: Connection, *, writing: bool, reading: bool) -> None:
+        """Before a statement: acquire the queue and begin a write transaction if it writes.
+
+        :param reading: whether it is known to do no more than read; what is neither, such as DDL, may do anything.
+        """
+        if self.aborted and writing:
+            # A new transaction would be committed without what was lost.
+            raise AbortedTransactionError
+        queue = self.own_queue()
+        if writing and queue is not None and not self.in_transaction and self.isolation_level is not None:
+            queue.acquire(self, self.timeout)
+            self._begin(self)
+
+    def _begin(self, owner: object) -> None:
+        try:
+            self.execute("BEGIN IMMEDIATE").close()
+            self.began = True
+        except sqlite3.OperationalError as error:
+            self._release(owner)
+            raise WriteTimeoutError(
+                f"Could not begin a write transaction within {self.timeout:g} s ({error}): another process holds the "
+                "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+            ) from error
+
+    def after(self, connection: Connection) -> None:
+        """After a statement: release the queue unless a transaction is open."""
+        if not self.in_transaction:
+            self._release(self)
+
+    def failed(self, connection: Connection) -> None:
+        """After a statement that failed: note whether that has ended the transaction."""
+        if self.began and not self.in_transaction:
+            self.aborted = True
+        self.after(connection)
+
+    def has_aborted(self, connection: Connection) -> bool:
+        """Whether SQLite has ended this connection's transaction by itself."""
+        return self.aborted
+
+    def _release(self, owner: object) -> None:
+        queue = self.own_queue()
+        if queue is not None:
+            queue.release(owner)
+
+    def _ending(self, how: str) -> object | None:
+        """Return the owner whose transaction is to be ended, or None when there is nothing of its own to end."""
+        return self
+
+    def _ended(self, owner: object) -> None:
+        self.began = self.aborted = False
+        if not self.in_transaction:
+            self._release(owner)
+
+    def commit(self) -> None:
+        """Commit, and let the next one in."""
+        owner = self._ending("commit")
+        if owner is not None:
+            super().commit()
+            self._ended(owner)
+
+    def rollback(self) -> None:
+        """Roll back, and let the next one in."""
+        owner = self._ending("rollback")
+        if owner is not None:
+            super().rollback()
+            self._ended(owner)
+
+    def close(self) -> None:
+        """Close, and let the next one in."""
+        super().close()
+        if self.queue is not None and self.pid == os.getpid():
+            self.queue.release(self)
+
+
+_level: Any = vars(sqlite3.Connection)["isolation_level"]
+_announced: ContextVar[tuple[str, weakref.ref[Connection]] | None] = ContextVar("announced", default=None)
+
+
+def announce(how: str) -> Callable[[Connection], None]:
+    """Return the listener for an engine's event "commit" or "rollback", which tells the driver connection whose it is.
+
+    SQLAlchemy sends it just before it calls the driver, in the same context.
+    """
+
+    def listener(connection: Connection) -> None:
+        _announced.set((how, weakref.ref(connection)))
+
+    return listener
+
+
+class SharedConnection(QueuedConnection):
+    """The one driver connection of an in-memory database; SQLAlchemy's connections own the queue, one at a time.
+
+    Reads wait too, as they would see what is not committed; but those of the thread that would wait for itself go
+    through. The pool rolls back each connection that is returned to it, without an event: that, and the end of a
+    connection that only reads, must not end the transaction of the owner.
+
+    What is written past SQLAlchemy, with a cursor of the driver, cannot be told apart from what others do with it. It
+    joins what is open, and if nothing is, whoever ends a transaction first ends this one.
+    """
+
+    level: str | None = ""
+    """The isolation level of connections that have no option of their own."""
+    owner: weakref.ref[Connection] | None = None
+
+    def configure(self, name: str, timeout: float) -> None:
+        """Join the queue of a database."""
+        self.level = self.isolation_level
+        super().configure(name, timeout)
+
+    @property  # type: ignore[override]
+    def isolation_level(self) -> str | None:
+        """The level of the owner, which is set when the queue is acquired.
+
+        SQLAlchemy sets it for a connection of its own, at any time, and the driver commits when it is set to None.
+        """
+        level: str | None = _level.__get__(self)
+        return level
+
+    @isolation_level.setter
+    def isolation_level(self, level: str | None) -> None:
+        if self.queue is None:
+            _level.__set__(self, level)
+
+    def _leave_parents(self) -> None:
+        # What the parent had not committed is not to be committed here.
+        sqlite3.Connection.rollback(self)
+        self.began = self.aborted = False
+
+    def _end_left(self) -> None:
+        """Roll back what an owner has begun that is gone without having ended it."""
+        if self.began:
+            sqlite3.Connection.rollback(self)
+            self.began = self.aborted = False
+
+    def before(self, connection: Connection, *, writing: bool, reading: bool) -> None:
+        """Before a statement: acquire the queue, and begin a write transaction if it writes."""
+        queue = self.own_queue()
+        if queue is None:
+            return
+        continues = queue.is_owner(connection)
+        if not queue.acquire(connection, self.timeout, reading=reading):
+            return
+        if not continues:
+            self._begin_ownership(connection)
+        if not writing:
+            return
+        if self.aborted:
+            raise AbortedTransactionError
+        if not self.in_transaction and self.isolation_level is not None:
+            self._begin(connection)
+
+    def _begin_ownership(self, connection: Connection) -> None:
+        self.owner = weakref.ref(connection)
+        self._end_left()
+        if not self.in_transaction:
+            option = connection.get_execution_options().get("isolation_level")
+            level = None if option == "AUTOCOMMIT" else self.level if option is None else self.level or ""
+            if level != self.isolation_level:
+                _level.__set__(self, level)
+
+    def after(self, connection: Connection) -> None:
+        """After a statement: release the queue unless a transaction is open, or was aborted and not ended."""
+        if not self.in_transaction and not self.aborted:
+            self._release(connection)
+
+    def failed(self, connection: Connection) -> None:
+        """After a statement that failed, perhaps before it had acquired the queue."""
+        if self._is_owner(connection):
+            super().failed(connection)
+
+    def has_aborted(self, connection: Connection) -> bool:
+        """Whether SQLite has ended this connection's transaction by itself."""
+        return self.aborted and self._is_owner(connection)
+
+    def _is_owner(self, connection: Connection) -> bool:
+        queue = self.own_queue()
+        return queue is not None and queue.is_owner(connection)
+
+    def _ending(self, how: str) -> object | None:
+        queue = self.own_queue()
+        if queue is None:
+            return self
+        announced, owner = _announced.get(), None
+        if announced is not None and announced[0] == how:
+            _announced.set(None)
+            owner = announced[1]()
+        if owner is not None and queue.is_owner(owner):
+            return owner
+        if not self.in_transaction:
+            return None
+        found = owner or self
+        if owner is None and how == "commit":
+            # Of a user of the driver, who must not be told that what has joined another's transaction is committed.
+            queue.acquire(self, 0)
+        elif not queue.try_acquire(found, blocking=owner is not None):
+            # The pool's rollback may come from the garbage collector, and waits for nothing.
+            return None
+        self._end_left()
+        return found
+
+    def close(self) -> None:
+        """Close, which ends the transaction of whoever has one."""
+        owner = self.owner() if self.owner is not None else None
+        super().close()
+        if owner is not None and self.queue is not None and self.pid == os.getpid():
+            self.queue.release(owner)
