@@ -9,3 +9,5 @@ on_files = pytest.mark.parametrize("uri", ["sqlite-file", "postgresql", "mariadb
 on_postgresql = pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
 on_sqlite_file = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 on_sqlite_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)
+on_serial_databases = pytest.mark.parametrize("uri", ["sqlite-file", "sqlite-memory", "mariadb"], indirect=True)
+"""Where an error does not end the transaction."""

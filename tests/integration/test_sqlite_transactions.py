@@ -167,6 +167,10 @@ def test_autocommit_of_one_connection(memory: Engine) -> None:
         insert(plain, 3)
         with memory.execution_options(isolation_level="AUTOCOMMIT").connect() as second:
             assert numbers(second) == [2, 3]
+        raw = memory.raw_connection()
+        raw.cursor().execute("INSERT INTO number (value) VALUES (5)")
+        raw.rollback()
+        raw.close()
         eager.close()
         plain.rollback()
         insert(plain, 4)

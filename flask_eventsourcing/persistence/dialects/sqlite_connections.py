@@ -1,4 +1,4 @@
-"""SQLite's driver connections, which queue before they write: those to a file, and the shared one of a memory.
+"""SQLite's driver connections, which queue before they write: those to a file, and one that all share in memory.
 
 The owner of the queue is the driver's connection for a file, and SQLAlchemy's where all share the driver's one.
 """
@@ -201,9 +201,17 @@ class SharedConnection(QueuedConnection):
         self._end_left()
         if not self.in_transaction:
             option = connection.get_execution_options().get("isolation_level")
-            level = None if option == "AUTOCOMMIT" else self.level if option is None else self.level or ""
-            if level != self.isolation_level:
-                _level.__set__(self, level)
+            self._set_level(None if option == "AUTOCOMMIT" else self.level if option is None else self.level or "")
+
+    def _set_level(self, level: str | None) -> None:
+        if level != self.isolation_level:
+            _level.__set__(self, level)
+
+    def _release(self, owner: object) -> None:
+        if self._is_owner(owner):
+            # Users of the driver find it as it was.
+            self._set_level(self.level)
+            super()._release(owner)
 
     def after(self, connection: Connection) -> None:
         """After a statement: release the queue unless a transaction is open, or was aborted and not ended."""
@@ -219,9 +227,9 @@ class SharedConnection(QueuedConnection):
         """Whether SQLite has ended this connection's transaction by itself."""
         return self.aborted and self._is_owner(connection)
 
-    def _is_owner(self, connection: Connection) -> bool:
+    def _is_owner(self, owner: object) -> bool:
         queue = self.own_queue()
-        return queue is not None and queue.is_owner(connection)
+        return queue is not None and queue.is_owner(owner)
 
     def _ending(self, how: str) -> object | None:
         queue = self.own_queue()
