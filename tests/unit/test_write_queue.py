@@ -11,7 +11,7 @@ import pytest
 from eventsourcing.persistence import OperationalError
 
 from flask_eventsourcing import WriteTimeoutError
-from flask_eventsourcing.persistence.dialects.sqlite import reads, writes
+from flask_eventsourcing.persistence.dialects.sqlite import kind_of
 from flask_eventsourcing.persistence.dialects.write_queue import WriteQueue, _Place, write_queue_of
 from tests.bank import in_thread, in_threads
 from tests.unit.test_lifecycle_fork import in_child
@@ -178,9 +178,8 @@ def test_thread_that_waits_and_is_stopped_leaves_the_queue() -> None:
 
     def wait() -> None:
         place = _Place(stopped)
-        place.called = Called()
         queue._waiting.append(place)
-        queue._wait(place, 20)
+        queue._wait(place, Called(), 20)
 
     with pytest.raises(Stopped):
         in_thread(wait)
@@ -272,7 +271,7 @@ def test_forked_process_has_a_queue_of_its_own() -> None:
 )
 def test_statement_that_writes(statement: str) -> None:
     """Statements that write, or announce it, are known as such, whatever stands before them."""
-    assert writes(statement)
+    assert kind_of(statement) == "write"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +292,7 @@ def test_statement_that_writes(statement: str) -> None:
 )
 def test_statement_that_does_not_write(statement: str) -> None:
     """Statements that only read take no lock."""
-    assert not writes(statement)
+    assert kind_of(statement) != "write"
 
 
 @pytest.mark.parametrize(
@@ -315,4 +314,4 @@ def test_statement_that_does_not_write(statement: str) -> None:
 )
 def test_statement_that_is_known_to_read(statement: str, known: bool) -> None:
     """What may do more than read, such as DDL and what ends transactions, is not taken for a read."""
-    assert reads(statement) is known
+    assert (kind_of(statement) == "read") is known

@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 from ...exceptions import WriteTimeoutError
 from ..forks import in_memory
 from .base import Dialect, EventTable
-from .sqlite_connections import QueuedConnection, SharedConnection, announce
+from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
@@ -33,21 +33,16 @@ READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
 WRITES_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 
 
-def _first_word(statement: str) -> str:
+def kind_of(statement: str) -> Kind:
+    """Whether a statement needs SQLite's write lock, is known to do no more than read, or may do anything, as DDL does.
+
+    A savepoint needs the lock, because what follows it may.
+    """
     found = FIRST_WORD.match(statement)
-    return found[1].upper() if found is not None else ""
-
-
-def writes(statement: str) -> bool:
-    """Whether a statement needs SQLite's write lock; a savepoint does, because what follows it may."""
-    word = _first_word(statement)
-    return word in WRITES or (word == "WITH" and WRITES_IN_WITH.search(statement) is not None)
-
-
-def reads(statement: str) -> bool:
-    """Whether a statement is known to do no more than read."""
-    word = _first_word(statement)
-    return word in READS or (word == "WITH" and WRITES_IN_WITH.search(statement) is None)
+    word = found[1].upper() if found is not None else ""
+    if word == "WITH":
+        return "write" if WRITES_IN_WITH.search(statement) is not None else "read"
+    return "read" if word in READS else "write" if word in WRITES else "other"
 
 
 class SQLiteDialect(Dialect):
@@ -122,7 +117,7 @@ class SQLiteDialect(Dialect):
         """Begin the write transaction now: it is the only queue that SQLite has."""
         driver = connection.connection.driver_connection
         if isinstance(driver, QueuedConnection):
-            driver.before(connection, writing=True, reading=False)
+            driver.before(connection, "write")
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether SQLite has rolled the transaction back, as it does when the disk is full."""
@@ -158,7 +153,7 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
 def _before_statement(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
     driver = connection.connection.driver_connection
     if isinstance(driver, QueuedConnection):
-        driver.before(connection, writing=writes(statement), reading=reads(statement))
+        driver.before(connection, kind_of(statement))
 
 
 def _after_statement(connection: Connection, *_: Any) -> None:

@@ -10,12 +10,15 @@ import sqlite3
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy.engine import Connection
 
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
 from .write_queue import WriteQueue, write_queue_of
+
+Kind = Literal["write", "read", "other"]
+"""What a statement does, as :func:`~.sqlite.kind_of` says."""
 
 
 class QueuedConnection(sqlite3.Connection):
@@ -44,16 +47,15 @@ class QueuedConnection(sqlite3.Connection):
     def _leave_parents(self) -> None:
         return
 
-    def before(self, connection: Connection, *, writing: bool, reading: bool) -> None:
-        """Before a statement: acquire the queue and begin a write transaction if it writes.
-
-        :param reading: whether it is known to do no more than read; what is neither, such as DDL, may do anything.
-        """
-        if self.aborted and writing:
+    def before(self, connection: Connection, kind: Kind) -> None:
+        """Before a statement: acquire the queue and begin a write transaction if it writes."""
+        if kind != "write":
+            return
+        if self.aborted:
             # A new transaction would be committed without what was lost.
             raise AbortedTransactionError
         queue = self.own_queue()
-        if writing and queue is not None and not self.in_transaction and self.isolation_level is not None:
+        if queue is not None and not self.in_transaction and self.isolation_level is not None:
             queue.acquire(self, self.timeout)
             self._begin(self)
 
@@ -142,7 +144,7 @@ class SharedConnection(QueuedConnection):
     connection that only reads, must not end the transaction of the owner.
 
     What is written past SQLAlchemy, with a cursor of the driver, cannot be told apart from what others do with it. It
-    joins what is open, and if nothing is, whoever ends a transaction first ends this one.
+    joins what is open, and if nothing is, the first connection that ends a transaction ends this one.
     """
 
     level: str | None = ""
@@ -179,17 +181,17 @@ class SharedConnection(QueuedConnection):
             sqlite3.Connection.rollback(self)
             self.began = self.aborted = False
 
-    def before(self, connection: Connection, *, writing: bool, reading: bool) -> None:
+    def before(self, connection: Connection, kind: Kind) -> None:
         """Before a statement: acquire the queue, and begin a write transaction if it writes."""
         queue = self.own_queue()
         if queue is None:
             return
         continues = queue.is_owner(connection)
-        if not queue.acquire(connection, self.timeout, reading=reading):
+        if not queue.acquire(connection, self.timeout, reading=kind == "read"):
             return
         if not continues:
             self._begin_ownership(connection)
-        if not writing:
+        if kind != "write":
             return
         if self.aborted:
             raise AbortedTransactionError
@@ -254,7 +256,7 @@ class SharedConnection(QueuedConnection):
         return found
 
     def close(self) -> None:
-        """Close, which ends the transaction of whoever has one."""
+        """Close, which ends the transaction that is open."""
         owner = self.owner() if self.owner is not None else None
         super().close()
         if owner is not None and self.queue is not None and self.pid == os.getpid():

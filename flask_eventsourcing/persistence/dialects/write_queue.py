@@ -31,7 +31,8 @@ class _Place:
         self.owner = weakref.ref(owner)
         # Only to tell a thread at once that it would wait for itself.
         self.thread = weakref.ref(threading.current_thread())
-        self.called = threading.Event()
+        self.called: threading.Event | None = None
+        """Set for one who waits when the queue is acquired."""
         self.over = False
 
     def is_left(self) -> bool:
@@ -77,10 +78,11 @@ class WriteQueue:
                         f"This thread has an open write transaction on {self.name} in another session: "
                         "commit or roll it back before writing through a second one."
                     )
+                called = place.called = threading.Event()
                 self._waiting.append(place)
         finally:
             self._call_next()
-        if not self._wait(place, timeout):
+        if not self._wait(place, called, timeout):
             raise WriteTimeoutError(
                 f"Waited {timeout:g} s for another thread's transaction on {self.name}: end transactions with "
                 "db.session.commit() or .rollback(), keep them short, or raise EVENTSOURCING_LOCK_TIMEOUT."
@@ -101,11 +103,11 @@ class WriteQueue:
             self._lock.release()
             self._call_next()
 
-    def _wait(self, place: _Place, timeout: float) -> bool:
+    def _wait(self, place: _Place, called: threading.Event, timeout: float) -> bool:
         """Wait, and leave when the time is over; returns whether the queue is acquired."""
         deadline = time.monotonic() + timeout
         try:
-            while not place.called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
+            while not called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
                 # Nobody is told when an owner is collected.
                 self._call_next()
                 if time.monotonic() >= deadline:
@@ -116,7 +118,7 @@ class WriteQueue:
                 place.over = True
                 self._call_next()
             raise
-        return place.called.is_set() or not self._leave(place)
+        return called.is_set() or not self._leave(place)
 
     def _leave(self, place: _Place) -> bool:
         """Leave those who wait; returns False for one who was called in the meantime."""
@@ -142,8 +144,9 @@ class WriteQueue:
         while self._waiting and self._is_free() and self._lock.acquire(blocking=False):
             try:
                 if self._waiting and self._is_free():
-                    self._first = self._waiting.popleft()
-                    self._first.called.set()
+                    self._first = first = self._waiting.popleft()
+                    if first.called is not None:
+                        first.called.set()
             finally:
                 self._lock.release()
 
