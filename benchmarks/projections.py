@@ -27,8 +27,8 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.runners import Runner
-from flask_eventsourcing.projections.workers import Worker
+from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.runners import Progress, Runner
 
 from .contenders import flask_app
 from .databases import DATABASES, Database
@@ -175,15 +175,13 @@ def catch_up_library(url: sa.URL, count: int, accounts: int) -> float:
         return count / (time.perf_counter() - begin)
 
 
-class _Watched(Runner):
+class _Watched(Progress):
     """Notes when each position was committed."""
 
-    moved: list[tuple[float, int]]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        row = super()._apply(*args, **kwargs)
-        self.moved.append((time.time(), row.position))
-        return row
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "position":
+            vars(self).setdefault("moved", []).append((time.time(), value))
 
 
 def latency(url: sa.URL, seconds: float) -> list[float]:
@@ -191,8 +189,9 @@ def latency(url: sa.URL, seconds: float) -> list[float]:
     books = open_books(url)
     stop = threading.Event()
     (consumer,) = books.app.extensions["eventsourcing"].projections.runnable()
-    runner = _Watched(consumer, stop)
-    runner.moved = []
+    runner = Runner(consumer, stop)
+    runner.progress = watched = _Watched()
+    moves: list[tuple[float, int]] = vars(watched)["moved"]
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:
@@ -200,13 +199,13 @@ def latency(url: sa.URL, seconds: float) -> list[float]:
         written = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         commits = [(float(at), int(position)) for at, position in map(str.split, written.stdout.splitlines())]
         deadline = time.monotonic() + 30
-        while (not runner.moved or runner.moved[-1][1] < commits[-1][1]) and time.monotonic() < deadline:
+        while moves[-1][1] < commits[-1][1] and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         stop.set()
         thread.join()
         books.close()
-    moved = iter(runner.moved)
+    moved = iter(moves)
     visible, reached = next(moved)
     found = []
     for committed, position in commits[COMMITS:]:

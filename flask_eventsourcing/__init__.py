@@ -1,23 +1,31 @@
-"""Event sourcing for Flask applications that keep their data with Flask-SQLAlchemy."""
+"""Event sourcing for Flask applications that keep their data with Flask-SQLAlchemy.
+
+Names are imported when they are asked for (PEP 562), so that what is below the Flask side can be used without Flask.
+"""
 
 from __future__ import annotations
 
-from .exceptions import (
-    AbortedTransactionError,
-    ConfigurationError,
-    FlaskEventSourcingError,
-    MissingTableError,
-    NotInitializedError,
-    RollbackOnlyError,
-    StandbyError,
-    UncommittedEventsError,
-    UnsafeSequenceError,
-    WriteTimeoutError,
-)
-from .extension import EventSourcing
-from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin, UUIDType
-from .signals import events_discarded, events_recorded
-from .state import current_application
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exceptions import (
+        AbortedTransactionError,
+        ConfigurationError,
+        FlaskEventSourcingError,
+        MissingTableError,
+        NotInitializedError,
+        RollbackOnlyError,
+        SpanningTransactionError,
+        StandbyError,
+        UncommittedEventsError,
+        UnsafeSequenceError,
+        WriteTimeoutError,
+    )
+    from .extension import EventSourcing
+    from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin, UUIDType
+    from .signals import events_discarded, events_recorded
+    from .web.state import current_application
 
 __version__ = "0.1.0"
 
@@ -31,6 +39,7 @@ __all__ = [
     "NotInitializedError",
     "RollbackOnlyError",
     "SnapshotMixin",
+    "SpanningTransactionError",
     "StandbyError",
     "StoredEventMixin",
     "TrackingMixin",
@@ -43,3 +52,27 @@ __all__ = [
     "events_discarded",
     "events_recorded",
 ]
+
+_MODULES = {
+    "EventSourcing": "extension",
+    "Models": "models",
+    "SnapshotMixin": "models",
+    "StoredEventMixin": "models",
+    "TrackingMixin": "models",
+    "UUIDType": "models",
+    "current_application": "web.state",
+    "events_discarded": "signals",
+    "events_recorded": "signals",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES.get(name, 'exceptions')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -13,7 +14,9 @@ PREFIX = "EVENTSOURCING_"
 
 CommitMode = Literal["explicit", "request", "save"]
 OriginatorIdType = Literal["uuid", "text"]
-PostgresOrder = Literal["floor", "table-lock"]
+PostgresOrder = Literal["advisory-lock", "table-lock"]
+RENAMED = {(f"{PREFIX}POSTGRES_ORDER", "floor"): "advisory-lock"}
+"""Values that had another name before, each with its present one: accepted, with a ``DeprecationWarning``."""
 ProjectionLock = Literal["database", "lease"]
 
 
@@ -57,6 +60,15 @@ def _environment(value: Any) -> str | None:
     return None
 
 
+def _current(key: str, value: Any) -> Any:
+    """Return the present name of a value that had another one."""
+    present = RENAMED.get((key, value)) if isinstance(value, str) else None
+    if present is None:
+        return value
+    warnings.warn(f"{key} = {value!r} is now called {present!r}.", DeprecationWarning, stacklevel=2)
+    return present
+
+
 def _checked(check: Callable[[Any], str | None]) -> dict[str, Any]:
     return {"check": check}
 
@@ -77,7 +89,9 @@ class Config:
         default=None, metadata=_checked(_optional(_one_of("uuid", "text")))
     )
     lock_timeout: float = field(default=30.0, metadata=_checked(_seconds))
-    postgres_order: PostgresOrder = field(default="floor", metadata=_checked(_one_of("floor", "table-lock")))
+    postgres_order: PostgresOrder = field(
+        default="advisory-lock", metadata=_checked(_one_of("advisory-lock", "table-lock"))
+    )
     postgres_notify: bool = field(default=True, metadata=_checked(_boolean))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
     projection_lock: ProjectionLock = field(default="database", metadata=_checked(_one_of("database", "lease")))
@@ -91,7 +105,7 @@ class Config:
         """
         known = {PREFIX + item.name.upper(): item for item in fields(cls)}
         values: dict[str, Any] = {}
-        for key, value in config.items():
+        for key, given in config.items():
             if not key.startswith(PREFIX):
                 continue
             if key not in known:
@@ -101,6 +115,7 @@ class Config:
                     f"did you mean {PREFIX}{close[0]}?" if close else f"the known keys are {', '.join(sorted(known))}"
                 )
                 raise ConfigurationError(f"Unknown configuration key {key}: {hint}")
+            value = _current(key, given)
             problem = known[key].metadata["check"](value)
             if problem:
                 raise ConfigurationError(f"{key} {problem}; found {value!r}.")

@@ -89,3 +89,7 @@ class RebuildError(FlaskEventSourcingError):
 
 class DeadLetterError(FlaskEventSourcingError):
     """There is no such dead letter."""
+
+
+class SpanningTransactionError(FlaskEventSourcingError):
+    """A transaction would span two databases: commit before, or use a session with twophase=True."""

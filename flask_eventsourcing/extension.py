@@ -11,32 +11,25 @@ from typing import Any, ParamSpec, TypeVar, overload
 import sqlalchemy as sa
 from eventsourcing.application import Application
 from flask import Flask, has_app_context
-from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
-from . import guard, session
-from .binding import SessionBinding
 from .cli import group
 from .config import Config
-from .databases import Database
 from .exceptions import ConfigurationError
 from .models import Models
-from .persistence import Datastore, DialectOptions
 from .projections import ModelProjection
-from .projections.consumers import ProjectionHost
-from .projections.registry import BoundProjections, Registrations
-from .projections.status import Health, status_of
-from .projections.waiting import wait_for
-from .records import RecordClasses
-from .state import EXTENSION, EventSourcingState, current_state, publisher, state_of
-from .undo import untouched_on_error
+from .projections.following import Health, status_of, wait_for
+from .projections.registry import Registrations
+from .uow import check_times
+from .web import uncommitted
+from .web.sessions import check_extension, register_extension, registered_extension
+from .web.setup import RecordClasses, make_state, untouched_on_error
+from .web.state import EXTENSION, current_state, state_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
 J = TypeVar("J", bound=ModelProjection)
-
-DEFAULT_URI = "sqlite:///eventsourcing.db"
 
 
 class EventSourcing:
@@ -69,7 +62,8 @@ class EventSourcing:
         tracking_model: Any = None,
         model_class: Any = None,
     ) -> None:
-        self._database = None if db is None else Database(db)
+        self._db = None if db is None else check_extension(db)
+        self._made_db: Any = None
         self._classes: list[type[Application[Any]]] = []
         own_models = {
             "stored_event_model": stored_event_model,
@@ -78,7 +72,6 @@ class EventSourcing:
         }
         self._records = RecordClasses(own_models, model_class)
         self._registrations = Registrations()
-        self._made_database: Database | None = None
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         for application_class in (application, *applications) if application is not None else applications:
             self._add_class(application_class)
@@ -172,68 +165,16 @@ class EventSourcing:
             )
         config = Config.from_mapping(app.config)
         with untouched_on_error(app):
-            database = self._database or self._find_database(app)
-            state = self._make_state(app, database, config)
-            guard.install(app)
+            db = self._db or registered_extension(app)
+            if db is None:
+                db = self._made_db = register_extension(app, self._made_db)
+            state = make_state(app, db, config, self._classes, self._records, self._registrations)
+            state.host.prepare()
+            uncommitted.install(state)
             app.cli.add_command(group)
             app.shell_context_processor(lambda: {"es": self})
             app.extensions[EXTENSION] = state
             self._apps.add(app)
-
-    def _find_database(self, app: Flask) -> Database:
-        registered = app.extensions.get("sqlalchemy")
-        if registered is not None:
-            return Database(registered)
-        if self._made_database is None:
-            self._made_database = Database(SQLAlchemy())
-        if not app.config.get("SQLALCHEMY_BINDS") and not app.config.get("SQLALCHEMY_DATABASE_URI"):
-            app.config["SQLALCHEMY_DATABASE_URI"] = DEFAULT_URI
-        try:
-            self._made_database.extension.init_app(app)
-        except (sa.exc.SQLAlchemyError, RuntimeError, ImportError) as error:
-            raise ConfigurationError(f"SQLALCHEMY_DATABASE_URI cannot be used: {error}") from error
-        return self._made_database
-
-    def _make_state(self, app: Flask, database: Database, config: Config) -> EventSourcingState:
-        engine = database.engine(app, config.bind_key)
-        options = DialectOptions(config.lock_timeout, config.postgres_order, config.postgres_notify, config.sqlite_wal)
-        if config.schema is not None and engine.dialect.name == "sqlite":
-            raise ConfigurationError("EVENTSOURCING_SCHEMA is set, but SQLite has no schemas: remove it.")
-        Datastore.check(engine, options)
-        models = self._records.make(database, self._classes, config)
-        binding = SessionBinding(
-            app,
-            database,
-            config.commit,
-            {"clause": models[self._classes[0].name].tables["events"]},
-            publisher(app, lambda: state_of(app)),
-        )
-        if not database.has_models and config.bind_key is not None:
-            binding.bind_arguments = {"bind": engine}
-        datastore = Datastore(engine, options, session_scope=binding.scope, models=models)
-        binding.datastore = datastore
-        session.listen(database.session_factory(app))
-        database.separate_processes(app)
-        projections = BoundProjections(
-            lambda of: self._make_host(state, database, of), database.table_checker(config.bind_key)
-        )
-        state = EventSourcingState(app, database.extension, config, models, binding, datastore, projections)
-        for application_class in self._classes:
-            state.add(application_class)
-        for registration in self._registrations.entries:
-            state.projections.add(registration)
-        return state
-
-    def _make_host(self, state: EventSourcingState, database: Database, of: type[Application[Any]]) -> ProjectionHost:
-        return ProjectionHost(
-            state.app,
-            state.binding,
-            of.name,
-            lambda: state[of],
-            self._records.make_for_projections(database, of.name, state.config),
-            lease=state.config.projection_lock == "lease",
-            notify=state.config.postgres_notify,
-        )
 
     # ---------------------------------------------------------------------------------------------------- using
 
@@ -257,10 +198,10 @@ class EventSourcing:
         """The ``SQLAlchemy`` object in use."""
         if has_app_context():
             return current_state().db
-        database = self._database or self._made_database
-        if database is None:
+        db = self._db or self._made_db
+        if db is None:
             raise ConfigurationError("There is no db yet: call es.init_app(app), or use it in an application context.")
-        return database.extension
+        return db
 
     @property
     def models(self) -> dict[type[Application[Any]], Models]:
@@ -303,7 +244,7 @@ class EventSourcing:
         :raises NotInitializedError: outside an application context.
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
-        return current_state().binding.transaction()
+        return current_state().host.transaction()
 
     def transactional(self, function: Callable[P, R]) -> Callable[P, R]:
         """Run a function, a view for example, in :meth:`transaction`."""
@@ -337,7 +278,7 @@ class EventSourcing:
 
             @wraps(decorated)
             def retried(*args: P.args, **kwargs: P.kwargs) -> R:
-                return current_state().binding.retry(lambda: decorated(*args, **kwargs), times)
+                return current_state().host.retry(lambda: decorated(*args, **kwargs), times)
 
             return retried
 
@@ -370,12 +311,3 @@ class EventSourcing:
         """
         for each in [app] if app is not None else list(self._apps):
             state_of(each).close()
-
-
-def check_times(times: Any) -> None:
-    """Check the number of retries.
-
-    :raises ConfigurationError: when it is not a whole number from 0 up.
-    """
-    if not isinstance(times, int) or isinstance(times, bool) or times < 0:
-        raise ConfigurationError(f"retry_on_conflict(times=…) takes a whole number from 0 up; found {times!r}.")

@@ -29,7 +29,7 @@ T = TypeVar("T")
 def keep_for_ever(thing: object) -> None:
     """Never let an object be finalized in this process, not even when the interpreter ends.
 
-    Some finalizers end the parent's session on a server: that of a connection of mysqlclient says goodbye to it.
+    Some finalizers end the parent's session on a server: one driver's connection says goodbye to it.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 

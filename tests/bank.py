@@ -1,105 +1,21 @@
-"""A small bank, and Flask apps around it, for the tests."""
+"""Flask apps around the bank of ``tests.domain``."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.application import AggregateNotFoundError, Application
-from eventsourcing.domain import Aggregate, event
+from eventsourcing.application import Application
 from flask import Flask, request
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 from werkzeug.test import TestResponse
 
 from flask_eventsourcing import EventSourcing
-
-
-class Account(Aggregate):
-    """An account of the bank."""
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self.balance = 0
-
-    @event("Deposited")
-    def deposit(self, amount: int) -> None:
-        """Pay in."""
-        self.balance += amount
-
-
-class Bank(Application[UUID]):
-    """The application of most tests."""
-
-    def open_account(self, owner: str = "Ada") -> UUID:
-        """Open an account and return its id."""
-        account = Account(owner)
-        self.save(account)
-        return account.id
-
-    def account(self, account_id: Any) -> Account:
-        """Read an account."""
-        account: Account = self.repository.get(account_id)
-        return account
-
-    def deposit(self, account_id: Any, amount: int = 1) -> None:
-        """Read an account, pay in and save it."""
-        account = self.account(account_id)
-        account.deposit(amount)
-        self.save(account)
-
-    def balance(self, account_id: UUID) -> int | None:
-        """Return what is in an account, or None if there is no such account."""
-        try:
-            return self.account(account_id).balance
-        except AggregateNotFoundError:
-            return None
-
-
-class Shop(Bank):
-    """A second application, with tables of its own."""
-
-
-def conflict_with(bank: Bank, account_id: UUID) -> Callable[[], None]:
-    """Read an account now, and return what saves a change of that state later."""
-    stale = bank.account(account_id)
-    stale.deposit(1000)
-    return lambda: _save(bank, stale)
-
-
-def _save(bank: Bank, account: Account) -> None:
-    bank.save(account)
-
-
-def in_thread(function: Callable[[], Any]) -> None:
-    """Run a function in a thread of its own, without this thread's application context, and pass on its error."""
-    in_threads([function])
-
-
-def in_threads(functions: Sequence[Callable[[], Any]], patience: float = 60) -> None:
-    """Run functions in threads that start together, and pass on the first error."""
-    start = threading.Barrier(len(functions))
-    errors: list[BaseException] = []
-
-    def run(function: Callable[[], Any]) -> None:
-        try:
-            start.wait(patience)
-            function()
-        except BaseException as error:  # noqa: BLE001  # raised in the test's own thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(patience)
-    if errors:
-        raise errors[0]
-    assert not any(thread.is_alive() for thread in threads), "a thread does not end"
+from tests.domain import Bank, in_thread
 
 
 @dataclass

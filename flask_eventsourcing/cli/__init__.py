@@ -10,7 +10,7 @@ import click
 from flask.cli import AppGroup
 
 from ..commands import Bar, CommandError, Output, Subject, UsageError, letters, reports, work
-from ..state import current_state
+from ..web.state import current_state
 
 P = ParamSpec("P")
 

@@ -18,8 +18,8 @@ from eventsourcing.persistence import PersistenceError
 
 from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
+from ..persistence.dialects import is_outage
 from ..projections.consumers import Consumer
-from ..projections.outages import is_outage
 from ..projections.registry import BoundProjections
 
 
@@ -164,7 +164,7 @@ def message_of(error: Exception) -> str:
 
 def qualified(consumer: Consumer, name: str | None = None) -> str:
     """Return the name that also tells the application."""
-    return f"{consumer.host.application_name}.{name or consumer.name}"
+    return f"{consumer.application.name}.{name or consumer.name}"
 
 
 def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:

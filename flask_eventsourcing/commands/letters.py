@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..projections.consumers import Consumer
-from ..projections.dead_letters import DeadLetter, DeadLetters
+from ..projections.dead_letters import DeadLetter
 from ..projections.repair import Repair, discard, retry
 from . import CommandError, Output, Subject, UsageError, as_table, clear_errors, named, require_tables
 
@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as what JSON can hold."""
-        values = {"application": self.consumer.host.application_name, **self.letter._asdict()}
+        values = {"application": self.consumer.application.name, **self.letter._asdict()}
         failed_at = self.letter.failed_at
         values["failed_at"] = None if failed_at is None else f"{failed_at.isoformat()}+00:00"
         return values
@@ -148,8 +148,8 @@ def find(subject: Subject, projection: str | None = None, ids: Sequence[int] | N
     found: list[Found] = []
     with clear_errors():
         for consumer in consumers:
-            letters = DeadLetters(consumer.host.models.tables["dead_letters"])
-            with consumer.host.engine.connect() as connection:
+            letters = consumer.application.dead_letters
+            with consumer.application.engine.connect() as connection:
                 found += [Found(consumer, each) for each in letters.select(connection, [consumer.name], ids=ids)]
     return found
 

@@ -14,8 +14,8 @@ from types import FrameType
 
 from ..projections.consumers import Consumer
 from ..projections.rebuilding import Rebuild, Rebuilt
+from ..projections.registry import Worker
 from ..projections.runners import FIRST_PAUSE, LONGEST_PAUSE
-from ..projections.workers import Worker
 from . import (
     CommandError,
     Output,
@@ -28,7 +28,7 @@ from . import (
     registered,
     require_tables,
 )
-from .progress_lines import Reporter
+from .reports import Reporter
 
 logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
@@ -163,7 +163,7 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
                 subject.datastore.engine.connect().close()
                 require_tables(subject)
                 for consumer in consumers:
-                    consumer.control.resume()
+                    consumer.checkpoint.resume()
         except UnreachableError as error:
             # A worker that is started together with the database goes on when that is there.
             if once:
@@ -197,7 +197,7 @@ def _run(worker: Worker, signals: Signals, reporter: Reporter) -> Sequence[Excep
 
 def end_if_halted(worker: Worker) -> None:
     """End when nothing is left to run, so that the supervisor of the process sees it."""
-    if all(runner.halted is not None for runner in worker.runners):
+    if all(runner.progress.halted is not None for runner in worker.runners):
         worker.stop()
 
 

@@ -5,7 +5,7 @@ The library looks for exactly one concrete factory class here.
 
 from __future__ import annotations
 
-from .datastore import Datastore, SessionScope
+from .datastore import Datastore, JoinedUnit
 from .dialects import Dialect, DialectOptions
 from .factory import SQLAlchemyFactory as Factory
 from .recorders import (
@@ -20,9 +20,9 @@ __all__ = [
     "Dialect",
     "DialectOptions",
     "Factory",
+    "JoinedUnit",
     "SQLAlchemyAggregateRecorder",
     "SQLAlchemyApplicationRecorder",
     "SQLAlchemyProcessRecorder",
     "SQLAlchemyTrackingRecorder",
-    "SessionScope",
 ]

@@ -1,144 +1,207 @@
-"""A database as the recorders see it: an engine, its dialect, and the session to join if there is one."""
+"""A database as the recorders see it: an engine, its dialect, the tables, and the unit of work to join."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
 from uuid import UUID, uuid4
 
+import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ..config import OriginatorIdType
-from ..models import Models
-from .dialects import DialectOptions, dialect_for
-from .dialects.base import EventTable
-from .errors import Translated
+from .dialects import Dialect, DialectOptions, dialect_for
+from .dialects.driver import EventTable
 from .forks import drop_inherited_connections
 
-T = TypeVar("T")
 
+class JoinedUnit(Protocol):
+    """The unit of work that recorders join, as ``flask_eventsourcing.uow`` provides it."""
 
-class SessionScope(Protocol):
-    """The session that recorders join, as ``flask_eventsourcing.session`` provides it."""
+    def connection(self) -> Connection:
+        """The connection of its transaction to the database of the events."""
 
-    def connection(self, engine: Engine) -> Connection:
-        """The session's connection."""
+    def before_write(self) -> None:
+        """Told before a write."""
+
+    def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Told before an aggregate is read."""
 
     def failed(self, connection: Connection) -> None:
         """Told after a write that failed."""
 
-    def written(self) -> None:
-        """Told after a write that succeeded, and after :meth:`recorded`."""
-
-    def reading(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
-        """Told before an aggregate is read."""
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Told when events could not be written because another writer was first."""
 
     def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
         """Told after events were written, which are not committed yet."""
 
-    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
-        """Told when events could not be written because another writer was first."""
+    def written(self) -> None:
+        """Told after a write that succeeded, at its very end."""
 
 
-AfterAppend = Callable[[Connection, SessionScope | None, Sequence[StoredEvent]], None]
+AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent]], None]
+Tables = Mapping[str, sa.Table]
+"""The tables of an application by their use: ``events``, ``snapshots``, ``tracking``."""
 
 
+def _no_tables(application_name: str) -> Tables | None:
+    return None
+
+
+def _no_unit() -> JoinedUnit | None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class Datastore:
-    """What the recorders of one or more applications share.
+    """What the recorders of one or more applications share; to make it touches nothing.
 
     :param engine: where the tables are.
-    :param session_scope: returns the session to join, or None where recorders are to commit on their own.
-    :param models: record classes by the application's name; those of an application without are made on demand.
+    :param options: what the configuration says about databases.
+    :param tables: returns the tables of an application by its name, or None for one that it does not know.
+    :param unit: returns the unit of work to join, or None where recorders are to commit on their own.
+    :param after_append: by the application's name, what is called within the transaction of an append.
+    :raises ConfigurationError: when the database is not supported.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        options: DialectOptions | None = None,
-        *,
-        session_scope: Callable[[], SessionScope | None] = lambda: None,
-        models: Mapping[str, Models] | None = None,
-        originator_id_type: OriginatorIdType = "uuid",
-        schema: str | None = None,
-    ) -> None:
-        self.engine = engine
-        self.dialect = dialect_for(engine, options or DialectOptions())
-        self.dialect.prepare_engine()
-        drop_inherited_connections(engine)
-        self.translated = Translated(engine.dialect.dbapi)
-        self.session_scope = session_scope
-        self.models = dict(models or {})
-        self.originator_id_type = originator_id_type
-        self.schema = schema
-        self.after_append: dict[str, AfterAppend] = {}
-        """By the application's name, what is called within the transaction of an append."""
-        self.token = uuid4().hex
+    engine: Engine
+    options: DialectOptions = field(default_factory=DialectOptions)
+    tables: Callable[[str], Tables | None] = _no_tables
+    unit: Callable[[], JoinedUnit | None] = _no_unit
+    after_append: dict[str, AfterAppend] = field(default_factory=dict)
+    dialect: Dialect = field(init=False)
+    token: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dialect", dialect_for(self.engine, self.options))
+        object.__setattr__(self, "token", uuid4().hex)
         _datastores[self.token] = self
 
-    @staticmethod
-    def check(engine: Engine, options: DialectOptions) -> None:
-        """Check that a database is supported, without touching its engine.
+    def prepare(self) -> None:
+        """Install what the engine needs; calling it again does nothing. Recorders call it when they are made."""
+        self.dialect.prepare_engine()
+        drop_inherited_connections(self.engine)
 
-        :raises ConfigurationError: when it is not.
+    def joining(self, unit: Callable[[], JoinedUnit | None]) -> Datastore:
+        """Return the same database for recorders that join a unit of work."""
+        return Datastore(self.engine, self.options, self.tables, unit, self.after_append)
+
+    def writing(self, *, in_autocommit: bool = False) -> Write:
+        """Return a context manager with a connection to write with.
+
+        It is the unit's, or one that is committed at the end.
+
+        :param in_autocommit: whether one statement is to come, which needs no transaction around it.
         """
-        dialect_for(engine, options)
+        return Write(self, self.unit(), in_autocommit)
 
-    def write(self, work: Callable[[Connection, SessionScope | None], T], *, one_append: bool = False) -> T:
-        """Call a function with a connection to write with: the session's, or one that is committed at the end.
+    def reading(self, *, join: bool = True) -> Read:
+        """Return a context manager with a connection to read with: the unit's, if *join* is set, or one of its own."""
+        return Read(self, self.unit() if join else None)
 
-        With *one_append* the function does no more than that, which may save the transaction's own round trips.
-        """
-        scope = self.session_scope()
-        with self.translated:
-            if scope is None:
-                if one_append and self.dialect.appends_in_autocommit:
-                    with self.engine.connect() as connection:
-                        return work(connection.execution_options(isolation_level="AUTOCOMMIT"), None)
-                with self.engine.begin() as connection:
-                    return work(connection, None)
-            connection = scope.connection(self.engine)
-            try:
-                result = work(connection, scope)
-            except BaseException:
-                # Whatever it was, the session must know before it commits.
-                scope.failed(connection)
-                raise
-            scope.written()
-            return result
 
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """As :meth:`write`, for a ``with`` block."""
-        scope = self.session_scope()
-        with self.translated:
-            if scope is None:
-                with self.engine.begin() as connection:
-                    yield connection
+class Read:
+    """A connection to read with, in a ``with`` block; errors become the library's.
+
+    :param unit: the unit of work whose connection it is, or None for one of its own.
+    """
+
+    connection: Connection
+
+    def __init__(self, datastore: Datastore, unit: JoinedUnit | None) -> None:
+        self._datastore = datastore
+        self.unit = unit
+
+    def __enter__(self) -> Self:
+        with self._datastore.dialect.translated:
+            if self.unit is not None:
+                self.connection = self.unit.connection()
+            else:
+                self.connection = self._datastore.engine.connect()
+                if self._datastore.dialect.reads_in_autocommit:
+                    self.connection.execution_options(isolation_level="AUTOCOMMIT")
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._datastore.dialect.translated:
+            if self.unit is None:
+                self.connection.close()
+        if error is not None:
+            self._datastore.dialect.translated.check(error)
+
+
+class Write:
+    """A connection to write with, in a ``with`` block; errors become the library's, and the unit is told of the end.
+
+    :param unit: the unit of work whose connection it is, or None for one of its own, which is committed at the end.
+    """
+
+    connection: Connection
+
+    def __init__(self, datastore: Datastore, unit: JoinedUnit | None, in_autocommit: bool) -> None:
+        self._datastore = datastore
+        self.unit = unit
+        self._in_autocommit = in_autocommit and datastore.dialect.appends_in_autocommit
+
+    def __enter__(self) -> Self:
+        with self._datastore.dialect.translated:
+            if self.unit is not None:
+                self.unit.before_write()
+                self.connection = self.unit.connection()
+            else:
+                self._begin()
+        return self
+
+    def _begin(self) -> None:
+        self.connection = self._datastore.engine.connect()
+        if self._in_autocommit:
+            self.connection.execution_options(isolation_level="AUTOCOMMIT")
+        else:
+            self.connection.begin()
+
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Told when events could not be written because another writer was first."""
+        if self.unit is not None:
+            self.unit.conflicted(table, events)
+
+    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
+        """Told after events were written; what is to happen in their transaction happens now."""
+        if self.unit is not None:
+            self.unit.recorded(application_name, events, positions)
+        after_append = self._datastore.after_append.get(application_name)
+        if after_append is not None:
+            after_append(self.connection, self.unit, events)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        translated = self._datastore.dialect.translated
+        if self.unit is not None:
+            if error is None:
+                with translated:
+                    self.unit.written()
                 return
-            connection = scope.connection(self.engine)
-            try:
-                yield connection
-            except BaseException:
-                # Whatever it was, the session must know before it commits.
-                scope.failed(connection)
-                raise
-            scope.written()
+            # Whatever it was, the unit must know before it commits.
+            self.unit.failed(self.connection)
+        else:
+            with translated:
+                self._end(commit=error is None)
+        if error is not None:
+            translated.check(error)
 
-    @contextmanager
-    def reading(self, *, join: bool = True) -> Iterator[tuple[Connection, SessionScope | None]]:
-        """A connection to read with: the session's, if there is one and *join* is set, or one of its own."""
-        scope = self.session_scope() if join else None
-        with self.translated:
-            if scope is not None:
-                yield scope.connection(self.engine), scope
-                return
-            with self.engine.connect() as connection:
-                if self.dialect.reads_in_autocommit:
-                    connection.execution_options(isolation_level="AUTOCOMMIT")
-                yield connection, None
+    def _end(self, *, commit: bool) -> None:
+        # What is left open is rolled back by close().
+        try:
+            if commit and not self._in_autocommit:
+                self.connection.commit()
+        finally:
+            self.connection.close()
 
 
 _datastores: weakref.WeakValueDictionary[str, Datastore] = weakref.WeakValueDictionary()

@@ -16,15 +16,15 @@ from eventsourcing.persistence import (
 from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
 from sqlalchemy import orm
 
-from ..models import Models, make_models
-from .datastore import Datastore, find_datastore
-from .dialects import DialectOptions
+from .datastore import Datastore, Tables, find_datastore
+from .dialects import is_in_memory
 from .recorders import (
     SQLAlchemyAggregateRecorder,
     SQLAlchemyApplicationRecorder,
     SQLAlchemyProcessRecorder,
     SQLAlchemyTrackingRecorder,
 )
+from .tables import make_models
 
 
 class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
@@ -78,31 +78,24 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
             keys = " or ".join(self.env.create_keys(self.SQLALCHEMY_DATABASE_URI))
             raise InfrastructureFactoryError(f"No database: set the environment variable {keys}.")
         options: dict[str, Any] = {}
-        if url.startswith("sqlite") and sa.make_url(url).database in (None, "", ":memory:"):
+        if is_in_memory(sa.make_url(url)):
+            # All threads are to share the one connection, which is the database.
             options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
         id_type = self.env.get(self.ORIGINATOR_ID_TYPE, "uuid").lower()
         if id_type not in ("uuid", "text"):
             raise InfrastructureFactoryError(f"{self.ORIGINATOR_ID_TYPE} must be 'uuid' or 'text'; found {id_type!r}.")
-        return Datastore(
-            sa.create_engine(url, **options),
-            DialectOptions(),
-            originator_id_type="text" if id_type == "text" else "uuid",
-            schema=self.env.get(self.SQLALCHEMY_SCHEMA) or None,
+        schema = self.env.get(self.SQLALCHEMY_SCHEMA) or None
+        base = orm.declarative_base()
+        models = make_models(
+            base, self.env.name, originator_id_type="text" if id_type == "text" else "uuid", schema=schema
         )
+        return Datastore(sa.create_engine(url, **options), tables=lambda _: models.tables)
 
     @cached_property
-    def models(self) -> Models:
-        """The record classes of the application: those that the extension registered, or new ones."""
-        registered = self.datastore.models.get(self.env.name)
-        if registered is not None:
-            return registered
-        base = orm.declarative_base()
-        return make_models(
-            base,
-            self.env.name,
-            originator_id_type=self.datastore.originator_id_type,
-            schema=self.datastore.schema,
-        )
+    def tables(self) -> Tables:
+        """The tables of the application by their use: those that the datastore knows, or new ones."""
+        known = self.datastore.tables(self.env.name)
+        return make_models(orm.declarative_base(), self.env.name).tables if known is None else known
 
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
         """Make a recorder for a purpose: ``events`` or ``snapshots``."""
@@ -142,7 +135,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         return cls
 
     def _table(self, purpose: str) -> sa.Table:
-        table = self.models.tables.get(purpose)
+        table = self.tables.get(purpose)
         if table is None:
             raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
         self._create((table,))

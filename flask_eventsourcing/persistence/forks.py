@@ -13,11 +13,13 @@ import weakref
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 
+from .._patches import engine_pool, left_connection, pool_per_process
 from ..lifecycle import ProcessLock, keep_for_ever
+from .dialects import is_in_memory
 
 PID = "flask_eventsourcing.pid"
 
@@ -27,18 +29,13 @@ _records: weakref.WeakSet[Any] = weakref.WeakSet()
 _left_in = os.getpid()
 
 
-def in_memory(url: URL) -> bool:
-    """Whether an address is that of an in-memory database of SQLite."""
-    return url.get_backend_name() == "sqlite" and (url.database in (None, "", ":memory:") or "mode=memory" in str(url))
-
-
 def drop_inherited_connections(engine: Engine) -> None:
     """Give an engine, in each forked process, a pool of that process's own.
 
     It holds for all who use the engine, and without ``os.register_at_fork``, which uWSGI does not run. The one
     connection of an in-memory database is the database, and a forked process keeps its own copy of that.
     """
-    if engine in _watched or in_memory(engine.url):
+    if engine in _watched or is_in_memory(engine.url):
         return
     _watched.add(engine)
     sa.event.listen(engine, "connect", _note_process)
@@ -85,10 +82,7 @@ def _note_process(driver: Any, record: Any) -> None:
 def _leave(record: Any) -> None:
     keep_for_ever(record.dbapi_connection)
     fairy = record.fairy_ref() if record.fairy_ref is not None else None
-    record.fairy_ref = record.dbapi_connection = None
-    if fairy is not None:
-        # What is without a record is not given back to the pool, whose lock may be held for ever.
-        fairy.dbapi_connection, fairy._connection_record = _Inherited(), None
+    left_connection(record, fairy, _Inherited())
 
 
 def _watch(engine: Engine, pool: Pool) -> Pool:
@@ -105,8 +99,7 @@ def _watch(engine: Engine, pool: Pool) -> Pool:
     def recreate_watched() -> Pool:
         return _watch(engine, recreate())
 
-    # On the one pool, not on its class, which others use.
-    vars(pool).update(connect=connect_in_process, dispose=dispose_in_process, recreate=recreate_watched)
+    pool_per_process(pool, connect_in_process, dispose_in_process, recreate_watched)
     return pool
 
 
@@ -116,7 +109,7 @@ def _own_pool(engine: Engine, pool: Pool) -> Pool:
     with _lock:
         if engine.pool is pool:
             keep_for_ever(pool)
-            engine.pool = pool.recreate()
+            engine_pool(engine, pool.recreate())
         return engine.pool
 
 

@@ -21,10 +21,9 @@ from eventsourcing.persistence import (
 )
 from sqlalchemy.engine import Connection
 
-from .datastore import Datastore, SessionScope
+from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
-from .dialects.waiting import Waiter
-from .subscriptions import LogSubscription
+from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
 
@@ -40,6 +39,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         *,
         tracking_table: sa.Table | None = None,
     ) -> None:
+        datastore.prepare()
         self.datastore = datastore
         self.dialect = datastore.dialect
         self.events_table = self.dialect.event_table(events_table, tracking_table)
@@ -51,9 +51,8 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         :raises IntegrityError: when another writer has recorded one of these versions.
         """
         if stored_events:
-            self.datastore.write(
-                lambda connection, _: self.dialect.insert(connection, self.events_table, stored_events)
-            )
+            with self.datastore.writing() as write:
+                self.dialect.insert(write.connection, self.events_table, stored_events)
         return None
 
     def select_events(
@@ -66,11 +65,11 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         limit: int | None = None,
     ) -> Sequence[StoredEvent]:
         """Read the events of an aggregate, those that the session has not committed yet among them."""
-        with self.datastore.reading() as (connection, scope):
-            if scope is not None:
-                scope.reading(connection, self.events_table, originator_id)
+        with self.datastore.reading() as read:
+            if read.unit is not None:
+                read.unit.before_read(read.connection, self.events_table, originator_id)
             return self.dialect.select_events(
-                connection, self.events_table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
+                read.connection, self.events_table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
             )
 
 
@@ -82,30 +81,23 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
         :raises IntegrityError: when another writer has recorded one of these versions.
         """
-        return self._append(stored_events, None) if stored_events else []
+        return self._append(stored_events) if stored_events else []
 
-    def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        def append(connection: Connection, scope: SessionScope | None) -> list[int]:
+    def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None = None) -> list[int]:
+        alone = tracking is None and self.application_name not in self.datastore.after_append
+        with self.datastore.writing(in_autocommit=alone) as write:
             try:
-                with self.datastore.translated:
-                    positions = self._write(connection, events, tracking, savepoint=scope is not None)
+                with self.dialect.translated:
+                    positions = self._write(write, events, tracking)
             except IntegrityError:
-                if scope is not None:
-                    scope.conflicted(self.events_table, events)
+                write.conflicted(self.events_table, events)
                 raise
-            if scope is not None and events:
-                scope.recorded(self.application_name, events, positions)
-            if after_append is not None and events:
-                after_append(connection, scope, events)
-            return positions
+            if events:
+                write.recorded(self.application_name, events, positions)
+        return positions
 
-        after_append = self.datastore.after_append.get(self.application_name)
-        return self.datastore.write(append, one_append=tracking is None and after_append is None)
-
-    def _write(
-        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
-    ) -> list[int]:
-        return self.dialect.append(connection, self.events_table, events)
+    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
+        return self.dialect.append(write.connection, self.events_table, events)
 
     def select_notifications(
         self,
@@ -131,42 +123,41 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     ) -> Sequence[Notification]:
         """As :meth:`select_notifications`, but with a connection of its own unless *join* is set."""
 
-        def read(connection: Connection, scope: SessionScope | None) -> Sequence[Notification]:
+        def read_page(read: Read) -> Sequence[Notification]:
             return self.dialect.select_notifications(
-                connection,
+                read.connection,
                 self.events_table,
                 start,
                 limit,
                 stop,
                 topics,
                 inclusive_of_start=inclusive_of_start,
-                joined=scope is not None,
+                joined=read.unit is not None,
             )
 
-        return self._read(read, join=join)
+        return self._read(read_page, join=join)
 
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""
-
         return self._last_position(join=True)
 
-    def log_end(self) -> int | None:
-        """As :meth:`max_notification_id`, but with a connection of its own."""
-        return self._last_position(join=False)
+    def high_water_mark(self) -> int:
+        """Return the position up to which no event can appear any more, read on a connection of its own; 0 for none."""
+        return self._last_position(join=False) or 0
 
     def _last_position(self, *, join: bool) -> int | None:
-        def read(connection: Connection, scope: SessionScope | None) -> int | None:
-            return self.dialect.max_position(connection, self.events_table, joined=scope is not None)
+        return self._read(
+            lambda read: self.dialect.last_position(read.connection, self.events_table, joined=read.unit is not None),
+            join=join,
+        )
 
-        return self._read(read, join=join)
-
-    def _read(self, read: Callable[[Connection, SessionScope | None], T], *, join: bool) -> T:
+    def _read(self, work: Callable[[Read], T], *, join: bool) -> T:
         try:
-            with self.datastore.reading(join=join) as (connection, scope):
-                return read(connection, scope)
+            with self.datastore.reading(join=join) as read:
+                return work(read)
         except FrozenSnapshotError:
-            with self.datastore.reading(join=False) as (connection, _):
-                return read(connection, None)
+            with self.datastore.reading(join=False) as read:
+                return work(read)
 
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
         """Iterate over the log from a position on, waiting for new events at its end."""
@@ -186,6 +177,7 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
 
     def __init__(self, datastore: Datastore, tracking_table: sa.Table, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        datastore.prepare()
         self.datastore = datastore
         self.dialect = datastore.dialect
         self.tracking_table = tracking_table
@@ -193,8 +185,8 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """A connection whose work is committed at the end, or that of the current session."""
-        with self.datastore.writing() as connection:
-            yield connection
+        with self.datastore.writing() as write:
+            yield write.connection
 
     def insert_tracking(self, tracking: Tracking) -> None:
         """Record a position.
@@ -223,8 +215,8 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         return found is not None and notification_id is not None and found >= notification_id
 
     def _max_tracking_id(self, application_name: str, *, join: bool) -> int | None:
-        with self.datastore.reading(join=join) as (connection, _):
-            return self.dialect.max_tracking_id(connection, self.tracking_table, application_name)
+        with self.datastore.reading(join=join) as read:
+            return self.dialect.max_tracking_id(read.connection, self.tracking_table, application_name)
 
 
 class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicationRecorder, ProcessRecorder):
@@ -246,15 +238,13 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         tracking: Tracking | None = kwargs.get("tracking")
         return self._append(stored_events, tracking) if stored_events or tracking is not None else []
 
-    def _write(
-        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking | None, *, savepoint: bool
-    ) -> list[int]:
+    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
         if tracking is None:
-            return super()._write(connection, events, None, savepoint=savepoint)
-        if savepoint:
-            with connection.begin_nested():
-                return self._write_both(connection, events, tracking)
-        return self._write_both(connection, events, tracking)
+            return super()._write(write, events, None)
+        if write.unit is not None:
+            with write.connection.begin_nested():
+                return self._write_both(write.connection, events, tracking)
+        return self._write_both(write.connection, events, tracking)
 
     def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
         self.write_tracking(connection, tracking)

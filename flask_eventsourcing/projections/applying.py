@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import Notification
+from eventsourcing.persistence import IntegrityError, Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError
-from .consumers import Consumer
-from .control import ControlRow
-from .dead_letters import DeadLetters
-from .outages import is_outage
+from ..persistence import JoinedUnit
+from ..persistence.dialects import is_outage
+from ..uow import UnitOfWork
+from .checkpoint import CheckpointRow
+from .consumers import Consumer, ProjectedApplication
+from .definitions import ModelProjection
 
 PREFETCH_FROM = 8
 """Fewer events than this are not worth a query for the rows of all their aggregates."""
@@ -24,6 +26,10 @@ ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
     "is committed with its models."
 )
+INLINE_ENDED = (
+    "A handler of an inline projection ended the transaction: it must not call session.commit() or "
+    "session.rollback(), as its models are committed with the events."
+)
 SWALLOWED = (
     "A handler of {} went on after an error of the database, which has aborted the transaction: let the error pass, or "
     "put what may fail into a savepoint, session.begin_nested()."
@@ -31,42 +37,29 @@ SWALLOWED = (
 
 
 class EventError(Exception):
-    """A handler failed, or an event could not be read; the cause is the error itself.
-
-    :param index: which of the events it was, or None when the error came at the end of the batch.
-    """
-
-    def __init__(self, index: int | None) -> None:
-        super().__init__()
-        self.index = index
+    """A handler failed, or an event could not be read; the cause is the error itself."""
 
 
 class Applier:
-    """Applies events of a log for one consumer, within an application context."""
+    """Applies events of a log for one consumer, within the host's context."""
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
-        self.host = consumer.host
         self.projection = consumer.projection_class()
-        self.letters = DeadLetters(self.host.models.tables["dead_letters"])
-        self._keys = list(_id_keys(consumer))
+        self.letters = consumer.application.dead_letters
         # Looked up once, as there are many thousand events a second.
-        self._mapper = self.host.mapper
+        self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
-        self._kept: list[Any] = []
-        self._session: orm.Session | None = None
-        # With a lease, and so on SQLite, the row's lock would keep everybody from writing while a reaction takes its
-        # time; a reaction may be called again anyway.
-        self._advances_last = consumer.kind == "reactions" and consumer.leased
+        self._rows = _Rows(consumer)
 
     def apply(
         self,
-        claimed: ControlRow,
+        claimed: CheckpointRow,
         notifications: Sequence[Notification],
         position: int,
         *,
         dead: tuple[BaseException, int] | None = None,
-    ) -> ControlRow:
+    ) -> CheckpointRow:
         """Apply events and move the position, all in one transaction; returns the row as it is then.
 
         :param dead: set the one event aside, with its error and the number of tries, rather than applying it.
@@ -74,17 +67,20 @@ class Applier:
         :raises EventError: when an event could not be applied; nothing was applied.
         """
         applied = 0 if dead is not None else len(notifications)
+        # With a lease, the row's lock might keep everybody from writing while a reaction takes its time; a reaction may
+        # be called again anyway.
+        advances_last = self.consumer.kind == "reactions" and self.consumer.leased
         try:
-            with self.host.binding.transaction() as session:
+            with self.consumer.application.host.transaction() as session:
                 connection = self.connection(session)
                 # First, as its lock keeps everybody else out.
-                if not self._advances_last:
+                if not advances_last:
                     self._advance(connection, claimed, position, applied)
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
                     self._handle(session, connection, notifications)
-                if self._advances_last:
+                if advances_last:
                     self._advance(connection, claimed, position, applied)
         except EventError:
             raise
@@ -92,7 +88,7 @@ class Applier:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
             if is_outage(error):
                 raise
-            raise EventError(None) from error
+            raise EventError from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
 
     def try_out(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
@@ -105,49 +101,44 @@ class Applier:
         finally:
             session.rollback()
 
-    def _advance(self, connection: Connection, claimed: ControlRow, position: int, applied: int) -> None:
-        self.consumer.control.advance(connection, claimed, position, applied, lease=self.consumer.leased)
+    def _advance(self, connection: Connection, claimed: CheckpointRow, position: int, applied: int) -> None:
+        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""
-        return self.host.binding.unit(session).connection(self.host.engine)
+        application = self.consumer.application
+        return application.host.unit_of(session).connection()
 
     def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> None:
-        unit = self.host.binding.unit(session)
+        unit = self.consumer.application.host.unit_of(session)
+        name = self.consumer.projection_class.__name__
         begun = session.get_transaction()
         blocked: set[str] = set()
         if self.consumer.projection_class.on_failure == "dead-letter":
             blocked = self.letters.blocked(connection, self.consumer.name)
-        self._keep_objects(session)
-        self._prefetch(session, notifications)
-        index: int | None = None
-        ended = ENDED.format(self.consumer.projection_class.__name__)
+        self._rows.keep(session)
+        self._rows.prefetch(session, notifications)
         try:
-            with unit.hold(ended):
-                for number, notification in enumerate(notifications):
-                    index = number
+            with unit.gate.hold(ENDED.format(name)):
+                for notification in notifications:
                     if blocked and str(notification.originator_id) in blocked:
                         self.letters.add(connection, self.consumer.name, notification)
                     else:
                         self.handle(session, notification)
                     if session.get_transaction() is not begun:
-                        raise HandlerError(ended)
-            index = None
+                        raise HandlerError(ENDED.format(name))
             session.flush()
             if unit.dialect.is_aborted(connection):
                 # A commit would be a rollback, and nobody would be told.
-                raise HandlerError(SWALLOWED.format(self.consumer.projection_class.__name__))
+                raise HandlerError(SWALLOWED.format(name))
         except Exception as error:
             if is_outage(error):
                 raise
-            raise EventError(index) from error
+            raise EventError from error
         finally:
-            self._kept.clear()
-        if self.consumer.kind == "rebuild" and self.host.binding.unit(session).batches:
-            raise HandlerError(
-                f"{self.consumer.projection_class.__name__} saves events, so that it cannot be rebuilt: they would be "
-                "saved again."
-            )
+            self._rows.kept.clear()
+        if self.consumer.kind == "rebuild" and unit.batches:
+            raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Call the handler of one event, if there is one."""
@@ -161,9 +152,18 @@ class Applier:
 
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
-        return f"{self.host.application_name}/{self.consumer.projection_class.name}/{notification.id}"
+        return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{notification.id}"
 
-    def _keep_objects(self, session: orm.Session) -> None:
+
+class _Rows:
+    """The rows of a consumer's models that a session has loaded, or is about to need."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.kept: list[Any] = []
+        self._keys = list(_id_keys(consumer))
+        self._session: orm.Session | None = None
+
+    def keep(self, session: orm.Session) -> None:
         """Keep what the session loads and inserts to the end of the batch: it refers to it weakly, and would reload it.
 
         The events are those of the recipe "Creating a Strong Referencing Identity Map" of SQLAlchemy's documentation.
@@ -173,12 +173,12 @@ class Applier:
         self._session = session
 
         def keep(session: orm.Session, instance: Any) -> None:
-            self._kept.append(instance)
+            self.kept.append(instance)
 
         sa.event.listen(session, "pending_to_persistent", keep)
         sa.event.listen(session, "loaded_as_persistent", keep)
 
-    def _prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
+    def prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
         """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
         if len(notifications) < PREFETCH_FROM or not self._keys:
             return
@@ -192,7 +192,7 @@ def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
     """The models whose primary key can be the id of an aggregate, with that column."""
     if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
         return
-    id_type = _python_type(consumer.host.recorder.events_table.table.c.originator_id)
+    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
     for model in consumer.projection_class.models:
         key = sa.inspect(model).primary_key
         if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
@@ -205,3 +205,72 @@ def _python_type(column: Any) -> type[Any] | None:
     except NotImplementedError:
         return None
     return found
+
+
+class InlineApplier:
+    """Applies events within ``save()``, in its transaction, for the inline ones among some projections."""
+
+    def __init__(self, application: ProjectedApplication, projection_classes: Sequence[type[ModelProjection]]) -> None:
+        self.application = application
+        self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
+
+    def install(self) -> None:
+        """Have the application's recorder call this after each append."""
+        self.application.datastore.after_append[self.application.name] = self
+
+    def __call__(self, connection: Connection, joined: JoinedUnit | None, events: Sequence[StoredEvent]) -> None:
+        """Apply the events of one append."""
+        if joined is None:
+            # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
+            self._refuse_old_snapshot(connection)
+            with orm.Session(bind=connection) as session:
+                session.begin()
+                self._apply(session, events)
+            return
+        # What a host has for recorders to join is always a unit of work.
+        unit = cast(UnitOfWork, joined)
+        try:
+            self._refuse_old_snapshot(connection)
+            with unit.gate.hold(INLINE_ENDED):
+                self._apply(unit.session, events)
+        except BaseException:
+            # A caller that catches the error must not commit the events without their read models.
+            unit.gate.refuse("An inline projection failed")
+            raise
+
+    def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
+        domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
+        begun = session.get_transaction()
+        self._forget_rows(session)
+        for projection in self.projections:
+            for event in domain_events:
+                handler = projection.handlers.find(type(event))
+                if handler is not None:
+                    handler(projection, event, session)
+                if session.get_transaction() is not begun:
+                    raise HandlerError(INLINE_ENDED)
+        session.flush()
+
+    def _forget_rows(self, session: orm.Session) -> None:
+        """Have handlers load rows again: what the session has may be older than the aggregate's last event."""
+        models = tuple(model for projection in self.projections for model in projection.models)
+        if models:
+            for row in list(session.identity_map.values()):
+                if isinstance(row, models) and not session.is_modified(row):
+                    session.expire(row)
+
+    def _refuse_old_snapshot(self, connection: Connection) -> None:
+        """Let a transaction try again whose snapshot is older than the end of a rebuild.
+
+        It would see the new tables as they were while they were being built. A locking read sees what is committed.
+
+        :raises IntegrityError: when a rebuild has ended since the transaction began to read.
+        """
+        if not self.application.datastore.dialect.refuses_old_snapshot:
+            return
+        for projection in self.projections:
+            checkpoint = self.application.checkpoint(projection.name)
+            if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
+                raise IntegrityError(
+                    f"Projection {projection.name} was rebuilt since this transaction began: try again."
+                )

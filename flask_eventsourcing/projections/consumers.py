@@ -1,4 +1,4 @@
-"""Projections bound to a Flask app: where their events come from, where they write, and in which row they count."""
+"""Projections in a host: where their events come from, where they write, and in which row they count."""
 
 from __future__ import annotations
 
@@ -7,81 +7,86 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
+import sqlalchemy as sa
 from eventsourcing.application import Application
 from eventsourcing.persistence import Mapper, Notification
-from flask import Flask
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
-from ..binding import SessionBinding
-from ..persistence import SQLAlchemyApplicationRecorder
-from .control import Control
+from ..host import Host
+from ..models import ProjectionModels
+from ..persistence import Datastore, SQLAlchemyApplicationRecorder
+from ..persistence.dialects.runner_locks import Lease, RunnerLock
+from .checkpoint import Checkpoint
+from .dead_letters import DeadLetters
 from .definitions import Handlers, ModelProjection
-from .locks import RunnerLock, lock_for
-from .tables import ProjectionModels
 
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectionHost:
-    """What the projections of one application in one Flask app share.
+class ProjectedApplication:
+    """An application in a host, whose log projections follow.
 
-    :param application: returns the application of this process.
+    :param name: of the application.
+    :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
-    :param notify: whether PostgreSQL is to notify those who wait for a position.
     """
 
-    app: Flask
-    binding: SessionBinding
-    application_name: str
-    application: Callable[[], Application[Any]]
+    host: Host
+    name: str
+    find: Callable[[], Application[Any]]
     models: ProjectionModels
     lease: bool = False
-    notify: bool = True
+
+    @property
+    def datastore(self) -> Datastore:
+        """The database of the events, the projections and their models."""
+        return self.host.datastore
 
     @property
     def engine(self) -> Engine:
-        """The database of the events, the projections and their models."""
-        if self.binding.datastore is None:
-            raise RuntimeError("The binding has no datastore yet.")
-        return self.binding.datastore.engine
-
-    @property
-    def channel(self) -> str | None:
-        """What PostgreSQL notifies when a position moves."""
-        return (
-            self.models.tables["projections"].name if self.notify and self.engine.dialect.name == "postgresql" else None
-        )
+        """The engine of that database."""
+        return self.host.datastore.engine
 
     @property
     def recorder(self) -> SQLAlchemyApplicationRecorder:
         """The recorder of the application, from which the log is read."""
-        return cast(SQLAlchemyApplicationRecorder, self.application().recorder)
+        return cast(SQLAlchemyApplicationRecorder, self.find().recorder)
 
     @property
     def mapper(self) -> Mapper[Any]:
         """What makes domain events of stored ones."""
-        return self.application().mapper
+        return self.find().mapper
 
-    def control(self, name: str) -> Control:
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The events that its projections have set aside."""
+        return DeadLetters(self.models.tables["dead_letters"])
+
+    def checkpoint(self, name: str) -> Checkpoint:
         """Return the row of a projection by its name."""
-        return Control(self.engine, self.models.tables["projections"], name, self.channel)
+        return Checkpoint(self.datastore, self.models.tables["projections"], name)
+
+    def runner_lock(self, name: str) -> RunnerLock:
+        """Return the lock that lets one process run a projection."""
+        unique = f"{self.models.tables['projections'].fullname}/{name}"
+        return Lease(self.engine, unique) if self.lease else self.datastore.dialect.runner_lock(unique)
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False)
 
-    def head(self) -> int:
-        """Return the last position of the log, read on a connection of its own; 0 for an empty log."""
-        return self.recorder.log_end() or 0
+    def high_water_mark(self) -> int:
+        """Return the position up to which the log is complete, read on a connection of its own; 0 for an empty log."""
+        return self.recorder.high_water_mark()
 
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
     """One who follows a log: a projection, the reactions of one, or a projection that is being rebuilt."""
 
-    host: ProjectionHost
+    application: ProjectedApplication
     projection_class: type[ModelProjection]
     kind: Kind = "projection"
 
@@ -91,9 +96,14 @@ class Consumer:
         return self.projection_class.name + SUFFIXES[self.kind]
 
     @cached_property
-    def control(self) -> Control:
+    def checkpoint(self) -> Checkpoint:
         """Its row."""
-        return self.host.control(self.name)
+        return self.application.checkpoint(self.name)
+
+    @cached_property
+    def tables(self) -> Sequence[sa.Table]:
+        """The tables of the models that it owns."""
+        return tables_of(self.application.host, self.projection_class)
 
     @property
     def handlers(self) -> Handlers:
@@ -107,8 +117,7 @@ class Consumer:
 
     def lock(self) -> RunnerLock:
         """Return the lock that lets one process run it."""
-        name = f"{self.host.models.tables['projections'].fullname}/{self.name}"
-        return lock_for(self.host.engine, name, lease=self.host.lease)
+        return self.application.runner_lock(self.name)
 
     @cached_property
     def leased(self) -> bool:
@@ -117,28 +126,43 @@ class Consumer:
 
     def of_kind(self, kind: Kind) -> Consumer:
         """Return the consumer of another kind for the same projection."""
-        return Consumer(self.host, self.projection_class, kind)
+        return Consumer(self.application, self.projection_class, kind)
 
     def start(self) -> int:
         """The position at which it begins when it has no row yet."""
         if self.kind == "reactions" and self.projection_class.reactions_start == "end":
-            return self.host.head()
+            return self.application.high_water_mark()
         return 0
 
+    def count_events(self, connection: Connection, after: int, to: int) -> int:
+        """Count the events of its topics between two positions."""
+        table = self.application.recorder.events_table.table
+        query = sa.select(sa.func.count()).where(table.c.notification_id > after, table.c.notification_id <= to)
+        topics = self.handlers.topics
+        if topics:
+            query = query.where(table.c.topic.in_(topics))
+        return int(connection.scalar(query) or 0)
+
     def end(self) -> int:
-        """How far it may go now: to the head, and reactions not past the models of their projection."""
-        head = self.host.head()
+        """How far it may go now: to the high water mark, and reactions not past the models of their projection."""
+        mark = self.application.high_water_mark()
         if self.kind == "reactions" and self.projection_class.handlers and not self.projection_class.inline:
-            row = self.of_kind("projection").control.read()
-            return min(head, row.position if row is not None else 0)
-        return head
+            row = self.of_kind("projection").checkpoint.read()
+            return min(mark, row.position if row is not None else 0)
+        return mark
 
 
-def consumers_of(host: ProjectionHost, projection_class: type[ModelProjection]) -> list[Consumer]:
+def tables_of(host: Host, projection_class: type[ModelProjection]) -> Sequence[sa.Table]:
+    """Return the tables of the models that a projection owns."""
+    found = {table.key: table for model in projection_class.models for table in host.tables_of(model)}
+    return list(found.values())
+
+
+def consumers_of(application: ProjectedApplication, projection_class: type[ModelProjection]) -> list[Consumer]:
     """Return what a worker runs for a projection class: the projection unless it is inline, and its reactions."""
     found = []
     if projection_class.handlers and not projection_class.inline:
-        found.append(Consumer(host, projection_class))
+        found.append(Consumer(application, projection_class))
     if projection_class.reactions:
-        found.append(Consumer(host, projection_class, "reactions"))
+        found.append(Consumer(application, projection_class, "reactions"))
     return found

@@ -12,10 +12,10 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
-from .control import utc_now
+from ..persistence.dialects.runner_locks import utc_now
 
 LONGEST_TEXT = 15_000
-"""Characters of an error or a traceback that are kept: MySQL's TEXT has 65,535 bytes."""
+"""Characters of an error or a traceback that are kept: the shortest column of text has 65,535 bytes."""
 
 
 class DeadLetter(NamedTuple):
@@ -49,7 +49,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _storable(text: str) -> str:
-    # PostgreSQL takes no NUL, and no driver half a surrogate pair.
+    # Not every database takes a NUL, and no driver half a surrogate pair.
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
@@ -95,7 +95,7 @@ class DeadLetters:
         connection.execute(sa.insert(self.table).values(values))
 
     def note_failure(self, connection: Connection, letter: DeadLetter, error: BaseException) -> None:
-        """Note that another try was in vain."""
+        """Note that another try has failed too."""
         change = sa.update(self.table).where(self.table.c.id == letter.id)
         connection.execute(
             change.values(

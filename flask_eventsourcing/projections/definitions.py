@@ -1,15 +1,16 @@
-"""How a projection is written: handlers by event class, and the models that they keep up to date."""
+"""How a projection is written: handlers by event class, their topics in the log, and the models that they write."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import sqlalchemy as sa
+from eventsourcing import utils
 
 from ..exceptions import ConfigurationError
-from .topics import topics_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,6 +20,8 @@ Start = Literal["beginning", "end"]
 _ON = "flask_eventsourcing_on"
 _REACTION = "flask_eventsourcing_reaction"
 MOST_EVENTS = 1000
+MOST_TOPICS = 100
+"""More than this many are not worth a filter."""
 
 
 def on(*event_classes: type[Any]) -> Callable[[F], F]:
@@ -104,7 +107,7 @@ class ModelProjection:
     name: ClassVar[str] = ""
     """The name by which commands and tables know it; by default the name of the class."""
     models: ClassVar[Sequence[Any]] = ()
-    """The models that it owns: nobody else writes them, and a rebuild makes them anew."""
+    """The models that it owns: nobody else writes them, and a rebuild makes them again."""
     on_failure: ClassVar[OnFailure] = "halt"
     """When a handler keeps failing: halt before that event, or set it aside as a dead letter and go on."""
     retries: ClassVar[int] = 3
@@ -131,15 +134,6 @@ class ModelProjection:
             raise ConfigurationError(f"The reactions of {cls.__name__} share one position: give them the same start=….")
         cls.reactions_start = next(iter(starts), "beginning")
 
-    @classmethod
-    def tables(cls) -> list[sa.Table]:
-        """The tables of the models that it owns."""
-        found: dict[str, sa.Table] = {}
-        for model in cls.models:
-            for table in sa.inspect(model).tables:
-                found[table.key] = table
-        return list(found.values())
-
 
 def check_projection(cls: Any) -> type[ModelProjection]:
     """Check a projection class when it is registered.
@@ -161,18 +155,17 @@ def _problems(cls: Any) -> Iterable[str]:
         yield "it has no handler: mark its methods with @on(EventClass) or @reaction(EventClass)."
     if cls.on_failure not in get_args(OnFailure):
         yield f"on_failure is 'halt' or 'dead-letter'; found {cls.on_failure!r}."
-    if not _is_whole(cls.retries) or cls.retries < 0:
+    if not _is_whole(cls.retries, 0):
         yield f"retries is a whole number from 0 up; found {cls.retries!r}."
-    size = cls.batch_size
-    if not _is_whole(size) or not 1 <= size <= MOST_EVENTS:
-        yield f"batch_size is a whole number from 1 to {MOST_EVENTS}; found {size!r}."
+    if not _is_whole(cls.batch_size, 1, MOST_EVENTS):
+        yield f"batch_size is a whole number from 1 to {MOST_EVENTS}; found {cls.batch_size!r}."
     yield from (f"{model!r} in models is not a mapped class with a table." for model in cls.models if not _maps(model))
     if cls.inline and cls.on_failure != "halt":
         yield "inline projections fail with the save() itself, so on_failure cannot be set."
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _maps(model: Any) -> bool:
@@ -222,3 +215,41 @@ def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], si
         inspect.signature(function).bind(None, None, None)
     except TypeError:
         raise ConfigurationError(f"Handler {cls.__name__}.{name} must take {signature}.") from None
+
+
+def topics_of(event_classes: Iterable[type[Any]]) -> Sequence[str]:
+    """Return the topics under which events of these classes and their subclasses are stored.
+
+    Topics that were registered for renamed classes and modules, with the library's ``register_topic()``, are among
+    them. The result is empty, for no filter, when a class of the library itself is asked for, as it is the base of
+    classes that are not imported yet.
+    """
+    found: dict[str, None] = {}
+    for event_class in event_classes:
+        if event_class.__module__.partition(".")[0] in ("eventsourcing", "builtins"):
+            return ()
+        for cls in (event_class, *_subclasses(event_class)):
+            found[utils.get_topic(cls)] = None
+    for topic in list(found):
+        found.update(dict.fromkeys(_aliases(topic)))
+    return tuple(found) if len(found) <= MOST_TOPICS else ()
+
+
+def _subclasses(cls: type[Any]) -> Iterable[type[Any]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _aliases(topic: str) -> Iterable[str]:
+    # The library keeps what was registered in a private mapping and offers no other way to it.
+    for alias, target in list(utils._topic_cache.items()):
+        own = _own_topic(target)
+        if own and alias != own and (topic == own or topic.startswith((f"{own}.", f"{own}:"))):
+            yield alias + topic[len(own) :]
+
+
+def _own_topic(target: Any) -> str | None:
+    if inspect.ismodule(target):
+        return target.__name__
+    return utils.construct_topic(target) if hasattr(target, "__qualname__") else None

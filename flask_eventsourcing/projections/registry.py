@@ -1,8 +1,10 @@
-"""Which projections there are, and what they are bound to in one Flask app."""
+"""Which projections there are, what they are bound to in one host, and a worker that runs several of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +12,14 @@ import sqlalchemy as sa
 from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError
-from . import inline
-from .consumers import Consumer, ProjectionHost, consumers_of
+from ..host import Host
+from .applying import InlineApplier
+from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
 from .definitions import ModelProjection, check_projection
-from .waiting import Waiters
+from .following import Waiters
+from .runners import Runner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Registrations:
         """
         registration = Registration(check_projection(projection_class), of)
         for other in self.entries:
-            # Most of MySQL's collations do not tell names that differ in case only.
+            # Not every collation tells names that differ in case only.
             if other.of is of and other.projection_class.name.casefold() == projection_class.name.casefold():
                 if _same_source(other.projection_class, projection_class):
                     # An application factory that runs again defines its classes again.
@@ -56,29 +62,31 @@ def _same_source(one: type[Any], other: type[Any]) -> bool:
 
 
 class BoundProjections:
-    """The projections of one Flask app.
+    """The projections of one host.
 
-    :param make_host: makes what the projections of an application share; called once for each that has any.
+    :param make_application: makes what the projections of an application share; called once for each that has any.
     :param check_table: raises a ``ConfigurationError`` when a table is not in the database of the events.
     """
 
     def __init__(
         self,
-        make_host: Callable[[type[Application[Any]]], ProjectionHost],
+        host: Host,
+        make_application: Callable[[type[Application[Any]]], ProjectedApplication],
         check_table: Callable[[type[ModelProjection], sa.Table], None],
     ) -> None:
-        self._make_host = make_host
+        self.host = host
+        self._make_application = make_application
         self._check_table = check_table
-        self.hosts: dict[type[Application[Any]], ProjectionHost] = {}
-        self.waiters: dict[type[Application[Any]], Waiters] = {}
-        self.bound: dict[tuple[str, str], tuple[Registration, ProjectionHost]] = {}
+        self.applications: dict[type[Application[Any]], ProjectedApplication] = {}
+        self.waiters: dict[ProjectedApplication, Waiters] = {}
+        self.bound: dict[tuple[str, str], tuple[Registration, ProjectedApplication]] = {}
 
     def check(self, projection_class: Any) -> None:
         """Check what is about to be bound.
 
         :raises ConfigurationError: when it is no projection, or one of its tables is in another database.
         """
-        for table in check_projection(projection_class).tables():
+        for table in tables_of(self.host, check_projection(projection_class)):
             self._check_table(projection_class, table)
 
     def add(self, registration: Registration) -> None:
@@ -88,20 +96,21 @@ class BoundProjections:
         """
         projection_class, of = registration.projection_class, registration.of
         self.check(projection_class)
-        host = self.hosts.get(of)
-        if host is None:
-            host = self.hosts[of] = self._make_host(of)
-            self.waiters[of] = Waiters(host)
-        self.bound[of.name, projection_class.name] = registration, host
+        application = self.applications.get(of)
+        if application is None:
+            application = self.applications[of] = self._make_application(of)
+            self.waiters[application] = Waiters(application)
+        self.bound[of.name, projection_class.name] = registration, application
         if projection_class.inline:
-            inline.install(host, [r.projection_class for r, h in self.bound.values() if h is host])
+            bound = [r.projection_class for r, a in self.bound.values() if a is application]
+            InlineApplier(application, bound).install()
 
     def __iter__(self) -> Iterator[Consumer]:
         """Iterate over all that workers run, and inline projections."""
-        for registration, host in self.bound.values():
+        for registration, application in self.bound.values():
             if registration.projection_class.inline:
-                yield Consumer(host, registration.projection_class)
-            yield from consumers_of(host, registration.projection_class)
+                yield Consumer(application, registration.projection_class)
+            yield from consumers_of(application, registration.projection_class)
 
     def runnable(self) -> list[Consumer]:
         """Return all that workers run."""
@@ -122,19 +131,22 @@ class BoundProjections:
                 f"There is no projection {projection!r} "
                 f"(registered: {names}): decorate its class with @es.projection(of=…)."
             )
-        if len({consumer.host for consumer in found}) > 1:
+        if len({consumer.application for consumer in found}) > 1:
             raise ConfigurationError(f"Several applications have a projection {projection!r}: give one another name.")
         return found[0]
 
     def waiters_of(self, consumer: Consumer) -> Waiters:
         """Return the kept connections with which positions of a consumer are waited for."""
-        return next(w for of, w in self.waiters.items() if self.hosts[of] is consumer.host)
+        return self.waiters[consumer.application]
 
     def tables(self) -> list[sa.Table]:
         """Return the tables that projections need: ours, and those of their models."""
         found: dict[str, sa.Table] = {}
-        for registration, host in self.bound.values():
-            for table in (*host.models.tables.values(), *registration.projection_class.tables()):
+        for registration, application in self.bound.values():
+            for table in (
+                *application.models.tables.values(),
+                *tables_of(self.host, registration.projection_class),
+            ):
                 found[table.key] = table
         return list(found.values())
 
@@ -142,3 +154,64 @@ class BoundProjections:
         """Close the connections that wait for positions."""
         for waiters in self.waiters.values():
             waiters.close()
+
+
+class Worker:
+    """Runs consumers until it is told to stop, each in a thread of its own.
+
+    :param once: end as soon as each has reached the end of its log.
+    """
+
+    def __init__(self, consumers: Sequence[Consumer], *, once: bool = False) -> None:
+        self.stopping = threading.Event()
+        self.once = once
+        self.runners = [Runner(consumer, self.stopping) for consumer in consumers]
+        self.errors: list[Exception] = []
+
+    def stop(self) -> None:
+        """End the run after the batches in progress; returns at once, and may be called in a signal handler."""
+        self.stopping.set()
+
+    def run(self, tick: Callable[[], None] | None = None, period: float = 0.2) -> Sequence[Exception]:
+        """Run, and return the errors that ended consumers; blocks until all have ended.
+
+        :param tick: called every *period* seconds meanwhile, in this thread.
+        """
+        waves = [self.runners]
+        if self.once:
+            # Reactions go as far as the models of their projection, so they come when that has ended.
+            reactions = [runner for runner in self.runners if runner.consumer.kind == "reactions"]
+            waves = [[runner for runner in self.runners if runner not in reactions], reactions]
+        for wave in waves:
+            if not self.stopping.is_set():
+                self._run_wave(wave, tick, period)
+        self.stop()
+        return self.errors
+
+    def _run_wave(self, runners: Sequence[Runner], tick: Callable[[], None] | None, period: float) -> None:
+        threads = [
+            threading.Thread(target=self._run_one, args=(runner,), name=f"projection {runner.name}")
+            for runner in runners
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                if tick is not None:
+                    tick()
+                for thread in threads:
+                    thread.join(period / len(threads))
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+
+    def _run_one(self, runner: Runner) -> None:
+        try:
+            runner.run(once=self.once)
+        except Exception as error:
+            # Reported by run(); the other consumers go on.
+            logger.error("%s", error, exc_info=error.__cause__)
+            self.errors.append(error)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from eventsourcing.persistence import Notification
 
 from ..exceptions import DeadLetterError
+from ..persistence.dialects import is_outage
 from .applying import Applier
 from .consumers import Consumer
 from .dead_letters import DeadLetter
-from .outages import is_outage
 
 
 @dataclass
@@ -32,7 +32,7 @@ def retry(consumer: Consumer, letter_ids: Collection[int] | None = None) -> Repa
     :param letter_ids: the dead letters; without them, all of the consumer's.
     :raises DeadLetterError: when there is no such letter.
     """
-    with consumer.host.app.app_context():
+    with consumer.application.host.context():
         return _Repairer(consumer).retry(letter_ids)
 
 
@@ -41,7 +41,7 @@ def discard(consumer: Consumer, letter_id: int) -> Repair:
 
     :raises DeadLetterError: when there is no such letter, or it is one that only waits.
     """
-    with consumer.host.app.app_context():
+    with consumer.application.host.context():
         return _Repairer(consumer).discard(letter_id)
 
 
@@ -53,7 +53,7 @@ class _Repairer:
         self.result = Repair()
 
     def _select(self, ids: Collection[int] | None = None, originator_id: str | None = None) -> list[DeadLetter]:
-        with self.consumer.host.engine.connect() as connection:
+        with self.consumer.application.engine.connect() as connection:
             names = [self.consumer.name]
             return list(self.letters.select(connection, names, ids=ids, originator_id=originator_id))
 
@@ -76,9 +76,9 @@ class _Repairer:
                 f"Dead letter {letter_id} only waits for an earlier one of {letter.originator_id}: "
                 "discard or retry that one."
             )
-        with self.consumer.host.binding.transaction() as session:
+        with self.consumer.application.host.transaction() as session:
             connection = self.applier.connection(session)
-            self.consumer.control.hold(connection)
+            self.consumer.checkpoint.lock(connection)
             self.letters.remove(connection, letter_id)
         self.result.discarded.append(letter)
         self._apply_all(letter.originator_id, up_to_failed=True)
@@ -92,10 +92,10 @@ class _Repairer:
 
     def _apply(self, letter: DeadLetter) -> bool:
         try:
-            with self.consumer.host.binding.transaction() as session:
+            with self.consumer.application.host.transaction() as session:
                 connection = self.applier.connection(session)
                 # Keeps the runner out: what it adds behind this letter comes before or after, not in between.
-                self.consumer.control.hold(connection)
+                self.consumer.checkpoint.lock(connection)
                 if not self.letters.select(connection, [self.consumer.name], ids=[letter.id]):
                     return True
                 self.applier.handle(session, self._notification(letter))
@@ -105,7 +105,7 @@ class _Repairer:
             # A handler may raise anything; the letter says what.
             if is_outage(error):
                 raise
-            with self.consumer.host.engine.begin() as connection:
+            with self.consumer.application.engine.begin() as connection:
                 self.letters.note_failure(connection, letter, error)
             self.result.failed.append(self._select([letter.id])[0])
             return False
@@ -113,7 +113,7 @@ class _Repairer:
         return True
 
     def _notification(self, letter: DeadLetter) -> Notification:
-        found = self.consumer.host.read_log(letter.position - 1, 1, letter.position, ())
+        found = self.consumer.application.read_log(letter.position - 1, 1, letter.position, ())
         if not found:
             raise DeadLetterError(f"The event of dead letter {letter.id} is not in the log any more: discard it.")
         return found[0]

@@ -7,20 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 from eventsourcing.persistence import Notification
 
 from ..exceptions import ProjectionHaltedError
-from ..persistence.dialects.waiting import Waiter
+from ..persistence.dialects import is_outage
+from ..persistence.dialects.runner_locks import RunnerLock
+from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError
+from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from .consumers import Consumer
-from .control import HALTED, SWAPPING, ControlRow, FencedError
 from .dead_letters import describe
-from .handover import settle
-from .heartbeat import Heartbeat
-from .locks import RunnerLock
-from .outages import is_outage
+from .swap import settle
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ GROWTH = 1.5
 SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
 FIRST_BATCH = 16
-BATCH_TIME, SQLITE_BATCH_TIME = 0.5, 0.1
-"""Seconds that a batch takes at most, roughly: a longer one keeps SIGTERM waiting, and on SQLite every other writer."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between tries to apply an event, and to reach a database that cannot be reached."""
 SKIP_PAUSE = 0.05
@@ -41,12 +39,153 @@ SKIP_PAUSE = 0.05
 RunnerState = Literal["starting", "standing by", "catching up", "up to date", "unreachable", "halted", "stopped"]
 
 
+class Backoff:
+    """A pause that grows from one try to the next.
+
+    :param shortest: its seconds at first.
+    :param longest: the seconds to which it grows.
+    :param growth: by how much it is multiplied.
+    """
+
+    def __init__(self, shortest: float, longest: float, growth: float = 2.0) -> None:
+        self.seconds = self._shortest = shortest
+        self._longest = longest
+        self._growth = growth
+
+    def grow(self) -> None:
+        """Make the next pause longer."""
+        self.seconds = min(self.seconds * self._growth, self._longest)
+
+    def reset(self) -> None:
+        """Begin with the shortest pause again."""
+        self.seconds = self._shortest
+
+
+class Pace:
+    """How many events are taken at a time: more while it catches up, fewer where a batch takes too long.
+
+    :param most: events in one commit.
+    :param seconds: that a batch takes at most, roughly.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most = most
+        self.seconds = seconds
+        self.limit = 1
+
+    def adapt(self, seconds: float, size: int) -> None:
+        """Adapt to the time that a batch of a size has taken."""
+        # At the end of the log a page has what there is, often a single event: that says nothing.
+        if seconds > self.seconds:
+            self.limit = max(1, self.limit // 2)
+        elif size == self.limit and seconds < self.seconds / 2:
+            self.limit = min(self.most, max(FIRST_BATCH, self.limit * 2))
+
+
+@dataclass(eq=False)
+class Progress:
+    """What a runner does and how far it is, for those who report it from another thread."""
+
+    state: RunnerState = "starting"
+    position: int = 0
+    high_water_mark: int = 0
+    events: int = 0
+    """How many events the runner has dealt with."""
+    halted: ProjectionHaltedError | None = None
+
+    @property
+    def end(self) -> int:
+        """How far the runner has to go, as far as it has looked."""
+        return max(self.high_water_mark, self.position)
+
+    @property
+    def lag(self) -> int:
+        """How many positions the runner is behind."""
+        return self.end - self.position
+
+
+class Delivery:
+    """Gives the events of a log to an applier: in batches, and one by one and again where one of them fails.
+
+    :param stop: ends it after the batch in progress.
+    """
+
+    def __init__(self, applier: Applier, stop: threading.Event, progress: Progress, pace: Pace) -> None:
+        self.applier = applier
+        self.consumer = applier.consumer
+        self.stop = stop
+        self.progress = progress
+        self.pace = pace
+
+    def deliver(self, claimed: CheckpointRow, page: Sequence[Notification], position: int) -> CheckpointRow:
+        """Apply events and move the position; returns the row as it is then.
+
+        :raises ProjectionHaltedError: when one keeps failing and the consumer is to halt.
+        """
+        started = time.monotonic()
+        if len(page) == 1:
+            # Not as a batch, so that a reaction is called no more often than it says.
+            applied = self._deliver_one(claimed, page[0], position)
+        else:
+            try:
+                applied = self.applier.apply(claimed, page, position)
+            except EventError:
+                logger.info("%s: a batch of %d events failed, they are applied one by one", claimed.name, len(page))
+                return self._one_by_one(claimed, page)
+            self.progress.events += len(page)
+        self.pace.adapt(time.monotonic() - started, len(page))
+        return applied
+
+    def _one_by_one(self, claimed: CheckpointRow, page: Sequence[Notification]) -> CheckpointRow:
+        for notification in page:
+            if self.stop.is_set():
+                break
+            claimed = self._deliver_one(claimed, notification, notification.id)
+            self.progress.position = claimed.position
+        return claimed
+
+    def _deliver_one(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
+        pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        attempts = 0
+        while True:
+            try:
+                applied = self.applier.apply(claimed, [notification], position)
+            except EventError as failure:
+                attempts += 1
+                error = failure.__cause__ or failure
+            else:
+                self.progress.events += 1
+                return applied
+            self._note(claimed, notification, error)
+            if attempts > self.consumer.projection_class.retries:
+                return self._fail(claimed, notification, error, attempts)
+            if self.stop.wait(pause.seconds):
+                return claimed
+            pause.grow()
+
+    def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException) -> None:
+        text = f"{event_name(notification)}: {describe(error)}"
+        self.consumer.checkpoint.note_error(claimed, notification.id, text)
+        logger.warning("%s: its handler failed: %s", claimed.name, text, exc_info=error)
+
+    def _fail(
+        self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int
+    ) -> CheckpointRow:
+        if self.consumer.projection_class.on_failure == "dead-letter":
+            logger.error("%s: %s is set aside as a dead letter", claimed.name, event_name(notification))
+            return self.applier.apply(claimed, [notification], notification.id, dead=(error, attempts))
+        text = f"{event_name(notification)}: {describe(error)}"
+        self.consumer.checkpoint.halt(claimed, notification.id, text)
+        self.progress.state = "halted"
+        raise ProjectionHaltedError(halted_message(claimed.name, notification.id, text)) from error
+
+
 class Runner:
     """Runs a consumer until it is told to stop.
 
     :param stop: ends the run after the batch in progress.
     :param lock: a lock that the caller holds, and gives back.
-    :param session: a context within which ``db.session`` is the one to write with.
+    :param session: a context within which the host's current session is the one to write with.
     """
 
     def __init__(
@@ -58,88 +197,83 @@ class Runner:
         session: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.consumer = consumer
-        self.host = consumer.host
-        self.control = consumer.control
         self.stop = stop
-        self.state: RunnerState = "starting"
-        self.position = 0
-        self.head = 0
+        self.progress = Progress()
+        self.pace = Pace(consumer.batch_size, consumer.application.datastore.dialect.batch_seconds)
         self.goal: int | None = None
-        self.halted: ProjectionHaltedError | None = None
-        self.events = 0
-        """How many events this runner has dealt with."""
         self.lock = lock or consumer.lock()
         self._owns_lock = lock is None
         self._session = session
-        self._batch_time = SQLITE_BATCH_TIME if self.host.engine.dialect.name == "sqlite" else BATCH_TIME
-        self._limit = 1
-
-    def run(self, *, once: bool = False) -> None:
-        """Run the consumer; blocks until *stop* is set or, with *once*, until it has reached the head.
-
-        While another process runs it, this one stands by.
-
-        :raises ProjectionHaltedError: when an event cannot be applied and the consumer is to halt: at once with *once*,
-            and otherwise at the end, unless somebody has resumed it.
-        """
-        pause = FIRST_PAUSE
-        with self.host.app.app_context(), self._session():
-            try:
-                while not self.stop.is_set():
-                    try:
-                        self.control.ensure(self.consumer.start())
-                        if self._take_turn(once):
-                            return
-                        pause = FIRST_PAUSE
-                    except ProjectionHaltedError as error:
-                        if once:
-                            raise
-                        # Others may go on in the meantime; it waits until somebody resumes it.
-                        self.halted = error
-                        logger.error("%s", error, exc_info=error.__cause__)
-                    except FencedError:
-                        logger.info("%s: another process moved its position; it goes on from there", self.name)
-                    except Exception as error:
-                        # An outage ends; anything else is raised.
-                        if not is_outage(error):
-                            raise
-                        self.state = "unreachable"
-                        logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause, error)
-                        self.stop.wait(pause)
-                        pause = min(pause * 2, LONGEST_PAUSE)
-                if self.halted is not None:
-                    raise self.halted
-                self.state = "stopped"
-            finally:
-                if self._owns_lock:
-                    self.lock.release()
 
     @property
     def name(self) -> str:
         """The consumer's name."""
         return self.consumer.name
 
+    def run(self, *, once: bool = False) -> None:
+        """Run the consumer; blocks until *stop* is set or, with *once*, until it has reached the end of the log.
+
+        While another process runs it, this one stands by.
+
+        :raises ProjectionHaltedError: when an event cannot be applied and the consumer is to halt: at once with *once*,
+            and otherwise at the end, unless somebody has resumed it.
+        """
+        with self.consumer.application.host.context(), self._session():
+            try:
+                self._run(once)
+            finally:
+                if self._owns_lock:
+                    self.lock.release()
+
+    def _run(self, once: bool) -> None:
+        pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        while not self.stop.is_set():
+            try:
+                self.consumer.checkpoint.ensure(self.consumer.start())
+                if self._take_turn(once):
+                    return
+                pause.reset()
+            except ProjectionHaltedError as error:
+                if once:
+                    raise
+                # Others may go on in the meantime; it waits until somebody resumes it.
+                self.progress.halted = error
+                logger.error("%s", error, exc_info=error.__cause__)
+            except FencedError:
+                logger.info("%s: another process moved its position; it goes on from there", self.name)
+            except Exception as error:
+                # An outage ends; anything else is raised.
+                if not is_outage(error):
+                    raise
+                self.progress.state = "unreachable"
+                logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
+                self.stop.wait(pause.seconds)
+                pause.grow()
+        if self.progress.halted is not None:
+            raise self.progress.halted
+        self.progress.state = "stopped"
+
     def _take_turn(self, once: bool) -> bool:
-        row = self.control.read()
+        row = self.consumer.checkpoint.read()
         if row is not None and row.state == HALTED:
             self._halted(row, once)
             return False
         if row is not None and row.state == SWAPPING and self.consumer.kind == "projection":
             self._settle_swap()
             return False
-        claimed = self.control.claim(lease=self.lock.leased) if self.lock.acquire() else None
+        claimed = self.consumer.checkpoint.claim(lease=self.lock.leased) if self.lock.acquire() else None
         if claimed is None:
             return self._stand_by(row, once)
-        self.halted = None
+        self.progress.halted = None
         try:
-            with Heartbeat(self.control, claimed, self.lock) as heartbeat:
+            with Heartbeat(self.consumer.checkpoint, claimed, self.lock) as heartbeat:
                 return self._follow(claimed, once, heartbeat)
         finally:
-            self._give_up(claimed)
+            self._release(claimed)
 
     def _settle_swap(self) -> None:
         """A rebuild is about to end; if its process has died, end it in its place."""
-        self.state = "standing by"
+        self.progress.state = "standing by"
         lock = self.consumer.of_kind("rebuild").lock()
         try:
             if lock.acquire():
@@ -148,56 +282,57 @@ class Runner:
             lock.release()
         self.stop.wait(SLICE)
 
-    def _halted(self, row: ControlRow, once: bool) -> None:
-        self.state = "halted"
+    def _halted(self, row: CheckpointRow, once: bool) -> None:
+        self.progress.state = "halted"
         self.lock.release()
         if once:
             raise ProjectionHaltedError(halted_message(self.name, row.failed_position, row.error))
         self.stop.wait(STANDBY_PAUSE)
 
-    def _stand_by(self, row: ControlRow | None, once: bool) -> bool:
-        self.state = "standing by"
+    def _stand_by(self, row: CheckpointRow | None, once: bool) -> bool:
+        self.progress.state = "standing by"
         if row is not None:
-            self.position = row.position
-        if once and self.position >= self._find_goal():
+            self.progress.position = row.position
+        if once and self.progress.position >= self._find_goal():
             return True
         self.stop.wait(STANDBY_PAUSE)
         return False
 
-    def _give_up(self, claimed: ControlRow) -> None:
+    def _release(self, claimed: CheckpointRow) -> None:
         try:
-            self.control.give_up(claimed)
+            self.consumer.checkpoint.release(claimed)
         except Exception as error:
-            # What ended the run is more important, and who takes over does not need this.
+            # What ended the run is more important, and another process that takes over does not need this.
             if not is_outage(error):
                 raise
-            logger.debug("%s: its claim could not be given up: %s", self.name, error)
+            logger.debug("%s: its claim could not be released: %s", self.name, error)
 
-    def _follow(self, claimed: ControlRow, once: bool, heartbeat: Heartbeat) -> bool:
+    def _follow(self, claimed: CheckpointRow, once: bool, heartbeat: Heartbeat) -> bool:
         """Apply events until told to stop; returns True when *once* and all are applied."""
-        applier = Applier(self.consumer)
-        waiter = self.host.recorder.waiter()
+        progress, application = self.progress, self.consumer.application
+        delivery = Delivery(Applier(self.consumer), self.stop, progress, self.pace)
+        waiter = application.recorder.waiter()
         try:
             while not self.stop.is_set():
                 heartbeat.check()
-                self.position = claimed.position
+                progress.position = claimed.position
                 if once and claimed.position >= self._find_goal():
-                    self.state = "up to date"
+                    progress.state = "up to date"
                     return True
-                if claimed.position >= self.head:
-                    self.head = self.consumer.end()
-                if claimed.position >= self.head:
-                    self.state = "up to date"
+                if claimed.position >= progress.high_water_mark:
+                    progress.high_water_mark = self.consumer.end()
+                if claimed.position >= progress.high_water_mark:
+                    progress.state = "up to date"
                     self._wait(waiter, claimed, heartbeat)
                     continue
-                # Each time anew: subclasses may have been imported in the meantime.
-                topics = self.consumer.handlers.topics
-                page = self.host.read_log(claimed.position, self._limit, self.head, topics)
-                full = len(page) == self._limit
-                self.state = "catching up" if full else "up to date"
+                mark, limit = progress.high_water_mark, self.pace.limit
+                # Looked up each time: subclasses may have been imported in the meantime.
+                page = application.read_log(claimed.position, limit, mark, self.consumer.handlers.topics)
+                full = len(page) == limit
+                progress.state = "catching up" if full else "up to date"
                 if not page:
                     self.stop.wait(0 if once else SKIP_PAUSE)
-                claimed = self._apply(applier, claimed, page, page[-1].id if full else self.head)
+                claimed = delivery.deliver(claimed, page, page[-1].id if full else mark)
             return False
         finally:
             waiter.close()
@@ -205,94 +340,24 @@ class Runner:
     def _find_goal(self) -> int:
         """Where a run that is to happen once ends: what is saved in the meantime is left to the next one."""
         if self.goal is None:
-            self.goal = self.head = self.consumer.end()
+            self.goal = self.progress.high_water_mark = self.consumer.end()
         return self.goal
 
-    def _wait(self, waiter: Waiter, claimed: ControlRow, heartbeat: Heartbeat) -> None:
+    def _wait(self, waiter: Waiter, claimed: CheckpointRow, heartbeat: Heartbeat) -> None:
         """Wait until there is something to do."""
-        wait = SHORTEST_WAIT
+        pause = Backoff(SHORTEST_WAIT, waiter.longest, GROWTH)
         look = time.monotonic()
         while not self.stop.is_set():
             heartbeat.check()
-            news = waiter.wait(max(0.0, min(SLICE, look + wait - time.monotonic())))
+            news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
             now = time.monotonic()
-            if news or now >= look + wait:
-                self.head = self.consumer.end()
-                if self.head > claimed.position:
+            if news or now >= look + pause.seconds:
+                self.progress.high_water_mark = self.consumer.end()
+                if self.progress.high_water_mark > claimed.position:
                     return
                 # After news that is not to be seen yet, because of a writer in progress, look again soon.
-                wait = SHORTEST_WAIT if news else min(wait * GROWTH, waiter.longest)
+                pause.reset() if news else pause.grow()
                 look = now
-
-    def _apply(self, applier: Applier, claimed: ControlRow, page: Sequence[Notification], position: int) -> ControlRow:
-        started = time.monotonic()
-        if len(page) == 1:
-            # Not as a batch, so that a reaction is called no more often than it says.
-            applied = self._apply_one(applier, claimed, page[0], position)
-        else:
-            try:
-                applied = applier.apply(claimed, page, position)
-            except EventError:
-                logger.info("%s: a batch of %d events failed, they are applied one by one", self.name, len(page))
-                return self._one_by_one(applier, claimed, page)
-            self.events += len(page)
-        self._adapt(time.monotonic() - started, len(page))
-        return applied
-
-    def _adapt(self, seconds: float, size: int) -> None:
-        # Grows while it catches up; at the head a page has what there is, often a single event.
-        if seconds > self._batch_time:
-            self._limit = max(1, self._limit // 2)
-        elif size == self._limit and seconds < self._batch_time / 2:
-            self._limit = min(self.consumer.batch_size, max(FIRST_BATCH, self._limit * 2))
-
-    def _one_by_one(self, applier: Applier, claimed: ControlRow, page: Sequence[Notification]) -> ControlRow:
-        for notification in page:
-            if self.stop.is_set():
-                break
-            claimed = self._apply_one(applier, claimed, notification, notification.id)
-            self.position = claimed.position
-        return claimed
-
-    def _apply_one(
-        self, applier: Applier, claimed: ControlRow, notification: Notification, position: int
-    ) -> ControlRow:
-        retries = self.consumer.projection_class.retries
-        error: BaseException | None = None
-        for attempt in range(retries + 1):
-            try:
-                applied = applier.apply(claimed, [notification], position)
-            except EventError as failure:
-                error = failure.__cause__ or failure
-                self._note(claimed, notification, error)
-                if attempt < retries and self.stop.wait(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)):
-                    return claimed
-            else:
-                self.events += 1
-                return applied
-        return self._fail(applier, claimed, notification, error, retries + 1)
-
-    def _note(self, claimed: ControlRow, notification: Notification, error: BaseException) -> None:
-        text = f"{event_name(notification)}: {describe(error)}"
-        self.control.note_error(claimed, notification.id, text)
-        logger.warning("%s: its handler failed: %s", self.name, text, exc_info=error)
-
-    def _fail(
-        self,
-        applier: Applier,
-        claimed: ControlRow,
-        notification: Notification,
-        error: BaseException | None,
-        attempts: int,
-    ) -> ControlRow:
-        error = error or EventError(None)
-        if self.consumer.projection_class.on_failure == "dead-letter":
-            logger.error("%s: %s is set aside as a dead letter", self.name, event_name(notification))
-            return applier.apply(claimed, [notification], notification.id, dead=(error, attempts))
-        text = f"{event_name(notification)}: {describe(error)}"
-        self.control.halt(claimed, notification.id, text)
-        self.state = "halted"
-        raise ProjectionHaltedError(halted_message(self.name, notification.id, text)) from error
 
 
 def event_name(notification: Notification) -> str:

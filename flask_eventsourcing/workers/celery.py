@@ -17,9 +17,10 @@ from eventsourcing.persistence import IntegrityError
 from flask import current_app, has_app_context
 from kombu.serialization import dumps
 
+from .._patches import task_attribute, task_registry_class
 from ..exceptions import ConfigurationError
-from ..state import EXTENSION, EventSourcingState, current_state
-from .tasks import (
+from ..web.state import EXTENSION, EventSourcingState, current_state
+from . import (
     CONFLICT_RETRIES,
     FlaskAppOrFactory,
     StateSlot,
@@ -94,7 +95,7 @@ class _Worker:
         tasks = self.celery_app._tasks
         for task in tasks.values():
             self.wrap(task)
-        tasks.__class__ = type("UnitTasks", (_UnitTasks, type(tasks)), {"worker": self})
+        task_registry_class(tasks, type("UnitTasks", (_UnitTasks, type(tasks)), {"worker": self}))
         # The signals have weak references, and the registry's class keeps this object.
         signals.worker_process_init.connect(self.construct)
         signals.worker_process_shutdown.connect(self.close)
@@ -122,8 +123,8 @@ class _Worker:
         check_retries(getattr(task, "conflict_retries", self.conflict_retries))
         # Celery's autoretry stays outside, so that it sees errors of the commit, after the rollback.
         attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
-        setattr(task, attribute, self._in_unit(task, getattr(task, attribute)))
-        setattr(task, _MARK, True)
+        task_attribute(task, attribute, self._in_unit(task, getattr(task, attribute)))
+        task_attribute(task, _MARK, True)
 
     def _in_unit(self, task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
@@ -132,7 +133,7 @@ class _Worker:
             # A task that is called as a function is one: it does what it does in the caller's context.
             if request is None or hasattr(request, _MARK):
                 return body(*args, **kwargs)
-            setattr(request, _MARK, True)
+            task_attribute(request, _MARK, True)
             return self._run(task, request, lambda: body(*args, **kwargs))
 
         return run
@@ -142,8 +143,8 @@ class _Worker:
         retries = getattr(task, "conflict_retries", self.conflict_retries)
         if request.is_eager:
             # Celery would raise Retry to the caller when task_eager_propagates is set.
-            with state.app.app_context():
-                return state.binding.retry(body, retries)
+            with state.host.context():
+                return state.host.retry(body, retries)
         try:
             with task_unit(state):
                 return body()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..state import states
+from ..web.state import states
 
 
 def post_worker_init(worker: Any) -> None:

@@ -21,10 +21,11 @@ from rq import Queue, Retry, SimpleWorker, Worker
 from rq.job import Job
 from sqlalchemy import orm
 
-from ..binding import roll_back
+from .._patches import job_perform
 from ..exceptions import ConfigurationError
-from ..state import current_state
-from .tasks import (
+from ..uow import roll_back
+from ..web.state import current_state
+from . import (
     CONFLICT_RETRIES,
     FlaskAppOrFactory,
     StateSlot,
@@ -83,11 +84,11 @@ class EventSourcingWorkerMixin:
     def perform_job(self, job: Job, *args: Any, **kwargs: Any) -> bool:
         """Perform a job in a unit of work; a work-horse closes its applications after it."""
         # RQ calls job.perform() under its time limit, before it stores the result.
-        vars(job)["perform"] = partial(self._perform, job, job.perform)
+        job_perform(job, partial(self._perform, job, job.perform))
         try:
             return bool(super().perform_job(job, *args, **kwargs))  # type: ignore[misc]
         finally:
-            del vars(job)["perform"]
+            job_perform(job, None)
             if self.is_horse:  # type: ignore[attr-defined]
                 # It ends by os._exit().
                 self._slot.close()

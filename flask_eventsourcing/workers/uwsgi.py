@@ -12,7 +12,7 @@ from typing import Any
 
 from flask import Flask
 
-from ..state import state_of
+from ..web.state import state_of
 
 logger = logging.getLogger(__name__)
 

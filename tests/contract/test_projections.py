@@ -41,8 +41,8 @@ class CountersView(SQLAlchemyTrackingRecorder, projection.EventCountersView):
         self._increment("subsequent", tracking)
 
     def _get(self, name: str) -> int:
-        with self.datastore.reading() as (connection, _):
-            return connection.scalar(sa.select(counters.c.amount).where(counters.c.name == name)) or 0
+        with self.datastore.reading() as read:
+            return read.connection.scalar(sa.select(counters.c.amount).where(counters.c.name == name)) or 0
 
     def _increment(self, name: str, tracking: Tracking) -> None:
         with self.transaction() as connection:

@@ -128,8 +128,8 @@ class TricksView(SQLAlchemyTrackingRecorder):
 
     def amount(self, trick: str) -> int:
         """Return a count."""
-        with self.datastore.reading() as (connection, _):
-            return connection.scalar(sa.select(tricks.c.amount).where(tricks.c.trick == trick)) or 0
+        with self.datastore.reading() as read:
+            return read.connection.scalar(sa.select(tricks.c.amount).where(tricks.c.trick == trick)) or 0
 
 
 class Tricks(Projection[TricksView]):

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from tests.bank import Account, Bank
+from tests.domain import Account, Bank
 
 POISON = 13
 

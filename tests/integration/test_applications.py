@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import ConfigurationError, EventSourcing, events_recorded
-from flask_eventsourcing.repository import CheckedRepository
-from flask_eventsourcing.state import EventSourcingState
-from tests.bank import Bank, Shop, Site, in_threads, make_app
+from flask_eventsourcing.applications import CheckedRepository
+from flask_eventsourcing.web.state import EventSourcingState
+from tests.bank import Site, make_app
+from tests.domain import Bank, Shop, in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_sqlite_memory
 

@@ -18,7 +18,8 @@ from flask_eventsourcing import (
     StoredEventMixin,
     current_application,
 )
-from tests.bank import Bank, Shop, make_app
+from tests.bank import make_app
+from tests.domain import Bank, Shop
 
 
 def looks(app: Flask) -> dict[str, Any]:

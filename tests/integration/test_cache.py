@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 
-from tests.bank import Account, Bank, Site, in_threads
+from tests.bank import Site
+from tests.domain import Account, Bank, in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from tests.bank import Bank, Shop, Site, make_app, make_site
+from tests.bank import Site, make_app, make_site
+from tests.domain import Bank, Shop
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_postgresql
 

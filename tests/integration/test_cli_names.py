@@ -9,7 +9,8 @@ import pytest
 from eventsourcing.domain import AggregateCreated
 
 from flask_eventsourcing.projections import ModelProjection, on
-from tests.bank import Bank, Shop, Site, make_site
+from tests.bank import Site, make_site
+from tests.domain import Bank, Shop
 
 
 def projection(name: str, *, inline: bool = False) -> type[ModelProjection]:

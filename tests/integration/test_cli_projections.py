@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from tests import servers
-from tests.bank import Account, Bank
+from tests.domain import Account, Bank
 from tests.integration import projected_app
 from tests.integration.projected_app import POISON
 from tests.servers import Server, ServerFolder

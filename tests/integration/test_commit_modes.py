@@ -11,7 +11,8 @@ from eventsourcing.persistence import IntegrityError
 from flask import Response, abort
 
 from flask_eventsourcing import UncommittedEventsError, events_discarded, events_recorded
-from tests.bank import Bank, Site, conflict_with, in_thread
+from tests.bank import Site
+from tests.domain import Bank, conflict_with, in_thread
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files
 

@@ -8,7 +8,8 @@ import pytest
 from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError
 
 from flask_eventsourcing import AbortedTransactionError
-from tests.bank import Account, Site, conflict_with
+from tests.bank import Site
+from tests.domain import Account, conflict_with
 from tests.integration.marks import on_postgresql
 
 

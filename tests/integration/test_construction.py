@@ -19,8 +19,8 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
-from flask_eventsourcing.session import listen
-from tests.bank import Bank, Site, make_app, make_site
+from tests.bank import Site, make_app, make_site
+from tests.domain import Bank
 from tests.unit.test_lifecycle_fork import in_child
 
 MOST_BLOCKS = 150
@@ -112,18 +112,14 @@ def test_app_is_garbage_once_it_is_dropped() -> None:
     assert application() is None
 
 
-def test_listeners_are_installed_on_every_session_factory() -> None:
-    """However many session factories came and went, each new one is listened to, and once."""
+def test_listeners_hold_for_every_session() -> None:
+    """Sessions have the extension's listeners once, however many factories came and went, and whoever made them."""
     for _ in range(50):
-        factory = orm.sessionmaker()
-        scoped = orm.scoped_session(factory)
-        listen(scoped)
-        listen(scoped)
-        listen(factory)
-        with factory() as session:
+        with orm.scoped_session(orm.sessionmaker())() as session:
             dispatch: Any = session.dispatch
-        assert [len(dispatch.after_transaction_end), len(dispatch.before_commit), len(dispatch.after_commit)] == [1] * 3
-        del factory, scoped, session, dispatch
+            assert [len(dispatch.after_transaction_end), len(dispatch.before_commit), len(dispatch.after_commit)] == [
+                1
+            ] * 3
 
 
 def test_forked_process_uses_connections_of_its_own(postgres_url: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flask_eventsourcing import WriteTimeoutError
-from tests.bank import Site, in_threads, make_site
+from tests.bank import Site, make_site
+from tests.domain import in_threads
 
 HOLDER = """
 import sqlite3, sys

@@ -20,7 +20,8 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventSourcing, SnapshotMixin, StoredEventMixin, TrackingMixin
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
-from tests.bank import Bank, Shop, Site, add_note, make_app, make_site
+from tests.bank import Site, add_note, make_app, make_site
+from tests.domain import Bank, Shop
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_postgresql
 
@@ -235,7 +236,7 @@ def test_text_ids_are_compared_exactly(new_site: MakeSite, other: str) -> None:
 def test_topics_and_names_are_compared_exactly(site: Site) -> None:
     """A topic, or the name of an upstream application, that differs in case is another one, on every database."""
     with site.app.app_context():
-        bank, datastore = site.bank, site.app.extensions["eventsourcing"].binding.datastore
+        bank, datastore = site.bank, site.app.extensions["eventsourcing"].datastore
         recorder: Any = bank.recorder
         account_id = uuid4()
         recorder.insert_events([StoredEvent(account_id, n, topic, b"{}") for n, topic in enumerate(["a:B", "a:b"])])

@@ -18,7 +18,8 @@ from flask_sqlalchemy_lite import SQLAlchemy as Lite
 from sqlalchemy.exc import StatementError
 
 from flask_eventsourcing import EventSourcing, events_discarded, events_recorded
-from tests.bank import Bank, Site, make_site
+from tests.bank import Site, make_site
+from tests.domain import Bank
 from tests.servers import require
 from tests.unit.test_lifecycle_fork import fork_in_c, in_child
 

@@ -14,7 +14,8 @@ from eventsourcing.persistence import IntegrityError
 
 from flask_eventsourcing import AbortedTransactionError
 from tests import servers
-from tests.bank import Site, in_threads, make_site
+from tests.bank import Site, make_site
+from tests.domain import in_threads
 from tests.galera import galera_cluster
 from tests.servers import ServerFolder
 

@@ -26,7 +26,7 @@ def alter(site: Site, how: str) -> None:
 
 
 @on_postgresql
-@pytest.mark.parametrize("order", ["floor", "table-lock"])
+@pytest.mark.parametrize("order", ["advisory-lock", "table-lock"])
 @pytest.mark.parametrize(("how", "mend"), [("CACHE 20", "CACHE 1"), ("INCREMENT 2", "INCREMENT 1")])
 def test_a_sequence_that_would_break_the_order_is_refused(new_site: MakeSite, order: str, how: str, mend: str) -> None:
     """With a sequence whose positions could be committed unseen, appends fail with its name and what mends it."""

@@ -9,7 +9,8 @@ import pytest
 from eventsourcing.persistence import IntegrityError
 
 from flask_eventsourcing import ConfigurationError
-from tests.bank import Site, in_threads
+from tests.bank import Site
+from tests.domain import in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files
 
@@ -165,15 +166,15 @@ def test_works_in_the_other_commit_modes(new_site: MakeSite, mode: str) -> None:
 def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
     """A unit never begins to wait for an aggregate in the midst of reading it, where it would hold the cache's lock."""
     account_id = site.opened()
-    binding = site.app.extensions["eventsourcing"].binding
+    host = site.app.extensions["eventsourcing"].host
     queued: list[int] = []
 
     @site.es.retry_on_conflict
     def unit() -> None:
         site.bank.account(account_id)
-        binding.hot.heat((cast(Any, site.bank.recorder).events_table.name, account_id))
+        host.unit().units.contended.add((cast(Any, site.bank.recorder).events_table.name, account_id))
         site.bank.account(account_id)
-        queued.append(len(binding.scope().queued))
+        queued.append(len(host.unit().queue._queued))
 
     with site.app.app_context():
         unit()
@@ -182,7 +183,7 @@ def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
 
 
 @on_files
-def test_hot_aggregate_loses_no_update(site: Site) -> None:
+def test_contended_aggregate_loses_no_update(site: Site) -> None:
     """Many clients on one account all succeed with few retries, because after a conflict they queue."""
     account_id = site.opened()
 

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 
 from flask_eventsourcing import events_discarded, events_recorded
-from tests.bank import Account, Bank, Site
+from tests.bank import Site
+from tests.domain import Account, Bank
 
 
 def listen(site: Site) -> list[str]:

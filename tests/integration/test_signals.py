@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
 from flask_eventsourcing import events_recorded
-from tests.bank import Account, Bank, Shop, Site
+from tests.bank import Site
+from tests.domain import Account, Bank, Shop
 from tests.integration.conftest import MakeSite
 
 Call = tuple[object, Bank, Sequence[Notification]]

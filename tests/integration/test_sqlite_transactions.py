@@ -19,7 +19,7 @@ from sqlalchemy.pool import StaticPool
 from flask_eventsourcing import WriteTimeoutError
 from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.persistence.dialects.sqlite import SQLiteDialect
-from tests.bank import in_thread, in_threads
+from tests.domain import in_thread, in_threads
 from tests.integration.sqlite_steps import KINDS, Model, Stage, Step, insert, numbers, sqlite_database, stored
 
 THREADS, CONNECTIONS = 3, 3

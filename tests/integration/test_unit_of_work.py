@@ -11,7 +11,8 @@ from eventsourcing.persistence import ProgrammingError
 from flask import abort
 
 from flask_eventsourcing import MissingTableError, current_application
-from tests.bank import Account, Bank, Site, in_thread
+from tests.bank import Site
+from tests.domain import Account, Bank, in_thread
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files
 
@@ -107,7 +108,7 @@ def test_durable_for_the_next_process(uri: str, site: Site) -> None:
         rows = connection.execute(sa.text("SELECT originator_id, originator_version, topic FROM bank_events")).all()
     assert len(rows) == 1
     assert str(rows[0][0]).replace("-", "") == account_id.hex
-    assert rows[0][2] == "tests.bank:Account.Created"
+    assert rows[0][2] == "tests.domain:Account.Created"
 
 
 def test_several_aggregates_in_one_save(site: Site) -> None:

@@ -18,11 +18,12 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on, reaction
+from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
-from flask_eventsourcing.projections.control import ControlRow
-from flask_eventsourcing.projections.status import ProjectionStatus
-from flask_eventsourcing.projections.workers import Worker
-from tests.bank import Account, Bank, make_app
+from flask_eventsourcing.projections.following import ProjectionStatus
+from flask_eventsourcing.projections.registry import Worker
+from tests.bank import make_app
+from tests.domain import Account, Bank
 
 PATIENCE = 30.0
 Created: Any = Account.Created
@@ -159,15 +160,15 @@ class Desk:
         found: Consumer = self.app.extensions["eventsourcing"].projections.find(name)
         return found
 
-    def row(self, name: str = "Balances") -> ControlRow:
+    def row(self, name: str = "Balances") -> CheckpointRow:
         """Return the row of a consumer."""
-        row = self.consumer(name).control.read()
+        row = self.consumer(name).checkpoint.read()
         assert row is not None
         return row
 
     def position(self, name: str = "Balances") -> int:
         """Return the position of a consumer, 0 if it has none yet."""
-        row = self.consumer(name).control.read()
+        row = self.consumer(name).checkpoint.read()
         return 0 if row is None else row.position
 
     def status(self, name: str = "Balances") -> ProjectionStatus:

@@ -14,8 +14,8 @@ from sqlalchemy import orm
 from flask_eventsourcing import ConfigurationError
 from flask_eventsourcing.exceptions import HandlerError
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from flask_eventsourcing.projections.topics import MOST_TOPICS, topics_of
-from tests.bank import Account
+from flask_eventsourcing.projections.definitions import MOST_TOPICS, topics_of
+from tests.domain import Account
 from tests.projections.desk import Created, Deposited, Desk
 
 
@@ -104,7 +104,7 @@ def test_events_of_other_topics_are_not_even_read(desk: Desk) -> None:
     listing(desk, Created)
     desk.open(*range(1, 30))
     read: list[Any] = []
-    host = desk.consumer("Listing").host
+    host = desk.consumer("Listing").application
     with desk.context():
         mapper: Any = host.mapper
     original = mapper.to_domain_event
@@ -204,7 +204,7 @@ def test_a_handler_that_ends_the_transaction_is_an_error(desk: Desk, ending: str
     assert desk.row("Ending").position == 2
     assert [version for version, _ in seen(desk)] == [1, 2]
     ends[0] = False
-    desk.consumer("Ending").control.resume()
+    desk.consumer("Ending").checkpoint.resume()
     assert not desk.run_once()
     assert [version for version, _ in seen(desk)] == [1, 2, 3, 4, 5]
 
@@ -248,11 +248,11 @@ def test_a_handler_that_goes_on_after_an_error_of_the_database_is_told_so(desk: 
     desk.register(Ignoring)
     desk.open(1, 2, 3)
     errors = desk.run_once()
-    if desk.consumer("Ignoring").host.engine.dialect.name == "postgresql":
+    if desk.consumer("Ignoring").application.engine.dialect.name == "postgresql":
         assert "went on after an error of the database" in str(errors[0])
         assert desk.row("Ignoring").failed_position == 3
         ignore[0] = False
-        desk.consumer("Ignoring").control.resume()
+        desk.consumer("Ignoring").checkpoint.resume()
         errors = desk.run_once()
     assert not errors
     assert [version for version, _ in seen(desk)] == [1, 2, 3, 4]
@@ -298,7 +298,7 @@ def test_a_handler_may_save_events(desk: Desk) -> None:
     with desk.context() as bank:
         assert bank.balance(account_id) == 0
     fail[0] = False
-    desk.consumer("Bonus").control.resume()
+    desk.consumer("Bonus").checkpoint.resume()
     assert not desk.run_once()
     with desk.context() as bank:
         assert bank.balance(account_id) == 100

@@ -12,7 +12,7 @@ from sqlalchemy import orm
 from flask_eventsourcing import AbortedTransactionError
 from flask_eventsourcing.exceptions import HandlerError
 from flask_eventsourcing.projections import ModelProjection, on
-from tests.bank import Account, in_thread
+from tests.domain import Account, in_thread
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Desk, PoisonError, make_desk
 

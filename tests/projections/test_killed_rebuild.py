@@ -33,7 +33,7 @@ def survive(uri: str, kills: int) -> None:
     try:
         ids = [desk.open(*range(1, 30)) for _ in range(10)]
         desk.run_once()
-        tables = set(sa.inspect(desk.consumer().host.engine).get_table_names())
+        tables = set(sa.inspect(desk.consumer().application.engine).get_table_names())
         ended = 0
         for number in range(kills):
             with start(uri) as process:
@@ -47,8 +47,8 @@ def survive(uri: str, kills: int) -> None:
             assert process.communicate(timeout=120)[0] == "ended\n"
         assert desk.amounts() == dict.fromkeys(ids, sum(range(1, 30)))
         Rebuild(desk.consumer()).drop_old()
-        assert set(sa.inspect(desk.consumer().host.engine).get_table_names()) == tables
-        assert desk.consumer().of_kind("rebuild").control.read() is None
+        assert set(sa.inspect(desk.consumer().application.engine).get_table_names()) == tables
+        assert desk.consumer().of_kind("rebuild").checkpoint.read() is None
         assert ended < kills, "no process was killed before its end"
     finally:
         desk.close()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flask_eventsourcing.projections import control, heartbeat, runners
+from flask_eventsourcing.projections import checkpoint, runners
 from flask_eventsourcing.projections.applying import Applier
-from flask_eventsourcing.projections.control import FencedError
-from flask_eventsourcing.projections.workers import Worker
+from flask_eventsourcing.projections.checkpoint import FencedError
+from flask_eventsourcing.projections.registry import Worker
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Desk, until
 from tests.servers import forget_killed_connections
@@ -24,7 +24,7 @@ locks = pytest.mark.parametrize("lock", ["database", "lease"])
 def desks(new_desk: MakeDesk, lock: str, monkeypatch: pytest.MonkeyPatch) -> list[Desk]:
     """Two apps on one database, as in two processes."""
     monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.05)
-    monkeypatch.setattr(heartbeat, "PERIOD", 0.2)
+    monkeypatch.setattr(checkpoint, "BEAT", 0.2)
     made = [new_desk(EVENTSOURCING_PROJECTION_LOCK=lock) for _ in range(2)]
     for desk in made:
         desk.balances()
@@ -33,7 +33,7 @@ def desks(new_desk: MakeDesk, lock: str, monkeypatch: pytest.MonkeyPatch) -> lis
 
 def states(*workers: Worker) -> set[str]:
     """What the runners of workers are doing."""
-    return {runner.state for worker in workers for runner in worker.runners}
+    return {runner.progress.state for worker in workers for runner in worker.runners}
 
 
 @locks
@@ -63,13 +63,13 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
     one, _ = desks
     one.open(1, 2)
     consumer = one.consumer()
-    consumer.control.ensure()
+    consumer.checkpoint.ensure()
     with one.app.app_context():
-        old = consumer.control.claim(lease=False)
-        new = consumer.control.claim(lease=False)
+        old = consumer.checkpoint.claim(lease=False)
+        new = consumer.checkpoint.claim(lease=False)
         assert old is not None
         assert new is not None
-        page = consumer.host.read_log(0, 10, None, ())
+        page = consumer.application.read_log(0, 10, None, ())
         applier = Applier(consumer)
         with pytest.raises(FencedError):
             applier.apply(old, page, 3)
@@ -80,9 +80,9 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
             with pytest.raises(FencedError):
                 applier.apply(stale, page, 3)
         with pytest.raises(FencedError):
-            consumer.control.halt(old, 3, "x")
+            consumer.checkpoint.halt(old, 3, "x")
         with pytest.raises(FencedError):
-            consumer.control.renew(old)
+            consumer.checkpoint.renew(old)
     assert list(one.amounts().values()) == [3]
 
 
@@ -90,21 +90,21 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
 def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
     """A lock that is taken is not to be had, is seen from elsewhere, and is free again after its release."""
     one, two = desks
-    one.consumer().control.ensure()
+    one.consumer().checkpoint.ensure()
     mine, other = one.consumer().lock(), two.consumer().lock()
 
     def held() -> bool:
         row = two.row()
-        with two.consumer().host.engine.connect() as connection:
+        with two.consumer().application.engine.connect() as connection:
             return other.is_held(connection, row.leased_until)
 
     assert not held()
     assert mine.acquire()
-    claimed = one.consumer().control.claim(lease=mine.leased)
+    claimed = one.consumer().checkpoint.claim(lease=mine.leased)
     assert claimed is not None
     assert held()
-    assert not (other.acquire() and two.consumer().control.claim(lease=other.leased))
-    one.consumer().control.give_up(claimed)
+    assert not (other.acquire() and two.consumer().checkpoint.claim(lease=other.leased))
+    one.consumer().checkpoint.release(claimed)
     mine.release()
     assert not held()
     assert other.acquire()
@@ -113,7 +113,7 @@ def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
 
 def end_locks(desk: Desk) -> int:
     """End the connections that hold locks, from the server; return how many."""
-    engine = desk.consumer().host.engine
+    engine = desk.consumer().application.engine
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             query = (
@@ -153,11 +153,11 @@ def test_a_lost_lock_is_noticed_although_nothing_happens(
 @pytest.mark.parametrize("lock", ["lease"])
 def test_a_lease_that_is_not_renewed_ends(desks: list[Desk], lock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a runner has vanished without a word, another takes over when the lease is over."""
-    monkeypatch.setattr(control, "LEASE", 1.0)
+    monkeypatch.setattr(checkpoint, "LEASE", 1.0)
     one, two = desks
     account_id = one.open(1)
-    one.consumer().control.ensure()
-    vanished = one.consumer().control.claim(lease=True)
+    one.consumer().checkpoint.ensure()
+    vanished = one.consumer().checkpoint.claim(lease=True)
     assert vanished is not None
     assert one.status().state == "running"
     with two.running():
@@ -207,5 +207,5 @@ def test_the_lock_is_the_databases_own(new_desk: MakeDesk) -> None:
     for desk in (plain, leased):
         desk.balances()
     expected = {"postgresql": "AdvisoryLock", "mysql": "NamedLock", "sqlite": "Lease"}
-    assert found(plain) == expected[plain.consumer().host.engine.dialect.name]
+    assert found(plain) == expected[plain.consumer().application.engine.dialect.name]
     assert found(leased) == "Lease"

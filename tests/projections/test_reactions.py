@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError
-from flask_eventsourcing.projections import ModelProjection, control, heartbeat, on, reaction, runners
+from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
@@ -80,7 +80,7 @@ def test_reactions_come_after_the_models(desk: Desk) -> None:
 
         @reaction(Deposited)
         def watched(self, event: Any, key: str) -> None:
-            with desk.consumer("Watch").host.engine.connect() as connection:
+            with desk.consumer("Watch").application.engine.connect() as connection:
                 query = sa.select(desk.Balance.amount).where(desk.Balance.account_id == event.originator_id)
                 found.append(connection.scalar(query) or 0)
 
@@ -146,7 +146,7 @@ def test_a_failing_reaction_is_retried_then_halts(desk: Desk, monkeypatch: pytes
     assert [version for _, version, _ in desk.calls] == [2, 3, 3, 3]
     assert desk.status(NAME).failed_position == 3
     desk.poison.clear()
-    desk.consumer(NAME).control.resume()
+    desk.consumer(NAME).checkpoint.resume()
     assert not desk.run_once()
     assert [version for _, version, _ in desk.calls] == [2, 3, 3, 3, 3, 4]
 
@@ -175,8 +175,8 @@ def test_a_slow_reaction_keeps_nobody_from_writing(new_desk: MakeDesk) -> None:
 
 def test_a_slow_reaction_keeps_its_lease(new_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reaction may take longer than a lease lasts: another worker does not call it meanwhile."""
-    monkeypatch.setattr(control, "LEASE", 1.5)
-    monkeypatch.setattr(heartbeat, "PERIOD", 0.3)
+    monkeypatch.setattr(checkpoint, "LEASE", 1.5)
+    monkeypatch.setattr(checkpoint, "BEAT", 0.3)
     monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.05)
     desk, other = (new_desk(EVENTSOURCING_PROJECTION_LOCK="lease") for _ in range(2))
     calls: list[str] = []

@@ -13,26 +13,27 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import HandlerError, ProjectionBusyError, ProjectionHaltedError, RebuildError
-from flask_eventsourcing.projections import ModelProjection, on, shadow
-from flask_eventsourcing.projections import rebuilding as module
-from flask_eventsourcing.projections.control import SWAPPING
-from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.persistence.dialects.mysql import MySQLDialect
+from flask_eventsourcing.projections import ModelProjection, on, swap
+from flask_eventsourcing.projections.checkpoint import SWAPPING
+from flask_eventsourcing.projections.consumers import Consumer
+from flask_eventsourcing.projections.rebuilding import Rebuild, Rebuilt
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
 
 def names(desk: Desk) -> set[str]:
     """Return the tables that are there."""
-    schema = desk.consumer().projection_class.tables()[0].schema
-    return set(sa.inspect(desk.consumer().host.engine).get_table_names(schema=schema))
+    schema = desk.consumer().tables[0].schema
+    return set(sa.inspect(desk.consumer().application.engine).get_table_names(schema=schema))
 
 
 def indexes(desk: Desk, table: str) -> set[str]:
     """Return the names of a table's indexes."""
-    return {str(index["name"]) for index in sa.inspect(desk.consumer().host.engine).get_indexes(table)}
+    return {str(index["name"]) for index in sa.inspect(desk.consumer().application.engine).get_indexes(table)}
 
 
-def rebuild(desk: Desk, **options: Any) -> module.Rebuilt:
+def rebuild(desk: Desk, **options: Any) -> Rebuilt:
     """Rebuild to the end."""
     result = Rebuild(desk.consumer()).run(**options)
     assert result is not None
@@ -78,7 +79,7 @@ def test_rebuild_replaces_wrong_rows(desk: Desk) -> None:
     assert desk.amounts() == {first: 3, second: 10}
     assert (result.events, result.rows, result.resumed) == (5, {"balance": (2, 2)}, False)
     assert names(desk) == before | {"balance__old"}
-    assert desk.consumer("Balances").of_kind("rebuild").control.read() is None
+    assert desk.consumer("Balances").of_kind("rebuild").checkpoint.read() is None
     assert Rebuild(desk.consumer()).drop_old() == ["balance__old"]
     assert names(desk) == before
     desk.deposit(first, 4)
@@ -148,9 +149,9 @@ def test_stopped_rebuild_is_taken_up(desk: Desk, monkeypatch: pytest.MonkeyPatch
     account_id = desk.open(*range(1, 12))
     desk.run_once()
     first = Rebuild(desk.consumer())
-    monkeypatch.setattr(first.runner, "_adapt", lambda *args: first.stop.set())
+    monkeypatch.setattr(first.runner.pace, "adapt", lambda *args: first.stop.set())
     assert first.run() is None
-    row = first.rebuild.control.read()
+    row = first.rebuild.checkpoint.read()
     assert row is not None
     assert 0 < row.position < desk.head()
     result = rebuild(desk)
@@ -167,7 +168,7 @@ def test_restart_begins_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
     desk.run_once()
     for options, changed in (({"restart": True}, False), ({}, True)):
         stopped = Rebuild(desk.consumer())
-        monkeypatch.setattr(stopped.runner, "_adapt", lambda *args, stopped=stopped: stopped.stop.set())
+        monkeypatch.setattr(stopped.runner.pace, "adapt", lambda *args, stopped=stopped: stopped.stop.set())
         assert stopped.run() is None
         following = Rebuild(desk.consumer())
         if changed:
@@ -200,7 +201,7 @@ def test_counts_are_verified(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
     with desk.app.app_context():
         desk.db.session.execute(sa.update(desk.Balance).values(amount=77))
         desk.db.session.commit()
-    monkeypatch.setattr(module, "count_events", lambda *args: 4711)
+    monkeypatch.setattr(Consumer, "count_events", lambda *args: 4711)
     with pytest.raises(RebuildError, match=r"applied 3 events.*log has 4711"):
         rebuild(desk)
     assert desk.amounts() == {account_id: 77}
@@ -293,7 +294,7 @@ def test_estimate_changes_nothing(desk: Desk) -> None:
     assert estimate.seconds > 0
     assert names(desk) == before
     assert desk.amounts() == {account_id: 3}
-    assert desk.consumer().of_kind("rebuild").control.read() is None
+    assert desk.consumer().of_kind("rebuild").checkpoint.read() is None
 
 
 def test_textual_sql_is_refused(desk: Desk) -> None:
@@ -338,6 +339,31 @@ def test_handlers_that_save_events_are_refused(desk: Desk) -> None:
     assert desk.head() == head
 
 
+def test_handlers_that_commit_are_refused(desk: Desk) -> None:
+    """A handler may not commit in a rebuild either: it halts before that event, and the live table stays."""
+    commit = [False]
+
+    class Committing(ModelProjection):
+        name = "Balances"
+        models = (desk.Balance,)
+        retries = 0
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            session.add(desk.Balance(account_id=event.originator_id, amount=0))
+            if commit[0]:
+                session.commit()
+
+    desk.register(Committing)
+    account_id = desk.open()
+    desk.run_once()
+    commit[0] = True
+    with pytest.raises(ProjectionHaltedError, match="halted before position 1") as raised:
+        rebuild(desk)
+    assert isinstance(raised.value.__cause__, HandlerError)
+    assert desk.amounts() == {account_id: 0}
+
+
 def test_foreign_keys(desk: Desk) -> None:
     """Tables of one projection may refer to each other; a table of somebody else's that refers to one is named."""
     base: Any = desk.db.Model
@@ -353,7 +379,7 @@ def test_foreign_keys(desk: Desk) -> None:
     for _ in range(2):
         rebuild(desk)
     assert desk.amounts() == {account_id: 3}
-    keys = sa.inspect(desk.consumer().host.engine).get_foreign_keys("entry")
+    keys = sa.inspect(desk.consumer().application.engine).get_foreign_keys("entry")
     assert [(key["referred_table"], key["referred_columns"]) for key in keys] == [("balance", ["account_id"])]
     Rebuild(desk.consumer()).drop_old()
     note = {
@@ -389,9 +415,9 @@ def test_interrupted_swap_is_settled(desk: Desk, renamed: bool, monkeypatch: pyt
 
     rebuilding = Rebuild(desk.consumer())
     if renamed:
-        monkeypatch.setattr(module, "hand_over", die)
+        monkeypatch.setattr(swap, "hand_over", die)
     else:
-        monkeypatch.setattr(shadow, "swap", die)
+        monkeypatch.setattr(MySQLDialect, "swap_tables", die)
     with pytest.raises(Killed):
         rebuilding.run()
     monkeypatch.undo()
@@ -399,7 +425,7 @@ def test_interrupted_swap_is_settled(desk: Desk, renamed: bool, monkeypatch: pyt
     desk.deposit(account_id, 4)
     assert desk.run_once() == []
     assert desk.amounts() == {account_id: 7}
-    left = desk.consumer().of_kind("rebuild").control.read()
+    left = desk.consumer().of_kind("rebuild").checkpoint.read()
     assert (left is None) == renamed
     rebuild(desk)
     assert desk.amounts() == {account_id: 7}

@@ -17,8 +17,10 @@ from sqlalchemy import orm
 from flask_eventsourcing import ConfigurationError, EventSourcing
 from flask_eventsourcing.exceptions import MissingTableError
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from flask_eventsourcing.projections.workers import Worker
-from tests.bank import Bank, Shop, make_app
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.registry import Worker
+from tests.bank import make_app
+from tests.domain import Bank, Shop
 from tests.integration.test_databases import Club, TextId
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, make_desk, make_models
@@ -292,6 +294,11 @@ def test_flask_sqlalchemy_lite(uri: str) -> None:
         es.wait_for(Balances, 2, timeout=5)
         assert db.session.get_one(Balance, account_id).amount == 5
         assert told == ["Bank/Balances/2"]
+        db.session.execute(sa.update(Balance).values(amount=-1))
+        db.session.commit()
+    assert Rebuild(app.extensions["eventsourcing"].projections.find(Balances)).run()
+    with app.app_context():
+        assert db.session.get_one(Balance, account_id).amount == 5
     dispose(es, app, db)
 
 
@@ -350,7 +357,7 @@ def test_missing_tables_are_named_with_the_remedy(desk: Desk) -> None:
     desk.open()
     with desk.app.app_context():
         with desk.db.engine.begin() as connection:
-            desk.consumer().host.models.tables["projections"].drop(connection)
+            desk.consumer().application.models.tables["projections"].drop(connection)
         for call in (desk.es.health, lambda: desk.es.wait_for("Balances", 1, timeout=1)):
             with pytest.raises(MissingTableError, match=r"bank_projections.*flask eventsourcing init-db"):
                 call()

@@ -7,16 +7,16 @@ from uuid import UUID
 import pytest
 
 from flask_eventsourcing.exceptions import DeadLetterError
-from flask_eventsourcing.projections.dead_letters import DeadLetter, DeadLetters
+from flask_eventsourcing.projections.dead_letters import DeadLetter
 from flask_eventsourcing.projections.repair import discard, retry
 from tests.projections.desk import Desk, until
 
 
 def letters(desk: Desk) -> list[DeadLetter]:
     """Return all dead letters."""
-    host = desk.consumer().host
-    with host.engine.connect() as connection:
-        return list(DeadLetters(host.models.tables["dead_letters"]).select(connection, ["Balances"]))
+    application = desk.consumer().application
+    with application.engine.connect() as connection:
+        return list(application.dead_letters.select(connection, ["Balances"]))
 
 
 @pytest.fixture

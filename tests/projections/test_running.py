@@ -14,7 +14,7 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, on, runners
 from flask_eventsourcing.projections.applying import Applier
-from flask_eventsourcing.projections.dead_letters import DeadLetter, DeadLetters
+from flask_eventsourcing.projections.dead_letters import DeadLetter
 from tests.projections.desk import Deposited, Desk, PoisonError, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -28,9 +28,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def letters(desk: Desk, name: str = "Balances") -> list[DeadLetter]:
     """Return the dead letters of a projection."""
-    host = desk.consumer(name).host
-    with host.engine.connect() as connection:
-        return list(DeadLetters(host.models.tables["dead_letters"]).select(connection, [name]))
+    application = desk.consumer(name).application
+    with application.engine.connect() as connection:
+        return list(application.dead_letters.select(connection, [name]))
 
 
 def test_position_and_models_are_committed_together(desk: Desk) -> None:
@@ -47,15 +47,15 @@ def test_position_and_models_are_committed_together(desk: Desk) -> None:
 
     consumer = desk.consumer()
     with desk.app.app_context():
-        consumer.control.ensure()
-        claimed = consumer.control.claim(lease=consumer.leased)
+        consumer.checkpoint.ensure()
+        claimed = consumer.checkpoint.claim(lease=consumer.leased)
         assert claimed is not None
-        page = consumer.host.read_log(0, 10, None, ())
+        page = consumer.application.read_log(0, 10, None, ())
         sa.event.listen(desk.db.session, "before_commit", kill)
         with pytest.raises(KilledError):
             Applier(consumer).apply(claimed, page, page[-1].id)
         sa.event.remove(desk.db.session, "before_commit", kill)
-        consumer.control.give_up(claimed)
+        consumer.checkpoint.release(claimed)
     assert desk.row().position == 0
     assert desk.amounts() == {}
     assert not desk.run_once()
@@ -76,15 +76,14 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
     consumer = desk.consumer()
     # What a test machine needs for 1,000 events is not the point here.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runners, "BATCH_TIME", 1000.0)
-        patch.setattr(runners, "SQLITE_BATCH_TIME", 1000.0, raising=False)
-        original = type(consumer.control).advance
+        patch.setattr(type(consumer.application.datastore.dialect), "batch_seconds", 1000.0)
+        original = type(consumer.checkpoint).advance
 
         def advance(self: Any, connection: Any, claimed: Any, position: int, *args: Any, **kwargs: Any) -> None:
             moved.append(position - claimed.position)
             original(self, connection, claimed, position, *args, **kwargs)
 
-        patch.setattr(type(consumer.control), "advance", advance)
+        patch.setattr(type(consumer.checkpoint), "advance", advance)
         with desk.running():
             until(lambda: desk.position() == 4001)
             assert moved[:3] == [1, 16, 32]
@@ -149,7 +148,7 @@ def test_a_poisonous_event_halts_its_projection(desk: Desk) -> None:
     assert isinstance(again, ProjectionHaltedError)
     assert str(again) == str(error)
     desk.poison.clear()
-    desk.consumer().control.resume()
+    desk.consumer().checkpoint.resume()
     assert not desk.run_once()
     assert desk.amounts() == {account_id: sum(range(1, 40))}
     status = desk.status()
@@ -163,9 +162,9 @@ def test_a_running_worker_waits_for_a_halted_projection_to_be_resumed(desk: Desk
     account_id = desk.open(1, 13, 2)
     with desk.running() as worker:
         until(lambda: desk.status().state == "halted")
-        until(lambda: worker.runners[0].state == "halted")
+        until(lambda: worker.runners[0].progress.state == "halted")
         desk.poison.clear()
-        desk.consumer().control.resume()
+        desk.consumer().checkpoint.resume()
         until(lambda: desk.position() == 4)
     assert not worker.errors
     assert desk.amounts() == {account_id: 16}
@@ -266,7 +265,7 @@ def test_any_text_of_an_error_can_be_stored(desk: Desk, on_failure: str, caplog:
 
 @pytest.mark.parametrize("on_failure", ["halt", "dead-letter"])
 @pytest.mark.parametrize(
-    "change", [{"topic": "tests.bank:Account.Gone"}, {"state": b"{no json"}], ids=["class", "state"]
+    "change", [{"topic": "tests.domain:Account.Gone"}, {"state": b"{no json"}], ids=["class", "state"]
 )
 def test_events_that_cannot_be_read(desk: Desk, on_failure: str, change: dict[str, Any]) -> None:
     """An event whose class is gone, or whose state is damaged, fails as one whose handler does."""

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from flask_eventsourcing import UncommittedEventsError
 from flask_eventsourcing.exceptions import ConfigurationError, ProjectionHaltedError
-from flask_eventsourcing.persistence.dialects.waiting import ListenWaiter
-from flask_eventsourcing.projections import waiting
-from tests.bank import Account
+from flask_eventsourcing.persistence.subscriptions import ListenWaiter
+from flask_eventsourcing.projections import following
+from tests.domain import Account
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Desk, until
 
@@ -89,8 +89,8 @@ def test_an_unknown_projection(desk: Desk) -> None:
 @on_postgresql
 def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """On PostgreSQL the news that the position has moved ends the wait; there is no need to look again and again."""
-    monkeypatch.setattr(waiting, "SHORTEST_WAIT", 1000.0)
-    monkeypatch.setattr(waiting, "LONGEST_WAIT", 1000.0)
+    monkeypatch.setattr(following, "SHORTEST_WAIT", 1000.0)
+    monkeypatch.setattr(following, "LONGEST_WAIT", 1000.0)
     desk.balances()
     account_id = desk.open(1)
     done: list[bool] = []
@@ -140,7 +140,7 @@ def test_without_notifications(new_desk: MakeDesk) -> None:
 
 def listeners(desk: Desk) -> int:
     """Count the connections that listen for moved positions."""
-    with desk.consumer().host.engine.connect() as connection:
+    with desk.consumer().application.engine.connect() as connection:
         query = (
             "SELECT count(*) FROM pg_stat_activity "
             "WHERE datname = current_database() AND query = 'LISTEN \"bank_projections\"'"

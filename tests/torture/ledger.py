@@ -17,8 +17,8 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.control import Control
-from flask_eventsourcing.projections.workers import Worker
+from flask_eventsourcing.projections.checkpoint import Checkpoint
+from flask_eventsourcing.projections.registry import Worker
 
 ACCOUNTS = 20
 
@@ -98,11 +98,11 @@ def make_books(url: str, lock: str) -> Books:
 def take_fence_away() -> None:
     """Move the position whoever runs the projection and wherever it was, to see what the fence is good for."""
 
-    def advance(self: Control, connection: Any, claimed: Any, position: int, applied: int, *, lease: bool) -> None:
+    def advance(self: Checkpoint, connection: Any, claimed: Any, position: int, applied: int, *, lease: bool) -> None:
         change = sa.update(self.table).where(self.table.c.name == self.name)
         connection.execute(change.values(position=position))
 
-    Control.advance = advance  # type: ignore[method-assign]
+    Checkpoint.advance = advance  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -25,14 +25,14 @@ def check(storm: Storm) -> None:
 
 
 def without_protection(es: EventSourcing) -> None:
-    """Read without a horizon on PostgreSQL, and let the database draw the positions on MariaDB."""
+    """Read without a high-water mark on PostgreSQL, and let the database draw the positions on MariaDB."""
     dialect: Any = es.application.recorder.dialect
-    dialect.settled_position = lambda *args, **kwargs: None
+    dialect.high_water_mark = lambda *args, **kwargs: None
     if dialect.engine.dialect.name == "mysql":
 
         def append(connection: Any, table: Any, events: Sequence[StoredEvent]) -> list[int]:
             statement = dialect.insert_statement(table)
-            return [int(dialect.modify(connection, statement, dialect.parameters(event)).lastrowid) for event in events]
+            return [int(dialect.modify(connection, statement, table.row(event)).lastrowid) for event in events]
 
         dialect.append = append
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from flask_eventsourcing.projections.checkpoint import LEASE, CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
-from flask_eventsourcing.projections.control import LEASE, ControlRow
 from tests.torture.ledger import ACCOUNTS, Account, Moved, make_books
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ class Torture:
         self.arguments = [url, lock, fence]
         self.books = make_books(url, lock)
         self.consumer: Consumer = self.books.app.extensions["eventsourcing"].projections.find("Totals")
-        self.engine = self.consumer.host.engine
+        self.engine = self.consumer.application.engine
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
         self.ready: set[int] = set()
         self.over = threading.Event()
@@ -106,14 +106,14 @@ class Torture:
         except BaseException as error:  # noqa: BLE001  # raised in the test's own thread
             self.troubles.append(error)
 
-    def row(self) -> ControlRow | None:
+    def row(self) -> CheckpointRow | None:
         """Read the projection's row."""
-        return self.consumer.control.read()
+        return self.consumer.checkpoint.read()
 
-    def active(self) -> tuple[int, ControlRow]:
+    def active(self) -> tuple[int, CheckpointRow]:
         """Wait for a worker that is at work, and return its process id and the row."""
         deadline = time.monotonic() + PATIENCE
-        first: ControlRow | None = None
+        first: CheckpointRow | None = None
         while time.monotonic() < deadline:
             row = self.row()
             if row is not None and row.runner is not None:
@@ -169,7 +169,7 @@ class Torture:
         self.over.set()
         self.loading.join()
         deadline = time.monotonic() + PATIENCE
-        head = self.consumer.host.head()
+        head = self.consumer.application.high_water_mark()
         while (row := self.row()) is None or row.position < head:
             assert time.monotonic() < deadline, f"the workers do not reach the end of the log: {row}"
             time.sleep(0.02)
@@ -185,9 +185,9 @@ class Torture:
         amounts: Counter[Any] = Counter()
         logged: set[tuple[str, int]] = set()
         position = 0
-        while page := self.consumer.host.read_log(position, 1000, None, ()):
+        while page := self.consumer.application.read_log(position, 1000, None, ()):
             for notification in page:
-                happened = self.consumer.host.mapper.to_domain_event(notification)
+                happened = self.consumer.application.mapper.to_domain_event(notification)
                 if isinstance(happened, Moved):
                     moves[happened.originator_id] += 1
                     amounts[happened.originator_id] += happened.amount

@@ -29,10 +29,11 @@ from flask_eventsourcing.commands import (
     reports,
     work,
 )
-from flask_eventsourcing.commands.progress_lines import Reporter
+from flask_eventsourcing.commands.reports import Reporter
 from flask_eventsourcing.exceptions import RebuildError
 from flask_eventsourcing.persistence import Datastore
 from flask_eventsourcing.projections.registry import BoundProjections
+from flask_eventsourcing.projections.runners import Progress
 
 FOLDER = Path(commands.__file__).parent
 FRONTS = {"click", "flask", "flask_sqlalchemy", "werkzeug"}
@@ -211,10 +212,9 @@ class Following:
     """A runner that catches up."""
 
     name = "Balances"
-    state = "catching up"
-    position = 0
-    head = 2000
-    events = 0
+
+    def __init__(self) -> None:
+        self.progress = Progress("catching up", high_water_mark=2000)
 
 
 class Terminal(PlainOutput):
@@ -246,13 +246,13 @@ def test_progress_is_a_bar_or_lines(caplog: pytest.LogCaptureFixture) -> None:
     reporter = Reporter(cast(Any, [runner]), terminal, 0.001)
     reporter.tick()
     assert caplog.messages == []
-    runner.position, runner.head = 1500, 2500
+    runner.progress.position, runner.progress.high_water_mark = 1500, 2500
     reporter.tick()
-    runner.position = 2500
+    runner.progress.position = 2500
     reporter.tick()
     assert terminal.shown == [(2000, "Balances"), (0, 2000), (1500, 2500), (2500, 2500), (2500, 2500), "finished"]
     assert caplog.messages[0].startswith("Balances: catching up, position 2500, head 2500, lag 0, ")
-    runner.position = 0
+    runner.progress.position = 0
     reporter = Reporter(cast(Any, [runner]), PlainOutput(), 0.001)
     time.sleep(0.01)
     reporter.tick()

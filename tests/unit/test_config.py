@@ -17,7 +17,7 @@ GOOD: dict[str, list[Any]] = {
     "SCHEMA": [None, "bank"],
     "ORIGINATOR_ID_TYPE": [None, "uuid", "text"],
     "LOCK_TIMEOUT": [1, 0.5, 86_399],
-    "POSTGRES_ORDER": ["floor", "table-lock"],
+    "POSTGRES_ORDER": ["advisory-lock", "table-lock"],
     "POSTGRES_NOTIFY": [True, False],
     "SQLITE_WAL": [True, False],
     "PROJECTION_LOCK": ["database", "lease"],
@@ -105,7 +105,7 @@ def test_defaults() -> None:
     assert (config.commit, config.lock_timeout, config.postgres_order, config.sqlite_wal) == (
         "explicit",
         30.0,
-        "floor",
+        "advisory-lock",
         True,
     )
     assert (config.env, config.bind_key, config.schema, config.originator_id_type) == ({}, None, None, None)

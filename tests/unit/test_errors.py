@@ -8,18 +8,16 @@ from typing import Any
 
 import pymysql
 import pytest
+import sqlalchemy as sa
 from eventsourcing import persistence
 from sqlalchemy import exc
 
 from flask_eventsourcing import exceptions
 from flask_eventsourcing.exceptions import FlaskEventSourcingError, MissingTableError
-from flask_eventsourcing.persistence.errors import (
-    is_conflict,
-    is_serialization_failure,
-    translate,
-    translated,
-)
+from flask_eventsourcing.persistence import Dialect, DialectOptions
+from flask_eventsourcing.persistence.dialects import dialect_for
 
+URLS = {"mysql": "mysql+pymysql://", "postgresql": "postgresql+psycopg://", "sqlite": "sqlite://"}
 OURS = [cls for _, cls in inspect.getmembers(exceptions, inspect.isclass) if issubclass(cls, FlaskEventSourcingError)]
 
 
@@ -30,6 +28,11 @@ class DriverError(Exception):
         super().__init__(text)
         self.sqlstate = sqlstate
         self.pgcode = pgcode
+
+
+def dialect_of(name: str = "sqlite") -> Dialect:
+    """Return a database's dialect, without the database."""
+    return dialect_for(sa.create_engine(URLS[name]), DialectOptions())
 
 
 def with_sqlstate(error: Any, sqlstate: str) -> Any:
@@ -58,7 +61,7 @@ def wrapped(cls: type[exc.DBAPIError], driver_error: BaseException) -> exc.DBAPI
 )
 def test_driver_errors_become_the_librarys(theirs: type[exc.DBAPIError], library: type[Exception]) -> None:
     """Each kind of error of a driver is the library's error of that kind, with the driver's text."""
-    error = translate(wrapped(theirs, DriverError("it broke")))
+    error = dialect_of().translate(wrapped(theirs, DriverError("it broke")))
     assert type(error) is library
     assert "it broke" in str(error)
 
@@ -66,56 +69,58 @@ def test_driver_errors_become_the_librarys(theirs: type[exc.DBAPIError], library
 @pytest.mark.parametrize("theirs", [exc.TimeoutError("pool"), exc.PendingRollbackError("first roll back")])
 def test_sqlalchemys_own_errors_become_operational_ones(theirs: exc.SQLAlchemyError) -> None:
     """An exhausted pool, or a session that needs a rollback, is the library's operational error."""
-    assert type(translate(theirs)) is persistence.OperationalError
+    assert type(dialect_of().translate(theirs)) is persistence.OperationalError
 
 
 def test_any_other_error_is_still_the_librarys() -> None:
     """An error of SQLAlchemy that has no counterpart is the library's most general one."""
-    assert type(translate(exc.ArgumentError("?"))) is persistence.PersistenceError
+    assert type(dialect_of().translate(exc.ArgumentError("?"))) is persistence.PersistenceError
 
 
 @pytest.mark.parametrize(
-    ("driver_error", "conflict", "again"),
+    ("database", "driver_error", "conflict", "again"),
     [
-        (DriverError(sqlstate="23505"), True, False),
-        (DriverError(pgcode="23505"), True, False),
-        (DriverError(sqlstate="40001"), True, True),
-        (DriverError(pgcode="40P01"), True, True),
-        (Exception(1062, "Duplicate entry"), True, False),
-        (Exception(1213, "Deadlock found"), True, True),
-        (pymysql.err.IntegrityError(1062, "Duplicate entry"), True, False),
-        (with_sqlstate(pymysql.err.IntegrityError(1062, "Duplicate entry"), "23000"), True, False),
-        (with_sqlstate(pymysql.err.IntegrityError(1048, "Column cannot be null"), "23000"), False, False),
-        (with_sqlstate(pymysql.err.OperationalError(1213, "Deadlock found"), "40001"), True, True),
-        (Exception(["unhashable"]), False, False),
-        (DriverError(sqlstate="42P01"), False, False),
-        (Exception(), False, False),
-        (None, False, False),
+        ("postgresql", DriverError(sqlstate="23505"), True, False),
+        ("postgresql", DriverError(pgcode="23505"), True, False),
+        ("postgresql", DriverError(sqlstate="40001"), True, True),
+        ("postgresql", DriverError(pgcode="40P01"), True, True),
+        ("mysql", Exception(1062, "Duplicate entry"), True, False),
+        ("mysql", Exception(1213, "Deadlock found"), True, True),
+        ("mysql", pymysql.err.IntegrityError(1062, "Duplicate entry"), True, False),
+        ("mysql", with_sqlstate(pymysql.err.IntegrityError(1062, "Duplicate entry"), "23000"), True, False),
+        ("mysql", with_sqlstate(pymysql.err.IntegrityError(1048, "Column cannot be null"), "23000"), False, False),
+        ("mysql", with_sqlstate(pymysql.err.OperationalError(1213, "Deadlock found"), "40001"), True, True),
+        ("mysql", Exception(["unhashable"]), False, False),
+        ("postgresql", DriverError(sqlstate="42P01"), False, False),
+        *[(name, error, False, False) for name in URLS for error in (Exception(), None)],
     ],
 )
-def test_conflicts_are_told_from_other_errors(driver_error: Any, conflict: bool, again: bool) -> None:
+def test_conflicts_are_told_from_other_errors(database: str, driver_error: Any, conflict: bool, again: bool) -> None:
     """A duplicate key, a deadlock and a failed serialisation are conflicts; the last two concern the whole unit."""
-    assert is_conflict(driver_error) is conflict
-    assert is_serialization_failure(driver_error) is again
+    dialect = dialect_of(database)
+    error = dialect.translate(wrapped(exc.OperationalError, driver_error))
+    assert isinstance(error, persistence.IntegrityError) is conflict
+    assert dialect.is_serialization_failure(driver_error) is again
 
 
 def test_deadlock_is_an_integrity_error() -> None:
     """A deadlock, an operational error for drivers, is a conflict for users, so that it is retried."""
-    error = translate(wrapped(exc.OperationalError, DriverError("deadlock detected", sqlstate="40P01")))
+    deadlock = wrapped(exc.OperationalError, DriverError("deadlock detected", sqlstate="40P01"))
+    error = dialect_of("postgresql").translate(deadlock)
     assert isinstance(error, persistence.IntegrityError)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("database", "text"),
     [
-        "no such table: bank_events",
-        'relation "bank_events" does not exist',
-        "(1146, \"Table 'bank_events' doesn't exist\")",
+        ("sqlite", "no such table: bank_events"),
+        ("postgresql", 'relation "bank_events" does not exist'),
+        ("mysql", "(1146, \"Table 'bank_events' doesn't exist\")"),
     ],
 )
-def test_missing_table_says_which_and_what_to_run(text: str) -> None:
+def test_missing_table_says_which_and_what_to_run(database: str, text: str) -> None:
     """On every database a missing table is named, with the commands that create it."""
-    error = translate(wrapped(exc.ProgrammingError, DriverError(text)))
+    error = dialect_of(database).translate(wrapped(exc.ProgrammingError, DriverError(text)))
     assert isinstance(error, MissingTableError)
     assert "'bank_events'" in str(error)
     assert "flask eventsourcing init-db" in str(error)
@@ -124,14 +129,14 @@ def test_missing_table_says_which_and_what_to_run(text: str) -> None:
 def test_context_manager_translates_and_keeps_the_cause() -> None:
     """Within the context manager, SQLAlchemy's error becomes the library's and stays visible as the cause."""
     original = wrapped(exc.OperationalError, sqlite3.OperationalError("disk I/O error"))
-    with pytest.raises(persistence.OperationalError, match="disk I/O error") as raised, translated:
+    with pytest.raises(persistence.OperationalError, match="disk I/O error") as raised, dialect_of().translated:
         raise original
     assert raised.value.__cause__ is original
 
 
 def test_context_manager_leaves_other_errors_alone() -> None:
     """An error that is not SQLAlchemy's passes as it is."""
-    with pytest.raises(KeyError), translated:
+    with pytest.raises(KeyError), dialect_of().translated:
         raise KeyError
 
 

@@ -16,7 +16,7 @@ from flask_eventsourcing.exceptions import (
     FlaskEventSourcingError,
 )
 from flask_eventsourcing.lifecycle import ApplicationSlot, close_application, get_application, init_application
-from tests.bank import in_threads
+from tests.domain import in_threads
 
 
 class App:

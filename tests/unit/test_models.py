@@ -15,11 +15,13 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventSourcing, UUIDType
 from flask_eventsourcing.models import Models, TableNames, make_models
-from tests.bank import Bank, add_note
+from tests.bank import add_note
+from tests.domain import Bank
 
+METADATA = ["correlation_id", "event_id", "metadata", "recorded_at"]
 COLUMNS = {
-    "bank_events": ["notification_id", "originator_id", "originator_version", "state", "topic"],
-    "bank_snapshots": ["originator_id", "originator_version", "state", "topic"],
+    "bank_events": sorted([*METADATA, "notification_id", "originator_id", "originator_version", "state", "topic"]),
+    "bank_snapshots": ["event_id", "metadata", "originator_id", "originator_version", "state", "topic"],
     "bank_tracking": ["application_name", "notification_id"],
 }
 
@@ -132,7 +134,7 @@ def test_keys_and_nullability() -> None:
     assert unique == [{"originator_id", "originator_version"}]
     assert set(snapshots.primary_key.columns.keys()) == {"originator_id", "originator_version"}
     assert tracking.primary_key.columns.keys() == ["application_name"]
-    assert {column.name for column in events.columns if column.nullable} == {"topic", "state"}
+    assert {column.name for column in events.columns if column.nullable} == {"topic", "state", *METADATA}
 
 
 @pytest.mark.parametrize("id_type", ["uuid", "text"])

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, SnapshotMixin, StoredEventMixin, TrackingMixin, UUIDType
-from flask_eventsourcing.models import POSITION, make_models
+from flask_eventsourcing.models import make_models
+from flask_eventsourcing.persistence.tables import POSITION_TYPE
 
 ORIGINATOR = ("originator_id", "originator_version")
 PURPOSES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
@@ -24,7 +25,7 @@ def hand_made(*columns: str, arguments: tuple[Any, ...] = (), key: tuple[str, ..
     types: dict[str, Any] = {"originator_id": UUIDType(), "topic": sa.Text(), "state": sa.LargeBinary()}
     body: dict[str, Any] = {"__tablename__": "mine", "__table_args__": arguments}
     for name in dict.fromkeys((*columns, *key)):
-        body[name] = orm.mapped_column(types.get(name, POSITION), primary_key=name in key)
+        body[name] = orm.mapped_column(types.get(name, POSITION_TYPE), primary_key=name in key)
     base = orm.declarative_base()
     return type(base)("Mine", (base,), body)
 

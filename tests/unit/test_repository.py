@@ -9,8 +9,8 @@ from uuid import UUID, uuid4
 import pytest
 from eventsourcing.application import Repository, project_aggregate
 
-from flask_eventsourcing.repository import CheckedRepository, install, project_checked
-from tests.bank import Account, Bank
+from flask_eventsourcing.applications import CheckedRepository, install_repository, project_checked
+from tests.domain import Account, Bank
 
 
 class OwnRepository(Repository[UUID]):
@@ -37,7 +37,7 @@ class NoEvent:
 def bank() -> Iterator[Bank]:
     """A bank in memory, with the repository."""
     with Bank() as made:
-        install(made)
+        install_repository(made)
         yield made
 
 
@@ -77,7 +77,7 @@ def test_a_function_that_is_given_is_used(bank: Bank) -> None:
 def test_a_repository_of_the_applications_own_stays() -> None:
     """An application that has brought a repository keeps it."""
     with OwnBank() as bank:
-        install(bank)
+        install_repository(bank)
         assert type(bank.repository) is OwnRepository
 
 
@@ -92,6 +92,6 @@ def test_an_event_is_checked_once_for_its_class(bank: Bank, monkeypatch: pytest.
         calls.append(events)
         return project_aggregate(aggregate, events)
 
-    monkeypatch.setattr("flask_eventsourcing.repository.project_aggregate", noted)
+    monkeypatch.setattr("flask_eventsourcing.applications.project_aggregate", noted)
     assert project_checked(None, bank.events.get(account_id)).balance == 1
     assert calls == []

@@ -99,7 +99,7 @@ def late(self: Any, when: str) -> str:
     if first and when == "before":
         wait_to_be_killed()
     elif first:
-        unit = current_app.extensions["eventsourcing"].binding.scope()
+        unit = current_app.extensions["eventsourcing"].host.unit()
         unit.on_commit(wait_to_be_killed)
     return "done"
 

@@ -14,7 +14,8 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import EventSourcing
-from tests.bank import Account, Bank, add_note
+from tests.bank import add_note
+from tests.domain import Account, Bank
 
 SHARED = 5
 """How many accounts the tasks share."""

@@ -11,6 +11,7 @@ from redis import Redis
 from rq import Queue, Retry, SpawnWorker, get_current_job
 from rq.timeouts import JobTimeoutException
 
+from flask_eventsourcing.workers import FlaskAppOrFactory
 from flask_eventsourcing.workers.rq import (
     EventSourcingSimpleWorker,
     EventSourcingWorker,
@@ -18,7 +19,6 @@ from flask_eventsourcing.workers.rq import (
     enqueue_after_commit,
     job_context,
 )
-from flask_eventsourcing.workers.tasks import FlaskAppOrFactory
 from tests.workers.queue_app import create_app, db, es, happened, open_shared_accounts, work
 
 

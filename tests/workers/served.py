@@ -16,11 +16,12 @@ from uuid import UUID
 import sqlalchemy as sa
 from flask import Flask, request, request_started
 
-from flask_eventsourcing import guard
-from flask_eventsourcing.databases import ScopeInProcess
 from flask_eventsourcing.persistence import forks
+from flask_eventsourcing.web import uncommitted
+from flask_eventsourcing.web.sessions import ScopeInProcess
 from flask_eventsourcing.workers.uwsgi import init_uwsgi
-from tests.bank import Bank, make_site
+from tests.bank import make_site
+from tests.domain import Bank
 
 CONSTRUCTED: list[int] = []
 KEPT: list[Any] = []
@@ -112,7 +113,7 @@ def unprotect() -> None:
     scope: Any = site.db.session.registry.scopefunc
     if isinstance(scope, ScopeInProcess):
         site.db.session.registry.scopefunc = scope._scope
-    request_started.disconnect(guard._begin_request, app)
+    request_started.disconnect(uncommitted._begin_request, app)
 
 
 if os.environ.get("UNPROTECTED"):

@@ -128,8 +128,8 @@ def assert_stored(place: Place, numbers: range) -> None:
     rows, deposits = expected_work(numbers)
     assert sorted(text for (text,) in place.query("SELECT text FROM note")) == sorted(rows)
     topics = Counter(str(topic) for (topic,) in place.query("SELECT topic FROM ledger_events"))
-    assert topics == {"tests.bank:Account.Created": len(rows), "tests.workers.queue_app:Clerk.Created": 5} | {
-        "tests.bank:Account.Deposited": deposits.total()
+    assert topics == {"tests.domain:Account.Created": len(rows), "tests.workers.queue_app:Clerk.Created": 5} | {
+        "tests.domain:Account.Deposited": deposits.total()
     }
     per_account = place.query(
         "SELECT count(*) FROM ledger_events GROUP BY originator_id HAVING count(*) > 1 ORDER BY count(*)"

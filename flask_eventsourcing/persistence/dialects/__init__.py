@@ -1,10 +1,14 @@
-"""One file a database: how events are appended in order, read, and waited for."""
+"""One file a database: how events are appended in order, read, and waited for, and which errors pass by themselves."""
 
 from __future__ import annotations
 
-from sqlalchemy.engine import Engine
+from typing import Any
 
-from ...exceptions import ConfigurationError
+import sqlalchemy as sa
+from eventsourcing import persistence
+from sqlalchemy.engine import URL, Engine
+
+from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError
 from .base import Dialect, DialectOptions
 from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
@@ -32,4 +36,73 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     return DIALECTS[name](engine, options)
 
 
-__all__ = ["DIALECTS", "Dialect", "DialectOptions", "dialect_for"]
+def column_type(use: str, general: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
+    """Return a column type that is the databases' own where the general one does not do.
+
+    :param use: the key in a dialect's ``column_types``.
+    """
+    for name, dialect in DIALECTS.items():
+        if use in dialect.column_types:
+            general = general.with_variant(dialect.column_types[use], name)
+    return general
+
+
+def table_options() -> dict[str, Any]:
+    """Return the keyword arguments of the ``Table`` of events, for all databases together."""
+    return {key: value for dialect in DIALECTS.values() for key, value in dialect.table_options.items()}
+
+
+def is_in_memory(url: URL) -> bool:
+    """Whether an address is that of a database in this process's memory."""
+    dialect = DIALECTS.get(url.get_backend_name())
+    return dialect is not None and dialect.is_in_memory(url)
+
+
+CONNECTION_LOST = "8s2b"
+"""SQLAlchemy's code of "can't reconnect until invalid transaction is rolled back"."""
+
+
+class PassingError(Exception):
+    """An error of this package after which the same may be tried again."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error passes by itself, so that the same is to be tried again, and nobody's statement is to blame."""
+    if isinstance(error, PassingError | sa.exc.TimeoutError | sa.exc.DisconnectionError):
+        return True
+    if isinstance(error, sa.exc.PendingRollbackError):
+        # Either after a lost connection, or after an error of a flush that a handler has ignored.
+        return error.code == CONNECTION_LOST
+    if isinstance(error, sa.exc.DBAPIError):
+        return _passes(error)
+    if isinstance(error, MissingTableError | AbortedTransactionError):
+        return False
+    # The recorders' own; a conflict of an event that a handler saves is none.
+    return isinstance(error, persistence.OperationalError | persistence.InterfaceError)
+
+
+def _passes(error: sa.exc.DBAPIError) -> bool:
+    if error.connection_invalidated or _passes_by_code(error.orig):
+        return True
+    # Without a statement, it is the connection that could not be made.
+    return error.statement is None and isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+
+
+def _passes_by_code(driver_error: BaseException | None) -> bool:
+    """Whether a driver's error is one after which the same may be tried again, as a lock that others have held."""
+    return driver_error is not None and any(
+        dialect.passes(driver_error) or dialect.is_serialization_failure(driver_error) for dialect in DIALECTS.values()
+    )
+
+
+__all__ = [
+    "DIALECTS",
+    "Dialect",
+    "DialectOptions",
+    "PassingError",
+    "column_type",
+    "dialect_for",
+    "is_in_memory",
+    "is_outage",
+    "table_options",
+]

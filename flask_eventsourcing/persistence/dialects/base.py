@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -15,8 +17,9 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
-from .driver import Driver, notification, stored_event
-from .waiting import Waiter
+from ..subscriptions import Waiter
+from .driver import EVENT_COLUMNS, OF_AGGREGATE, POSITION, Driver, EventTable, Processor, notification, stored_event
+from .runner_locks import Lease, RunnerLock
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,31 @@ class DialectOptions:
     """What the configuration says about databases; ``lock_timeout`` in seconds."""
 
     lock_timeout: float = 30.0
-    postgres_order: PostgresOrder = "floor"
+    postgres_order: PostgresOrder = "advisory-lock"
     postgres_notify: bool = True
     sqlite_wal: bool = True
 
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-SETTLED_FOR = 1.0
-"""Seconds for which a settled position is remembered. Settled is for ever, unless somebody makes the table anew."""
+MARK_HOLDS_FOR = 1.0
+"""Seconds for which a high-water mark is remembered. It holds for ever, unless somebody makes the table again."""
+
+
+IDENTITY = "__log__"
+"""The name under which the tracking table has the identity of the log."""
+
+
+def new_identity() -> dict[str, Any]:
+    """Return a row of a tracking table with the identity of a log that is new."""
+    return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
 
 class FrozenSnapshotError(Exception):
-    """The transaction's snapshot is from before the log's horizon: the log is to be read on another connection."""
+    """The transaction's snapshot is older than the high-water mark: the log is to be read on another connection."""
 
 
-class _Settled(NamedTuple):
+class _KnownMark(NamedTuple):
     position: int
     until: float
 
@@ -52,28 +64,22 @@ class _Page(NamedTuple):
     inclusive_of_start: bool
 
 
-@dataclass(frozen=True)
-class EventTable:
-    """A table of events or snapshots as the statements need it."""
-
-    table: sa.Table
-    name: str
-    """Quoted, and qualified by the schema if there is one."""
-    text_ids: bool
-    counter: str | None = None
-    """The quoted name of the tracking table, where a database counts positions in it."""
-    statements: dict[str, str] = field(default_factory=dict, compare=False)
-    """Statements by their use, filled by the dialect as they are needed."""
-
-
 class Dialect(Driver, ABC):
     """How one database appends events in order and reads them."""
 
-    aborts_transactions = False
+    title: ClassVar[str] = ""
+    """What messages call the database."""
+    column_types: ClassVar[Mapping[str, Any]] = {}
+    """Column types of this database, by their use, where the general ones of ``persistence.tables`` do not do."""
+    table_options: ClassVar[Mapping[str, Any]] = {}
+    """Keyword arguments of the events' ``Table``."""
+    has_schemas: ClassVar[bool] = True
+    """Whether tables can be put into a schema."""
+    aborts_transactions: ClassVar[bool] = False
     """Whether an error makes the database refuse all but a rollback."""
     appends_in_autocommit = False
     """Whether one append is one statement, so that it needs no transaction around it."""
-    reads_in_autocommit = False
+    reads_in_autocommit: ClassVar[bool] = False
     """Whether reads outside a session are to run without a transaction."""
     rows_at_once = 1
     """The rows of one statement of :meth:`insert_rows`."""
@@ -81,7 +87,12 @@ class Dialect(Driver, ABC):
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine)
         self.options = options
-        self._settled: dict[str, _Settled] = {}
+        self._marks: dict[str, _KnownMark] = {}
+
+    @classmethod
+    def is_in_memory(cls, url: sa.URL) -> bool:
+        """Whether an address is that of a database in this process's memory."""
+        return False
 
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine; that of ``execution_options()`` has what its parent has."""
@@ -99,21 +110,24 @@ class Dialect(Driver, ABC):
     def event_table(self, table: sa.Table, tracking_table: sa.Table | None = None) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
-        text = isinstance(table.c.originator_id.type, sa.String)
-        counter = None if tracking_table is None else quoted(tracking_table)
-        return EventTable(table, quoted(table), text, counter)
+        columns = [table.c[name] for name in EVENT_COLUMNS]
+        found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
+        id_class: type[UUID] | type[str] = str if isinstance(columns[0].type, sa.String) else UUID
+        decode = columns[0].type.dialect_impl(self.engine.dialect).result_processor(self.engine.dialect, None)
+        return EventTable(
+            table,
+            quoted(table),
+            id_class,
+            tuple((number, bind) for number, bind in found if bind is not None),
+            decode or id_class,
+            None if tracking_table is None else quoted(tracking_table),
+        )
 
-    def encode_id(self, originator_id: UUID | str) -> Any:
-        """Return an id as the driver takes it."""
-        return originator_id.hex if isinstance(originator_id, UUID) else originator_id
-
-    def id_decoder(self, table: EventTable) -> Callable[[Any], UUID | str]:
-        """Return the function that makes an id from a column's value."""
-        return str if table.text_ids else UUID
-
-    def parameters(self, event: StoredEvent) -> tuple[Any, ...]:
-        """Return the four parameters of one event."""
-        return (self.encode_id(event.originator_id), event.originator_version, event.topic, event.state)
+    def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
+        dialect = self.engine.dialect
+        implementation = column.type.dialect_impl(dialect)
+        # Every driver takes ``bytes`` as they are.
+        return None if isinstance(implementation, sa.LargeBinary) else implementation.bind_processor(dialect)
 
     @abstractmethod
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
@@ -121,7 +135,7 @@ class Dialect(Driver, ABC):
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
-        self.modify_many(connection, self.insert_statement(table), [self.parameters(event) for event in events])
+        self.modify_many(connection, self.insert_statement(table), [table.row(event) for event in events])
 
     def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
         """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
@@ -150,8 +164,8 @@ class Dialect(Driver, ABC):
         """The statement that inserts one event."""
         statement = table.statements.get("insert")
         if statement is None:
-            marks = ", ".join([self.mark] * 4)
-            statement = f"INSERT INTO {table.name} (originator_id, originator_version, topic, state) VALUES ({marks})"
+            marks = ", ".join([self.mark] * len(EVENT_COLUMNS))
+            statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
             table.statements["insert"] = statement
         return statement
 
@@ -167,8 +181,8 @@ class Dialect(Driver, ABC):
         limit: int | None = None,
     ) -> list[StoredEvent]:
         """Read the events of one aggregate."""
-        statement = f"SELECT originator_version, topic, state FROM {table.name} WHERE originator_id = {self.mark}"
-        parameters: list[Any] = [self.encode_id(originator_id)]
+        statement = f"SELECT {OF_AGGREGATE} FROM {table.name} WHERE originator_id = {self.mark}"
+        parameters: list[Any] = [table.encode_id(originator_id)]
         if gt is not None:
             statement += f" AND originator_version > {self.mark}"
             parameters.append(gt)
@@ -179,12 +193,12 @@ class Dialect(Driver, ABC):
         if limit is not None:
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
-        if isinstance(originator_id, str) and not table.text_ids:
+        if isinstance(originator_id, str) and table.id_class is UUID:
             originator_id = UUID(originator_id)
         rows = self.fetch(connection, statement, parameters)
         return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
 
-    def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
+    def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the position up to which no event can appear any more, or None where that is all of them.
 
         With *joined*, the transaction's own events do not count.
@@ -203,55 +217,54 @@ class Dialect(Driver, ABC):
         inclusive_of_start: bool = True,
         joined: bool = False,
     ) -> list[Notification]:
-        """Read the log by position, up to the settled position."""
+        """Read the log by position, up to the high-water mark."""
         page = _Page(start, limit, stop, topics, inclusive_of_start)
         if not joined:
-            # While catching up, a full page below a position that was settled a moment ago needs no look at the locks.
-            settled = self._settled.get(table.name)
-            if settled is not None and settled.until > time.monotonic():
-                found = self._select_page(connection, table, page, settled.position)
+            # While catching up, a full page below a mark that was found a moment ago needs no look at the locks.
+            known = self._marks.get(table.name)
+            if known is not None and known.until > time.monotonic():
+                found = self._select_page(connection, table, page, known.position)
                 if len(found) == limit:
                     return found
-        position = self.settled_position(connection, table, joined=joined)
-        if position is not None and not joined:
-            self._settled[table.name] = _Settled(position, time.monotonic() + SETTLED_FOR)
-        return self._select_page(connection, table, page, position)
+        mark = self.high_water_mark(connection, table, joined=joined)
+        if mark is not None and not joined:
+            self._marks[table.name] = _KnownMark(mark, time.monotonic() + MARK_HOLDS_FOR)
+        return self._select_page(connection, table, page, mark)
 
     def _select_page(
-        self, connection: Connection, table: EventTable, page: _Page, settled: int | None
+        self, connection: Connection, table: EventTable, page: _Page, mark: int | None
     ) -> list[Notification]:
-        stop = page.stop if settled is None else settled if page.stop is None else min(page.stop, settled)
+        stop = page.stop if mark is None else mark if page.stop is None else min(page.stop, mark)
         conditions: list[str] = []
         parameters: list[Any] = []
         if page.start is not None:
-            conditions.append(f"notification_id {'>=' if page.inclusive_of_start else '>'} {self.mark}")
+            conditions.append(f"{POSITION} {'>=' if page.inclusive_of_start else '>'} {self.mark}")
             parameters.append(page.start)
         if stop is not None:
-            conditions.append(f"notification_id <= {self.mark}")
+            conditions.append(f"{POSITION} <= {self.mark}")
             parameters.append(stop)
         if page.topics:
             conditions.append(f"topic IN ({', '.join([self.mark] * len(page.topics))})")
             parameters.extend(page.topics)
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
         statement = (
-            "SELECT notification_id, originator_id, originator_version, topic, state "
-            f"FROM {table.name}{where} ORDER BY notification_id LIMIT {self.mark}"
+            f"SELECT {POSITION}, {', '.join(EVENT_COLUMNS)} "
+            f"FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         )
         rows = self.fetch(connection, statement, [*parameters, page.limit])
-        decode = self.id_decoder(table)
-        return [
-            notification(position, decode(originator_id), version, topic, state)
-            for position, originator_id, version, topic, state in rows
-        ]
+        decode = table.id_decoder(rows, 1)
+        if decode is None:
+            return [notification(*row) for row in rows]
+        return [notification(row[0], decode(row[1]), *row[2:]) for row in rows]
 
-    def max_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
-        """Return the last settled position of the log, or None for an empty log."""
-        settled = self.settled_position(connection, table, joined=joined)
-        statement = f"SELECT max(notification_id) FROM {table.name}"
+    def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
+        """Return the position of the last event up to the high-water mark, or None for an empty log."""
+        mark = self.high_water_mark(connection, table, joined=joined)
+        statement = f"SELECT max({POSITION}) FROM {table.name}"
         parameters: list[Any] = []
-        if settled is not None:
-            statement += f" WHERE notification_id <= {self.mark}"
-            parameters = [settled]
+        if mark is not None:
+            statement += f" WHERE {POSITION} <= {self.mark}"
+            parameters = [mark]
         position: int | None = self.fetch(connection, statement, parameters)[0][0]
         return position
 
@@ -278,8 +291,24 @@ class Dialect(Driver, ABC):
         position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
         return position
 
+    def log_identity(self, connection: Connection, tracking_table: sa.Table) -> int:
+        """Return the number that tells a log from every other; a log whose tables have none yet gets one."""
+        known = self.max_tracking_id(connection, tracking_table, IDENTITY)
+        if known is not None:
+            return known
+        with suppress(sa.exc.IntegrityError), connection.begin_nested():
+            connection.execute(sa.insert(tracking_table).values(new_identity()))
+        made: int = connection.scalars(
+            sa.select(tracking_table.c[POSITION]).where(tracking_table.c.application_name == IDENTITY)
+        ).one()
+        return made
+
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for news of a log; here it polls."""
+        return Waiter()
+
+    def listen(self, channel: str) -> Waiter:
+        """Return what waits for a notification on a channel; here it polls."""
         return Waiter()
 
     @abstractmethod
@@ -299,3 +328,71 @@ class Dialect(Driver, ABC):
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False
+
+    # ------------------------------------------------------------------------------------- what projections need
+
+    """The type of a column of times, where ``DateTime`` has whole seconds only."""
+    batch_seconds = 0.5
+    """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
+    longest_name = 63
+    """The most characters of a table's name."""
+    swaps_in_transaction = True
+    """Whether tables change their names in a transaction that does other things too."""
+    refuses_old_snapshot = False
+    """Whether a transaction that began before tables were swapped sees the new ones as they were at its beginning."""
+
+    @staticmethod
+    def passes(driver_error: BaseException) -> bool:
+        """Whether a driver's error is one after which the same may be tried again."""
+        return False
+
+    def runner_lock(self, name: str) -> RunnerLock:
+        """Return the lock that lets one process run a projection; here there is none but the lease."""
+        return Lease(self.engine, name)
+
+    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
+        """Update rows of a table, tell those who wait for that, and return how many rows were changed."""
+        return connection.execute(change).rowcount
+
+    def update_waiter(self, table: sa.Table) -> Waiter:
+        """Return what waits for updates of a table; here it polls."""
+        return Waiter()
+
+    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
+        """Limit how long DDL waits for those who use a table, to the end of the transaction or the connection."""
+
+    def qualified(self, table: sa.Table, name: str) -> str:
+        """Return the quoted name of what is in the schema of a table."""
+        quote = self.engine.dialect.identifier_preparer.quote
+        return f"{quote(table.schema)}.{quote(name)}" if table.schema else quote(name)
+
+    def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
+        """Name the indexes and constraints of a copy of a table after those of the original, with a suffix."""
+        # By their columns, as names may be made of the table's name.
+        originals = {(index.unique, *index.columns.keys()): index.name for index in table.indexes}
+        for index in shadow.indexes:
+            original = originals.get((index.unique, *index.columns.keys()), index.name)
+            index.name = sa.sql.quoted_name(self.shadow_index_name(str(original), suffix), None)
+        for constraint in shadow.constraints:
+            self.name_shadow_constraint(constraint, suffix)
+
+    def shadow_index_name(self, name: str, suffix: str) -> str:
+        """Return the name of an index of a shadow table; here they are unique in the schema."""
+        return f"{name}{suffix}"
+
+    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
+        """Name a constraint of a shadow table; here its name may be that of the original."""
+
+    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
+        """Give tables the suffix *old*, and those with the suffix *new* their names."""
+        for table in tables:
+            self._rename_table(connection, table, table.name, table.name + old)
+            self._rename_table(connection, table, table.name + new, table.name)
+            self.rename_parts(connection, table, new, old)
+
+    def _rename_table(self, connection: Connection, table: sa.Table, name: str, renamed: str) -> None:
+        quoted = self.engine.dialect.identifier_preparer.quote(renamed)
+        connection.exec_driver_sql(f"ALTER TABLE {self.qualified(table, name)} RENAME TO {quoted}")
+
+    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
+        """Give what belongs to swapped tables, and has not changed its name with them, the names to be expected."""

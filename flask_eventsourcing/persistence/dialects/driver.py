@@ -1,23 +1,89 @@
-"""The shortest way to the driver and back: raw rows, and events made of them without their constructors.
+"""The way to the driver and back: raw rows, events made of them without their constructors, and the library's errors.
 
-``Connection.exec_driver_sql`` is taken instead when someone watches: when statements are logged, or an engine has
-listeners, as those of Flask-SQLAlchemy's recording of queries or of an instrumentation.
+``Connection.exec_driver_sql`` is taken instead of the shortest way when someone watches: when statements are logged, or
+an engine has listeners, as those of Flask-SQLAlchemy's recording of queries or of an instrumentation.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
+import sqlalchemy as sa
+from eventsourcing import persistence
 from eventsourcing.persistence import Notification, StoredEvent
+from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
-from ..errors import translate_driver
+from ...exceptions import MissingTableError
 
 _logger = logging.getLogger("sqlalchemy.engine.Engine")
 _new = object.__new__
+
+POSITION = "notification_id"
+EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
+"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
+from these. The first is the aggregate's id."""
+OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
+"""Those that differ among the events of an aggregate."""
+
+Processor = Callable[[Any], Any]
+
+# The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
+_PEP_249 = (
+    "IntegrityError",
+    "DataError",
+    "OperationalError",
+    "InternalError",
+    "ProgrammingError",
+    "NotSupportedError",
+    "DatabaseError",
+    "InterfaceError",
+)
+
+
+_VALUES = attrgetter(*EVENT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """A table of events or snapshots as the statements need it."""
+
+    table: sa.Table
+    name: str
+    """Quoted, and qualified by the schema if there is one."""
+    id_class: type[UUID] | type[str]
+    binds: tuple[tuple[int, Processor], ...]
+    """What makes the driver's value of a column's, by the number of the column; none where nothing is to be done."""
+    decode_id: Processor
+    counter: str | None = None
+    """The quoted name of the tracking table, where a database counts positions in it."""
+    statements: dict[str, str] = field(default_factory=dict, compare=False)
+    """Statements by their use, filled by the dialect as they are needed."""
+
+    def row(self, event: StoredEvent) -> tuple[Any, ...]:
+        """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them."""
+        values: tuple[Any, ...] = _VALUES(event)
+        for number, bind in self.binds:
+            values = (*values[:number], bind(values[number]), *values[number + 1 :])
+        return values
+
+    def encode_id(self, originator_id: UUID | str) -> Any:
+        """Return an aggregate's id as the driver takes it."""
+        for number, bind in self.binds:
+            if number == 0:
+                return bind(originator_id)
+        return originator_id
+
+    def id_decoder(self, rows: Sequence[Sequence[Any]], number: int) -> Processor | None:
+        """Return what makes the id of a driver's value, or None where the driver has made it already."""
+        return None if not rows or type(rows[0][number]) is self.id_class else self.decode_id
 
 
 class Modified(NamedTuple):
@@ -28,17 +94,26 @@ class Modified(NamedTuple):
 
 
 class Driver:
-    """Runs statements on the driver's connection of a SQLAlchemy connection."""
+    """Runs statements on the driver's connection of a SQLAlchemy connection, and tells its errors apart."""
 
-    mark = "%s"
+    mark: ClassVar[str] = "%s"
     """The driver's parameter placeholder."""
-    own_listeners = (0, 0)
+    serialization_failures: ClassVar[frozenset[object]] = frozenset()
+    """The server's codes that mean: another transaction was first, the whole transaction may be tried again."""
+    duplicates: ClassVar[frozenset[object]] = frozenset()
+    """The server's codes that mean: there is a row with this key."""
+    missing_table: ClassVar[re.Pattern[str] | None] = None
+    """What the server says of a table that is not there, with the table's name as the group ``name``."""
+    own_listeners: tuple[int, int] = (0, 0)
     """How many listeners of ours the engine has before and after each statement."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         dbapi: Any = engine.dialect.dbapi
         self.driver_error: type[Exception] = dbapi.Error
+        self.translated = Translated(self)
+
+    # ------------------------------------------------------------------------------------------------- statements
 
     def before(self, connection: Connection, statement: str) -> None:
         """Called before a statement that goes the shorter way."""
@@ -115,7 +190,83 @@ class Driver:
         lost: Any = self.engine.dialect.is_disconnect
         if lost(error, dbapi_connection, cursor):
             connection.invalidate(error)
-        return translate_driver(error, self.engine.dialect.dbapi)
+        return self.translate_driver(error)
+
+    # ------------------------------------------------------------------------------------------------- errors
+
+    @classmethod
+    def code(cls, driver_error: Any) -> object:
+        """Return the server's code of a driver's exception, or None."""
+        return None
+
+    @classmethod
+    def is_serialization_failure(cls, driver_error: Any) -> bool:
+        """Whether a driver's exception means that the whole transaction may be tried again."""
+        return cls.code(driver_error) in cls.serialization_failures
+
+    def translate(self, error: exc.SQLAlchemyError) -> persistence.PersistenceError:
+        """Return the library's exception for one of SQLAlchemy's."""
+        driver_error: Any = getattr(error, "orig", None)
+        text = str(driver_error if driver_error is not None else error).strip()
+        special = self._special(driver_error, text)
+        if special is not None:
+            return special
+        if isinstance(error, exc.TimeoutError | exc.PendingRollbackError):
+            # Of SQLAlchemy's own: the pool is exhausted, or the session waits for a rollback.
+            return persistence.OperationalError(text)
+        return _counterpart(error, exc, text)
+
+    def translate_driver(self, error: Exception) -> persistence.PersistenceError:
+        """Return the library's exception for one of the driver's, by the classes of PEP 249."""
+        text = str(error).strip()
+        return self._special(error, text) or _counterpart(error, self.engine.dialect.dbapi, text)
+
+    def _special(self, driver_error: Any, text: str) -> persistence.PersistenceError | None:
+        missing = None if self.missing_table is None else self.missing_table.search(text)
+        if missing:
+            return MissingTableError(
+                f"Table {missing['name']!r} does not exist: run 'flask eventsourcing init-db', "
+                "db.create_all() or your migrations."
+            )
+        code = self.code(driver_error)
+        if code in self.serialization_failures or code in self.duplicates:
+            return persistence.IntegrityError(f"Another writer was first: {text}")
+        return None
+
+
+def _counterpart(error: Exception, module: Any, text: str) -> persistence.PersistenceError:
+    """Return the library's exception of the same name as the class of PEP 249, in *module*, that an error is of."""
+    for name in _PEP_249:
+        if isinstance(error, getattr(module, name)):
+            theirs: type[persistence.PersistenceError] = getattr(persistence, name)
+            return theirs(text)
+    return persistence.PersistenceError(text)
+
+
+class Translated:
+    """Context manager within which SQLAlchemy's exceptions, and the driver's, become the library's.
+
+    SQLAlchemy lets the driver's through when it resets a connection.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.check(error)
+
+    def check(self, error: BaseException) -> None:
+        """Raise the library's exception for an error that is SQLAlchemy's or the driver's."""
+        if isinstance(error, exc.SQLAlchemyError):
+            raise self._driver.translate(error) from error
+        if isinstance(error, self._driver.driver_error):
+            raise self._driver.translate_driver(error) from error
 
 
 def stored_event(originator_id: UUID | str, version: int, topic: str, state: Any) -> StoredEvent:

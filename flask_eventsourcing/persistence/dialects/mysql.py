@@ -10,32 +10,57 @@ told to try again.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import weakref
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, StoredEvent, Tracking
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
-from ..errors import is_serialization_failure
-from .base import Dialect, DialectOptions, EventTable
+from .base import Dialect, DialectOptions
+from .driver import EVENT_COLUMNS, POSITION, EventTable
+from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
+# The default collations take "Ada" for "ada", and some "é" for "e".
+EXACT = "utf8mb4_bin"
 ORDER = "__order__"
 LOCK_WAIT_TIMEOUT = 1205
 DEADLOCK = 1213
 ABORTED = "flask_eventsourcing.aborted"
+_COLUMNS = ", ".join(EVENT_COLUMNS)
 
 
 class MySQLDialect(Dialect):
     """Order by one counting row for each log."""
 
+    # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1062 a duplicate.
+    serialization_failures = frozenset({DEADLOCK})
+    duplicates = frozenset({1062})
+    title = "MySQL"
+    missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
+    column_types: ClassVar[dict[str, Any]] = {
+        "text id": mysql.VARCHAR(255, collation=EXACT),
+        "topic": mysql.TEXT(collation=EXACT),
+        "state": mysql.LONGBLOB(),
+        "correlation": mysql.VARCHAR(128, collation=EXACT),
+        "time": mysql.DATETIME(fsp=6),
+    }
     aborts_transactions = True
     reads_in_autocommit = True
     rows_at_once = 500
+
+    @classmethod
+    def code(cls, driver_error: Any) -> object:
+        """Return the server's number; the SQLSTATE beside it tells less, 23000 for a duplicate."""
+        arguments = getattr(driver_error, "args", None) or (None,)
+        return arguments[0] if isinstance(arguments[0], int) else None
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
@@ -58,14 +83,14 @@ class MySQLDialect(Dialect):
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
         last = self._draw(connection, table, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
-        rows = [(position, *self.parameters(event)) for position, event in zip(positions, events, strict=True)]
-        statement = f"INSERT INTO {table.name} (notification_id, {_COLUMNS}) VALUES (%s, %s, %s, %s, %s)"
-        self.insert_rows(connection, statement, rows)
+        rows = [(position, *table.row(event)) for position, event in zip(positions, events, strict=True)]
+        marks = ", ".join(["%s"] * len(rows[0]))
+        self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
         return positions
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
-        self.insert_rows(connection, self.insert_statement(table), [self.parameters(event) for event in events])
+        self.insert_rows(connection, self.insert_statement(table), [table.row(event) for event in events])
 
     def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
         counter = self._counter(table)
@@ -130,7 +155,7 @@ class MySQLDialect(Dialect):
         statement = (
             f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
         )
-        self.fetch(connection, statement, (self.encode_id(originator_id),))
+        self.fetch(connection, statement, (table.encode_id(originator_id),))
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""
@@ -149,12 +174,49 @@ class MySQLDialect(Dialect):
     def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
         """Return the error to raise, and remember when it has ended the whole transaction."""
         _note_failure(connection, error)
-        if _number(error) == LOCK_WAIT_TIMEOUT:
+        if self.code(error) == LOCK_WAIT_TIMEOUT:
             return WriteTimeoutError(
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
                 "raise EVENTSOURCING_LOCK_TIMEOUT."
             )
         return super().failed(connection, error, cursor)
+
+    # ------------------------------------------------------------------------------------- what projections need
+
+    # Its own has whole seconds, of which a lease has too few.
+    swaps_in_transaction = False
+    refuses_old_snapshot = True
+
+    @staticmethod
+    def passes(driver_error: BaseException) -> bool:
+        """Whether a lock was not to be had in time."""
+        return MySQLDialect.code(driver_error) == LOCK_WAIT_TIMEOUT
+
+    def runner_lock(self, name: str) -> RunnerLock:
+        """Return a lock of the server's by a name."""
+        return NamedLock(self.engine, name)
+
+    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
+        """Limit the waiting to the end of the connection."""
+        connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {seconds}")
+
+    def shadow_index_name(self, name: str, suffix: str) -> str:
+        """Leave the name as it is: it is unique within the table."""
+        return name
+
+    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
+        """Take the names of checks away: they are unique in the schema."""
+        if isinstance(constraint, sa.CheckConstraint):
+            constraint.name = None
+
+    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
+        """Rename all tables in one statement, which commits."""
+        renames = [
+            f"{self.qualified(table, table.name)} TO {self.qualified(table, table.name + old)}, "
+            f"{self.qualified(table, table.name + new)} TO {self.qualified(table, table.name)}"
+            for table in tables
+        ]
+        connection.exec_driver_sql("RENAME TABLE " + ", ".join(renames))
 
 
 def _after_error(context: Any) -> None:
@@ -162,16 +224,12 @@ def _after_error(context: Any) -> None:
         _note_failure(context.connection, context.original_exception)
 
 
-def _number(error: BaseException) -> Any:
-    return error.args[0] if error.args else None
-
-
 def _note_failure(connection: Connection, error: BaseException) -> None:
     """Remember when an error has ended the whole transaction: a caught one must not lead to half a commit."""
     transaction = connection.get_transaction()
     if transaction is None:
         return
-    number = _number(error)
+    number = MySQLDialect.code(error)
     if number == DEADLOCK or (number == LOCK_WAIT_TIMEOUT and _rolls_back_on_timeout(connection)):
         connection.info[ABORTED] = weakref.ref(transaction)
 
@@ -197,11 +255,21 @@ def _tolerate_rolled_back(engine: Engine) -> None:
         try:
             rollback(driver_connection)
         except engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
-            if not is_serialization_failure(error):
+            if not MySQLDialect.is_serialization_failure(error):
                 raise
             rollback(driver_connection)
 
     engine.dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
 
 
-_COLUMNS = "originator_id, originator_version, topic, state"
+class NamedLock(SessionLock):
+    """``GET_LOCK``, whose names are the whole server's and have at most 64 characters."""
+
+    take = "SELECT GET_LOCK(:name, 0) = 1"
+    give = "SELECT RELEASE_LOCK(:name)"
+    look = "SELECT IS_USED_LOCK(:name) IS NOT NULL"
+
+    def parameters(self) -> dict[str, Any]:
+        """The name is a hash that has the database in it."""
+        unique = f"{self.engine.url.database}/{self.name}"
+        return {"name": f"{NAMESPACE}:{hashlib.sha1(unique.encode(), usedforsecurity=False).hexdigest()}"}

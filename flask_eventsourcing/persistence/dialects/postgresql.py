@@ -1,4 +1,4 @@
-"""PostgreSQL: writers never wait for each other, readers stop at the horizon.
+"""PostgreSQL: writers never wait for each other, readers stop at the high-water mark.
 
 A position is drawn from the sequence before the transaction commits, so a reader could pass over a position that is
 committed later. To prevent that, each writer publishes a *floor*, in a shared advisory lock that lasts to the end
@@ -8,19 +8,24 @@ the argument.
 
 from __future__ import annotations
 
+import re
+import select
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 from uuid import UUID
 
+import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, StandbyError, UnsafeSequenceError
-from .base import Dialect, DialectOptions, EventTable, FrozenSnapshotError
-from .waiting import ListenWaiter, Waiter
+from ..subscriptions import ListenWaiter, Waiter
+from .base import Dialect, DialectOptions, FrozenSnapshotError
+from .driver import EVENT_COLUMNS, POSITION, EventTable
+from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
-FLOOR_BITS = 48
 INERROR = 3
 """``PQTRANS_INERROR`` of libpq: the transaction failed and a commit would be a rollback."""
 BLOCK_TRIES = 20
@@ -40,9 +45,9 @@ WITH floor AS MATERIALIZED (
 _APPEND_ONE = (
     _HELD
     + """
-INSERT INTO {table} (notification_id, originator_id, originator_version, topic, state)
-SELECT nextval({regclass}), %s::{id_type}, %s, %s, %s FROM held{notify}
-RETURNING notification_id, (SELECT position FROM held)"""
+INSERT INTO {table} ({position}, {columns})
+SELECT nextval({regclass}), {values} FROM held{notify}
+RETURNING {position}, (SELECT position FROM held)"""
 )
 
 # The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
@@ -54,17 +59,16 @@ _APPEND_BLOCK = (
 ), block AS MATERIALIZED (
     SELECT ids[1] AS first FROM drawn WHERE ids[array_length(ids, 1)] - ids[1] = array_length(ids, 1) - 1
 ), inserted AS (
-    INSERT INTO {table} (notification_id, originator_id, originator_version, topic, state)
-    SELECT block.first + e.place - 1, e.originator_id, e.originator_version, e.topic, e.state
-    FROM block, unnest(%s::{id_type}[], %s::bigint[], %s::text[], %s::bytea[])
-         WITH ORDINALITY AS e (originator_id, originator_version, topic, state, place)
+    INSERT INTO {table} ({position}, {columns})
+    SELECT block.first + e.place - 1, {columns}
+    FROM block, unnest({arrays}) WITH ORDINALITY AS e ({columns}, place)
 )
 SELECT (SELECT first FROM block), position FROM held"""
 )
 
 # The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
 # slips in between the two draws ids above ``high``.
-_HORIZON = """
+_HIGH_WATER_MARK = """
 WITH high AS MATERIALIZED (
     SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END AS position,
            tableoid::bigint & 65535 AS key
@@ -82,28 +86,31 @@ FROM high"""
 
 _SEQUENCE = """
 SELECT found.name, s.seqcache, s.seqincrement, s.seqcycle
-FROM (SELECT pg_get_serial_sequence(%s, 'notification_id') AS name) AS found
+FROM (SELECT pg_get_serial_sequence(%s, %s) AS name) AS found
 LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass"""
 
 
 class PostgreSQLDialect(Dialect):
     """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
 
+    # serialization_failure, deadlock_detected; unique_violation.
+    serialization_failures = frozenset({"40001", "40P01"})
+    duplicates = frozenset({"23505"})
+    title = "PostgreSQL"
+    missing_table = re.compile(r"relation \"(?P<name>[^\"]+)\" does not exist")
+    column_types: ClassVar[dict[str, Any]] = {"text id": sa.Text(), "metadata": postgresql.JSONB()}
     aborts_transactions = True
     reads_in_autocommit = True
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         # The table's lock needs a transaction.
-        self.appends_in_autocommit = options.postgres_order == "floor"
+        self.appends_in_autocommit = options.postgres_order == "advisory-lock"
 
-    def encode_id(self, originator_id: UUID | str) -> Any:
-        """Ids go as text, which every driver takes; the statement casts them."""
-        return str(originator_id)
-
-    def id_decoder(self, table: EventTable) -> Callable[[Any], UUID | str]:
-        """The drivers make ``UUID`` objects themselves, unless they are configured otherwise."""
-        return str if table.text_ids else _as_uuid
+    @classmethod
+    def code(cls, driver_error: Any) -> object:
+        """Return the SQLSTATE, which the drivers call differently."""
+        return getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
 
     def open_cursor(self, driver_connection: Any) -> Any:
         """Open a cursor that, with psycopg 3, gets binary values: ``bytea`` as text is twice as long."""
@@ -118,9 +125,7 @@ class PostgreSQLDialect(Dialect):
         statement = self._statement(connection, table, "one" if len(events) == 1 else "block")
         floor = _Floor.of(connection, table.name)
         if len(events) == 1:
-            position, floor.position = self.fetch(connection, statement, (floor.position, *self.parameters(events[0])))[
-                0
-            ]
+            position, floor.position = self.fetch(connection, statement, (floor.position, *table.row(events[0])))[0]
             return [position]
         first = self._append_block(connection, table, statement, events, floor)
         return list(range(first, first + len(events)))
@@ -128,7 +133,7 @@ class PostgreSQLDialect(Dialect):
     def _append_block(
         self, connection: Connection, table: EventTable, statement: str, events: Sequence[StoredEvent], floor: _Floor
     ) -> int:
-        columns = [list(column) for column in zip(*(self.parameters(event) for event in events), strict=True)]
+        columns = [list(column) for column in zip(*(table.row(event) for event in events), strict=True)]
         autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
         tries = BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES
         for _ in range(tries):
@@ -158,26 +163,30 @@ class PostgreSQLDialect(Dialect):
         statement = table.statements.get(use)
         if statement is None:
             sequence, regclass = self._sequence(connection, table)
+            kinds = [table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS]
             names = {
                 "table": table.name,
+                "position": POSITION,
+                "columns": ", ".join(EVENT_COLUMNS),
+                "values": ", ".join(f"%s::{kind}" for kind in kinds),
+                "arrays": ", ".join(f"%s::{kind}[]" for kind in kinds),
                 "sequence": sequence,
                 "regclass": regclass,
-                "id_type": "text" if table.text_ids else "uuid",
                 "notify": self._notify(table),
             }
             own = "AND l.pid IS DISTINCT FROM pg_backend_pid()"
             table.statements["one"] = _APPEND_ONE.format(**names)
             table.statements["block"] = _APPEND_BLOCK.format(**names)
-            table.statements["horizon"] = _HORIZON.format(own="", **names)
-            table.statements["joined horizon"] = _HORIZON.format(own=own, **names)
+            table.statements["mark"] = _HIGH_WATER_MARK.format(own="", **names)
+            table.statements["joined mark"] = _HIGH_WATER_MARK.format(own=own, **names)
             statement = table.statements[use]
         return statement
 
     def _sequence(self, connection: Connection, table: EventTable) -> tuple[str, str]:
-        name, cache, increment, cycle = self.fetch(connection, _SEQUENCE, (table.name,))[0]
+        name, cache, increment, cycle = self.fetch(connection, _SEQUENCE, (table.name, POSITION))[0]
         if name is None:
             raise MissingTableError(
-                f"Column notification_id of table {table.name} has no sequence: make it a bigserial or identity column."
+                f"Column {POSITION} of table {table.name} has no sequence: make it a bigserial or identity column."
             )
         if (cache, increment, cycle) != (1, 1, False):
             # Each connection would draw a range of positions in advance, below what others have committed by then.
@@ -193,16 +202,20 @@ class PostgreSQLDialect(Dialect):
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""
-        return ListenWaiter(self.engine, _channel(table)) if self.options.postgres_notify else Waiter()
+        return self.listen(_channel(table)) if self.options.postgres_notify else Waiter()
 
-    def settled_position(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
-        """Return the horizon: no writer in progress can commit a position at or below it.
+    def listen(self, channel: str) -> Waiter:
+        """Return what waits for ``NOTIFY`` on a channel."""
+        return ListenWaiter(self.engine, channel, _receive if self.engine.driver == "psycopg" else _poll)
+
+    def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
+        """Return the high-water mark: no writer in progress can commit a position at or below it.
 
         :raises StandbyError: on a standby, which has no locks of the writers.
         """
         if self.options.postgres_order == "table-lock":
             return None
-        statement = self._statement(connection, table, "joined horizon" if joined else "horizon")
+        statement = self._statement(connection, table, "joined mark" if joined else "mark")
         position, isolation, standby = self.fetch(connection, statement)[0]
         if standby:
             raise StandbyError
@@ -224,13 +237,67 @@ class PostgreSQLDialect(Dialect):
         status = getattr(info, "transaction_status", None)
         return status is not None and int(status) == INERROR
 
+    # ------------------------------------------------------------------------------------- what projections need
+
+    @staticmethod
+    def passes(driver_error: BaseException) -> bool:
+        """Whether a lock was not to be had in time."""
+        return PostgreSQLDialect.code(driver_error) == LOCK_NOT_AVAILABLE
+
+    def runner_lock(self, name: str) -> RunnerLock:
+        """Return an advisory lock."""
+        return AdvisoryLock(self.engine, name)
+
+    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
+        """Notify those who wait with the row itself, so that it costs no round trip."""
+        if not self.options.postgres_notify:
+            return super().update_and_notify(connection, table, change, message)
+        return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())
+
+    def update_waiter(self, table: sa.Table) -> Waiter:
+        """Return what waits for notifications, unless they are switched off."""
+        return self.listen(table.name) if self.options.postgres_notify else Waiter()
+
+    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
+        """Limit the waiting to the end of the transaction."""
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{seconds}s'")
+
+    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
+        """Give a key that has a name the suffix: it has an index of that name, and is renamed with it."""
+        is_key = isinstance(constraint, sa.PrimaryKeyConstraint | sa.UniqueConstraint)
+        if is_key and constraint.name is not None:
+            constraint.name = sa.sql.quoted_name(f"{constraint.name}{suffix}", None)
+
+    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
+        """Rename indexes and sequences, whose names are unique in the schema; constraints go with them."""
+        for name, renamed in (
+            (table.name + old, lambda part: f"{part[: self.longest_name - len(old)]}{old}"),
+            (table.name, lambda part: part.replace(new, "")),
+        ):
+            qualified = self.qualified(table, name)
+            for part, kind in connection.exec_driver_sql(_PARTS, (qualified, qualified)).all():
+                if renamed(part) != part:
+                    quoted = self.engine.dialect.identifier_preparer.quote(renamed(part))
+                    what = "SEQUENCE" if kind in ("S", b"S") else "INDEX"
+                    connection.exec_driver_sql(f"ALTER {what} {self.qualified(table, part)} RENAME TO {quoted}")
+
+
+def _receive(driver: Any, seconds: float) -> bool:
+    return any(True for _ in driver.notifies(timeout=seconds, stop_after=1))
+
+
+def _poll(driver: Any, seconds: float) -> bool:
+    readable, _, _ = select.select([driver], [], [], seconds)
+    if not readable:
+        return False
+    driver.poll()
+    heard = bool(driver.notifies)
+    driver.notifies.clear()
+    return heard
+
 
 def _channel(table: EventTable) -> str:
     return str(table.table.name)
-
-
-def _as_uuid(value: Any) -> UUID:
-    return value if type(value) is UUID else UUID(value)
 
 
 class _Floor:
@@ -254,3 +321,29 @@ class _Floor:
         if floor is None or floor.transaction() is not transaction:
             floor = floors[table_name] = cls(transaction)
         return floor
+
+
+LOCK_NOT_AVAILABLE = "55P03"
+
+_PARTS = """
+SELECT c.relname, c.relkind FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = %s::regclass
+UNION ALL
+SELECT c.relname, c.relkind FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S'
+WHERE d.refobjid = %s::regclass AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')"""
+
+
+class AdvisoryLock(SessionLock):
+    """An advisory lock of a connection, in the space of two 32-bit keys."""
+
+    take = "SELECT pg_try_advisory_lock(hashtext(:namespace), hashtext(:name))"
+    give = "SELECT pg_advisory_unlock_all()"
+    look = (
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+        "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
+        "AND objid::bigint = hashtext(:name)::bigint & 4294967295)"
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """The two keys are hashes, made by the server."""
+        return {"namespace": NAMESPACE, "name": self.name}

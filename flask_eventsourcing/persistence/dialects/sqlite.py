@@ -15,16 +15,17 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.schema import CreateIndex
 
 from ...exceptions import WriteTimeoutError
-from ..forks import in_memory
-from .base import Dialect, EventTable
+from .base import Dialect
+from .driver import EventTable
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
@@ -49,9 +50,24 @@ class SQLiteDialect(Dialect):
     """Order by SQLite's single writer; positions come from ``AUTOINCREMENT``."""
 
     mark = "?"
+    title = "SQLite"
+    missing_table = re.compile(r"no such table: (?P<name>\S+)")
+    column_types: ClassVar[dict[str, Any]] = {
+        "position": sa.Integer(),
+        # A BLOB, as the library's own module has it; JSON's storage class is TEXT.
+        "metadata": sa.LargeBinary(),
+    }
+    # Without AUTOINCREMENT, the position of a deleted last event is given to the next one.
+    table_options: ClassVar[dict[str, Any]] = {"sqlite_autoincrement": True}
+    has_schemas = False
     aborts_transactions = True
     # SQLite before 3.32 takes 999 parameters.
     rows_at_once = 200
+
+    @classmethod
+    def is_in_memory(cls, url: sa.URL) -> bool:
+        """Whether an address names no file."""
+        return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
     def before(self, connection: Connection, statement: str) -> None:
         """Acquire the write queue, as the engine's event does for other statements."""
@@ -65,7 +81,7 @@ class SQLiteDialect(Dialect):
     @cached_property
     def is_memory(self) -> bool:
         """Whether the database is in memory, so that all threads share one connection."""
-        return in_memory(self.engine.url)
+        return self.is_in_memory(self.engine.url)
 
     def prepare_engine(self) -> None:
         """Make the engine's connections queue, and switch the file to the journal mode WAL."""
@@ -105,13 +121,13 @@ class SQLiteDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        rows = [self.parameters(event) for event in events]
+        rows = [table.row(event) for event in events]
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
-        self.insert_rows(connection, self.insert_statement(table), [self.parameters(event) for event in events])
+        self.insert_rows(connection, self.insert_statement(table), [table.row(event) for event in events])
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Begin the write transaction now: it is the only queue that SQLite has."""
@@ -128,6 +144,25 @@ class SQLiteDialect(Dialect):
         """Return the error to raise, and remember when it has ended the whole transaction."""
         _after_failure(connection)
         return super().failed(connection, error, cursor)
+
+    # ------------------------------------------------------------------------------------- what projections need
+
+    # A batch keeps every other writer waiting.
+    batch_seconds = 0.1
+
+    @staticmethod
+    def passes(driver_error: BaseException) -> bool:
+        """Whether the database was locked by another process for too long."""
+        return "database is locked" in str(driver_error)
+
+    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
+        """Make the indexes again: they cannot be renamed, and their names are unique in the database."""
+        quote = self.engine.dialect.identifier_preparer.quote
+        for index in table.indexes:
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(str(index.name))}")
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(f'{index.name}{new}')}")
+            # The engine's dialect, as the connection's own may name the new table, which is the live one now.
+            connection.exec_driver_sql(str(CreateIndex(index).compile(dialect=self.engine.dialect)))
 
 
 def _replace_connections(engine: Engine, memory: bool) -> None:

@@ -1,0 +1,142 @@
+"""Every place where this package changes an object of another project, one function for each.
+
+Nothing else in the package sets an attribute of, or gives another class to, what belongs to somebody else. Each
+function says why there is no other way, and what would let it go. None of them imports what it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def pool_per_process(
+    pool: Any, connect: Callable[[], Any], dispose: Callable[[], None], recreate: Callable[[], Any]
+) -> None:
+    """Have a SQLAlchemy pool look at the process before it hands out, closes or remakes anything.
+
+    Its events come after it has taken its lock, which another thread may have held at the time of a fork. The pool is
+    made by ``create_engine()``, which the user or Flask-SQLAlchemy calls. It can go when SQLAlchemy's pools know forks
+    themselves; its documentation ("Using Connection Pools with Multiprocessing or os.fork()") leaves them to hooks that
+    uWSGI does not run.
+    """
+    # On the one pool, not on its class, which others use.
+    vars(pool).update(connect=connect, dispose=dispose, recreate=recreate)
+
+
+def engine_pool(engine: Any, pool: Any) -> None:
+    """Give an engine the pool of this process.
+
+    ``Engine.dispose(close=False)`` would ask the inherited pool to be made again. It can go together with
+    :func:`pool_per_process`.
+    """
+    engine.pool = pool
+
+
+def left_connection(record: Any, fairy: Any, substitute: Any) -> None:
+    """Part a pool's record from the connection that it inherited, and give who still holds that a substitute.
+
+    What is without a record is not given back to the pool, whose lock may be held for ever. The recipe is that of
+    SQLAlchemy's documentation for inherited connections, but for connections that are in use. It can go together with
+    :func:`pool_per_process`.
+    """
+    record.fairy_ref = record.dbapi_connection = None
+    if fairy is not None:
+        fairy.dbapi_connection, fairy._connection_record = substitute, None
+
+
+def dialect_rollback(dialect: Any, do_rollback: Callable[[Any], None]) -> None:
+    """Have a SQLAlchemy dialect roll back by another function.
+
+    A node of a cluster tells a client at its next statement, be it ROLLBACK, that another one has overtaken it, and
+    SQLAlchemy has no event that could take the error away. It can go when ``handle_error`` covers rollbacks.
+    """
+    dialect.do_rollback = do_rollback
+
+
+def connection_dialect(connection: Any, dialect: Any) -> None:
+    """Have one SQLAlchemy connection compile its statements with a dialect of its own.
+
+    ``schema_translate_map`` renames schemas, not tables. It can go when SQLAlchemy has such a map of tables.
+    """
+    connection.dialect = dialect
+
+
+def preparer_class(preparer: Any, preparer_class: type[Any]) -> None:
+    """Give a copy of a dialect's preparer of identifiers another class.
+
+    A dialect makes its preparer in its constructor, which connects the whole dialect anew. It can go together with
+    :func:`connection_dialect`.
+    """
+    preparer.__class__ = preparer_class
+
+
+def repository_class(repository: Any, repository_class: type[Any]) -> None:
+    """Let an application's repository be of a class of ours.
+
+    The library makes it in ``Application.__init__()`` and keeps it in a private attribute; to override
+    ``construct_repository()`` would take a subclass of the user's application. It can go when the library has a class
+    attribute for it, as it has for the notification log.
+    """
+    repository.__class__ = repository_class
+
+
+def repository_cache(repository: Any, cache: Any) -> None:
+    """Put a cache around that of an application's repository, for the same reason; it can go with the other."""
+    repository.cache = cache
+
+
+def session_scope(registry: Any, scope: Callable[[], Any]) -> None:
+    """Have Flask-SQLAlchemy's ``scoped_session`` tell processes apart.
+
+    An application context that was pushed before a fork is the same object in the child, and the session with it. The
+    scope is an argument of ``SQLAlchemy()``, which the user calls. It can go when Flask-SQLAlchemy's own scope has the
+    process id in it.
+    """
+    registry.scopefunc = scope
+
+
+def lite_get_session(extension: Any, get_session: Callable[..., Any]) -> None:
+    """Have Flask-SQLAlchemy-Lite tell processes apart, for the same reason.
+
+    It has no scope that could be given. It can go when the sessions that it keeps in ``flask.g`` have the process id.
+    """
+    extension.get_session = get_session
+
+
+def lite_sessions(context: Any, sessions: dict[str, Any]) -> None:
+    """Make sessions those of the current application context, where Flask-SQLAlchemy-Lite keeps them in ``flask.g``.
+
+    It has no other way to bring a session of one's own. It can go when it has.
+    """
+    context._sqlalchemy_sessions = sessions
+
+
+def task_registry_class(tasks: Any, registry_class: type[Any]) -> None:
+    """Give a Celery app's registry of tasks another class.
+
+    A base class for tasks would miss those that have another one, and Celery has no signal for a task that is
+    registered. It can go when it has.
+    """
+    tasks.__class__ = registry_class
+
+
+def task_attribute(task: Any, name: str, value: Any) -> None:
+    """Set what a Celery task runs, or mark a task or a request as one that has its unit of work.
+
+    Celery makes the task of the user's function, and its signals before and after a run cannot be around it. It can go
+    when there is a hook around ``Task.run()``.
+    """
+    setattr(task, name, value)
+
+
+def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
+    """Have an RQ job performed by another function, or by its own again.
+
+    RQ calls ``job.perform()`` within its time limit and before it stores the result, and has no hook there. It can go
+    when a worker has one.
+    """
+    if perform is None:
+        del vars(job)["perform"]
+    else:
+        vars(job)["perform"] = perform

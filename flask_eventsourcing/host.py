@@ -1,0 +1,276 @@
+"""What a framework gives to the applications, projections, commands and workers that run in it; and none at all.
+
+``Host`` is what the rest of the package asks for. Flask's is in ``web.sessions``. ``PlainHost`` is SQLAlchemy alone,
+for a script or a program without a framework.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import sqlalchemy as sa
+from eventsourcing.application import Application
+from eventsourcing.persistence import Notification
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+
+from .applications import construct
+from .exceptions import ConfigurationError, NotInitializedError
+from .lifecycle import ApplicationSlot
+from .models import Models
+from .persistence import Datastore, DialectOptions
+from .signals import events_recorded
+from .uow import Batch, SessionCommits, UnitOfWork, UnitRunner, Units
+
+R = TypeVar("R")
+A = TypeVar("A", bound=Application[Any])
+
+logger = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What a framework gives to the applications, projections, commands and workers that run in it."""
+
+    @property
+    def datastore(self) -> Datastore:
+        """The database of the events, the projections and their models."""
+
+    def context(self) -> AbstractContextManager[object]:
+        """What is around a piece of work that is not a request: an application context in Flask, nothing elsewhere."""
+
+    def unit(self) -> UnitOfWork | None:
+        """The unit of work to join now, made at the first call, or None where recorders commit on their own."""
+
+    def open_unit(self) -> UnitOfWork | None:
+        """The unit of work of the current session, if a recorder has joined it already."""
+
+    def unit_of(self, session: orm.Session) -> UnitOfWork:
+        """The unit of work of a session, made at the first call."""
+
+    def transaction(self, *, queueing: bool = False) -> AbstractContextManager[orm.Session]:
+        """A unit of work on the current session: commits on success, rolls back on error.
+
+        :param queueing: whether it can be run again, so that it queues for contended aggregates.
+        """
+
+    def retry(self, function: Callable[[], R], times: int) -> R:
+        """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most."""
+
+    def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
+        """Within it, the current session is one of its own, with *connection* in the place of the events' engine."""
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """The tables of one of the host's models."""
+
+
+def by_application(batches: Sequence[Batch]) -> dict[str, tuple[Notification, ...]]:
+    """Return the events of batches by the name of the application that recorded them, in the order of its log."""
+    names = dict.fromkeys(batch.application_name for batch in batches)
+    return {name: tuple(n for b in batches if b.application_name == name for n in b.notifications) for name in names}
+
+
+def send_recorded(sender: object, application: Any, notifications: Sequence[Notification]) -> None:
+    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed."""
+    for receiver in events_recorded.receivers_for(sender):
+        try:
+            receiver(sender, application=application, notifications=notifications)
+        except Exception:
+            # The caller of commit() must not take that for a failure.
+            logger.exception("A receiver of events_recorded failed.")
+
+
+class PlainHost:
+    """Applications on SQLAlchemy sessions, without a framework.
+
+    :param session: a ``scoped_session``, whose current session recorders always join; or a ``sessionmaker``, and then
+        they join the one that :meth:`transaction` opens, and commit on their own outside of it.
+    :param models: the record classes of each application class, as ``flask_eventsourcing.models.make_models`` makes
+        them.
+    :param options: what there is to say about the database.
+    :param env: what the library reads from the environment of an application.
+    :raises ConfigurationError: when the session has no engine, or its database is not supported.
+    """
+
+    def __init__(
+        self,
+        session: orm.scoped_session[Any] | orm.sessionmaker[Any],
+        models: Mapping[type[Application[Any]], Models],
+        *,
+        options: DialectOptions | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._factory = session
+        by_name = {application_class.name: each.tables for application_class, each in models.items()}
+        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
+        self._units = Units(plain, SessionCommits(), self._publish, {"clause": _events_table(models)})
+        self._runner = UnitRunner(self._required)
+        self._datastore = plain.joining(self.unit)
+        self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
+            application_class: ApplicationSlot(
+                partial(construct, application_class, self._datastore, dict(env or {}), self.unit)
+            )
+            for application_class in models
+        }
+        self._current: ContextVar[orm.Session | None] = ContextVar("current session", default=None)
+        plain.prepare()
+
+    # ------------------------------------------------------------------------------------------- applications
+
+    @property
+    def application(self) -> Application[Any]:
+        """The single application of this process, the first one where there are several."""
+        return next(iter(self._slots.values())).get()
+
+    def __getitem__(self, application_class: type[A]) -> A:
+        """Return the single instance of an application class in this process.
+
+        :raises ConfigurationError: when there are no models for the class.
+        """
+        if application_class not in self._slots:
+            names = ", ".join(cls.__qualname__ for cls in self._slots)
+            raise ConfigurationError(f"{application_class!r} has no models here (there are some for: {names}).")
+        return self._slots[application_class].get()  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Close the applications of this process; it may be called again."""
+        for slot in self._slots.values():
+            slot.close()
+
+    def _publish(self, batches: Sequence[Batch]) -> None:
+        if not events_recorded.receivers:
+            return
+        applications = {application_class.name: slot for application_class, slot in self._slots.items()}
+        for name, notifications in by_application(batches).items():
+            application = applications[name].get() if name in applications else None
+            send_recorded(application, application, notifications)
+
+    # ------------------------------------------------------------------------------------------- the host
+
+    @property
+    def datastore(self) -> Datastore:
+        """The database of the events."""
+        return self._datastore
+
+    def context(self) -> AbstractContextManager[object]:
+        """Nothing is around a piece of work."""
+        return nullcontext()
+
+    def unit(self) -> UnitOfWork | None:
+        """The unit of work to join now, or None where recorders commit on their own."""
+        session = self._joined()
+        return None if session is None else self._units.of(session)
+
+    def open_unit(self) -> UnitOfWork | None:
+        """The unit of work of the current session, if a recorder has joined it already."""
+        session = self._current.get()
+        if session is None and isinstance(self._factory, orm.scoped_session) and self._factory.registry.has():
+            session = self._factory()
+        return self._units.open(session)
+
+    def unit_of(self, session: orm.Session) -> UnitOfWork:
+        """The unit of work of a session."""
+        return self._units.of(session)
+
+    @contextmanager
+    def session(self) -> Iterator[orm.Session]:
+        """A session of the factory as the current one, which recorders join and the caller commits."""
+        maker: Any = self._factory
+        with self._made_current(maker() if isinstance(maker, orm.sessionmaker) else maker.session_factory()) as made:
+            yield made
+
+    @contextmanager
+    def transaction(self, *, queueing: bool = False) -> Iterator[orm.Session]:
+        """A unit of work: commits on success, rolls back on error; within another one it joins that.
+
+        :raises RollbackOnlyError: from the outermost, when an inner one had failed.
+        """
+        with self._open_session(), self._runner.transaction(queueing=queueing) as session:
+            yield session
+
+    def retry(self, function: Callable[[], R], times: int) -> R:
+        """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most."""
+        with self._open_session():
+            return self._runner.retry(function, times)
+
+    @contextmanager
+    def using(self, connection: Connection) -> Iterator[orm.Session]:
+        """Within it, the current session is one of its own on *connection*."""
+        factory = self._factory
+        maker: Any = factory.session_factory if isinstance(factory, orm.scoped_session) else factory
+        with self._made_current(redirected_session(maker, self._datastore.engine, connection)) as session:
+            self._units.of(session).bind_arguments = {"bind": connection}
+            yield session
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """The tables of a mapped class."""
+        return mapped_tables(model)
+
+    def _joined(self) -> orm.Session | None:
+        session = self._current.get()
+        if session is None and isinstance(self._factory, orm.scoped_session):
+            session = self._factory()
+        return session
+
+    def _required(self) -> UnitOfWork:
+        session = self._joined()
+        if session is None:
+            raise NotInitializedError("A unit of work needs a session: use 'with host.transaction():'.")
+        return self._units.of(session)
+
+    @contextmanager
+    def _open_session(self) -> Iterator[None]:
+        if self._joined() is not None:
+            yield
+            return
+        with self.session():
+            yield
+
+    @contextmanager
+    def _made_current(self, session: orm.Session) -> Iterator[orm.Session]:
+        token = self._current.set(session)
+        try:
+            with session:
+                yield session
+        finally:
+            self._current.reset(token)
+
+
+def redirected_session(factory: orm.sessionmaker[Any], engine: sa.Engine, connection: Connection) -> orm.Session:
+    """Make a session as a factory does, but for one engine, in whose place it uses a connection."""
+    kind: Any = factory.class_
+
+    class RedirectedSession(kind):  # type: ignore[misc]
+        def get_bind(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().get_bind(*args, **kwargs)
+            return connection if found is engine else found
+
+    made: orm.Session = RedirectedSession(**factory.kw)
+    return made
+
+
+def mapped_tables(model: Any) -> list[sa.Table]:
+    """Return the tables of a mapped class."""
+    return [table for table in sa.inspect(model).tables if isinstance(table, sa.Table)]
+
+
+def _events_table(models: Mapping[type[Application[Any]], Models]) -> sa.Table:
+    for each in models.values():
+        return each.tables["events"]
+    raise ConfigurationError("There is no application class: give the models of at least one.")
+
+
+def _engine_of(session: Any, models: Mapping[type[Application[Any]], Models]) -> sa.Engine:
+    """Return the engine that a session factory's sessions use for the events."""
+    factory: orm.sessionmaker[Any] = session.session_factory if isinstance(session, orm.scoped_session) else session
+    with factory() as made:
+        try:
+            bind = made.get_bind(clause=_events_table(models))
+        except sa.exc.UnboundExecutionError as error:
+            raise ConfigurationError(f"The session factory has no engine for the events: {error}") from error
+    engine: sa.Engine = bind.engine
+    return engine

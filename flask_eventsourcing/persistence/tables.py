@@ -1,0 +1,325 @@
+"""The tables of an application: mixins for record classes of your own, and the making of ours on a declarative base.
+
+The tables have the names and columns that the ``eventsourcing`` library's own modules give them, so that either can
+read what the other wrote; ``docs/models.md`` says what the further columns are for.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Dialect as SQLAlchemyDialect
+from sqlalchemy_utils import UUIDType as BaseUUIDType
+
+from ..config import OriginatorIdType
+from ..exceptions import ConfigurationError
+from .dialects import column_type, table_options
+from .dialects.base import new_identity
+from .dialects.driver import EVENT_COLUMNS, POSITION
+
+POSITION_TYPE = column_type("position", sa.BigInteger())
+STATE = column_type("state", sa.LargeBinary())
+TEXT_ID = column_type("text id", sa.String(255))
+TOPIC = column_type("topic", sa.Text())
+TIME = column_type("time", sa.DateTime())
+MOMENT = column_type("time", sa.DateTime(timezone=True))
+CORRELATION = column_type("correlation", sa.String(128))
+VERSION_KEY = ("originator_id", "originator_version")
+"""The columns that tell the events of an application from each other."""
+
+
+class UUIDType(BaseUUIDType):  # type: ignore[misc]  # untyped
+    """SQLAlchemy-Utils' type, native where the database has one and ``CHAR(32)`` elsewhere.
+
+    The base type's ``BINARY(16)`` can come back as ``NUMERIC(16)``, so that Alembic's comparison of types finds a
+    change every time; ``CHAR(32)`` comes back as it went. The hexadecimal text is also what the library itself stores.
+    """
+
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(binary=False)
+
+    @property
+    def python_type(self) -> type[uuid.UUID]:
+        """The type of the values: ``uuid.UUID``."""
+        return uuid.UUID
+
+    def bind_processor(self, dialect: SQLAlchemyDialect) -> Callable[[Any], Any]:
+        """Return the function that makes a driver's value: text, which every driver takes."""
+        text = str if self._is_native(dialect) else _hexadecimal
+
+        def bind(value: Any) -> str | None:
+            return text(value if isinstance(value, uuid.UUID) else uuid.UUID(value)) if value is not None else None
+
+        return bind
+
+    def result_processor(self, dialect: SQLAlchemyDialect, coltype: object) -> Callable[[Any], Any]:
+        """Return the function that makes a ``UUID`` of a driver's value, which some drivers have made already."""
+        return _as_uuid
+
+    def _is_native(self, dialect: SQLAlchemyDialect) -> bool:
+        return isinstance(self.load_dialect_impl(dialect), sa.Uuid)
+
+    def __repr__(self) -> str:
+        return "UUIDType()"
+
+
+def _hexadecimal(value: uuid.UUID) -> str:
+    return value.hex
+
+
+def _as_uuid(value: Any) -> uuid.UUID | None:
+    return value if value is None or isinstance(value, uuid.UUID) else uuid.UUID(value)
+
+
+class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
+    """A mapping of strings to strings: JSON where the database has a type for it that is quick to search, else its
+    bytes, as version 10 of the library stores it."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: SQLAlchemyDialect) -> sa.types.TypeEngine[Any]:
+        """Return the type of the column."""
+        return column_type("metadata", sa.LargeBinary()).dialect_impl(dialect)
+
+    def process_bind_param(self, value: Any, dialect: SQLAlchemyDialect) -> Any:
+        """Return what the column's type takes."""
+        if value is None or isinstance(self.load_dialect_impl(dialect), sa.JSON):
+            return value
+        return json.dumps(value, separators=(",", ":")).encode()
+
+    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> dict[str, str] | None:
+        """Return the mapping."""
+        if value is None or isinstance(value, dict):
+            return value
+        found: dict[str, str] = json.loads(bytes(value))
+        return found
+
+    def __repr__(self) -> str:
+        return "MetadataType()"
+
+
+# The columns are class attributes without annotations: annotated ones would have to be fields of a dataclass when the
+# declarative base is a ``MappedAsDataclass``, and a mixin cannot know.
+class _RecordMixin:
+    """What the two kinds of event record share."""
+
+    __originator_id_type__: ClassVar[OriginatorIdType] = "uuid"
+    __originator_id_options__: ClassVar[dict[str, Any]] = {"nullable": False}
+
+    originator_id: ClassVar[Any]
+    topic = orm.mapped_column(TOPIC, nullable=True)
+    state = orm.mapped_column(STATE, nullable=True)
+    event_id = orm.mapped_column(UUIDType(), nullable=True)
+    # A declarative class keeps the name for its own ``MetaData``.
+    event_metadata = orm.mapped_column("metadata", MetadataType(), nullable=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if cls.__originator_id_type__ == "text" and "originator_id" not in cls.__dict__:
+            cls.originator_id = orm.mapped_column(TEXT_ID, **cls.__originator_id_options__)
+        super().__init_subclass__(**kwargs)
+
+
+class StoredEventMixin(_RecordMixin):
+    """Columns of a stored-event record class: add it to a model of yours, which may have nullable columns more.
+
+    Set ``__originator_id_type__ = "text"`` for text ids.
+
+    ``notification_id`` is the position in the application's log; ``originator_id`` and ``originator_version`` are
+    the aggregate's; ``topic`` names the event's class and ``state`` is the serialised event. ``event_id``,
+    ``recorded_at`` (in UTC), ``event_metadata`` (the column ``metadata``) and ``correlation_id`` are nullable.
+    """
+
+    notification_id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)
+    originator_id = orm.mapped_column(UUIDType(), nullable=False)
+    originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)
+    recorded_at = orm.mapped_column(MOMENT, nullable=True)
+    correlation_id = orm.mapped_column(CORRELATION, nullable=True)
+
+    @orm.declared_attr.directive
+    def __table_args__(cls) -> Any:  # noqa: N805
+        return event_table_arguments(cls.__tablename__)  # type: ignore[attr-defined]
+
+
+class SnapshotMixin(_RecordMixin):
+    """Columns of a snapshot record class: the aggregate's id and version, the snapshot's topic and state."""
+
+    __originator_id_options__: ClassVar[dict[str, Any]] = {"primary_key": True}
+
+    originator_id = orm.mapped_column(UUIDType(), primary_key=True)
+    originator_version = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=False)
+
+
+class TrackingMixin:
+    """Columns of a tracking record class: how far the log of each upstream application was processed."""
+
+    application_name = orm.mapped_column(TEXT_ID, primary_key=True)
+    notification_id = orm.mapped_column(POSITION_TYPE, nullable=True)
+
+
+def event_table_arguments(table_name: str, **options: Any) -> tuple[Any, ...]:
+    """The ``__table_args__`` of a stored-event class: the key of optimistic concurrency, and the table's options."""
+    key = sa.UniqueConstraint(*VERSION_KEY, name=f"{table_name}_originator_key")
+    return key, {**table_options(), **options}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three record classes of one application."""
+
+    StoredEvent: Any
+    Snapshot: Any
+    Tracking: Any
+
+    @property
+    def tables(self) -> Mapping[str, sa.Table]:
+        """The tables by their use: ``events``, ``snapshots``, ``tracking``."""
+        return {
+            "events": self.StoredEvent.__table__,
+            "snapshots": self.Snapshot.__table__,
+            "tracking": self.Tracking.__table__,
+        }
+
+
+@dataclass(frozen=True)
+class TableNames:
+    """The names that the library gives to the tables of an application."""
+
+    events: str
+    snapshots: str
+    tracking: str
+
+    @classmethod
+    def of(cls, application_name: str) -> TableNames:
+        """The names for an application; without a name they are the library's names for that case."""
+        prefix = application_name.lower()
+        return cls(
+            f"{prefix or 'stored'}_events", f"{prefix or 'stored'}_snapshots", f"{prefix or 'notification'}_tracking"
+        )
+
+
+def make_models(
+    base: Any,
+    application_name: str,
+    *,
+    originator_id_type: OriginatorIdType = "uuid",
+    schema: str | None = None,
+    bind_key: str | None = None,
+    stored_event_model: Any = None,
+    snapshot_model: Any = None,
+    tracking_model: Any = None,
+) -> Models:
+    """Make, or take from the arguments, the three record classes of an application on a declarative base.
+
+    :raises ConfigurationError: when a given record class lacks something, or a table name is taken; nothing was made
+        then.
+    """
+    names = TableNames.of(application_name)
+    own = {
+        "stored_event_model": stored_event_model,
+        "snapshot_model": snapshot_model,
+        "tracking_model": tracking_model,
+    }
+    check_models(base, application_name, schema=schema, bind_key=bind_key, **own)
+    extra: dict[str, Any] = {"__originator_id_type__": originator_id_type}
+    if bind_key is not None:
+        extra["__bind_key__"] = bind_key
+
+    def model(suffix: str, mixin: type[Any], table_name: str) -> Any:
+        body = {"__tablename__": table_name, "__module__": __name__, **extra}
+        if schema is not None:
+            body["__table_args__"] = _with_schema(mixin, table_name, schema)
+        return type(base)(f"{application_name}{suffix}", (mixin, base), body)
+
+    models = Models(
+        stored_event_model or model("StoredEvent", StoredEventMixin, names.events),
+        snapshot_model or model("Snapshot", SnapshotMixin, names.snapshots),
+        tracking_model or model("Tracking", TrackingMixin, names.tracking),
+    )
+    sa.event.listen(models.tables["tracking"], "after_create", _identify)
+    return models
+
+
+def _identify(tracking_table: sa.Table, connection: Connection, **_: Any) -> None:
+    connection.execute(sa.insert(tracking_table).values(new_identity()))
+
+
+def check_models(
+    base: Any,
+    application_name: str,
+    *,
+    schema: str | None = None,
+    bind_key: str | None = None,
+    stored_event_model: Any = None,
+    snapshot_model: Any = None,
+    tracking_model: Any = None,
+) -> None:
+    """Check what :func:`make_models` is going to make.
+
+    :raises ConfigurationError: when a given record class lacks something, or a table name is taken.
+    """
+    names = TableNames.of(application_name)
+    if stored_event_model is not None:
+        check_columns(stored_event_model, StoredEventMixin, (POSITION, *EVENT_COLUMNS), VERSION_KEY)
+    if snapshot_model is not None:
+        check_columns(snapshot_model, SnapshotMixin, EVENT_COLUMNS, VERSION_KEY)
+    if tracking_model is not None:
+        check_columns(tracking_model, TrackingMixin, ("application_name", POSITION), {"application_name"})
+    for model, name in (
+        (stored_event_model, names.events),
+        (snapshot_model, names.snapshots),
+        (tracking_model, names.tracking),
+    ):
+        if model is None:
+            _refuse_taken(base, name, schema, bind_key)
+
+
+def _with_schema(mixin: type[Any], table_name: str, schema: str) -> Any:
+    return event_table_arguments(table_name, schema=schema) if mixin is StoredEventMixin else {"schema": schema}
+
+
+def _refuse_taken(base: Any, table_name: str, schema: str | None, bind_key: str | None) -> None:
+    extension = getattr(base, "__fsa__", None)
+    metadata = extension.metadatas.get(bind_key) if extension is not None else base.metadata
+    key = f"{schema}.{table_name}" if schema else table_name
+    if metadata is not None and key in metadata.tables:
+        raise ConfigurationError(
+            f"Table {key!r} is taken by another model on the same metadata: rename that model's table, "
+            "or give the application another name."
+        )
+
+
+def check_columns(model: Any, mixin: type[Any], expected: Iterable[str], unique: Iterable[str]) -> None:
+    """Check that a record class has the columns that it needs, and that its key columns are unique together.
+
+    :raises ConfigurationError: naming what is missing and the mixin that brings it.
+    """
+    table = getattr(model, "__table__", None)
+    if not isinstance(table, sa.Table):
+        raise ConfigurationError(
+            f"{model!r} is not a mapped class with a table: derive it from {mixin.__name__} and your db.Model."
+        )
+    missing = [name for name in expected if name not in table.columns]
+    if missing:
+        raise ConfigurationError(
+            f"Record class {model.__name__} has no column {', '.join(repr(name) for name in missing)}: "
+            f"derive it from flask_eventsourcing.{mixin.__name__}, or add what is missing."
+        )
+    wanted = set(unique)
+    keys = [{column.name for column in table.primary_key.columns}]
+    keys += [{c.name for c in item.columns} for item in table.constraints if isinstance(item, sa.UniqueConstraint)]
+    keys += [{c.name for c in index.columns} for index in table.indexes if index.unique]
+    if wanted not in keys:
+        raise ConfigurationError(
+            f"Record class {model.__name__} needs a primary key or unique constraint on "
+            f"({', '.join(sorted(wanted))}): without it a conflict would not be noticed."
+        )

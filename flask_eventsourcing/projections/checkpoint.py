@@ -1,0 +1,275 @@
+"""The row of a projection: how far it is, who runs it, and what stopped it.
+
+A runner that applies events moves the position first, in the same transaction, from where it was and under the token of
+its claim. The row's lock keeps others out until the commit, and a runner that has lost the claim in the meantime moves
+nothing: no event is applied twice, whatever becomes of locks and processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from ..exceptions import MissingTableError
+from ..persistence import Datastore
+from ..persistence.dialects import PassingError, is_outage
+from ..persistence.dialects.runner_locks import RunnerLock, utc_now
+
+logger = logging.getLogger(__name__)
+
+ACTIVE = "active"
+HALTED = "halted"
+SWAPPING = "swapping"
+"""The tables are about to be renamed, or have been: nobody applies events until that is settled."""
+LEASE = 3.0
+"""Seconds after which another may take over from a runner that did not renew its lease."""
+BEAT = 1.0
+"""Seconds between two beats of a runner's heart."""
+
+
+class CheckpointRow(NamedTuple):
+    """What the table of projections says about one."""
+
+    name: str
+    position: int
+    applied: int
+    state: str
+    runner: str | None
+    token: str | None
+    running_since: datetime | None
+    leased_until: datetime | None
+    error: str | None
+    failed_position: int | None
+    fingerprint: str | None
+
+
+class FencedError(PassingError):
+    """Another process runs the projection now, or has moved its position."""
+
+
+def this_process() -> str:
+    """Return how the runner of this process is called in the status: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Reads and changes the row of one projection.
+
+    :param table: the table of projections.
+    :param name: the projection's.
+    """
+
+    datastore: Datastore
+    table: sa.Table
+    name: str
+
+    @property
+    def engine(self) -> Engine:
+        """The database of the table."""
+        return self.datastore.engine
+
+    @property
+    def _row(self) -> Any:
+        return self.table.c.name == self.name
+
+    def ensure(self, position: int = 0) -> None:
+        """Insert the row if it is not there."""
+        if self.read() is not None:
+            return
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(sa.insert(self.table).values(name=self.name, position=position))
+        except sa.exc.IntegrityError:
+            if self.read() is None:
+                raise
+
+    def read(self, connection: Connection | None = None, *, latest: bool = False) -> CheckpointRow | None:
+        """Return the row, read with a connection of its own unless one is given.
+
+        :param latest: read what is committed, although the transaction's snapshot may be older.
+
+        :raises MissingTableError: when the table was not created.
+        """
+        if connection is None:
+            with self.engine.connect() as own:
+                return self.read(own, latest=latest)
+        columns = [self.table.c[name] for name in CheckpointRow._fields]
+        try:
+            query = sa.select(*columns).where(self._row)
+            found = connection.execute(query.with_for_update(read=True) if latest else query).first()
+        except sa.exc.DBAPIError as error:
+            translated = self.datastore.dialect.translate(error)
+            if isinstance(translated, MissingTableError):
+                raise translated from error
+            raise
+        return None if found is None else CheckpointRow(*found)
+
+    def claim(self, *, lease: bool) -> CheckpointRow | None:
+        """Make this process the runner; with *lease*, only if nobody else's lease is valid."""
+        now = utc_now()
+        change = sa.update(self.table).where(self._row, self.table.c.state != SWAPPING)
+        token = uuid4().hex
+        values: dict[str, Any] = {"token": token, "runner": this_process(), "running_since": now}
+        if lease:
+            change = change.where(sa.or_(self.table.c.token.is_(None), self.table.c.leased_until < now))
+            values["leased_until"] = now + timedelta(seconds=LEASE)
+        with self.engine.begin() as connection:
+            if connection.execute(change.values(values)).rowcount == 0:
+                return None
+            return self.read(connection)
+
+    def advance(
+        self, connection: Connection, claimed: CheckpointRow, position: int, applied: int, *, lease: bool
+    ) -> None:
+        """Move the position, in the transaction that applies the events.
+
+        :raises FencedError: when the claim was lost, or the position is not where it was.
+        """
+        columns = self.table.c
+        change = (
+            sa.update(self.table)
+            .where(self._row, columns.token == claimed.token, columns.position == claimed.position)
+            .values(
+                position=position, applied=columns.applied + applied, error=None, failed_position=None, state=ACTIVE
+            )
+        )
+        if lease:
+            change = change.values(leased_until=utc_now() + timedelta(seconds=LEASE))
+        if self.datastore.dialect.update_and_notify(connection, self.table, change, self.name) != 1:
+            raise FencedError
+
+    def renew(self, claimed: CheckpointRow) -> None:
+        """Extend the lease.
+
+        :raises FencedError: when it was lost.
+        """
+        self._change_claimed(claimed, leased_until=utc_now() + timedelta(seconds=LEASE))
+
+    def halt(self, claimed: CheckpointRow, position: int, error: str) -> None:
+        """Note that the projection stands before an event that it cannot apply."""
+        self._change_claimed(claimed, state=HALTED, failed_position=position, error=error)
+
+    def note_error(self, claimed: CheckpointRow, position: int, error: str) -> None:
+        """Note why an event is tried again."""
+        self._change_claimed(claimed, failed_position=position, error=error)
+
+    def _change_claimed(self, claimed: CheckpointRow, **values: Any) -> None:
+        change = sa.update(self.table).where(self._row, self.table.c.token == claimed.token).values(values)
+        with self.engine.begin() as connection:
+            if connection.execute(change).rowcount != 1:
+                raise FencedError
+
+    def resume(self) -> None:
+        """Let a halted projection try again."""
+        with self.engine.begin() as connection:
+            halted = sa.update(self.table).where(self._row, self.table.c.state == HALTED)
+            connection.execute(halted.values(state=ACTIVE))
+
+    def release(self, claimed: CheckpointRow) -> None:
+        """End the claim, if it is still this process's."""
+        values = {"token": None, "runner": None, "running_since": None, "leased_until": None}
+        with self.engine.begin() as connection:
+            change = sa.update(self.table).where(self._row, self.table.c.token == claimed.token)
+            connection.execute(change.values(values))
+
+    def take_over(self, connection: Connection) -> CheckpointRow:
+        """Lock the row to the end of a transaction and end any claim on it, to change what the projection has.
+
+        :raises FencedError: when the row is gone.
+        """
+        connection.execute(sa.update(self.table).where(self._row).values(token=None, leased_until=None))
+        row = self.read(connection)
+        if row is None:
+            raise FencedError
+        return row
+
+    def lock(self, connection: Connection) -> CheckpointRow:
+        """Lock the row to the end of a transaction, so that no event is applied meanwhile; the claim stays.
+
+        :raises FencedError: when there is no such row.
+        """
+        connection.execute(sa.update(self.table).where(self._row).values(name=self.name))
+        row = self.read(connection)
+        if row is None:
+            raise FencedError
+        return row
+
+    def set_position(self, connection: Connection, position: int, applied: int) -> None:
+        """Set what a rebuild has reached."""
+        change = sa.update(self.table).where(self._row)
+        connection.execute(
+            change.values(position=position, applied=applied, state=ACTIVE, error=None, failed_position=None)
+        )
+
+    def set_state(self, connection: Connection, state: str) -> None:
+        """Set the state."""
+        connection.execute(sa.update(self.table).where(self._row).values(state=state))
+
+    def set_fingerprint(self, connection: Connection, fingerprint: str) -> None:
+        """Note what the tables and handlers were when a rebuild began, and that it begins."""
+        values = {"fingerprint": fingerprint, "position": 0, "applied": 0, "state": ACTIVE}
+        connection.execute(sa.update(self.table).where(self._row).values(values))
+
+    def remove(self, connection: Connection) -> None:
+        """Delete the row."""
+        connection.execute(sa.delete(self.table).where(self._row))
+
+
+class Heartbeat:
+    """A thread that renews a runner's lease, or sees whether the connection with its lock still lives.
+
+    A handler may take longer than a lease lasts, and a firewall or a server closes a connection that is idle for long.
+    A process that is stopped or killed has no heartbeat.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, claimed: CheckpointRow, lock: RunnerLock) -> None:
+        self._control = checkpoint
+        self._claimed = claimed
+        self._lock = lock
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"heartbeat of {checkpoint.name}", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raise the error with which the right was lost, if it was.
+
+        :raises FencedError: when another runner has it.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                if self._lock.leased:
+                    self._control.renew(self._claimed)
+                else:
+                    self._lock.check()
+            except Exception as error:  # noqa: BLE001
+                # Raised in the runner's thread by check().
+                if self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
+                    logger.info("%s: its lease could not be renewed in time: %s", self._control.name, error)
+                    continue
+                self._error = error
+                return

@@ -1,0 +1,224 @@
+"""How far projections are: what is known of them, and waiting until one has dealt with an event."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from eventsourcing.persistence import Recording
+from sqlalchemy.engine import Connection
+
+from ..exceptions import ProjectionHaltedError, UncommittedEventsError
+from ..persistence.subscriptions import Waiter
+from .checkpoint import ACTIVE, HALTED, CheckpointRow
+from .consumers import Consumer, ProjectedApplication
+from .runners import Backoff, halted_message
+
+SHORTEST_WAIT = 0.002
+GROWTH = 1.5
+LONGEST_WAIT = 0.1
+MOST_IDLE = 8
+
+
+@dataclass(frozen=True)
+class ProjectionStatus:
+    """The state of one projection, of the reactions of one, or of a rebuild.
+
+    ``state`` is ``inline``, ``halted``, ``running`` or ``stopped``. ``lag_events`` counts the events of its topics that
+    it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
+    """
+
+    name: str
+    application: str
+    state: str
+    position: int
+    head: int
+    lag_events: int
+    lag_seconds: float | None
+    runner: str | None
+    since: datetime | None
+    error: str | None
+    failed_position: int | None
+    dead_letters: int
+    waiting: int
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is being run, or need not be, and nothing was set aside."""
+        return self.state in ("running", "inline") and not self.dead_letters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        values = asdict(self)
+        values["since"] = None if self.since is None else self.since.isoformat()
+        return values
+
+
+@dataclass(frozen=True)
+class Health:
+    """All projections of a host."""
+
+    projections: tuple[ProjectionStatus, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether each of them is healthy."""
+        return all(projection.healthy for projection in self.projections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold."""
+        return {"ok": self.ok, "projections": [projection.to_dict() for projection in self.projections]}
+
+
+def status_of(consumer: Consumer) -> ProjectionStatus:
+    """Look at a consumer's row, its lock and its log."""
+    mark = consumer.application.high_water_mark()
+    inline = consumer.kind == "projection" and consumer.projection_class.inline
+    with consumer.application.engine.connect() as connection:
+        row = consumer.checkpoint.read(connection) or _never_run(consumer)
+        position = mark if inline else row.position
+        running = row.token is not None and consumer.lock().is_held(connection, row.leased_until)
+        failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
+        lag = _lag(connection, consumer, position, mark)
+    state = "inline" if inline else "halted" if row.state == HALTED else "running" if running else "stopped"
+    return ProjectionStatus(
+        name=consumer.name,
+        application=consumer.application.name,
+        state=state,
+        position=position,
+        head=mark,
+        lag_events=lag,
+        lag_seconds=_age(consumer, position, mark) if lag else 0.0,
+        runner=row.runner if running else None,
+        since=_aware(row.running_since) if running else None,
+        error=row.error,
+        failed_position=row.failed_position,
+        dead_letters=failed,
+        waiting=waiting,
+    )
+
+
+def _never_run(consumer: Consumer) -> CheckpointRow:
+    return CheckpointRow(consumer.name, 0, 0, ACTIVE, None, None, None, None, None, None, None)
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    return None if time is None else time.replace(tzinfo=UTC)
+
+
+def _lag(connection: Connection, consumer: Consumer, position: int, mark: int) -> int:
+    return 0 if position >= mark else consumer.count_events(connection, position, mark)
+
+
+def _age(consumer: Consumer, position: int, mark: int) -> float | None:
+    found = consumer.application.read_log(position, 1, mark, consumer.handlers.topics)
+    if not found:
+        return 0.0
+    try:
+        event = consumer.application.mapper.to_domain_event(found[0])
+    except Exception:  # noqa: BLE001
+        # An event that cannot be read is what the projection halts at; its age is not known.
+        return None
+    timestamp = getattr(event, "timestamp", None)
+    if not isinstance(timestamp, datetime):
+        return None
+    if timestamp.tzinfo is None:
+        timestamp = timestamp.replace(tzinfo=UTC)
+    return max(0.0, (datetime.now(UTC) - timestamp).total_seconds())
+
+
+class Waiters:
+    """The connections that listen for moved positions, kept for the next one who waits."""
+
+    def __init__(self, application: ProjectedApplication) -> None:
+        self.application = application
+        self._idle: list[tuple[int, Waiter]] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> Waiter:
+        """Return a waiter that nobody else uses now; those of another process are left alone."""
+        with self._lock:
+            while self._idle:
+                pid, waiter = self._idle.pop()
+                if pid == os.getpid():
+                    return waiter
+        return self.application.datastore.dialect.update_waiter(self.application.models.tables["projections"])
+
+    def give_back(self, waiter: Waiter) -> None:
+        """Keep a waiter for the next one."""
+        waiter.rest()
+        with self._lock:
+            if len(self._idle) < MOST_IDLE:
+                self._idle.append((os.getpid(), waiter))
+                return
+        waiter.close()
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for pid, waiter in idle:
+            if pid == os.getpid():
+                waiter.close()
+
+
+def last_position(recordings: Any) -> int:
+    """Return the last position of what ``Application.save()`` has returned, or of an iterable of positions.
+
+    :raises TypeError: when it is neither.
+    """
+    if isinstance(recordings, int):
+        return recordings
+    if isinstance(recordings, Iterable):
+        positions = [item.notification.id if isinstance(item, Recording) else item for item in recordings]
+        if all(isinstance(position, int) for position in positions):
+            return max(positions, default=0)
+    raise TypeError(f"wait_for takes the recordings that save() returned, or a position; found {recordings!r}.")
+
+
+def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waiters) -> None:
+    """Block until a projection has dealt with what was recorded.
+
+    :raises UncommittedEventsError: when the current session has events that are not committed: nobody can see them.
+    :raises ProjectionHaltedError: when the projection stands before that.
+    :raises TimeoutError: after *timeout* seconds.
+    """
+    unit = consumer.application.host.open_unit()
+    if unit is not None and unit.batches:
+        raise UncommittedEventsError("wait_for waits for committed events: call db.session.commit() before it.")
+    position = last_position(recordings)
+    if consumer.projection_class.inline or position == 0 or _has_reached(consumer, position):
+        return
+    deadline = time.monotonic() + timeout
+    waiter = waiters.take()
+    try:
+        pause = Backoff(SHORTEST_WAIT, LONGEST_WAIT, GROWTH)
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(
+                    f"{consumer.name} has not reached position {position} within {timeout:g} s: "
+                    "is 'flask eventsourcing run' running?"
+                )
+            if waiter.wait(min(pause.seconds, remaining)):
+                pause.reset()
+            else:
+                pause.grow()
+            if _has_reached(consumer, position):
+                return
+    finally:
+        waiters.give_back(waiter)
+
+
+def _has_reached(consumer: Consumer, position: int) -> bool:
+    row = consumer.checkpoint.read()
+    if row is None:
+        return False
+    if row.state == HALTED and row.position < position:
+        raise ProjectionHaltedError(halted_message(consumer.name, row.failed_position, row.error))
+    return row.position >= position

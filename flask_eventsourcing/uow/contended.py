@@ -1,0 +1,120 @@
+"""Which aggregates had a conflict lately, and the queue for them, which units that may run again join before they read.
+
+Without it, those that lose a race read at once what the next winner is about to change, and lose again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from uuid import UUID
+
+from eventsourcing.persistence import StoredEvent
+from sqlalchemy.engine import Connection
+
+from ..persistence import Dialect
+from ..persistence.dialects.driver import EventTable
+
+Key = tuple[str, UUID | str]
+
+
+def sort_key(key: Key) -> tuple[str, str]:
+    """The order in which units of work queue for several aggregates."""
+    return key[0], str(key[1])
+
+
+class ContendedAggregates:
+    """Remembers conflicts for a while, in this process.
+
+    :param seconds: how long after its last conflict an aggregate is queued for.
+    :param most: how many aggregates are remembered.
+    """
+
+    def __init__(self, seconds: float = 1.0, most: int = 1024) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._until: OrderedDict[Key, float] = OrderedDict()
+
+    def add(self, key: Key) -> None:
+        """Note a conflict."""
+        self._until[key] = time.monotonic() + self._seconds
+        while len(self._until) > self._most:
+            try:
+                self._until.popitem(last=False)
+            except KeyError:  # another thread has emptied it
+                break
+
+    def __contains__(self, key: Key) -> bool:
+        until = self._until.get(key)
+        if until is None:
+            return False
+        if until < time.monotonic():
+            self._until.pop(key, None)
+            return False
+        return True
+
+
+class AggregateQueue:
+    """The part of one unit of work in queueing for aggregates.
+
+    :param dialect: how the database queues.
+    :param contended: the aggregates with conflicts, of all units of this process.
+    """
+
+    active = False
+    """Whether the unit can be run again, so that it queues at all."""
+
+    def __init__(self, dialect: Dialect, contended: ContendedAggregates) -> None:
+        self._dialect = dialect
+        self._contended = contended
+        self._conflicts: dict[Key, EventTable] = {}
+        self._queued: set[Key] = set()
+        self._considered: set[Key] = set()
+
+    def before_read(
+        self, connection: Connection, table: EventTable, originator_id: UUID | str, *, has_written: bool
+    ) -> None:
+        """Queue for an aggregate that is about to be read, if it had conflicts lately.
+
+        :param has_written: whether others may wait for what this unit has written.
+        """
+        key = (table.name, originator_id)
+        if not self.active or key in self._considered:
+            return
+        # Once only: with a cache, the second time is under the library's fast-forward lock, where nobody may wait.
+        self._considered.add(key)
+        if key not in self._queued and key in self._contended:
+            # Units that wait for each other would be a deadlock: wait only in one order for all, and not while other
+            # units may wait for what this one has written.
+            in_order = not has_written and all(sort_key(key) > sort_key(other) for other in self._queued)
+            self._join(connection, table, originator_id, wait=in_order)
+
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Note a conflict, so that the next try queues."""
+        for event in events:
+            key = (table.name, event.originator_id)
+            self._contended.add(key)
+            if self.active:
+                self._conflicts[key] = table
+
+    @property
+    def has_conflicts(self) -> bool:
+        """Whether the last try had conflicts for whose aggregates the next one has to queue."""
+        return bool(self._conflicts)
+
+    def join_conflicting(self, connection: Connection) -> None:
+        """Queue for the aggregates with which the last try had a conflict."""
+        conflicts = sorted(self._conflicts.items(), key=lambda item: sort_key(item[0]))
+        self._conflicts.clear()
+        for (_, originator_id), table in conflicts:
+            self._join(connection, table, originator_id, wait=True)
+
+    def _join(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
+        self._dialect.queue_for(connection, table, originator_id, wait=wait)
+        self._queued.add((table.name, originator_id))
+
+    def left(self) -> None:
+        """A transaction or a savepoint has ended, and with it what it had queued for."""
+        self._queued.clear()
+        self._considered.clear()

@@ -1,0 +1,143 @@
+"""Runs units of work: commits or rolls back at the end, joins those within others, runs them again after a conflict."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from eventsourcing.persistence import IntegrityError
+from sqlalchemy import orm
+
+from ..exceptions import ConfigurationError, RollbackOnlyError
+from .unit import SessionUnits, UnitOfWork
+
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 0.1
+"""Seconds before a unit is run again, at most."""
+
+
+class UnitRunner:
+    """Runs units of work on the session that is current at that time.
+
+    :param current: returns the unit of work of the current session.
+    """
+
+    def __init__(self, current: Callable[[], UnitOfWork]) -> None:
+        self._current = current
+
+    @contextmanager
+    def transaction(self, *, queueing: bool = False) -> Iterator[orm.Session]:
+        """See ``EventSourcing.transaction``.
+
+        :param queueing: whether the unit can be run again, so that it queues for contended aggregates.
+        """
+        unit = self._current()
+        if unit.shared.depth:
+            with _joined(unit.shared):
+                yield unit.session
+            return
+        unit.shared.depth, unit.shared.rollback_only, unit.queue.active = 1, False, queueing
+        try:
+            if unit.queue.has_conflicts:
+                with unit.dialect.translated:
+                    unit.queue.join_conflicting(unit.connection())
+            yield unit.session
+            if unit.shared.rollback_only:
+                raise RollbackOnlyError
+            commit(unit)
+        except BaseException:
+            # Ctrl-C and the end of a greenlet too must leave no transaction open.
+            unit.units.commits.rollback(unit.session)
+            raise
+        finally:
+            unit.shared.depth, unit.shared.rollback_only, unit.queue.active = 0, False, False
+
+    def retry(self, function: Callable[[], R], times: int) -> R:
+        """See ``EventSourcing.retry_on_conflict``."""
+        unit = self._current()
+        # What was saved before would be rolled back with the conflict, and the next try would go on without it.
+        again = not unit.has_changes()
+        tries = 0
+        while True:
+            try:
+                with self.transaction(queueing=True):
+                    return function()
+            except IntegrityError:
+                # Only the outermost unit can be run again, as it is rolled back whole.
+                if not again or tries == times or unit.shared.depth:
+                    raise
+            tries += 1
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**tries)))  # noqa: S311
+
+
+def check_times(times: Any) -> None:
+    """Check the number of retries.
+
+    :raises ConfigurationError: when it is not a whole number from 0 up.
+    """
+    if not isinstance(times, int) or isinstance(times, bool) or times < 0:
+        raise ConfigurationError(f"retry_on_conflict(times=…) takes a whole number from 0 up; found {times!r}.")
+
+
+def commit(unit: UnitOfWork) -> None:
+    """Commit a unit's session; a serialisation failure becomes the library's ``IntegrityError``."""
+    try:
+        unit.units.commits.commit(unit.session)
+    except sa.exc.DBAPIError as error:
+        if unit.dialect.is_serialization_failure(error.orig):
+            raise unit.dialect.translate(error) from error
+        raise
+
+
+def roll_back(session: orm.Session) -> None:
+    """Roll a session back; where its connection is lost, the server has done so already."""
+    try:
+        session.rollback()
+    except sa.exc.SQLAlchemyError as error:
+        logger.warning("A rollback failed, its connection is closed: %s", error)
+        session.invalidate()
+
+
+class SessionCommits:
+    """The ``Commits`` of a host whose sessions commit by themselves.
+
+    :param at_save: whether each ``save()`` outside of a unit of work is committed at once.
+    :param is_to_come: whether the host is going to commit at the end of what it does now.
+    """
+
+    def __init__(self, *, at_save: bool = False, is_to_come: Callable[[], bool] = bool) -> None:
+        self.at_save = at_save
+        self._is_to_come = is_to_come
+
+    def commit(self, session: orm.Session) -> None:
+        """Commit the session."""
+        session.commit()
+
+    def rollback(self, session: orm.Session) -> None:
+        """Roll the session back."""
+        roll_back(session)
+
+    def is_to_come(self, session: orm.Session) -> bool:
+        """Whether the host is going to commit."""
+        return self._is_to_come()
+
+
+@contextmanager
+def _joined(shared: SessionUnits) -> Iterator[None]:
+    shared.depth += 1
+    try:
+        yield
+    except BaseException:
+        # Whatever it was, the outer unit must not commit half of this one.
+        shared.rollback_only = True
+        raise
+    finally:
+        shared.depth -= 1

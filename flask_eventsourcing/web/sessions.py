@@ -1,0 +1,285 @@
+"""The databases and sessions of one Flask app, and the host that it is.
+
+Flask-SQLAlchemy and Flask-SQLAlchemy-Lite differ here and nowhere else. The object that the user passes tells which it
+is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from flask import Flask, current_app, g, has_app_context
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+
+from .._patches import lite_get_session, lite_sessions, session_scope
+from ..exceptions import ConfigurationError, NotInitializedError
+from ..host import mapped_tables, redirected_session
+from ..lifecycle import keep_for_ever
+from ..persistence import Datastore
+from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
+from ..uow import UnitOfWork, UnitRunner, Units
+
+R = TypeVar("R")
+
+DEFAULT_URI = "sqlite:///eventsourcing.db"
+
+SESSIONS = "_sqlalchemy_sessions"
+"""Where Flask-SQLAlchemy-Lite keeps the sessions of an application context, in ``flask.g``."""
+PID = "_flask_eventsourcing_pid"
+"""Where a context of Flask-SQLAlchemy-Lite has the process that used it, in ``flask.g``."""
+
+
+def check_extension(extension: Any) -> Any:
+    """Check what is given as ``db``.
+
+    :raises ConfigurationError: when it is neither Flask-SQLAlchemy's nor Flask-SQLAlchemy-Lite's object.
+    """
+    if not all(hasattr(type(extension), name) for name in ("init_app", "engines")):
+        raise ConfigurationError(
+            f"db must be a SQLAlchemy() object of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite; found {extension!r}."
+        )
+    return extension
+
+
+def registered_extension(app: Flask) -> Any:
+    """Return the ``db`` object that is registered on an app, or None.
+
+    :raises ConfigurationError: when it is one that cannot be used.
+    """
+    registered = app.extensions.get("sqlalchemy")
+    return None if registered is None else check_extension(registered)
+
+
+def register_extension(app: Flask, made: Any) -> Any:
+    """Register a ``db`` object on an app that has none.
+
+    :param made: one that was made for another app before, or None.
+    :raises ConfigurationError: when the address of the database cannot be used.
+    """
+    extension = SQLAlchemy() if made is None else made
+    if not app.config.get("SQLALCHEMY_BINDS") and not app.config.get("SQLALCHEMY_DATABASE_URI"):
+        app.config["SQLALCHEMY_DATABASE_URI"] = DEFAULT_URI
+    try:
+        extension.init_app(app)
+    except (sa.exc.SQLAlchemyError, RuntimeError, ImportError) as error:
+        raise ConfigurationError(f"SQLALCHEMY_DATABASE_URI cannot be used: {error}") from error
+    return extension
+
+
+def has_models(extension: Any) -> bool:
+    """Whether a ``db`` object brings a declarative base, as Flask-SQLAlchemy's does."""
+    return hasattr(extension, "Model")
+
+
+class AppDatabase:
+    """The ``SQLAlchemy`` extension object in one Flask app.
+
+    :param app: the app.
+    :param extension: of Flask-SQLAlchemy 3.1 or Flask-SQLAlchemy-Lite.
+    :param bind_key: of the events.
+    :raises ConfigurationError: when it is not registered on the app, or there is no such bind key.
+    """
+
+    def __init__(self, app: Flask, extension: Any, bind_key: str | None) -> None:
+        registered: Any = app.extensions.get("sqlalchemy")
+        if registered is not extension:
+            raise ConfigurationError(
+                "The db object is not registered on this Flask app: call db.init_app(app) before es.init_app(app)."
+            )
+        self.extension: Any = extension
+        self.bind_key = bind_key
+        self.has_models = has_models(extension)
+        with app.app_context():
+            self.engines: Mapping[str | None, sa.Engine] = extension.engines
+            self._factory: orm.sessionmaker[Any] = (
+                extension.session.session_factory if self.has_models else extension.sessionmaker
+            )
+        key = bind_key if self.has_models or bind_key is not None else "default"
+        if key not in self.engines:
+            found = ", ".join(repr(name) for name in self.engines)
+            setting = "SQLALCHEMY_BINDS" if self.has_models else "SQLALCHEMY_ENGINES"
+            raise ConfigurationError(
+                f"There is no engine for the bind key {key!r} (found: {found}): add it to {setting}."
+            )
+        self.engine: sa.Engine = self.engines[key]
+        """The database of the events."""
+
+    def bind_arguments(self, events_table: sa.Table) -> dict[str, Any]:
+        """Return with what a session finds its connection to the events' database."""
+        if not self.has_models and self.bind_key is not None:
+            return {"bind": self.engine}
+        return {"clause": events_table}
+
+    def check_table(self, owner: Any, table: sa.Table) -> None:
+        """Check that a table is in the database of the events.
+
+        :raises ConfigurationError: when it is not.
+        """
+        found = table.metadata.info.get("bind_key") if self.has_models else self.bind_key
+        if found != self.bind_key:
+            raise ConfigurationError(
+                f"Table {table.name!r} of {owner.__name__} has the bind key {found!r}, and the events have "
+                f"{self.bind_key!r}: they must be in one database, as they are committed in one transaction."
+            )
+
+    def session(self) -> orm.Session:
+        """Return the session of the current application context."""
+        session: Any = self.extension.session
+        found: orm.Session = session() if isinstance(session, orm.scoped_session) else session
+        return found
+
+    def open_session(self) -> orm.Session | None:
+        """Return the session of the current application context if it was used already."""
+        session = self.extension.session
+        if isinstance(session, orm.scoped_session) and not session.registry.has():
+            return None
+        return self.session()
+
+    def redirected_session(self, connection: Connection) -> orm.Session:
+        """Return a new session of the current context, with a connection in the place of the events' engine."""
+        session = redirected_session(self._factory, self.engine, connection)
+        if isinstance(self.extension.session, orm.scoped_session):
+            self.extension.session.remove()
+            self.extension.session.registry.set(session)
+        else:
+            # It closes what it finds there at the end of the context.
+            lite_sessions(g, {"default": session})
+        return session
+
+    def separate_processes(self) -> None:
+        """See to it that connections and sessions from before a fork are not used after it, by anybody."""
+        for engine in self.engines.values():
+            drop_inherited_connections(engine)
+        if not self.has_models:
+            _separate_lite(self.extension)
+            return
+        registry = getattr(self.extension.session, "registry", None)
+        scope = getattr(registry, "scopefunc", None)
+        if registry is not None and scope is not None and not isinstance(scope, ScopeInProcess):
+            session_scope(registry, ScopeInProcess(scope))
+
+
+class FlaskHost:
+    """A Flask app as the ``Host`` of its applications and projections.
+
+    :param app: the app.
+    :param database: its databases and sessions.
+    :param units: makes the units of work of its sessions.
+    """
+
+    def __init__(self, app: Flask, database: AppDatabase, units: Units) -> None:
+        self.app = app
+        self.database = database
+        self._units = units
+        self._runner = UnitRunner(self._required)
+        self.datastore: Datastore = units.datastore.joining(self.unit)
+
+    def prepare(self) -> None:
+        """Install what the app's engines and sessions need."""
+        self.datastore.prepare()
+        self.database.separate_processes()
+
+    def context(self) -> AbstractContextManager[object]:
+        """An application context."""
+        return self.app.app_context()
+
+    def unit(self) -> UnitOfWork | None:
+        """The unit of work to join, or None outside an application context of this app."""
+        if has_app_context() and current_app._get_current_object() is self.app:  # type: ignore[attr-defined]
+            return self._units.of(self.database.session())
+        return None
+
+    def open_unit(self) -> UnitOfWork | None:
+        """The unit of work of the current session, if a recorder has joined it already."""
+        return self._units.open(self.database.open_session())
+
+    def unit_of(self, session: orm.Session) -> UnitOfWork:
+        """The unit of work of a session."""
+        return self._units.of(session)
+
+    def transaction(self, *, queueing: bool = False) -> AbstractContextManager[orm.Session]:
+        """See ``EventSourcing.transaction``.
+
+        :raises NotInitializedError: outside an application context of this app.
+        """
+        return self._runner.transaction(queueing=queueing)
+
+    def retry(self, function: Callable[[], R], times: int) -> R:
+        """See ``EventSourcing.retry_on_conflict``."""
+        return self._runner.retry(function, times)
+
+    @contextmanager
+    def using(self, connection: Connection) -> Iterator[orm.Session]:
+        """Within an application context, the current session is one of its own on *connection*."""
+        session = self.database.redirected_session(connection)
+        self._units.of(session).bind_arguments = {"bind": connection}
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """The tables of a mapped class."""
+        return mapped_tables(model)
+
+    def _required(self) -> UnitOfWork:
+        unit = self.unit()
+        if unit is None:
+            raise NotInitializedError(
+                "A unit of work needs an application context of its app: with app.app_context(): …"
+            )
+        return unit
+
+
+class ScopeInProcess:
+    """Tells the sessions of a process from those that it inherited, for a ``scoped_session``.
+
+    An application context that was pushed before the fork is the same object in the forked process, so the session
+    would be the same too. Under another key it stays where it is, and is neither used nor closed.
+
+    :param scope: what tells the sessions of one process from each other.
+    """
+
+    def __init__(self, scope: Callable[[], Hashable]) -> None:
+        self._scope = scope
+        self._pid = os.getpid()
+
+    def __call__(self) -> Hashable:
+        """Return the key of the current session."""
+        pid = os.getpid()
+        key = self._scope()
+        if pid == self._pid:
+            return key
+        leave_inherited_connections()
+        return pid, key
+
+
+class SessionInProcess:
+    """The same for Flask-SQLAlchemy-Lite, which has no scope but keeps its sessions in the application context.
+
+    :param get_session: its own function.
+    """
+
+    def __init__(self, get_session: Callable[[str], orm.Session]) -> None:
+        self._get_session = get_session
+        self._pid = os.getpid()
+
+    def __call__(self, name: str = "default") -> orm.Session:
+        """Return a session of the current application context, never one that was made before a fork."""
+        pid = os.getpid()
+        leave_inherited_connections()
+        if has_app_context() and g.get(PID, self._pid) != pid:
+            g._flask_eventsourcing_pid = pid
+            keep_for_ever(g.pop(SESSIONS, None))
+        return self._get_session(name)
+
+
+def _separate_lite(extension: Any) -> None:
+    if not isinstance(extension.get_session, SessionInProcess):
+        lite_get_session(extension, SessionInProcess(extension.get_session))

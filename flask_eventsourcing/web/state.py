@@ -1,0 +1,165 @@
+"""What one Flask app has: its applications, models, configuration, and the way to them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from eventsourcing.application import Application
+from flask import Flask, current_app, has_app_context
+from werkzeug.local import LocalProxy
+
+from ..applications import environment
+from ..config import Config
+from ..exceptions import ConfigurationError, NotInitializedError
+from ..host import by_application, send_recorded
+from ..lifecycle import ApplicationSlot
+from ..models import Models
+from ..persistence import Datastore
+from ..persistence.dialects import is_in_memory
+from ..projections.registry import BoundProjections
+from ..signals import events_discarded, events_recorded
+from ..uow import Batch
+from .sessions import FlaskHost
+
+EXTENSION = "eventsourcing"
+Slots = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
+_states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
+
+
+class EventSourcingState:
+    """The state of Flask-EventSourcing in one Flask app, ``app.extensions["eventsourcing"]``.
+
+    :param host: the app as a host.
+    :param config: its settings.
+    :param models: the record classes by the application's name.
+    :param slots: the applications by their class; each is constructed at the first use in each process.
+    :param projections: its projections.
+    """
+
+    def __init__(
+        self,
+        host: FlaskHost,
+        config: Config,
+        models: Mapping[str, Models],
+        slots: Slots,
+        projections: BoundProjections,
+    ) -> None:
+        self.host = host
+        self.config = config
+        self.models = models
+        self.slots = slots
+        self.projections = projections
+        _states.add(self)
+
+    @property
+    def app(self) -> Flask:
+        """The Flask app."""
+        return self.host.app
+
+    @property
+    def db(self) -> Any:
+        """The ``SQLAlchemy`` object in use."""
+        return self.host.database.extension
+
+    @property
+    def datastore(self) -> Datastore:
+        """The database of the events."""
+        return self.host.datastore
+
+    @property
+    def application(self) -> Application[Any]:
+        """The single application of this app and process, the first one where there are several."""
+        return next(iter(self.slots.values())).get()
+
+    @property
+    def applications(self) -> Mapping[type[Application[Any]], Application[Any]]:
+        """The single instance of each application class in this process."""
+        return {application_class: slot.get() for application_class, slot in self.slots.items()}
+
+    def __getitem__(self, application_class: type[Application[Any]]) -> Application[Any]:
+        try:
+            slot = self.slots[application_class]
+        except KeyError:
+            names = ", ".join(cls.__qualname__ for cls in self.slots)
+            raise ConfigurationError(
+                f"{application_class!r} is not registered on this Flask app (registered: {names}): "
+                "pass it to EventSourcing(applications=…) or decorate it with @es.register before init_app."
+            ) from None
+        return slot.get()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment with which applications, and the library's own runners, use this app's database."""
+        return environment(self.datastore, self.config.env)
+
+    def construct(self) -> None:
+        """Construct the applications of this process now, so that its first request does not pay for it."""
+        for slot in self.slots.values():
+            slot.get()
+
+    def close(self) -> None:
+        """Close the applications of this process and its idle connections to their database.
+
+        It may be called again, and an application is constructed again when it is used after that.
+        """
+        self.projections.close()
+        for slot in self.slots.values():
+            slot.close()
+        engine = self.datastore.engine
+        # The one connection of an in-memory database is the database.
+        if not is_in_memory(engine.url):
+            engine.dispose()
+
+
+def states() -> list[EventSourcingState]:
+    """Return the states of all Flask apps in this process on which the extension is registered."""
+    return list(_states)
+
+
+def publish(app: Flask, batches: Sequence[Batch]) -> None:
+    """Send ``events_recorded`` for what was committed."""
+    if events_recorded.receivers:
+        state = state_of(app)
+        for name, notifications in by_application(batches).items():
+            send_recorded(app, _application(state, name), notifications)
+
+
+def discard(state: EventSourcingState, batches: Sequence[Batch]) -> None:
+    """Send ``events_discarded`` for events that were neither committed nor rolled back."""
+    for name, notifications in by_application(batches).items():
+        events_discarded.send(state.app, application=_application(state, name), notifications=notifications)
+
+
+def _application(state: EventSourcingState, name: str) -> Application[Any] | None:
+    return next((state[cls] for cls in state.slots if cls.name == name), None)
+
+
+def state_of(app: Flask) -> EventSourcingState:
+    """Return the state of an app.
+
+    :raises NotInitializedError: when ``es.init_app(app)`` was not called.
+    """
+    state = app.extensions.get(EXTENSION)
+    if not isinstance(state, EventSourcingState):
+        raise NotInitializedError(
+            f"The Flask app {app.name!r} has no Flask-EventSourcing state: did you call es.init_app(app)?"
+        )
+    return state
+
+
+def current_state() -> EventSourcingState:
+    """Return the state of the current app.
+
+    :raises NotInitializedError: outside an application context, or without ``init_app``.
+    """
+    if not has_app_context():
+        raise NotInitializedError(
+            "This needs an application context: use it in a view or a command, or within 'with app.app_context():'."
+        )
+    return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
+
+
+current_application = cast(Application[Any], LocalProxy(lambda: current_state().application))
+"""The application of the current Flask app, for views."""

@@ -1,0 +1,185 @@
+"""What a unit of work promises, on every host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from eventsourcing.persistence import IntegrityError
+
+from flask_eventsourcing.exceptions import RollbackOnlyError
+from flask_eventsourcing.signals import events_recorded
+from tests.domain import conflict_with, in_threads
+from tests.hosts.sites import HostSite
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[object, int]]]:
+    """Note what the signal tells: the application, and how many events."""
+    heard: list[tuple[object, int]] = []
+
+    def hear(sender: object, application: object, notifications: Any) -> None:
+        heard.append((application, len(notifications)))
+
+    with events_recorded.connected_to(hear):
+        yield heard
+
+
+def test_events_and_models_commit_together(site: HostSite) -> None:
+    """A transaction commits the events and the rows that were added beside them."""
+    with site.host.context(), site.host.transaction():
+        site.bank.open_account()
+        site.note()
+    assert site.stored() == (1, 1)
+
+
+def test_events_and_models_roll_back_together(site: HostSite) -> None:
+    """An error rolls both back, and no signal is sent."""
+
+    def fail() -> None:
+        with site.host.context(), site.host.transaction():
+            site.bank.open_account()
+            site.note()
+            raise KeyError
+
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            fail()
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
+def test_session_commits_and_rolls_back_what_was_saved(site: HostSite) -> None:
+    """Outside of a unit of work, what was saved in a session is stored when that commits, and not before."""
+    with site.working():
+        site.bank.open_account()
+        site.note()
+        site.session.rollback()
+        site.bank.open_account()
+        site.session.commit()
+    assert site.stored() == (1, 0)
+
+
+def test_unit_within_a_unit_joins_it(site: HostSite) -> None:
+    """The outermost commits; an inner one that fails takes the outer one along, even if its error is caught."""
+    with site.host.context(), site.host.transaction():
+        site.bank.open_account()
+        with site.host.transaction():
+            site.bank.open_account()
+    assert site.stored() == (2, 0)
+
+    def go_on_after_an_error() -> None:
+        with site.host.context(), site.host.transaction():
+            site.bank.open_account()
+            with suppress(KeyError), site.host.transaction():
+                raise KeyError
+
+    with pytest.raises(RollbackOnlyError):
+        go_on_after_an_error()
+    assert site.stored() == (2, 0)
+
+
+def test_savepoint_takes_its_events_along(site: HostSite) -> None:
+    """What was saved in a savepoint that is rolled back is not stored, nor announced; what is around it is."""
+    with recorded() as heard:
+        with site.host.context(), site.host.transaction() as session:
+            account_id = site.bank.open_account()
+            savepoint = session.begin_nested()
+            site.bank.deposit(account_id)
+            savepoint.rollback()
+            assert site.bank.balance(account_id) == 0
+            with session.begin_nested():
+                site.bank.deposit(account_id, 7)
+        assert heard == [(site.bank, 2)]
+    assert site.stored() == (2, 0)
+    with site.host.context(), site.host.transaction():
+        assert site.bank.balance(account_id) == 7
+
+
+def test_conflict_is_raised_at_save(site: HostSite) -> None:
+    """A save of an aggregate that another transaction has changed is refused, and nothing of it is stored."""
+    account_id = site.opened()
+    with site.host.context():
+        with site.host.transaction():
+            save = conflict_with(site.bank, account_id)
+        site.elsewhere(lambda: site.bank.deposit(account_id))
+        with pytest.raises(IntegrityError), site.host.transaction():
+            save()
+    assert site.stored() == (2, 0)
+
+
+def test_conflict_is_tried_again(site: HostSite) -> None:
+    """A function under ``retry`` is run again as a whole until it succeeds."""
+    account_id = site.opened()
+    tries = []
+
+    def pay_in() -> None:
+        account = site.bank.account(account_id)
+        tries.append(account.version)
+        if len(tries) < 3:
+            # As another transaction would do it that commits in between; on one database file it would have to wait.
+            raise IntegrityError
+        account.deposit(10)
+        site.note()
+        site.bank.save(account)
+
+    with site.host.context():
+        site.host.retry(pay_in, 3)
+    assert len(tries) == 3
+    assert site.stored() == (2, 1)
+
+
+def test_units_that_race_all_succeed(site: HostSite) -> None:
+    """Threads that change one aggregate at once lose no update."""
+    account_id = site.opened()
+
+    def pay_in() -> None:
+        for _ in range(5):
+            with site.host.context():
+                site.host.retry(lambda: site.bank.deposit(account_id), 20)
+            time.sleep(0.001)
+
+    in_threads([pay_in] * 4)
+    with site.host.context(), site.host.transaction():
+        assert site.bank.balance(account_id) == 20
+
+
+def test_function_waits_for_the_commit(site: HostSite) -> None:
+    """What is to happen after the commit happens then, and not at all after a rollback."""
+    called: list[str] = []
+
+    def call_after(what: str) -> None:
+        unit = site.host.unit()
+        assert unit is not None
+        unit.on_commit(lambda: called.append(what))
+
+    with site.host.context():
+        with site.host.transaction():
+            call_after("committed")
+            assert called == []
+        with suppress(KeyError), site.host.transaction():
+            call_after("rolled back")
+            raise KeyError
+    assert called == ["committed"]
+
+
+def test_signal_names_the_application(site: HostSite) -> None:
+    """``events_recorded`` is sent once for a transaction, after its commit, with the application and its events."""
+    with recorded() as heard, site.host.context():
+        with site.host.transaction():
+            account_id = site.bank.open_account()
+            site.bank.deposit(account_id)
+            assert heard == []
+        assert heard == [(site.bank, 2)]
+
+
+def test_log_is_read_outside_of_a_session(site: HostSite) -> None:
+    """The log shows what is committed, in its order."""
+    account_id = site.opened()
+    with site.host.context(), site.host.transaction():
+        site.bank.deposit(account_id)
+    found = site.bank.recorder.select_notifications(1, 10)
+    assert [(each.id, each.originator_version) for each in found] == [(1, 1), (2, 2)]

@@ -1,0 +1,49 @@
+"""The tests of every host, and the contract of the recorders, in a process where Flask cannot be imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.source import ROOT
+
+LEFT_OUT = "not postgres and not mariadb and not without_flask"
+"""What needs a server, and this module itself."""
+FILES = (
+    "tests/hosts",
+    "tests/contract/test_recorders.py",
+    "tests/contract/test_factory.py",
+    "tests/unit/test_lifecycle.py",
+    "tests/unit/test_lifecycle_fork.py",
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_without_flask(file: str) -> None:
+    """A script with SQLAlchemy alone gets the recorders, the units of work and the lifecycle that a Flask app gets."""
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    # What needs a server has run in this process; there is no second one in that.
+    options = [
+        "-q",
+        "-p",
+        "tests.hosts.no_flask",
+        "-o",
+        "addopts=",
+        "-k",
+        LEFT_OUT,
+        file,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,64 @@
+"""Which errors pass by themselves."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing import persistence
+
+from flask_eventsourcing.exceptions import AbortedTransactionError, MissingTableError
+from flask_eventsourcing.persistence.dialects import is_outage
+from flask_eventsourcing.projections.checkpoint import FencedError
+
+
+def driver_error(*args: object, **attributes: str) -> Exception:
+    """Make an error as a driver raises it."""
+    error = Exception(*args)
+    vars(error).update(attributes)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        driver_error(sqlstate="40001"),
+        driver_error(pgcode="40P01"),
+        driver_error(sqlstate="55P03"),
+        driver_error(pgcode="55P03"),
+        driver_error(1205, "Lock wait timeout exceeded"),
+        driver_error(1213, "Deadlock found"),
+        driver_error("database is locked"),
+    ],
+    ids=repr,
+)
+def test_locks_and_deadlocks_pass(error: Exception) -> None:
+    """A statement that others have held up may be tried again, on every database."""
+    assert is_outage(sa.exc.OperationalError("UPDATE", {}, error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [driver_error(sqlstate="23505"), driver_error(1062, "Duplicate entry"), driver_error("no such column"), None],
+    ids=repr,
+)
+def test_errors_of_a_statement_stay(error: Exception | None) -> None:
+    """What a statement itself is to blame for is no outage."""
+    assert not is_outage(sa.exc.IntegrityError("INSERT", {}, error))  # type: ignore[arg-type]
+
+
+def test_a_connection_that_cannot_be_made_passes() -> None:
+    """An error without a statement is the connection's."""
+    assert is_outage(sa.exc.OperationalError(None, None, driver_error("refused")))
+    assert is_outage(sa.exc.TimeoutError())
+    assert is_outage(sa.exc.PendingRollbackError("lost", code="8s2b"))
+    assert not is_outage(sa.exc.PendingRollbackError("a flush has failed", code="7s2a"))
+
+
+def test_errors_of_recorders_and_runners() -> None:
+    """A lost claim and the recorders' operational errors pass; a missing table and an aborted transaction do not."""
+    assert is_outage(FencedError())
+    assert is_outage(persistence.OperationalError())
+    assert not is_outage(persistence.IntegrityError())
+    assert not is_outage(MissingTableError("bank_events"))
+    assert not is_outage(AbortedTransactionError())
+    assert not is_outage(ValueError())

@@ -1,0 +1,65 @@
+"""How long a runner pauses, how many events it takes at a time, and what it tells of that."""
+
+from __future__ import annotations
+
+import pytest
+
+from flask_eventsourcing.projections.runners import FIRST_BATCH, Backoff, Pace, Progress
+
+
+def test_a_pause_grows_to_its_longest_and_begins_again() -> None:
+    """Tries become rarer up to a limit, and after a success the first pause is short again."""
+    pause = Backoff(0.1, 0.5)
+    seen = []
+    for _ in range(5):
+        seen.append(pause.seconds)
+        pause.grow()
+    assert seen == [0.1, 0.2, 0.4, 0.5, 0.5]
+    pause.reset()
+    assert pause.seconds == 0.1
+
+
+def test_a_pause_grows_as_fast_as_is_asked() -> None:
+    """The growth can be chosen."""
+    pause = Backoff(1.0, 100.0, 1.5)
+    pause.grow()
+    pause.grow()
+    assert pause.seconds == 2.25
+
+
+def test_batches_grow_while_they_are_full_and_quick() -> None:
+    """Catching up begins with one event, goes on with a first batch and doubles up to the most."""
+    pace = Pace(40, 1.0)
+    seen = []
+    for _ in range(4):
+        seen.append(pace.limit)
+        pace.adapt(0.1, pace.limit)
+    assert seen == [1, FIRST_BATCH, 32, 40]
+
+
+def test_a_batch_that_takes_too_long_is_halved() -> None:
+    """A slow batch makes the next one half as large, but never empty."""
+    pace = Pace(1000, 0.5)
+    pace.limit = 3
+    for expected in (1, 1):
+        pace.adapt(0.6, pace.limit)
+        assert pace.limit == expected
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.01, 5), (0.4, 16), (0.01, 0)])
+def test_what_says_nothing_changes_nothing(seconds: float, size: int) -> None:
+    """A page that was not full, and a batch of about the right time, leave the size as it is."""
+    pace = Pace(1000, 0.5)
+    pace.limit = 16
+    pace.adapt(seconds, size)
+    assert pace.limit == 16
+
+
+def test_progress_is_never_behind_what_it_has_reached() -> None:
+    """A runner that is further than it has looked has no lag."""
+    progress = Progress()
+    assert (progress.end, progress.lag) == (0, 0)
+    progress.position, progress.high_water_mark = 3, 10
+    assert (progress.end, progress.lag) == (10, 7)
+    progress.position = 12
+    assert (progress.end, progress.lag) == (12, 0)
