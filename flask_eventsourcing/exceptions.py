@@ -93,3 +93,11 @@ class DeadLetterError(FlaskEventSourcingError):
 
 class SpanningTransactionError(FlaskEventSourcingError):
     """A transaction would span two databases: commit before, or use a session with twophase=True."""
+
+
+class CommitInsideUnitError(FlaskEventSourcingError):
+    """A unit of work (transaction(), transactional, retry_on_conflict) commits at its end: leave this commit out."""
+
+
+class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.OperationalError):
+    """The connection was lost during the commit: nobody knows whether it succeeded. Look before you do it again."""

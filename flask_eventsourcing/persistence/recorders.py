@@ -93,7 +93,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 write.conflicted(self.events_table, events)
                 raise
             if events:
-                write.recorded(self.application_name, events, positions)
+                write.recorded(self.application_name, self.events_table, events, positions)
         return positions
 
     def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:

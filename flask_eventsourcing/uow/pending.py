@@ -1,14 +1,17 @@
-"""What waits for the end of a session's transaction: events, functions to call, and reasons to refuse the commit."""
+"""What waits for the end of a database's transaction: events, functions to call, and reasons to refuse the commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import UUID
 
 from eventsourcing.persistence import Notification, StoredEvent
-from sqlalchemy import orm
+
+from ..persistence.dialects.driver import EventTable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +19,7 @@ class Batch:
     """The events of one save."""
 
     application_name: str
+    table: EventTable
     events: Sequence[StoredEvent]
     positions: Sequence[int]
 
@@ -36,25 +40,39 @@ class AfterCommit:
 
 
 @dataclass(frozen=True, eq=False)
+class AfterRollback:
+    """A function to call if what was done before it is rolled back, or nobody knows what became of it."""
+
+    function: Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
 class Refusal:
     """Why what was done so far must not be committed."""
 
     reason: str
 
 
-Item = Batch | AfterCommit | Refusal
-T = TypeVar("T")
+Item = Batch | AfterCommit | AfterRollback | Refusal
+
+
+def of_kind(items: Iterable[Item], kind: type[T]) -> list[T]:
+    """Return the items of one kind, in their order."""
+    return [item for item in items if isinstance(item, kind)]
 
 
 @dataclass(eq=False)
 class Pending:
-    """What was noted in one transaction of a session, each with the savepoint in which that was, or the transaction."""
+    """What was noted in one transaction of a connection, each with the number of savepoints that were open then."""
 
-    _items: list[tuple[orm.SessionTransaction | None, Item]] = field(default_factory=list)
+    _items: list[tuple[int, Item]] = field(default_factory=list)
 
-    def add(self, transaction: orm.SessionTransaction | None, item: Item) -> None:
-        """Note something."""
-        self._items.append((transaction, item))
+    def add(self, level: int, item: Item) -> None:
+        """Note something.
+
+        :param level: how many savepoints are open.
+        """
+        self._items.append((level, item))
 
     def all(self, kind: type[T]) -> list[T]:
         """Return what was noted of one kind, in its order."""
@@ -64,15 +82,18 @@ class Pending:
         """Whether there are events of an aggregate."""
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
-    def released(self, savepoint: orm.SessionTransaction, parent: orm.SessionTransaction | None) -> None:
-        """Give what a savepoint has to its parent, with which it stands or falls from now on."""
-        self._items = [(parent if own is savepoint else own, item) for own, item in self._items]
+    def released(self, level: int) -> None:
+        """A savepoint was released: what it has stands or falls with the one around it from now on."""
+        self._items = [(min(own, level - 1), item) for own, item in self._items]
 
-    def rolled_back(self, savepoint: orm.SessionTransaction) -> None:
-        """Forget what was noted in a savepoint."""
-        self._items = [(own, item) for own, item in self._items if own is not savepoint]
+    def rolled_back(self, level: int) -> list[Item]:
+        """A savepoint was rolled back, or all of the transaction (level 0): forget what it had, and return that."""
+        gone = [item for own, item in self._items if own >= level]
+        self._items = [(own, item) for own, item in self._items if own < level]
+        return gone
 
-    def take(self) -> Pending:
-        """Return everything, and forget it here."""
-        items, self._items = self._items, []
-        return Pending(items)
+    def keep(self, kept: Callable[[Item], bool]) -> list[Item]:
+        """Forget what is not to be kept, and return that."""
+        gone = [item for _, item in self._items if not kept(item)]
+        self._items = [(own, item) for own, item in self._items if kept(item)]
+        return gone

@@ -22,8 +22,8 @@ from ..persistence import Datastore, DialectOptions
 from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..uow import SessionCommits, Units
-from .sessions import AppDatabase, FlaskHost, has_models
-from .state import EventSourcingState, publish
+from .sessions import AppDatabase, FlaskHost, current_context, has_models
+from .state import EventSourcingState, lose, publish
 
 Wanted = tuple[OriginatorIdType, str | None, str | None]
 
@@ -139,7 +139,8 @@ def make_state(
     commits = SessionCommits(
         at_save=config.commit == "save", is_to_come=has_request_context if config.commit == "request" else bool
     )
-    units = Units(datastore, commits, partial(publish, app), database.bind_arguments(tables[classes[0].name]["events"]))
+    arguments = database.bind_arguments(tables[classes[0].name]["events"])
+    units = Units(datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context)
     host = FlaskHost(app, database, units)
     slots = {cls: ApplicationSlot(partial(construct, cls, host.datastore, config.env, host.unit)) for cls in classes}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from eventsourcing.application import Application
-from flask import Flask, current_app, has_app_context
+from flask import Flask, current_app, g, has_app_context, has_request_context
 from werkzeug.local import LocalProxy
 
 from ..applications import environment
@@ -20,7 +20,7 @@ from ..persistence import Datastore
 from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
-from ..uow import Batch
+from ..uow import Batch, log_lost
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
@@ -124,6 +124,27 @@ def publish(app: Flask, batches: Sequence[Batch]) -> None:
         state = state_of(app)
         for name, notifications in by_application(batches).items():
             send_recorded(app, _application(state, name), notifications)
+
+
+LOST = "_flask_eventsourcing_lost"
+"""Where an application context has the events that were lost without anybody asking for it, in ``flask.g``."""
+
+
+def lose(app: Flask, batches: Sequence[Batch]) -> None:
+    """Tell of events that are gone although nobody has rolled them back: in an answer, or in the log."""
+    if has_request_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
+        # The answer is still to come.
+        g.setdefault(LOST, []).extend(batches)
+        return
+    state = state_of(app)
+    log_lost(batches)
+    discard(state, batches)
+
+
+def take_lost() -> list[Batch]:
+    """Return what was lost in this application context, and forget it."""
+    found: list[Batch] = g.pop(LOST, [])
+    return found
 
 
 def discard(state: EventSourcingState, batches: Sequence[Batch]) -> None:

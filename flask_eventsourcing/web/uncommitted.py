@@ -11,7 +11,7 @@ from flask import Flask, Response, request_started
 from ..exceptions import UncommittedEventsError
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, roll_back
-from .state import EventSourcingState, discard
+from .state import EventSourcingState, discard, take_lost
 
 FAILURE = 400
 """The lowest HTTP status that tells the client that the request was not carried out."""
@@ -63,9 +63,9 @@ def _commit_or_roll_back(state: EventSourcingState, response: Response) -> None:
 
 def _refuse_uncommitted(state: EventSourcingState, response: Response) -> None:
     unit = state.host.open_unit()
-    if unit is None or not unit.batches:
+    batches = take_lost() + ([] if unit is None else _drop(unit))
+    if not batches:
         return
-    batches = _drop(unit)
     message = f"{_describe(batches)} neither committed nor rolled back when the view answered: {REMEDY}."
     if response.status_code >= FAILURE:
         state.app.logger.warning("%s The client was told of a failure: %s.", message, response.status)
@@ -108,7 +108,8 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
 
 def _drop(unit: UnitOfWork) -> list[Batch]:
     batches = unit.batches
-    roll_back(unit.session)
+    if batches:
+        roll_back(unit.session)
     return batches
 
 

@@ -18,7 +18,17 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
 from ..subscriptions import Waiter
-from .driver import EVENT_COLUMNS, OF_AGGREGATE, POSITION, Driver, EventTable, Processor, notification, stored_event
+from .driver import (
+    EVENT_COLUMNS,
+    OF_AGGREGATE,
+    POSITION,
+    Driver,
+    EventTable,
+    Processor,
+    notification,
+    root_engine,
+    stored_event,
+)
 from .runner_locks import Lease, RunnerLock
 
 
@@ -96,9 +106,7 @@ class Dialect(Driver, ABC):
 
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine; that of ``execution_options()`` has what its parent has."""
-        engine = self.engine
-        while (parent := getattr(engine, "_proxied", None)) is not None:
-            engine = parent
+        engine = root_engine(self.engine)
         if engine not in _prepared:
             _prepared.add(engine)
             self.install(engine)

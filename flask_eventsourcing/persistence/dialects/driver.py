@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -93,6 +94,16 @@ class Modified(NamedTuple):
     lastrowid: Any
 
 
+_own_listeners: weakref.WeakKeyDictionary[Engine, list[int]] = weakref.WeakKeyDictionary()
+
+
+def root_engine(engine: Engine) -> Engine:
+    """Return the engine that was created; that of ``execution_options()`` has its listeners and its pool."""
+    while (parent := getattr(engine, "_proxied", None)) is not None:
+        engine = parent
+    return engine
+
+
 class Driver:
     """Runs statements on the driver's connection of a SQLAlchemy connection, and tells its errors apart."""
 
@@ -104,16 +115,29 @@ class Driver:
     """The server's codes that mean: there is a row with this key."""
     missing_table: ClassVar[re.Pattern[str] | None] = None
     """What the server says of a table that is not there, with the table's name as the group ``name``."""
-    own_listeners: tuple[int, int] = (0, 0)
-    """How many listeners of ours the engine has before and after each statement."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         dbapi: Any = engine.dialect.dbapi
         self.driver_error: type[Exception] = dbapi.Error
         self.translated = Translated(self)
+        self.own_listeners = _own_listeners.setdefault(root_engine(engine), [0, 0])
+        """How many listeners of ours the engine has before and after each statement."""
 
     # ------------------------------------------------------------------------------------------------- statements
+
+    def listen_to_statements(self, engine: Engine, function: Any) -> None:
+        """Call a function after each statement of others, with the arguments of ``after_cursor_execute``."""
+        sa.event.listen(engine, "after_cursor_execute", function)
+        self.own_listeners[1] += 1
+
+    def commits_implicitly(self, statement: str) -> bool:
+        """Whether the database commits the transaction before it runs a statement."""
+        return False
+
+    def is_over(self, connection: Connection) -> bool:
+        """Whether the driver knows of no transaction, although SQLAlchemy has begun one and something was written."""
+        return False
 
     def before(self, connection: Connection, statement: str) -> None:
         """Called before a statement that goes the shorter way."""

@@ -33,6 +33,13 @@ EXACT = "utf8mb4_bin"
 ORDER = "__order__"
 LOCK_WAIT_TIMEOUT = 1205
 DEADLOCK = 1213
+IN_TRANSACTION = 1
+"""``SERVER_STATUS_IN_TRANS`` of the protocol."""
+IMPLICIT = re.compile(
+    r"\s*(ALTER|ANALYZE|CREATE(?!\s+TEMPORARY)|DROP(?!\s+TEMPORARY)|FLUSH|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
+    re.IGNORECASE,
+)
+"""What commits a transaction that is open."""
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -162,6 +169,15 @@ class MySQLDialect(Dialect):
         counter = self._counter(table)
         self._ensure_counter(connection, table, counter)
         self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE", (ORDER,))
+
+    def commits_implicitly(self, statement: str) -> bool:
+        """Whether it is one that changes tables, users or the like."""
+        return IMPLICIT.match(statement) is not None
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver where it tells, without a round trip."""
+        status = getattr(connection.connection.driver_connection, "server_status", None)
+        return status is not None and not status & IN_TRANSACTION
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has rolled the transaction back, as it does to end a deadlock.

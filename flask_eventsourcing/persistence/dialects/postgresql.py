@@ -26,6 +26,7 @@ from .base import Dialect, DialectOptions, FrozenSnapshotError
 from .driver import EVENT_COLUMNS, POSITION, EventTable
 from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
+IDLE = 0
 INERROR = 3
 """``PQTRANS_INERROR`` of libpq: the transaction failed and a commit would be a rollback."""
 BLOCK_TRIES = 20
@@ -229,6 +230,12 @@ class PostgreSQLDialect(Dialect):
         function = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
         statement = f"SELECT {function}(hashtext(%s), hashtext(%s))"
         self.fetch(connection, statement, (table.name, str(originator_id)))
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver, without a round trip."""
+        driver: Any = connection.connection.driver_connection
+        status = getattr(getattr(driver, "info", None), "transaction_status", None)
+        return status is not None and int(status) == IDLE
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""

@@ -83,12 +83,6 @@ class SQLiteDialect(Dialect):
         """Whether the database is in memory, so that all threads share one connection."""
         return self.is_in_memory(self.engine.url)
 
-    def prepare_engine(self) -> None:
-        """Make the engine's connections queue, and switch the file to the journal mode WAL."""
-        # Listeners of our own do what the shorter way to the driver does by itself.
-        self.own_listeners = (1, 1 if self.is_memory else 0)
-        super().prepare_engine()
-
     def install(self, engine: Engine) -> None:
         """Listen for connections, statements and the ends of transactions."""
         memory = self.is_memory
@@ -108,6 +102,9 @@ class SQLiteDialect(Dialect):
             sa.event.listen(engine, "commit", announce("commit"))
             sa.event.listen(engine, "rollback", announce("rollback"))
         sa.event.listen(engine, "handle_error", _after_error)
+        # Listeners of our own do what the shorter way to the driver does by itself.
+        self.own_listeners[0] += 1
+        self.own_listeners[1] += 1 if memory else 0
         _replace_connections(engine, memory)
 
     def _configure(self, driver: Any, name: str) -> None:
@@ -134,6 +131,11 @@ class SQLiteDialect(Dialect):
         driver = connection.connection.driver_connection
         if isinstance(driver, QueuedConnection):
             driver.before(connection, "write")
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver."""
+        driver: Any = connection.connection.driver_connection
+        return not driver.in_transaction
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether SQLite has rolled the transaction back, as it does when the disk is full."""
