@@ -16,10 +16,11 @@ from uuid import UUID
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy import orm
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
+from ..persistence.dialects import is_in_memory
 from ..persistence.dialects.driver import POSITION, EventTable
 from .commit_gate import CommitGate, current_run
 from .contended import AggregateQueue, ContendedAggregates
@@ -195,7 +196,11 @@ class UnitOfWork:
     def connection(self) -> Connection:
         """The session's connection to the database of the events."""
         # A copy, as the session takes "bind" out of what it is given.
-        return self.session.connection(bind_arguments=dict(self.bind_arguments))
+        connection = self.session.connection(bind_arguments=dict(self.bind_arguments))
+        if not _same_database(connection.engine, self.units.datastore.engine):
+            # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
+            connection = self.session.connection(bind_arguments={"bind": self.units.datastore.engine})
+        return connection
 
     # -------------------------------------------------------------------------------- what recorders tell
 
@@ -360,6 +365,10 @@ class UnitOfWork:
         gone = self.pending.rolled_back(0)
         self.following.is_committing = False
         call_all(item.function for item in of_kind(gone, AfterRollback))
+
+
+def _same_database(one: Engine, other: Engine) -> bool:
+    return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
 
 
 def call_all(functions: Any) -> None:
