@@ -5,8 +5,8 @@ to Python 3.11 that takes four times as long as to read the event and to apply i
 goes that way, and the others of that class do not.
 
 The library's repository puts an aggregate into its cache when it is saved or read, before anything is committed, and
-fast-forwards the cached object itself. Here an aggregate with uncommitted events passes the cache by, and is put into
-it only after the commit.
+fast-forwards the cached object itself. Here an aggregate with uncommitted events passes the cache by, and a copy is put
+into it only after the commit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ from .._patches import repository_cache, repository_class
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder
 from ..persistence.dialects.driver import EventTable
 from ..uow import UnitOfWork
+from .stale import refuse_stale_aggregates, watch
+
+__all__ = [
+    "CheckedRepository",
+    "CommittedCache",
+    "construct",
+    "environment",
+    "install_cache",
+    "install_repository",
+    "project_checked",
+    "refuse_stale_aggregates",
+]
 
 A = TypeVar("A", bound=Application[Any])
 
@@ -51,6 +63,7 @@ def construct(
     application = application_class(env=environment(datastore, env, application_class.name))
     install_repository(application)
     install_cache(application, unit)
+    refuse_stale_aggregates(application)
     return application
 
 
@@ -85,13 +98,15 @@ class CheckedRepository(Repository[Any]):
         deepcopy_from_cache: bool = True,
     ) -> Any:
         """See ``Repository.get()``."""
-        return super().get(
+        aggregate = super().get(
             aggregate_id,
             version=version,
             projector_func=project_checked if projector_func is project_aggregate else projector_func,
             fastforward_skipping=fastforward_skipping,
             deepcopy_from_cache=deepcopy_from_cache,
         )
+        watch(self.event_store.recorder, aggregate, aggregate_id)
+        return aggregate
 
 
 def install_repository(application: Application[Any]) -> None:

@@ -36,13 +36,20 @@ class AfterCommit:
 
 
 @dataclass(frozen=True, eq=False)
+class AfterRollback:
+    """A function to call once what was done before it is rolled back, or nobody knows what became of it."""
+
+    function: Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
 class Refusal:
     """Why what was done so far must not be committed."""
 
     reason: str
 
 
-Item = Batch | AfterCommit | Refusal
+Item = Batch | AfterCommit | AfterRollback | Refusal
 T = TypeVar("T")
 
 
@@ -68,11 +75,18 @@ class Pending:
         """Give what a savepoint has to its parent, with which it stands or falls from now on."""
         self._items = [(parent if own is savepoint else own, item) for own, item in self._items]
 
-    def rolled_back(self, savepoint: orm.SessionTransaction) -> None:
-        """Forget what was noted in a savepoint."""
+    def rolled_back(self, savepoint: orm.SessionTransaction) -> Pending:
+        """Return what was noted in a savepoint, and forget it here."""
+        lost = Pending([(own, item) for own, item in self._items if own is savepoint])
         self._items = [(own, item) for own, item in self._items if own is not savepoint]
+        return lost
 
     def take(self) -> Pending:
         """Return everything, and forget it here."""
         items, self._items = self._items, []
         return Pending(items)
+
+    def tell_rollback(self) -> None:
+        """Call what waits for a rollback of this."""
+        for item in self.all(AfterRollback):
+            item.function()

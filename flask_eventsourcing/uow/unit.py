@@ -18,7 +18,7 @@ from ..exceptions import AbortedTransactionError, HandlerError, SpanningTransact
 from ..persistence import Datastore, Dialect
 from ..persistence.dialects.driver import EventTable
 from .contended import AggregateQueue, ContendedAggregates
-from .pending import AfterCommit, Batch, Pending, Refusal
+from .pending import AfterCommit, AfterRollback, Batch, Pending, Refusal
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
@@ -270,6 +270,15 @@ class UnitOfWork:
             self.session.begin()
         self.pending.add(self.shared.current, AfterCommit(function))
 
+    def on_rollback(self, function: Callable[[], None]) -> None:
+        """Call a function if what is done from now on in this transaction, or savepoint, is rolled back.
+
+        So is it when nobody knows what became of the transaction; the commit forgets it.
+        """
+        if not self.session.in_transaction():
+            self.session.begin()
+        self.pending.add(self.shared.current, AfterRollback(function))
+
     # -------------------------------------------------------------------------------- what becomes of it
 
     def savepoint_ended(
@@ -280,7 +289,7 @@ class UnitOfWork:
         if committed:
             self.pending.released(savepoint, parent)
         else:
-            self.pending.rolled_back(savepoint)
+            self.pending.rolled_back(savepoint).tell_rollback()
 
     def transaction_ended(self, committed: bool) -> None:
         """The transaction was committed, or rolled back."""
@@ -293,6 +302,8 @@ class UnitOfWork:
             batches = ended.all(Batch)
             if batches:
                 self.units.publish(batches)
+        else:
+            ended.tell_rollback()
 
 
 @sa.event.listens_for(orm.Session, "before_commit")
