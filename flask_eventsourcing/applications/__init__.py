@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
 from eventsourcing.application import Application, Cache, ProjectorFunction, Repository, project_aggregate
@@ -21,7 +23,7 @@ from .._patches import repository_cache, repository_class
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder
 from ..persistence.dialects.driver import EventTable
 from ..uow import UnitOfWork
-from .stale import refuse_stale_aggregates, watch
+from .stale import refuse_stale_aggregates, share, watch
 
 __all__ = [
     "CheckedRepository",
@@ -105,6 +107,8 @@ class CheckedRepository(Repository[Any]):
             fastforward_skipping=fastforward_skipping,
             deepcopy_from_cache=deepcopy_from_cache,
         )
+        if self.cache is not None and version is None and not (deepcopy_from_cache and self.deepcopy_from_cache):
+            share(aggregate)
         watch(self.event_store.recorder, aggregate, aggregate_id)
         return aggregate
 
@@ -116,7 +120,7 @@ def install_repository(application: Application[Any]) -> None:
 
 
 class CommittedCache(Cache[Any, Any]):
-    """Wraps the repository's cache.
+    """Wraps the repository's cache: has copies of committed aggregates, and none that is older than what it had.
 
     :param inner: the cache that the library made, with its size.
     :param unit: returns the unit of work in which the caller is, or None.
@@ -129,6 +133,7 @@ class CommittedCache(Cache[Any, Any]):
         self.cache = inner.cache
         self._unit = unit
         self._events_table = events_table
+        self._lock = Lock()
 
     def get(self, key: Any, *, evict: bool = False) -> Any:
         """Return a cached aggregate.
@@ -146,16 +151,27 @@ class CommittedCache(Cache[Any, Any]):
         return self.inner.get(key, evict=evict)
 
     def put(self, key: Any, value: Any) -> None:
-        """Cache an aggregate, after the commit if it has uncommitted events."""
+        """Cache a copy of an aggregate, after the commit if it has uncommitted events."""
         if value is None:
             return
+        # A copy, as the caller may go on changing the aggregate.
+        kept = deepcopy(value)
         unit = self._unit()
         if unit is None or not unit.pending.has_events_of(key):
-            self.inner.put(key, value)
-            return
-        # A copy, as the caller may go on changing the aggregate before the commit or after it.
-        committed = deepcopy(value)
-        unit.on_commit(lambda: self.inner.put(key, committed))
+            self._keep(key, kept)
+        else:
+            unit.on_commit(partial(self._keep, key, kept))
+
+    def _keep(self, key: Any, kept: Any) -> None:
+        # Who commits first need not be the first here, and a reader may have an older snapshot.
+        with self._lock:
+            try:
+                is_older = kept.version < self.inner.get(key).version
+            except KeyError:
+                is_older = False
+            if not is_older:
+                share(kept)
+                self.inner.put(key, kept)
 
 
 def install_cache(application: Application[Any], unit: Callable[[], UnitOfWork | None]) -> None:
