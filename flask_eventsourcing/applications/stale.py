@@ -150,11 +150,13 @@ class Records:
             if changed:
                 _note(unit_of(application.recorder), changed, ids)
             return type(application)._record(application, processing_event)
-        except BaseException:
+        except BaseException as error:
             # Whatever it was, save() has taken the events away.
             for obj in changed:
                 lose(obj, NOT_STORED)
-                _evict(application.repository.cache, obj.id)
+                if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
+                    # It was changed, or is older than what is stored and would stay so.
+                    _evict(application.repository.cache, obj.id)
             raise
 
 
@@ -167,7 +169,6 @@ def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:
 
 
 def _evict(cache: Any, key: Any) -> None:
-    # It may be older than what is stored, and without fast-forward it would stay so.
     if cache is not None:
         with suppress(KeyError):
             getattr(cache, "inner", cache).get(key, evict=True)
