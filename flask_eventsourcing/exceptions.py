@@ -51,6 +51,14 @@ class RollbackOnlyError(FlaskEventSourcingError):
     """An inner unit of work failed, so the outer one was rolled back: let the inner error pass, or use a savepoint."""
 
 
+class StaleAggregateError(FlaskEventSourcingError):
+    """An aggregate object whose events were rolled back, or had a conflict, was saved again: read it again."""
+
+
+class SharedAggregateError(FlaskEventSourcingError):
+    """An aggregate object that the cache had served without a copy was saved: read it with a copy."""
+
+
 class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalError):
     """The database aborted this transaction after an error, a commit would drop its events: roll back first."""
 

@@ -17,8 +17,8 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from ..exceptions import CommitOutcomeUnknownError
 from ..persistence import Dialect
 from ..persistence.dialects.driver import root_engine
-from .pending import Batch
-from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined, savepoints
+from .pending import Batch, savepoints
+from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
 
 ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE)\b", re.IGNORECASE)
 """What may end a transaction or a savepoint in a textual statement."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from eventsourcing.persistence import Notification, StoredEvent
+from sqlalchemy.engine import Connection
 
 from ..persistence.dialects.driver import EventTable
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +102,51 @@ class Pending:
         gone = [item for _, item in self._items if not kept(item)]
         self._items = [(own, item) for own, item in self._items if kept(item)]
         return gone
+
+
+def call_all(functions: Any) -> None:
+    """Call every function, whatever another one raises; the first error is raised at the end, others are logged."""
+    first: Exception | None = None
+    for function in list(functions):
+        try:
+            function()
+        except Exception as error:
+            # The others must be called too.
+            if first is None:
+                first = error
+            else:
+                logger.error("A function that waited for the end of a transaction failed.", exc_info=error)
+    if first is not None:
+        raise first
+
+
+class Savepoints:
+    """The open savepoints of a connection, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._made = 0
+
+    def opened(self, name: str | None) -> None:
+        """A savepoint was made; SQLAlchemy names those without a name after it has told of them."""
+        if name is None:
+            self._made += 1
+            name = f"sa_savepoint_{self._made}"
+        self.names.append(name)
+
+    def left(self, name: str) -> int:
+        """A savepoint was released or rolled back, and with it those within it; returns its level, from 1 up."""
+        level = self.names.index(name) + 1 if name in self.names else max(1, len(self.names))
+        del self.names[level - 1 :]
+        return level
+
+
+_savepoints: weakref.WeakKeyDictionary[Connection, Savepoints] = weakref.WeakKeyDictionary()
+
+
+def savepoints(connection: Connection) -> Savepoints:
+    """Return the open savepoints of a connection."""
+    found = _savepoints.get(connection)
+    if found is None:
+        found = _savepoints[connection] = Savepoints()
+    return found

@@ -24,7 +24,7 @@ from ..persistence.dialects import is_in_memory
 from ..persistence.dialects.driver import POSITION, EventTable
 from .commit_gate import CommitGate, current_run
 from .contended import AggregateQueue, ContendedAggregates
-from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, of_kind
+from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, call_all, of_kind, savepoints
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
@@ -371,55 +371,9 @@ def _same_database(one: Engine, other: Engine) -> bool:
     return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
 
 
-def call_all(functions: Any) -> None:
-    """Call every function, whatever another one raises; the first error is raised at the end, others are logged."""
-    first: Exception | None = None
-    for function in list(functions):
-        try:
-            function()
-        except Exception as error:
-            # The others must be called too.
-            if first is None:
-                first = error
-            else:
-                logger.error("A function that waited for the end of a transaction failed.", exc_info=error)
-    if first is not None:
-        raise first
-
-
-class Savepoints:
-    """The open savepoints of a connection, the innermost last."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._made = 0
-
-    def opened(self, name: str | None) -> None:
-        """A savepoint was made; SQLAlchemy names those without a name after it has told of them."""
-        if name is None:
-            self._made += 1
-            name = f"sa_savepoint_{self._made}"
-        self.names.append(name)
-
-    def left(self, name: str) -> int:
-        """A savepoint was released or rolled back, and with it those within it; returns its level, from 1 up."""
-        level = self.names.index(name) + 1 if name in self.names else max(1, len(self.names))
-        del self.names[level - 1 :]
-        return level
-
-
 _joined: weakref.WeakKeyDictionary[Connection, weakref.WeakSet[UnitOfWork]] = weakref.WeakKeyDictionary()
-_savepoints: weakref.WeakKeyDictionary[Connection, Savepoints] = weakref.WeakKeyDictionary()
 
 
 def joined(connection: Connection) -> list[UnitOfWork]:
     """Return the units that have something in a connection's transaction."""
     return list(_joined.get(connection, ()))
-
-
-def savepoints(connection: Connection) -> Savepoints:
-    """Return the open savepoints of a connection."""
-    found = _savepoints.get(connection)
-    if found is None:
-        found = _savepoints[connection] = Savepoints()
-    return found
