@@ -30,6 +30,8 @@ POSITION = "notification_id"
 EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
 """The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
 from these. The first is the aggregate's id."""
+VERSION_KEY = EVENT_COLUMNS[:2]
+"""The columns that tell the events of an application from each other."""
 OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
 """Those that differ among the events of an aggregate."""
 
@@ -64,6 +66,8 @@ class EventTable:
     decode_id: Processor
     counter: str | None = None
     """The quoted name of the tracking table, where a database counts positions in it."""
+    snapshots: str | None = None
+    """The quoted name of the table whose versions may be followed too."""
     statements: dict[str, str] = field(default_factory=dict, compare=False)
     """Statements by their use, filled by the dialect as they are needed."""
 
@@ -81,9 +85,81 @@ class EventTable:
                 return bind(originator_id)
         return originator_id
 
+    def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
+        """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
+
+        Where the event itself is there already, its key decides.
+
+        :param lock: what makes the reads locking ones.
+        :param begins: whether its version is one that a stream can begin with.
+        :param snapshots: whether the table of snapshots is there.
+        """
+
+        def exists(table: str | None, condition: str = "") -> str:
+            return f"EXISTS (SELECT 1 FROM {table} AS p WHERE p.originator_id = {originator_id}{condition}{lock})"
+
+        found = exists(self.name, f" AND p.originator_version BETWEEN {version} - 1 AND {version}")
+        none = f"NOT {exists(self.name)}"
+        if snapshots:
+            found += f" OR {exists(self.snapshots, f' AND p.originator_version = {version} - 1')}"
+            none += f" AND NOT {exists(self.snapshots)}"
+        return f"{found} OR {none}" if begins else found
+
+    @staticmethod
+    def follows_values(originator_id: Any, version: int, *, begins: bool, snapshots: bool) -> tuple[Any, ...]:
+        """Return the values of that condition, where the marks are those of parameters."""
+        found: tuple[Any, ...] = (originator_id, version, version)
+        if snapshots:
+            found = (*found, originator_id, version)
+        return (*found, *([originator_id] * (1 + snapshots))) if begins else found
+
     def id_decoder(self, rows: Sequence[Sequence[Any]], number: int) -> Processor | None:
         """Return what makes the id of a driver's value, or None where the driver has made it already."""
         return None if not rows or type(rows[0][number]) is self.id_class else self.decode_id
+
+
+class ConflictError(persistence.IntegrityError):
+    """Another writer was first: the same may succeed when it is run again as a whole."""
+
+
+LATEST_FIRST_VERSION = 1
+"""A stream begins with this version or the one before it: the library's own is 1, its contract has both."""
+
+
+def begins(event: StoredEvent) -> bool:
+    """Whether an event's version is one that a stream can begin with."""
+    return event.originator_version <= LATEST_FIRST_VERSION
+
+
+def heads(events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
+    """Return those events of an append whose predecessor is not earlier in it.
+
+    :raises IntegrityError: for an event that would begin a stream behind another one.
+    """
+    if len(events) == 1:
+        return events
+    found: list[StoredEvent] = []
+    spans: dict[UUID | str, tuple[int, int]] = {}
+    for event in events:
+        version = event.originator_version
+        span = spans.get(event.originator_id)
+        if span is not None and span[0] <= version <= span[1] + 1:
+            spans[event.originator_id] = (span[0], max(version, span[1]))
+            continue
+        if span is not None and begins(event):
+            raise gap(event)
+        found.append(event)
+        spans[event.originator_id] = (version, version)
+    return found
+
+
+def gap(event: StoredEvent) -> persistence.IntegrityError:
+    """Return the error that refuses an event which cannot follow what is stored."""
+    version = event.originator_version
+    return persistence.IntegrityError(
+        f"Version {version} of aggregate {event.originator_id} would leave a gap: version {version - 1} is neither "
+        "among its events nor that of a snapshot. Read the aggregate again, and repeat what was done with it."
+    )
 
 
 class Modified(NamedTuple):

@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
-from .driver import EVENT_COLUMNS, POSITION, EventTable
+from .driver import EVENT_COLUMNS, POSITION, EventTable, gap, heads
 from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
@@ -81,12 +81,27 @@ class MySQLDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        first = heads(events)
         last = self._draw(connection, table, len(events))
+        self._check(connection, table, first, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *table.row(event)) for position, event in zip(positions, events, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
         return positions
+
+    def _check(self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int) -> None:
+        # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
+        # would find there what it must not see. A snapshot that is older than what others have stored since may lack
+        # the predecessor, which a locking read finds.
+        missing = self.find_gap(connection, table, first)
+        if missing is not None:
+            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE")
+        if missing is not None:
+            # The row is locked, so nobody has seen the positions.
+            back = "SET notification_id = notification_id - %s WHERE application_name = %s"
+            self.modify(connection, f"UPDATE {self._counter(table)} {back}", (count, ORDER))
+            raise gap(missing)
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""

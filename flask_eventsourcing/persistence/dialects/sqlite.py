@@ -25,7 +25,7 @@ from sqlalchemy.schema import CreateIndex
 
 from ...exceptions import WriteTimeoutError
 from .base import Dialect
-from .driver import EventTable
+from .driver import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
@@ -121,9 +121,27 @@ class SQLiteDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
+        first = heads(events)
+        if len(first) > 1 or not self._has_predecessor(connection, table, first[0]):
+            # With the lock to write: nothing is to come between the look and the rows.
+            self.queue_for(connection, table, first[0].originator_id, wait=True)
+            missing = self.find_gap(connection, table, first)
+            if missing is not None:
+                raise gap(missing)
         rows = [table.row(event) for event in events]
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
+
+    def _has_predecessor(self, connection: Connection, table: EventTable, event: StoredEvent) -> bool:
+        # A statement that looks and inserts takes longer than two: it keeps its rows in a table of its own.
+        version = event.originator_version
+        statement = table.statements.get("look")
+        if statement is None:
+            statement = f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
+            table.statements["look"] = statement
+        return not begins(event) and bool(
+            self.fetch(connection, statement, (table.encode_id(event.originator_id), version - 1))
+        )
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
