@@ -186,6 +186,9 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
         self.dialect = datastore.dialect
         self.tracking_table = tracking_table
+        self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
+            tracking_table
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

@@ -60,8 +60,8 @@ def test_interrupted_save_is_told_as_it_is(site: Site) -> None:
         site.bank.open_account("lost")
         driver: Any = site.db.session.connection().connection.driver_connection
         driver.set_progress_handler(lambda: 1, 1000)
+        account_id = uuid4()
         with pytest.raises(OperationalError, match="interrupted"):
-            account_id = uuid4()
             recorder.insert_events([StoredEvent(account_id, n, "a:b", b"{}") for n in range(1, 501)])
         driver.set_progress_handler(None, 0)
         with pytest.raises(AbortedTransactionError):

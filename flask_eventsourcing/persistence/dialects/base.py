@@ -128,6 +128,7 @@ class Dialect(Driver, ForProjections, ABC):
     ) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
+        self.tables |= {quoted(each): each for each in (table, tracking_table, snapshots_table) if each is not None}
         columns = [table.c[name] for name in EVENT_COLUMNS]
         found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
         id_class: type[UUID] | type[str] = str if isinstance(columns[0].type, sa.String) else UUID
@@ -382,3 +383,10 @@ class Dialect(Driver, ForProjections, ABC):
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False
+
+    def is_over(self, connection: Connection) -> bool:
+        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
+
+        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
+        """
+        return self.is_aborted(connection)

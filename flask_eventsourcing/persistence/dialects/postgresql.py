@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
@@ -30,13 +30,16 @@ from .driver import (
     ConflictError,
     EventTable,
     begins,
+    columns_of,
     gap,
     heads,
 )
 from .runner_locks import AdvisoryLock, RunnerLock
 
-INERROR = 3
-"""``PQTRANS_INERROR`` of libpq: the transaction failed and a commit would be a rollback."""
+IDLE, INERROR, UNKNOWN = 0, 3, 4
+"""``PQTRANS_…`` of libpq: there is no transaction; it has failed and a commit would be a rollback; no connection."""
+# Its words are in the server's language.
+KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
 BLOCK_TRIES = 20
 
 # A name without a schema means what the search path says, a tenant's table perhaps. What is known of a table holds for
@@ -305,10 +308,30 @@ class PostgreSQLDialect(Dialect):
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
-        driver: Any = connection.connection.driver_connection
-        info = getattr(driver, "info", None)
-        status = getattr(info, "transaction_status", None)
-        return status is not None and int(status) == INERROR
+        return _status(connection) == INERROR
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver, without a round trip, whether there is a transaction."""
+        return _status(connection) in (IDLE, INERROR, UNKNOWN)
+
+    def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
+        """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
+        diagnosis: Any = getattr(error, "diag", None)
+        name, detail = getattr(diagnosis, "constraint_name", None), getattr(diagnosis, "message_detail", None)
+        if name is None or diagnosis.table_name != table.name:
+            return None
+        known = columns_of(table, name)
+        found = KEY_IN_DETAIL.search(detail or "")
+        if known is None and found is not None:
+            known = [column.strip('" ') for column in found[1].split(",")]
+        # Whoever may not read all of its columns is told no detail.
+        return known if known is not None or found is not None else VERSION_KEY
+
+    @classmethod
+    def text(cls, driver_error: Any) -> str:
+        """Return what the server says without its detail."""
+        primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
+        return str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
 
     # ------------------------------------------------------------------------------------- what projections need
 
@@ -357,6 +380,12 @@ class PostgreSQLDialect(Dialect):
 
 def _channel(table: EventTable) -> str:
     return str(table.table.name)
+
+
+def _status(connection: Connection) -> int | None:
+    info = getattr(connection.connection.driver_connection, "info", None)
+    status = getattr(info, "transaction_status", None)
+    return None if status is None else int(status)
 
 
 def _regclass(name: str) -> str:
