@@ -67,6 +67,10 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
 
 
+class ConstraintError(FlaskEventSourcingError, persistence.DatabaseError):
+    """A constraint of an events table that is no key of its events, such as a CHECK of your own, refused an event."""
+
+
 class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError):
     """The sequence of the positions is set up in a way that would break the order of the log."""
 

@@ -38,11 +38,12 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         application_name: str = "",
         *,
         tracking_table: sa.Table | None = None,
+        snapshots_table: sa.Table | None = None,
     ) -> None:
         datastore.prepare()
         self.datastore = datastore
         self.dialect = datastore.dialect
-        self.events_table = self.dialect.event_table(events_table, tracking_table)
+        self.events_table = self.dialect.event_table(events_table, tracking_table, snapshots_table)
         self.application_name = application_name
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
@@ -74,7 +75,11 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
 
 
 class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
-    """Records events in aggregate sequences and in the application's log."""
+    """Records events in aggregate sequences and in the application's log.
+
+    An event is refused that would leave a gap in its aggregate's sequence: nobody could read that any more. Its
+    predecessor is an event, or *snapshots_table* has a snapshot of that version.
+    """
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none, and return their positions.
@@ -181,6 +186,9 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
         self.dialect = datastore.dialect
         self.tracking_table = tracking_table
+        self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
+            tracking_table
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -223,10 +231,21 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
     """Records events together with the position of the event that caused them."""
 
     def __init__(
-        self, datastore: Datastore, tracking_table: sa.Table, events_table: sa.Table, application_name: str = ""
+        self,
+        datastore: Datastore,
+        tracking_table: sa.Table,
+        events_table: sa.Table,
+        application_name: str = "",
+        *,
+        snapshots_table: sa.Table | None = None,
     ) -> None:
         SQLAlchemyApplicationRecorder.__init__(
-            self, datastore, events_table, application_name, tracking_table=tracking_table
+            self,
+            datastore,
+            events_table,
+            application_name,
+            tracking_table=tracking_table,
+            snapshots_table=snapshots_table,
         )
         self.tracking_table = tracking_table
 

@@ -300,7 +300,12 @@ class UnitOfWork:
         if not (following.is_suspicious or is_over) or self.dialect.is_aborted(connection):
             return
         following.is_suspicious = False
-        there = {id(batch) for batch in batches if self._is_there(connection, batch)}
+        try:
+            there = {id(batch) for batch in batches if self._is_there(connection, batch)}
+        except sa.exc.SQLAlchemyError as error:
+            # What cannot be asked stays pending, so that it is told in the end.
+            logger.warning("Nobody knows what became of events that were saved: %s", error)
+            return
         gone = self.pending.keep(lambda item: not isinstance(item, Batch) or id(item) in there)
         if gone and not there:
             gone += self.pending.rolled_back(0)

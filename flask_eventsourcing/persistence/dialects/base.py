@@ -17,6 +17,7 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
+from ...exceptions import MissingTableError
 from ..subscriptions import Waiter
 from .driver import (
     EVENT_COLUMNS,
@@ -25,11 +26,12 @@ from .driver import (
     Driver,
     EventTable,
     Processor,
+    begins,
     notification,
     root_engine,
     stored_event,
 )
-from .runner_locks import Lease, RunnerLock
+from .runner_locks import ForProjections
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def new_identity() -> dict[str, Any]:
     return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
 
+HEADS_AT_ONCE = 100
+"""The events of one statement of :meth:`Dialect.find_gap`."""
+
+
 class FrozenSnapshotError(Exception):
     """The transaction's snapshot is older than the high-water mark: the log is to be read on another connection."""
 
@@ -74,7 +80,7 @@ class _Page(NamedTuple):
     inclusive_of_start: bool
 
 
-class Dialect(Driver, ABC):
+class Dialect(Driver, ForProjections, ABC):
     """How one database appends events in order and reads them."""
 
     title: ClassVar[str] = ""
@@ -98,6 +104,7 @@ class Dialect(Driver, ABC):
         super().__init__(engine)
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
+        self._found: set[str] = set()
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
@@ -115,9 +122,12 @@ class Dialect(Driver, ABC):
         """Install it."""
         return
 
-    def event_table(self, table: sa.Table, tracking_table: sa.Table | None = None) -> EventTable:
+    def event_table(
+        self, table: sa.Table, tracking_table: sa.Table | None = None, snapshots_table: sa.Table | None = None
+    ) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
+        self.tables |= {quoted(each): each for each in (table, tracking_table, snapshots_table) if each is not None}
         columns = [table.c[name] for name in EVENT_COLUMNS]
         found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
         id_class: type[UUID] | type[str] = str if isinstance(columns[0].type, sa.String) else UUID
@@ -129,6 +139,7 @@ class Dialect(Driver, ABC):
             tuple((number, bind) for number, bind in found if bind is not None),
             decode or id_class,
             None if tracking_table is None else quoted(tracking_table),
+            None if snapshots_table is None else quoted(snapshots_table),
         )
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
@@ -176,6 +187,41 @@ class Dialect(Driver, ABC):
             statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
             table.statements["insert"] = statement
         return statement
+
+    def find_gap(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str = ""
+    ) -> StoredEvent | None:
+        """Return one of the events that would leave a gap in its stream, or None.
+
+        :param lock: what makes the reads locking ones.
+        """
+        snapshots = self.has_snapshots(connection, table)
+        for start in range(0, len(events), HEADS_AT_ONCE):
+            statements: list[str] = []
+            parameters: list[Any] = []
+            for number, event in enumerate(events[start : start + HEADS_AT_ONCE], start):
+                first = begins(event)
+                follows = table.follows(self.mark, self.mark, lock, begins=first, snapshots=snapshots)
+                statements.append(f"SELECT {number} FROM (SELECT 1 AS one) AS d WHERE NOT ({follows})")
+                originator_id = table.encode_id(event.originator_id)
+                parameters += table.follows_values(
+                    originator_id, event.originator_version, begins=first, snapshots=snapshots
+                )
+            rows = self.fetch(connection, " UNION ALL ".join(statements), parameters)
+            if rows:
+                return events[int(rows[0][0])]
+        return None
+
+    def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
+        """Whether there is a table of snapshots: the library makes none for an application that takes none."""
+        if table.snapshots is None or table.snapshots in self._found:
+            return table.snapshots is not None
+        try:
+            self.fetch(connection, f"SELECT 1 FROM {table.snapshots} LIMIT 0")
+        except MissingTableError:
+            return False
+        self._found.add(table.snapshots)
+        return True
 
     def select_events(
         self,
@@ -337,70 +383,9 @@ class Dialect(Driver, ABC):
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False
 
-    # ------------------------------------------------------------------------------------- what projections need
+    def is_over(self, connection: Connection) -> bool:
+        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
 
-    """The type of a column of times, where ``DateTime`` has whole seconds only."""
-    batch_seconds = 0.5
-    """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
-    longest_name = 63
-    """The most characters of a table's name."""
-    swaps_in_transaction = True
-    """Whether tables change their names in a transaction that does other things too."""
-    refuses_old_snapshot = False
-    """Whether a transaction that began before tables were swapped sees the new ones as they were at its beginning."""
-
-    @staticmethod
-    def passes(driver_error: BaseException) -> bool:
-        """Whether a driver's error is one after which the same may be tried again."""
-        return False
-
-    def runner_lock(self, name: str) -> RunnerLock:
-        """Return the lock that lets one process run a projection; here there is none but the lease."""
-        return Lease(self.engine, name)
-
-    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
-        """Update rows of a table, tell those who wait for that, and return how many rows were changed."""
-        return connection.execute(change).rowcount
-
-    def update_waiter(self, table: sa.Table) -> Waiter:
-        """Return what waits for updates of a table; here it polls."""
-        return Waiter()
-
-    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit how long DDL waits for those who use a table, to the end of the transaction or the connection."""
-
-    def qualified(self, table: sa.Table, name: str) -> str:
-        """Return the quoted name of what is in the schema of a table."""
-        quote = self.engine.dialect.identifier_preparer.quote
-        return f"{quote(table.schema)}.{quote(name)}" if table.schema else quote(name)
-
-    def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
-        """Name the indexes and constraints of a copy of a table after those of the original, with a suffix."""
-        # By their columns, as names may be made of the table's name.
-        originals = {(index.unique, *index.columns.keys()): index.name for index in table.indexes}
-        for index in shadow.indexes:
-            original = originals.get((index.unique, *index.columns.keys()), index.name)
-            index.name = sa.sql.quoted_name(self.shadow_index_name(str(original), suffix), None)
-        for constraint in shadow.constraints:
-            self.name_shadow_constraint(constraint, suffix)
-
-    def shadow_index_name(self, name: str, suffix: str) -> str:
-        """Return the name of an index of a shadow table; here they are unique in the schema."""
-        return f"{name}{suffix}"
-
-    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Name a constraint of a shadow table; here its name may be that of the original."""
-
-    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
-        """Give tables the suffix *old*, and those with the suffix *new* their names."""
-        for table in tables:
-            self._rename_table(connection, table, table.name, table.name + old)
-            self._rename_table(connection, table, table.name + new, table.name)
-            self.rename_parts(connection, table, new, old)
-
-    def _rename_table(self, connection: Connection, table: sa.Table, name: str, renamed: str) -> None:
-        quoted = self.engine.dialect.identifier_preparer.quote(renamed)
-        connection.exec_driver_sql(f"ALTER TABLE {self.qualified(table, name)} RENAME TO {quoted}")
-
-    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
-        """Give what belongs to swapped tables, and has not changed its name with them, the names to be expected."""
+        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
+        """
+        return self.is_aborted(connection)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import re
 import weakref
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Collection, Sequence
+from contextlib import closing, suppress
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -25,21 +25,23 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
-from .driver import EVENT_COLUMNS, POSITION, EventTable
+from .driver import EVENT_COLUMNS, POSITION, EventTable, columns_of, gap, heads
 from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
 EXACT = "utf8mb4_bin"
 ORDER = "__order__"
 LOCK_WAIT_TIMEOUT = 1205
+SERVER_STATUS_IN_TRANS = 1
 DEADLOCK = 1213
-IN_TRANSACTION = 1
-"""``SERVER_STATUS_IN_TRANS`` of the protocol."""
 IMPLICIT = re.compile(
     r"\s*(ALTER|ANALYZE|CREATE(?!\s+TEMPORARY)|DROP(?!\s+TEMPORARY)|FLUSH|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
     re.IGNORECASE,
 )
 """What commits a transaction that is open."""
+CHANGED_SINCE_SNAPSHOT = 1020
+VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
+KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -47,8 +49,9 @@ _COLUMNS = ", ".join(EVENT_COLUMNS)
 class MySQLDialect(Dialect):
     """Order by one counting row for each log."""
 
-    # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1062 a duplicate.
-    serialization_failures = frozenset({DEADLOCK})
+    # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1020 the same of a row that was changed since
+    # the transaction's snapshot; 1062 a duplicate.
+    serialization_failures = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
     duplicates = frozenset({1062})
     title = "MySQL"
     missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
@@ -69,6 +72,23 @@ class MySQLDialect(Dialect):
         arguments = getattr(driver_error, "args", None) or (None,)
         return arguments[0] if isinstance(arguments[0], int) else None
 
+    @classmethod
+    def text(cls, driver_error: Any) -> str:
+        """Return what the server says, without the values in it."""
+        return VALUES.sub(r"\1 for \2", str(driver_error)).strip()
+
+    def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
+        """Return the columns of the key in the message; of a key that the record class does not have, the server's."""
+        found = KEY.search(str(error))
+        if found is None or found[1] == "PRIMARY":
+            return None if found is None else table.primary_key.columns.keys()
+        known = columns_of(table, found[1])
+        if known is not None:
+            return known
+        name = self.engine.dialect.identifier_preparer.format_table(table)
+        rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (found[1],))
+        return [row[4] for row in rows] or None
+
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._counters: set[str] = set()
@@ -88,12 +108,27 @@ class MySQLDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        first = heads(events)
         last = self._draw(connection, table, len(events))
+        self._check(connection, table, first, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *table.row(event)) for position, event in zip(positions, events, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
         return positions
+
+    def _check(self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int) -> None:
+        # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
+        # would find there what it must not see. A snapshot that is older than what others have stored since may lack
+        # the predecessor, which a locking read finds.
+        missing = self.find_gap(connection, table, first)
+        if missing is not None:
+            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE")
+        if missing is not None:
+            # The row is locked, so nobody has seen the positions.
+            back = "SET notification_id = notification_id - %s WHERE application_name = %s"
+            self.modify(connection, f"UPDATE {self._counter(table)} {back}", (count, ORDER))
+            raise gap(missing)
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -174,11 +209,6 @@ class MySQLDialect(Dialect):
         """Whether it is one that changes tables, users or the like."""
         return IMPLICIT.match(statement) is not None
 
-    def is_over(self, connection: Connection) -> bool:
-        """Ask the driver where it tells, without a round trip."""
-        status = getattr(connection.connection.driver_connection, "server_status", None)
-        return status is not None and not status & IN_TRANSACTION
-
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has rolled the transaction back, as it does to end a deadlock.
 
@@ -187,7 +217,17 @@ class MySQLDialect(Dialect):
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
 
-    def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver for the status in the server's last answer, or the server."""
+        if self.is_aborted(connection):
+            return True
+        driver: Any = connection.connection.dbapi_connection
+        status = getattr(driver, "server_status", None)
+        if status is None:
+            return bool(getattr(self.engine.dialect, "is_mariadb", False)) and not _answer(driver, "@@in_transaction")
+        return not status & SERVER_STATUS_IN_TRANS
+
+    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
         """Return the error to raise, and remember when it has ended the whole transaction."""
         _note_failure(connection, error)
         if self.code(error) == LOCK_WAIT_TIMEOUT:
@@ -195,7 +235,7 @@ class MySQLDialect(Dialect):
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
                 "raise EVENTSOURCING_LOCK_TIMEOUT."
             )
-        return super().failed(connection, error, cursor)
+        return super().failed(connection, error, cursor, statement)
 
     # ------------------------------------------------------------------------------------- what projections need
 
@@ -243,17 +283,30 @@ def _after_error(context: Any) -> None:
 def _note_failure(connection: Connection, error: BaseException) -> None:
     """Remember when an error has ended the whole transaction: a caught one must not lead to half a commit."""
     transaction = connection.get_transaction()
-    if transaction is None:
-        return
-    number = MySQLDialect.code(error)
-    if number == DEADLOCK or (number == LOCK_WAIT_TIMEOUT and _rolls_back_on_timeout(connection)):
+    if transaction is not None and not connection.invalidated and _has_ended(connection, error):
         connection.info[ABORTED] = weakref.ref(transaction)
 
 
-def _rolls_back_on_timeout(connection: Connection) -> bool:
-    # A setting of the server; by default only the statement is rolled back.
-    with closing(connection.connection.cursor()) as cursor:
-        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+def _has_ended(connection: Connection, error: BaseException) -> bool:
+    if MySQLDialect.is_serialization_failure(error):
+        return True
+    driver: Any = connection.connection.dbapi_connection
+    status = getattr(driver, "server_status", None)
+    if status is None:
+        # The driver keeps none of what the server tells with each answer.
+        return MySQLDialect.code(error) == LOCK_WAIT_TIMEOUT and _answer(driver, "@@innodb_rollback_on_timeout")
+    if not status & SERVER_STATUS_IN_TRANS:
+        return False
+    with suppress(connection.dialect.dbapi.Error):  # type: ignore[union-attr]  # a result is still being read
+        # That was the last answer before the error, which comes without a status.
+        driver.ping(reconnect=False)
+        return not driver.server_status & SERVER_STATUS_IN_TRANS
+    return False
+
+
+def _answer(driver: Any, expression: str) -> bool:
+    with closing(driver.cursor()) as cursor:
+        cursor.execute(f"SELECT {expression}")
         row: Any = cursor.fetchone()
     return bool(row[0])
 

@@ -85,6 +85,10 @@ class QueuedConnection(sqlite3.Connection):
         """Whether SQLite has ended this connection's transaction by itself."""
         return self.aborted
 
+    def is_in_use_by(self, connection: Connection) -> bool:
+        """Whether the transaction is this connection's, and was not ended by SQLite."""
+        return not self.aborted
+
     def _release(self, owner: object) -> None:
         queue = self.own_queue()
         if queue is not None:
@@ -228,6 +232,10 @@ class SharedConnection(QueuedConnection):
     def has_aborted(self, connection: Connection) -> bool:
         """Whether SQLite has ended this connection's transaction by itself."""
         return self.aborted and self._is_owner(connection)
+
+    def is_in_use_by(self, connection: Connection) -> bool:
+        """Whether the transaction is this connection's, and was not ended by SQLite."""
+        return not self.aborted and self._is_owner(connection)
 
     def _is_owner(self, owner: object) -> bool:
         queue = self.own_queue()
