@@ -101,6 +101,9 @@ def roll_back(session: orm.Session) -> None:
     """Roll a session back; where its connection is lost, the server has done so already."""
     try:
         session.rollback()
+    except sa.exc.InvalidRequestError:
+        # A listener of after_commit raised: the transaction is committed, and only to be closed.
+        session.close()
     except sa.exc.SQLAlchemyError as error:
         logger.warning("A rollback failed, its connection is closed: %s", error)
         session.invalidate()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -19,6 +21,8 @@ from ..persistence import Datastore, Dialect
 from ..persistence.dialects.driver import EventTable
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import AfterCommit, AfterRollback, Batch, Pending, Refusal
+
+logger = logging.getLogger(__name__)
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
@@ -297,13 +301,23 @@ class UnitOfWork:
         self.queue.left()
         self.gate.has_failed = False
         if committed:
-            for item in ended.all(AfterCommit):
-                item.function()
             batches = ended.all(Batch)
-            if batches:
-                self.units.publish(batches)
+            # In the order in which they came, the last one first here; each of them, whatever comes of another.
+            with ExitStack() as calls:
+                if batches:
+                    calls.callback(_call, partial(self.units.publish, batches))
+                for item in reversed(ended.all(AfterCommit)):
+                    calls.callback(_call, item.function)
         else:
             ended.tell_rollback()
+
+
+def _call(function: Callable[[], None]) -> None:
+    try:
+        function()
+    except Exception:
+        # The events are committed: the caller of commit() must not take that for a failure, nor try again.
+        logger.exception("The commit succeeded, and then %r failed.", function)
 
 
 @sa.event.listens_for(orm.Session, "before_commit")
@@ -313,7 +327,8 @@ def _before_commit(session: orm.Session) -> None:
         shared.before_commit()
 
 
-@sa.event.listens_for(orm.Session, "after_commit")
+# Before the user's own, whose error would leave a commit that nobody knows of.
+@sa.event.listens_for(orm.Session, "after_commit", insert=True)
 def _after_commit(session: orm.Session) -> None:
     shared: SessionUnits | None = session.info.get(INFO_KEY)
     if shared is not None:
