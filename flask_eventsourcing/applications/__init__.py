@@ -16,7 +16,9 @@ prompted for an event passes what is before it by, for ever.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
 from threading import Lock, RLock, Thread
@@ -31,8 +33,10 @@ from eventsourcing.system import (
     RecordingEventReceiver,
     SingleThreadedRunner,
 )
+from sqlalchemy import orm
 
-from .._patches import leader_lead, repository_cache, repository_class
+from .._patches import application_method, leader_lead, repository_cache, repository_class
+from ..exceptions import ConfigurationError
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
 from ..persistence.dialects.driver import EventTable
 from ..uow import UnitOfWork
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 A = TypeVar("A", bound=Application[Any])
+UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +80,57 @@ def environment(datastore: Datastore, env: Mapping[str, str], application_name: 
 
 
 def construct(
-    application_class: type[A], datastore: Datastore, env: Mapping[str, str], unit: Callable[[], UnitOfWork | None]
+    application_class: type[A],
+    datastore: Datastore,
+    env: Mapping[str, str],
+    unit: Callable[[], UnitOfWork | None],
+    using_session: UsingSession | None = None,
 ) -> A:
     """Construct an application whose recorders use a datastore.
 
     :param unit: returns the unit of work in which the caller is, or None.
+    :param using_session: makes a session the current one in a ``with`` block, for ``save(…, session=…)``.
     """
     application = application_class(env=environment(datastore, env, application_class.name))
     install_repository(application)
     install_cache(application, unit)
     refuse_stale_aggregates(application)
+    application_method(application, "save", Saves(application, using_session))
     return application
+
+
+class Saves:
+    """What is called as ``Application.save()`` of one application.
+
+    :param using_session: makes a session the current one in a ``with`` block, or None where that cannot be.
+    """
+
+    def __init__(self, application: Application[Any], using_session: UsingSession | None) -> None:
+        # As in Records, the application can be closed as soon as nobody uses it.
+        self._reference = weakref.ref(application)
+        self._using_session = using_session
+
+    def __call__(self, *objs: Any, session: Any = None, **kwargs: Any) -> Any:
+        """Save, on the current session or another one, as ``eventsourcing-sqlalchemy`` has it.
+
+        :raises ConfigurationError: when no other session can be used here.
+        :raises TypeError: when it is no session of SQLAlchemy.
+        """
+        application: Any = self._reference()
+        save = type(application).save
+        if session is None:
+            return save(application, *objs, **kwargs)
+        if self._using_session is None:
+            raise ConfigurationError(
+                f"save(session=…) of {application.name} cannot use another session here: leave the argument out, and "
+                "the current session is used."
+            )
+        if isinstance(session, orm.scoped_session):
+            session = session()
+        if not isinstance(session, orm.Session):
+            raise TypeError(f"save(session=…) takes a session of SQLAlchemy; found {session!r}.")
+        with self._using_session(session):
+            return save(application, *objs, **kwargs)
 
 
 _checked: set[type[Any]] = set()

@@ -19,7 +19,7 @@ from eventsourcing.application import Application, ProcessingEvent
 from sqlalchemy import orm
 
 from .._patches import application_method
-from ..exceptions import FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
+from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..uow import UnitOfWork
 
@@ -31,6 +31,7 @@ READ_UNCOMMITTED = "it was read with events that were rolled back"
 REMEDY = (
     "so it is not what is stored: read it again, or make it again if it is new, inside the function that is tried again"
 )
+SESSION = "call application.save(…, session=…) of the extension's own application, not super().save(…, session=…)"
 SHARED = (
     "it is the object in the cache, which is everybody's: read it without deepcopy_from_cache=False, or remove "
     "DEEPCOPY_FROM_AGGREGATE_CACHE from the environment"
@@ -137,18 +138,25 @@ class Records:
     def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
         """Record, and note whose events these are.
 
+        :raises ConfigurationError: when a session was given that nobody uses.
         :raises StaleAggregateError: when an object is not what is stored.
         :raises SharedAggregateError: when an object is the cache's own.
         """
         application: Any = self._reference()
+        unit = unit_of(application.recorder)
+        if unit is not None:
+            # Somebody may have ended the transaction past the session.
+            unit.look()
         aggregates = processing_event.aggregates
         ids = {each.originator_id for each in processing_event.events}
         changed = [obj for key, obj in aggregates.items() if key in ids]
         try:
+            if processing_event.saved_kwargs.get("session") is not None:
+                raise ConfigurationError(f"A session is given to save() of {application.name} itself: {SESSION}.")
             for obj in aggregates.values():
                 refused.check(obj)
             if changed:
-                _note(unit_of(application.recorder), changed, ids)
+                _note(unit, changed, ids)
             return type(application)._record(application, processing_event)
         except BaseException as error:
             # Whatever it was, save() has taken the events away.

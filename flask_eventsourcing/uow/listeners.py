@@ -143,7 +143,8 @@ def _before_commit(session: orm.Session) -> None:
         found[0].is_committing = not session.in_nested_transaction()
 
 
-@sa.event.listens_for(orm.Session, "after_commit")
+# Before the user's own, whose error would leave a commit that nobody knows of.
+@sa.event.listens_for(orm.Session, "after_commit", insert=True)
 def _after_commit(session: orm.Session) -> None:
     found = _units_of(session)
     if found is not None:

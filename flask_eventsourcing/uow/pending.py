@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import UUID
 
 from eventsourcing.persistence import Notification, StoredEvent
@@ -97,27 +97,36 @@ class Pending:
         self._items = [(own, item) for own, item in self._items if own < level]
         return gone
 
-    def keep(self, kept: Callable[[Item], bool]) -> list[Item]:
-        """Forget what is not to be kept, and return that."""
-        gone = [item for _, item in self._items if not kept(item)]
-        self._items = [(own, item) for own, item in self._items if kept(item)]
+    def keep(self, is_there: Callable[[Batch], bool]) -> list[Item]:
+        """Forget the events that are not there any more, and what was noted for each of them; return all of that."""
+        kept: list[tuple[int, Item]] = []
+        gone: list[Item] = []
+        before: list[tuple[int, Item]] = []
+        for level, item in self._items:
+            before.append((level, item))
+            if isinstance(item, Batch):
+                if is_there(item):
+                    kept += before
+                else:
+                    gone += [each for _, each in before]
+                before = []
+        # What came after the last events stands or falls with them.
+        if kept or not gone:
+            kept += before
+        else:
+            gone += [each for _, each in before]
+        self._items = kept
         return gone
 
 
-def call_all(functions: Any) -> None:
-    """Call every function, whatever another one raises; the first error is raised at the end, others are logged."""
-    first: Exception | None = None
-    for function in list(functions):
+def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
+    """Call every function, whatever comes of another: its transaction has ended, and the caller has to be told so."""
+    for item in items:
         try:
-            function()
-        except Exception as error:
-            # The others must be called too.
-            if first is None:
-                first = error
-            else:
-                logger.error("A function that waited for the end of a transaction failed.", exc_info=error)
-    if first is not None:
-        raise first
+            item.function()
+        except Exception:
+            # The caller of commit() must not take that for a failure, nor try again.
+            logger.exception("The transaction has ended, and then %r failed.", item.function)
 
 
 class Savepoints:

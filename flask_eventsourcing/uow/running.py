@@ -105,7 +105,7 @@ def _as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:
         translated = unit.dialect.translate(error)
         translated.__cause__ = error
         return translated if isinstance(translated, IntegrityError) else None
-    return error if isinstance(error, IntegrityError) else None
+    return error if isinstance(error, IntegrityError) and unit.dialect.is_conflict(error) else None
 
 
 def check_times(times: Any) -> None:
@@ -131,6 +131,9 @@ def roll_back(session: orm.Session) -> None:
     """Roll a session back; where its connection is lost, the server has done so already."""
     try:
         session.rollback()
+    except sa.exc.InvalidRequestError:
+        # A listener of after_commit raised: the transaction is committed, and only to be closed.
+        session.close()
     except sa.exc.SQLAlchemyError as error:
         logger.warning("A rollback failed, its connection is closed: %s", error)
         session.invalidate()

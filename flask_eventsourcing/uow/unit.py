@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -143,7 +144,7 @@ class Following:
 
     def __init__(self) -> None:
         self.connection: Callable[[], Connection | None] = _no_connection
-        self.rolled_back: list[Item] = []
+        self.rolled_back: list[Batch] = []
         self.is_committing = False
         self.is_suspicious = False
 
@@ -191,7 +192,7 @@ class UnitOfWork:
         if not self.shared.has_half_ended:
             # Somebody has rolled the connection back, past the session.
             self.resolve(asked=True)
-        return [*of_kind(self.following.rolled_back, Batch), *self.pending.all(Batch)]
+        return [*self.following.rolled_back, *self.pending.all(Batch)]
 
     def connection(self) -> Connection:
         """The session's connection to the database of the events."""
@@ -306,10 +307,8 @@ class UnitOfWork:
             # What cannot be asked stays pending, so that it is told in the end.
             logger.warning("Nobody knows what became of events that were saved: %s", error)
             return
-        gone = self.pending.keep(lambda item: not isinstance(item, Batch) or id(item) in there)
-        if gone and not there:
-            gone += self.pending.rolled_back(0)
-        call_all(item.function for item in of_kind(gone, AfterRollback))
+        gone = self.pending.keep(lambda batch: id(batch) in there)
+        call_all(of_kind(gone, AfterRollback))
         if is_over and there:
             self.committed()
 
@@ -325,7 +324,10 @@ class UnitOfWork:
         """A savepoint, or with level 0 the transaction, was rolled back in the database."""
         self.queue.left()
         self.following.is_committing = False
-        self.following.rolled_back += self.pending.rolled_back(level)
+        gone = self.pending.rolled_back(level)
+        # At once, as an object must not be saved again before it is known who wanted the rollback.
+        call_all(of_kind(gone, AfterRollback))
+        self.following.rolled_back += of_kind(gone, Batch)
         if level == 0:
             self.gate.has_failed = self.following.is_suspicious = False
             self.note_rollback_in_run()
@@ -343,14 +345,9 @@ class UnitOfWork:
 
     def resolve(self, *, asked: bool) -> None:
         """It is known now who wanted a rollback: what it took away is forgotten, or told."""
-        gone, self.following.rolled_back = self.following.rolled_back, []
-        if gone:
-            batches = of_kind(gone, Batch)
-            try:
-                call_all(item.function for item in of_kind(gone, AfterRollback))
-            finally:
-                if batches and not asked:
-                    self.units.lost(batches)
+        batches, self.following.rolled_back = self.following.rolled_back, []
+        if batches and not asked:
+            self.units.lost(batches)
 
     def committed(self) -> None:
         """The transaction was committed."""
@@ -358,18 +355,16 @@ class UnitOfWork:
         self.queue.left()
         self.gate.has_failed = self.following.is_committing = self.following.is_suspicious = False
         self.resolve(asked=True)
+        call_all(of_kind(items, AfterCommit))
         batches = of_kind(items, Batch)
-        try:
-            call_all(item.function for item in of_kind(items, AfterCommit))
-        finally:
-            if batches:
-                self.units.publish(batches)
+        if batches:
+            call_all([AfterCommit(partial(self.units.publish, batches))])
 
     def unknown(self) -> None:
         """The connection was lost during the commit: nothing is said of the events, and their objects are stale."""
         gone = self.pending.rolled_back(0)
         self.following.is_committing = False
-        call_all(item.function for item in of_kind(gone, AfterRollback))
+        call_all(of_kind(gone, AfterRollback))
 
 
 def _same_database(one: Engine, other: Engine) -> bool:
