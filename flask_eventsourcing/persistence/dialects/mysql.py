@@ -37,6 +37,7 @@ DEADLOCK = 1213
 CHANGED_SINCE_SNAPSHOT = 1020
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
+SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -87,6 +88,7 @@ class MySQLDialect(Dialect):
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._counters: set[str] = set()
+        self._prefix: str | None = None
 
     def install(self, engine: Engine) -> None:
         """Limit how long a lock is waited for, on each new connection, and make rollbacks in a cluster succeed."""
@@ -134,7 +136,8 @@ class MySQLDialect(Dialect):
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         update = (
-            f"UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) WHERE application_name = %s"
+            f"{self._latest(connection)}UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) "
+            "WHERE application_name = %s"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
@@ -143,6 +146,17 @@ class MySQLDialect(Dialect):
             self._ensure_counter(connection, table, counter)
             drawn = self.modify(connection, update, (count, ORDER))
         return int(drawn.lastrowid)
+
+    def _latest(self, connection: Connection) -> str:
+        """Return what lets a statement change a row that others have changed since the transaction's snapshot.
+
+        Where ``innodb_snapshot_isolation`` is set, as by default since MariaDB 11.6.2, that would end the transaction.
+        Positions are counted and not read, so that nobody's change is lost; the setting holds for all else.
+        """
+        if self._prefix is None:
+            found = self.fetch(connection, f"SHOW VARIABLES LIKE '{SNAPSHOT_ISOLATION}'")
+            self._prefix = f"SET STATEMENT {SNAPSHOT_ISOLATION} = OFF FOR " if found else ""
+        return self._prefix
 
     def _ensure_counter(self, connection: Connection, table: EventTable, counter: str) -> None:
         # A locking statement that looks for a missing row would lock the gap where others insert theirs, and a plain
@@ -198,7 +212,8 @@ class MySQLDialect(Dialect):
         """Lock the counting row, which every append takes."""
         counter = self._counter(table)
         self._ensure_counter(connection, table, counter)
-        self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE", (ORDER,))
+        lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"
+        self.fetch(connection, lock, (ORDER,))
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has rolled the transaction back, as it does to end a deadlock.

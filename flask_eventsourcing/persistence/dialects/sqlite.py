@@ -32,16 +32,21 @@ FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
 WRITES_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 
 
 def kind_of(statement: str) -> Kind:
     """Whether a statement needs SQLite's write lock, is known to do no more than read, or may do anything, as DDL does.
 
+    A transaction begins with the lock, or without it.
+
     A savepoint needs the lock, because what follows it may.
     """
     found = FIRST_WORD.match(statement)
     word = found[1].upper() if found is not None else ""
+    if word == "BEGIN":
+        return "lock" if TAKES_LOCK.search(statement) is not None else "begin"
     if word == "WITH":
         return "write" if WRITES_IN_WITH.search(statement) is not None else "read"
     return "read" if word in READS else "write" if word in WRITES else "other"
