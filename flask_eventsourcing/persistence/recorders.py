@@ -93,9 +93,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
                 with self.dialect.translated:
+                    if write.unit is not None:
+                        self.dialect.check_transaction(write.connection)
                     positions = self._write(write, events, tracking)
-            except IntegrityError:
-                write.conflicted(self.events_table, events)
+            except IntegrityError as error:
+                if self.dialect.is_conflict(error):
+                    write.conflicted(self.events_table, events)
                 raise
             if events:
                 write.recorded(self.application_name, events, positions)

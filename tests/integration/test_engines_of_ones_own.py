@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError
+from eventsourcing.persistence import IntegrityError, StoredEvent
 
-from flask_eventsourcing import AbortedTransactionError
+from flask_eventsourcing import AbortedTransactionError, ConfigurationError
+from flask_eventsourcing.persistence import DialectOptions
+from flask_eventsourcing.persistence.dialects import dialect_for
 from tests.bank import Site
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_mariadb, on_sqlite_file
+from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
 
 
 def deposits(site: Site, accounts: list[UUID], times: int) -> int:
@@ -121,3 +123,52 @@ def test_conflict_of_a_recorder_with_a_changed_row_is_the_librarys(new_site: Mak
         assert site.bank.recorder.dialect.is_conflict(raised.value)  # type: ignore[attr-defined]
         site.db.session.rollback()
     assert site.balance(account_id) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"isolation_level": "AUTOCOMMIT"}, {"execution_options": {"isolation_level": "AUTOCOMMIT"}}]
+)
+def test_engine_that_commits_each_statement_is_refused(uri: str, options: dict[str, Any]) -> None:
+    """Where each statement is committed by itself, nothing is one transaction: it is refused at the start."""
+    engine = sa.create_engine(uri, **options)
+    with pytest.raises(ConfigurationError, match="commits each statement by itself"):
+        dialect_for(engine, DialectOptions())
+    engine.dispose()
+
+
+def test_connection_that_commits_each_statement_is_refused(site: Site) -> None:
+    """The same holds for a session whose connection was set so."""
+    with site.app.app_context():
+        site.db.session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        with pytest.raises(ConfigurationError, match="commits each statement by itself"):
+            site.bank.open_account()
+        site.db.session.rollback()
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+def test_driver_that_commits_each_statement_is_refused(new_site: MakeSite) -> None:
+    """And for one whose driver was told to, which SQLAlchemy does not know of."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"autocommit": True}})
+    with site.app.app_context():
+        if site.db.engine.dialect.name == "mysql":
+            sa.event.listen(site.db.engine, "checkout", lambda driver, *_: driver.autocommit(True))
+        with pytest.raises(ConfigurationError, match="commits each statement by itself"):
+            site.bank.open_account()
+        site.db.session.rollback()
+
+
+@on_postgresql
+def test_transaction_of_two_phases_notifies_nobody(site: Site) -> None:
+    """The server prepares no transaction that has notified, so one of two phases does not."""
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        said: list[str] = []
+        sa.event.listen(site.db.engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
+        with site.db.engine.connect() as connection, connection.begin_twophase():
+            recorder.dialect.append(connection, recorder.events_table, [StoredEvent(uuid4(), 1, "a:b", b"")])
+            assert said
+            assert not any("pg_notify" in statement for statement in said)
+        site.bank.open_account()
+        assert any("pg_notify" in statement for statement in said)
+        site.db.session.rollback()

@@ -17,7 +17,7 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
-from ...exceptions import MissingTableError
+from ...exceptions import ConfigurationError, MissingTableError
 from ..subscriptions import Waiter
 from .driver import (
     EVENT_COLUMNS,
@@ -57,6 +57,12 @@ def new_identity() -> dict[str, Any]:
     """Return a row of a tracking table with the identity of a log that is new."""
     return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
+
+AUTOCOMMIT = "AUTOCOMMIT"
+COMMITS_BY_ITSELF = (
+    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
+    "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
+)
 
 HEADS_AT_ONCE = 100
 """The events of one statement of :meth:`Dialect.find_gap`."""
@@ -248,8 +254,6 @@ class Dialect(Driver, ForProjections, ABC):
         if limit is not None:
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
-        if isinstance(originator_id, str) and table.id_class is UUID:
-            originator_id = UUID(originator_id)
         rows = self.fetch(connection, statement, parameters)
         return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
 
@@ -382,6 +386,18 @@ class Dialect(Driver, ForProjections, ABC):
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
+        return False
+
+    def check_transaction(self, connection: Connection) -> None:
+        """Refuse a connection of a session that commits each statement by itself.
+
+        :raises ConfigurationError: if it does.
+        """
+        if connection.get_execution_options().get("isolation_level") == AUTOCOMMIT or self.driver_commits(connection):
+            raise ConfigurationError(COMMITS_BY_ITSELF)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver, or the server, commits each statement."""
         return False
 
     def is_over(self, connection: Connection) -> bool:

@@ -223,6 +223,11 @@ class MySQLDialect(Dialect):
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
 
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver, which knows it from the server's last answer."""
+        driver: Any = connection.connection.dbapi_connection
+        return hasattr(driver, "get_autocommit") and bool(driver.get_autocommit())
+
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver for the status in the server's last answer, or the server."""
         if self.is_aborted(connection):

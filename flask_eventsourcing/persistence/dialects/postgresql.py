@@ -226,10 +226,12 @@ class PostgreSQLDialect(Dialect):
         self._lock_table(connection, table)
 
     def _append_statement(self, connection: Connection, table: EventTable, log: _Log, how: str) -> str:
-        # The server prepares no transaction that has notified.
-        quiet = not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
-        use = f"{how} quiet" if quiet else how
+        use = f"{how} quiet" if self._is_quiet(connection) else how
         return log.statements.get(use) or self._make_statement(table, log, how, use)
+
+    def _is_quiet(self, connection: Connection) -> bool:
+        # The server prepares no transaction that has notified. Those who wait look again by themselves.
+        return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
     def _make_statement(self, table: EventTable, log: _Log, how: str, use: str) -> str:
         kinds = {name: table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS}
@@ -314,6 +316,10 @@ class PostgreSQLDialect(Dialect):
         """Ask the driver, without a round trip, whether there is a transaction."""
         return _status(connection) in (IDLE, INERROR, UNKNOWN)
 
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver."""
+        return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
         diagnosis: Any = getattr(error, "diag", None)
@@ -346,7 +352,7 @@ class PostgreSQLDialect(Dialect):
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
         """Notify those who wait with the row itself, so that it costs no round trip."""
-        if not self.options.postgres_notify:
+        if self._is_quiet(connection):
             return super().update_and_notify(connection, table, change, message)
         return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())
 

@@ -168,6 +168,11 @@ class SQLiteDialect(Dialect):
         driver = connection.connection.driver_connection
         return isinstance(driver, QueuedConnection) and driver.has_aborted(connection)
 
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver begins no transactions, and nobody else has begun this one."""
+        driver: Any = connection.connection.dbapi_connection
+        return not self.is_memory and driver.isolation_level is None and not driver.in_transaction
+
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver whether there is a transaction, and whose it is."""
         driver = connection.connection.driver_connection
