@@ -81,7 +81,7 @@ class MySQLDialect(Dialect):
         known = columns_of(table, found[1])
         if known is not None:
             return known
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (found[1],))
         return [row[4] for row in rows] or None
 
@@ -183,7 +183,7 @@ class MySQLDialect(Dialect):
 
         :raises IntegrityError: when it is not.
         """
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         position, application_name = tracking.notification_id, tracking.application_name
         key = f"{name} {application_name}"
         select = f"SELECT 1 FROM {name} WHERE application_name = %s"
@@ -203,6 +203,7 @@ class MySQLDialect(Dialect):
         """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
         if not wait:
             return
+        table = self.located(connection, table)
         statement = (
             f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
         )
@@ -210,6 +211,7 @@ class MySQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""
+        table = self.located(connection, table)
         counter = self._counter(table)
         self._ensure_counter(connection, table, counter)
         lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"

@@ -223,7 +223,7 @@ class PostgreSQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the table against writers; readers go on."""
-        self._lock_table(connection, table)
+        self._lock_table(connection, self.located(connection, table))
 
     def _append_statement(self, connection: Connection, table: EventTable, log: _Log, how: str) -> str:
         use = f"{how} quiet" if self._is_quiet(connection) else how
@@ -258,6 +258,10 @@ class PostgreSQLDialect(Dialect):
         )
         return log.statements[use]
 
+    def is_meant(self, connection: Connection, table: EventTable) -> str:
+        """Compare the identity of the table whose mark was asked for."""
+        return f"{_regclass(table.name)} = {_Known.of(connection).logs[table.name].identity}::oid"
+
     def _log(self, connection: Connection, table: EventTable) -> _Log:
         """Look which table a name means on a connection now."""
         parameters = (table.name, table.snapshots, table.name, POSITION)
@@ -266,8 +270,9 @@ class PostgreSQLDialect(Dialect):
         if log is None:
             _check_sequence(table.name, name, *properties)
             # Named as the table is, so that the same statements do for the tables of others.
-            if is_found and not table.table.schema:
-                name = self.engine.dialect.identifier_preparer.quote(short)
+            quote = self.engine.dialect.identifier_preparer.quote
+            if is_found and table.name == quote(table.table.name):
+                name = quote(short)
             log = self._logs[table.name, identity] = _Log(identity, name, bool(has_snapshots), {})
         _Known.of(connection).logs[table.name] = log
         return log
@@ -306,7 +311,7 @@ class PostgreSQLDialect(Dialect):
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
         function = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
         statement = f"SELECT {function}(hashtext(%s), hashtext(%s))"
-        self.fetch(connection, statement, (table.name, str(originator_id)))
+        self.fetch(connection, statement, (self.located(connection, table).name, str(originator_id)))
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
