@@ -67,6 +67,10 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
 
 
+class IdentifierTypeError(FlaskEventSourcingError, TypeError):
+    """The id of an aggregate is of another type than those of the application's tables: UUID or text."""
+
+
 class ConstraintError(FlaskEventSourcingError, persistence.DatabaseError):
     """A constraint of an events table that is no key of its events, such as a CHECK of your own, refused an event."""
 

@@ -23,6 +23,7 @@ from sqlalchemy.engine import Connection
 
 from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
+from .dialects.driver import EventTable
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         """
         if stored_events:
             with self.datastore.writing() as write:
-                self.dialect.insert(write.connection, self.events_table, stored_events)
+                self.dialect.insert(write.connection, self._table(write.connection), stored_events)
         return None
 
     def select_events(
@@ -67,11 +68,15 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
     ) -> Sequence[StoredEvent]:
         """Read the events of an aggregate, those that the session has not committed yet among them."""
         with self.datastore.reading() as read:
+            table = self._table(read.connection)
             if read.unit is not None:
-                read.unit.before_read(read.connection, self.events_table, originator_id)
+                read.unit.before_read(read.connection, table, originator_id)
             return self.dialect.select_events(
-                read.connection, self.events_table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
+                read.connection, table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
             )
+
+    def _table(self, connection: Connection) -> EventTable:
+        return self.dialect.located(connection, self.events_table)
 
 
 class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
@@ -93,16 +98,19 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
                 with self.dialect.translated:
+                    if write.unit is not None:
+                        self.dialect.check_transaction(write.connection)
                     positions = self._write(write, events, tracking)
-            except IntegrityError:
-                write.conflicted(self.events_table, events)
+            except IntegrityError as error:
+                if self.dialect.is_conflict(error):
+                    write.conflicted(self._table(write.connection), events)
                 raise
             if events:
                 write.recorded(self.application_name, self.events_table, events, positions)
         return positions
 
     def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        return self.dialect.append(write.connection, self.events_table, events)
+        return self.dialect.append(write.connection, self._table(write.connection), events)
 
     def select_notifications(
         self,
@@ -131,7 +139,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         def read_page(read: Read) -> Sequence[Notification]:
             return self.dialect.select_notifications(
                 read.connection,
-                self.events_table,
+                self._table(read.connection),
                 start,
                 limit,
                 stop,
@@ -152,7 +160,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
     def _last_position(self, *, join: bool) -> int | None:
         return self._read(
-            lambda read: self.dialect.last_position(read.connection, self.events_table, joined=read.unit is not None),
+            lambda read: self.dialect.last_position(
+                read.connection, self._table(read.connection), joined=read.unit is not None
+            ),
             join=join,
         )
 
@@ -267,4 +277,4 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
 
     def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
         self.write_tracking(connection, tracking)
-        return self.dialect.append(connection, self.events_table, events) if events else []
+        return self.dialect.append(connection, self._table(connection), events) if events else []

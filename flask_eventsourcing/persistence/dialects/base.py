@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
@@ -17,7 +17,7 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
-from ...exceptions import MissingTableError
+from ...exceptions import ConfigurationError, MissingTableError
 from ..subscriptions import Waiter
 from .driver import (
     EVENT_COLUMNS,
@@ -59,6 +59,12 @@ def new_identity() -> dict[str, Any]:
     return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
 
+AUTOCOMMIT = "AUTOCOMMIT"
+COMMITS_BY_ITSELF = (
+    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
+    "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
+)
+
 HEADS_AT_ONCE = 100
 """The events of one statement of :meth:`Dialect.find_gap`."""
 
@@ -70,6 +76,8 @@ class FrozenSnapshotError(Exception):
 class _KnownMark(NamedTuple):
     position: int
     until: float
+    condition: str
+    """That the name of the table still means the one whose mark it is; empty where it always does."""
 
 
 class _Page(NamedTuple):
@@ -105,6 +113,7 @@ class Dialect(Driver, ForProjections, ABC):
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
         self._found: set[str] = set()
+        self._located: dict[str, EventTable] = {}
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
@@ -151,6 +160,31 @@ class Dialect(Driver, ForProjections, ABC):
     @abstractmethod
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
+
+    def is_meant(self, connection: Connection, table: EventTable) -> str:
+        """Return the condition under which a table's name means the table that it meant last on this connection."""
+        return ""
+
+    def name_of(self, connection: Connection, table: sa.Table) -> str:
+        """Return the quoted name of a table, in the schema that a connection's ``schema_translate_map`` gives it."""
+        preparer = self.engine.dialect.identifier_preparer
+        translate = connection.get_execution_options().get("schema_translate_map") or {}
+        schema = translate.get(table.schema, table.schema)
+        name = preparer.quote(table.name)
+        return f"{preparer.quote_schema(schema)}.{name}" if schema else name
+
+    def located(self, connection: Connection, table: EventTable) -> EventTable:
+        """Return a table as a connection's ``schema_translate_map`` has it, with statements of its own."""
+        if not connection.get_execution_options().get("schema_translate_map"):
+            return table
+        name = self.name_of(connection, table.table)
+        if name not in self._located:
+            others = [None if each is None else self.tables[each] for each in (table.counter, table.snapshots)]
+            names = [None if each is None else self.name_of(connection, each) for each in others]
+            self._located[name] = replace(table, name=name, counter=names[0], snapshots=names[1], statements={})
+            self.tables |= {each: at for each, at in zip(names, others, strict=True) if each and at is not None}
+            self.tables[name] = table.table
+        return self._located[name]
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
@@ -247,8 +281,6 @@ class Dialect(Driver, ForProjections, ABC):
         if limit is not None:
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
-        if isinstance(originator_id, str) and table.id_class is UUID:
-            originator_id = UUID(originator_id)
         rows = self.fetch(connection, statement, parameters)
         return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
 
@@ -277,19 +309,21 @@ class Dialect(Driver, ForProjections, ABC):
             # While catching up, a full page below a mark that was found a moment ago needs no look at the locks.
             known = self._marks.get(table.name)
             if known is not None and known.until > time.monotonic():
-                found = self._select_page(connection, table, page, known.position)
+                found = self._select_page(connection, table, page, known.position, known.condition)
                 if len(found) == limit:
                     return found
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
-            self._marks[table.name] = _KnownMark(mark, time.monotonic() + MARK_HOLDS_FOR)
+            self._marks[table.name] = _KnownMark(
+                mark, time.monotonic() + MARK_HOLDS_FOR, self.is_meant(connection, table)
+            )
         return self._select_page(connection, table, page, mark)
 
     def _select_page(
-        self, connection: Connection, table: EventTable, page: _Page, mark: int | None
+        self, connection: Connection, table: EventTable, page: _Page, mark: int | None, condition: str = ""
     ) -> list[Notification]:
         stop = page.stop if mark is None else mark if page.stop is None else min(page.stop, mark)
-        conditions: list[str] = []
+        conditions = [condition] if condition else []
         parameters: list[Any] = []
         if page.start is not None:
             conditions.append(f"{POSITION} {'>=' if page.inclusive_of_start else '>'} {self.mark}")
@@ -327,7 +361,7 @@ class Dialect(Driver, ForProjections, ABC):
 
         :raises IntegrityError: when it is not.
         """
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         statement = (
             f"INSERT INTO {name} (application_name, notification_id) VALUES ({self.mark}, {self.mark}) "
             "ON CONFLICT (application_name) DO UPDATE SET notification_id = excluded.notification_id "
@@ -340,7 +374,7 @@ class Dialect(Driver, ForProjections, ABC):
 
     def max_tracking_id(self, connection: Connection, table: sa.Table, application_name: str) -> int | None:
         """Return the recorded position of an upstream application, or None."""
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         statement = f"SELECT max(notification_id) FROM {name} WHERE application_name = {self.mark}"
         position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
         return position
@@ -381,6 +415,18 @@ class Dialect(Driver, ForProjections, ABC):
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
+        return False
+
+    def check_transaction(self, connection: Connection) -> None:
+        """Refuse a connection of a session that commits each statement by itself.
+
+        :raises ConfigurationError: if it does.
+        """
+        if connection.get_execution_options().get("isolation_level") == AUTOCOMMIT or self.driver_commits(connection):
+            raise ConfigurationError(COMMITS_BY_ITSELF)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver, or the server, commits each statement."""
         return False
 
     def is_over(self, connection: Connection) -> bool:

@@ -22,7 +22,7 @@ from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import ConstraintError, MissingTableError
+from ...exceptions import ConstraintError, IdentifierTypeError, MissingTableError
 
 _logger = logging.getLogger("sqlalchemy.engine.Engine")
 _new = object.__new__
@@ -76,16 +76,31 @@ class EventTable:
     def row(self, event: StoredEvent) -> tuple[Any, ...]:
         """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them."""
         values: tuple[Any, ...] = _VALUES(event)
+        if not isinstance(values[0], self.id_class):
+            raise self.wrong_id(values[0])
         for number, bind in self.binds:
             values = (*values[:number], bind(values[number]), *values[number + 1 :])
         return values
 
     def encode_id(self, originator_id: UUID | str) -> Any:
-        """Return an aggregate's id as the driver takes it."""
+        """Return an aggregate's id as the driver takes it.
+
+        :raises IdentifierTypeError: for a text where ids are UUIDs, and the reverse.
+        """
+        if not isinstance(originator_id, self.id_class):
+            raise self.wrong_id(originator_id)
         for number, bind in self.binds:
             if number == 0:
                 return bind(originator_id)
         return originator_id
+
+    def wrong_id(self, found: object) -> IdentifierTypeError:
+        """Return the error that refuses an id of another type than those of the table."""
+        remedy = "pass str(…), or set EVENTSOURCING_ORIGINATOR_ID_TYPE to 'uuid'"
+        if self.id_class is UUID:
+            remedy = "pass uuid.UUID(…), and declare <uuid:id> in a route that has it in its address"
+        expected = "UUIDs" if self.id_class is UUID else "texts"
+        return IdentifierTypeError(f"The ids in {self.name} are {expected}; found {type(found).__name__}: {remedy}.")
 
     def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
         """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.

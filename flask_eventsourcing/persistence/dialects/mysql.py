@@ -42,6 +42,7 @@ IMPLICIT = re.compile(
 CHANGED_SINCE_SNAPSHOT = 1020
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
+SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -85,13 +86,14 @@ class MySQLDialect(Dialect):
         known = columns_of(table, found[1])
         if known is not None:
             return known
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (found[1],))
         return [row[4] for row in rows] or None
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._counters: set[str] = set()
+        self._prefix: str | None = None
 
     def install(self, engine: Engine) -> None:
         """Limit how long a lock is waited for, on each new connection, and make rollbacks in a cluster succeed."""
@@ -139,7 +141,8 @@ class MySQLDialect(Dialect):
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         update = (
-            f"UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) WHERE application_name = %s"
+            f"{self._latest(connection)}UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) "
+            "WHERE application_name = %s"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
@@ -148,6 +151,17 @@ class MySQLDialect(Dialect):
             self._ensure_counter(connection, table, counter)
             drawn = self.modify(connection, update, (count, ORDER))
         return int(drawn.lastrowid)
+
+    def _latest(self, connection: Connection) -> str:
+        """Return what lets a statement change a row that others have changed since the transaction's snapshot.
+
+        Where ``innodb_snapshot_isolation`` is set, as by default since MariaDB 11.6.2, that would end the transaction.
+        Positions are counted and not read, so that nobody's change is lost; the setting holds for all else.
+        """
+        if self._prefix is None:
+            found = self.fetch(connection, f"SHOW VARIABLES LIKE '{SNAPSHOT_ISOLATION}'")
+            self._prefix = f"SET STATEMENT {SNAPSHOT_ISOLATION} = OFF FOR " if found else ""
+        return self._prefix
 
     def _ensure_counter(self, connection: Connection, table: EventTable, counter: str) -> None:
         # A locking statement that looks for a missing row would lock the gap where others insert theirs, and a plain
@@ -174,7 +188,7 @@ class MySQLDialect(Dialect):
 
         :raises IntegrityError: when it is not.
         """
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         position, application_name = tracking.notification_id, tracking.application_name
         key = f"{name} {application_name}"
         select = f"SELECT 1 FROM {name} WHERE application_name = %s"
@@ -194,6 +208,7 @@ class MySQLDialect(Dialect):
         """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
         if not wait:
             return
+        table = self.located(connection, table)
         statement = (
             f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
         )
@@ -201,9 +216,11 @@ class MySQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""
+        table = self.located(connection, table)
         counter = self._counter(table)
         self._ensure_counter(connection, table, counter)
-        self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE", (ORDER,))
+        lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"
+        self.fetch(connection, lock, (ORDER,))
 
     def commits_implicitly(self, statement: str) -> bool:
         """Whether it is one that changes tables, users or the like."""
@@ -216,6 +233,11 @@ class MySQLDialect(Dialect):
         """
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver, which knows it from the server's last answer."""
+        driver: Any = connection.connection.dbapi_connection
+        return hasattr(driver, "get_autocommit") and bool(driver.get_autocommit())
 
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver for the status in the server's last answer, or the server."""

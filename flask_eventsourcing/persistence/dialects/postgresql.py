@@ -223,13 +223,15 @@ class PostgreSQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the table against writers; readers go on."""
-        self._lock_table(connection, table)
+        self._lock_table(connection, self.located(connection, table))
 
     def _append_statement(self, connection: Connection, table: EventTable, log: _Log, how: str) -> str:
-        # The server prepares no transaction that has notified.
-        quiet = not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
-        use = f"{how} quiet" if quiet else how
+        use = f"{how} quiet" if self._is_quiet(connection) else how
         return log.statements.get(use) or self._make_statement(table, log, how, use)
+
+    def _is_quiet(self, connection: Connection) -> bool:
+        # The server prepares no transaction that has notified. Those who wait look again by themselves.
+        return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
     def _make_statement(self, table: EventTable, log: _Log, how: str, use: str) -> str:
         kinds = {name: table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS}
@@ -256,6 +258,10 @@ class PostgreSQLDialect(Dialect):
         )
         return log.statements[use]
 
+    def is_meant(self, connection: Connection, table: EventTable) -> str:
+        """Compare the identity of the table whose mark was asked for."""
+        return f"{_regclass(table.name)} = {_Known.of(connection).logs[table.name].identity}::oid"
+
     def _log(self, connection: Connection, table: EventTable) -> _Log:
         """Look which table a name means on a connection now."""
         parameters = (table.name, table.snapshots, table.name, POSITION)
@@ -264,8 +270,9 @@ class PostgreSQLDialect(Dialect):
         if log is None:
             _check_sequence(table.name, name, *properties)
             # Named as the table is, so that the same statements do for the tables of others.
-            if is_found and not table.table.schema:
-                name = self.engine.dialect.identifier_preparer.quote(short)
+            quote = self.engine.dialect.identifier_preparer.quote
+            if is_found and table.name == quote(table.table.name):
+                name = quote(short)
             log = self._logs[table.name, identity] = _Log(identity, name, bool(has_snapshots), {})
         _Known.of(connection).logs[table.name] = log
         return log
@@ -304,7 +311,7 @@ class PostgreSQLDialect(Dialect):
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
         function = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
         statement = f"SELECT {function}(hashtext(%s), hashtext(%s))"
-        self.fetch(connection, statement, (table.name, str(originator_id)))
+        self.fetch(connection, statement, (self.located(connection, table).name, str(originator_id)))
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
@@ -313,6 +320,10 @@ class PostgreSQLDialect(Dialect):
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether there is a transaction."""
         return _status(connection) in (IDLE, INERROR, UNKNOWN)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver."""
+        return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
@@ -346,7 +357,7 @@ class PostgreSQLDialect(Dialect):
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
         """Notify those who wait with the row itself, so that it costs no round trip."""
-        if not self.options.postgres_notify:
+        if self._is_quiet(connection):
             return super().update_and_notify(connection, table, change, message)
         return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())
 

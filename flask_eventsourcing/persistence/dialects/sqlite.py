@@ -32,16 +32,21 @@ FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
 WRITES_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 
 
 def kind_of(statement: str) -> Kind:
     """Whether a statement needs SQLite's write lock, is known to do no more than read, or may do anything, as DDL does.
 
+    A transaction begins with the lock, or without it.
+
     A savepoint needs the lock, because what follows it may.
     """
     found = FIRST_WORD.match(statement)
     word = found[1].upper() if found is not None else ""
+    if word == "BEGIN":
+        return "lock" if TAKES_LOCK.search(statement) is not None else "begin"
     if word == "WITH":
         return "write" if WRITES_IN_WITH.search(statement) is not None else "read"
     return "read" if word in READS else "write" if word in WRITES else "other"
@@ -159,6 +164,11 @@ class SQLiteDialect(Dialect):
         """Whether SQLite has rolled the transaction back, as it does when the disk is full."""
         driver = connection.connection.driver_connection
         return isinstance(driver, QueuedConnection) and driver.has_aborted(connection)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver begins no transactions, and nobody else has begun this one."""
+        driver: Any = connection.connection.dbapi_connection
+        return not self.is_memory and driver.isolation_level is None and not driver.in_transaction
 
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver whether there is a transaction, and whose it is."""
