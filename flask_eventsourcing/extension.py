@@ -169,12 +169,13 @@ class EventSourcing:
             if db is None:
                 db = self._made_db = register_extension(app, self._made_db)
             state = make_state(app, db, config, self._classes, self._records, self._registrations)
-            state.host.prepare()
             uncommitted.install(state)
             app.cli.add_command(group)
             app.shell_context_processor(lambda: {"es": self})
             app.extensions[EXTENSION] = state
-            self._apps.add(app)
+            state.host.prepare()
+        uncommitted.connect(state)
+        self._apps.add(app)
 
     # ---------------------------------------------------------------------------------------------------- using
 

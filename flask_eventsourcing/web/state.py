@@ -20,7 +20,7 @@ from ..persistence import Datastore
 from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
-from ..uow import Batch
+from ..uow import Batch, UnitOfWork
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
@@ -93,6 +93,15 @@ class EventSourcingState:
     def env(self) -> dict[str, str]:
         """The environment with which applications, and the library's own runners, use this app's database."""
         return environment(self.datastore, self.config.env)
+
+    def open_units(self) -> list[UnitOfWork]:
+        """Return the units of work of the current session that recorders have joined."""
+        unit = self.host.open_unit()
+        return [] if unit is None else [unit]
+
+    def has_left(self) -> bool:
+        """Whether a session of the user's own was left with uncommitted events."""
+        return False
 
     def construct(self) -> None:
         """Construct the applications of this process now, so that its first request does not pay for it."""
