@@ -60,6 +60,8 @@ class Answer:
     before: Sequence[Batch]
     dropped: list[str] = field(default_factory=list)
     """What was lost elsewhere while the request was answered."""
+    rolled_back: list[str] = field(default_factory=list)
+    """What was rolled back for the status that a function has returned."""
     over: bool = False
 
 
@@ -166,6 +168,20 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
             dropped.append(_tell(state, batches, response))
     if dropped and done:
         raise UncommittedEventsError(" ".join(dropped))
+    if done:
+        for message in answer.rolled_back:
+            state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
+
+
+def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
+    """Note that what is pending is about to be rolled back, as a function has returned a status."""
+    answer = unanswered()
+    batches = [batch for unit in state.open_units() for batch in unit.batches]
+    if answer is not None and batches:
+        answer.rolled_back.append(
+            f"{_describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
+            "with status=False."
+        )
 
 
 def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Response) -> None:
