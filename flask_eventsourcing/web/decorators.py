@@ -49,26 +49,31 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
             f"{name} is a generator function, which runs when its unit of work has ended: decorate the function that "
             "goes through the generator, or use 'with es.transaction():' in it."
         )
-    if any(inspect.iscoroutinefunction(each) for each in called):
+    is_async = any(inspect.iscoroutinefunction(each) for each in called)
+    return (_awaited if is_async else _called)(function, name, times, status=status)
 
-        @wraps(function)
-        async def awaited(*args: Any, **kwargs: Any) -> Any:
-            host = current_state().host
-            judge = _judge(host, name, status=status)
 
-            async def work() -> Any:
-                return judge(await function(*args, **kwargs))
-
-            try:
-                with _of_one_task(_unit(host), name):
-                    return await _await(host, work, times)
-            except _FailureReturned as failure:
-                return failure.returned
-
-        return awaited
-
+def _awaited(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
-    def called_in_unit(*args: Any, **kwargs: Any) -> Any:
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        host = current_state().host
+        judge = _judge(host, name, status=status)
+
+        async def work() -> Any:
+            return judge(await function(*args, **kwargs))
+
+        try:
+            with _of_one_task(_unit(host), name):
+                return await _await(host, work, times)
+        except _FailureReturned as failure:
+            return failure.returned
+
+    return awaited
+
+
+def _called(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
         host = current_state().host
         judge = _judge(host, name, status=status)
 
@@ -83,7 +88,7 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
         except _FailureReturned as failure:
             return failure.returned
 
-    return called_in_unit
+    return called
 
 
 def _unit(host: FlaskHost) -> UnitOfWork:

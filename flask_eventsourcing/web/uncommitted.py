@@ -153,24 +153,29 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
     :raises UncommittedEventsError: when the client would be told "done" for events that are not stored.
     """
     done = response.status_code < FAILURE
-    dropped, answer.dropped = answer.dropped, []
     by_request = state.config.commit == "request"
     if answer.inner:
         _leave_to_outer(state, answer, response)
-    elif by_request and done and not after_error and not dropped and not state.has_left():
+    elif by_request and done and not after_error and not answer.dropped and not state.has_left():
         _commit(state)
     else:
-        batches = _drop(state.open_units())
-        session = state.host.database.open_session() if by_request else None
-        if session is not None:
-            roll_back(session)
-        if batches and (done or not by_request):
-            dropped.append(_tell(state, batches, response))
+        _drop_all(state, answer, response)
+    dropped, answer.dropped = answer.dropped, []
     if dropped and done:
         raise UncommittedEventsError(" ".join(dropped))
-    if done:
-        for message in answer.rolled_back:
-            state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
+    for message in answer.rolled_back if done else ():
+        state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
+
+
+def _drop_all(state: EventSourcingState, answer: Answer, response: Response) -> None:
+    batches = _drop(state.open_units())
+    by_request = state.config.commit == "request"
+    session = state.host.database.open_session() if by_request else None
+    if session is not None:
+        roll_back(session)
+    # A failure that is rolled back by the extension is nobody's mistake.
+    if batches and (response.status_code < FAILURE or not by_request):
+        answer.dropped.append(_tell(state, batches, response))
 
 
 def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
