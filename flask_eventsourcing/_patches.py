@@ -131,6 +131,16 @@ def lite_sessions(context: Any, sessions: dict[str, Any]) -> None:
     context._sqlalchemy_sessions = sessions
 
 
+def finalize_request(app: Any, finalize: Callable[..., Any]) -> None:
+    """Have a Flask app finish its answers by another function, which does what its own does first.
+
+    An ``after_request`` function cannot be the last: those that were registered before it run after it, as the
+    receivers of ``request_finished`` do, and what these raise goes by the user's error handlers. It can go when Flask
+    has a hook that comes after all of them and may change the answer.
+    """
+    app.finalize_request = finalize
+
+
 def task_registry_class(tasks: Any, registry_class: type[Any]) -> None:
     """Give a Celery app's registry of tasks another class.
 

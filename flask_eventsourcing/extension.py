@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
@@ -22,6 +22,7 @@ from .projections.following import Health, status_of, wait_for
 from .projections.registry import Registrations
 from .uow import check_times
 from .web import uncommitted
+from .web.decorators import in_unit
 from .web.sessions import check_extension, register_extension, registered_extension
 from .web.setup import RecordClasses, make_state, untouched_on_error
 from .web.state import EXTENSION, current_state, state_of
@@ -169,12 +170,13 @@ class EventSourcing:
             if db is None:
                 db = self._made_db = register_extension(app, self._made_db)
             state = make_state(app, db, config, self._classes, self._records, self._registrations)
-            state.host.prepare()
             uncommitted.install(state)
             app.cli.add_command(group)
             app.shell_context_processor(lambda: {"es": self})
             app.extensions[EXTENSION] = state
-            self._apps.add(app)
+            state.host.prepare()
+        uncommitted.connect(state)
+        self._apps.add(app)
 
     # ---------------------------------------------------------------------------------------------------- using
 
@@ -246,42 +248,47 @@ class EventSourcing:
         """
         return current_state().host.transaction()
 
-    def transactional(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Run a function, a view for example, in :meth:`transaction`."""
+    @overload
+    def transactional(self, function: Callable[P, R], /) -> Callable[P, R]: ...
 
-        @wraps(function)
-        def in_transaction(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.transaction():
-                return function(*args, **kwargs)
+    @overload
+    def transactional(self, /, *, status: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
-        return in_transaction
+    def transactional(self, function: Callable[..., Any] | None = None, /, *, status: bool = True) -> Any:
+        """Run a function, a view for example, in :meth:`transaction`; a coroutine function is awaited in it.
+
+        In a request the outermost one is rolled back, too, when what it returns has a status of 400 or more.
+
+        :param status: set it to False for a function that is no view, whose return value has no status.
+        :raises ConfigurationError: for a generator function.
+        """
+        decorate = partial(in_unit, times=None, status=status)
+        return decorate if function is None else decorate(function)
 
     @overload
     def retry_on_conflict(self, function: Callable[P, R], /) -> Callable[P, R]: ...
 
     @overload
-    def retry_on_conflict(self, /, *, times: int = 3) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def retry_on_conflict(
+        self, /, *, times: int = 3, status: bool = True
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
-    def retry_on_conflict(self, function: Callable[..., Any] | None = None, /, *, times: int = 3) -> Any:
-        """Run a function in :meth:`transaction`, and all of it again after an optimistic conflict.
+    def retry_on_conflict(
+        self, function: Callable[..., Any] | None = None, /, *, times: int = 3, status: bool = True
+    ) -> Any:
+        """Run a function as :meth:`transactional` does, and all of it again after an optimistic conflict.
 
         Before the next try there is a short random pause, and the next try queues for the aggregates that had the
-        conflict before it reads them, so that it is not in vain again. When there were uncommitted events, or models
-        that were not flushed, before the function began, the conflict is raised at once: they cannot be done again.
+        conflict before it reads them, so that it does not lose the race again. When there were uncommitted events, or
+        models that were not flushed, before the function began, the conflict is raised at once: they cannot be done
+        again.
 
         :param times: how often the function is run again at most; the last conflict is raised.
-        :raises ConfigurationError: when *times* is not a whole number from 0 up.
+        :param status: set it to False for a function that is no view, whose return value has no status.
+        :raises ConfigurationError: when *times* is not a whole number from 0 up, or for a generator function.
         """
-
-        def decorate(decorated: Callable[P, R]) -> Callable[P, R]:
-            check_times(times)
-
-            @wraps(decorated)
-            def retried(*args: P.args, **kwargs: P.kwargs) -> R:
-                return current_state().host.retry(lambda: decorated(*args, **kwargs), times)
-
-            return retried
-
+        check_times(times)
+        decorate = partial(in_unit, times=times, status=status)
         return decorate if function is None else decorate(function)
 
     def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:

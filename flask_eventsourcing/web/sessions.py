@@ -35,6 +35,13 @@ SESSIONS = "_sqlalchemy_sessions"
 PID = "_flask_eventsourcing_pid"
 """Where a context of Flask-SQLAlchemy-Lite has the process that used it, in ``flask.g``."""
 
+ENDED = "_flask_eventsourcing_ended"
+"""Marks a context that is over, in ``flask.g``: a thread may still have a copy of it."""
+AFTER_THE_END = (
+    "An application context that has ended is in use, as by a thread with a copy of it: nobody commits its session, "
+    "rolls it back or closes it. Push a context of its own there: with app.app_context(): …"
+)
+
 
 def check_extension(extension: Any) -> Any:
     """Check what is given as ``db``.
@@ -137,10 +144,23 @@ class AppDatabase:
 
     def open_session(self) -> orm.Session | None:
         """Return the session of the current application context if it was used already."""
-        session = self.extension.session
+        session: Any = None if not self.has_models else self.extension.session
         if isinstance(session, orm.scoped_session) and not session.registry.has():
             return None
+        if not self.has_models and "default" not in g.get(SESSIONS, {}):
+            return None
         return self.session()
+
+    def drop_session(self) -> None:
+        """Close a session that was opened when the current application context had closed its own already."""
+        session = self.open_session()
+        if session is None:
+            return
+        if self.has_models and isinstance(self.extension.session, orm.scoped_session):
+            self.extension.session.remove()
+        elif not self.has_models:
+            session.close()
+            g.pop(SESSIONS, None)
 
     def redirected_session(self, connection: Connection) -> orm.Session:
         """Return a new session of the current context, with a connection in the place of the events' engine."""
@@ -199,7 +219,11 @@ class FlaskHost:
     def unit(self) -> UnitOfWork | None:
         """The unit of work to join, or None outside an application context of this app."""
         if has_app_context() and current_app._get_current_object() is self.app:  # type: ignore[attr-defined]
-            return self._units.of(self.database.session())
+            session = self.database.session()
+            if ENDED in g and ENDED not in session.info:
+                session.info[ENDED] = True
+                self.app.logger.error(AFTER_THE_END)
+            return self._units.of(session)
         return None
 
     def open_unit(self) -> UnitOfWork | None:

@@ -23,7 +23,8 @@ from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..uow import SessionCommits, Units
 from .sessions import AppDatabase, FlaskHost, current_context, has_models
-from .state import EventSourcingState, lose, publish
+from .state import EventSourcingState, publish
+from .uncommitted import lose
 
 Wanted = tuple[OriginatorIdType, str | None, str | None]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from eventsourcing.application import Application
-from flask import Flask, current_app, g, has_app_context, has_request_context
+from flask import Flask, current_app, has_app_context
 from werkzeug.local import LocalProxy
 
 from ..applications import environment
@@ -20,7 +20,7 @@ from ..persistence import Datastore
 from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
-from ..uow import Batch, log_lost
+from ..uow import Batch, UnitOfWork
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
@@ -94,6 +94,15 @@ class EventSourcingState:
         """The environment with which applications, and the library's own runners, use this app's database."""
         return environment(self.datastore, self.config.env)
 
+    def open_units(self) -> list[UnitOfWork]:
+        """Return the units of work of the current session that recorders have joined."""
+        unit = self.host.open_unit()
+        return [] if unit is None else [unit]
+
+    def has_left(self) -> bool:
+        """Whether a session of the user's own was left with uncommitted events."""
+        return False
+
     def construct(self) -> None:
         """Construct the applications of this process now, so that its first request does not pay for it."""
         for slot in self.slots.values():
@@ -124,27 +133,6 @@ def publish(app: Flask, batches: Sequence[Batch]) -> None:
         state = state_of(app)
         for name, notifications in by_application(batches).items():
             send_recorded(app, _application(state, name), notifications)
-
-
-LOST = "_flask_eventsourcing_lost"
-"""Where an application context has the events that were lost without anybody asking for it, in ``flask.g``."""
-
-
-def lose(app: Flask, batches: Sequence[Batch]) -> None:
-    """Tell of events that are gone although nobody has rolled them back: in an answer, or in the log."""
-    if has_request_context() and current_app._get_current_object() is app:  # type: ignore[attr-defined]
-        # The answer is still to come.
-        g.setdefault(LOST, []).extend(batches)
-        return
-    state = state_of(app)
-    log_lost(batches)
-    discard(state, batches)
-
-
-def take_lost() -> list[Batch]:
-    """Return what was lost in this application context, and forget it."""
-    found: list[Batch] = g.pop(LOST, [])
-    return found
 
 
 def discard(state: EventSourcingState, batches: Sequence[Batch]) -> None:

@@ -2,56 +2,205 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from eventsourcing.persistence import Notification
-from flask import Flask, Response, request_started
+from flask import Flask, Response, appcontext_pushed, appcontext_tearing_down, g, request, request_started
+from werkzeug.exceptions import InternalServerError
 
+from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, roll_back
-from .state import EventSourcingState, discard, take_lost
+from .sessions import ENDED
+from .state import EventSourcingState, discard, state_of
 
 FAILURE = 400
 """The lowest HTTP status that tells the client that the request was not carried out."""
 NAMED = 5
-REMEDY = "call db.session.commit() or .rollback() before the end, or set EVENTSOURCING_COMMIT to 'request' or 'save'"
+ENVIRON = "flask_eventsourcing.answer"
+"""Where a request has its :class:`Answer`, in its WSGI environment."""
+CONTEXT = "_flask_eventsourcing_answer"
+"""Where an application context has that of the outermost request in it, in ``flask.g``."""
+IN_SAVEPOINT = (
+    "EVENTSOURCING_COMMIT = 'save' commits nothing within a savepoint or a transaction that you began: end it, and "
+    "call db.session.commit()"
+)
+IN_ANSWER = {
+    "explicit": "call db.session.commit() or .rollback() before the end, or set EVENTSOURCING_COMMIT to 'request' or "
+    "'save'",
+    "request": "EVENTSOURCING_COMMIT = 'request' commits db.session alone, and after a view that has returned: commit "
+    "a session of your own yourself",
+    "save": IN_SAVEPOINT,
+}
+AT_END = {
+    "explicit": "call db.session.commit() or .rollback() before the end, or set EVENTSOURCING_COMMIT to 'save'",
+    "request": "EVENTSOURCING_COMMIT = 'request' commits after a view that has returned, and not here: call "
+    "db.session.commit()",
+    "save": IN_SAVEPOINT,
+}
+"""What to do, by the commit mode, where an answer can be changed and where none can."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """What is known of a request until nothing can change its answer any more.
+
+    :param outer: that of the request in whose view this one was made, with a test client for example.
+    :param inner: whether this request uses the transaction of that one, which then decides about it.
+    :param before: what was pending when it began.
+    """
+
+    outer: Answer | None
+    inner: bool
+    before: Sequence[Batch]
+    dropped: list[str] = field(default_factory=list)
+    """What was lost elsewhere while the request was answered."""
+    rolled_back: list[str] = field(default_factory=list)
+    """What was rolled back for the status that a function has returned."""
+    over: bool = False
+
+
+_answers: ContextVar[Answer | None] = ContextVar("answer", default=None)
+
+
+def unanswered() -> Answer | None:
+    """Return what is known of the innermost request that has not been answered yet."""
+    answer = _answers.get()
+    while answer is not None and answer.over:
+        answer = answer.outer
+    return answer
 
 
 def install(state: EventSourcingState) -> None:
-    """Check each response, and the end of each application context, for uncommitted events.
+    """Look at each answer when nobody can change it any more, and at the end of each application context.
 
-    Functions that were registered later run earlier, so that the user's own ``after_request`` functions may still
-    commit.
+    :raises AssertionError: from Flask, when the app has handled a request already; nothing was installed then.
     """
-    state.app.after_request(partial(_check_response, state))
-    state.app.teardown_appcontext(partial(_check_end, state))
-    request_started.connect(_begin_request, state.app)
+    app = state.app
+    app.teardown_appcontext(partial(_check_end, app))
+    functions = app.teardown_appcontext_funcs
+    # Teardown functions run from the last to the first: this one just before the sessions are closed.
+    closing = [n for n, each in enumerate(functions) if str(each.__module__).startswith("flask_sqlalchemy")]
+    functions.insert(max(closing, default=len(functions) - 2) + 1, functions.pop())
+
+
+def connect(state: EventSourcingState) -> None:
+    """Begin to look: what cannot fail, and cannot be taken back."""
+    app = state.app
+    request_started.connect(_begin_request, app)
+    request_started.connect(_begin_answer, app)
+    appcontext_pushed.connect(_begin_context, app)
+    appcontext_tearing_down.connect(_end_context, app)
+    finalize_request(app, partial(_finalize, app, app.finalize_request))
 
 
 def _begin_request(_: Flask, **__: object) -> None:
     leave_inherited_connections()
 
 
-def _check_response(state: EventSourcingState, response: Response) -> Response:
+def _begin_answer(app: Flask, **_: object) -> None:
+    first: Answer | None = g.get(CONTEXT)
+    alone = first is None or first.over
+    session = None if alone else state_of(app).host.database.open_session()
+    inner = session is not None and session.in_transaction()
+    before = [batch for unit in state_of(app).open_units() for batch in unit.batches] if inner else []
+    answer = Answer(unanswered(), inner, before)
+    request.environ[ENVIRON] = answer
+    if alone:
+        g._flask_eventsourcing_answer = answer
+    _answers.set(answer)
+
+
+def _begin_context(_: Flask, **__: object) -> None:
+    g.pop(ENDED, None)
+
+
+# ------------------------------------------------------------------------------------------------------- the answer
+
+
+def _finalize(
+    app: Flask, finalize: Callable[..., Response], *args: Any, from_error_handler: bool = False, again: bool = False
+) -> Response:
+    """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
+    response = finalize(*args, from_error_handler=from_error_handler)
+    answer: Answer = request.environ.get(ENVIRON) or Answer(None, inner=False, before=[])
     try:
-        if state.config.commit == "request":
-            _commit_or_roll_back(state, response)
+        _look(state_of(app), answer, response, after_error=from_error_handler)
+    except Exception as error:
+        response.close()
+        if from_error_handler:
+            app.logger.exception("The client is told 500, as the request cannot be finished.")
+            response = app.make_response(InternalServerError())
+        elif again:
+            raise
         else:
-            _refuse_uncommitted(state, response)
-    except Exception as error:  # noqa: BLE001
-        # As for an error in the view: the user's error handlers see it, and without one it is re-raised for a 500.
-        return state.app.make_response(state.app.handle_user_exception(error))
+            # As for an error in the view: the user's error handlers see it, and without one it is raised for a 500.
+            handle: Callable[..., Any] = app.handle_user_exception
+            return _finalize(app, finalize, *args[:-1], handle(*args[:-1], error), again=True)
+    answer.over = True
     return response
 
 
-def _commit_or_roll_back(state: EventSourcingState, response: Response) -> None:
+def _look(state: EventSourcingState, answer: Answer, response: Response, *, after_error: bool) -> None:
+    """Commit or roll back, or refuse an answer that would not be true.
+
+    :param after_error: whether an error that no handler has dealt with led to the answer.
+    :raises UncommittedEventsError: when the client would be told "done" for events that are not stored.
+    """
+    done = response.status_code < FAILURE
+    by_request = state.config.commit == "request"
+    if answer.inner:
+        _leave_to_outer(state, answer, response)
+    elif by_request and done and not after_error and not answer.dropped and not state.has_left():
+        _commit(state)
+    else:
+        _drop_all(state, answer, response)
+    dropped, answer.dropped = answer.dropped, []
+    if dropped and done:
+        raise UncommittedEventsError(" ".join(dropped))
+    for message in answer.rolled_back if done else ():
+        state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
+
+
+def _drop_all(state: EventSourcingState, answer: Answer, response: Response) -> None:
+    batches = _drop(state.open_units())
+    by_request = state.config.commit == "request"
+    session = state.host.database.open_session() if by_request else None
+    if session is not None:
+        roll_back(session)
+    # A failure that is rolled back by the extension is nobody's mistake.
+    if batches and (response.status_code < FAILURE or not by_request):
+        answer.dropped.append(_tell(state, batches, response))
+
+
+def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
+    """Note that what is pending is about to be rolled back, as a function has returned a status."""
+    answer = unanswered()
+    batches = [batch for unit in state.open_units() for batch in unit.batches]
+    if answer is not None and batches:
+        answer.rolled_back.append(
+            f"{_describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
+            "with status=False."
+        )
+
+
+def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Response) -> None:
+    """The outer request decides about the transaction that both use, but what failed here must not be committed."""
+    if response.status_code < FAILURE:
+        return
+    for unit in state.open_units():
+        if any(batch not in answer.before for batch in unit.batches):
+            unit.refuse(f"A request within this one has saved events and then answered {response.status}")
+
+
+def _commit(state: EventSourcingState) -> None:
     session = state.host.database.open_session()
     if session is None:
-        return
-    if response.status_code >= FAILURE:
-        roll_back(session)
         return
     try:
         commit(state.host.unit_of(session))
@@ -61,36 +210,57 @@ def _commit_or_roll_back(state: EventSourcingState, response: Response) -> None:
         raise
 
 
-def _refuse_uncommitted(state: EventSourcingState, response: Response) -> None:
-    unit = state.host.open_unit()
-    batches = take_lost() + ([] if unit is None else _drop(unit))
+def _tell(state: EventSourcingState, batches: Sequence[Batch], response: Response) -> str:
+    remedy = IN_ANSWER[state.config.commit]
+    message = f"{_describe(batches)} neither committed nor rolled back when the view answered: {remedy}."
+    if response.status_code < FAILURE:
+        state.app.logger.error("%s The client is told 500 instead of %s.", message, response.status)
+    else:
+        state.app.logger.warning("%s The client was told of a failure: %s.", message, response.status)
+    discard(state, batches)
+    return message
+
+
+# ---------------------------------------------------------------------------------------- the end of a context
+
+
+def _check_end(app: Flask, error: BaseException | None) -> None:
+    state = state_of(app)
+    units = state.open_units()
+    batches = _drop(units)
+    for unit in units:
+        _forget(state, unit, error)
     if not batches:
         return
-    message = f"{_describe(batches)} neither committed nor rolled back when the view answered: {REMEDY}."
-    if response.status_code >= FAILURE:
-        state.app.logger.warning("%s The client was told of a failure: %s.", message, response.status)
-        discard(state, batches)
-        return
-    state.app.logger.error("%s The client is told 500 instead of %s.", message, response.status)
-    discard(state, batches)
-    raise UncommittedEventsError(message)
-
-
-def _check_end(state: EventSourcingState, error: BaseException | None) -> None:
-    unit = state.host.open_unit()
-    if unit is None:
-        return
-    if not unit.batches:
-        _forget(state, unit, error)
-        return
-    batches = _drop(unit)
     if error is None:
-        state.app.logger.error(
-            "%s neither committed nor rolled back at the end of the application context, and nothing is stored: %s.",
-            _describe(batches),
-            REMEDY,
-        )
+        lost(state, batches, "at the end of the application context")
+    else:
+        discard(state, batches)
+
+
+def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None:
+    """Tell of events that are not stored although nobody asked for a rollback.
+
+    The log and the signal do, and in a request that is not answered yet, its answer.
+    """
+    message = f"{_describe(batches)} neither committed nor rolled back {when}, and nothing is stored"
+    state.app.logger.error("%s: %s.", message, AT_END[state.config.commit])
     discard(state, batches)
+    answer = unanswered()
+    if answer is not None:
+        answer.dropped.append(f"{message}: {AT_END[state.config.commit]}.")
+
+
+def lose(app: Flask, batches: Sequence[Batch]) -> None:
+    """Tell of events whose session was closed."""
+    lost(state_of(app), batches, "when their session was closed")
+
+
+def _end_context(app: Flask, exc: BaseException | None = None, **_: object) -> None:
+    """Every teardown function has run: what they did in a session that was opened after the first was closed?"""
+    _check_end(app, exc)
+    state_of(app).host.database.drop_session()
+    g._flask_eventsourcing_ended = True
 
 
 def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | None) -> None:
@@ -106,11 +276,13 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
         )
 
 
-def _drop(unit: UnitOfWork) -> list[Batch]:
-    batches = unit.batches
-    if batches:
-        roll_back(unit.session)
-    return batches
+def _drop(units: Sequence[UnitOfWork]) -> list[Batch]:
+    """Roll back the sessions of those units that have events, and return these."""
+    found = [(unit, unit.batches) for unit in units]
+    for unit, batches in found:
+        if batches:
+            roll_back(unit.session)
+    return [batch for _, batches in found for batch in batches]
 
 
 def _describe(batches: Sequence[Batch]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,10 +24,11 @@ def test_text_is_no_uuid(site: Site, form: Any) -> None:
     """A text from an address is refused where ids are UUIDs, with what to write instead, in reading and in saving."""
     account_id = site.opened()
     with site.app.app_context():
-        for call in (
+        calls: list[Callable[[], object]] = [
             lambda: site.bank.repository.get(form(account_id)),
             lambda: site.bank.recorder.insert_events([StoredEvent(form(account_id), 2, "a:b", b"")]),
-        ):
+        ]
+        for call in calls:
             with pytest.raises(IdentifierTypeError, match=r"uuid\.UUID\(…\).*<uuid:id>") as raised:
                 call()
             assert isinstance(raised.value, TypeError)

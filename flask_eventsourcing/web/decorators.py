@@ -1,0 +1,185 @@
+"""Functions, views for example, that run in a unit of work: what they return tells whether it is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from eventsourcing.persistence import IntegrityError
+from flask import has_request_context
+from werkzeug.datastructures import Headers
+from werkzeug.exceptions import HTTPException
+from werkzeug.wrappers import Response
+
+from ..exceptions import ConfigurationError
+from ..uow import UnitOfWork
+from ..uow.running import LONGEST_PAUSE
+from .sessions import FlaskHost
+from .state import current_state
+from .uncommitted import FAILURE, rolled_back
+
+TASK = "flask_eventsourcing.task"
+"""Where a session has the asyncio task whose unit of work it is in, in ``Session.info``."""
+
+
+class _FailureReturned(Exception):  # noqa: N818
+    """Ends a unit of work that is to be rolled back, with what its function has returned."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.returned = returned
+
+
+def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) -> Callable[..., Any]:
+    """Return a function that runs another one in a unit of work of the current app.
+
+    :param times: how often it is run again after a conflict at most, or None if it never is.
+    :param status: whether a return value with a status of 400 or more, as Flask reads it, rolls back.
+    :raises ConfigurationError: for a generator, which would run when the unit has ended.
+    """
+    name = getattr(function, "__qualname__", repr(function))
+    called = (function, getattr(function, "__call__", None))  # noqa: B004
+    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in called):
+        raise ConfigurationError(
+            f"{name} is a generator function, which runs when its unit of work has ended: decorate the function that "
+            "goes through the generator, or use 'with es.transaction():' in it."
+        )
+    is_async = any(inspect.iscoroutinefunction(each) for each in called)
+    return (_awaited if is_async else _called)(function, name, times, status=status)
+
+
+def _awaited(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
+    @wraps(function)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        host = current_state().host
+        judge = _judge(host, name, status=status)
+
+        async def work() -> Any:
+            return judge(await function(*args, **kwargs))
+
+        try:
+            with _of_one_task(_unit(host), name):
+                return await _await(host, work, times)
+        except _FailureReturned as failure:
+            return failure.returned
+
+    return awaited
+
+
+def _called(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        host = current_state().host
+        judge = _judge(host, name, status=status)
+
+        def work() -> Any:
+            return judge(function(*args, **kwargs))
+
+        try:
+            if times is not None:
+                return host.retry(work, times)
+            with host.transaction():
+                return work()
+        except _FailureReturned as failure:
+            return failure.returned
+
+    return called
+
+
+def _unit(host: FlaskHost) -> UnitOfWork:
+    return host.unit_of(host.database.session())
+
+
+def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
+    """Return what is to be called with a return value: it returns that, or raises what rolls the unit back."""
+    # The outer one, where there is one, has to decide about what both did.
+    looks = status and has_request_context() and not _unit(host).shared.depth
+
+    def judge(returned: Any) -> Any:
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise ConfigurationError(
+                f"{name} returned a coroutine, which would run when its unit of work has ended: decorate the "
+                "'async def' function itself, below other decorators."
+            )
+        code = status_of(returned) if looks else None
+        if code is not None and code >= FAILURE:
+            rolled_back(current_state(), name, code)
+            raise _FailureReturned(returned)
+        return returned
+
+    return judge
+
+
+def status_of(returned: Any) -> int | None:
+    """Return the status that ``Flask.make_response()`` would give to what a view has returned, without consuming it.
+
+    None stands for what it does not tell: a WSGI application, whose status is known when it has run.
+    """
+    status = None
+    if isinstance(returned, tuple):
+        if len(returned) == 3:
+            returned, status, _ = returned
+        elif len(returned) == 2 and isinstance(returned[1], Headers | dict | tuple | list):
+            returned = returned[0]
+        elif len(returned) == 2:
+            returned, status = returned
+    if status is not None:
+        return _code_of(status)
+    if isinstance(returned, Response):
+        return returned.status_code
+    if isinstance(returned, HTTPException):
+        return returned.get_response().status_code
+    return None if callable(returned) else 200
+
+
+def _code_of(status: Any) -> int | None:
+    if isinstance(status, bytes | bytearray):
+        status = status.decode("latin-1")
+    try:
+        return int(status.split(None, 1)[0] if isinstance(status, str) else status)
+    except (ValueError, TypeError, IndexError):
+        return None
+
+
+async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int | None) -> Any:
+    """Do what ``UnitRunner.retry()`` does, or ``transaction()``, with a pause that lets others run."""
+    if times is None:
+        with host.transaction():
+            return await work()
+    unit = _unit(host)
+    again = not unit.has_changes()
+    tries = 0
+    while True:
+        try:
+            with host.transaction(queueing=True):
+                return await work()
+        except IntegrityError:
+            if not again or tries == times or unit.shared.depth:
+                raise
+        tries += 1
+        await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**tries)))  # noqa: S311
+
+
+@contextmanager
+def _of_one_task(unit: UnitOfWork, name: str) -> Iterator[None]:
+    """Refuse that tasks which run at the same time are in one unit, as each would commit half of the other."""
+    info = unit.session.info
+    task = asyncio.current_task()
+    outer = info.get(TASK)
+    if outer is not None and outer is not task:
+        raise ConfigurationError(
+            f"{name} runs in an asyncio task while another one has a unit of work on the same session: push an "
+            "application context in each task, 'with app.app_context():', or await one after the other."
+        )
+    info[TASK] = task
+    try:
+        yield
+    finally:
+        if outer is None:
+            info.pop(TASK, None)
