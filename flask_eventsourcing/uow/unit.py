@@ -241,9 +241,12 @@ class UnitOfWork:
         self._note(Batch(application_name, table, events, positions))
 
     def written(self) -> None:
-        """After a write: commit, where each save is committed by itself."""
-        if self.units.commits.at_save and not self.shared.depth and not self.session.in_nested_transaction():
-            self.session.commit()
+        """After a write: commit, where each save is committed by itself and nobody has begun something around it."""
+        session = self.session
+        if self.units.commits.at_save and not self.shared.depth and not session.in_nested_transaction():
+            transaction = session.get_transaction()
+            if transaction is not None and transaction.origin is orm.SessionTransactionOrigin.AUTOBEGIN:
+                session.commit()
 
     # -------------------------------------------------------------------------------- what others ask
 
