@@ -19,7 +19,7 @@ from eventsourcing.application import Application, Cache, ProjectorFunction, Rep
 
 from .._patches import repository_cache, repository_class
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 from ..uow import UnitOfWork
 
 A = TypeVar("A", bound=Application[Any])

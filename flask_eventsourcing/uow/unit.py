@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import AbortedTransactionError, HandlerError, SpanningTransactionError
 from ..persistence import Datastore, Dialect
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import AfterCommit, Batch, Pending, Refusal
 

@@ -25,7 +25,7 @@ from sqlalchemy.schema import CreateIndex
 
 from ...exceptions import WriteTimeoutError
 from .base import Dialect
-from .driver import EventTable, begins, gap, heads
+from .event_tables import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
