@@ -131,8 +131,12 @@ def heads(events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
 
     :raises IntegrityError: for an event that would begin a stream behind another one.
     """
-    if len(events) == 1:
-        return events
+    start = events[0]
+    for number, event in enumerate(events, start.originator_version):
+        if event.originator_version != number or event.originator_id is not start.originator_id:
+            break
+    else:
+        return events[:1]
     found: list[StoredEvent] = []
     spans: dict[UUID | str, tuple[int, int]] = {}
     for event in events:
