@@ -12,7 +12,7 @@ from uuid import UUID
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 
 T = TypeVar("T")
 

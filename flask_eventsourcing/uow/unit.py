@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
 from ..persistence.dialects import is_in_memory
-from ..persistence.dialects.driver import POSITION, EventTable
+from ..persistence.dialects.event_tables import POSITION, EventTable
 from .commit_gate import CommitGate, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, call_all, of_kind, savepoints

@@ -13,7 +13,7 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import RollbackOnlyError
-from flask_eventsourcing.persistence.dialects.driver import ConflictError
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests.domain import conflict_with, in_threads
 from tests.hosts.sites import HostSite
