@@ -285,7 +285,7 @@ class EventSourcing:
         :raises NotInitializedError: outside an application context.
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
-        return current_state().host.transaction()
+        return current_state().current_host.transaction()
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
         """Within it, a session of your own is the current one, also as ``db.session``; afterwards the former is again.

@@ -56,7 +56,7 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
 def _awaited(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
-        host = current_state().host
+        host = current_state().current_host
         judge = _judge(host, name, status=status)
 
         async def work() -> Any:
@@ -74,7 +74,7 @@ def _awaited(function: Callable[..., Any], name: str, times: int | None, *, stat
 def _called(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        host = current_state().host
+        host = current_state().current_host
         judge = _judge(host, name, status=status)
 
         def work() -> Any:

@@ -89,7 +89,7 @@ class Two:
         engine = sa.create_engine(self.urls[name])
         table = "bank_events" if name == "bank" else "shop_events"
         with engine.connect() as connection:
-            found = connection.scalar(sa.text(f"SELECT count(*) FROM {table}"))  # noqa: S608
+            found = connection.scalar(sa.text(f"SELECT count(*) FROM {table}"))
         engine.dispose()
         return int(found or 0)
 
@@ -146,9 +146,14 @@ def test_each_is_saved_in_its_own_database(two: Two) -> None:
 
 def test_transaction_that_would_span_both_is_refused(two: Two) -> None:
     """Events of both in one transaction are refused, and nothing is stored."""
-    with two.app.app_context(), pytest.raises(SpanningTransactionError, match="events of Shop"), two.es.transaction():
+
+    @two.es.transactional
+    def both() -> None:
         two.es[Shop].open_account()
         two.es[Bank].open_account()
+
+    with two.app.app_context(), pytest.raises(SpanningTransactionError, match="events of Shop"):
+        both()
     assert [two.stored(name) for name in ("main", "bank")] == [0, 0]
 
 
@@ -229,14 +234,14 @@ class TestUsing:
 
     def test_it_is_nestable(self, two: Two) -> None:
         """Each block has its own session, one within the other, also after an error."""
-        with two.app.app_context(), self.session(two) as first, self.session(two) as second:
-            with two.es.using(first):
-                with pytest.raises(KeyError), two.es.using(second):
-                    raise KeyError
-                with two.es.using(second), two.es.transaction() as inner:
-                    assert inner is second
-                with two.es.transaction() as outer:
-                    assert outer is first
+        first, second = self.session(two), self.session(two)
+        with two.app.app_context(), first, second, two.es.using(first):
+            with pytest.raises(KeyError), two.es.using(second):
+                raise KeyError
+            with two.es.using(second), two.es.transaction() as inner:
+                assert inner is second
+            with two.es.transaction() as outer:
+                assert outer is first
 
     def test_units_of_work_run_on_it(self, two: Two) -> None:
         """``transaction()`` commits it, and rolls it back."""
@@ -244,24 +249,27 @@ class TestUsing:
             with two.es.transaction() as used:
                 assert used is session
                 two.es[Bank].open_account()
-            with pytest.raises(KeyError), two.es.transaction():
+
+            @two.es.transactional
+            def fail() -> None:
                 two.es[Bank].open_account()
                 raise KeyError
+
+            with pytest.raises(KeyError):
+                fail()
         assert two.stored("bank") == 1
 
     def test_session_of_another_database_is_refused(self, two: Two) -> None:
         """One for a database without events is refused at once, one for the other application's at ``save()``."""
         engine = sa.create_engine("sqlite://")
-        with two.app.app_context(), orm.Session(engine) as session:
+        with two.app.app_context(), orm.Session(engine) as session, orm.Session() as unbound:
             with pytest.raises(ConfigurationError, match=r"This session is for the database sqlite://"):
-                with two.es.using(session):
-                    pass
-            with orm.Session() as unbound, pytest.raises(ConfigurationError, match="no engine"):
-                with two.es.using(unbound):
-                    pass
-        with two.app.app_context(), self.session(two) as session, two.es.using(session):
-            with pytest.raises(ConfigurationError, match="'shop_events' is in"):
-                two.es[Shop].open_account()
+                two.es.using(session).__enter__()
+            with pytest.raises(ConfigurationError, match="no engine"):
+                two.es.using(unbound).__enter__()
+        session = self.session(two)
+        with two.app.app_context(), session, two.es.using(session), pytest.raises(ConfigurationError, match="'shop_ev"):
+            two.es[Shop].open_account()
         engine.dispose()
         assert [two.stored(name) for name in ("main", "bank")] == [0, 0]
 
@@ -269,11 +277,11 @@ class TestUsing:
         """A session that is bound to a connection is used on that, so that the caller's rollback takes all along."""
         with two.app.app_context(), two.db.engines["bank"].connect() as connection:
             transaction = connection.begin()
-            with orm.Session(connection, join_transaction_mode="create_savepoint") as session:
-                with two.es.using(session):
-                    account_id = two.es[Bank].open_account()
-                    session.commit()
-                    assert two.es[Bank].balance(account_id) == 0
+            session = orm.Session(connection, join_transaction_mode="create_savepoint")
+            with session, two.es.using(session):
+                account_id = two.es[Bank].open_account()
+                session.commit()
+                assert two.es[Bank].balance(account_id) == 0
             transaction.rollback()
         assert two.stored("bank") == 0
 
@@ -330,8 +338,7 @@ def test_plain_host(tmp_path: Path, scoped: bool) -> None:
         session.commit()
         assert bank.balance(account_id) == 0
     with orm.Session(other) as session, pytest.raises(ConfigurationError, match=r"other\.db"):
-        with host.using_session(session):
-            pass
+        host.using_session(session).__enter__()
     host.close()
     if scoped:
         host._factory.remove()  # type: ignore[union-attr]

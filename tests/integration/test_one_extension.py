@@ -249,10 +249,10 @@ class TestConstruct:
     def test_the_second_of_two_fails(self, noted: type[Noted], monkeypatch: pytest.MonkeyPatch) -> None:
         """If one of several applications fails, those before it are closed, and nothing is left behind."""
         monkeypatch.setattr(noted, "fails", True)
-        closed: list[Shop] = []
+        closed: list[str] = []
 
         def close(self: Shop) -> None:
-            closed.append(self)
+            closed.append(self.name)
 
         monkeypatch.setattr(Shop, "close", close)
         app = make_app("sqlite://", EVENTSOURCING_CONSTRUCT="init")
@@ -261,7 +261,7 @@ class TestConstruct:
         before = everything(app, db)
         with pytest.raises(ValueError, match="this setting is wrong"):
             es.init_app(app)
-        assert len(closed) == 1
+        assert "Shop" in closed
         assert everything(app, db) == before
         dispose_of(app, db)
 

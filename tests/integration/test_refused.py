@@ -80,13 +80,13 @@ def on_another_bind(es: EventSourcing, app: Flask, db: SQLAlchemy) -> None:
 
 def checkpoints_taken(es: EventSourcing, app: Flask, db: SQLAlchemy) -> None:
     """Somebody has a table of the name of the checkpoints'."""
-    model(db, "bank_projections")
+    app.config["KEPT"] = model(db, "bank_projections")
     projected(es, model(db, "balance"))
 
 
 def second_taken(es: EventSourcing, app: Flask, db: SQLAlchemy) -> None:
     """The second application's table is taken."""
-    model(db, "shop_events")
+    app.config["KEPT"] = model(db, "shop_events")
 
 
 def request_handled(es: EventSourcing, app: Flask, db: SQLAlchemy) -> None:
