@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
-from flask import Flask, current_app, g, has_app_context
+from flask import Flask, current_app, has_app_context
 from sqlalchemy import orm
 from werkzeug.local import LocalProxy
 
@@ -24,7 +24,7 @@ from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
 from ..uow import Batch, UnitOfWork
-from .sessions import LEFT, OWN, FlaskHost
+from .sessions import OWN, FlaskHost
 
 EXTENSION = "eventsourcing"
 Slots = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
@@ -123,16 +123,13 @@ class EventSourcingState:
             host.prepare()
 
     def open_units(self) -> list[UnitOfWork]:
-        """Return the units of work that recorders have joined in this context: of its session, and of lent ones."""
-        current = [host.open_unit() for host in self._each_host()]
-        return list(dict.fromkeys(unit for unit in (*current, *self._left_units()) if unit is not None))
+        """Return the units of work of the current session that recorders have joined."""
+        return [unit for host in self._each_host() if (unit := host.open_unit()) is not None]
 
-    def has_left(self) -> bool:
-        """Whether a session of the user's own was left with uncommitted events."""
-        return any(unit is not None and unit.batches for unit in self._left_units())
-
-    def _left_units(self) -> list[UnitOfWork | None]:
-        return [host.open_unit_of(session) for session in g.get(LEFT, ()) for host in self._each_host()]
+    def units_of(self, sessions: Iterable[orm.Session]) -> list[UnitOfWork]:
+        """Return the units of work of other sessions that recorders have joined."""
+        found = (host.open_unit_of(session) for session in sessions for host in self._each_host())
+        return [unit for unit in found if unit is not None]
 
     def _each_host(self) -> list[FlaskHost]:
         return list(dict.fromkeys(self.hosts.values()))

@@ -312,6 +312,29 @@ class TestUsing:
         session.close()
         two.close()
 
+    def test_one_that_was_lent_to_a_nested_context(self, tmp_path: Path) -> None:
+        """The answer tells of it, too."""
+        two = Two(tmp_path, "models")
+        session = self.session(two)
+
+        def view() -> str:
+            with two.app.app_context(), two.es.using(session):
+                two.es[Bank].open_account()
+            return "done"
+
+        assert two.app.test_client().post("/", environ_overrides={"tests.view": view}).status_code == 500
+        assert two.stored("bank") == 0
+        session.close()
+        two.close()
+
+    def test_it_may_outlive_the_context(self, two: Two) -> None:
+        """Without a request nobody but its owner ends it, who may commit it after the application context."""
+        with self.session(two) as session:
+            with two.app.app_context(), two.es.using(session):
+                two.es[Bank].open_account()
+            session.commit()
+        assert two.stored("bank") == 1
+
     def test_outside_a_context(self, two: Two) -> None:
         """There is no current session outside an application context."""
         with self.session(two) as session, pytest.raises(NotInitializedError), two.es.using(session):
