@@ -73,7 +73,10 @@ _answers: ContextVar[Answer | None] = ContextVar("answer", default=None)
 
 def unanswered() -> Answer | None:
     """Return what is known of the innermost request that has not been answered yet."""
-    answer = _answers.get()
+    return _not_over(_answers.get())
+
+
+def _not_over(answer: Answer | None) -> Answer | None:
     while answer is not None and answer.over:
         answer = answer.outer
     return answer
@@ -131,7 +134,8 @@ def _finalize(
 ) -> Response:
     """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
     response = finalize(*args, from_error_handler=from_error_handler)
-    answer: Answer = request.environ.get(ENVIRON) or Answer(None, inner=False, before=[])
+    # A view may have given its environment to another request, or app.
+    answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[])
     try:
         _look(state_of(app), answer, response, after_error=from_error_handler)
     except Exception as error:
