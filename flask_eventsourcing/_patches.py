@@ -86,6 +86,25 @@ def repository_cache(repository: Any, cache: Any) -> None:
     repository.cache = cache
 
 
+def application_method(application: Any, name: str, method: Callable[..., Any]) -> None:
+    """Have an application call another function as one of its methods.
+
+    A subclass of the user's application would not be the class that runners, topics and pickles name, and the library
+    has no hook around ``save()`` or ``_record()``. It can go when it has.
+    """
+    setattr(application, name, method)
+
+
+def leader_lead(leader_class: Any, lead: Callable[[Any, Any], None]) -> None:
+    """Have the library's ``Leader`` take its followers by another function.
+
+    The library's runners construct leaders, and subclasses for them, by themselves, so there is no object that could
+    be changed, and a leader prompts its followers within ``save()``. It can go when the library has a hook for the time
+    at which followers are prompted.
+    """
+    leader_class.lead = lead
+
+
 def session_scope(registry: Any, scope: Callable[[], Any]) -> None:
     """Have Flask-SQLAlchemy's ``scoped_session`` tell processes apart.
 

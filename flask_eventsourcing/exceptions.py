@@ -51,12 +51,28 @@ class RollbackOnlyError(FlaskEventSourcingError):
     """An inner unit of work failed, so the outer one was rolled back: let the inner error pass, or use a savepoint."""
 
 
+class StaleAggregateError(FlaskEventSourcingError):
+    """An aggregate object whose events were rolled back, or had a conflict, was saved again: read it again."""
+
+
+class SharedAggregateError(FlaskEventSourcingError):
+    """An aggregate object that the cache had served without a copy was saved: read it with a copy."""
+
+
 class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalError):
     """The database aborted this transaction after an error, a commit would drop its events: roll back first."""
 
 
 class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
+
+
+class IdentifierTypeError(FlaskEventSourcingError, TypeError):
+    """The id of an aggregate is of another type than those of the application's tables: UUID or text."""
+
+
+class ConstraintError(FlaskEventSourcingError, persistence.DatabaseError):
+    """A constraint of an events table that is no key of its events, such as a CHECK of your own, refused an event."""
 
 
 class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError):
@@ -93,3 +109,11 @@ class DeadLetterError(FlaskEventSourcingError):
 
 class SpanningTransactionError(FlaskEventSourcingError):
     """A transaction would span two databases: commit before, or use a session with twophase=True."""
+
+
+class CommitInsideUnitError(FlaskEventSourcingError):
+    """A unit of work (transaction(), transactional, retry_on_conflict) commits at its end: leave this commit out."""
+
+
+class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.OperationalError):
+    """The connection was lost during the commit: nobody knows whether it succeeded. Look before you do it again."""

@@ -26,7 +26,7 @@ from .models import Models
 from .persistence import Datastore, DialectOptions
 from .persistence.dialects import is_in_memory
 from .signals import events_recorded
-from .uow import Batch, SessionCommits, UnitOfWork, UnitRunner, Units
+from .uow import Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units, follow
 
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
@@ -53,14 +53,18 @@ class Host(Protocol):
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session, made at the first call."""
 
-    def transaction(self, *, queueing: bool = False) -> AbstractContextManager[orm.Session]:
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> AbstractContextManager[orm.Session]:
         """A unit of work on the current session: commits on success, rolls back on error.
 
         :param queueing: whether it can be run again, so that it queues for contended aggregates.
+        :param run: how it is to be run, where the caller wants to know more of it.
         """
 
-    def retry(self, function: Callable[[], R], times: int) -> R:
-        """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most."""
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+        """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most.
+
+        :param lenient: whether others may commit in it, as in a task that did not ask for a unit.
+        """
 
     def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
         """Within it, the current session is one of its own, with *connection* in the place of the events' engine."""
@@ -114,17 +118,19 @@ class PlainHost:
         self._factory = session
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
-        self._units = Units(plain, SessionCommits(), self._publish, {"clause": _events_table(models)})
+        self._current: ContextVar[orm.Session | None] = ContextVar("current session", default=None)
+        arguments = {"clause": _events_table(models)}
+        self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._current.get)
         self._runner = UnitRunner(self._required)
         self._datastore = plain.joining(self.unit)
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
             application_class: ApplicationSlot(
-                partial(construct, application_class, self._datastore, dict(env or {}), self.unit)
+                partial(construct, application_class, self._datastore, dict(env or {}), self.unit, self.using_session)
             )
             for application_class in models
         }
-        self._current: ContextVar[orm.Session | None] = ContextVar("current session", default=None)
         plain.prepare()
+        follow(plain.engine, plain.dialect)
 
     # ------------------------------------------------------------------------------------------- applications
 
@@ -191,18 +197,18 @@ class PlainHost:
             yield made
 
     @contextmanager
-    def transaction(self, *, queueing: bool = False) -> Iterator[orm.Session]:
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[orm.Session]:
         """A unit of work: commits on success, rolls back on error; within another one it joins that.
 
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
-        with self._open_session(), self._runner.transaction(queueing=queueing) as session:
+        with self._open_session(), self._runner.transaction(queueing=queueing, run=run) as session:
             yield session
 
-    def retry(self, function: Callable[[], R], times: int) -> R:
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most."""
         with self._open_session():
-            return self._runner.retry(function, times)
+            return self._runner.retry(function, times, lenient=lenient)
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:

@@ -5,24 +5,62 @@ to Python 3.11 that takes four times as long as to read the event and to apply i
 goes that way, and the others of that class do not.
 
 The library's repository puts an aggregate into its cache when it is saved or read, before anything is committed, and
-fast-forwards the cached object itself. Here an aggregate with uncommitted events passes the cache by, and is put into
-it only after the commit.
+fast-forwards the cached object itself. Here an aggregate with uncommitted events passes the cache by, and a copy is put
+into it only after the commit.
+
+A leader of the library's ``System`` prompts its followers within ``save()``. Followers that run in the caller's thread
+are part of its transaction. The others are prompted after the commit, in the order of the log: a receiver that is
+prompted for an event passes what is before it by, for ever.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
+from threading import Lock, RLock, Thread
 from typing import Any, TypeVar
 
 from eventsourcing.application import Application, Cache, ProjectorFunction, Repository, project_aggregate
+from eventsourcing.persistence import PersistenceError
+from eventsourcing.system import (
+    Leader,
+    NewSingleThreadedRunner,
+    RecordingEvent,
+    RecordingEventReceiver,
+    SingleThreadedRunner,
+)
+from sqlalchemy import orm
 
-from .._patches import repository_cache, repository_class
-from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder
+from .._patches import application_method, leader_lead, repository_cache, repository_class
+from ..exceptions import ConfigurationError
+from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
 from ..persistence.dialects.driver import EventTable
 from ..uow import UnitOfWork
+from .stale import is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
+
+__all__ = [
+    "CheckedRepository",
+    "CommittedCache",
+    "CommittedReceiver",
+    "construct",
+    "environment",
+    "install_cache",
+    "install_repository",
+    "project_checked",
+    "refuse_stale_aggregates",
+]
 
 A = TypeVar("A", bound=Application[Any])
+UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 0.25
+"""Seconds between two looks whether an event can be read in the log, at most."""
 
 
 def environment(datastore: Datastore, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
@@ -42,16 +80,57 @@ def environment(datastore: Datastore, env: Mapping[str, str], application_name: 
 
 
 def construct(
-    application_class: type[A], datastore: Datastore, env: Mapping[str, str], unit: Callable[[], UnitOfWork | None]
+    application_class: type[A],
+    datastore: Datastore,
+    env: Mapping[str, str],
+    unit: Callable[[], UnitOfWork | None],
+    using_session: UsingSession | None = None,
 ) -> A:
     """Construct an application whose recorders use a datastore.
 
     :param unit: returns the unit of work in which the caller is, or None.
+    :param using_session: makes a session the current one in a ``with`` block, for ``save(…, session=…)``.
     """
     application = application_class(env=environment(datastore, env, application_class.name))
     install_repository(application)
     install_cache(application, unit)
+    refuse_stale_aggregates(application)
+    application_method(application, "save", Saves(application, using_session))
     return application
+
+
+class Saves:
+    """What is called as ``Application.save()`` of one application.
+
+    :param using_session: makes a session the current one in a ``with`` block, or None where that cannot be.
+    """
+
+    def __init__(self, application: Application[Any], using_session: UsingSession | None) -> None:
+        # As in Records, the application can be closed as soon as nobody uses it.
+        self._reference = weakref.ref(application)
+        self._using_session = using_session
+
+    def __call__(self, *objs: Any, session: Any = None, **kwargs: Any) -> Any:
+        """Save, on the current session or another one, as ``eventsourcing-sqlalchemy`` has it.
+
+        :raises ConfigurationError: when no other session can be used here.
+        :raises TypeError: when it is no session of SQLAlchemy.
+        """
+        application: Any = self._reference()
+        save = type(application).save
+        if session is None:
+            return save(application, *objs, **kwargs)
+        if self._using_session is None:
+            raise ConfigurationError(
+                f"save(session=…) of {application.name} cannot use another session here: leave the argument out, and "
+                "the current session is used."
+            )
+        if isinstance(session, orm.scoped_session):
+            session = session()
+        if not isinstance(session, orm.Session):
+            raise TypeError(f"save(session=…) takes a session of SQLAlchemy; found {session!r}.")
+        with self._using_session(session):
+            return save(application, *objs, **kwargs)
 
 
 _checked: set[type[Any]] = set()
@@ -85,13 +164,17 @@ class CheckedRepository(Repository[Any]):
         deepcopy_from_cache: bool = True,
     ) -> Any:
         """See ``Repository.get()``."""
-        return super().get(
+        aggregate = super().get(
             aggregate_id,
             version=version,
             projector_func=project_checked if projector_func is project_aggregate else projector_func,
             fastforward_skipping=fastforward_skipping,
             deepcopy_from_cache=deepcopy_from_cache,
         )
+        if self.cache is not None and version is None and not (deepcopy_from_cache and self.deepcopy_from_cache):
+            share(aggregate)
+        watch(self.event_store.recorder, aggregate, aggregate_id)
+        return aggregate
 
 
 def install_repository(application: Application[Any]) -> None:
@@ -101,7 +184,7 @@ def install_repository(application: Application[Any]) -> None:
 
 
 class CommittedCache(Cache[Any, Any]):
-    """Wraps the repository's cache.
+    """Wraps the repository's cache: has copies of committed aggregates, and none that is older than what it had.
 
     :param inner: the cache that the library made, with its size.
     :param unit: returns the unit of work in which the caller is, or None.
@@ -114,6 +197,7 @@ class CommittedCache(Cache[Any, Any]):
         self.cache = inner.cache
         self._unit = unit
         self._events_table = events_table
+        self._lock = Lock()
 
     def get(self, key: Any, *, evict: bool = False) -> Any:
         """Return a cached aggregate.
@@ -131,16 +215,27 @@ class CommittedCache(Cache[Any, Any]):
         return self.inner.get(key, evict=evict)
 
     def put(self, key: Any, value: Any) -> None:
-        """Cache an aggregate, after the commit if it has uncommitted events."""
+        """Cache a copy of an aggregate, after the commit if it has uncommitted events."""
         if value is None:
             return
+        # A copy, as the caller may go on changing the aggregate.
+        kept = deepcopy(value)
         unit = self._unit()
         if unit is None or not unit.pending.has_events_of(key):
-            self.inner.put(key, value)
-            return
-        # A copy, as the caller may go on changing the aggregate before the commit or after it.
-        committed = deepcopy(value)
-        unit.on_commit(lambda: self.inner.put(key, committed))
+            self._keep(key, kept)
+        else:
+            unit.on_commit(partial(self._keep, key, kept))
+
+    def _keep(self, key: Any, kept: Any) -> None:
+        # Who commits first need not be the first here, and a reader may have an older snapshot.
+        with self._lock:
+            try:
+                is_older = kept.version < self.inner.get(key).version
+            except KeyError:
+                is_older = False
+            if not is_older:
+                share(kept)
+                self.inner.put(key, kept)
 
 
 def install_cache(application: Application[Any], unit: Callable[[], UnitOfWork | None]) -> None:
@@ -149,3 +244,93 @@ def install_cache(application: Application[Any], unit: Callable[[], UnitOfWork |
     recorder = application.recorder
     if cache is not None and isinstance(recorder, SQLAlchemyAggregateRecorder):
         repository_cache(application.repository, CommittedCache(cache, unit, recorder.events_table))
+
+
+class CommittedReceiver(RecordingEventReceiver[Any]):
+    """Tells a receiver with threads or queues what was saved, once the log can be read up to there.
+
+    :param receiver: what the leader was to prompt.
+    :param leader: whose events they are.
+    """
+
+    def __init__(self, receiver: RecordingEventReceiver[Any], leader: Leader[Any]) -> None:
+        self.receiver = receiver
+        self._closing = leader.closing
+        self._recorder: Any = leader.recorder
+        # A receiver may save again in this thread.
+        self._lock = RLock()
+        self._waiting: list[RecordingEvent[Any]] = []
+        self._told = 0
+        self._thread: Thread | None = None
+
+    def receive_recording_event(self, new_recording_event: RecordingEvent[Any]) -> None:
+        """Told by the leader within ``save()``."""
+        unit = unit_of(self._recorder)
+        first = new_recording_event.recordings[0].notification
+        if unit is not None and is_uncommitted(unit, first.originator_id):
+            unit.on_commit(partial(self._committed, new_recording_event))
+        else:
+            self._committed(new_recording_event)
+
+    def _committed(self, event: RecordingEvent[Any]) -> None:
+        with self._lock:
+            self._waiting.append(event)
+            self._waiting.sort(key=_last_position)
+        if self._tell():
+            return
+        with self._lock:
+            if self._thread is None:
+                # An event before it belongs to a transaction that is still open, perhaps in another process.
+                self._thread = Thread(target=self._tell_later, daemon=True, name="eventsourcing-prompts")
+                self._thread.start()
+
+    def _tell(self) -> bool:
+        """Tell what can be read; return whether that was all."""
+        try:
+            high_water_mark = self._recorder.high_water_mark()
+        except PersistenceError as error:
+            logger.warning("The followers of an application are prompted later, as its log cannot be read: %s", error)
+            return False
+        with self._lock:
+            while self._waiting and _last_position(self._waiting[0]) <= high_water_mark:
+                self._pass_on(self._waiting.pop(0))
+            return not self._waiting
+
+    def _pass_on(self, event: RecordingEvent[Any]) -> None:
+        first, last = event.recordings[0].notification.id, _last_position(event)
+        if last <= self._told:
+            return
+        # Without a previous position the receiver reads what is between, of other processes for example. The leader's
+        # own idea of it counts what was rolled back.
+        previous = self._told if first == self._told + 1 and self._told else None
+        self._told = last
+        self.receiver.receive_recording_event(RecordingEvent(event.application_name, event.recordings, previous))
+
+    def _tell_later(self) -> None:
+        pause = 0.005
+        while not self._closing.wait(pause):
+            pause = min(LONGEST_PAUSE, 2 * pause)
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+            self._tell()
+
+
+def _last_position(event: RecordingEvent[Any]) -> int:
+    return event.recordings[-1].notification.id
+
+
+_lead = Leader.lead
+
+
+def lead(self: Leader[Any], follower: RecordingEventReceiver[Any]) -> None:
+    """Add a follower, see ``Leader.lead()``; one that does not run in the caller's thread waits for the commit."""
+    if isinstance(self.recorder, SQLAlchemyApplicationRecorder):
+        refuse_stale_aggregates(self)
+        if not isinstance(follower, SingleThreadedRunner | NewSingleThreadedRunner):
+            follower = CommittedReceiver(follower, self)
+    _lead(self, follower)
+
+
+leader_lead(Leader, lead)

@@ -36,7 +36,9 @@ class JoinedUnit(Protocol):
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Told when events could not be written because another writer was first."""
 
-    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
+    def recorded(
+        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+    ) -> None:
         """Told after events were written, which are not committed yet."""
 
     def written(self) -> None:
@@ -170,10 +172,12 @@ class Write:
         if self.unit is not None:
             self.unit.conflicted(table, events)
 
-    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
+    def recorded(
+        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+    ) -> None:
         """Told after events were written; what is to happen in their transaction happens now."""
         if self.unit is not None:
-            self.unit.recorded(application_name, events, positions)
+            self.unit.recorded(application_name, table, events, positions)
         after_append = self._datastore.after_append.get(application_name)
         if after_append is not None:
             after_append(self.connection, self.unit, events)

@@ -106,7 +106,11 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         """Make the recorder of an application."""
         cls = self._class(self.APPLICATION_RECORDER_TOPIC, self.application_recorder_class)
         recorder: ApplicationRecorder = cls(
-            self.datastore, self._table("events"), self.env.name, tracking_table=self._table("tracking")
+            self.datastore,
+            self._table("events"),
+            self.env.name,
+            tracking_table=self._table("tracking"),
+            snapshots_table=self.tables.get("snapshots"),
         )
         return recorder
 
@@ -122,7 +126,13 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
     def process_recorder(self) -> ProcessRecorder:
         """Make the recorder of an application that processes the events of others."""
         cls = self._class(self.PROCESS_RECORDER_TOPIC, self.process_recorder_class)
-        recorder: ProcessRecorder = cls(self.datastore, self._table("tracking"), self._table("events"), self.env.name)
+        recorder: ProcessRecorder = cls(
+            self.datastore,
+            self._table("tracking"),
+            self._table("events"),
+            self.env.name,
+            snapshots_table=self.tables.get("snapshots"),
+        )
         return recorder
 
     def _class(self, key: str, default: type[Any]) -> type[Any]:

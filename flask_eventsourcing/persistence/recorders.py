@@ -23,6 +23,7 @@ from sqlalchemy.engine import Connection
 
 from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
+from .dialects.driver import EventTable
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
@@ -38,11 +39,12 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         application_name: str = "",
         *,
         tracking_table: sa.Table | None = None,
+        snapshots_table: sa.Table | None = None,
     ) -> None:
         datastore.prepare()
         self.datastore = datastore
         self.dialect = datastore.dialect
-        self.events_table = self.dialect.event_table(events_table, tracking_table)
+        self.events_table = self.dialect.event_table(events_table, tracking_table, snapshots_table)
         self.application_name = application_name
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
@@ -52,7 +54,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         """
         if stored_events:
             with self.datastore.writing() as write:
-                self.dialect.insert(write.connection, self.events_table, stored_events)
+                self.dialect.insert(write.connection, self._table(write.connection), stored_events)
         return None
 
     def select_events(
@@ -66,15 +68,23 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
     ) -> Sequence[StoredEvent]:
         """Read the events of an aggregate, those that the session has not committed yet among them."""
         with self.datastore.reading() as read:
+            table = self._table(read.connection)
             if read.unit is not None:
-                read.unit.before_read(read.connection, self.events_table, originator_id)
+                read.unit.before_read(read.connection, table, originator_id)
             return self.dialect.select_events(
-                read.connection, self.events_table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
+                read.connection, table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
             )
+
+    def _table(self, connection: Connection) -> EventTable:
+        return self.dialect.located(connection, self.events_table)
 
 
 class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
-    """Records events in aggregate sequences and in the application's log."""
+    """Records events in aggregate sequences and in the application's log.
+
+    An event is refused that would leave a gap in its aggregate's sequence: nobody could read that any more. Its
+    predecessor is an event, or *snapshots_table* has a snapshot of that version.
+    """
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none, and return their positions.
@@ -88,16 +98,19 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
                 with self.dialect.translated:
+                    if write.unit is not None:
+                        self.dialect.check_transaction(write.connection)
                     positions = self._write(write, events, tracking)
-            except IntegrityError:
-                write.conflicted(self.events_table, events)
+            except IntegrityError as error:
+                if self.dialect.is_conflict(error):
+                    write.conflicted(self._table(write.connection), events)
                 raise
             if events:
-                write.recorded(self.application_name, events, positions)
+                write.recorded(self.application_name, self.events_table, events, positions)
         return positions
 
     def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        return self.dialect.append(write.connection, self.events_table, events)
+        return self.dialect.append(write.connection, self._table(write.connection), events)
 
     def select_notifications(
         self,
@@ -126,7 +139,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         def read_page(read: Read) -> Sequence[Notification]:
             return self.dialect.select_notifications(
                 read.connection,
-                self.events_table,
+                self._table(read.connection),
                 start,
                 limit,
                 stop,
@@ -147,7 +160,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
     def _last_position(self, *, join: bool) -> int | None:
         return self._read(
-            lambda read: self.dialect.last_position(read.connection, self.events_table, joined=read.unit is not None),
+            lambda read: self.dialect.last_position(
+                read.connection, self._table(read.connection), joined=read.unit is not None
+            ),
             join=join,
         )
 
@@ -181,6 +196,9 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
         self.dialect = datastore.dialect
         self.tracking_table = tracking_table
+        self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
+            tracking_table
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -223,10 +241,21 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
     """Records events together with the position of the event that caused them."""
 
     def __init__(
-        self, datastore: Datastore, tracking_table: sa.Table, events_table: sa.Table, application_name: str = ""
+        self,
+        datastore: Datastore,
+        tracking_table: sa.Table,
+        events_table: sa.Table,
+        application_name: str = "",
+        *,
+        snapshots_table: sa.Table | None = None,
     ) -> None:
         SQLAlchemyApplicationRecorder.__init__(
-            self, datastore, events_table, application_name, tracking_table=tracking_table
+            self,
+            datastore,
+            events_table,
+            application_name,
+            tracking_table=tracking_table,
+            snapshots_table=snapshots_table,
         )
         self.tracking_table = tracking_table
 
@@ -248,4 +277,4 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
 
     def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
         self.write_tracking(connection, tracking)
-        return self.dialect.append(connection, self.events_table, events) if events else []
+        return self.dialect.append(connection, self._table(connection), events) if events else []

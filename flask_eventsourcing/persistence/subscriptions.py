@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -245,3 +246,19 @@ class LogSubscription(Subscription[ApplicationRecorder]):
             news = self._waiter.wait(wait)
             wait = SHORTEST_WAIT if news else min(wait * GROWTH, self._waiter.longest)
         return ()
+
+
+def receive(driver: Any, seconds: float) -> bool:
+    """Wait for a notification on a driver connection that yields them."""
+    return any(True for _ in driver.notifies(timeout=seconds, stop_after=1))
+
+
+def poll(driver: Any, seconds: float) -> bool:
+    """Wait for one on a driver connection that is to be polled."""
+    readable, _, _ = select.select([driver], [], [], seconds)
+    if not readable:
+        return False
+    driver.poll()
+    heard = bool(driver.notifies)
+    driver.notifies.clear()
+    return heard

@@ -22,7 +22,7 @@ from ..config import OriginatorIdType
 from ..exceptions import ConfigurationError
 from .dialects import column_type, table_options
 from .dialects.base import new_identity
-from .dialects.driver import EVENT_COLUMNS, POSITION
+from .dialects.driver import EVENT_COLUMNS, POSITION, VERSION_KEY
 
 POSITION_TYPE = column_type("position", sa.BigInteger())
 STATE = column_type("state", sa.LargeBinary())
@@ -31,8 +31,6 @@ TOPIC = column_type("topic", sa.Text())
 TIME = column_type("time", sa.DateTime())
 MOMENT = column_type("time", sa.DateTime(timezone=True))
 CORRELATION = column_type("correlation", sa.String(128))
-VERSION_KEY = ("originator_id", "originator_version")
-"""The columns that tell the events of an application from each other."""
 
 
 class UUIDType(BaseUUIDType):  # type: ignore[misc]  # untyped

@@ -235,7 +235,7 @@ class InlineApplier:
                 self._apply(unit.session, events)
         except BaseException:
             # A caller that catches the error must not commit the events without their read models.
-            unit.gate.refuse("An inline projection failed")
+            unit.refuse("An inline projection failed")
             raise
 
     def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:

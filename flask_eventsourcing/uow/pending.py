@@ -1,14 +1,22 @@
-"""What waits for the end of a session's transaction: events, functions to call, and reasons to refuse the commit."""
+"""What waits for the end of a database's transaction: events, functions to call, and reasons to refuse the commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import UUID
 
 from eventsourcing.persistence import Notification, StoredEvent
-from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+
+from ..persistence.dialects.driver import EventTable
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +24,7 @@ class Batch:
     """The events of one save."""
 
     application_name: str
+    table: EventTable
     events: Sequence[StoredEvent]
     positions: Sequence[int]
 
@@ -36,25 +45,39 @@ class AfterCommit:
 
 
 @dataclass(frozen=True, eq=False)
+class AfterRollback:
+    """A function to call if what was done before it is rolled back, or nobody knows what became of it."""
+
+    function: Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
 class Refusal:
     """Why what was done so far must not be committed."""
 
     reason: str
 
 
-Item = Batch | AfterCommit | Refusal
-T = TypeVar("T")
+Item = Batch | AfterCommit | AfterRollback | Refusal
+
+
+def of_kind(items: Iterable[Item], kind: type[T]) -> list[T]:
+    """Return the items of one kind, in their order."""
+    return [item for item in items if isinstance(item, kind)]
 
 
 @dataclass(eq=False)
 class Pending:
-    """What was noted in one transaction of a session, each with the savepoint in which that was, or the transaction."""
+    """What was noted in one transaction of a connection, each with the number of savepoints that were open then."""
 
-    _items: list[tuple[orm.SessionTransaction | None, Item]] = field(default_factory=list)
+    _items: list[tuple[int, Item]] = field(default_factory=list)
 
-    def add(self, transaction: orm.SessionTransaction | None, item: Item) -> None:
-        """Note something."""
-        self._items.append((transaction, item))
+    def add(self, level: int, item: Item) -> None:
+        """Note something.
+
+        :param level: how many savepoints are open.
+        """
+        self._items.append((level, item))
 
     def all(self, kind: type[T]) -> list[T]:
         """Return what was noted of one kind, in its order."""
@@ -64,15 +87,75 @@ class Pending:
         """Whether there are events of an aggregate."""
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
-    def released(self, savepoint: orm.SessionTransaction, parent: orm.SessionTransaction | None) -> None:
-        """Give what a savepoint has to its parent, with which it stands or falls from now on."""
-        self._items = [(parent if own is savepoint else own, item) for own, item in self._items]
+    def released(self, level: int) -> None:
+        """A savepoint was released: what it has stands or falls with the one around it from now on."""
+        self._items = [(min(own, level - 1), item) for own, item in self._items]
 
-    def rolled_back(self, savepoint: orm.SessionTransaction) -> None:
-        """Forget what was noted in a savepoint."""
-        self._items = [(own, item) for own, item in self._items if own is not savepoint]
+    def rolled_back(self, level: int) -> list[Item]:
+        """A savepoint was rolled back, or all of the transaction (level 0): forget what it had, and return that."""
+        gone = [item for own, item in self._items if own >= level]
+        self._items = [(own, item) for own, item in self._items if own < level]
+        return gone
 
-    def take(self) -> Pending:
-        """Return everything, and forget it here."""
-        items, self._items = self._items, []
-        return Pending(items)
+    def keep(self, is_there: Callable[[Batch], bool]) -> list[Item]:
+        """Forget the events that are not there any more, and what was noted for each of them; return all of that."""
+        kept: list[tuple[int, Item]] = []
+        gone: list[Item] = []
+        before: list[tuple[int, Item]] = []
+        for level, item in self._items:
+            before.append((level, item))
+            if isinstance(item, Batch):
+                if is_there(item):
+                    kept += before
+                else:
+                    gone += [each for _, each in before]
+                before = []
+        # What came after the last events stands or falls with them.
+        if kept or not gone:
+            kept += before
+        else:
+            gone += [each for _, each in before]
+        self._items = kept
+        return gone
+
+
+def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
+    """Call every function, whatever comes of another: its transaction has ended, and the caller has to be told so."""
+    for item in items:
+        try:
+            item.function()
+        except Exception:
+            # The caller of commit() must not take that for a failure, nor try again.
+            logger.exception("The transaction has ended, and then %r failed.", item.function)
+
+
+class Savepoints:
+    """The open savepoints of a connection, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._made = 0
+
+    def opened(self, name: str | None) -> None:
+        """A savepoint was made; SQLAlchemy names those without a name after it has told of them."""
+        if name is None:
+            self._made += 1
+            name = f"sa_savepoint_{self._made}"
+        self.names.append(name)
+
+    def left(self, name: str) -> int:
+        """A savepoint was released or rolled back, and with it those within it; returns its level, from 1 up."""
+        level = self.names.index(name) + 1 if name in self.names else max(1, len(self.names))
+        del self.names[level - 1 :]
+        return level
+
+
+_savepoints: weakref.WeakKeyDictionary[Connection, Savepoints] = weakref.WeakKeyDictionary()
+
+
+def savepoints(connection: Connection) -> Savepoints:
+    """Return the open savepoints of a connection."""
+    found = _savepoints.get(connection)
+    if found is None:
+        found = _savepoints[connection] = Savepoints()
+    return found

@@ -14,7 +14,8 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, RollbackOnlyError
-from .unit import SessionUnits, UnitOfWork
+from .commit_gate import Run, current_run, running
+from .unit import UnitOfWork
 
 R = TypeVar("R")
 
@@ -34,48 +35,77 @@ class UnitRunner:
         self._current = current
 
     @contextmanager
-    def transaction(self, *, queueing: bool = False) -> Iterator[orm.Session]:
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[orm.Session]:
         """See ``EventSourcing.transaction``.
 
         :param queueing: whether the unit can be run again, so that it queues for contended aggregates.
+        :param run: how it is to be run, where the caller wants to know more of it.
         """
         unit = self._current()
-        if unit.shared.depth:
-            with _joined(unit.shared):
+        outer = current_run(unit.units)
+        if outer is not None:
+            with _joined(outer):
                 yield unit.session
             return
-        unit.shared.depth, unit.shared.rollback_only, unit.queue.active = 1, False, queueing
-        try:
-            if unit.queue.has_conflicts:
-                with unit.dialect.translated:
-                    unit.queue.join_conflicting(unit.connection())
-            yield unit.session
-            if unit.shared.rollback_only:
-                raise RollbackOnlyError
-            commit(unit)
-        except BaseException:
-            # Ctrl-C and the end of a greenlet too must leave no transaction open.
-            unit.units.commits.rollback(unit.session)
-            raise
-        finally:
-            unit.shared.depth, unit.shared.rollback_only, unit.queue.active = 0, False, False
+        run = run or Run()
+        with running(run, unit.units):
+            unit.queue.active = queueing
+            try:
+                if unit.queue.has_conflicts:
+                    with unit.dialect.translated:
+                        unit.queue.join_conflicting(unit.connection())
+                yield unit.session
+                if run.rollback_only is not None:
+                    raise RollbackOnlyError(run.rollback_only or None)
+                run.is_ending = True
+                commit(self._current())
+            except BaseException:
+                # Ctrl-C and the end of a greenlet too must leave no transaction open.
+                run.is_ending = True
+                self._roll_back(unit)
+                raise
+            finally:
+                unit.queue.active = False
 
-    def retry(self, function: Callable[[], R], times: int) -> R:
-        """See ``EventSourcing.retry_on_conflict``."""
+    def _roll_back(self, unit: UnitOfWork) -> None:
+        unit.units.commits.rollback(unit.session)
+        current = self._current()
+        if current is not unit:
+            # Somebody has removed the session and got another one.
+            current.units.commits.rollback(current.session)
+
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+        """See ``EventSourcing.retry_on_conflict``.
+
+        :param lenient: whether others may commit in it, as in a task that did not ask for a unit.
+        """
         unit = self._current()
         # What was saved before would be rolled back with the conflict, and the next try would go on without it.
-        again = not unit.has_changes()
-        tries = 0
-        while True:
+        again = not unit.has_changes() and current_run(unit.units) is None
+        for tries in range(times + 1):
+            run = Run(lenient=lenient)
             try:
-                with self.transaction(queueing=True):
+                with self.transaction(queueing=True, run=run):
                     return function()
-            except IntegrityError:
-                # Only the outermost unit can be run again, as it is rolled back whole.
-                if not again or tries == times or unit.shared.depth:
+            except (IntegrityError, sa.exc.DBAPIError) as error:
+                conflict = as_conflict(unit, error)
+                if conflict is None:
                     raise
-            tries += 1
-            time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**tries)))  # noqa: S311
+                if not again or tries == times or run.has_committed:
+                    raise conflict from conflict.__cause__
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
+        raise IntegrityError
+
+
+def as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:
+    """Return the library's error for one after which the unit may be run again, or None for any other."""
+    if isinstance(error, sa.exc.DBAPIError):
+        if not unit.dialect.is_serialization_failure(error.orig):
+            return None
+        translated = unit.dialect.translate(error)
+        translated.__cause__ = error
+        return translated if isinstance(translated, IntegrityError) else None
+    return error if isinstance(error, IntegrityError) and unit.dialect.is_conflict(error) else None
 
 
 def check_times(times: Any) -> None:
@@ -101,6 +131,9 @@ def roll_back(session: orm.Session) -> None:
     """Roll a session back; where its connection is lost, the server has done so already."""
     try:
         session.rollback()
+    except sa.exc.InvalidRequestError:
+        # A listener of after_commit raised: the transaction is committed, and only to be closed.
+        session.close()
     except sa.exc.SQLAlchemyError as error:
         logger.warning("A rollback failed, its connection is closed: %s", error)
         session.invalidate()
@@ -131,13 +164,13 @@ class SessionCommits:
 
 
 @contextmanager
-def _joined(shared: SessionUnits) -> Iterator[None]:
-    shared.depth += 1
+def _joined(run: Run) -> Iterator[None]:
+    run.depth += 1
     try:
         yield
     except BaseException:
-        # Whatever it was, the outer unit must not commit half of this one.
-        shared.rollback_only = True
+        # Whatever it was, the outer unit must not commit half of this one. The default message says so.
+        run.rollback_only = run.rollback_only or ""
         raise
     finally:
-        shared.depth -= 1
+        run.depth -= 1

@@ -1,27 +1,36 @@
-"""The unit of work on a SQLAlchemy session: what was recorded in it, and what becomes of that."""
+"""The unit of work on a SQLAlchemy session: what was recorded in it, and what becomes of that.
+
+It follows the database's transaction, not what the session says of it: ``listeners`` tells of each begin, commit,
+rollback and savepoint, by whatever way it came, and a unit that may have missed one asks the database.
+"""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy import orm
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
-from ..exceptions import AbortedTransactionError, HandlerError, SpanningTransactionError
+from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects import is_in_memory
+from ..persistence.dialects.driver import POSITION, EventTable
+from .commit_gate import CommitGate, current_run
 from .contended import AggregateQueue, ContendedAggregates
-from .pending import AfterCommit, Batch, Pending, Refusal
+from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, call_all, of_kind, savepoints
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
+
+logger = logging.getLogger(__name__)
 
 
 class Commits(Protocol):
@@ -41,6 +50,19 @@ class Commits(Protocol):
         """Whether somebody is still going to commit what is done now, although it may have written nothing yet."""
 
 
+Announce = Callable[[Sequence[Batch]], None]
+
+
+def _everywhere() -> object:
+    return None
+
+
+def log_lost(batches: Sequence[Batch]) -> None:
+    """Log that events were dropped although nobody asked for it."""
+    count = sum(len(batch.events) for batch in batches)
+    logger.error("%d events were saved and are not stored: their session was closed before a commit.", count)
+
+
 @dataclass(frozen=True, eq=False)
 class Units:
     """Makes the units of work of one datastore, one for each session.
@@ -49,12 +71,16 @@ class Units:
     :param commits: who commits.
     :param publish: called with the events of a transaction after it was committed.
     :param bind_arguments: with which a session finds its connection to the events' database.
+    :param scope: returns what tells the present piece of work, with a session of its own, from others.
+    :param lost: called with events that are gone although nobody asked for a rollback.
     """
 
     datastore: Datastore
     commits: Commits
-    publish: Callable[[Sequence[Batch]], None]
+    publish: Announce
     bind_arguments: Mapping[str, Any]
+    lost: Announce = log_lost
+    scope: Callable[[], object] = _everywhere
     contended: ContendedAggregates = field(default_factory=ContendedAggregates)
 
     def of(self, session: orm.Session) -> UnitOfWork:
@@ -74,94 +100,53 @@ class Units:
 
 
 class SessionUnits:
-    """The units of work of one session, one for each datastore, and what they share: they are committed together."""
+    """The units of work of one session, one for each datastore; they are committed together.
+
+    :param session: has this object, and not the other way round.
+    """
 
     def __init__(self, session: orm.Session) -> None:
         self._session = weakref.ref(session)
         self.units: dict[Units, UnitOfWork] = {}
-        self.depth = 0
-        """How many ``transaction()`` are open, one within the other."""
-        self.rollback_only = False
         self.committed: orm.SessionTransaction | None = None
+        """The session's transaction or savepoint that was committed and has not ended yet."""
+        self.is_committing = False
+        """Whether it is the session that commits now."""
+        self.asked = False
+        """Whether somebody has called for the rollback that has just happened."""
+        self.has_half_ended = False
+        """Whether an error has rolled back the session's transaction, which stays until somebody ends it."""
 
     @property
     def session(self) -> orm.Session:
-        """The session, which has this object and not the other way round."""
+        """The session."""
         session = self._session()
         if session is None:
             raise ReferenceError("The session of this unit of work is gone.")
         return session
 
     @property
-    def current(self) -> orm.SessionTransaction | None:
-        """The innermost savepoint of the session, or its transaction."""
-        session = self.session
-        return session.get_nested_transaction() or session.get_transaction()
-
-    def before_commit(self) -> None:
-        """Refuse a commit that one of the units cannot allow."""
-        for unit in self.units.values():
-            unit.gate.check()
-
-    def ended(self, transaction: orm.SessionTransaction) -> None:
-        """A transaction or a savepoint of the session has ended."""
-        committed, self.committed = self.committed is transaction, None
-        if transaction.nested:
-            parent = self.current
-            for unit in self.units.values():
-                unit.savepoint_ended(transaction, parent if committed else None, committed)
-        elif transaction.parent is None:
-            for unit in list(self.units.values()):
-                unit.transaction_ended(committed)
+    def depth(self) -> int:
+        """How many ``transaction()`` are open, one within the other."""
+        runs = [current_run(units) for units in self.units]
+        return max((run.depth for run in runs if run is not None), default=0)
 
 
-class CommitGate:
-    """Refuses commits that would drop or halve what was recorded."""
+def _no_connection() -> Connection | None:
+    return None
 
-    def __init__(
-        self, shared: SessionUnits, dialect: Dialect, pending: Pending, connect: Callable[[], Connection]
-    ) -> None:
-        self._shared = shared
-        self._dialect = dialect
-        self._pending = pending
-        self._connect = connect
-        self.has_failed = False
-        """Whether a write failed in this transaction."""
-        self._held: str | None = None
 
-    @contextmanager
-    def hold(self, reason: str) -> Iterator[None]:
-        """Refuse commits, other than of savepoints, in a ``with`` block."""
-        before, self._held = self._held, reason
-        try:
-            yield
-        finally:
-            self._held = before
+class Following:
+    """What a unit knows of the end of its database's transaction.
 
-    def refuse(self, reason: str) -> None:
-        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
-        self._pending.add(self._shared.current, Refusal(reason))
+    ``rolled_back`` is what a rollback has taken away, until it is known whether somebody asked for it.
+    """
 
-    def check(self) -> None:
-        """Refuse a commit that the database would turn into a rollback without a word.
-
-        :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
-        :raises HandlerError: when it is a handler that commits.
-        """
-        if self._held is not None and not self._shared.session.in_nested_transaction():
-            raise HandlerError(self._held)
-        refusals = self._pending.all(Refusal)
-        if refusals:
-            raise AbortedTransactionError(
-                f"{refusals[0].reason}, so the events that were saved cannot be committed: call db.session.rollback()."
-            )
-        if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.all(Batch)):
-            return
-        if self._dialect.is_aborted(self._connect()):
-            raise AbortedTransactionError(
-                "The database aborted this transaction after an error, and a commit would drop everything in it: "
-                "call db.session.rollback(), or put what may fail into a savepoint, db.session.begin_nested()."
-            )
+    def __init__(self) -> None:
+        self.connection: Callable[[], Connection | None] = _no_connection
+        self.rolled_back: list[Batch] = []
+        self.is_committing = False
+        self.is_suspicious = False
 
 
 class UnitOfWork:
@@ -180,7 +165,15 @@ class UnitOfWork:
         self.bind_arguments = bind_arguments
         self.pending = Pending()
         self.queue = AggregateQueue(units.datastore.dialect, units.contended)
-        self.gate = CommitGate(shared, units.datastore.dialect, self.pending, self.connection)
+        self.gate = CommitGate(
+            units,
+            units.datastore.dialect,
+            self.pending,
+            self.connection,
+            # Not the session's method, which would keep the session.
+            lambda: self.session.in_nested_transaction(),  # noqa: PLW0108
+        )
+        self.following = Following()
 
     @property
     def session(self) -> orm.Session:
@@ -194,13 +187,21 @@ class UnitOfWork:
 
     @property
     def batches(self) -> list[Batch]:
-        """The events that were recorded and not committed yet, by save."""
-        return self.pending.all(Batch)
+        """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+        self.look()
+        if not self.shared.has_half_ended:
+            # Somebody has rolled the connection back, past the session.
+            self.resolve(asked=True)
+        return [*self.following.rolled_back, *self.pending.all(Batch)]
 
     def connection(self) -> Connection:
         """The session's connection to the database of the events."""
         # A copy, as the session takes "bind" out of what it is given.
-        return self.session.connection(bind_arguments=dict(self.bind_arguments))
+        connection = self.session.connection(bind_arguments=dict(self.bind_arguments))
+        if not _same_database(connection.engine, self.units.datastore.engine):
+            # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
+            connection = self.session.connection(bind_arguments={"bind": self.units.datastore.engine})
+        return connection
 
     # -------------------------------------------------------------------------------- what recorders tell
 
@@ -212,12 +213,8 @@ class UnitOfWork:
         if len(self.shared.units) == 1 or self.session.twophase:
             return
         for other in self.shared.units.values():
-            engine = other.units.datastore.engine
-            if (
-                engine is not self.units.datastore.engine
-                and other.batches
-                and self.connection() is not other.connection()
-            ):
+            same = other.units.datastore.engine is self.units.datastore.engine
+            if not same and other.pending.all(Batch) and other.connection() is not self.connection():
                 raise SpanningTransactionError(
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
                     "cannot be committed together with these: commit before, or use a session with twophase=True."
@@ -226,7 +223,8 @@ class UnitOfWork:
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
         if self.queue.active:
-            self.queue.before_read(connection, table, originator_id, has_written=bool(self.batches))
+            has_written = bool(self.pending.all(Batch))
+            self.queue.before_read(connection, table, originator_id, has_written=has_written)
 
     def failed(self, connection: Connection) -> None:
         """Note a write that failed."""
@@ -236,9 +234,11 @@ class UnitOfWork:
         """Note a conflict, so that the next try queues."""
         self.queue.conflicted(table, events)
 
-    def recorded(self, application_name: str, events: Sequence[StoredEvent], positions: Sequence[int]) -> None:
+    def recorded(
+        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+    ) -> None:
         """Note events that were written and are not committed yet."""
-        self.pending.add(self.shared.current, Batch(application_name, events, positions))
+        self._note(Batch(application_name, table, events, positions))
 
     def written(self) -> None:
         """After a write: commit, where each save is committed by itself."""
@@ -265,52 +265,115 @@ class UnitOfWork:
 
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function once what was done so far is committed; forget it if that is rolled back."""
-        if not self.session.in_transaction():
-            # A rollback of nothing would not be noticed, and the function be called after the next commit.
-            self.session.begin()
-        self.pending.add(self.shared.current, AfterCommit(function))
+        self._note(AfterCommit(function))
+
+    def on_rollback(self, function: Callable[[], None]) -> None:
+        """Call a function if what was done so far is rolled back, or nobody knows; forget it at the commit."""
+        self._note(AfterRollback(function))
+
+    def refuse(self, reason: str) -> None:
+        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
+        self._note(Refusal(reason))
+
+    def _note(self, item: Item) -> None:
+        self.resolve(asked=True)
+        # A rollback of nothing would not be noticed, so there is a transaction from here on.
+        connection = self.connection()
+        if self.following.connection() is not connection:
+            self.following.connection = weakref.ref(connection)
+            _joined.setdefault(connection, weakref.WeakSet()).add(self)
+        self.pending.add(len(savepoints(connection).names), item)
 
     # -------------------------------------------------------------------------------- what becomes of it
 
-    def savepoint_ended(
-        self, savepoint: orm.SessionTransaction, parent: orm.SessionTransaction | None, committed: bool
-    ) -> None:
-        """A savepoint was released, or rolled back."""
+    def look(self) -> None:
+        """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+        following = self.following
+        connection = following.connection()
+        if connection is None or connection.closed or connection.invalidated:
+            return
+        if following.is_committing and not connection.in_transaction():
+            self.committed()
+        batches = self.pending.all(Batch)
+        if not batches:
+            return
+        is_over = self.dialect.is_over(connection)
+        if not (following.is_suspicious or is_over) or self.dialect.is_aborted(connection):
+            return
+        following.is_suspicious = False
+        try:
+            there = {id(batch) for batch in batches if self._is_there(connection, batch)}
+        except sa.exc.SQLAlchemyError as error:
+            # What cannot be asked stays pending, so that it is told in the end.
+            logger.warning("Nobody knows what became of events that were saved: %s", error)
+            return
+        gone = self.pending.keep(lambda batch: id(batch) in there)
+        call_all(of_kind(gone, AfterRollback))
+        if is_over and there:
+            self.committed()
+
+    def _is_there(self, connection: Connection, batch: Batch) -> bool:
+        table = batch.table.table
+        columns = table.c[POSITION], table.c.originator_version
+        wanted = set(zip(batch.positions, (event.originator_version for event in batch.events), strict=True))
+        first, last = min(batch.positions), max(batch.positions)
+        found = connection.execute(sa.select(*columns).where(columns[0] >= first, columns[0] <= last))
+        return wanted <= {(row[0], row[1]) for row in found}
+
+    def rolled_back(self, level: int) -> None:
+        """A savepoint, or with level 0 the transaction, was rolled back in the database."""
         self.queue.left()
-        if committed:
-            self.pending.released(savepoint, parent)
-        else:
-            self.pending.rolled_back(savepoint)
+        self.following.is_committing = False
+        gone = self.pending.rolled_back(level)
+        # At once, as an object must not be saved again before it is known who wanted the rollback.
+        call_all(of_kind(gone, AfterRollback))
+        self.following.rolled_back += of_kind(gone, Batch)
+        if level == 0:
+            self.gate.has_failed = self.following.is_suspicious = False
+            self.note_rollback_in_run()
 
-    def transaction_ended(self, committed: bool) -> None:
-        """The transaction was committed, or rolled back."""
-        ended = self.pending.take()
+    def note_rollback_in_run(self) -> None:
+        """If a unit of work is being run here, it must not be committed any more."""
+        run = current_run(self.units)
+        if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
+            run.rollback_only = "Inside a unit of work something was rolled back, so all of it was rolled back"
+
+    def released(self, level: int) -> None:
+        """A savepoint was released in the database."""
         self.queue.left()
-        self.gate.has_failed = False
-        if committed:
-            for item in ended.all(AfterCommit):
-                item.function()
-            batches = ended.all(Batch)
-            if batches:
-                self.units.publish(batches)
+        self.pending.released(level)
+
+    def resolve(self, *, asked: bool) -> None:
+        """It is known now who wanted a rollback: what it took away is forgotten, or told."""
+        batches, self.following.rolled_back = self.following.rolled_back, []
+        if batches and not asked:
+            self.units.lost(batches)
+
+    def committed(self) -> None:
+        """The transaction was committed."""
+        items = self.pending.rolled_back(0)
+        self.queue.left()
+        self.gate.has_failed = self.following.is_committing = self.following.is_suspicious = False
+        self.resolve(asked=True)
+        call_all(of_kind(items, AfterCommit))
+        batches = of_kind(items, Batch)
+        if batches:
+            call_all([AfterCommit(partial(self.units.publish, batches))])
+
+    def unknown(self) -> None:
+        """The connection was lost during the commit: nothing is said of the events, and their objects are stale."""
+        gone = self.pending.rolled_back(0)
+        self.following.is_committing = False
+        call_all(of_kind(gone, AfterRollback))
 
 
-@sa.event.listens_for(orm.Session, "before_commit")
-def _before_commit(session: orm.Session) -> None:
-    shared: SessionUnits | None = session.info.get(INFO_KEY)
-    if shared is not None:
-        shared.before_commit()
+def _same_database(one: Engine, other: Engine) -> bool:
+    return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
 
 
-@sa.event.listens_for(orm.Session, "after_commit")
-def _after_commit(session: orm.Session) -> None:
-    shared: SessionUnits | None = session.info.get(INFO_KEY)
-    if shared is not None:
-        shared.committed = shared.current
+_joined: weakref.WeakKeyDictionary[Connection, weakref.WeakSet[UnitOfWork]] = weakref.WeakKeyDictionary()
 
 
-@sa.event.listens_for(orm.Session, "after_transaction_end")
-def _after_transaction_end(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    shared: SessionUnits | None = session.info.get(INFO_KEY)
-    if shared is not None:
-        shared.ended(transaction)
+def joined(connection: Connection) -> list[UnitOfWork]:
+    """Return the units that have something in a connection's transaction."""
+    return list(_joined.get(connection, ()))

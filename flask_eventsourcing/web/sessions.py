@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from flask import Flask, current_app, g, has_app_context
+from flask.globals import app_ctx
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
@@ -24,7 +25,7 @@ from ..host import check_session, mapped_tables, redirected_session
 from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
-from ..uow import UnitOfWork, UnitRunner, Units
+from ..uow import Run, UnitOfWork, UnitRunner, Units, follow
 
 R = TypeVar("R")
 
@@ -216,17 +217,19 @@ class AppDatabase:
 
 @dataclass(frozen=True, eq=False)
 class AppDatastore(Datastore):
-    """A database of a Flask app, which ``init_app`` prepares as its last step.
-
-    An application that is constructed earlier leaves nothing on the engine if ``init_app`` fails.
-    """
+    """A database of a Flask app, which ``init_app`` prepares as its last step, and no recorder before that."""
 
     def prepare(self) -> None:
-        """Do nothing, when recorders are made."""
+        """Do nothing."""
 
     def install(self) -> None:
         """Install what the engine needs."""
         super().prepare()
+
+
+def current_context() -> object:
+    """Return the application context, which has a session of its own."""
+    return app_ctx._get_current_object() if has_app_context() else None  # type: ignore[attr-defined]
 
 
 class FlaskHost:
@@ -250,6 +253,7 @@ class FlaskHost:
     def prepare(self) -> None:
         """Install what the app's engines and sessions need."""
         self.datastore.install()
+        follow(self.datastore.engine, self.datastore.dialect)
         self.database.separate_processes()
 
     def context(self) -> AbstractContextManager[object]:
@@ -280,16 +284,16 @@ class FlaskHost:
         """The unit of work of a session."""
         return self._units.of(session)
 
-    def transaction(self, *, queueing: bool = False) -> AbstractContextManager[orm.Session]:
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> AbstractContextManager[orm.Session]:
         """See ``EventSourcing.transaction``.
 
         :raises NotInitializedError: outside an application context of this app.
         """
-        return self._runner.transaction(queueing=queueing)
+        return self._runner.transaction(queueing=queueing, run=run)
 
-    def retry(self, function: Callable[[], R], times: int) -> R:
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """See ``EventSourcing.retry_on_conflict``."""
-        return self._runner.retry(function, times)
+        return self._runner.retry(function, times, lenient=lenient)
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:

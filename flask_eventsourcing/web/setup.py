@@ -28,8 +28,9 @@ from ..persistence.datastore import Tables
 from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..uow import SessionCommits, Units
-from .sessions import AppDatabase, FlaskHost, has_models
+from .sessions import AppDatabase, FlaskHost, current_context, has_models
 from .state import EventSourcingState, publish
+from .uncommitted import lose
 
 FOREIGN_SCOPE = "SQLALCHEMY_SCOPED_SESSION_TOPIC"
 Wanted = tuple[OriginatorIdType, str | None, str | None]
@@ -272,10 +273,7 @@ def make_state(
         database.check_models(each.projection_class, each.projection_class.models, _key(each.of, config))
     models = records.make(extension, classes, config)
     hosts = _make_hosts(app, database, stores, config, {cls: models[cls.name].tables for cls in classes})
-    slots = {
-        cls: ApplicationSlot(partial(construct, constructor, hosts[cls].datastore, config.env, hosts[cls].unit))
-        for cls, constructor in constructors.items()
-    }
+    slots = {cls: _slot(constructor, hosts[cls], config) for cls, constructor in constructors.items()}
 
     def followed(of: type[Application[Any]]) -> ProjectedApplication:
         own = records.make_for_projections(extension, of, config)
@@ -286,6 +284,10 @@ def make_state(
     for registration in registrations.entries:
         projections.add(registration)
     return EventSourcingState(hosts, config, models, slots, projections)
+
+
+def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:
+    return ApplicationSlot(partial(construct, constructor, host.datastore, config.env, host.unit, host.using_session))
 
 
 def _make_hosts(
@@ -305,8 +307,8 @@ def _make_hosts(
         key = _key(cls, config)
         if key not in hosts:
             datastore = replace(stores[key], tables=by_name.get)
-            bind_arguments = database.bind_arguments(key, own["events"])
-            units = Units(datastore, commits, partial(publish, app), bind_arguments)
+            arguments = database.bind_arguments(key, own["events"])
+            units = Units(datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context)
             hosts[key] = FlaskHost(app, database, units, own["events"])
     return {cls: hosts[_key(cls, config)] for cls in tables}
 

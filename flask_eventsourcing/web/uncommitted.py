@@ -204,7 +204,7 @@ def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Respons
         return
     for unit in state.open_units():
         if any(batch not in answer.before for batch in unit.batches):
-            unit.gate.refuse(f"A request within this one has saved events and then answered {response.status}")
+            unit.refuse(f"A request within this one has saved events and then answered {response.status}")
 
 
 def _commit(state: EventSourcingState) -> None:
@@ -258,6 +258,11 @@ def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None
     answer = unanswered()
     if answer is not None:
         answer.dropped.append(f"{message}: {AT_END[state.config.commit]}.")
+
+
+def lose(app: Flask, batches: Sequence[Batch]) -> None:
+    """Tell of events whose session was closed."""
+    lost(state_of(app), batches, "when their session was closed")
 
 
 def _end_context(app: Flask, exc: BaseException | None = None, **_: object) -> None:

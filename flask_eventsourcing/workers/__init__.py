@@ -15,6 +15,7 @@ from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, NotInitializedError
 from ..lifecycle import ApplicationSlot
+from ..uow import Run
 from ..web.state import EventSourcingState, current_state, state_of
 
 FlaskAppOrFactory = Flask | Callable[[], Flask]
@@ -70,12 +71,15 @@ def pause(retries: int, longest: float) -> float:
 
 
 @contextmanager
-def task_unit(state: EventSourcingState) -> Iterator[orm.Session]:
+def task_unit(state: EventSourcingState, run: Run | None = None) -> Iterator[orm.Session]:
     """An application context and a unit of work of its own for one task.
 
-    It is committed at the end, and rolled back on an error.
+    It is committed at the end, and rolled back on an error. The task may commit and roll back itself.
+
+    :param run: tells whether the task has committed itself, so that it must not be run again as a whole.
     """
-    with state.host.context(), state.host.transaction(queueing=True) as session:
+    run = run or Run(lenient=True)
+    with state.host.context(), state.host.transaction(queueing=True, run=run) as session:
         yield session
 
 

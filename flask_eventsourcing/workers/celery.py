@@ -19,6 +19,7 @@ from kombu.serialization import dumps
 
 from .._patches import task_attribute, task_registry_class
 from ..exceptions import ConfigurationError
+from ..uow import Run
 from ..web.state import EXTENSION, EventSourcingState, current_state
 from . import (
     CONFLICT_RETRIES,
@@ -144,12 +145,13 @@ class _Worker:
         if request.is_eager:
             # Celery would raise Retry to the caller when task_eager_propagates is set.
             with state.host.context():
-                return state.host.retry(body, retries)
+                return state.host.retry(body, retries, lenient=True)
+        run = Run(lenient=True)
         try:
-            with task_unit(state):
+            with task_unit(state, run):
                 return body()
         except IntegrityError as error:
-            if request.retries >= retries:
+            if run.has_committed or request.retries >= retries:
                 raise
             try:
                 return task.retry(exc=error, countdown=pause(request.retries, LONGEST_PAUSE), max_retries=retries)

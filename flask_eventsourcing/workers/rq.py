@@ -23,7 +23,7 @@ from sqlalchemy import orm
 
 from .._patches import job_perform
 from ..exceptions import ConfigurationError
-from ..uow import roll_back
+from ..uow import Run, roll_back
 from ..web.state import current_state
 from . import (
     CONFLICT_RETRIES,
@@ -95,14 +95,15 @@ class EventSourcingWorkerMixin:
 
     def _perform(self, job: Job, perform: Callable[[], Any]) -> Any:
         retries = job.number_of_retries or 0
+        run = Run(lenient=True)
         try:
-            with task_unit(self._slot.get()) as session:
+            with task_unit(self._slot.get(), run) as session:
                 result = perform()
                 if isinstance(result, Retry):
                     roll_back(session)
                 return result
         except IntegrityError:
-            if retries >= self.conflict_retries:
+            if run.has_committed or retries >= self.conflict_retries:
                 raise
             time.sleep(pause(retries, LONGEST_PAUSE))
             return Retry(max=self.conflict_retries)

@@ -17,7 +17,18 @@ from eventsourcing.dispatch import singledispatchmethod
 from eventsourcing.domain import Aggregate, DomainEventProtocol, event
 from eventsourcing.persistence import Tracking
 from eventsourcing.projection import EventSourcedProjection, EventSourcedProjectionRunner, Projection, ProjectionRunner
-from eventsourcing.system import MultiThreadedRunner, ProcessApplication, Runner, SingleThreadedRunner, System
+from eventsourcing.system import (
+    Leader,
+    MultiThreadedRunner,
+    NewMultiThreadedRunner,
+    NewSingleThreadedRunner,
+    ProcessApplication,
+    RecordingEvent,
+    RecordingEventReceiver,
+    Runner,
+    SingleThreadedRunner,
+    System,
+)
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
@@ -25,9 +36,11 @@ from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import make_app
 from tests.contract.backends import url_for
+from tests.domain import in_thread
 
 BACKENDS = ("sqlite-file", "postgresql", "mariadb")
 PATIENCE = 30.0
+RUNNERS = [SingleThreadedRunner, NewSingleThreadedRunner, MultiThreadedRunner, NewMultiThreadedRunner]
 
 
 class Dog(Aggregate):
@@ -183,7 +196,7 @@ def commit(flask_app: Flask, inside: bool) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-@pytest.mark.parametrize("runner_class", [SingleThreadedRunner, MultiThreadedRunner])
+@pytest.mark.parametrize("runner_class", RUNNERS)
 def test_a_system(flask_app: Flask, runner_class: type[Runner[UUID]], inside: bool) -> None:
     """An application is followed by another, inside and outside an application context, and each event counts once."""
     env = flask_app.extensions["eventsourcing"].env
@@ -208,7 +221,7 @@ def _has_counted(counters: Counters, number: int) -> bool:
     return counters.count("beg") == number
 
 
-@pytest.mark.parametrize("runner_class", [SingleThreadedRunner, MultiThreadedRunner])
+@pytest.mark.parametrize("runner_class", RUNNERS)
 def test_a_system_that_is_stopped_goes_on_where_it_was(flask_app: Flask, runner_class: type[Runner[UUID]]) -> None:
     """What was recorded while a system did not run is processed, once, when it runs again."""
     env = flask_app.extensions["eventsourcing"].env
@@ -250,3 +263,86 @@ def test_a_projection_with_a_view(flask_app: Flask, inside: bool) -> None:
         # What a view reads belongs to the session's transaction.
         _fresh(flask_app, inside)
         assert (runner.projection.view.amount("beg"), runner.projection.view.amount("sit")) == (2, 1)
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_followers_process_what_is_committed(flask_app: Flask, runner_class: type[Runner[UUID]]) -> None:
+    """A follower processes each committed event once and the last one too, and nothing that was rolled back."""
+    session = flask_app.extensions["sqlalchemy"].session
+    system = System(pipes=[[School, Counters]])
+    with runner_class(system, flask_app.extensions["eventsourcing"].env) as runner:
+        school, counters = runner.get(School), runner.get(Counters)
+        for end in ("rollback", "commit", "rollback", "commit", "commit"):
+            with flask_app.app_context():
+                school.register("Rex", end)
+                savepoint = session.begin_nested()
+                school.register("Max", "rollback")
+                savepoint.rollback()
+                getattr(session, end)()
+        until(lambda: counters.count("commit") == 3)
+        assert counters.count("rollback") == 0
+
+
+@pytest.mark.parametrize("flask_app", ["postgresql"], indirect=True)  # elsewhere writers wait for each other
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("runner_class", [MultiThreadedRunner, NewMultiThreadedRunner])
+def test_followers_miss_nothing_that_is_committed_late(
+    flask_app: Flask, runner_class: type[Runner[UUID]], end: str
+) -> None:
+    """An event that is committed after one with a higher position is processed, whoever saved it."""
+    extension = flask_app.extensions["sqlalchemy"]
+    env = flask_app.extensions["eventsourcing"].env
+    system = System(pipes=[[School, Counters]])
+    # One as in this process, and one as in another.
+    with runner_class(system, env) as runner, School(env) as elsewhere:
+        school, counters = runner.get(School), runner.get(Counters)
+        for early in (school, elsewhere):
+            with flask_app.app_context():
+                early.register("Rex", "early")
+                in_thread(lambda: school.register("Max", "late"))
+                getattr(extension.session, end)()
+        school.register("Moritz", "last")
+        until(lambda: counters.count("last") == 1)
+        assert (counters.count("late"), counters.count("early")) == (2, 2 if end == "commit" else 0)
+
+
+class Noted(RecordingEventReceiver[UUID]):
+    """A receiver of the user's own, which notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def receive_recording_event(self, new_recording_event: RecordingEvent[UUID]) -> None:
+        """Note the positions."""
+        self.told += [each.notification.id for each in new_recording_event.recordings]
+
+
+class Telling(Leader[UUID], School):
+    """A leader that overrides what the library calls."""
+
+    name = "School"
+    notified = 0
+
+    def _notify(self, recordings: Any) -> None:
+        self.notified += 1
+        super()._notify(recordings)
+
+
+@pytest.mark.parametrize("mode", ["explicit", "save"])
+def test_a_receiver_of_ones_own_is_told_after_the_commit(flask_app: Flask, mode: str) -> None:
+    """Overrides of ``_notify()`` are called within ``save()``, receivers once the events can be read."""
+    other = make_app(flask_app.config["SQLALCHEMY_DATABASE_URI"], EVENTSOURCING_COMMIT=mode)
+    db = SQLAlchemy(other)
+    es = EventSourcing(other, db=db, application=School)
+    receiver = Noted()
+    with other.app_context(), Telling(other.extensions["eventsourcing"].env) as leader:
+        leader.lead(receiver)
+        leader.register("Rex")
+        assert (leader.notified, len(receiver.told)) == (1, 0 if mode == "explicit" else 1)
+        db.session.commit()
+        assert len(receiver.told) == 1
+    with Telling(other.extensions["eventsourcing"].env) as leader:
+        leader.lead(receiver)
+        leader.register("Rex")
+        assert len(receiver.told) == 2
+    es.close(other)

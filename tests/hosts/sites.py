@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
@@ -87,7 +87,7 @@ class HostSite(ABC):
 class PlainSite(HostSite):
     """SQLAlchemy alone."""
 
-    def __init__(self, url: str, *, scoped: bool) -> None:
+    def __init__(self, url: str, *, scoped: bool, env: Mapping[str, str] | None = None) -> None:
         base = orm.declarative_base()
         memory = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
         self.engine = sa.create_engine(url, **(memory if is_in_memory(sa.make_url(url)) else {}))
@@ -97,7 +97,7 @@ class PlainSite(HostSite):
         base.metadata.create_all(self.engine)
         factory = orm.sessionmaker(self.engine)
         self.scoped = orm.scoped_session(factory) if scoped else None
-        self.plain = PlainHost(self.scoped or factory, {Bank: models})
+        self.plain = PlainHost(self.scoped or factory, {Bank: models}, env=env)
         self.host = self.plain
 
     @property

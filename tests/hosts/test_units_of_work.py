@@ -8,7 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
+from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import RollbackOnlyError
 from flask_eventsourcing.signals import events_recorded
@@ -164,6 +166,78 @@ def test_function_waits_for_the_commit(site: HostSite) -> None:
             call_after("rolled back")
             raise KeyError
     assert called == ["committed"]
+
+
+def test_functions_after_the_commit_do_not_stop_each_other(site: HostSite, caplog: pytest.LogCaptureFixture) -> None:
+    """What one function raises after the commit is logged; the others are called, the signal is sent."""
+    called: list[str] = []
+
+    def fail() -> None:
+        called.append("failed")
+        raise IntegrityError
+
+    def save() -> None:
+        unit = site.host.unit()
+        assert unit is not None
+        unit.on_commit(fail)
+        unit.on_commit(lambda: called.append("called"))
+        site.bank.open_account()
+
+    with recorded() as heard, site.host.context():
+        site.host.retry(save, 3)
+        assert heard == [(site.bank, 1)]
+    assert called == ["failed", "called"]
+    assert [each.getMessage().split(",")[0] for each in caplog.records] == ["The commit succeeded"]
+    assert site.stored() == (1, 0)
+
+
+def test_listener_that_raises_after_the_commit_swallows_nothing(site: HostSite) -> None:
+    """What a listener of SQLAlchemy's ``after_commit`` raises comes out of the unit; the signal is sent."""
+
+    def fail(session: Any) -> None:
+        called.append("raised")
+        raise KeyError
+
+    def save() -> orm.Session:
+        with suppress(KeyError), site.host.transaction() as session:
+            sa.event.listen(session, "after_commit", fail, insert=True)
+            site.bank.open_account()
+            called.append("saved")
+        return session
+
+    called: list[str] = []
+    with recorded() as heard, site.host.context():
+        sa.event.remove(save(), "after_commit", fail)
+        assert called == ["saved", "raised"]
+        assert heard == [(site.bank, 1)]
+    assert site.stored() == (1, 0)
+
+
+def test_function_waits_for_the_rollback(site: HostSite) -> None:
+    """What is to happen after a rollback, or that of a savepoint, happens then, and not at all after the commit."""
+    called: list[str] = []
+
+    def call_after(what: str) -> None:
+        unit = site.host.unit()
+        assert unit is not None
+        unit.on_rollback(lambda: called.append(what))
+
+    with site.working():
+        call_after("rolled back")
+        site.session.rollback()
+        call_after("transaction")
+        with site.session.begin_nested():
+            call_after("released")
+        with suppress(KeyError), site.session.begin_nested():
+            call_after("savepoint")
+            raise KeyError
+        assert called == ["rolled back", "savepoint"]
+        site.session.close()
+        assert called == ["rolled back", "savepoint", "transaction", "released"]
+        call_after("committed")
+        site.session.commit()
+        site.session.rollback()
+    assert len(called) == 4
 
 
 def test_signal_names_the_application(site: HostSite) -> None:

@@ -7,6 +7,7 @@ import pytest
 on_files = pytest.mark.parametrize("uri", ["sqlite-file", "postgresql", "mariadb"], indirect=True)
 """Where several connections are needed: not in memory."""
 on_postgresql = pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
 on_sqlite_file = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 on_sqlite_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)
 on_serial_databases = pytest.mark.parametrize("uri", ["sqlite-file", "sqlite-memory", "mariadb"], indirect=True)

@@ -60,8 +60,9 @@ def test_interrupted_save_is_told_as_it_is(site: Site) -> None:
         site.bank.open_account("lost")
         driver: Any = site.db.session.connection().connection.driver_connection
         driver.set_progress_handler(lambda: 1, 1000)
+        account_id = uuid4()
         with pytest.raises(OperationalError, match="interrupted"):
-            recorder.insert_events([StoredEvent(uuid4(), 1, "a:b", b"{}") for _ in range(500)])
+            recorder.insert_events([StoredEvent(account_id, n, "a:b", b"{}") for n in range(1, 501)])
         driver.set_progress_handler(None, 0)
         with pytest.raises(AbortedTransactionError):
             site.db.session.commit()
@@ -130,7 +131,7 @@ def test_block_that_is_always_torn_is_appended_under_a_lock(
     def torn(connection: Any, statement: str, parameters: Any = ()) -> Any:
         # As if another writer drew a position within each block, until the table is locked.
         if "array_agg" in statement and not locked:
-            return [(None, 0)]
+            return [(None, 0, None)]
         return fetch(connection, statement, parameters)
 
     def lock(*args: Any) -> None:

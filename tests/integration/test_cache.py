@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import sqlalchemy as sa
 
+from flask_eventsourcing import SharedAggregateError
 from tests.bank import Site
 from tests.domain import Account, Bank, in_threads
 from tests.integration.conftest import MakeSite
@@ -213,3 +214,88 @@ def test_snapshot_on_demand(new_site: MakeSite) -> None:
         site.bank.take_snapshot(account_id)
         site.db.session.commit()
     assert snapshots(site) == [1]
+
+
+UNCOPIED: list[tuple[dict[str, str], dict[str, bool]]] = [
+    ({}, {"deepcopy_from_cache": False}),
+    ({"DEEPCOPY_FROM_AGGREGATE_CACHE": "n"}, {}),
+]
+
+
+@pytest.mark.parametrize(("env", "arguments"), UNCOPIED, ids=["argument", "setting"])
+def test_object_that_was_served_uncopied_is_refused(
+    new_site: MakeSite, env: dict[str, str], arguments: dict[str, bool]
+) -> None:
+    """What is read without a copy is for reading: ``save()`` refuses it, and others are served what is stored."""
+    site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10"} | env)
+    account_id = site.opened()
+    for _ in range(2):
+        with site.app.app_context():
+            read: Any = site.bank.repository.get
+            account = read(account_id, **arguments)
+            account.deposit(5)
+            with pytest.raises(SharedAggregateError, match=r"Account .* the cache"):
+                site.bank.save(account)
+            site.db.session.rollback()
+        assert site.balance(account_id) == 0
+
+
+def test_copy_of_what_the_cache_has_is_saved(cached: Site) -> None:
+    """What is served with a copy is changed and saved as often as it is read."""
+    account_id = cached.opened()
+    for _ in range(3):
+        with cached.app.app_context():
+            cached.bank.deposit(account_id, 5)
+            cached.db.session.commit()
+    assert cached.balance(account_id) == 15
+
+
+@pytest.mark.parametrize("fastforward", ["y", "n"])
+def test_changes_that_nobody_saved_are_not_served(new_site: MakeSite, fastforward: str) -> None:
+    """Where ``save()`` commits, an object that is changed after it changes nothing for others."""
+    env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
+    site = new_site(EVENTSOURCING_ENV=env, EVENTSOURCING_COMMIT="save")
+    account = Account("Ada")
+    with site.app.app_context():
+        site.bank.save(account)
+        account.deposit(1000)
+    assert site.balance(account.id) == 0
+    with site.app.app_context():
+        site.bank.deposit(account.id, 1)
+    assert site.balance(account.id) == 1
+    assert site.stored() == (2, 0)
+
+
+def test_conflict_takes_a_stale_aggregate_out_of_the_cache(new_site: MakeSite) -> None:
+    """Without fast-forward a conflict with another process shows that the cache is old, and the next try reads."""
+    env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": "n"}
+    site = new_site(EVENTSOURCING_ENV=env)
+    account_id = site.opened()
+    with site.app.app_context():
+        # As another process would do, whose cache is another one.
+        other = Bank(env=site.app.extensions["eventsourcing"].env)
+        other.deposit(account_id, 5)
+        site.db.session.commit()
+        other.close()
+
+    @site.es.retry_on_conflict
+    def deposit() -> None:
+        site.bank.deposit(account_id, 1)
+
+    with site.app.app_context():
+        deposit()
+    assert site.balance(account_id) == 6
+
+
+def test_older_state_takes_no_newer_one_out_of_the_cache(new_site: MakeSite) -> None:
+    """Whichever thread is first, the cache has the newest version that was committed."""
+    env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": "n"}
+    site = new_site(EVENTSOURCING_ENV=env)
+    account_id = site.opened()
+    with site.app.app_context():
+        cache: Any = site.bank.repository.cache
+        old = site.bank.account(account_id)
+        site.bank.deposit(account_id, 5)
+        site.db.session.commit()
+        cache.put(account_id, old)
+        assert site.bank.balance(account_id) == 5

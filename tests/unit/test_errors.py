@@ -128,10 +128,16 @@ def test_missing_table_says_which_and_what_to_run(database: str, text: str) -> N
 
 def test_context_manager_translates_and_keeps_the_cause() -> None:
     """Within the context manager, SQLAlchemy's error becomes the library's and stays visible as the cause."""
-    original = wrapped(exc.OperationalError, sqlite3.OperationalError("disk I/O error"))
+    original = exc.OperationalError(None, None, sqlite3.OperationalError("disk I/O error"))
     with pytest.raises(persistence.OperationalError, match="disk I/O error") as raised, dialect_of().translated:
         raise original
     assert raised.value.__cause__ is original
+
+
+def test_context_manager_leaves_the_statements_of_others_alone() -> None:
+    """An error of a statement that is not the recorders' own stays SQLAlchemy's."""
+    with pytest.raises(exc.IntegrityError), dialect_of().translated:
+        raise wrapped(exc.IntegrityError, sqlite3.IntegrityError("CHECK constraint failed"))
 
 
 def test_context_manager_leaves_other_errors_alone() -> None:

@@ -9,7 +9,7 @@ from eventsourcing import persistence
 from sqlalchemy.engine import URL, Engine
 
 from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError
-from .base import Dialect, DialectOptions
+from .base import AUTOCOMMIT, COMMITS_BY_ITSELF, Dialect, DialectOptions
 from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
@@ -25,7 +25,8 @@ DIALECTS: dict[str, type[Dialect]] = {
 def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     """Return the dialect of an engine's database.
 
-    :raises ConfigurationError: for a database on which the order of events is not known to be safe.
+    :raises ConfigurationError: for a database on which the order of events is not known to be safe, and for an engine
+        that commits each statement by itself.
     """
     name = engine.dialect.name
     if name not in DIALECTS:
@@ -33,6 +34,12 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
             f"Database {name!r} is not supported: the order of events would not be safe there. "
             f"Use one of {', '.join(sorted(DIALECTS))}, with EVENTSOURCING_BIND_KEY if it is not the default."
         )
+    levels = (
+        engine.get_execution_options().get("isolation_level"),
+        getattr(engine.dialect, "_on_connect_isolation_level", None),
+    )
+    if AUTOCOMMIT in levels:
+        raise ConfigurationError(COMMITS_BY_ITSELF)
     return DIALECTS[name](engine, options)
 
 

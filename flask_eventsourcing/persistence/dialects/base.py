@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
@@ -17,9 +17,21 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
+from ...exceptions import ConfigurationError, MissingTableError
 from ..subscriptions import Waiter
-from .driver import EVENT_COLUMNS, OF_AGGREGATE, POSITION, Driver, EventTable, Processor, notification, stored_event
-from .runner_locks import Lease, RunnerLock
+from .driver import (
+    EVENT_COLUMNS,
+    OF_AGGREGATE,
+    POSITION,
+    Driver,
+    EventTable,
+    Processor,
+    begins,
+    notification,
+    root_engine,
+    stored_event,
+)
+from .runner_locks import ForProjections
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,16 @@ def new_identity() -> dict[str, Any]:
     return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
 
+AUTOCOMMIT = "AUTOCOMMIT"
+COMMITS_BY_ITSELF = (
+    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
+    "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
+)
+
+HEADS_AT_ONCE = 100
+"""The events of one statement of :meth:`Dialect.find_gap`."""
+
+
 class FrozenSnapshotError(Exception):
     """The transaction's snapshot is older than the high-water mark: the log is to be read on another connection."""
 
@@ -54,6 +76,8 @@ class FrozenSnapshotError(Exception):
 class _KnownMark(NamedTuple):
     position: int
     until: float
+    condition: str
+    """That the name of the table still means the one whose mark it is; empty where it always does."""
 
 
 class _Page(NamedTuple):
@@ -64,7 +88,7 @@ class _Page(NamedTuple):
     inclusive_of_start: bool
 
 
-class Dialect(Driver, ABC):
+class Dialect(Driver, ForProjections, ABC):
     """How one database appends events in order and reads them."""
 
     title: ClassVar[str] = ""
@@ -88,6 +112,8 @@ class Dialect(Driver, ABC):
         super().__init__(engine)
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
+        self._found: set[str] = set()
+        self._located: dict[str, EventTable] = {}
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
@@ -96,9 +122,7 @@ class Dialect(Driver, ABC):
 
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine; that of ``execution_options()`` has what its parent has."""
-        engine = self.engine
-        while (parent := getattr(engine, "_proxied", None)) is not None:
-            engine = parent
+        engine = root_engine(self.engine)
         if engine not in _prepared:
             _prepared.add(engine)
             self.install(engine)
@@ -107,9 +131,12 @@ class Dialect(Driver, ABC):
         """Install it."""
         return
 
-    def event_table(self, table: sa.Table, tracking_table: sa.Table | None = None) -> EventTable:
+    def event_table(
+        self, table: sa.Table, tracking_table: sa.Table | None = None, snapshots_table: sa.Table | None = None
+    ) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
+        self.tables |= {quoted(each): each for each in (table, tracking_table, snapshots_table) if each is not None}
         columns = [table.c[name] for name in EVENT_COLUMNS]
         found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
         id_class: type[UUID] | type[str] = str if isinstance(columns[0].type, sa.String) else UUID
@@ -121,6 +148,7 @@ class Dialect(Driver, ABC):
             tuple((number, bind) for number, bind in found if bind is not None),
             decode or id_class,
             None if tracking_table is None else quoted(tracking_table),
+            None if snapshots_table is None else quoted(snapshots_table),
         )
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
@@ -132,6 +160,31 @@ class Dialect(Driver, ABC):
     @abstractmethod
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
+
+    def is_meant(self, connection: Connection, table: EventTable) -> str:
+        """Return the condition under which a table's name means the table that it meant last on this connection."""
+        return ""
+
+    def name_of(self, connection: Connection, table: sa.Table) -> str:
+        """Return the quoted name of a table, in the schema that a connection's ``schema_translate_map`` gives it."""
+        preparer = self.engine.dialect.identifier_preparer
+        translate = connection.get_execution_options().get("schema_translate_map") or {}
+        schema = translate.get(table.schema, table.schema)
+        name = preparer.quote(table.name)
+        return f"{preparer.quote_schema(schema)}.{name}" if schema else name
+
+    def located(self, connection: Connection, table: EventTable) -> EventTable:
+        """Return a table as a connection's ``schema_translate_map`` has it, with statements of its own."""
+        if not connection.get_execution_options().get("schema_translate_map"):
+            return table
+        name = self.name_of(connection, table.table)
+        if name not in self._located:
+            others = [None if each is None else self.tables[each] for each in (table.counter, table.snapshots)]
+            names = [None if each is None else self.name_of(connection, each) for each in others]
+            self._located[name] = replace(table, name=name, counter=names[0], snapshots=names[1], statements={})
+            self.tables |= {each: at for each, at in zip(names, others, strict=True) if each and at is not None}
+            self.tables[name] = table.table
+        return self._located[name]
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
@@ -169,6 +222,41 @@ class Dialect(Driver, ABC):
             table.statements["insert"] = statement
         return statement
 
+    def find_gap(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str = ""
+    ) -> StoredEvent | None:
+        """Return one of the events that would leave a gap in its stream, or None.
+
+        :param lock: what makes the reads locking ones.
+        """
+        snapshots = self.has_snapshots(connection, table)
+        for start in range(0, len(events), HEADS_AT_ONCE):
+            statements: list[str] = []
+            parameters: list[Any] = []
+            for number, event in enumerate(events[start : start + HEADS_AT_ONCE], start):
+                first = begins(event)
+                follows = table.follows(self.mark, self.mark, lock, begins=first, snapshots=snapshots)
+                statements.append(f"SELECT {number} FROM (SELECT 1 AS one) AS d WHERE NOT ({follows})")
+                originator_id = table.encode_id(event.originator_id)
+                parameters += table.follows_values(
+                    originator_id, event.originator_version, begins=first, snapshots=snapshots
+                )
+            rows = self.fetch(connection, " UNION ALL ".join(statements), parameters)
+            if rows:
+                return events[int(rows[0][0])]
+        return None
+
+    def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
+        """Whether there is a table of snapshots: the library makes none for an application that takes none."""
+        if table.snapshots is None or table.snapshots in self._found:
+            return table.snapshots is not None
+        try:
+            self.fetch(connection, f"SELECT 1 FROM {table.snapshots} LIMIT 0")
+        except MissingTableError:
+            return False
+        self._found.add(table.snapshots)
+        return True
+
     def select_events(
         self,
         connection: Connection,
@@ -193,8 +281,6 @@ class Dialect(Driver, ABC):
         if limit is not None:
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
-        if isinstance(originator_id, str) and table.id_class is UUID:
-            originator_id = UUID(originator_id)
         rows = self.fetch(connection, statement, parameters)
         return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
 
@@ -223,19 +309,21 @@ class Dialect(Driver, ABC):
             # While catching up, a full page below a mark that was found a moment ago needs no look at the locks.
             known = self._marks.get(table.name)
             if known is not None and known.until > time.monotonic():
-                found = self._select_page(connection, table, page, known.position)
+                found = self._select_page(connection, table, page, known.position, known.condition)
                 if len(found) == limit:
                     return found
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
-            self._marks[table.name] = _KnownMark(mark, time.monotonic() + MARK_HOLDS_FOR)
+            self._marks[table.name] = _KnownMark(
+                mark, time.monotonic() + MARK_HOLDS_FOR, self.is_meant(connection, table)
+            )
         return self._select_page(connection, table, page, mark)
 
     def _select_page(
-        self, connection: Connection, table: EventTable, page: _Page, mark: int | None
+        self, connection: Connection, table: EventTable, page: _Page, mark: int | None, condition: str = ""
     ) -> list[Notification]:
         stop = page.stop if mark is None else mark if page.stop is None else min(page.stop, mark)
-        conditions: list[str] = []
+        conditions = [condition] if condition else []
         parameters: list[Any] = []
         if page.start is not None:
             conditions.append(f"{POSITION} {'>=' if page.inclusive_of_start else '>'} {self.mark}")
@@ -273,7 +361,7 @@ class Dialect(Driver, ABC):
 
         :raises IntegrityError: when it is not.
         """
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         statement = (
             f"INSERT INTO {name} (application_name, notification_id) VALUES ({self.mark}, {self.mark}) "
             "ON CONFLICT (application_name) DO UPDATE SET notification_id = excluded.notification_id "
@@ -286,7 +374,7 @@ class Dialect(Driver, ABC):
 
     def max_tracking_id(self, connection: Connection, table: sa.Table, application_name: str) -> int | None:
         """Return the recorded position of an upstream application, or None."""
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         statement = f"SELECT max(notification_id) FROM {name} WHERE application_name = {self.mark}"
         position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
         return position
@@ -329,70 +417,21 @@ class Dialect(Driver, ABC):
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False
 
-    # ------------------------------------------------------------------------------------- what projections need
+    def check_transaction(self, connection: Connection) -> None:
+        """Refuse a connection of a session that commits each statement by itself.
 
-    """The type of a column of times, where ``DateTime`` has whole seconds only."""
-    batch_seconds = 0.5
-    """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
-    longest_name = 63
-    """The most characters of a table's name."""
-    swaps_in_transaction = True
-    """Whether tables change their names in a transaction that does other things too."""
-    refuses_old_snapshot = False
-    """Whether a transaction that began before tables were swapped sees the new ones as they were at its beginning."""
+        :raises ConfigurationError: if it does.
+        """
+        if connection.get_execution_options().get("isolation_level") == AUTOCOMMIT or self.driver_commits(connection):
+            raise ConfigurationError(COMMITS_BY_ITSELF)
 
-    @staticmethod
-    def passes(driver_error: BaseException) -> bool:
-        """Whether a driver's error is one after which the same may be tried again."""
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver, or the server, commits each statement."""
         return False
 
-    def runner_lock(self, name: str) -> RunnerLock:
-        """Return the lock that lets one process run a projection; here there is none but the lease."""
-        return Lease(self.engine, name)
+    def is_over(self, connection: Connection) -> bool:
+        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
 
-    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
-        """Update rows of a table, tell those who wait for that, and return how many rows were changed."""
-        return connection.execute(change).rowcount
-
-    def update_waiter(self, table: sa.Table) -> Waiter:
-        """Return what waits for updates of a table; here it polls."""
-        return Waiter()
-
-    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit how long DDL waits for those who use a table, to the end of the transaction or the connection."""
-
-    def qualified(self, table: sa.Table, name: str) -> str:
-        """Return the quoted name of what is in the schema of a table."""
-        quote = self.engine.dialect.identifier_preparer.quote
-        return f"{quote(table.schema)}.{quote(name)}" if table.schema else quote(name)
-
-    def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
-        """Name the indexes and constraints of a copy of a table after those of the original, with a suffix."""
-        # By their columns, as names may be made of the table's name.
-        originals = {(index.unique, *index.columns.keys()): index.name for index in table.indexes}
-        for index in shadow.indexes:
-            original = originals.get((index.unique, *index.columns.keys()), index.name)
-            index.name = sa.sql.quoted_name(self.shadow_index_name(str(original), suffix), None)
-        for constraint in shadow.constraints:
-            self.name_shadow_constraint(constraint, suffix)
-
-    def shadow_index_name(self, name: str, suffix: str) -> str:
-        """Return the name of an index of a shadow table; here they are unique in the schema."""
-        return f"{name}{suffix}"
-
-    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Name a constraint of a shadow table; here its name may be that of the original."""
-
-    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
-        """Give tables the suffix *old*, and those with the suffix *new* their names."""
-        for table in tables:
-            self._rename_table(connection, table, table.name, table.name + old)
-            self._rename_table(connection, table, table.name + new, table.name)
-            self.rename_parts(connection, table, new, old)
-
-    def _rename_table(self, connection: Connection, table: sa.Table, name: str, renamed: str) -> None:
-        quoted = self.engine.dialect.identifier_preparer.quote(renamed)
-        connection.exec_driver_sql(f"ALTER TABLE {self.qualified(table, name)} RENAME TO {quoted}")
-
-    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
-        """Give what belongs to swapped tables, and has not changed its name with them, the names to be expected."""
+        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
+        """
+        return self.is_aborted(connection)

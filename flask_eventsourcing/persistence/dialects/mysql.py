@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import re
 import weakref
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Collection, Sequence
+from contextlib import closing, suppress
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -25,14 +25,24 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
-from .driver import EVENT_COLUMNS, POSITION, EventTable
+from .driver import EVENT_COLUMNS, POSITION, EventTable, columns_of, gap, heads
 from .runner_locks import NAMESPACE, RunnerLock, SessionLock
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
 EXACT = "utf8mb4_bin"
 ORDER = "__order__"
 LOCK_WAIT_TIMEOUT = 1205
+SERVER_STATUS_IN_TRANS = 1
 DEADLOCK = 1213
+IMPLICIT = re.compile(
+    r"\s*(ALTER|ANALYZE|CREATE(?!\s+TEMPORARY)|DROP(?!\s+TEMPORARY)|FLUSH|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
+    re.IGNORECASE,
+)
+"""What commits a transaction that is open."""
+CHANGED_SINCE_SNAPSHOT = 1020
+VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
+KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
+SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -40,8 +50,9 @@ _COLUMNS = ", ".join(EVENT_COLUMNS)
 class MySQLDialect(Dialect):
     """Order by one counting row for each log."""
 
-    # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1062 a duplicate.
-    serialization_failures = frozenset({DEADLOCK})
+    # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1020 the same of a row that was changed since
+    # the transaction's snapshot; 1062 a duplicate.
+    serialization_failures = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
     duplicates = frozenset({1062})
     title = "MySQL"
     missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
@@ -62,9 +73,27 @@ class MySQLDialect(Dialect):
         arguments = getattr(driver_error, "args", None) or (None,)
         return arguments[0] if isinstance(arguments[0], int) else None
 
+    @classmethod
+    def text(cls, driver_error: Any) -> str:
+        """Return what the server says, without the values in it."""
+        return VALUES.sub(r"\1 for \2", str(driver_error)).strip()
+
+    def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
+        """Return the columns of the key in the message; of a key that the record class does not have, the server's."""
+        found = KEY.search(str(error))
+        if found is None or found[1] == "PRIMARY":
+            return None if found is None else table.primary_key.columns.keys()
+        known = columns_of(table, found[1])
+        if known is not None:
+            return known
+        name = self.name_of(connection, table)
+        rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (found[1],))
+        return [row[4] for row in rows] or None
+
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._counters: set[str] = set()
+        self._prefix: str | None = None
 
     def install(self, engine: Engine) -> None:
         """Limit how long a lock is waited for, on each new connection, and make rollbacks in a cluster succeed."""
@@ -81,12 +110,27 @@ class MySQLDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        first = heads(events)
         last = self._draw(connection, table, len(events))
+        self._check(connection, table, first, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *table.row(event)) for position, event in zip(positions, events, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
         return positions
+
+    def _check(self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int) -> None:
+        # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
+        # would find there what it must not see. A snapshot that is older than what others have stored since may lack
+        # the predecessor, which a locking read finds.
+        missing = self.find_gap(connection, table, first)
+        if missing is not None:
+            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE")
+        if missing is not None:
+            # The row is locked, so nobody has seen the positions.
+            back = "SET notification_id = notification_id - %s WHERE application_name = %s"
+            self.modify(connection, f"UPDATE {self._counter(table)} {back}", (count, ORDER))
+            raise gap(missing)
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -97,7 +141,8 @@ class MySQLDialect(Dialect):
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         update = (
-            f"UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) WHERE application_name = %s"
+            f"{self._latest(connection)}UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) "
+            "WHERE application_name = %s"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
@@ -106,6 +151,17 @@ class MySQLDialect(Dialect):
             self._ensure_counter(connection, table, counter)
             drawn = self.modify(connection, update, (count, ORDER))
         return int(drawn.lastrowid)
+
+    def _latest(self, connection: Connection) -> str:
+        """Return what lets a statement change a row that others have changed since the transaction's snapshot.
+
+        Where ``innodb_snapshot_isolation`` is set, as by default since MariaDB 11.6.2, that would end the transaction.
+        Positions are counted and not read, so that nobody's change is lost; the setting holds for all else.
+        """
+        if self._prefix is None:
+            found = self.fetch(connection, f"SHOW VARIABLES LIKE '{SNAPSHOT_ISOLATION}'")
+            self._prefix = f"SET STATEMENT {SNAPSHOT_ISOLATION} = OFF FOR " if found else ""
+        return self._prefix
 
     def _ensure_counter(self, connection: Connection, table: EventTable, counter: str) -> None:
         # A locking statement that looks for a missing row would lock the gap where others insert theirs, and a plain
@@ -132,7 +188,7 @@ class MySQLDialect(Dialect):
 
         :raises IntegrityError: when it is not.
         """
-        name = self.engine.dialect.identifier_preparer.format_table(table)
+        name = self.name_of(connection, table)
         position, application_name = tracking.notification_id, tracking.application_name
         key = f"{name} {application_name}"
         select = f"SELECT 1 FROM {name} WHERE application_name = %s"
@@ -152,6 +208,7 @@ class MySQLDialect(Dialect):
         """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
         if not wait:
             return
+        table = self.located(connection, table)
         statement = (
             f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
         )
@@ -159,9 +216,15 @@ class MySQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""
+        table = self.located(connection, table)
         counter = self._counter(table)
         self._ensure_counter(connection, table, counter)
-        self.fetch(connection, f"SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE", (ORDER,))
+        lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"
+        self.fetch(connection, lock, (ORDER,))
+
+    def commits_implicitly(self, statement: str) -> bool:
+        """Whether it is one that changes tables, users or the like."""
+        return IMPLICIT.match(statement) is not None
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has rolled the transaction back, as it does to end a deadlock.
@@ -171,7 +234,22 @@ class MySQLDialect(Dialect):
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
 
-    def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver, which knows it from the server's last answer."""
+        driver: Any = connection.connection.dbapi_connection
+        return hasattr(driver, "get_autocommit") and bool(driver.get_autocommit())
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver for the status in the server's last answer, or the server."""
+        if self.is_aborted(connection):
+            return True
+        driver: Any = connection.connection.dbapi_connection
+        status = getattr(driver, "server_status", None)
+        if status is None:
+            return bool(getattr(self.engine.dialect, "is_mariadb", False)) and not _answer(driver, "@@in_transaction")
+        return not status & SERVER_STATUS_IN_TRANS
+
+    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
         """Return the error to raise, and remember when it has ended the whole transaction."""
         _note_failure(connection, error)
         if self.code(error) == LOCK_WAIT_TIMEOUT:
@@ -179,7 +257,7 @@ class MySQLDialect(Dialect):
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
                 "raise EVENTSOURCING_LOCK_TIMEOUT."
             )
-        return super().failed(connection, error, cursor)
+        return super().failed(connection, error, cursor, statement)
 
     # ------------------------------------------------------------------------------------- what projections need
 
@@ -227,17 +305,30 @@ def _after_error(context: Any) -> None:
 def _note_failure(connection: Connection, error: BaseException) -> None:
     """Remember when an error has ended the whole transaction: a caught one must not lead to half a commit."""
     transaction = connection.get_transaction()
-    if transaction is None:
-        return
-    number = MySQLDialect.code(error)
-    if number == DEADLOCK or (number == LOCK_WAIT_TIMEOUT and _rolls_back_on_timeout(connection)):
+    if transaction is not None and not connection.invalidated and _has_ended(connection, error):
         connection.info[ABORTED] = weakref.ref(transaction)
 
 
-def _rolls_back_on_timeout(connection: Connection) -> bool:
-    # A setting of the server; by default only the statement is rolled back.
-    with closing(connection.connection.cursor()) as cursor:
-        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+def _has_ended(connection: Connection, error: BaseException) -> bool:
+    if MySQLDialect.is_serialization_failure(error):
+        return True
+    driver: Any = connection.connection.dbapi_connection
+    status = getattr(driver, "server_status", None)
+    if status is None:
+        # The driver keeps none of what the server tells with each answer.
+        return MySQLDialect.code(error) == LOCK_WAIT_TIMEOUT and _answer(driver, "@@innodb_rollback_on_timeout")
+    if not status & SERVER_STATUS_IN_TRANS:
+        return False
+    with suppress(connection.dialect.dbapi.Error):  # type: ignore[union-attr]  # a result is still being read
+        # That was the last answer before the error, which comes without a status.
+        driver.ping(reconnect=False)
+        return not driver.server_status & SERVER_STATUS_IN_TRANS
+    return False
+
+
+def _answer(driver: Any, expression: str) -> bool:
+    with closing(driver.cursor()) as cursor:
+        cursor.execute(f"SELECT {expression}")
         row: Any = cursor.fetchone()
     return bool(row[0])
 

@@ -9,27 +9,41 @@ the argument.
 from __future__ import annotations
 
 import re
-import select
 import weakref
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import StoredEvent
+from eventsourcing.persistence import IntegrityError, StoredEvent
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, StandbyError, UnsafeSequenceError
-from ..subscriptions import ListenWaiter, Waiter
+from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import Dialect, DialectOptions, FrozenSnapshotError
-from .driver import EVENT_COLUMNS, POSITION, EventTable
-from .runner_locks import NAMESPACE, RunnerLock, SessionLock
+from .driver import (
+    EVENT_COLUMNS,
+    LATEST_FIRST_VERSION,
+    POSITION,
+    VERSION_KEY,
+    ConflictError,
+    EventTable,
+    begins,
+    columns_of,
+    gap,
+    heads,
+)
+from .runner_locks import AdvisoryLock, RunnerLock
 
-INERROR = 3
-"""``PQTRANS_INERROR`` of libpq: the transaction failed and a commit would be a rollback."""
+IDLE, INERROR, UNKNOWN = 0, 3, 4
+"""``PQTRANS_…`` of libpq: there is no transaction; it has failed and a commit would be a rollback; no connection."""
+# Its words are in the server's language.
+KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
 BLOCK_TRIES = 20
 
+# A name without a schema means what the search path says, a tenant's table perhaps. What is known of a table holds for
+# the one with its identity: if the name means another now, nothing is drawn.
 # The key of the lock: the table in its high 16 bits, as the low bits of the sequence's oid, and the floor in its low
 # 48 bits. The floor is read before the lock is taken and the ids are drawn after it: the CTEs are materialised, so
 # that each is evaluated before the next uses it.
@@ -37,7 +51,7 @@ _HELD = """
 WITH floor AS MATERIALIZED (
     SELECT coalesce(%s::bigint, CASE WHEN is_called THEN last_value ELSE last_value - 1 END) AS position,
            (tableoid::bigint & 65535) << 48 AS key
-    FROM {sequence}
+    FROM {sequence} WHERE {named} = %s::oid
 ), held AS MATERIALIZED (
     SELECT position, pg_advisory_xact_lock_shared(key | position) FROM floor
 )"""
@@ -46,16 +60,21 @@ _APPEND_ONE = (
     _HELD
     + """
 INSERT INTO {table} ({position}, {columns})
-SELECT nextval({regclass}), {values} FROM held{notify}
+SELECT nextval({regclass}), e.* FROM held{notify}, (SELECT {values}) AS e WHERE {follows}
 RETURNING {position}, (SELECT position FROM held)"""
 )
 
 # The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
-# nothing is inserted and the caller tries again: a gap in the positions does no harm.
+# nothing is inserted and the caller tries again: a gap in the positions does no harm. A gap in a stream does: ids are
+# drawn only if each event whose predecessor is not among those to be inserted finds it in the tables.
 _APPEND_BLOCK = (
     _HELD
-    + """, drawn AS MATERIALIZED (
+    + """, gap AS MATERIALIZED (
+    SELECT e.place FROM held, unnest({key_arrays}) WITH ORDINALITY AS e ({key}, place)
+    WHERE NOT CASE WHEN e.originator_version <= {latest_first} THEN {follows_or_begins} ELSE {follows} END LIMIT 1
+), drawn AS MATERIALIZED (
     SELECT array_agg(nextval({regclass})) AS ids FROM held{notify}, generate_series(1, %s::int)
+    WHERE NOT EXISTS (SELECT FROM gap)
 ), block AS MATERIALIZED (
     SELECT ids[1] AS first FROM drawn WHERE ids[array_length(ids, 1)] - ids[1] = array_length(ids, 1) - 1
 ), inserted AS (
@@ -63,7 +82,7 @@ _APPEND_BLOCK = (
     SELECT block.first + e.place - 1, {columns}
     FROM block, unnest({arrays}) WITH ORDINALITY AS e ({columns}, place)
 )
-SELECT (SELECT first FROM block), position FROM held"""
+SELECT (SELECT first FROM block), position, (SELECT place FROM gap) FROM held"""
 )
 
 # The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
@@ -81,13 +100,25 @@ SELECT least(high.position, (
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND l.classid::bigint >> 16 = high.key
       {own}
-)), current_setting('transaction_isolation'), pg_is_in_recovery()
+)), current_setting('transaction_isolation'), pg_is_in_recovery(), {named}::oid::bigint
 FROM high"""
 
-_SEQUENCE = """
-SELECT found.name, s.seqcache, s.seqincrement, s.seqcycle
+_LOOK = """
+SELECT %s::regclass::oid::bigint, found.name, c.relname, to_regclass(quote_ident(c.relname)) = c.oid,
+       to_regclass(%s) IS NOT NULL, s.seqcache, s.seqincrement, s.seqcycle
 FROM (SELECT pg_get_serial_sequence(%s, %s) AS name) AS found
-LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass"""
+LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass LEFT JOIN pg_class c ON c.oid = s.seqrelid"""
+
+
+_STATEMENTS = {
+    "begin": _APPEND_ONE,
+    "follow": _APPEND_ONE,
+    "block": _APPEND_BLOCK,
+    "mark": _HIGH_WATER_MARK,
+    "joined mark": _HIGH_WATER_MARK,
+}
+_LATEST = ("read committed", "read uncommitted")
+"""The isolation levels in which each statement sees what is committed by then."""
 
 
 class PostgreSQLDialect(Dialect):
@@ -106,6 +137,7 @@ class PostgreSQLDialect(Dialect):
         super().__init__(engine, options)
         # The table's lock needs a transaction.
         self.appends_in_autocommit = options.postgres_order == "advisory-lock"
+        self._logs: dict[tuple[str, int], _Log] = {}
 
     @classmethod
     def code(cls, driver_error: Any) -> object:
@@ -122,33 +154,67 @@ class PostgreSQLDialect(Dialect):
         """Insert events with contiguous positions, having published a floor below them."""
         if self.options.postgres_order == "table-lock":
             self._lock_table(connection, table)
-        statement = self._statement(connection, table, "one" if len(events) == 1 else "block")
-        floor = _Floor.of(connection, table.name)
-        if len(events) == 1:
-            position, floor.position = self.fetch(connection, statement, (floor.position, *table.row(events[0])))[0]
-            return [position]
-        first = self._append_block(connection, table, statement, events, floor)
-        return list(range(first, first + len(events)))
+        first = heads(events)
+        known = _Known.of(connection)
+        floors = known.floors_of(connection)
+        while True:
+            log = known.logs.get(table.name) or self._log(connection, table)
+            if len(events) == 1:
+                statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
+                parameters = (floors.get(log.identity), log.identity, *table.row(events[0]))
+                rows = self.fetch(connection, statement, parameters)
+                if rows:
+                    position, floors[log.identity] = rows[0]
+                    return [position]
+                missing: StoredEvent | None = events[0]
+            else:
+                start, missing = self._append_block(connection, table, log, events, first)
+                if start is not None:
+                    return list(range(start, start + len(events)))
+            if self._log(connection, table) is log:
+                raise self._refusal(connection, missing or events[0])
+
+    def _refusal(self, connection: Connection, event: StoredEvent) -> IntegrityError:
+        isolation = self.fetch(connection, "SELECT current_setting('transaction_isolation')")[0][0]
+        # A frozen snapshot may lack what others have stored since.
+        return gap(event) if isolation in _LATEST else ConflictError(str(gap(event)))
 
     def _append_block(
-        self, connection: Connection, table: EventTable, statement: str, events: Sequence[StoredEvent], floor: _Floor
-    ) -> int:
+        self,
+        connection: Connection,
+        table: EventTable,
+        log: _Log,
+        events: Sequence[StoredEvent],
+        first: Sequence[StoredEvent],
+    ) -> tuple[int | None, StoredEvent | None]:
+        """Return the first position, or the event that would leave a gap, or neither where it is another table."""
+        floors = _Known.of(connection).floors_of(connection)
+        statement = self._append_statement(connection, table, log, "block")
         columns = [list(column) for column in zip(*(table.row(event) for event in events), strict=True)]
+        keys = [list(column) for column in zip(*(table.row(event)[:2] for event in first), strict=True)]
         autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-        tries = BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES
-        for _ in range(tries):
-            first, floor.position = self.fetch(connection, statement, (floor.position, len(events), *columns))[0]
-            if first is not None:
-                return int(first)
+
+        def append() -> tuple[int | None, StoredEvent | None, bool]:
+            parameters = (floors.get(log.identity), log.identity, *keys, len(events), *columns)
+            rows = self.fetch(connection, statement, parameters)
+            if not rows:
+                return None, None, True
+            start, floors[log.identity], place = rows[0]
+            return start, None if place is None else first[place - 1], start is not None or place is not None
+
+        for _ in range(BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES):
+            start, missing, decided = append()
+            if decided:
+                return start, missing
         # A large block among very many small appends: keep the others out, up to the end of this transaction.
         if autocommit:
             # Without one, the lock would be refused. Should a statement fail, the pool's rollback ends it.
             self.modify(connection, "BEGIN")
         self._lock_table(connection, table)
-        first = self.fetch(connection, statement, (floor.position, len(events), *columns))[0][0]
+        start, missing, _ = append()
         if autocommit:
             self.modify(connection, "COMMIT")
-        return int(first)
+        return start, missing
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)
@@ -157,48 +223,59 @@ class PostgreSQLDialect(Dialect):
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the table against writers; readers go on."""
-        self._lock_table(connection, table)
+        self._lock_table(connection, self.located(connection, table))
 
-    def _statement(self, connection: Connection, table: EventTable, use: str) -> str:
-        statement = table.statements.get(use)
-        if statement is None:
-            sequence, regclass = self._sequence(connection, table)
-            kinds = [table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS]
-            names = {
-                "table": table.name,
-                "position": POSITION,
-                "columns": ", ".join(EVENT_COLUMNS),
-                "values": ", ".join(f"%s::{kind}" for kind in kinds),
-                "arrays": ", ".join(f"%s::{kind}[]" for kind in kinds),
-                "sequence": sequence,
-                "regclass": regclass,
-                "notify": self._notify(table),
-            }
-            own = "AND l.pid IS DISTINCT FROM pg_backend_pid()"
-            table.statements["one"] = _APPEND_ONE.format(**names)
-            table.statements["block"] = _APPEND_BLOCK.format(**names)
-            table.statements["mark"] = _HIGH_WATER_MARK.format(own="", **names)
-            table.statements["joined mark"] = _HIGH_WATER_MARK.format(own=own, **names)
-            statement = table.statements[use]
-        return statement
+    def _append_statement(self, connection: Connection, table: EventTable, log: _Log, how: str) -> str:
+        use = f"{how} quiet" if self._is_quiet(connection) else how
+        return log.statements.get(use) or self._make_statement(table, log, how, use)
 
-    def _sequence(self, connection: Connection, table: EventTable) -> tuple[str, str]:
-        name, cache, increment, cycle = self.fetch(connection, _SEQUENCE, (table.name, POSITION))[0]
-        if name is None:
-            raise MissingTableError(
-                f"Column {POSITION} of table {table.name} has no sequence: make it a bigserial or identity column."
-            )
-        if (cache, increment, cycle) != (1, 1, False):
-            # Each connection would draw a range of positions in advance, below what others have committed by then.
-            raise UnsafeSequenceError(
-                f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
-                f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
-            )
-        return name, "'" + name.replace("'", "''") + "'::regclass"
+    def _is_quiet(self, connection: Connection) -> bool:
+        # The server prepares no transaction that has notified. Those who wait look again by themselves.
+        return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
-    def _notify(self, table: EventTable) -> str:
-        # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
-        return f", pg_notify('{_channel(table)}', '')" if self.options.postgres_notify else ""
+    def _make_statement(self, table: EventTable, log: _Log, how: str, use: str) -> str:
+        kinds = {name: table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS}
+        snapshots = table.snapshots is not None and log.has_snapshots
+        event = ("e.originator_id", "e.originator_version")
+        follows = table.follows(*event, begins=how == "begin", snapshots=snapshots)
+        log.statements[use] = _STATEMENTS[how].format(
+            table=table.name,
+            position=POSITION,
+            columns=", ".join(EVENT_COLUMNS),
+            values=", ".join(f"%s::{kind} AS {name}" for name, kind in kinds.items()),
+            arrays=", ".join(f"%s::{kind}[]" for kind in kinds.values()),
+            key=", ".join(VERSION_KEY),
+            key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
+            latest_first=LATEST_FIRST_VERSION,
+            follows=follows,
+            follows_or_begins=table.follows(*event, begins=True, snapshots=snapshots),
+            sequence=log.sequence,
+            regclass=_regclass(log.sequence),
+            named=_regclass(table.name),
+            # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
+            notify="" if use.endswith("quiet") else f", pg_notify('{_channel(table)}', '')",
+            own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
+        )
+        return log.statements[use]
+
+    def is_meant(self, connection: Connection, table: EventTable) -> str:
+        """Compare the identity of the table whose mark was asked for."""
+        return f"{_regclass(table.name)} = {_Known.of(connection).logs[table.name].identity}::oid"
+
+    def _log(self, connection: Connection, table: EventTable) -> _Log:
+        """Look which table a name means on a connection now."""
+        parameters = (table.name, table.snapshots, table.name, POSITION)
+        identity, name, short, is_found, has_snapshots, *properties = self.fetch(connection, _LOOK, parameters)[0]
+        log = self._logs.get((table.name, identity))
+        if log is None:
+            _check_sequence(table.name, name, *properties)
+            # Named as the table is, so that the same statements do for the tables of others.
+            quote = self.engine.dialect.identifier_preparer.quote
+            if is_found and table.name == quote(table.table.name):
+                name = quote(short)
+            log = self._logs[table.name, identity] = _Log(identity, name, bool(has_snapshots), {})
+        _Known.of(connection).logs[table.name] = log
+        return log
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""
@@ -206,7 +283,7 @@ class PostgreSQLDialect(Dialect):
 
     def listen(self, channel: str) -> Waiter:
         """Return what waits for ``NOTIFY`` on a channel."""
-        return ListenWaiter(self.engine, channel, _receive if self.engine.driver == "psycopg" else _poll)
+        return ListenWaiter(self.engine, channel, receive if self.engine.driver == "psycopg" else poll)
 
     def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the high-water mark: no writer in progress can commit a position at or below it.
@@ -215,11 +292,17 @@ class PostgreSQLDialect(Dialect):
         """
         if self.options.postgres_order == "table-lock":
             return None
-        statement = self._statement(connection, table, "joined mark" if joined else "mark")
-        position, isolation, standby = self.fetch(connection, statement)[0]
+        use = "joined mark" if joined else "mark"
+        log = _Known.of(connection).logs.get(table.name) or self._log(connection, table)
+        while True:
+            statement = log.statements.get(use) or self._make_statement(table, log, use, use)
+            position, isolation, standby, identity = self.fetch(connection, statement)[0]
+            if identity == log.identity:
+                break
+            log = self._log(connection, table)
         if standby:
             raise StandbyError
-        if joined and isolation not in ("read committed", "read uncommitted"):
+        if joined and isolation not in _LATEST:
             # The snapshot of this transaction is older than the locks that were just read.
             raise FrozenSnapshotError
         return int(position)
@@ -228,14 +311,38 @@ class PostgreSQLDialect(Dialect):
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
         function = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
         statement = f"SELECT {function}(hashtext(%s), hashtext(%s))"
-        self.fetch(connection, statement, (table.name, str(originator_id)))
+        self.fetch(connection, statement, (self.located(connection, table).name, str(originator_id)))
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
-        driver: Any = connection.connection.driver_connection
-        info = getattr(driver, "info", None)
-        status = getattr(info, "transaction_status", None)
-        return status is not None and int(status) == INERROR
+        return _status(connection) == INERROR
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver, without a round trip, whether there is a transaction."""
+        return _status(connection) in (IDLE, INERROR, UNKNOWN)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Ask the driver."""
+        return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+    def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
+        """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
+        diagnosis: Any = getattr(error, "diag", None)
+        name, detail = getattr(diagnosis, "constraint_name", None), getattr(diagnosis, "message_detail", None)
+        if name is None or diagnosis.table_name != table.name:
+            return None
+        known = columns_of(table, name)
+        found = KEY_IN_DETAIL.search(detail or "")
+        if known is None and found is not None:
+            known = [column.strip('" ') for column in found[1].split(",")]
+        # Whoever may not read all of its columns is told no detail.
+        return known if known is not None or found is not None else VERSION_KEY
+
+    @classmethod
+    def text(cls, driver_error: Any) -> str:
+        """Return what the server says without its detail."""
+        primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
+        return str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
 
     # ------------------------------------------------------------------------------------- what projections need
 
@@ -250,7 +357,7 @@ class PostgreSQLDialect(Dialect):
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
         """Notify those who wait with the row itself, so that it costs no round trip."""
-        if not self.options.postgres_notify:
+        if self._is_quiet(connection):
             return super().update_and_notify(connection, table, change, message)
         return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())
 
@@ -282,45 +389,70 @@ class PostgreSQLDialect(Dialect):
                     connection.exec_driver_sql(f"ALTER {what} {self.qualified(table, part)} RENAME TO {quoted}")
 
 
-def _receive(driver: Any, seconds: float) -> bool:
-    return any(True for _ in driver.notifies(timeout=seconds, stop_after=1))
-
-
-def _poll(driver: Any, seconds: float) -> bool:
-    readable, _, _ = select.select([driver], [], [], seconds)
-    if not readable:
-        return False
-    driver.poll()
-    heard = bool(driver.notifies)
-    driver.notifies.clear()
-    return heard
-
-
 def _channel(table: EventTable) -> str:
     return str(table.table.name)
 
 
-class _Floor:
-    """The floor that a transaction published first; later appends hold on to the same one.
+def _status(connection: Connection) -> int | None:
+    info = getattr(connection.connection.driver_connection, "info", None)
+    status = getattr(info, "transaction_status", None)
+    return None if status is None else int(status)
 
-    A lock taken within a savepoint goes when that is rolled back. Taking the same lock again is always safe, as a
-    lower floor only makes readers more careful, and costs no new entry in the server's lock table.
+
+def _regclass(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'::regclass"
+
+
+def _check_sequence(table_name: str, name: str | None, cache: int, increment: int, cycle: bool) -> None:
+    if name is None:
+        raise MissingTableError(
+            f"Column {POSITION} of table {table_name} has no sequence: make it a bigserial or identity column."
+        )
+    if (cache, increment, cycle) != (1, 1, False):
+        # Each connection would draw a range of positions in advance, below what others have committed by then.
+        raise UnsafeSequenceError(
+            f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
+            f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
+        )
+
+
+class _Log(NamedTuple):
+    """A table of events, as its identity in the database tells it from others of its name."""
+
+    identity: int
+    sequence: str
+    has_snapshots: bool
+    statements: dict[str, str]
+
+
+class _Known:
+    """What a connection of the driver knows: which tables the names meant last, and the floors of its transaction.
+
+    Later appends hold on to the floor that a transaction published first. A lock taken within a savepoint goes when
+    that is rolled back. Taking the same lock again is always safe, as a lower floor only makes readers more careful,
+    and costs no new entry in the server's lock table.
     """
 
-    KEY = "flask_eventsourcing.floor"
+    KEY = "flask_eventsourcing.logs"
 
-    def __init__(self, transaction: Any) -> None:
-        self.transaction = weakref.ref(transaction)
-        self.position: int | None = None
+    def __init__(self) -> None:
+        self.logs: dict[str, _Log] = {}
+        self._transaction: weakref.ref[Any] | None = None
+        self._floors: dict[int, int] = {}
 
     @classmethod
-    def of(cls, connection: Connection, table_name: str) -> _Floor:
+    def of(cls, connection: Connection) -> _Known:
+        info = connection.info
+        found: _Known | None = info.get(cls.KEY)
+        if found is None:
+            found = info[cls.KEY] = cls()
+        return found
+
+    def floors_of(self, connection: Connection) -> dict[int, int]:
         transaction = connection.get_transaction() or connection
-        floors: dict[str, _Floor] = connection.info.setdefault(cls.KEY, {})
-        floor = floors.get(table_name)
-        if floor is None or floor.transaction() is not transaction:
-            floor = floors[table_name] = cls(transaction)
-        return floor
+        if self._transaction is None or self._transaction() is not transaction:
+            self._transaction, self._floors = weakref.ref(transaction), {}
+        return self._floors
 
 
 LOCK_NOT_AVAILABLE = "55P03"
@@ -330,20 +462,3 @@ SELECT c.relname, c.relkind FROM pg_index i JOIN pg_class c ON c.oid = i.indexre
 UNION ALL
 SELECT c.relname, c.relkind FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S'
 WHERE d.refobjid = %s::regclass AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')"""
-
-
-class AdvisoryLock(SessionLock):
-    """An advisory lock of a connection, in the space of two 32-bit keys."""
-
-    take = "SELECT pg_try_advisory_lock(hashtext(:namespace), hashtext(:name))"
-    give = "SELECT pg_advisory_unlock_all()"
-    look = (
-        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
-        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-        "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
-        "AND objid::bigint = hashtext(:name)::bigint & 4294967295)"
-    )
-
-    def parameters(self) -> dict[str, Any]:
-        """The two keys are hashes, made by the server."""
-        return {"namespace": NAMESPACE, "name": self.name}

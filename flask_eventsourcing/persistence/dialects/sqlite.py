@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import Any, ClassVar
@@ -25,22 +25,28 @@ from sqlalchemy.schema import CreateIndex
 
 from ...exceptions import WriteTimeoutError
 from .base import Dialect
-from .driver import EventTable
+from .driver import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
+NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
 WRITES_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 
 
 def kind_of(statement: str) -> Kind:
     """Whether a statement needs SQLite's write lock, is known to do no more than read, or may do anything, as DDL does.
 
+    A transaction begins with the lock, or without it.
+
     A savepoint needs the lock, because what follows it may.
     """
     found = FIRST_WORD.match(statement)
     word = found[1].upper() if found is not None else ""
+    if word == "BEGIN":
+        return "lock" if TAKES_LOCK.search(statement) is not None else "begin"
     if word == "WITH":
         return "write" if WRITES_IN_WITH.search(statement) is not None else "read"
     return "read" if word in READS else "write" if word in WRITES else "other"
@@ -52,6 +58,10 @@ class SQLiteDialect(Dialect):
     mark = "?"
     title = "SQLite"
     missing_table = re.compile(r"no such table: (?P<name>\S+)")
+    # SQLITE_BUSY_SNAPSHOT, to one who has read what others have changed since; SQLITE_CONSTRAINT_UNIQUE and the same of
+    # the primary key.
+    serialization_failures = frozenset({517})
+    duplicates = frozenset({2067, 1555, 2579})
     column_types: ClassVar[dict[str, Any]] = {
         "position": sa.Integer(),
         # A BLOB, as the library's own module has it; JSON's storage class is TEXT.
@@ -83,12 +93,6 @@ class SQLiteDialect(Dialect):
         """Whether the database is in memory, so that all threads share one connection."""
         return self.is_in_memory(self.engine.url)
 
-    def prepare_engine(self) -> None:
-        """Make the engine's connections queue, and switch the file to the journal mode WAL."""
-        # Listeners of our own do what the shorter way to the driver does by itself.
-        self.own_listeners = (1, 1 if self.is_memory else 0)
-        super().prepare_engine()
-
     def install(self, engine: Engine) -> None:
         """Listen for connections, statements and the ends of transactions."""
         memory = self.is_memory
@@ -108,6 +112,9 @@ class SQLiteDialect(Dialect):
             sa.event.listen(engine, "commit", announce("commit"))
             sa.event.listen(engine, "rollback", announce("rollback"))
         sa.event.listen(engine, "handle_error", _after_error)
+        # Listeners of our own do what the shorter way to the driver does by itself.
+        self.own_listeners[0] += 1
+        self.own_listeners[1] += 1 if memory else 0
         _replace_connections(engine, memory)
 
     def _configure(self, driver: Any, name: str) -> None:
@@ -121,9 +128,27 @@ class SQLiteDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
+        first = heads(events)
+        if len(first) > 1 or not self._has_predecessor(connection, table, first[0]):
+            # With the lock to write: nothing is to come between the look and the rows.
+            self.queue_for(connection, table, first[0].originator_id, wait=True)
+            missing = self.find_gap(connection, table, first)
+            if missing is not None:
+                raise gap(missing)
         rows = [table.row(event) for event in events]
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
+
+    def _has_predecessor(self, connection: Connection, table: EventTable, event: StoredEvent) -> bool:
+        # A statement that looks and inserts takes longer than two: it keeps its rows in a table of its own.
+        version = event.originator_version
+        statement = table.statements.get("look")
+        if statement is None:
+            statement = f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
+            table.statements["look"] = statement
+        return not begins(event) and bool(
+            self.fetch(connection, statement, (table.encode_id(event.originator_id), version - 1))
+        )
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -140,10 +165,33 @@ class SQLiteDialect(Dialect):
         driver = connection.connection.driver_connection
         return isinstance(driver, QueuedConnection) and driver.has_aborted(connection)
 
-    def failed(self, connection: Connection, error: Exception, cursor: Any) -> Exception:
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver begins no transactions, and nobody else has begun this one."""
+        driver: Any = connection.connection.dbapi_connection
+        return not self.is_memory and driver.isolation_level is None and not driver.in_transaction
+
+    def is_over(self, connection: Connection) -> bool:
+        """Ask the driver whether there is a transaction, and whose it is."""
+        driver = connection.connection.driver_connection
+        return isinstance(driver, sqlite3.Connection) and (
+            not driver.in_transaction or (isinstance(driver, QueuedConnection) and not driver.is_in_use_by(connection))
+        )
+
+    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
         """Return the error to raise, and remember when it has ended the whole transaction."""
         _after_failure(connection)
-        return super().failed(connection, error, cursor)
+        return super().failed(connection, error, cursor, statement)
+
+    @classmethod
+    def code(cls, driver_error: Any) -> object:
+        """Return SQLite's extended code."""
+        return getattr(driver_error, "sqlite_errorcode", None)
+
+    def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
+        """Read the columns in the message: the names of constraints do not reach the driver."""
+        found = NOT_UNIQUE.search(str(error))
+        names = [name.rpartition(".") for name in found[1].split(", ")] if found is not None else []
+        return [column for owner, _, column in names if owner == table.name] or None
 
     # ------------------------------------------------------------------------------------- what projections need
 

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
 from .write_queue import WriteQueue, write_queue_of
 
-Kind = Literal["write", "read", "other"]
+Kind = Literal["write", "read", "begin", "lock", "other"]
 """What a statement does, as :func:`~.sqlite.kind_of` says."""
 
 
@@ -30,6 +30,8 @@ class QueuedConnection(sqlite3.Connection):
     timeout = 0.0
     began = False
     """Whether a write transaction was begun that was neither committed nor rolled back by the client."""
+    deferred = False
+    """Whether the transaction began with a BEGIN that a listener of the user's has told, and has not written."""
     aborted = False
     """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
 
@@ -49,15 +51,32 @@ class QueuedConnection(sqlite3.Connection):
 
     def before(self, connection: Connection, kind: Kind) -> None:
         """Before a statement: acquire the queue and begin a write transaction if it writes."""
-        if kind != "write":
+        if kind == "begin":
+            self.deferred = not self.in_transaction
+        if kind not in ("write", "lock"):
             return
         if self.aborted:
             # A new transaction would be committed without what was lost.
             raise AbortedTransactionError
         queue = self.own_queue()
-        if queue is not None and not self.in_transaction and self.isolation_level is not None:
+        if queue is None or (self.in_transaction and not self.deferred):
+            return
+        if kind == "lock" or self.in_transaction:
+            queue.acquire(self, self.timeout)
+            if self.in_transaction:
+                self._begin_again()
+        elif self.isolation_level is not None:
             queue.acquire(self, self.timeout)
             self._begin(self)
+
+    def _begin_again(self) -> None:
+        """Begin with the lock to write in place of a BEGIN that was told, after which nothing was written yet.
+
+        SQLite would not give the lock to one who has read, once another has committed since.
+        """
+        self.execute("COMMIT").close()
+        self.deferred = False
+        self._begin(self)
 
     def _begin(self, owner: object) -> None:
         try:
@@ -85,6 +104,10 @@ class QueuedConnection(sqlite3.Connection):
         """Whether SQLite has ended this connection's transaction by itself."""
         return self.aborted
 
+    def is_in_use_by(self, connection: Connection) -> bool:
+        """Whether the transaction is this connection's, and was not ended by SQLite."""
+        return not self.aborted
+
     def _release(self, owner: object) -> None:
         queue = self.own_queue()
         if queue is not None:
@@ -95,7 +118,7 @@ class QueuedConnection(sqlite3.Connection):
         return self
 
     def _ended(self, owner: object) -> None:
-        self.began = self.aborted = False
+        self.began = self.aborted = self.deferred = False
         if not self.in_transaction:
             self._release(owner)
 
@@ -228,6 +251,10 @@ class SharedConnection(QueuedConnection):
     def has_aborted(self, connection: Connection) -> bool:
         """Whether SQLite has ended this connection's transaction by itself."""
         return self.aborted and self._is_owner(connection)
+
+    def is_in_use_by(self, connection: Connection) -> bool:
+        """Whether the transaction is this connection's, and was not ended by SQLite."""
+        return not self.aborted and self._is_owner(connection)
 
     def _is_owner(self, owner: object) -> bool:
         queue = self.own_queue()

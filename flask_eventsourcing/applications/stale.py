@@ -1,0 +1,192 @@
+"""Refuses to save an aggregate object that is not what is stored.
+
+``save()`` takes an object's pending events away. When they are lost afterwards, the object does not know: saved again,
+nothing is stored, or its next event, behind a gap. So ``Application._record()``, where objects and events meet, is
+wrapped, and the objects whose events were lost are known by their identity: aggregates are not hashable, and an
+attribute of theirs would get into snapshots.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from eventsourcing.application import Application, ProcessingEvent
+from sqlalchemy import orm
+
+from .._patches import application_method
+from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
+from ..persistence import SQLAlchemyAggregateRecorder
+from ..uow import UnitOfWork
+
+HELD = 1_000
+"""How many objects that cannot be referenced weakly are remembered."""
+NOT_STORED = "its events could not be stored"
+ROLLED_BACK = "its events were rolled back"
+READ_UNCOMMITTED = "it was read with events that were rolled back"
+REMEDY = (
+    "so it is not what is stored: read it again, or make it again if it is new, inside the function that is tried again"
+)
+SESSION = "call application.save(…, session=…) of the extension's own application, not super().save(…, session=…)"
+SHARED = (
+    "it is the object in the cache, which is everybody's: read it without deepcopy_from_cache=False, or remove "
+    "DEEPCOPY_FROM_AGGREGATE_CACHE from the environment"
+)
+
+
+class RefusedObjects:
+    """The objects that are not to be saved, each with its error; keeps no object alive that can be referenced weakly.
+
+    :param held: how many of the others are remembered.
+    """
+
+    def __init__(self, held: int = HELD) -> None:
+        self._found: dict[int, tuple[Callable[[], Any], type[FlaskEventSourcingError], str]] = {}
+        self._held: deque[int] = deque()
+        self._bound = held
+
+    def add(self, obj: Any, error: type[FlaskEventSourcingError], reason: str) -> None:
+        """Refuse an object from now on."""
+        key = id(obj)
+        try:
+            self._found[key] = weakref.ref(obj, lambda _: self._found.pop(key, None)), error, reason
+        except TypeError:
+            self._found[key] = (lambda: obj), error, reason
+            self._held.append(key)
+            if len(self._held) > self._bound:
+                self._found.pop(self._held.popleft(), None)
+
+    def check(self, obj: Any) -> None:
+        """Refuse an object if it is one of these.
+
+        :raises FlaskEventSourcingError: naming the aggregate and the remedy.
+        """
+        found = self._found.get(id(obj))
+        if found is not None and found[0]() is obj:
+            raise found[1](f"{type(obj).__name__} {getattr(obj, 'id', '')} cannot be saved: {found[2]}.")
+
+    def __contains__(self, obj: object) -> bool:
+        found = self._found.get(id(obj))
+        return found is not None and found[0]() is obj
+
+
+refused = RefusedObjects()
+_saved: weakref.WeakKeyDictionary[orm.SessionTransaction, set[Any]] = weakref.WeakKeyDictionary()
+"""The ids of the aggregates that were saved in each transaction of a session."""
+
+
+def lose(obj: Any, reason: str) -> None:
+    """Refuse an object from now on because it is not what is stored."""
+    if obj not in refused:
+        refused.add(obj, StaleAggregateError, f"{reason}, {REMEDY}")
+
+
+def share(obj: Any) -> None:
+    """Refuse an object from now on because it is the cache's own."""
+    refused.add(obj, SharedAggregateError, SHARED)
+
+
+def lost_with(unit: UnitOfWork, objects: Iterable[Any], reason: str) -> None:
+    """Refuse objects if what is done now is rolled back."""
+    unit.on_rollback(partial(_lose_all, [_reference(obj) for obj in objects], reason))
+
+
+def _reference(obj: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(obj)
+    except TypeError:
+        return lambda: obj
+
+
+def _lose_all(references: list[Callable[[], Any]], reason: str) -> None:
+    for reference in references:
+        obj = reference()
+        if obj is not None:
+            lose(obj, reason)
+
+
+def unit_of(recorder: Any) -> UnitOfWork | None:
+    """Return the unit of work that a recorder joins now."""
+    unit = recorder.datastore.unit() if isinstance(recorder, SQLAlchemyAggregateRecorder) else None
+    return unit if isinstance(unit, UnitOfWork) else None
+
+
+def is_uncommitted(unit: UnitOfWork, originator_id: Any) -> bool:
+    """Whether an aggregate was saved in the transaction of a unit, be it that its savepoint was rolled back."""
+    transaction = unit.session.get_transaction()
+    return transaction is not None and originator_id in _saved.get(transaction, ())
+
+
+def watch(recorder: Any, aggregate: Any, aggregate_id: Any) -> None:
+    """Refuse an aggregate that was read with uncommitted events, if they are rolled back."""
+    unit = unit_of(recorder)
+    if unit is not None and is_uncommitted(unit, aggregate_id) and unit.pending.has_events_of(aggregate_id):
+        lost_with(unit, (aggregate,), READ_UNCOMMITTED)
+
+
+class Records:
+    """What is called as ``Application._record()`` of one application."""
+
+    def __init__(self, application: Application[Any]) -> None:
+        # The application has this object: the other way round it would only be closed by the garbage collector.
+        self._reference = weakref.ref(application)
+
+    def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
+        """Record, and note whose events these are.
+
+        :raises ConfigurationError: when a session was given that nobody uses.
+        :raises StaleAggregateError: when an object is not what is stored.
+        :raises SharedAggregateError: when an object is the cache's own.
+        """
+        application: Any = self._reference()
+        unit = unit_of(application.recorder)
+        if unit is not None:
+            # Somebody may have ended the transaction past the session.
+            unit.look()
+        aggregates = processing_event.aggregates
+        ids = {each.originator_id for each in processing_event.events}
+        changed = [obj for key, obj in aggregates.items() if key in ids]
+        try:
+            if processing_event.saved_kwargs.get("session") is not None:
+                raise ConfigurationError(f"A session is given to save() of {application.name} itself: {SESSION}.")
+            for obj in aggregates.values():
+                refused.check(obj)
+            if changed:
+                _note(unit, changed, ids)
+            return type(application)._record(application, processing_event)
+        except BaseException as error:
+            # Whatever it was, save() has taken the events away.
+            for obj in changed:
+                lose(obj, NOT_STORED)
+                if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
+                    # It was changed, or is older than what is stored and would stay so.
+                    _evict(application.repository.cache, obj.id)
+            raise
+
+
+def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:
+    if unit is not None:
+        lost_with(unit, changed, ROLLED_BACK)
+        transaction = unit.session.get_transaction()
+        if transaction is not None:
+            _saved.setdefault(transaction, set()).update(ids)
+
+
+def _evict(cache: Any, key: Any) -> None:
+    if cache is not None:
+        with suppress(KeyError):
+            getattr(cache, "inner", cache).get(key, evict=True)
+
+
+def refuse_stale_aggregates(application: Application[Any]) -> None:
+    """Let an application's ``save()`` refuse aggregate objects whose events were lost.
+
+    The applications of the extension and of ``PlainHost`` have it, and those that lead others in one of the library's
+    runners. Call it for another one that you construct; calling it again does nothing.
+    """
+    if not isinstance(vars(application).get("_record"), Records):
+        application_method(application, "_record", Records(application))

@@ -1,0 +1,194 @@
+"""Listens to sessions and to the events' engines, so that units of work hear of every end of a transaction.
+
+The listeners of sessions are on SQLAlchemy's class, once for all: a factory that takes the place of another needs no
+new ones. They return at once where no recorder has joined.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
+
+from ..exceptions import CommitOutcomeUnknownError
+from ..persistence import Dialect
+from ..persistence.dialects.driver import root_engine
+from .pending import Batch, savepoints
+from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
+
+ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE)\b", re.IGNORECASE)
+"""What may end a transaction or a savepoint in a textual statement."""
+
+_followed: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def follow(engine: Engine, dialect: Dialect) -> None:
+    """Listen to an engine; calling it again does nothing."""
+    engine = root_engine(engine)
+    if engine in _followed:
+        return
+    _followed.add(engine)
+    for name, function in (
+        ("begin", _begin),
+        ("commit", _commit),
+        ("rollback", _rollback),
+        ("savepoint", _savepoint),
+        ("release_savepoint", _release_savepoint),
+        ("rollback_savepoint", _rollback_savepoint),
+        ("prepare_twophase", _prepare_twophase),
+        ("commit_twophase", _end_twophase(_commit)),
+        ("rollback_twophase", _end_twophase(_rollback)),
+        ("handle_error", _handle_error),
+    ):
+        sa.event.listen(engine, name, function)
+    dialect.listen_to_statements(engine, _after_statement)
+
+
+# ------------------------------------------------------------------------------------------------ of engines
+
+
+def _begin(connection: Connection) -> None:
+    savepoints(connection).names.clear()
+    for unit in joined(connection):
+        if unit.following.is_committing:
+            unit.committed()
+
+
+def _commit(connection: Connection) -> None:
+    for unit in joined(connection):
+        if not unit.shared.is_committing:
+            # Somebody commits past the session, which has not asked.
+            unit.gate.check()
+        unit.following.is_committing = True
+
+
+def _rollback(connection: Connection) -> None:
+    savepoints(connection).names.clear()
+    for unit in joined(connection):
+        unit.rolled_back(0)
+
+
+def _savepoint(connection: Connection, name: str | None) -> None:
+    savepoints(connection).opened(name)
+
+
+def _release_savepoint(connection: Connection, name: str, context: None) -> None:
+    level = savepoints(connection).left(name)
+    for unit in joined(connection):
+        unit.released(level)
+
+
+def _rollback_savepoint(connection: Connection, name: str, context: None) -> None:
+    level = savepoints(connection).left(name)
+    for unit in joined(connection):
+        unit.rolled_back(level)
+
+
+def _prepare_twophase(connection: Connection, xid: Any) -> None:
+    for unit in joined(connection):
+        unit.following.is_committing = True
+
+
+def _end_twophase(function: Any) -> Any:
+    def ended(connection: Connection, xid: Any, is_prepared: bool) -> None:
+        function(connection)
+
+    return ended
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None:
+        return
+    committing = [unit for unit in joined(connection) if unit.following.is_committing and unit.pending.all(Batch)]
+    if committing and context.is_disconnect:
+        for unit in committing:
+            unit.unknown()
+        raise CommitOutcomeUnknownError from context.original_exception
+
+
+def _after_statement(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    units = joined(connection)
+    if not units:
+        return
+    compiled = getattr(context, "compiled", None)
+    is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
+    if (is_text and ENDS.search(statement)) or units[0].dialect.commits_implicitly(statement):
+        for unit in units:
+            unit.following.is_suspicious = True
+            unit.look()
+
+
+# ----------------------------------------------------------------------------------------------- of sessions
+
+
+def _units_of(session: orm.Session) -> tuple[SessionUnits, list[UnitOfWork]] | None:
+    shared: SessionUnits | None = session.info.get(INFO_KEY)
+    return None if shared is None else (shared, list(shared.units.values()))
+
+
+@sa.event.listens_for(orm.Session, "before_commit")
+def _before_commit(session: orm.Session) -> None:
+    found = _units_of(session)
+    if found is not None:
+        for unit in found[1]:
+            unit.look()
+            unit.gate.check()
+        found[0].is_committing = not session.in_nested_transaction()
+
+
+# Before the user's own, whose error would leave a commit that nobody knows of.
+@sa.event.listens_for(orm.Session, "after_commit", insert=True)
+def _after_commit(session: orm.Session) -> None:
+    found = _units_of(session)
+    if found is not None:
+        found[0].committed = session.get_nested_transaction() or session.get_transaction()
+
+
+@sa.event.listens_for(orm.Session, "after_rollback")
+def _after_rollback(session: orm.Session) -> None:
+    found = _units_of(session)
+    if found is not None:
+        found[0].asked = True
+
+
+@sa.event.listens_for(orm.Session, "after_soft_rollback")
+def _after_soft_rollback(session: orm.Session, ended: orm.SessionTransaction) -> None:
+    found = _units_of(session)
+    if found is None:
+        return
+    shared, units = found
+    # A flush that fails rolls back and leaves the end to the caller, who may not notice.
+    shared.has_half_ended = not (ended.parent is None or ended.nested)
+    shared.asked = shared.is_committing = False
+    if not shared.has_half_ended:
+        for unit in units:
+            unit.resolve(asked=True)
+
+
+@sa.event.listens_for(orm.Session, "after_transaction_end")
+def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) -> None:
+    found = _units_of(session)
+    if found is None:
+        return
+    shared, units = found
+    committed, shared.committed = shared.committed is ended, None
+    if ended.parent is not None:
+        return
+    for unit in units:
+        if committed or unit.following.is_committing:
+            unit.committed()
+        else:
+            unit.rolled_back(0)
+            unit.note_rollback_in_run()
+            if shared.asked:
+                unit.resolve(asked=True)
+            elif not shared.has_half_ended:
+                unit.resolve(asked=False)
+    shared.asked = shared.has_half_ended = shared.is_committing = False

@@ -1,0 +1,167 @@
+"""The unit of work follows the database's transaction, by whatever way it ends, on every host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from flask_eventsourcing.exceptions import CommitInsideUnitError, RollbackOnlyError
+from flask_eventsourcing.persistence.dialects import is_in_memory
+from tests.hosts.sites import HostSite
+from tests.hosts.test_units_of_work import recorded
+
+# SQLAlchemy's own warning of a session whose connection was committed or rolled back past it.
+pytestmark = pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+
+
+def is_shared(site: HostSite, way: str) -> bool:
+    """Whether it is the one driver connection of a database in memory, which nobody ends past its owner."""
+    return way == "driver" and is_in_memory(site.host.datastore.engine.url)
+
+
+def of_connection(site: HostSite) -> sa.Connection:
+    """Return the session's connection."""
+    return site.session.connection()
+
+
+def text(site: HostSite, statement: str) -> None:
+    """Run a textual statement in the session."""
+    site.session.execute(sa.text(statement))
+
+
+def driver(site: HostSite) -> Any:
+    """Return the driver's connection."""
+    return of_connection(site).connection.driver_connection
+
+
+ROLLBACKS: dict[str, Callable[[HostSite], Any]] = {
+    "session": lambda site: site.session.rollback(),
+    "connection": lambda site: of_connection(site).rollback(),
+    "text": lambda site: text(site, "ROLLBACK"),
+    "driver": lambda site: driver(site).rollback(),
+}
+
+
+@pytest.mark.parametrize("way", ROLLBACKS)
+def test_rollback_by_any_way_is_a_rollback(site: HostSite, way: str) -> None:
+    """What was saved is neither stored nor announced nor left pending, by whatever way it was rolled back."""
+    if is_shared(site, way):
+        return
+    with recorded() as heard:
+        with site.working():
+            site.bank.open_account()
+            ROLLBACKS[way](site)
+            unit = site.host.open_unit()
+            assert unit is not None
+            assert unit.batches == []
+            with suppress(sa.exc.SQLAlchemyError):
+                # Rolled back past it, the session may refuse to commit.
+                site.session.commit()
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
+COMMITS: dict[str, Callable[[HostSite], Any]] = {
+    "session": lambda site: site.session.commit(),
+    "connection": lambda site: of_connection(site).commit(),
+    "text": lambda site: text(site, "COMMIT"),
+    "driver": lambda site: driver(site).commit(),
+}
+
+
+@pytest.mark.parametrize("way", COMMITS)
+def test_commit_by_any_way_is_a_commit(site: HostSite, way: str) -> None:
+    """What was saved is stored and announced once, by whatever way it was committed."""
+    if is_shared(site, way):
+        return
+    with recorded() as heard:
+        with site.working():
+            site.bank.open_account()
+            COMMITS[way](site)
+            unit = site.host.open_unit()
+            assert unit is not None
+            assert unit.batches == []
+            with suppress(sa.exc.SQLAlchemyError):
+                site.session.rollback()
+        assert [count for _, count in heard] == [1]
+    assert site.stored() == (1, 0)
+
+
+SAVEPOINTS: dict[str, tuple[Callable[[HostSite], Any], Callable[[HostSite, Any], Any]]] = {
+    "session": (lambda site: site.session.begin_nested(), lambda site, savepoint: savepoint.rollback()),
+    "connection": (lambda site: of_connection(site).begin_nested(), lambda site, savepoint: savepoint.rollback()),
+    "text": (lambda site: text(site, "SAVEPOINT mine"), lambda site, _: text(site, "ROLLBACK TO SAVEPOINT mine")),
+}
+
+
+@pytest.mark.parametrize("way", SAVEPOINTS)
+def test_savepoint_by_any_way_takes_its_events_along(site: HostSite, way: str) -> None:
+    """What was saved in a savepoint that is rolled back is not announced, and the rest is."""
+    begin, roll_back = SAVEPOINTS[way]
+    with recorded() as heard:
+        with site.working():
+            account_id = site.bank.open_account()
+            savepoint = begin(site)
+            site.bank.deposit(account_id, 7)
+            roll_back(site, savepoint)
+            site.session.commit()
+        assert [count for _, count in heard] == [1]
+    assert site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("way", ["session", "connection"])
+def test_only_the_unit_commits_inside_a_unit(site: HostSite, way: str) -> None:
+    """A commit by somebody else inside a unit of work stores nothing: it is refused, and the unit is rolled back."""
+
+    def unit() -> None:
+        with site.host.context(), site.host.transaction():
+            site.bank.open_account()
+            COMMITS[way](site)
+
+    with pytest.raises(CommitInsideUnitError):
+        unit()
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("way", ["session", "connection"])
+def test_unit_in_which_somebody_rolls_back_stores_nothing(site: HostSite, way: str) -> None:
+    """Half of a unit of work is never committed: who rolls back inside it rolls all of it back."""
+
+    def unit() -> None:
+        with site.host.context(), site.host.transaction():
+            site.bank.open_account()
+            ROLLBACKS[way](site)
+            with suppress(sa.exc.SQLAlchemyError):
+                site.bank.open_account()
+                site.note()
+
+    with pytest.raises(RollbackOnlyError):
+        unit()
+    assert site.stored() == (0, 0)
+
+
+def test_closed_session_is_told(site: HostSite, caplog: pytest.LogCaptureFixture) -> None:
+    """Events that go with a session that is closed are not stored, and the log says so."""
+    with site.working():
+        site.bank.open_account()
+        site.session.close()
+    assert "1 event" in caplog.text
+    assert site.stored() == (0, 0)
+
+
+def test_events_of_a_transaction_of_the_caller(site: HostSite) -> None:
+    """In a transaction that the caller has begun on a connection, events are stored when that is committed."""
+    if is_in_memory(site.host.datastore.engine.url):
+        return
+    with site.host.context(), site.host.datastore.engine.connect() as connection:
+        outer = connection.begin()
+        with site.host.using(connection) as session:
+            account_id = site.bank.open_account()
+            session.commit()
+            assert site.bank.balance(account_id) == 0
+        outer.rollback()
+    assert site.stored() == (0, 0)

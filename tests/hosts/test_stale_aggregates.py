@@ -1,0 +1,246 @@
+"""An aggregate object whose events were lost is refused by ``save()``, on every host and database."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from eventsourcing.persistence import IntegrityError
+
+from flask_eventsourcing.applications import environment, refuse_stale_aggregates
+from flask_eventsourcing.exceptions import StaleAggregateError
+from flask_eventsourcing.persistence import Datastore
+from tests.domain import Account, Bank
+from tests.hosts.sites import HostSite
+
+
+def versions(site: HostSite, account_id: Any) -> list[int]:
+    """Return the versions of an account that are stored."""
+    return [each.originator_version for each in site.bank.events.get(account_id)]
+
+
+def test_object_whose_events_were_rolled_back_is_refused(site: HostSite) -> None:
+    """Changed and saved again after a rollback, an object is refused with its name, and leaves no gap."""
+    account_id = site.opened()
+    with site.working():
+        account = site.bank.account(account_id)
+        account.deposit(1)
+        site.bank.save(account)
+        site.session.rollback()
+        account.deposit(2)
+        with pytest.raises(StaleAggregateError, match=f"Account {account_id} .*rolled back.*read it again"):
+            site.bank.save(account)
+        site.session.commit()
+        assert versions(site, account_id) == [1]
+        site.session.rollback()
+
+
+def test_object_without_a_further_change_is_refused_too(site: HostSite) -> None:
+    """Nobody is told "done" for an object that is saved again after a rollback and has nothing to store."""
+    with site.working():
+        account = Account("Ada")
+        site.bank.save(account)
+        site.session.rollback()
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(account)
+        site.session.rollback()
+    assert site.stored() == (0, 0)
+
+
+def test_object_of_a_failed_savepoint_is_refused(site: HostSite) -> None:
+    """What was saved in a savepoint is refused after its rollback, what was saved around it is not."""
+    account_id, other_id = site.opened(), site.opened()
+    with site.working():
+        kept, lost = site.bank.account(other_id), site.bank.account(account_id)
+        kept.deposit(1)
+        site.bank.save(kept)
+        savepoint = site.session.begin_nested()
+        lost.deposit(1)
+        site.bank.save(lost)
+        savepoint.rollback()
+        kept.deposit(1)
+        site.bank.save(kept)
+        lost.deposit(1)
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(lost)
+        site.session.commit()
+        assert (versions(site, other_id), versions(site, account_id)) == ([1, 2, 3], [1])
+        site.session.rollback()
+
+
+def test_released_savepoint_stands_or_falls_with_the_transaction(site: HostSite) -> None:
+    """An object that was saved in a savepoint is refused when that was released and the transaction rolled back."""
+    account_id = site.opened()
+    with site.working():
+        account = site.bank.account(account_id)
+        with site.session.begin_nested(), site.session.begin_nested():
+            account.deposit(1)
+            site.bank.save(account)
+        account.deposit(1)
+        site.bank.save(account)
+        site.session.rollback()
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(account)
+        site.session.rollback()
+
+
+@pytest.mark.parametrize("end", ["close", "rollback", "reset"])
+def test_object_is_refused_whatever_ended_the_transaction(site: HostSite, end: str) -> None:
+    """It does not matter how the session was told to drop what was saved."""
+    account_id = site.opened()
+    with site.working():
+        account = site.bank.account(account_id)
+        account.deposit(1)
+        site.bank.save(account)
+        getattr(site.session, end)()
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(account)
+        site.session.rollback()
+
+
+def test_object_that_was_read_before_a_retried_function_is_refused(site: HostSite) -> None:
+    """After a conflict the next try neither stores a decision on the old state nor says "done" for nothing."""
+    account_id = site.opened()
+    with site.host.context(), site.host.transaction():
+        account = site.bank.account(account_id)
+    site.elsewhere(lambda: site.bank.deposit(account_id, 100))
+    tries: list[int] = []
+
+    def pay() -> None:
+        tries.append(account.balance)
+        if not account.balance:
+            account.deposit(-1)
+        site.bank.save(account)
+
+    with site.host.context(), pytest.raises(StaleAggregateError, match="could not be stored"):
+        site.host.retry(pay, 5)
+    assert len(tries) == 2
+    with site.host.context(), site.host.transaction():
+        assert site.bank.balance(account_id) == 100
+
+
+def test_object_whose_unit_is_tried_again_is_refused(site: HostSite) -> None:
+    """A new aggregate that was made before a retried function is refused in the second try."""
+    account = Account("Ada")
+    tries: list[int] = []
+
+    def save() -> None:
+        site.bank.save(account)
+        tries.append(1)
+        raise IntegrityError
+
+    with site.host.context(), pytest.raises(StaleAggregateError):
+        site.host.retry(save, 5)
+    assert tries == [1]
+    assert site.stored() == (0, 0)
+
+
+def test_object_that_was_read_uncommitted_is_refused(site: HostSite) -> None:
+    """An object that was read in the transaction of another's events is refused when they are rolled back."""
+    account_id = site.opened()
+    with site.working():
+        site.bank.deposit(account_id, 5)
+        account = site.bank.account(account_id)
+        assert account.balance == 5
+        site.session.rollback()
+        account.deposit(1)
+        with pytest.raises(StaleAggregateError, match="was read with events"):
+            site.bank.save(account)
+        site.session.rollback()
+        site.bank.deposit(account_id, 1)
+        site.session.commit()
+        assert versions(site, account_id) == [1, 2]
+        site.session.rollback()
+
+
+def test_all_objects_of_a_refused_save_are_refused(site: HostSite) -> None:
+    """The events of the others were taken away too."""
+    account_id = site.opened()
+    with site.working():
+        lost, other = site.bank.account(account_id), Account("Bob")
+        lost.deposit(1)
+        site.bank.save(lost)
+        site.session.rollback()
+        for _ in range(2):
+            with pytest.raises(StaleAggregateError):
+                site.bank.save(other, lost)
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(other)
+        site.session.rollback()
+
+
+def test_object_may_be_used_on_as_long_as_its_events_are_there(site: HostSite) -> None:
+    """An object that is saved, committed, changed and saved again stays in use, and so does one that was read again."""
+    with site.working():
+        account = Account("Ada")
+        for _ in range(3):
+            site.bank.save(account)
+            account.deposit(1)
+            site.bank.save(account)
+            again = site.bank.account(account.id)
+            again.deposit(1)
+            site.bank.save(again)
+            site.session.commit()
+            account = again
+        with suppress(KeyError), site.session.begin_nested():
+            site.bank.save(Account("Bob"))
+            raise KeyError
+        account.deposit(1)
+        site.bank.save(account)
+        site.session.commit()
+        assert versions(site, account.id) == list(range(1, 9))
+        site.session.rollback()
+
+
+def test_object_that_was_only_looked_at_is_not_refused(site: HostSite) -> None:
+    """A rollback, or a failed save, loses nothing of an object that had no change."""
+    account_id, other_id = site.opened(), site.opened()
+    with site.working():
+        account, other = site.bank.account(account_id), site.bank.account(other_id)
+        other.deposit(1)
+        site.bank.save(other, account)
+        site.session.rollback()
+        account.deposit(1)
+        site.bank.save(account)
+        site.session.commit()
+        assert (versions(site, account_id), versions(site, other_id)) == ([1, 2], [1])
+        site.session.rollback()
+
+
+def test_events_without_an_object_are_saved(site: HostSite) -> None:
+    """Events that are saved by themselves can be saved again after a rollback: nobody keeps a state of them."""
+    account_id = site.opened()
+    with site.working():
+        account = site.bank.account(account_id)
+        account.deposit(1)
+        (event,) = account.collect_events()
+        for _ in range(2):
+            site.bank.save(event)
+            site.session.rollback()
+        site.bank.save(event)
+        site.session.commit()
+        assert versions(site, account_id) == [1, 2]
+        site.session.rollback()
+
+
+def test_conflict_outside_of_a_session_is_known(site: HostSite) -> None:
+    """Where each save commits on its own, an object that had a conflict is refused as well."""
+    of_host = site.host.datastore
+    alone = Datastore(of_host.engine, of_host.options, of_host.tables)
+    bank = Bank(env=environment(alone, {}, "Bank"))
+    for _ in range(2):
+        refuse_stale_aggregates(bank)
+    account_id = bank.open_account()
+    stale, fresh = bank.account(account_id), bank.account(account_id)
+    fresh.deposit(1)
+    bank.save(fresh)
+    stale.deposit(1)
+    with pytest.raises(IntegrityError):
+        bank.save(stale)
+    with pytest.raises(StaleAggregateError):
+        bank.save(stale)
+    fresh.deposit(1)
+    bank.save(fresh)
+    assert bank.balance(account_id) == 2
+    bank.close()

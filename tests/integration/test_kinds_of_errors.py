@@ -1,0 +1,126 @@
+"""A conflict is a conflict: the keys of the tables, serialisation failures, deadlocks; every other error is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing.persistence import DatabaseError, IntegrityError, StoredEvent, Tracking
+
+from flask_eventsourcing.exceptions import ConstraintError
+from tests.bank import Site
+
+SECRET = "4711-secret"
+
+
+@contextmanager
+def refused(site: Site, ddl: str, error: type[Exception]) -> Iterator[None]:
+    """Change the table of events, and expect an error that tells no values."""
+    with site.app.app_context():
+        with site.db.engine.begin() as connection:
+            connection.exec_driver_sql(ddl)
+        with pytest.raises(error) as raised:
+            yield
+        assert not isinstance(raised.value, IntegrityError)
+        assert "Another writer" not in str(raised.value)
+        assert SECRET not in str(raised.value)
+        assert not site.bank.recorder.dialect.is_conflict(raised.value)  # type: ignore[attr-defined]
+        site.db.session.rollback()
+
+
+def save(site: Site, *topics: str, originator_id: UUID | None = None) -> None:
+    """Save events of one aggregate with these topics."""
+    originator_id = originator_id or uuid4()
+    site.bank.recorder.insert_events(
+        [StoredEvent(originator_id, version, topic, SECRET.encode()) for version, topic in enumerate(topics, 1)]
+    )
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_unique_constraint_of_ones_own_is_no_conflict(site: Site, watched: bool) -> None:
+    """A UNIQUE that a user has put on the table of events is not taken for another writer's having been first."""
+    with site.app.app_context():
+        mysql = site.db.engine.dialect.name in ("mysql", "mariadb")
+        site.db.engine.echo = watched
+    with refused(site, f"CREATE UNIQUE INDEX own ON bank_events (topic{'(50)' if mysql else ''})", ConstraintError):
+        save(site, SECRET, SECRET)
+
+
+def test_not_null_of_ones_own_is_no_conflict(site: Site) -> None:
+    """A NOT NULL on a column of the events' table stays an error of its own."""
+    if site.app.config["SQLALCHEMY_DATABASE_URI"].startswith("sqlite"):
+        pytest.skip("There a column cannot become NOT NULL.")
+    mysql = site.app.config["SQLALCHEMY_DATABASE_URI"].startswith(("mysql", "mariadb"))
+    change = "MODIFY correlation_id VARCHAR(128) NOT NULL" if mysql else "ALTER correlation_id SET NOT NULL"
+    with refused(site, f"ALTER TABLE bank_events {change}", DatabaseError):
+        save(site, "one")
+
+
+def test_trigger_is_no_conflict(site: Site) -> None:
+    """What a trigger refuses stays an error of its own."""
+    name = site.app.config["SQLALCHEMY_DATABASE_URI"].split(":")[0].split("+")[0]
+    ddl = {
+        "sqlite": "CREATE TRIGGER no BEFORE INSERT ON bank_events BEGIN SELECT RAISE(ABORT, 'no'); END",
+        "postgresql": "ALTER TABLE bank_events ADD CONSTRAINT no CHECK (topic = 'two')",
+    }.get(name, "ALTER TABLE bank_events ADD CONSTRAINT no CHECK (topic = 'two')")
+    with refused(site, ddl, DatabaseError):
+        save(site, "one")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_keys_of_events_are_conflicts(site: Site, watched: bool) -> None:
+    """The same version twice is a conflict that may be run again, told without the values in the rows."""
+    account_id = site.opened()
+    with site.app.app_context():
+        site.db.engine.echo = watched
+        with pytest.raises(IntegrityError, match="Another writer was first") as raised:
+            save(site, "one", originator_id=account_id)
+        site.db.engine.echo = False
+        assert site.bank.recorder.dialect.is_conflict(raised.value)  # type: ignore[attr-defined]
+        assert str(account_id) not in str(raised.value)
+        assert account_id.hex not in str(raised.value)
+        site.db.session.rollback()
+
+
+def test_keys_of_snapshots_are_the_librarys_error_and_not_run_again(site: Site) -> None:
+    """The same snapshot twice is the library's ``IntegrityError``, but no reason to run the unit again."""
+    with site.app.app_context():
+        recorder: Any = site.bank.factory.aggregate_recorder(purpose="snapshots")
+        snapshot = StoredEvent(uuid4(), 3, "topic", SECRET.encode())
+        recorder.insert_events([snapshot])
+        with pytest.raises(IntegrityError) as raised:
+            recorder.insert_events([snapshot])
+        assert not cast(Any, recorder).dialect.is_conflict(raised.value)
+        site.db.session.rollback()
+
+
+def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(site: Site) -> None:
+    """A position at or below the recorded one is the library's ``IntegrityError``, but no reason to run it again."""
+    with site.app.app_context():
+        recorder: Any = site.bank.factory.tracking_recorder()
+        recorder.insert_tracking(Tracking("upstream", 5))
+        with pytest.raises(IntegrityError) as raised:
+            recorder.insert_tracking(Tracking("upstream", 5))
+        assert not recorder.dialect.is_conflict(raised.value)
+        site.db.session.rollback()
+
+
+def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
+    """Whoever ended the transaction, and by whatever text, the driver or the server says that it is over."""
+    with site.app.app_context():
+        dialect: Any = cast(Any, site.bank.recorder).dialect
+        site.bank.open_account()
+        connection = site.db.session.connection()
+        assert not dialect.is_over(connection)
+        connection.exec_driver_sql("ROLLBACK")
+        assert dialect.is_over(connection)
+        site.db.session.rollback()
+        site.bank.open_account()
+        assert not dialect.is_over(site.db.session.connection())
+        site.db.session.execute(sa.text("SELECT 1"))
+        assert not dialect.is_over(site.db.session.connection())
+        site.db.session.rollback()
