@@ -141,6 +141,15 @@ def finalize_request(app: Any, finalize: Callable[..., Any]) -> None:
     app.finalize_request = finalize
 
 
+def forget_class(model: Any) -> None:
+    """Have a declarative base forget a mapped class and its table, as if it had never been made.
+
+    SQLAlchemy's ``registry.dispose()`` does so for all classes of a base. It can go when it has a function for one.
+    """
+    model.__table__.metadata.remove(model.__table__)
+    model.registry._dispose_cls(model)
+
+
 def task_registry_class(tasks: Any, registry_class: type[Any]) -> None:
     """Give a Celery app's registry of tasks another class.
 

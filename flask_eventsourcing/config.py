@@ -18,6 +18,7 @@ PostgresOrder = Literal["advisory-lock", "table-lock"]
 RENAMED = {(f"{PREFIX}POSTGRES_ORDER", "floor"): "advisory-lock"}
 """Values that had another name before, each with its present one: accepted, with a ``DeprecationWarning``."""
 ProjectionLock = Literal["database", "lease"]
+Construct = Literal["first-use", "init"]
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
@@ -60,6 +61,16 @@ def _environment(value: Any) -> str | None:
     return None
 
 
+def _binds(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return "must be a mapping of the names of applications to bind keys"
+    items: list[tuple[Any, Any]] = list(value.items())
+    for name, bind_key in items:
+        if _name(name) or _optional(_name)(bind_key):
+            return f"must map names of applications to bind keys or None, but {name!r} is mapped to {bind_key!r}"
+    return None
+
+
 def _current(key: str, value: Any) -> Any:
     """Return the present name of a value that had another one."""
     present = RENAMED.get((key, value)) if isinstance(value, str) else None
@@ -84,7 +95,9 @@ class Config:
     commit: CommitMode = field(default="explicit", metadata=_checked(_one_of("explicit", "request", "save")))
     env: Mapping[str, str] = field(default_factory=dict, metadata=_checked(_environment))
     bind_key: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    binds: Mapping[str, str | None] = field(default_factory=dict, metadata=_checked(_binds))
     schema: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    construct: Construct = field(default="first-use", metadata=_checked(_one_of("first-use", "init")))
     originator_id_type: OriginatorIdType | None = field(
         default=None, metadata=_checked(_optional(_one_of("uuid", "text")))
     )
@@ -95,6 +108,10 @@ class Config:
     postgres_notify: bool = field(default=True, metadata=_checked(_boolean))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
     projection_lock: ProjectionLock = field(default="database", metadata=_checked(_one_of("database", "lease")))
+
+    def bind_key_of(self, application_name: str) -> str | None:
+        """Return the bind key of the database that has an application's events."""
+        return self.binds.get(application_name, self.bind_key)
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> Config:

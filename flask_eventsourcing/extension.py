@@ -18,19 +18,22 @@ from .config import Config
 from .exceptions import ConfigurationError
 from .models import Models
 from .projections import ModelProjection
+from .projections.definitions import check_projection
 from .projections.following import Health, status_of, wait_for
 from .projections.registry import Registrations
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
 from .web.sessions import check_extension, register_extension, registered_extension
-from .web.setup import RecordClasses, make_state, untouched_on_error
-from .web.state import EXTENSION, current_state, state_of
+from .web.setup import RecordClasses, construct_now, constructor_of, make_state, untouched_on_error
+from .web.state import EXTENSION, current_state, keep, state_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
 J = TypeVar("J", bound=ModelProjection)
+Constructor = type[Application[Any]] | Callable[..., Application[Any]]
+T = TypeVar("T", bound=Constructor)
 
 
 class EventSourcing:
@@ -39,8 +42,10 @@ class EventSourcing:
     :param app: call :meth:`init_app` with it now.
     :param db: the ``SQLAlchemy`` object of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite. Without it, the object that is
         registered on the app is used, and if there is none, one is made.
-    :param application: the application class, a subclass of ``eventsourcing.application.Application``.
-    :param applications: application classes, where there are several; each keeps to its own tables.
+    :param application: the application class, a subclass of ``eventsourcing.application.Application``; or a function
+        that takes ``env`` and returns an application, with the class as its return annotation, where the constructor
+        takes more. Without any, the library's plain ``Application``.
+    :param applications: the same, where there are several; each keeps to its own tables.
     :param stored_event_model: your own record class of events, with the columns of ``StoredEventMixin``.
     :param snapshot_model: your own record class of snapshots, with the columns of ``SnapshotMixin``.
     :param tracking_model: your own record class of positions, with the columns of ``TrackingMixin``.
@@ -56,8 +61,8 @@ class EventSourcing:
         app: Flask | None = None,
         *,
         db: Any = None,
-        application: type[Application[Any]] | None = None,
-        applications: Iterable[type[Application[Any]]] = (),
+        application: Constructor | None = None,
+        applications: Iterable[Constructor] = (),
         stored_event_model: Any = None,
         snapshot_model: Any = None,
         tracking_model: Any = None,
@@ -65,7 +70,8 @@ class EventSourcing:
     ) -> None:
         self._db = None if db is None else check_extension(db)
         self._made_db: Any = None
-        self._classes: list[type[Application[Any]]] = []
+        self._constructors: dict[type[Application[Any]], Any] = {}
+        self._stands_in = False
         own_models = {
             "stored_event_model": stored_event_model,
             "snapshot_model": snapshot_model,
@@ -74,37 +80,65 @@ class EventSourcing:
         self._records = RecordClasses(own_models, model_class)
         self._registrations = Registrations()
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
-        for application_class in (application, *applications) if application is not None else applications:
-            self._add_class(application_class)
+        for each in (application, *applications) if application is not None else applications:
+            self._add(each)
         if app is not None:
             self.init_app(app)
 
-    def register(self, application_class: type[A]) -> type[A]:
-        """Register an application class; usable as a decorator, before :meth:`init_app`.
+    @property
+    def _classes(self) -> list[type[Application[Any]]]:
+        return list(self._constructors)
+
+    def register(self, application: T) -> T:
+        """Register an application class, or a factory of one; usable as a decorator, before :meth:`init_app`.
+
+        Where :meth:`init_app` has taken the library's plain ``Application``, as there was no class, the first one that
+        is registered later takes its place, unless that was used.
 
         :raises ConfigurationError: when it is none, its name is taken, or an app was initialised already.
         """
+        if self._stands_in and self._apps:
+            self._replace_plain(application)
+            return application
         if self._apps:
             raise ConfigurationError(
-                f"{application_class!r} is registered after es.init_app(app): register it before, as its tables belong "
+                f"{application!r} is registered after es.init_app(app): register it before, as its tables belong "
                 "to the app's models."
             )
-        self._add_class(application_class)
-        return application_class
+        self._add(application)
+        return application
 
-    def _add_class(self, application_class: Any) -> None:
-        if not isinstance(application_class, type) or not issubclass(application_class, Application):
-            raise ConfigurationError(
-                f"{application_class!r} is not an application class: pass a subclass of "
-                "eventsourcing.application.Application, not an instance of one."
-            )
+    def _add(self, given: Any) -> None:
+        application_class, constructor = constructor_of(given)
         for other in self._classes:
             if other.name.lower() == application_class.name.lower():
                 raise ConfigurationError(
                     f"Two application classes are called {application_class.name!r}, so they would share their tables: "
                     "set another class attribute 'name' on one of them."
                 )
-        self._classes.append(application_class)
+        self._constructors[application_class] = constructor
+
+    def _replace_plain(self, given: Any) -> None:
+        former = [state_of(app) for app in self._apps]
+        used = any(slot.constructed for state in former for slot in state.slots.values())
+        if used or self._records.created or self._registrations.entries:
+            raise ConfigurationError(
+                f"{given!r} is registered too late: the plain Application, which es.init_app(app) took as there was no "
+                "application class, was used already. Register before init_app, or before anything is used."
+            )
+        application_class, constructor = constructor_of(given)
+        constructors = {application_class: constructor}
+        with self._records.untouched_on_error():
+            states = [
+                make_state(s.app, s.db, s.config, constructors, self._records, self._registrations) for s in former
+            ]
+            for made in states:
+                construct_now(made)
+        for state, made in zip(former, states, strict=True):
+            made.prepare()
+            state.take(made)
+        self._records.forget(Application.name)
+        self._constructors, self._stands_in = constructors, False
 
     @overload
     def projection(self, projection_class: type[J], /) -> type[J]: ...
@@ -121,13 +155,15 @@ class EventSourcing:
 
         def decorate(decorated: type[J]) -> type[J]:
             followed = self._followed(decorated, of)
-            bound = [state_of(app).projections for app in self._apps]
+            states = [state_of(app) for app in self._apps]
             # All is checked before anything is registered.
-            for each in bound:
-                each.check(decorated)
+            models = check_projection(decorated).models
+            for state in states:
+                bind_key = state.config.bind_key_of(followed.name)
+                state.host.database.check_models(decorated, models, bind_key)
             registration = self._registrations.add(decorated, followed)
-            for each in bound:
-                each.add(registration)
+            for state in states:
+                state.projections.add(registration)
             return decorated
 
         return decorate if projection_class is None else decorate(projection_class)
@@ -160,23 +196,26 @@ class EventSourcing:
                 f"Flask-EventSourcing is registered on the app {app.name!r} already: call init_app once for an app, "
                 "and pass several application classes to one EventSourcing(applications=…)."
             )
-        if not self._classes:
-            raise ConfigurationError(
-                "There is no application class: pass EventSourcing(application=…) or use @es.register."
-            )
         config = Config.from_mapping(app.config)
-        with untouched_on_error(app):
+        stands_in = self._stands_in or not self._constructors
+        constructors = self._constructors or {Application: Application}
+        with untouched_on_error(app), self._records.untouched_on_error():
             db = self._db or registered_extension(app)
-            if db is None:
-                db = self._made_db = register_extension(app, self._made_db)
-            state = make_state(app, db, config, self._classes, self._records, self._registrations)
+            made_db = None if db is not None else register_extension(app, self._made_db)
+            state = make_state(app, db or made_db, config, constructors, self._records, self._registrations)
+            construct_now(state)
             uncommitted.install(state)
             app.cli.add_command(group)
             app.shell_context_processor(lambda: {"es": self})
             app.extensions[EXTENSION] = state
-            state.host.prepare()
+            state.prepare()
+        # From here on nothing fails.
         uncommitted.connect(state)
+        keep(state)
         self._apps.add(app)
+        self._made_db, self._constructors, self._stands_in = made_db or self._made_db, constructors, stands_in
+        if stands_in:
+            self._records.watch(Application.name)
 
     # ---------------------------------------------------------------------------------------------------- using
 
@@ -246,7 +285,17 @@ class EventSourcing:
         :raises NotInitializedError: outside an application context.
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
-        return current_state().host.transaction()
+        return current_state().current_host.transaction()
+
+    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Within it, a session of your own is the current one, also as ``db.session``; afterwards the former is again.
+
+        You commit and close it. Uses may be nested.
+
+        :raises ConfigurationError: when it is for another database than that of the events.
+        :raises NotInitializedError: outside an application context.
+        """
+        return current_state().using(session)
 
     @overload
     def transactional(self, function: Callable[P, R], /) -> Callable[P, R]: ...

@@ -24,6 +24,7 @@ from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
 from .models import Models
 from .persistence import Datastore, DialectOptions
+from .persistence.dialects import is_in_memory
 from .signals import events_recorded
 from .uow import Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units, follow
 
@@ -67,6 +68,12 @@ class Host(Protocol):
 
     def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
         """Within it, the current session is one of its own, with *connection* in the place of the events' engine."""
+
+    def using_session(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+
+        :raises ConfigurationError: when it is for another database.
+        """
 
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
         """The tables of one of the host's models."""
@@ -118,7 +125,7 @@ class PlainHost:
         self._datastore = plain.joining(self.unit)
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
             application_class: ApplicationSlot(
-                partial(construct, application_class, self._datastore, dict(env or {}), self.unit)
+                partial(construct, application_class, self._datastore, dict(env or {}), self.unit, self.using_session)
             )
             for application_class in models
         }
@@ -212,6 +219,19 @@ class PlainHost:
             self._units.of(session).bind_arguments = {"bind": connection}
             yield session
 
+    @contextmanager
+    def using_session(self, session: orm.Session) -> Iterator[orm.Session]:
+        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+
+        :raises ConfigurationError: when it is for another database.
+        """
+        check_session(session, self._datastore.engine, self._units.bind_arguments["clause"])
+        token = self._current.set(session)
+        try:
+            yield session
+        finally:
+            self._current.reset(token)
+
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
         """The tables of a mapped class."""
         return mapped_tables(model)
@@ -257,6 +277,25 @@ def redirected_session(factory: orm.sessionmaker[Any], engine: sa.Engine, connec
 
     made: orm.Session = RedirectedSession(**factory.kw)
     return made
+
+
+def check_session(session: orm.Session, engine: sa.Engine, events_table: sa.Table) -> None:
+    """Check that a session finds an events table in the database of an engine.
+
+    :raises ConfigurationError: when it has no engine for it, or that of another database.
+    """
+    try:
+        found = session.get_bind(clause=events_table).engine
+    except sa.exc.UnboundExecutionError as error:
+        raise ConfigurationError(
+            f"This session has no engine for {events_table.name!r}: make it with one, or with that of the events."
+        ) from error
+    same_address = found.url == engine.url and not is_in_memory(engine.url)
+    if found.pool is not engine.pool and not same_address:
+        raise ConfigurationError(
+            f"This session is for the database {found.url.render_as_string(hide_password=True)}, and "
+            f"{events_table.name!r} is in {engine.url.render_as_string(hide_password=True)}: make it for that one."
+        )
 
 
 def mapped_tables(model: Any) -> list[sa.Table]:

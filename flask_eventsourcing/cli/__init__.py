@@ -65,6 +65,7 @@ def subject() -> Subject:
         application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],
         applications=lambda: {cls.name: application for cls, application in state.applications.items()},
         projections=state.projections,
+        elsewhere=state.elsewhere(),
     )
 
 

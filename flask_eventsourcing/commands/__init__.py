@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TextIO
 
 import sqlalchemy as sa
@@ -31,6 +31,7 @@ class Subject:
     :param commit_mode: who commits, as ``check`` tells it.
     :param application_tables: the tables of applications, each with the application's name.
     :param applications: returns the applications of this process by their names; may construct them.
+    :param elsewhere: the tables that are in another database than the datastore's, with that.
     """
 
     program: str
@@ -39,6 +40,15 @@ class Subject:
     application_tables: Sequence[tuple[str, sa.Table]]
     applications: Callable[[], Mapping[str, Application[Any]]]
     projections: BoundProjections
+    elsewhere: Mapping[sa.Table, sa.Engine] = field(default_factory=dict)
+
+    def engine_of(self, table: sa.Table) -> sa.Engine:
+        """Return the database that has a table."""
+        return self.elsewhere.get(table, self.datastore.engine)
+
+    def engines(self) -> list[sa.Engine]:
+        """Return the databases, that of the first application first."""
+        return list(dict.fromkeys([self.datastore.engine, *self.elsewhere.values()]))
 
     def tables(self) -> list[tuple[str, sa.Table]]:
         """Return the tables of applications, then those that projections need, each with whom it belongs to."""
@@ -123,8 +133,9 @@ def missing_tables(subject: Subject) -> list[sa.Table]:
     :raises CommandError: when the database cannot be reached.
     """
     with clear_errors():
-        inspector = sa.inspect(subject.datastore.engine)
-        return [table for _, table in subject.tables() if not inspector.has_table(table.name, schema=table.schema)]
+        inspectors = {engine: sa.inspect(engine) for engine in subject.engines()}
+        tables = [table for _, table in subject.tables()]
+        return [t for t in tables if not inspectors[subject.engine_of(t)].has_table(t.name, schema=t.schema)]
 
 
 def require_tables(subject: Subject) -> None:

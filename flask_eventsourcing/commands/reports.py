@@ -36,9 +36,9 @@ def init_db(subject: Subject, output: Output) -> int:
         output.write("All tables are there.")
         return 0
     # In the order of their foreign keys, and only these: not what they may refer to elsewhere.
-    metadatas = dict.fromkeys(table.metadata for table in missing)
-    for metadata in metadatas:
-        metadata.create_all(subject.datastore.engine, [table for table in missing if table.metadata is metadata])
+    places = {table: (table.metadata, subject.engine_of(table)) for table in missing}
+    for metadata, engine in dict.fromkeys(places.values()):
+        metadata.create_all(engine, [table for table, place in places.items() if place == (metadata, engine)])
     for table in missing:
         output.write(f"Created table {table.fullname}.")
     return 0
@@ -49,10 +49,9 @@ def check(subject: Subject, output: Output) -> int:
 
     :raises CommandError: when something is wrong.
     """
-    engine = subject.datastore.engine
-    output.write(
-        f"Database: {engine.url.render_as_string(hide_password=True)} ({engine.dialect.name}, {engine.driver})"
-    )
+    for engine in subject.engines():
+        address = engine.url.render_as_string(hide_password=True)
+        output.write(f"Database: {address} ({engine.dialect.name}, {engine.driver})")
     output.write(f"Commit mode: {subject.commit_mode}")
     missing = missing_tables(subject)
     for owner, table in subject.tables():

@@ -90,7 +90,7 @@ class UnitRunner:
                 with self.transaction(queueing=True, run=run):
                     return function()
             except (IntegrityError, sa.exc.DBAPIError) as error:
-                conflict = _as_conflict(unit, error)
+                conflict = as_conflict(unit, error)
                 if conflict is None:
                     raise
                 if not again or tries == times or run.has_committed:
@@ -99,7 +99,7 @@ class UnitRunner:
         raise IntegrityError
 
 
-def _as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:
+def as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:
     """Return the library's error for one after which the unit may be run again, or None for any other."""
     if isinstance(error, sa.exc.DBAPIError):
         if not unit.dialect.is_serialization_failure(error.orig):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
 from flask import has_request_context
 from werkzeug.datastructures import Headers
@@ -17,8 +18,8 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 from ..exceptions import ConfigurationError
-from ..uow import UnitOfWork
-from ..uow.running import LONGEST_PAUSE
+from ..uow import Run, UnitOfWork
+from ..uow.running import LONGEST_PAUSE, as_conflict
 from .sessions import FlaskHost
 from .state import current_state
 from .uncommitted import FAILURE, rolled_back
@@ -56,7 +57,7 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
 def _awaited(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
-        host = current_state().host
+        host = current_state().current_host
         judge = _judge(host, name, status=status)
 
         async def work() -> Any:
@@ -74,7 +75,7 @@ def _awaited(function: Callable[..., Any], name: str, times: int | None, *, stat
 def _called(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        host = current_state().host
+        host = current_state().current_host
         judge = _judge(host, name, status=status)
 
         def work() -> Any:
@@ -153,17 +154,20 @@ async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int
         with host.transaction():
             return await work()
     unit = _unit(host)
-    again = not unit.has_changes()
-    tries = 0
-    while True:
+    again = not unit.has_changes() and not unit.shared.depth
+    for tries in range(times + 1):
+        run = Run()
         try:
-            with host.transaction(queueing=True):
+            with host.transaction(queueing=True, run=run):
                 return await work()
-        except IntegrityError:
-            if not again or tries == times or unit.shared.depth:
+        except (IntegrityError, sa.exc.DBAPIError) as error:
+            conflict = as_conflict(unit, error)
+            if conflict is None:
                 raise
-        tries += 1
-        await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.002 * 2**tries)))  # noqa: S311
+            if not again or tries == times or run.has_committed:
+                raise conflict from conflict.__cause__
+        await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
+    raise IntegrityError
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from sqlalchemy.engine import Connection
 
 from .._patches import lite_get_session, lite_sessions, session_scope
 from ..exceptions import ConfigurationError, NotInitializedError
-from ..host import mapped_tables, redirected_session
+from ..host import check_session, mapped_tables, redirected_session
 from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
@@ -37,6 +38,10 @@ PID = "_flask_eventsourcing_pid"
 
 ENDED = "_flask_eventsourcing_ended"
 """Marks a context that is over, in ``flask.g``: a thread may still have a copy of it."""
+OWN = "flask_eventsourcing.own"
+"""Marks a session that somebody has made the current one, in ``Session.info``."""
+LEFT = "_flask_eventsourcing_left"
+"""Where an application context has the sessions that were current for a while, in ``flask.g``."""
 AFTER_THE_END = (
     "An application context that has ended is in use, as by a thread with a copy of it: nobody commits its session, "
     "rolls it back or closes it. Push a context of its own there: with app.app_context(): …"
@@ -90,24 +95,28 @@ class AppDatabase:
 
     :param app: the app.
     :param extension: of Flask-SQLAlchemy 3.1 or Flask-SQLAlchemy-Lite.
-    :param bind_key: of the events.
-    :raises ConfigurationError: when it is not registered on the app, or there is no such bind key.
+    :raises ConfigurationError: when it is not registered on the app.
     """
 
-    def __init__(self, app: Flask, extension: Any, bind_key: str | None) -> None:
+    def __init__(self, app: Flask, extension: Any) -> None:
         registered: Any = app.extensions.get("sqlalchemy")
         if registered is not extension:
             raise ConfigurationError(
                 "The db object is not registered on this Flask app: call db.init_app(app) before es.init_app(app)."
             )
         self.extension: Any = extension
-        self.bind_key = bind_key
         self.has_models = has_models(extension)
         with app.app_context():
             self.engines: Mapping[str | None, sa.Engine] = extension.engines
             self._factory: orm.sessionmaker[Any] = (
                 extension.session.session_factory if self.has_models else extension.sessionmaker
             )
+
+    def engine_of(self, bind_key: str | None) -> sa.Engine:
+        """Return the database of a bind key.
+
+        :raises ConfigurationError: when there is none.
+        """
         key = bind_key if self.has_models or bind_key is not None else "default"
         if key not in self.engines:
             found = ", ".join(repr(name) for name in self.engines)
@@ -115,26 +124,26 @@ class AppDatabase:
             raise ConfigurationError(
                 f"There is no engine for the bind key {key!r} (found: {found}): add it to {setting}."
             )
-        self.engine: sa.Engine = self.engines[key]
-        """The database of the events."""
+        return self.engines[key]
 
-    def bind_arguments(self, events_table: sa.Table) -> dict[str, Any]:
-        """Return with what a session finds its connection to the events' database."""
-        if not self.has_models and self.bind_key is not None:
-            return {"bind": self.engine}
+    def bind_arguments(self, bind_key: str | None, events_table: sa.Table) -> dict[str, Any]:
+        """Return with what a session finds its connection to the database of a bind key."""
+        if not self.has_models and bind_key is not None:
+            return {"bind": self.engine_of(bind_key)}
         return {"clause": events_table}
 
-    def check_table(self, owner: Any, table: sa.Table) -> None:
-        """Check that a table is in the database of the events.
+    def check_models(self, owner: Any, models: Sequence[Any], bind_key: str | None) -> None:
+        """Check that the tables of a projection's models are in the database of the events that it follows.
 
-        :raises ConfigurationError: when it is not.
+        :raises ConfigurationError: when one is not.
         """
-        found = table.metadata.info.get("bind_key") if self.has_models else self.bind_key
-        if found != self.bind_key:
-            raise ConfigurationError(
-                f"Table {table.name!r} of {owner.__name__} has the bind key {found!r}, and the events have "
-                f"{self.bind_key!r}: they must be in one database, as they are committed in one transaction."
-            )
+        for table in [table for model in models for table in mapped_tables(model)] if self.has_models else ():
+            found = table.metadata.info.get("bind_key")
+            if found != bind_key:
+                raise ConfigurationError(
+                    f"Table {table.name!r} of {owner.__name__} has the bind key {found!r}, and the events have "
+                    f"{bind_key!r}: they must be in one database, as they are committed in one transaction."
+                )
 
     def session(self) -> orm.Session:
         """Return the session of the current application context."""
@@ -144,33 +153,53 @@ class AppDatabase:
 
     def open_session(self) -> orm.Session | None:
         """Return the session of the current application context if it was used already."""
-        session: Any = None if not self.has_models else self.extension.session
+        if not self.has_models:
+            return self.session() if "default" in g.get(SESSIONS, {}) else None
+        session = self.extension.session
         if isinstance(session, orm.scoped_session) and not session.registry.has():
-            return None
-        if not self.has_models and "default" not in g.get(SESSIONS, {}):
             return None
         return self.session()
 
     def drop_session(self) -> None:
         """Close a session that was opened when the current application context had closed its own already."""
         session = self.open_session()
-        if session is None:
-            return
-        if self.has_models and isinstance(self.extension.session, orm.scoped_session):
-            self.extension.session.remove()
-        elif not self.has_models:
+        if session is not None and (not self.has_models or isinstance(self.extension.session, orm.scoped_session)):
             session.close()
-            g.pop(SESSIONS, None)
+            self._set_session(None)
 
-    def redirected_session(self, connection: Connection) -> orm.Session:
-        """Return a new session of the current context, with a connection in the place of the events' engine."""
-        session = redirected_session(self._factory, self.engine, connection)
+    @contextmanager
+    def using(self, session: orm.Session) -> Iterator[None]:
+        """Within it, a session is the one of the current application context; afterwards the former is.
+
+        :raises ConfigurationError: when ``db.session`` was replaced by something that has no place for it.
+        """
+        if self.has_models and not isinstance(self.extension.session, orm.scoped_session):
+            raise ConfigurationError(
+                f"db.session is {self.extension.session!r}, not a scoped_session: no other session can take its place."
+            )
+        before = self.open_session()
+        self._set_session(session)
+        try:
+            yield
+        finally:
+            self._set_session(before)
+
+    def _set_session(self, session: orm.Session | None) -> None:
+        if not self.has_models:
+            # It closes what it finds there at the end of the context.
+            others = {name: each for name, each in g.get(SESSIONS, {}).items() if name != "default"}
+            lite_sessions(g, others if session is None else {**others, "default": session})
+        elif session is None:
+            self.extension.session.registry.clear()
+        else:
+            self.extension.session.registry.set(session)
+
+    def redirected_session(self, engine: sa.Engine, connection: Connection) -> orm.Session:
+        """Return a new session of the current context, with a connection in the place of an engine."""
+        session = redirected_session(self._factory, engine, connection)
         if isinstance(self.extension.session, orm.scoped_session):
             self.extension.session.remove()
-            self.extension.session.registry.set(session)
-        else:
-            # It closes what it finds there at the end of the context.
-            lite_sessions(g, {"default": session})
+        self._set_session(session)
         return session
 
     def separate_processes(self) -> None:
@@ -186,29 +215,44 @@ class AppDatabase:
             session_scope(registry, ScopeInProcess(scope))
 
 
+@dataclass(frozen=True, eq=False)
+class AppDatastore(Datastore):
+    """A database of a Flask app, which ``init_app`` prepares as its last step, and no recorder before that."""
+
+    def prepare(self) -> None:
+        """Do nothing."""
+
+    def install(self) -> None:
+        """Install what the engine needs."""
+        super().prepare()
+
+
 def current_context() -> object:
     """Return the application context, which has a session of its own."""
     return app_ctx._get_current_object() if has_app_context() else None  # type: ignore[attr-defined]
 
 
 class FlaskHost:
-    """A Flask app as the ``Host`` of its applications and projections.
+    """A Flask app as the ``Host`` of the applications in one database, and of their projections.
 
     :param app: the app.
     :param database: its databases and sessions.
-    :param units: makes the units of work of its sessions.
+    :param units: makes the units of work of its sessions in that database.
+    :param events_table: one that is in that database.
     """
 
-    def __init__(self, app: Flask, database: AppDatabase, units: Units) -> None:
+    def __init__(self, app: Flask, database: AppDatabase, units: Units, events_table: sa.Table) -> None:
         self.app = app
         self.database = database
         self._units = units
+        self._events_table = events_table
         self._runner = UnitRunner(self._required)
-        self.datastore: Datastore = units.datastore.joining(self.unit)
+        given = {each.name: getattr(units.datastore, each.name) for each in fields(Datastore) if each.init}
+        self.datastore = AppDatastore(**given | {"unit": self.unit})
 
     def prepare(self) -> None:
         """Install what the app's engines and sessions need."""
-        self.datastore.prepare()
+        self.datastore.install()
         follow(self.datastore.engine, self.datastore.dialect)
         self.database.separate_processes()
 
@@ -223,12 +267,18 @@ class FlaskHost:
             if ENDED in g and ENDED not in session.info:
                 session.info[ENDED] = True
                 self.app.logger.error(AFTER_THE_END)
+            if OWN in session.info:
+                self.check_session(session)
             return self._units.of(session)
         return None
 
     def open_unit(self) -> UnitOfWork | None:
         """The unit of work of the current session, if a recorder has joined it already."""
         return self._units.open(self.database.open_session())
+
+    def open_unit_of(self, session: orm.Session) -> UnitOfWork | None:
+        """The unit of work of a session, if a recorder has joined it already."""
+        return self._units.open(session)
 
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session."""
@@ -248,12 +298,46 @@ class FlaskHost:
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:
         """Within an application context, the current session is one of its own on *connection*."""
-        session = self.database.redirected_session(connection)
+        session = self.database.redirected_session(self.datastore.engine, connection)
         self._units.of(session).bind_arguments = {"bind": connection}
         try:
             yield session
         finally:
             session.close()
+
+    @contextmanager
+    def using_session(self, session: orm.Session) -> Iterator[orm.Session]:
+        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+
+        :raises ConfigurationError: when it is for another database.
+        :raises NotInitializedError: outside an application context of this app.
+        """
+        self._required()
+        self.check_session(session)
+        session.info[OWN] = True
+        unit = self._units.of(session)
+        if "bind" in unit.bind_arguments:
+            unit.bind_arguments = {"bind": session.get_bind(clause=self._events_table)}
+        try:
+            with self.database.using(session):
+                yield session
+        finally:
+            g.setdefault(LEFT, {})[session] = None
+
+    def check_session(self, session: orm.Session) -> None:
+        """Check that a session is for this database.
+
+        :raises ConfigurationError: when it is not.
+        """
+        check_session(session, self.datastore.engine, self._events_table)
+
+    def is_for(self, session: orm.Session) -> bool:
+        """Whether a session is for this database."""
+        try:
+            self.check_session(session)
+        except ConfigurationError:
+            return False
+        return True
 
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
         """The tables of a mapped class."""

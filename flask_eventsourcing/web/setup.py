@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import typing
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import sqlalchemy as sa
 from eventsourcing.application import Application
 from flask import Flask, has_request_context
 from sqlalchemy import orm
 
+from .._patches import forget_class
 from ..applications import construct
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..lifecycle import ApplicationSlot
 from ..models import Models, ProjectionModels, check_models, make_models, make_projection_models
 from ..persistence import Datastore, DialectOptions
+from ..persistence.datastore import Tables
 from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..uow import SessionCommits, Units
@@ -26,6 +32,7 @@ from .sessions import AppDatabase, FlaskHost, current_context, has_models
 from .state import EventSourcingState, publish
 from .uncommitted import lose
 
+FOREIGN_SCOPE = "SQLALCHEMY_SCOPED_SESSION_TOPIC"
 Wanted = tuple[OriginatorIdType, str | None, str | None]
 
 
@@ -39,8 +46,11 @@ class RecordClasses:
     def __init__(self, own_models: dict[str, Any], model_class: Any) -> None:
         self._own_models = own_models
         self._model_class = model_class
+        self._bases: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._made: weakref.WeakKeyDictionary[Any, dict[str, tuple[Wanted, Models]]] = weakref.WeakKeyDictionary()
         self._projections: weakref.WeakKeyDictionary[Any, dict[str, ProjectionModels]] = weakref.WeakKeyDictionary()
+        self.created = False
+        """Whether the tables of a stand-in were created in this process."""
 
     def make(self, extension: Any, classes: Sequence[type[Application[Any]]], config: Config) -> dict[str, Models]:
         """Return the record classes of application classes by name, made now if need be.
@@ -48,50 +58,91 @@ class RecordClasses:
         :raises ConfigurationError: when a table name is taken, or they were made with another configuration; nothing
             was made then.
         """
-        made = self._made.setdefault(extension, {})
-        wanted = {cls.name: (originator_id_type(cls, config), config.schema, config.bind_key) for cls in classes}
+        base = self._base(extension)
+        made = self._made.setdefault(base, {})
+        wanted = {cls.name: (originator_id_type(cls, config), config.schema, _key(cls, config)) for cls in classes}
         own = {cls.name: self._own_models if number == 0 else {} for number, cls in enumerate(classes)}
-        bind_key = config.bind_key if has_models(extension) else None
+        place = {cls.name: _place(extension, cls, config) for cls in classes}
         for name, each in wanted.items():
             if name not in made:
-                check_models(self._base(extension), name, schema=config.schema, bind_key=bind_key, **own[name])
+                check_models(base, name, **place[name], **own[name])
             elif made[name][0] != each:
                 raise ConfigurationError(
                     f"The models of {name} were made for another Flask app with other values of "
-                    "EVENTSOURCING_ORIGINATOR_ID_TYPE, EVENTSOURCING_SCHEMA or EVENTSOURCING_BIND_KEY: use the same "
-                    "values, or another EventSourcing and db object."
+                    "EVENTSOURCING_ORIGINATOR_ID_TYPE, EVENTSOURCING_SCHEMA, EVENTSOURCING_BIND_KEY or "
+                    "EVENTSOURCING_BINDS: use the same values, or another EventSourcing and db object."
                 )
         for name, each in wanted.items():
             if name not in made:
-                models = make_models(
-                    self._base(extension),
-                    name,
-                    originator_id_type=each[0],
-                    schema=config.schema,
-                    bind_key=bind_key,
-                    **own[name],
-                )
-                made[name] = (each, models)
-        return {name: models for name, (_, models) in made.items()}
+                made[name] = each, make_models(base, name, originator_id_type=each[0], **place[name], **own[name])
+        return {name: made[name][1] for name in wanted}
 
-    def make_for_projections(self, extension: Any, application_name: str, config: Config) -> ProjectionModels:
-        """Return the record classes for the projections of an application, made now if need be."""
-        made = self._projections.setdefault(extension, {})
-        if application_name not in made:
-            made[application_name] = make_projection_models(
-                self._base(extension),
-                application_name,
-                schema=config.schema,
-                bind_key=config.bind_key if has_models(extension) else None,
-            )
-        return made[application_name]
+    def make_for_projections(
+        self, extension: Any, application_class: type[Application[Any]], config: Config
+    ) -> ProjectionModels:
+        """Return the record classes for the projections of an application, made now if need be.
+
+        :raises ConfigurationError: when a table name is taken; nothing was made then.
+        """
+        base, name = self._base(extension), application_class.name
+        made = self._projections.setdefault(base, {})
+        if name not in made:
+            place = _place(extension, application_class, config)
+            metadata = extension.metadatas.get(place["bind_key"]) if has_models(extension) else base.metadata
+            prefix = f"{place['schema']}.{name.lower()}" if place["schema"] else name.lower()
+            for key in (f"{prefix}_{suffix}" for suffix in ("projections", "dead_letters", "inline_ranges")):
+                if metadata is not None and key in metadata.tables:
+                    raise ConfigurationError(
+                        f"Table {key!r} is taken by another model on the same metadata: rename that model's table, "
+                        "or give the application another name."
+                    )
+            made[name] = make_projection_models(base, name, **place)
+        return made[name]
+
+    @contextmanager
+    def untouched_on_error(self) -> Iterator[None]:
+        """Take back what was made if the block fails."""
+        kinds: list[Mapping[Any, dict[str, Any]]] = [self._made, self._projections]
+        before = [{base: set(made) for base, made in each.items()} for each in kinds]
+        try:
+            yield
+        except BaseException:
+            # Whatever it was, a later attempt makes them again.
+            for each, names in zip(kinds, before, strict=True):
+                for base, made in each.items():
+                    for name in set(made) - names.get(base, set()):
+                        self._forget(made.pop(name))
+            raise
+
+    def watch(self, application_name: str) -> None:
+        """Note in :attr:`created` when a table of an application is created."""
+
+        def note(*_: object, **__: object) -> None:
+            self.created = True
+
+        for made in self._made.values():
+            for table in made[application_name][1].tables.values():
+                sa.event.listen(table, "after_create", note)
+
+    def forget(self, application_name: str) -> None:
+        """Take back what was made for an application."""
+        for made in self._made.values():
+            if application_name in made:
+                self._forget(made.pop(application_name))
+
+    def _forget(self, made: tuple[Wanted, Models] | ProjectionModels) -> None:
+        models = made[1] if isinstance(made, tuple) else made
+        own = [each for each in self._own_models.values() if each is not None]
+        for model in (getattr(models, each.name) for each in fields(models)):
+            if model not in own:
+                forget_class(model)
 
     def only(self) -> dict[str, Models]:
         """Return the record classes where there is a single ``db`` object.
 
         :raises ConfigurationError: when there is none yet, or several.
         """
-        known = list(self._made.values())
+        known = [made for made in self._made.values() if made]
         if len(known) != 1:
             raise ConfigurationError(
                 "The record classes are made by es.init_app(app): use them after it, and in an application context "
@@ -100,9 +151,86 @@ class RecordClasses:
         return {name: models for name, (_, models) in known[0].items()}
 
     def _base(self, extension: Any) -> Any:
-        if self._model_class is None:
-            self._model_class = extension.Model if has_models(extension) else orm.declarative_base()
-        return self._model_class
+        if self._model_class is not None:
+            return self._model_class
+        if has_models(extension):
+            return extension.Model
+        return self._bases.setdefault(extension, orm.declarative_base())
+
+
+def _key(application_class: type[Application[Any]], config: Config) -> str | None:
+    return config.bind_key_of(application_class.name)
+
+
+def _place(extension: Any, application_class: type[Application[Any]], config: Config) -> dict[str, Any]:
+    bind_key = _key(application_class, config) if has_models(extension) else None
+    return {"schema": config.schema, "bind_key": bind_key}
+
+
+class MadeBy:
+    """Constructs an application as the library does a class, by a factory of the user's.
+
+    :param application_class: of what it makes.
+    :param factory: takes the environment and returns an application.
+    """
+
+    def __init__(self, application_class: type[Application[Any]], factory: Callable[..., Any]) -> None:
+        self.name = application_class.name
+        self._application_class = application_class
+        self._factory = factory
+
+    def __call__(self, env: Mapping[str, str]) -> Application[Any]:
+        """Construct it.
+
+        :raises ConfigurationError: when the factory returns something else.
+        """
+        # That of a class takes it by its name, as the library calls it.
+        made = self._factory(env=env) if isinstance(self._factory, partial) else self._factory(env)
+        if not isinstance(made, self._application_class):
+            raise ConfigurationError(
+                f"{self._factory!r} was to return a {self._application_class.__qualname__}; it returned {made!r}."
+            )
+        return made
+
+
+def constructor_of(given: Any) -> tuple[type[Application[Any]], Any]:
+    """Return an application class and what constructs it, of what a user has given as the one or the other.
+
+    :raises ConfigurationError: when it is neither, or cannot be called with the environment alone.
+    """
+    if isinstance(given, type) and issubclass(given, Application):
+        _check_arguments(given, given.__qualname__)
+        return given, given
+    found = given.func if isinstance(given, partial) else None
+    if found is None and callable(given) and not isinstance(given, type):
+        try:
+            found = typing.get_type_hints(given).get("return")
+        except (NameError, TypeError) as error:
+            raise ConfigurationError(f"The annotations of {given!r} cannot be read: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, Application):
+        raise ConfigurationError(
+            f"{given!r} is not an application class: pass a subclass of eventsourcing.application.Application, not an "
+            "instance of one, or a function that takes env and says by its return annotation which class it makes: "
+            "def make_bank(env) -> Bank."
+        )
+    _check_arguments(given, repr(given))
+    return found, MadeBy(found, given)
+
+
+def _check_arguments(called: Any, name: str) -> None:
+    try:
+        parameters = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):  # it does not tell
+        return
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [each.name for each in parameters if each.kind not in kinds and each.default is each.empty]
+    by_name = isinstance(called, type | partial)
+    further = [each for each in required if each != "env"] if by_name else required[1:]
+    if further:
+        raise ConfigurationError(
+            f"{name} takes the argument {', '.join(repr(each) for each in further)} beside env, and nobody gives it: "
+            "pass a function that does, application=make_bank, with def make_bank(env) -> Bank: return Bank(env, …)."
+        )
 
 
 def originator_id_type(application_class: type[Application[Any]], config: Config) -> OriginatorIdType:
@@ -123,41 +251,100 @@ def make_state(
     app: Flask,
     extension: Any,
     config: Config,
-    classes: Sequence[type[Application[Any]]],
+    constructors: Mapping[type[Application[Any]], Any],
     records: RecordClasses,
     registrations: Registrations,
 ) -> EventSourcingState:
     """Make the state of a Flask app, from the ground up; nothing of it is registered on the app.
 
+    :param constructors: what constructs each application class.
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
-    database = AppDatabase(app, extension, config.bind_key)
+    classes = list(constructors)
+    check_settings(config, classes)
+    database = AppDatabase(app, extension)
     options = DialectOptions(config.lock_timeout, config.postgres_order, config.postgres_notify, config.sqlite_wal)
-    _check_schema(Datastore(database.engine, options), config)
+    stores = {
+        key: Datastore(database.engine_of(key), options) for key in dict.fromkeys(_key(cls, config) for cls in classes)
+    }
+    for store in stores.values():
+        _check_schema(store, config)
+    for each in registrations.entries:
+        database.check_models(each.projection_class, each.projection_class.models, _key(each.of, config))
     models = records.make(extension, classes, config)
-    tables = {name: each.tables for name, each in models.items()}
-    datastore = Datastore(database.engine, options, tables.get)
+    hosts = _make_hosts(app, database, stores, config, {cls: models[cls.name].tables for cls in classes})
+    slots = {cls: _slot(constructor, hosts[cls], config) for cls, constructor in constructors.items()}
+
+    def followed(of: type[Application[Any]]) -> ProjectedApplication:
+        own = records.make_for_projections(extension, of, config)
+        return ProjectedApplication(hosts[of], of.name, slots[of].get, own, lease=config.projection_lock == "lease")
+
+    # Their tables are checked before anything is made, here and in EventSourcing.projection().
+    projections = BoundProjections(hosts[classes[0]], followed, lambda *_: None)
+    for registration in registrations.entries:
+        projections.add(registration)
+    return EventSourcingState(hosts, config, models, slots, projections)
+
+
+def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:
+    return ApplicationSlot(partial(construct, constructor, host.datastore, config.env, host.unit, host.using_session))
+
+
+def _make_hosts(
+    app: Flask,
+    database: AppDatabase,
+    stores: Mapping[str | None, Datastore],
+    config: Config,
+    tables: Mapping[type[Application[Any]], Tables],
+) -> dict[type[Application[Any]], FlaskHost]:
+    """Make the host of each application, the same one for those in one database."""
+    by_name = {cls.name: each for cls, each in tables.items()}
     commits = SessionCommits(
         at_save=config.commit == "save", is_to_come=has_request_context if config.commit == "request" else bool
     )
-    arguments = database.bind_arguments(tables[classes[0].name]["events"])
-    units = Units(datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context)
-    host = FlaskHost(app, database, units)
-    slots = {cls: ApplicationSlot(partial(construct, cls, host.datastore, config.env, host.unit)) for cls in classes}
+    hosts: dict[str | None, FlaskHost] = {}
+    for cls, own in tables.items():
+        key = _key(cls, config)
+        if key not in hosts:
+            datastore = replace(stores[key], tables=by_name.get)
+            arguments = database.bind_arguments(key, own["events"])
+            units = Units(datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context)
+            hosts[key] = FlaskHost(app, database, units, own["events"])
+    return {cls: hosts[_key(cls, config)] for cls in tables}
 
-    def followed(of: type[Application[Any]]) -> ProjectedApplication:
-        return ProjectedApplication(
-            host,
-            of.name,
-            slots[of].get,
-            records.make_for_projections(extension, of.name, config),
-            lease=config.projection_lock == "lease",
-        )
 
-    projections = BoundProjections(host, followed, database.check_table)
-    for registration in registrations.entries:
-        projections.add(registration)
-    return EventSourcingState(host, config, models, slots, projections)
+def check_settings(config: Config, classes: Sequence[type[Application[Any]]]) -> None:
+    """Check what is not to be seen in one setting alone.
+
+    :raises ConfigurationError: for a bind key of an application that there is not, or a setting of another package.
+    """
+    names = [cls.name for cls in classes]
+    for name in config.binds:
+        if name not in names:
+            raise ConfigurationError(
+                f"EVENTSOURCING_BINDS names {name!r}, which is no application (registered: {', '.join(names)})."
+            )
+    for env in (config.env, os.environ, *(cls.env for cls in classes)):
+        for key in (FOREIGN_SCOPE, *(f"{name.upper()}_{FOREIGN_SCOPE}" for name in names)):
+            if key in env:
+                raise ConfigurationError(
+                    f"{key} is a setting of eventsourcing-sqlalchemy, and would have no effect here: remove it. "
+                    "Applications use db.session; within 'with es.using(session):' they use a session of your own."
+                )
+
+
+def construct_now(state: EventSourcingState) -> None:
+    """Construct the applications where ``EVENTSOURCING_CONSTRUCT`` says so, on engines that nobody has prepared yet."""
+    if state.config.construct != "init":
+        return
+    try:
+        with state.app.app_context():
+            state.construct()
+    except BaseException:
+        # Those that were constructed before the one that fails are of no use either.
+        state.close()
+        raise
+    state.release_connections()
 
 
 def _check_schema(datastore: Datastore, config: Config) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import sqlalchemy as sa
 from eventsourcing.application import Application
 from flask import Flask, current_app, has_app_context
+from sqlalchemy import orm
 from werkzeug.local import LocalProxy
 
 from ..applications import environment
@@ -21,7 +24,7 @@ from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
 from ..uow import Batch, UnitOfWork
-from .sessions import FlaskHost
+from .sessions import OWN, FlaskHost
 
 EXTENSION = "eventsourcing"
 Slots = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
@@ -31,7 +34,7 @@ _states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
 class EventSourcingState:
     """The state of Flask-EventSourcing in one Flask app, ``app.extensions["eventsourcing"]``.
 
-    :param host: the app as a host.
+    :param hosts: the app as the host of each application, the same one for those in one database.
     :param config: its settings.
     :param models: the record classes by the application's name.
     :param slots: the applications by their class; each is constructed at the first use in each process.
@@ -40,18 +43,35 @@ class EventSourcingState:
 
     def __init__(
         self,
-        host: FlaskHost,
+        hosts: Mapping[type[Application[Any]], FlaskHost],
         config: Config,
         models: Mapping[str, Models],
         slots: Slots,
         projections: BoundProjections,
     ) -> None:
-        self.host = host
+        self.hosts = hosts
         self.config = config
         self.models = models
         self.slots = slots
         self.projections = projections
-        _states.add(self)
+
+    def take(self, other: EventSourcingState) -> None:
+        """Become what another state of the same app is."""
+        self.hosts, self.config, self.models = other.hosts, other.config, other.models
+        self.slots, self.projections = other.slots, other.projections
+
+    @property
+    def host(self) -> FlaskHost:
+        """The app as the host of the first application."""
+        return next(iter(self.hosts.values()))
+
+    @property
+    def current_host(self) -> FlaskHost:
+        """The app as the host of units of work: of the first application, or the first one that a lent session fits."""
+        session = self.host.database.open_session() if has_app_context() else None
+        if session is None or OWN not in session.info:
+            return self.host
+        return next((host for host in self._each_host() if host.is_for(session)), self.host)
 
     @property
     def app(self) -> Flask:
@@ -91,17 +111,45 @@ class EventSourcingState:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment with which applications, and the library's own runners, use this app's database."""
-        return environment(self.datastore, self.config.env)
+        """The environment with which applications, and the library's own runners, use this app's databases."""
+        env = dict(self.config.env)
+        for application_class, host in self.hosts.items():
+            env = environment(host.datastore, env, application_class.name)
+        return environment(self.datastore, env)
+
+    def prepare(self) -> None:
+        """Install what the app's engines and sessions need."""
+        for host in self._each_host():
+            host.prepare()
 
     def open_units(self) -> list[UnitOfWork]:
         """Return the units of work of the current session that recorders have joined."""
-        unit = self.host.open_unit()
-        return [] if unit is None else [unit]
+        return [unit for host in self._each_host() if (unit := host.open_unit()) is not None]
 
-    def has_left(self) -> bool:
-        """Whether a session of the user's own was left with uncommitted events."""
-        return False
+    def units_of(self, sessions: Iterable[orm.Session]) -> list[UnitOfWork]:
+        """Return the units of work of other sessions that recorders have joined."""
+        found = (host.open_unit_of(session) for session in sessions for host in self._each_host())
+        return [unit for unit in found if unit is not None]
+
+    def _each_host(self) -> list[FlaskHost]:
+        return list(dict.fromkeys(self.hosts.values()))
+
+    @contextmanager
+    def using(self, session: orm.Session) -> Iterator[orm.Session]:
+        """See ``EventSourcing.using``."""
+        hosts = self._each_host()
+        # One that is for none of the databases is refused with the reason of the first.
+        with next((host for host in hosts if host.is_for(session)), hosts[0]).using_session(session):
+            yield session
+
+    def elsewhere(self) -> dict[sa.Table, sa.Engine]:
+        """Return the tables that are in another database than those of the first application, with that."""
+        tables = {table: host for cls, host in self.hosts.items() for table in self.models[cls.name].tables.values()}
+        for registration, projected in self.projections.bound.values():
+            host = self.hosts[registration.of]
+            own = [table for model in registration.projection_class.models for table in host.tables_of(model)]
+            tables |= dict.fromkeys([*projected.models.tables.values(), *own], host)
+        return {table: host.datastore.engine for table, host in tables.items() if host is not self.host}
 
     def construct(self) -> None:
         """Construct the applications of this process now, so that its first request does not pay for it."""
@@ -109,17 +157,27 @@ class EventSourcingState:
             slot.get()
 
     def close(self) -> None:
-        """Close the applications of this process and its idle connections to their database.
+        """Close the applications of this process and its idle connections to their databases.
 
         It may be called again, and an application is constructed again when it is used after that.
         """
         self.projections.close()
         for slot in self.slots.values():
             slot.close()
-        engine = self.datastore.engine
-        # The one connection of an in-memory database is the database.
-        if not is_in_memory(engine.url):
-            engine.dispose()
+        self.release_connections()
+
+    def release_connections(self) -> None:
+        """Close the idle connections to the databases."""
+        for host in self._each_host():
+            engine = host.datastore.engine
+            # The one connection of an in-memory database is the database.
+            if not is_in_memory(engine.url):
+                engine.dispose()
+
+
+def keep(state: EventSourcingState) -> None:
+    """Have a state among those of this process, as long as its app lives."""
+    _states.add(state)
 
 
 def states() -> list[EventSourcingState]:

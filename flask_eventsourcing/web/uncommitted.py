@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,13 +10,14 @@ from typing import Any
 
 from eventsourcing.persistence import Notification
 from flask import Flask, Response, appcontext_pushed, appcontext_tearing_down, g, request, request_started
+from sqlalchemy import orm
 from werkzeug.exceptions import InternalServerError
 
 from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, roll_back
-from .sessions import ENDED
+from .sessions import ENDED, LEFT
 from .state import EventSourcingState, discard, state_of
 
 FAILURE = 400
@@ -62,6 +63,8 @@ class Answer:
     """What was lost elsewhere while the request was answered."""
     rolled_back: list[str] = field(default_factory=list)
     """What was rolled back for the status that a function has returned."""
+    lent: dict[orm.Session, None] = field(default_factory=dict)
+    """Sessions of the user's own that were current in a nested context."""
     over: bool = False
 
 
@@ -70,7 +73,10 @@ _answers: ContextVar[Answer | None] = ContextVar("answer", default=None)
 
 def unanswered() -> Answer | None:
     """Return what is known of the innermost request that has not been answered yet."""
-    answer = _answers.get()
+    return _not_over(_answers.get())
+
+
+def _not_over(answer: Answer | None) -> Answer | None:
     while answer is not None and answer.over:
         answer = answer.outer
     return answer
@@ -128,7 +134,8 @@ def _finalize(
 ) -> Response:
     """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
     response = finalize(*args, from_error_handler=from_error_handler)
-    answer: Answer = request.environ.get(ENVIRON) or Answer(None, inner=False, before=[])
+    # A view may have given its environment to another request, or app.
+    answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[])
     try:
         _look(state_of(app), answer, response, after_error=from_error_handler)
     except Exception as error:
@@ -154,12 +161,14 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
     """
     done = response.status_code < FAILURE
     by_request = state.config.commit == "request"
+    left = state.units_of(dict.fromkeys([*g.get(LEFT, ()), *answer.lent]))
+    true = done and not after_error and not answer.dropped and not any(unit.batches for unit in left)
     if answer.inner:
         _leave_to_outer(state, answer, response)
-    elif by_request and done and not after_error and not answer.dropped and not state.has_left():
+    elif by_request and true:
         _commit(state)
     else:
-        _drop_all(state, answer, response)
+        _drop_all(state, answer, response, left)
     dropped, answer.dropped = answer.dropped, []
     if dropped and done:
         raise UncommittedEventsError(" ".join(dropped))
@@ -167,8 +176,8 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
         state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
 
 
-def _drop_all(state: EventSourcingState, answer: Answer, response: Response) -> None:
-    batches = _drop(state.open_units())
+def _drop_all(state: EventSourcingState, answer: Answer, response: Response, left: Sequence[UnitOfWork]) -> None:
+    batches = _drop(dict.fromkeys([*state.open_units(), *left]))
     by_request = state.config.commit == "request"
     session = state.host.database.open_session() if by_request else None
     if session is not None:
@@ -259,6 +268,9 @@ def lose(app: Flask, batches: Sequence[Batch]) -> None:
 def _end_context(app: Flask, exc: BaseException | None = None, **_: object) -> None:
     """Every teardown function has run: what they did in a session that was opened after the first was closed?"""
     _check_end(app, exc)
+    answer = unanswered()
+    if answer is not None:
+        answer.lent.update(g.get(LEFT, {}))
     state_of(app).host.database.drop_session()
     g._flask_eventsourcing_ended = True
 
@@ -276,7 +288,7 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
         )
 
 
-def _drop(units: Sequence[UnitOfWork]) -> list[Batch]:
+def _drop(units: Iterable[UnitOfWork]) -> list[Batch]:
     """Roll back the sessions of those units that have events, and return these."""
     found = [(unit, unit.batches) for unit in units]
     for unit, batches in found:

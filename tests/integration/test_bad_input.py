@@ -75,7 +75,6 @@ CASES: dict[str, tuple[Callable[[SQLAlchemy], EventSourcing], dict[str, Any], st
         {"EVENTSOURCING_LOCK_TIMEOUT": "30"},
         "EVENTSOURCING_LOCK_TIMEOUT must be a number",
     ),
-    "no application": (lambda db: EventSourcing(db=db), {}, "There is no application class"),
     "unknown bind key": (
         lambda db: EventSourcing(db=db, application=Bank),
         {"EVENTSOURCING_BIND_KEY": "events"},

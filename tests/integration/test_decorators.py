@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from eventsourcing.persistence import IntegrityError
 from flask import Flask, Response, abort, jsonify, make_response
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from werkzeug import Response as WerkzeugResponse
 from werkzeug.datastructures import Headers
@@ -113,6 +113,7 @@ def returned_values() -> st.SearchStrategy[Any]:
     )
 
 
+@settings(deadline=None, database=None)
 @given(returned_values())
 def test_status_is_the_one_that_flask_reads(returned: Any) -> None:
     """The status by which a unit is judged is that of the answer that Flask makes of the return value."""

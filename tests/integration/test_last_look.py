@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from flask import Blueprint, Flask, Response, after_this_request, request_finished, stream_with_context
+from flask import Blueprint, Flask, Response, after_this_request, request, request_finished, stream_with_context
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import EventSourcing, events_discarded
@@ -49,7 +49,7 @@ def early(uri: str) -> Iterator[Callable[..., Site]]:
 
 
 @pytest.fixture(params=MODES)
-def site(request: pytest.FixtureRequest, uri: str) -> Iterator[Site]:
+def site(uri: str, request: pytest.FixtureRequest) -> Iterator[Site]:
     """A site in each mode."""
     site = make_site(uri, EVENTSOURCING_COMMIT=request.param)
     yield site
@@ -203,6 +203,22 @@ class TestInnerRequests:
         def view() -> str:
             explicit.bank.open_account()
             explicit.answer(lambda: "inner")
+            return "done"
+
+        assert explicit.answer(view).status_code == 500
+        assert explicit.stored() == (0, 0)
+
+    def test_environment_that_is_given_on(self, explicit: Site) -> None:
+        """A view that hands its own WSGI environment to the app is looked at after that."""
+        explicit.app.get("/inner")(lambda: "inner")
+
+        def view() -> str:
+            explicit.bank.open_account()
+            environ = request.environ
+            before = dict(environ)
+            environ.update(PATH_INFO="/inner", REQUEST_METHOD="GET")
+            assert Response.from_app(explicit.app, environ).status_code == 200
+            environ.update({key: before[key] for key in ("PATH_INFO", "REQUEST_METHOD")})
             return "done"
 
         assert explicit.answer(view).status_code == 500
