@@ -101,13 +101,13 @@ class PostgreSQLWorker:
         raise NotImplementedError
 
     def page(self, start: int, limit: int) -> tuple[int, int]:
-        """Read the horizon and a page of rows."""
-        horizon = self._cursor.execute(self._statements["horizon"]).fetchall()[0][0]
+        """Read the high-water mark and a page of rows."""
+        mark = self._cursor.execute(self._statements["mark"]).fetchall()[0][0]
         statement = (
             f"SELECT {_COLUMNS} FROM {BarePostgreSQL.table} WHERE notification_id >= %s AND notification_id <= %s "
             "ORDER BY notification_id LIMIT %s"
         )
-        page = self._cursor.execute(statement, (start, horizon, limit)).fetchall()
+        page = self._cursor.execute(statement, (start, mark, limit)).fetchall()
         return len(page), page[-1][0] if page else start
 
 
