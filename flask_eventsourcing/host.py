@@ -116,7 +116,7 @@ class PlainHost:
             )
             for application_class in models
         }
-        self._current: ContextVar[orm.Session | None] = ContextVar("current session", default=None)
+        self._current: ContextVar[list[orm.Session] | None] = ContextVar("current session", default=None)
         plain.prepare()
 
     # ------------------------------------------------------------------------------------------- applications
@@ -167,7 +167,7 @@ class PlainHost:
 
     def open_unit(self) -> UnitOfWork | None:
         """The unit of work of the current session, if a recorder has joined it already."""
-        session = self._current.get()
+        session = self._made()
         if session is None and isinstance(self._factory, orm.scoped_session) and self._factory.registry.has():
             session = self._factory()
         return self._units.open(session)
@@ -210,8 +210,11 @@ class PlainHost:
         """The tables of a mapped class."""
         return mapped_tables(model)
 
+    def _made(self) -> orm.Session | None:
+        return next(iter(self._current.get() or ()), None)
+
     def _joined(self) -> orm.Session | None:
-        session = self._current.get()
+        session = self._made()
         if session is None and isinstance(self._factory, orm.scoped_session):
             session = self._factory()
         return session
@@ -232,11 +235,14 @@ class PlainHost:
 
     @contextmanager
     def _made_current(self, session: orm.Session) -> Iterator[orm.Session]:
-        token = self._current.set(session)
+        current = [session]
+        token = self._current.set(current)
         try:
             with session:
                 yield session
         finally:
+            # A task that was started meanwhile has a copy of the context, and may go on after this.
+            current.clear()
             self._current.reset(token)
 
 

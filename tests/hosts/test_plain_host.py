@@ -1,0 +1,37 @@
+"""What holds for a host without a framework only."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.sites import PlainSite
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["sessionmaker", "scoped_session"])
+def test_task_that_goes_on_after_a_transaction_is_outside_of_it(tmp_path: Path, *, scoped: bool) -> None:
+    """What a task saves, that was started within a transaction which has ended, is stored as it is elsewhere."""
+    site = PlainSite(f"sqlite:///{tmp_path}/bank.db", scoped=scoped)
+    account = site.opened()
+
+    async def go_on(ended: asyncio.Event) -> None:
+        await ended.wait()
+        site.bank.deposit(account, 5)
+        if site.scoped is not None:
+            site.scoped.commit()
+
+    async def begin() -> None:
+        ended = asyncio.Event()
+        with site.host.transaction():
+            site.bank.deposit(account, 1)
+            task = asyncio.create_task(go_on(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        await task
+
+    asyncio.run(begin())
+    with site.host.transaction():
+        assert site.bank.balance(account) == 6
+    site.close()
