@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from tests.hosts.sites import PlainSite
 
@@ -34,4 +35,12 @@ def test_task_that_goes_on_after_a_transaction_is_outside_of_it(tmp_path: Path, 
     asyncio.run(begin())
     with site.host.transaction():
         assert site.bank.balance(account) == 6
+    site.close()
+
+
+def test_lock_timeout_on_mariadb_holds_where_tables_were_made_before_the_host(mariadb_url: str) -> None:
+    """A connection that is older than the host waits for locks as long as the host's options say, not the server's."""
+    site = PlainSite(mariadb_url, scoped=False)
+    with site.engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT @@innodb_lock_wait_timeout")) == 30
     site.close()
