@@ -118,7 +118,7 @@ class PlainHost:
         self._factory = session
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
-        self._current: ContextVar[orm.Session | None] = ContextVar("current session", default=None)
+        self._current: ContextVar[list[orm.Session] | None] = ContextVar("current session", default=None)
         arguments = {"clause": _events_table(models)}
         self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._current.get)
         self._runner = UnitRunner(self._required)
@@ -180,7 +180,7 @@ class PlainHost:
 
     def open_unit(self) -> UnitOfWork | None:
         """The unit of work of the current session, if a recorder has joined it already."""
-        session = self._current.get()
+        session = self._made()
         if session is None and isinstance(self._factory, orm.scoped_session) and self._factory.registry.has():
             session = self._factory()
         return self._units.open(session)
@@ -226,7 +226,7 @@ class PlainHost:
         :raises ConfigurationError: when it is for another database.
         """
         check_session(session, self._datastore.engine, self._units.bind_arguments["clause"])
-        token = self._current.set(session)
+        token = self._current.set([session])
         try:
             yield session
         finally:
@@ -236,8 +236,11 @@ class PlainHost:
         """The tables of a mapped class."""
         return mapped_tables(model)
 
+    def _made(self) -> orm.Session | None:
+        return next(iter(self._current.get() or ()), None)
+
     def _joined(self) -> orm.Session | None:
-        session = self._current.get()
+        session = self._made()
         if session is None and isinstance(self._factory, orm.scoped_session):
             session = self._factory()
         return session
@@ -258,11 +261,14 @@ class PlainHost:
 
     @contextmanager
     def _made_current(self, session: orm.Session) -> Iterator[orm.Session]:
-        token = self._current.set(session)
+        current = [session]
+        token = self._current.set(current)
         try:
             with session:
                 yield session
         finally:
+            # A task that was started meanwhile has a copy of the context, and may go on after this.
+            current.clear()
             self._current.reset(token)
 
 

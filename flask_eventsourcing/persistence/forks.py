@@ -38,7 +38,8 @@ def drop_inherited_connections(engine: Engine) -> None:
     if engine in _watched or is_in_memory(engine.url):
         return
     _watched.add(engine)
-    sa.event.listen(engine, "connect", _note_process)
+    # Not when it is made: a connection may be older than this.
+    sa.event.listen(engine, "checkout", _note_process)
     _watch(engine, engine.pool)
 
 
@@ -74,9 +75,10 @@ class _Inherited:
         )
 
 
-def _note_process(driver: Any, record: Any) -> None:
-    record.info[PID] = os.getpid()
-    _records.add(record)
+def _note_process(driver: Any, record: Any, proxy: Any) -> None:
+    if PID not in record.info:
+        record.info[PID] = os.getpid()
+        _records.add(record)
 
 
 def _leave(record: Any) -> None:

@@ -253,7 +253,9 @@ class UnitOfWork:
     def has_changes(self) -> bool:
         """Whether there are events, or models that were not flushed, that a rollback would take away."""
         session = self.session
-        return bool(self.batches or session.new or session.dirty or session.deleted)
+        # Those of the session's other units go the same way.
+        recorded = any(unit.batches for unit in self.shared.units.values())
+        return bool(recorded or session.new or session.dirty or session.deleted)
 
     @property
     def awaits_commit(self) -> bool:

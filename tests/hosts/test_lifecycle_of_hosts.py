@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from flask_eventsourcing.persistence.dialects import is_in_memory
 from tests.domain import in_threads
 from tests.hosts.sites import HostSite
@@ -58,3 +60,27 @@ def test_forked_process_constructs_its_own(site: HostSite) -> None:
     with site.host.context(), site.host.transaction():
         # The child of an in-memory database has a copy of its own.
         assert site.bank.balance(account_id) == (0 if in_memory else 5)
+
+
+def test_forked_process_leaves_its_parents_transaction_alone(site: HostSite) -> None:
+    """What a process rolls back is not stored, although a child that was forked meanwhile came to the commit."""
+    account_id = site.opened()
+
+    def leave() -> None:
+        child = -1
+        try:
+            with site.host.context(), site.host.transaction():
+                site.bank.deposit(account_id)
+                child = os.fork()
+                if child:
+                    os.waitpid(child, 0)
+                    raise KeyError
+        finally:
+            if child == 0:
+                # The test's own clean-up must not run in the child.
+                os._exit(0)
+
+    with pytest.raises(KeyError):
+        leave()
+    with site.host.context(), site.host.transaction():
+        assert site.bank.balance(account_id) == 0

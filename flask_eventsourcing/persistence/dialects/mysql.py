@@ -105,6 +105,8 @@ class MySQLDialect(Dialect):
             cursor.close()
 
         sa.event.listen(engine, "connect", limit_waiting)
+        # Idle connections from before have the server's limit.
+        engine.dispose()
         sa.event.listen(engine, "handle_error", _after_error)
         _tolerate_rolled_back(engine)
 

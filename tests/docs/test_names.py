@@ -1,0 +1,39 @@
+"""The documentation names what there is."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT
+
+NAME = re.compile(r"\bflask_eventsourcing(?:\.\w+)+")
+LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)")
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_and_links_lead_somewhere(page: Path) -> None:
+    """Every name of the package that a page has can be imported, and every page that it links to is there."""
+    text = page.read_text()
+    assert [name for name in NAME.findall(text) if not exists(name)] == []
+    paths = [page.parent / found["path"] for found in LINK.finditer(text)]
+    assert [path.relative_to(ROOT) for path in paths if not path.exists()] == []
