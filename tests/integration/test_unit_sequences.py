@@ -71,6 +71,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     (READ, OVERTAKEN, Step("retry", body=(SAVE,))),
     (Step("change"), OVERTAKEN, Step("retry", body=(UNCHANGED,))),
     (Step("retry", body=(OTHER, READ, OVERTAKEN, SAVE)),),
+    (SAVE, Step("savepoint", body=(SAVE, COMMIT)), READ),
     (SAVE, Step("change")),
     (SAVE, COMMIT, Step("change")),
     *_each(COMMITS, SAVE, None),

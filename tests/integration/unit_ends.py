@@ -82,9 +82,14 @@ class Ending(Saving):
         try:
             commit()
         except TOLD as error:
-            if not self._units.depth:
-                raise
-            return error
+            if self._units.depth:
+                truth.odd |= bool(self._units.begun)
+                return error
+            has_reason = aborted or truth.odd or truth.overtaken or self._units.conflicts
+            holds(level != "orm" or bool(has_reason), f"a commit failed without a reason: {error!r}")
+            # A savepoint may have been released by then.
+            truth.odd = True
+            raise
         if self._units.depth:
             holds(level in ("text", "driver"), f"a commit by the {level} was carried out within a unit of work")
             self._units.was_halved = True
