@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.integration.unit_driver import Driver
 from tests.integration.unit_stages import CACHES, Setting, Stages
-from tests.integration.unit_steps import BLOCKS, KINDS, Driver, Step, Violation
+from tests.integration.unit_steps import BLOCKS, KINDS, Step, Violation
 
 WAITING: frozenset[str] = frozenset()
 """What is not drawn yet."""
@@ -69,6 +70,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     (READ, OVERTAKEN, Step("retry", body=(SAVE,))),
     (Step("change"), OVERTAKEN, Step("retry", body=(UNCHANGED,))),
     (Step("retry", body=(OTHER, READ, OVERTAKEN, SAVE)),),
+    (SAVE, Step("savepoint", body=(SAVE, COMMIT)), READ),
     (SAVE, Step("change")),
     (SAVE, COMMIT, Step("change")),
     *_each(COMMITS, SAVE, None),

@@ -54,6 +54,8 @@ class Stage(ABC):
     """A bank on a database."""
 
     mode = "explicit"
+    tells_by_log = False
+    """Whether a warning in the log will do where another host has a signal for what is discarded."""
     memory: bool
     Note: Any
     StoredEvent: Any
@@ -179,6 +181,8 @@ class FlaskStage(Stage):
 
 class PlainStage(Stage):
     """SQLAlchemy alone."""
+
+    tells_by_log = True
 
     def __init__(self, url: str, *, scoped: bool, cache: str) -> None:
         self.site = PlainSite(url, scoped=scoped, env=CACHES[cache])

@@ -1,0 +1,251 @@
+"""What holds when a transaction is ended by other means than the session's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from flask_eventsourcing import events_discarded, events_recorded
+from tests.bank import Site
+from tests.integration.conftest import MakeSite
+from tests.integration.test_truth import commit_connection, deposit, listen, versions
+from tests.integration.unit_steps import STALE
+
+on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
+
+
+def text(site: Site, statement: str) -> None:
+    """Execute a textual statement on the session."""
+    site.db.session.execute(sa.text(statement))
+
+
+def roll_back_connection_savepoint(site: Site, save: Callable[[], Any]) -> None:
+    """Save in a savepoint of the connection that is rolled back."""
+    savepoint = site.db.session.connection().begin_nested()
+    save()
+    savepoint.rollback()
+
+
+def roll_back_textual_savepoint(site: Site, save: Callable[[], Any]) -> None:
+    """Save in a textual savepoint that is rolled back."""
+    text(site, "SAVEPOINT a")
+    save()
+    text(site, "ROLLBACK TO SAVEPOINT a")
+
+
+def roll_back_connection(site: Site, save: Callable[[], Any]) -> None:
+    """Save, and roll the connection back."""
+    save()
+    site.db.session.connection().rollback()
+
+
+def roll_back_by_text(site: Site, save: Callable[[], Any]) -> None:
+    """Save, and roll back by a statement."""
+    save()
+    text(site, "ROLLBACK")
+
+
+def roll_back_driver(site: Site, save: Callable[[], Any]) -> None:
+    """Save, and roll back the connection of the driver."""
+    save()
+    driver: Any = site.db.session.connection().connection.driver_connection
+    driver.rollback()
+
+
+def roll_back_driver_and_read(site: Site, save: Callable[[], Any]) -> None:
+    """The same, with a statement after it that begins another transaction."""
+    roll_back_driver(site, save)
+    text(site, "SELECT 1")
+
+
+BEHIND = [
+    roll_back_connection_savepoint,
+    roll_back_textual_savepoint,
+    roll_back_connection,
+    roll_back_by_text,
+    roll_back_driver,
+    roll_back_driver_and_read,
+]
+ALSO_RIGHT_TODAY = [each for each in BEHIND if each is not roll_back_connection]
+CLOSES: dict[str, Callable[[Site], Any]] = {
+    "close": lambda site: site.db.session.close(),
+    "reset": lambda site: site.db.session.reset(),
+    "remove": lambda site: site.db.session.remove(),
+    "with": lambda site: _enter_and_leave(site.db.session()),
+}
+closes = pytest.mark.parametrize("close", CLOSES.values(), ids=CLOSES)
+
+
+def _enter_and_leave(session: orm.Session) -> None:
+    with session:
+        pass
+
+
+def commit_by_text(site: Site) -> None:
+    """Commit by a statement."""
+    text(site, "COMMIT")
+
+
+def commit_driver(site: Site) -> None:
+    """Commit the connection of the driver."""
+    driver: Any = site.db.session.connection().connection.driver_connection
+    driver.commit()
+
+
+class TestBehindTheSession:
+    """Transactions that are ended by other means than the session's."""
+
+    @pytest.mark.parametrize("loss", BEHIND)
+    def test_object_is_refused(self, site: Site, loss: Callable[..., None]) -> None:
+        """An object whose events were rolled back behind the session is refused, and its stream stays whole."""
+        account_id = site.opened()
+        with site.app.app_context():
+            account = site.bank.account(account_id)
+            loss(site, lambda: deposit(site, account, 1))
+            with pytest.raises(STALE):
+                deposit(site, account, 2)
+            site.db.session.rollback()
+        assert versions(site, account_id) == [1]
+
+    @pytest.mark.parametrize("loss", ALSO_RIGHT_TODAY)
+    def test_nothing_is_signalled(self, site: Site, loss: Callable[..., None]) -> None:
+        """What was rolled back behind the session is never signalled as recorded."""
+        account_id = site.opened()
+        recorded = listen(site, events_recorded)
+        with site.app.app_context():
+            loss(site, lambda: site.bank.deposit(account_id, 1))
+            site.db.session.commit()
+        assert recorded == []
+        assert site.balance(account_id) == 0
+
+    @pytest.mark.parametrize("loss", BEHIND)
+    def test_view_that_asked_for_it_is_left_alone(self, site: Site, loss: Callable[..., None]) -> None:
+        """A view that rolled back by itself, by whatever means, has nothing to commit and gets its answer through."""
+        account_id = site.opened()
+
+        def view() -> str:
+            loss(site, lambda: site.bank.deposit(account_id, 1))
+            return "rolled back"
+
+        assert site.answer(view).status_code == 200
+        assert site.balance(account_id) == 0
+
+    @pytest.mark.parametrize("loss", ALSO_RIGHT_TODAY)
+    def test_cache_serves_nothing_of_it(self, new_site: MakeSite, loss: Callable[..., None]) -> None:
+        """With a cache, what was rolled back behind the session is not served after the commit of the rest."""
+        site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": "n"})
+        account_id = site.opened()
+        with site.app.app_context():
+            loss(site, lambda: site.bank.deposit(account_id, 1))
+            site.db.session.commit()
+        assert site.balance(account_id) == 0
+
+    @pytest.mark.parametrize("commit", [commit_connection, commit_by_text, commit_driver])
+    def test_commit_behind_the_session_is_one(self, site: Site, commit: Callable[[Site], None]) -> None:
+        """Events that were committed behind the session are signalled, and the view that did so gets its answer."""
+        account_id = site.opened()
+        recorded = listen(site, events_recorded)
+
+        def view() -> str:
+            site.bank.deposit(account_id, 1)
+            commit(site)
+            return "done"
+
+        assert site.answer(view).status_code == 200
+        assert site.balance(account_id) == 1
+        assert recorded == [2]
+
+    @on_mariadb
+    def test_implicit_commit_is_not_taken_for_a_loss(self, site: Site) -> None:
+        """A statement with which MariaDB commits by itself does not let a later rollback call its events discarded."""
+        account_id = site.opened()
+        discarded = listen(site, events_discarded)
+        with site.app.app_context():
+            site.bank.deposit(account_id, 1)
+            text(site, "CREATE TABLE implicit (a INTEGER)")
+        assert site.balance(account_id) == 1
+        assert discarded == []
+
+    @closes
+    @pytest.mark.parametrize("mode", ["explicit", "request"])
+    def test_view_whose_session_is_closed_answers_500(
+        self, new_site: MakeSite, close: Callable[[Site], Any], mode: str
+    ) -> None:
+        """A view whose session is closed before the commit is answered by 500, as its events are gone."""
+        site = new_site(EVENTSOURCING_COMMIT=mode)
+        account_id = site.opened()
+
+        def view() -> str:
+            site.bank.deposit(account_id, 1)
+            close(site)
+            return "done"
+
+        assert site.answer(view).status_code == 500
+        assert site.balance(account_id) == 0
+
+    @closes
+    def test_closed_session_is_told_outside_of_a_request(self, site: Site, close: Callable[[Site], Any]) -> None:
+        """In a command or a task, events that go with a closed session are told by ``events_discarded``."""
+        account_id = site.opened()
+        discarded = listen(site, events_discarded)
+        with site.app.app_context():
+            site.bank.deposit(account_id, 1)
+            close(site)
+            site.db.session.commit()
+        assert discarded == [2]
+        assert site.balance(account_id) == 0
+
+    @closes
+    def test_closed_session_after_a_commit_is_fine(self, site: Site, close: Callable[[Site], Any]) -> None:
+        """A session that is closed after the commit has lost nothing, and the view gets its answer through."""
+        account_id = site.opened()
+
+        def view() -> str:
+            site.bank.deposit(account_id, 1)
+            site.db.session.commit()
+            close(site)
+            return "done"
+
+        assert site.answer(view).status_code == 200
+        assert site.balance(account_id) == 1
+
+    def test_replaced_session_is_followed(self, site: Site) -> None:
+        """An app that puts a session of its own in the place of ``db.session`` gets its answers through."""
+        account_id = site.opened()
+        recorded = listen(site, events_recorded)
+        db: Any = site.db
+        db.session = orm.scoped_session(orm.sessionmaker(state_engine(site)))
+
+        def view() -> str:
+            site.bank.deposit(account_id, 1)
+            site.db.session.commit()
+            return "done"
+
+        try:
+            assert site.answer(view).status_code == 200
+        finally:
+            site.db.session.remove()
+        assert recorded == [2]
+
+    def test_block_of_the_session_in_the_mode_save(self, new_site: MakeSite) -> None:
+        """In the mode ``save``, what is saved in ``with db.session.begin():`` is committed at its end, as a whole."""
+        site = new_site(EVENTSOURCING_COMMIT="save")
+        account_id = site.opened()
+        with site.app.app_context():
+            with site.db.session.begin():
+                site.bank.deposit(account_id, 1)
+                site.bank.deposit(account_id, 2)
+                site.note()
+            site.db.session.rollback()
+        assert site.balance(account_id) == 3
+        assert site.stored() == (3, 1)
+
+
+def state_engine(site: Site) -> sa.Engine:
+    """Return the engine of the app."""
+    with site.app.app_context():
+        return site.db.engine
