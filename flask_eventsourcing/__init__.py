@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from .exceptions import (
         AbortedTransactionError,
         ConfigurationError,
+        ConstraintError,
         FlaskEventSourcingError,
+        IdentifierTypeError,
         MissingTableError,
         NotInitializedError,
         RollbackOnlyError,
@@ -34,8 +36,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AbortedTransactionError",
     "ConfigurationError",
+    "ConstraintError",
     "EventSourcing",
     "FlaskEventSourcingError",
+    "IdentifierTypeError",
     "MissingTableError",
     "Models",
     "NotInitializedError",

@@ -38,7 +38,7 @@ from sqlalchemy import orm
 from .._patches import application_method, leader_lead, repository_cache, repository_class
 from ..exceptions import ConfigurationError
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 from ..uow import UnitOfWork
 from .stale import is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
 

@@ -92,7 +92,8 @@ def share(obj: Any) -> None:
 
 def lost_with(unit: UnitOfWork, objects: Iterable[Any], reason: str) -> None:
     """Refuse objects if what is done now is rolled back."""
-    unit.on_rollback(partial(_lose_all, [_reference(obj) for obj in objects], reason))
+    for obj in objects:
+        unit.on_rollback(partial(_lose_referenced, _reference(obj), reason))
 
 
 def _reference(obj: Any) -> Callable[[], Any]:
@@ -102,11 +103,10 @@ def _reference(obj: Any) -> Callable[[], Any]:
         return lambda: obj
 
 
-def _lose_all(references: list[Callable[[], Any]], reason: str) -> None:
-    for reference in references:
-        obj = reference()
-        if obj is not None:
-            lose(obj, reason)
+def _lose_referenced(reference: Callable[[], Any], reason: str) -> None:
+    obj = reference()
+    if obj is not None:
+        lose(obj, reason)
 
 
 def unit_of(recorder: Any) -> UnitOfWork | None:
@@ -155,7 +155,7 @@ class Records:
                 raise ConfigurationError(f"A session is given to save() of {application.name} itself: {SESSION}.")
             for obj in aggregates.values():
                 refused.check(obj)
-            if changed:
+            if ids:
                 _note(unit, changed, ids)
             return type(application)._record(application, processing_event)
         except BaseException as error:
@@ -171,9 +171,8 @@ class Records:
 def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:
     if unit is not None:
         lost_with(unit, changed, ROLLED_BACK)
-        transaction = unit.session.get_transaction()
-        if transaction is not None:
-            _saved.setdefault(transaction, set()).update(ids)
+        session = unit.session
+        _saved.setdefault(session.get_transaction() or session.begin(), set()).update(ids)
 
 
 def _evict(cache: Any, key: Any) -> None:

@@ -14,7 +14,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
 from .dialects import Dialect, DialectOptions, dialect_for
-from .dialects.driver import EventTable
+from .dialects.event_tables import EventTable
 from .forks import drop_inherited_connections
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection
 
 from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
-from .dialects.driver import EventTable
+from .dialects.event_tables import EventTable
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")

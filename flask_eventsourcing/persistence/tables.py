@@ -22,7 +22,7 @@ from ..config import OriginatorIdType
 from ..exceptions import ConfigurationError
 from .dialects import column_type, table_options
 from .dialects.base import new_identity
-from .dialects.driver import EVENT_COLUMNS, POSITION, VERSION_KEY
+from .dialects.event_tables import EVENT_COLUMNS, POSITION, VERSION_KEY
 
 POSITION_TYPE = column_type("position", sa.BigInteger())
 STATE = column_type("state", sa.LargeBinary())

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..exceptions import MissingTableError
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
-from ..persistence.dialects.runner_locks import RunnerLock, utc_now
+from ..persistence.dialects.locks import RunnerLock, utc_now
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..host import Host
 from ..models import ProjectionModels
 from ..persistence import Datastore, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.runner_locks import Lease, RunnerLock
+from ..persistence.dialects.locks import Lease, RunnerLock
 from .checkpoint import Checkpoint
 from .dead_letters import DeadLetters
 from .definitions import Handlers, ModelProjection

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
-from ..persistence.dialects.runner_locks import utc_now
+from ..persistence.dialects.locks import utc_now
 
 LONGEST_TEXT = 15_000
 """Characters of an error or a traceback that are kept: the shortest column of text has 65,535 bytes."""

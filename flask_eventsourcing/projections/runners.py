@@ -14,7 +14,7 @@ from eventsourcing.persistence import Notification
 
 from ..exceptions import ProjectionHaltedError
 from ..persistence.dialects import is_outage
-from ..persistence.dialects.runner_locks import RunnerLock
+from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError
 from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat

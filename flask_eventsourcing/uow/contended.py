@@ -14,7 +14,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
 from ..persistence import Dialect
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 
 Key = tuple[str, UUID | str]
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
-from ..persistence.dialects.driver import EventTable
+from ..persistence.dialects.event_tables import EventTable
 
 T = TypeVar("T")
 
@@ -126,7 +126,8 @@ def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
             item.function()
         except Exception:
             # The caller of commit() must not take that for a failure, nor try again.
-            logger.exception("The transaction has ended, and then %r failed.", item.function)
+            what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
+            logger.exception("The %s, and then %r failed.", what, item.function)
 
 
 class Savepoints:

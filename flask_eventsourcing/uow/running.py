@@ -42,10 +42,12 @@ class UnitRunner:
         :param run: how it is to be run, where the caller wants to know more of it.
         """
         unit = self._current()
+        # Kept, as somebody may remove it.
+        session = unit.session
         outer = current_run(unit.units)
         if outer is not None:
             with _joined(outer):
-                yield unit.session
+                yield session
             return
         run = run or Run()
         with running(run, unit.units):
@@ -54,7 +56,7 @@ class UnitRunner:
                 if unit.queue.has_conflicts:
                     with unit.dialect.translated:
                         unit.queue.join_conflicting(unit.connection())
-                yield unit.session
+                yield session
                 if run.rollback_only is not None:
                     raise RollbackOnlyError(run.rollback_only or None)
                 run.is_ending = True
@@ -62,13 +64,13 @@ class UnitRunner:
             except BaseException:
                 # Ctrl-C and the end of a greenlet too must leave no transaction open.
                 run.is_ending = True
-                self._roll_back(unit)
+                self._roll_back(unit, session)
                 raise
             finally:
                 unit.queue.active = False
 
-    def _roll_back(self, unit: UnitOfWork) -> None:
-        unit.units.commits.rollback(unit.session)
+    def _roll_back(self, unit: UnitOfWork, session: orm.Session) -> None:
+        unit.units.commits.rollback(session)
         current = self._current()
         if current is not unit:
             # Somebody has removed the session and got another one.

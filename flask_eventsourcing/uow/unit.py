@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
 from ..persistence.dialects import is_in_memory
-from ..persistence.dialects.driver import POSITION, EventTable
+from ..persistence.dialects.event_tables import POSITION, EventTable
 from .commit_gate import CommitGate, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, call_all, of_kind, savepoints
@@ -241,9 +241,12 @@ class UnitOfWork:
         self._note(Batch(application_name, table, events, positions))
 
     def written(self) -> None:
-        """After a write: commit, where each save is committed by itself."""
-        if self.units.commits.at_save and not self.shared.depth and not self.session.in_nested_transaction():
-            self.session.commit()
+        """After a write: commit, where each save is committed by itself and nobody has begun something around it."""
+        session = self.session
+        if self.units.commits.at_save and not self.shared.depth and not session.in_nested_transaction():
+            transaction = session.get_transaction()
+            if transaction is not None and transaction.origin is orm.SessionTransactionOrigin.AUTOBEGIN:
+                session.commit()
 
     # -------------------------------------------------------------------------------- what others ask
 

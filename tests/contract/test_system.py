@@ -32,7 +32,7 @@ from eventsourcing.system import (
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_eventsourcing import EventSourcing
+from flask_eventsourcing import EventSourcing, StaleAggregateError
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import make_app
 from tests.contract.backends import url_for
@@ -281,6 +281,18 @@ def test_followers_process_what_is_committed(flask_app: Flask, runner_class: typ
                 getattr(session, end)()
         until(lambda: counters.count("commit") == 3)
         assert counters.count("rollback") == 0
+
+
+def test_a_leader_refuses_stale_objects(flask_app: Flask) -> None:
+    """An application that a runner has constructed refuses an object whose events were rolled back."""
+    system = System(pipes=[[School, Counters]])
+    env = flask_app.extensions["eventsourcing"].env
+    with SingleThreadedRunner[UUID](system, env) as runner, flask_app.app_context():
+        dog = Dog("Rex")
+        runner.get(School).save(dog)
+        flask_app.extensions["sqlalchemy"].session.rollback()
+        with pytest.raises(StaleAggregateError):
+            runner.get(School).save(dog)
 
 
 @pytest.mark.parametrize("flask_app", ["postgresql"], indirect=True)  # elsewhere writers wait for each other

@@ -217,6 +217,10 @@ def test_events_without_an_object_are_saved(site: HostSite) -> None:
         (event,) = account.collect_events()
         for _ in range(2):
             site.bank.save(event)
+            seen = site.bank.account(account_id)
+            site.session.rollback()
+            with pytest.raises(StaleAggregateError):
+                site.bank.save(seen)
             site.session.rollback()
         site.bank.save(event)
         site.session.commit()

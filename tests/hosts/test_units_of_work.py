@@ -13,6 +13,7 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import RollbackOnlyError
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests.domain import conflict_with, in_threads
 from tests.hosts.sites import HostSite
@@ -123,7 +124,7 @@ def test_conflict_is_tried_again(site: HostSite) -> None:
         tries.append(account.version)
         if len(tries) < 3:
             # As another transaction would do it that commits in between; on one database file it would have to wait.
-            raise IntegrityError
+            raise ConflictError
         account.deposit(10)
         site.note()
         site.bank.save(account)

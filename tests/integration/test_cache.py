@@ -299,3 +299,18 @@ def test_older_state_takes_no_newer_one_out_of_the_cache(new_site: MakeSite) -> 
         site.db.session.commit()
         cache.put(account_id, old)
         assert site.bank.balance(account_id) == 5
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "remove"])
+def test_cache_serves_what_is_stored_whatever_ended_the_transaction(new_site: MakeSite, end: str) -> None:
+    """It does not matter how a session was told to drop what was saved."""
+    site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": "n"})
+    account_id = site.opened()
+    with site.app.app_context():
+        site.bank.deposit(account_id, 5)
+        assert site.bank.balance(account_id) == 5
+        getattr(site.db.session, end)()
+        site.note()
+        site.db.session.commit()
+        assert site.bank.balance(account_id) == 0
+    assert site.balance(account_id) == 0

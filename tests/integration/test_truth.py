@@ -20,11 +20,6 @@ from tests.integration.unit_steps import STALE
 on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
 
 
-def waits(point: str) -> pytest.MarkDecorator:
-    """Mark a test of what does not hold yet."""
-    return pytest.mark.xfail(strict=True, reason=point)
-
-
 def versions(site: Site, account_id: UUID) -> list[int]:
     """Return the versions of an account that a new transaction sees."""
     record = site.es.StoredEvent
@@ -98,7 +93,6 @@ LOSSES = [roll_back_all, roll_back_savepoint, roll_back_outer_savepoint, fail_to
 class TestObjectWhoseEventsAreLost:
     """An aggregate object that is used on after its events were rolled back."""
 
-    @waits("B1: a stream is destroyed")
     @pytest.mark.parametrize("loss", LOSSES)
     def test_changed_object_is_refused(self, site: Site, loss: Callable[..., None]) -> None:
         """A change of an object whose events were rolled back is refused, and its stream stays whole."""
@@ -112,7 +106,6 @@ class TestObjectWhoseEventsAreLost:
         assert versions(site, account_id) == [1]
         assert site.balance(account_id) == 0
 
-    @waits("B1: a stream is destroyed")
     @pytest.mark.parametrize("loss", LOSSES)
     def test_new_object_is_refused(self, site: Site, loss: Callable[..., None]) -> None:
         """A new aggregate whose first event was rolled back is refused, so that no stream begins with its second."""
@@ -124,7 +117,6 @@ class TestObjectWhoseEventsAreLost:
             site.db.session.commit()
         assert versions(site, account.id) == []
 
-    @waits("B1: nothing is stored, and the view answers 200")
     @pytest.mark.parametrize("mode", ["explicit", "request", "save"])
     @pytest.mark.parametrize("loss", LOSSES[1:3])
     def test_unchanged_object_is_refused(self, new_site: MakeSite, loss: Callable[..., None], mode: str) -> None:
@@ -142,7 +134,6 @@ class TestObjectWhoseEventsAreLost:
         assert site.answer(view).status_code == 500
         assert versions(site, account_id) == [1]
 
-    @waits("B1: a stream is destroyed")
     def test_view_that_answers_200_has_destroyed_nothing(self, site: Site) -> None:
         """A view that goes on with the object after a savepoint was rolled back gets an error, not a broken stream."""
         account_id = site.opened()
@@ -157,7 +148,6 @@ class TestObjectWhoseEventsAreLost:
         assert site.answer(view).status_code == 500
         assert site.balance(account_id) == 0
 
-    @waits("B1: an object that was read from what is rolled back")
     def test_object_that_was_read_before_the_rollback_is_refused(self, site: Site) -> None:
         """A change that rests on an event that was rolled back leaves no gap in the stream."""
         account_id = site.opened()
@@ -204,7 +194,6 @@ def overtaken(site: Site, account_id: UUID) -> Account:
 class TestObjectThatHadAConflict:
     """An aggregate object that is used on after a conflict."""
 
-    @waits("B2: a decision on the old state is stored as the next version")
     def test_read_before_the_retried_function_and_changed_within(self, site: Site) -> None:
         """An object that was read before the retried function is refused in the second try, not stored on old state."""
         account_id = site.opened()
@@ -214,7 +203,6 @@ class TestObjectThatHadAConflict:
                 site.es.retry_on_conflict(lambda: deposit(site, account, 1))()
         assert site.balance(account_id) == 100
 
-    @waits("B2: nothing is stored, and the call returns")
     def test_changed_before_the_retried_function(self, site: Site) -> None:
         """An object that was changed before the retried function is refused in the second try, which has no events."""
         account_id = site.opened()
@@ -225,7 +213,6 @@ class TestObjectThatHadAConflict:
                 site.es.retry_on_conflict(lambda: site.bank.save(account))()
         assert site.balance(account_id) == 100
 
-    @waits("B2: nothing is stored, and the call returns")
     def test_loop_by_hand(self, site: Site) -> None:
         """A loop that catches the conflict, rolls back and saves the object once more is refused."""
         account_id = site.opened()
@@ -239,7 +226,6 @@ class TestObjectThatHadAConflict:
             site.db.session.rollback()
         assert site.balance(account_id) == 100
 
-    @waits("B2: the object is refused, and that is no conflict")
     def test_refusal_is_not_tried_again(self, site: Site) -> None:
         """A refused object is raised at once, however many tries there are."""
         account_id, tries = site.opened(), []
@@ -283,7 +269,6 @@ runners = pytest.mark.parametrize("run", RUNNERS, ids=["transactional", "retry_o
 class TestInsideAUnit:
     """Only the unit of work commits what is in it."""
 
-    @waits("B3: a half of the unit is committed")
     @runners
     @pytest.mark.parametrize("commit", [commit_session, commit_connection])
     def test_commit_of_a_helper_is_refused(self, site: Site, run: Any, commit: Callable[[Site], None]) -> None:
@@ -298,7 +283,6 @@ class TestInsideAUnit:
             run(site, work)
         assert site.balance(account_id) == 0
 
-    @waits("B3: the account is charged twice")
     def test_unit_that_runs_again_charges_once(self, site: Site) -> None:
         """When a helper commits within a retried function that has a conflict, nobody is charged twice."""
         ada, bob, tries = site.opened(), site.opened(), []
@@ -316,7 +300,6 @@ class TestInsideAUnit:
         status = site.answer(site.es.retry_on_conflict(move)).status_code
         assert site.balance(ada) == (-10 if status == 200 else 0)
 
-    @waits("B3: a half of the unit is committed")
     @runners
     @pytest.mark.parametrize("end", ["rollback", "close", "reset"])
     def test_unit_with_a_rollback_inside_stores_nothing(self, site: Site, run: Any, end: str) -> None:
@@ -332,7 +315,6 @@ class TestInsideAUnit:
             run(site, work)
         assert (site.balance(ada), site.balance(bob)) == (0, 0)
 
-    @waits("B3: a half of the unit is committed")
     @runners
     def test_unit_whose_session_was_removed_stores_nothing(self, site: Site, run: Any) -> None:
         """The same holds when a helper calls ``db.session.remove()``."""
@@ -455,7 +437,6 @@ def commit_driver(site: Site) -> None:
 class TestBehindTheSession:
     """Transactions that are ended by other means than the session's."""
 
-    @waits("B4: an object whose events were rolled back is saved")
     @pytest.mark.parametrize("loss", BEHIND)
     def test_object_is_refused(self, site: Site, loss: Callable[..., None]) -> None:
         """An object whose events were rolled back behind the session is refused, and its stream stays whole."""
@@ -468,7 +449,6 @@ class TestBehindTheSession:
             site.db.session.rollback()
         assert versions(site, account_id) == [1]
 
-    @waits("B4: events_recorded is sent for what was rolled back")
     @pytest.mark.parametrize("loss", ALSO_RIGHT_TODAY)
     def test_nothing_is_signalled(self, site: Site, loss: Callable[..., None]) -> None:
         """What was rolled back behind the session is never signalled as recorded."""
@@ -480,7 +460,6 @@ class TestBehindTheSession:
         assert recorded == []
         assert site.balance(account_id) == 0
 
-    @waits("B4: the view has nothing to commit, and is refused")
     @pytest.mark.parametrize("loss", BEHIND)
     def test_view_that_asked_for_it_is_left_alone(self, site: Site, loss: Callable[..., None]) -> None:
         """A view that rolled back by itself, by whatever means, has nothing to commit and gets its answer through."""
@@ -493,7 +472,6 @@ class TestBehindTheSession:
         assert site.answer(view).status_code == 200
         assert site.balance(account_id) == 0
 
-    @waits("B4: the cache serves what was rolled back")
     @pytest.mark.parametrize("loss", ALSO_RIGHT_TODAY)
     def test_cache_serves_nothing_of_it(self, new_site: MakeSite, loss: Callable[..., None]) -> None:
         """With a cache, what was rolled back behind the session is not served after the commit of the rest."""
@@ -504,7 +482,6 @@ class TestBehindTheSession:
             site.db.session.commit()
         assert site.balance(account_id) == 0
 
-    @waits("B4: events_recorded is not sent")
     @pytest.mark.parametrize("commit", [commit_connection, commit_by_text, commit_driver])
     def test_commit_behind_the_session_is_one(self, site: Site, commit: Callable[[Site], None]) -> None:
         """Events that were committed behind the session are signalled, and the view that did so gets its answer."""
@@ -520,7 +497,6 @@ class TestBehindTheSession:
         assert site.balance(account_id) == 1
         assert recorded == [2]
 
-    @waits("B4: events that are stored are called dropped")
     @on_mariadb
     def test_implicit_commit_is_not_taken_for_a_loss(self, site: Site) -> None:
         """A statement with which MariaDB commits by itself does not let a later rollback call its events discarded."""
@@ -532,7 +508,6 @@ class TestBehindTheSession:
         assert site.balance(account_id) == 1
         assert discarded == []
 
-    @waits("B4: the view answers 200 for what is not stored")
     @closes
     @pytest.mark.parametrize("mode", ["explicit", "request"])
     def test_view_whose_session_is_closed_answers_500(
@@ -550,7 +525,6 @@ class TestBehindTheSession:
         assert site.answer(view).status_code == 500
         assert site.balance(account_id) == 0
 
-    @waits("B4: nobody is told")
     @closes
     def test_closed_session_is_told_outside_of_a_request(self, site: Site, close: Callable[[Site], Any]) -> None:
         """In a command or a task, events that go with a closed session are told by ``events_discarded``."""
@@ -595,7 +569,6 @@ class TestBehindTheSession:
             site.db.session.remove()
         assert recorded == [2]
 
-    @waits("B4: the save ends the transaction of the block")
     def test_block_of_the_session_in_the_mode_save(self, new_site: MakeSite) -> None:
         """In the mode ``save``, what is saved in ``with db.session.begin():`` is committed at its end, as a whole."""
         site = new_site(EVENTSOURCING_COMMIT="save")

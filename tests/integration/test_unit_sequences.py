@@ -28,7 +28,6 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 PREFIXES = count(1)
-WAITS = pytest.mark.xfail(run=False, reason="B1-B4: objects whose events are lost, and what ends a transaction")
 HOSTS = ("flask", "plain scoped_session", "plain sessionmaker")
 
 
@@ -141,7 +140,6 @@ def stages(uri: str, host: str) -> Iterator[Stages]:
     made.close()
 
 
-@pytest.mark.xfail(strict=True, reason="B1-B4")
 @pytest.mark.parametrize("host", HOSTS)
 def test_shortest_programs(stages: Stages, host: str) -> None:
     """The same holds for the shortest programs for which it once did not."""
@@ -155,14 +153,12 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
     assert failed == []
 
 
-@WAITS
 @pytest.mark.parametrize("host", HOSTS)
 def test_drawn_programs(stages: Stages, host: str) -> None:
     """What is said to be stored is stored and nothing else is, streams can be read, stale objects are refused."""
     check(stages, host, DRAWN, 40 if host == "flask" else 15)
 
 
-@WAITS
 @pytest.mark.torture
 @pytest.mark.parametrize("host", HOSTS)
 def test_many_drawn_programs(stages: Stages, host: str) -> None:

@@ -210,7 +210,6 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.mark.torture
-@pytest.mark.xfail(strict=True, reason="B1-B4: objects whose events are lost, and what ends a transaction")
 def test_accounts_hold_what_was_answered(site: Site) -> None:
     """After a storm each account holds the sum of what was answered 2xx, and each stream can be read."""
     accounts = [site.opened() for _ in range(ACCOUNTS)]

@@ -11,8 +11,8 @@ import pytest
 from eventsourcing.persistence import OperationalError
 
 from flask_eventsourcing import WriteTimeoutError
+from flask_eventsourcing.persistence.dialects.locks import WriteQueue, _Place, write_queue_of
 from flask_eventsourcing.persistence.dialects.sqlite import kind_of
-from flask_eventsourcing.persistence.dialects.write_queue import WriteQueue, _Place, write_queue_of
 from tests.domain import in_thread, in_threads
 from tests.unit.test_lifecycle_fork import in_child
 

@@ -9,7 +9,8 @@ from eventsourcing import persistence
 from sqlalchemy.engine import URL, Engine
 
 from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError
-from .base import AUTOCOMMIT, COMMITS_BY_ITSELF, Dialect, DialectOptions
+from .base import Dialect, DialectOptions
+from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect

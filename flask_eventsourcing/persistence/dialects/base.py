@@ -17,21 +17,20 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine
 
 from ...config import PostgresOrder
-from ...exceptions import ConfigurationError, MissingTableError
+from ...exceptions import MissingTableError
 from ..subscriptions import Waiter
-from .driver import (
+from .driver import Driver, root_engine
+from .event_tables import (
     EVENT_COLUMNS,
     OF_AGGREGATE,
     POSITION,
-    Driver,
     EventTable,
     Processor,
     begins,
     notification,
-    root_engine,
     stored_event,
 )
-from .runner_locks import ForProjections
+from .locks import ForProjections
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,6 @@ def new_identity() -> dict[str, Any]:
     """Return a row of a tracking table with the identity of a log that is new."""
     return {"application_name": IDENTITY, POSITION: secrets.randbits(62) + 1}
 
-
-AUTOCOMMIT = "AUTOCOMMIT"
-COMMITS_BY_ITSELF = (
-    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
-    "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
-)
 
 HEADS_AT_ONCE = 100
 """The events of one statement of :meth:`Dialect.find_gap`."""
@@ -105,8 +98,6 @@ class Dialect(Driver, ForProjections, ABC):
     """Whether one append is one statement, so that it needs no transaction around it."""
     reads_in_autocommit: ClassVar[bool] = False
     """Whether reads outside a session are to run without a transaction."""
-    rows_at_once = 1
-    """The rows of one statement of :meth:`insert_rows`."""
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine)
@@ -189,38 +180,6 @@ class Dialect(Driver, ForProjections, ABC):
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, such as snapshots."""
         self.modify_many(connection, self.insert_statement(table), [table.row(event) for event in events])
-
-    def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
-        if len(rows) <= self.rows_at_once:
-            return self._insert_chunk(connection, statement, rows)
-        # One statement is all or nothing; several need a savepoint to be so.
-        last = None
-        self.modify(connection, "SAVEPOINT flask_eventsourcing")
-        try:
-            for start in range(0, len(rows), self.rows_at_once):
-                last = self._insert_chunk(connection, statement, rows[start : start + self.rows_at_once])
-        except BaseException:
-            # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
-            if not connection.invalidated and not self.is_aborted(connection):
-                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
-                self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
-            raise
-        self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
-        return last
-
-    def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
-        return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
-
-    def insert_statement(self, table: EventTable) -> str:
-        """The statement that inserts one event."""
-        statement = table.statements.get("insert")
-        if statement is None:
-            marks = ", ".join([self.mark] * len(EVENT_COLUMNS))
-            statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
-            table.statements["insert"] = statement
-        return statement
 
     def find_gap(
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str = ""
@@ -412,26 +371,3 @@ class Dialect(Driver, ForProjections, ABC):
         Here the transaction has written something before and that is enough, as there is one writer at a time.
         """
         return
-
-    def is_aborted(self, connection: Connection) -> bool:
-        """Whether the database would turn a commit of this transaction into a rollback."""
-        return False
-
-    def check_transaction(self, connection: Connection) -> None:
-        """Refuse a connection of a session that commits each statement by itself.
-
-        :raises ConfigurationError: if it does.
-        """
-        if connection.get_execution_options().get("isolation_level") == AUTOCOMMIT or self.driver_commits(connection):
-            raise ConfigurationError(COMMITS_BY_ITSELF)
-
-    def driver_commits(self, connection: Connection) -> bool:
-        """Whether the driver, or the server, commits each statement."""
-        return False
-
-    def is_over(self, connection: Connection) -> bool:
-        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
-
-        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
-        """
-        return self.is_aborted(connection)

@@ -9,35 +9,19 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
-from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing import persistence
-from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import ConstraintError, IdentifierTypeError, MissingTableError
+from ...exceptions import ConfigurationError, ConstraintError, MissingTableError
+from .event_tables import EVENT_COLUMNS, POSITION, VERSION, ConflictError, EventTable, is_key
 
 _logger = logging.getLogger("sqlalchemy.engine.Engine")
-_new = object.__new__
-
-POSITION = "notification_id"
-EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
-"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
-from these. The first is the aggregate's id."""
-VERSION_KEY = EVENT_COLUMNS[:2]
-VERSION = VERSION_KEY[1]
-"""The columns that tell the events of an application from each other."""
-OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
-"""Those that differ among the events of an aggregate."""
-
-Processor = Callable[[Any], Any]
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -52,131 +36,11 @@ _PEP_249 = (
 )
 
 
-_VALUES = attrgetter(*EVENT_COLUMNS)
-
-
-@dataclass(frozen=True)
-class EventTable:
-    """A table of events or snapshots as the statements need it."""
-
-    table: sa.Table
-    name: str
-    """Quoted, and qualified by the schema if there is one."""
-    id_class: type[UUID] | type[str]
-    binds: tuple[tuple[int, Processor], ...]
-    """What makes the driver's value of a column's, by the number of the column; none where nothing is to be done."""
-    decode_id: Processor
-    counter: str | None = None
-    """The quoted name of the tracking table, where a database counts positions in it."""
-    snapshots: str | None = None
-    """The quoted name of the table whose versions may be followed too."""
-    statements: dict[str, str] = field(default_factory=dict, compare=False)
-    """Statements by their use, filled by the dialect as they are needed."""
-
-    def row(self, event: StoredEvent) -> tuple[Any, ...]:
-        """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them."""
-        values: tuple[Any, ...] = _VALUES(event)
-        if not isinstance(values[0], self.id_class):
-            raise self.wrong_id(values[0])
-        for number, bind in self.binds:
-            values = (*values[:number], bind(values[number]), *values[number + 1 :])
-        return values
-
-    def encode_id(self, originator_id: UUID | str) -> Any:
-        """Return an aggregate's id as the driver takes it.
-
-        :raises IdentifierTypeError: for a text where ids are UUIDs, and the reverse.
-        """
-        if not isinstance(originator_id, self.id_class):
-            raise self.wrong_id(originator_id)
-        for number, bind in self.binds:
-            if number == 0:
-                return bind(originator_id)
-        return originator_id
-
-    def wrong_id(self, found: object) -> IdentifierTypeError:
-        """Return the error that refuses an id of another type than those of the table."""
-        remedy = "pass str(…), or set EVENTSOURCING_ORIGINATOR_ID_TYPE to 'uuid'"
-        if self.id_class is UUID:
-            remedy = "pass uuid.UUID(…), and declare <uuid:id> in a route that has it in its address"
-        expected = "UUIDs" if self.id_class is UUID else "texts"
-        return IdentifierTypeError(f"The ids in {self.name} are {expected}; found {type(found).__name__}: {remedy}.")
-
-    def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
-        """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
-
-        Where the event itself is there already, its key decides.
-
-        :param lock: what makes the reads locking ones.
-        :param begins: whether its version is one that a stream can begin with.
-        :param snapshots: whether the table of snapshots is there.
-        """
-
-        def exists(table: str | None, condition: str = "") -> str:
-            return f"EXISTS (SELECT 1 FROM {table} AS p WHERE p.originator_id = {originator_id}{condition}{lock})"
-
-        found = exists(self.name, f" AND p.originator_version BETWEEN {version} - 1 AND {version}")
-        none = f"NOT {exists(self.name)}"
-        if snapshots:
-            found += f" OR {exists(self.snapshots, f' AND p.originator_version = {version} - 1')}"
-            none += f" AND NOT {exists(self.snapshots)}"
-        return f"{found} OR {none}" if begins else found
-
-    @staticmethod
-    def follows_values(originator_id: Any, version: int, *, begins: bool, snapshots: bool) -> tuple[Any, ...]:
-        """Return the values of that condition, where the marks are those of parameters."""
-        found: tuple[Any, ...] = (originator_id, version, version)
-        if snapshots:
-            found = (*found, originator_id, version)
-        return (*found, *([originator_id] * (1 + snapshots))) if begins else found
-
-    def id_decoder(self, rows: Sequence[Sequence[Any]], number: int) -> Processor | None:
-        """Return what makes the id of a driver's value, or None where the driver has made it already."""
-        return None if not rows or type(rows[0][number]) is self.id_class else self.decode_id
-
-
-class ConflictError(persistence.IntegrityError):
-    """Another writer was first: the same may succeed when it is run again as a whole."""
-
-
-LATEST_FIRST_VERSION = 1
-"""A stream begins with this version or the one before it: the library's own is 1, its contract has both."""
-
-
-def begins(event: StoredEvent) -> bool:
-    """Whether an event's version is one that a stream can begin with."""
-    return event.originator_version <= LATEST_FIRST_VERSION
-
-
-def heads(events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
-    """Return those events of an append whose predecessor is not earlier in it.
-
-    :raises IntegrityError: for an event that would begin a stream behind another one.
-    """
-    if len(events) == 1:
-        return events
-    found: list[StoredEvent] = []
-    spans: dict[UUID | str, tuple[int, int]] = {}
-    for event in events:
-        version = event.originator_version
-        span = spans.get(event.originator_id)
-        if span is not None and span[0] <= version <= span[1] + 1:
-            spans[event.originator_id] = (span[0], max(version, span[1]))
-            continue
-        if span is not None and begins(event):
-            raise gap(event)
-        found.append(event)
-        spans[event.originator_id] = (version, version)
-    return found
-
-
-def gap(event: StoredEvent) -> persistence.IntegrityError:
-    """Return the error that refuses an event which cannot follow what is stored."""
-    version = event.originator_version
-    return persistence.IntegrityError(
-        f"Version {version} of aggregate {event.originator_id} would leave a gap: version {version - 1} is neither "
-        "among its events nor that of a snapshot. Read the aggregate again, and repeat what was done with it."
-    )
+AUTOCOMMIT = "AUTOCOMMIT"
+COMMITS_BY_ITSELF = (
+    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
+    "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
+)
 
 
 class Modified(NamedTuple):
@@ -207,6 +71,8 @@ class Driver:
     """The server's codes that mean: there is a row with this key."""
     missing_table: ClassVar[re.Pattern[str] | None] = None
     """What the server says of a table that is not there, with the table's name as the group ``name``."""
+    rows_at_once = 1
+    """The rows of one statement of :meth:`insert_rows`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -217,6 +83,10 @@ class Driver:
         """How many listeners of ours the engine has before and after each statement."""
         self.tables: dict[str, sa.Table] = {}
         """The tables of events, snapshots and positions by their quoted names."""
+
+    def quote(self, name: str) -> str:
+        """Quote a name where the database needs it."""
+        return self.engine.dialect.identifier_preparer.quote(name)
 
     # ------------------------------------------------------------------------------------------------- statements
 
@@ -312,6 +182,63 @@ class Driver:
             connection.invalidate(error)
         return self.own_error(connection, error, statement)
 
+    def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
+        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
+        if len(rows) <= self.rows_at_once:
+            return self._insert_chunk(connection, statement, rows)
+        # One statement is all or nothing; several need a savepoint to be so.
+        last = None
+        self.modify(connection, "SAVEPOINT flask_eventsourcing")
+        try:
+            for start in range(0, len(rows), self.rows_at_once):
+                last = self._insert_chunk(connection, statement, rows[start : start + self.rows_at_once])
+        except BaseException:
+            # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
+            if not connection.invalidated and not self.is_aborted(connection):
+                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
+                self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+            raise
+        self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
+        return last
+
+    def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
+        marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
+        return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
+
+    def insert_statement(self, table: EventTable) -> str:
+        """The statement that inserts one event."""
+        statement = table.statements.get("insert")
+        if statement is None:
+            marks = ", ".join([self.mark] * len(EVENT_COLUMNS))
+            statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
+            table.statements["insert"] = statement
+        return statement
+
+    # ------------------------------------------------------------------------------------- what state it is in
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Whether the database would turn a commit of this transaction into a rollback."""
+        return False
+
+    def check_transaction(self, connection: Connection) -> None:
+        """Refuse a connection of a session that commits each statement by itself.
+
+        :raises ConfigurationError: if it does.
+        """
+        if connection.get_execution_options().get("isolation_level") == AUTOCOMMIT or self.driver_commits(connection):
+            raise ConfigurationError(COMMITS_BY_ITSELF)
+
+    def driver_commits(self, connection: Connection) -> bool:
+        """Whether the driver, or the server, commits each statement."""
+        return False
+
+    def is_over(self, connection: Connection) -> bool:
+        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
+
+        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
+        """
+        return self.is_aborted(connection)
+
     # ------------------------------------------------------------------------------------------------- errors
 
     @classmethod
@@ -388,21 +315,6 @@ class Driver:
         return persistence.IntegrityError(text) if self.code(driver_error) in self.duplicates else None
 
 
-def is_key(table: sa.Table, columns: Collection[str]) -> bool:
-    """Whether columns are a key by which the library tells events, snapshots or positions from each other."""
-    keys: list[Collection[str]] = [(POSITION,), VERSION_KEY, table.primary_key.columns.keys()]
-    return any(set(columns) == set(key) for key in keys)
-
-
-def columns_of(table: sa.Table, name: str) -> Collection[str] | None:
-    """Return the columns of a unique constraint or index of that name, or None where the table's class has none."""
-    uniques = [each for each in table.constraints if isinstance(each, sa.PrimaryKeyConstraint | sa.UniqueConstraint)]
-    for unique in [*uniques, *(index for index in table.indexes if index.unique)]:
-        if str(unique.name) == name:
-            return unique.columns.keys()
-    return None
-
-
 def _counterpart(error: Exception, module: Any, text: str) -> persistence.PersistenceError:
     """Return the library's exception of the same name as the class of PEP 249, in *module*, that an error is of."""
     for name in _PEP_249:
@@ -440,26 +352,3 @@ class Translated:
             raise self._driver.translate(error) from error
         if isinstance(error, self._driver.driver_error):
             raise self._driver.translate_driver(error) from error
-
-
-def stored_event(originator_id: UUID | str, version: int, topic: str, state: Any) -> StoredEvent:
-    """Make a ``StoredEvent``; the constructor of a frozen dataclass takes more than twice as long."""
-    event = _new(StoredEvent)
-    attributes = event.__dict__
-    attributes["originator_id"] = originator_id
-    attributes["originator_version"] = version
-    attributes["topic"] = topic
-    attributes["state"] = state if type(state) is bytes else bytes(state)
-    return event
-
-
-def notification(position: int, originator_id: UUID | str, version: int, topic: str, state: Any) -> Notification:
-    """Make a ``Notification`` in the same way."""
-    event = _new(Notification)
-    attributes = event.__dict__
-    attributes["originator_id"] = originator_id
-    attributes["originator_version"] = version
-    attributes["topic"] = topic
-    attributes["state"] = state if type(state) is bytes else bytes(state)
-    attributes["id"] = position
-    return event

@@ -25,8 +25,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
-from .driver import EVENT_COLUMNS, POSITION, EventTable, columns_of, gap, heads
-from .runner_locks import NAMESPACE, RunnerLock, SessionLock
+from .event_tables import EVENT_COLUMNS, POSITION, EventTable, columns_of, gap, heads
+from .locks import NAMESPACE, RunnerLock, SessionLock
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
 EXACT = "utf8mb4_bin"

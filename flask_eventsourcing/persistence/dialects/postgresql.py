@@ -9,9 +9,8 @@ the argument.
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -19,22 +18,27 @@ from eventsourcing.persistence import IntegrityError, StoredEvent
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import MissingTableError, StandbyError, UnsafeSequenceError
+from ...exceptions import StandbyError
 from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import Dialect, DialectOptions, FrozenSnapshotError
-from .driver import (
+from .driver import AUTOCOMMIT
+from .event_tables import (
     EVENT_COLUMNS,
     LATEST_FIRST_VERSION,
     POSITION,
     VERSION_KEY,
     ConflictError,
     EventTable,
+    Known,
+    KnownLog,
     begins,
+    check_sequence,
     columns_of,
     gap,
     heads,
+    transposed,
 )
-from .runner_locks import AdvisoryLock, RunnerLock
+from .locks import AdvisoryLock, RunnerLock
 
 IDLE, INERROR, UNKNOWN = 0, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; it has failed and a commit would be a rollback; no connection."""
@@ -109,14 +113,6 @@ SELECT %s::regclass::oid::bigint, found.name, c.relname, to_regclass(quote_ident
 FROM (SELECT pg_get_serial_sequence(%s, %s) AS name) AS found
 LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass LEFT JOIN pg_class c ON c.oid = s.seqrelid"""
 
-
-_STATEMENTS = {
-    "begin": _APPEND_ONE,
-    "follow": _APPEND_ONE,
-    "block": _APPEND_BLOCK,
-    "mark": _HIGH_WATER_MARK,
-    "joined mark": _HIGH_WATER_MARK,
-}
 _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""
 
@@ -137,7 +133,7 @@ class PostgreSQLDialect(Dialect):
         super().__init__(engine, options)
         # The table's lock needs a transaction.
         self.appends_in_autocommit = options.postgres_order == "advisory-lock"
-        self._logs: dict[tuple[str, int], _Log] = {}
+        self._logs: dict[tuple[str, int], KnownLog] = {}
 
     @classmethod
     def code(cls, driver_error: Any) -> object:
@@ -154,11 +150,9 @@ class PostgreSQLDialect(Dialect):
         """Insert events with contiguous positions, having published a floor below them."""
         if self.options.postgres_order == "table-lock":
             self._lock_table(connection, table)
-        first = heads(events)
-        known = _Known.of(connection)
-        floors = known.floors_of(connection)
+        floors = Known.of(connection).floors_of(connection)
+        log = self._last_log(connection, table)
         while True:
-            log = known.logs.get(table.name) or self._log(connection, table)
             if len(events) == 1:
                 statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
                 parameters = (floors.get(log.identity), log.identity, *table.row(events[0]))
@@ -168,10 +162,11 @@ class PostgreSQLDialect(Dialect):
                     return [position]
                 missing: StoredEvent | None = events[0]
             else:
-                start, missing = self._append_block(connection, table, log, events, first)
+                start, missing = self._append_block(connection, table, log, events)
                 if start is not None:
                     return list(range(start, start + len(events)))
-            if self._log(connection, table) is log:
+            meant, log = log, self._log(connection, table)
+            if log is meant:
                 raise self._refusal(connection, missing or events[0])
 
     def _refusal(self, connection: Connection, event: StoredEvent) -> IntegrityError:
@@ -180,41 +175,34 @@ class PostgreSQLDialect(Dialect):
         return gap(event) if isolation in _LATEST else ConflictError(str(gap(event)))
 
     def _append_block(
-        self,
-        connection: Connection,
-        table: EventTable,
-        log: _Log,
-        events: Sequence[StoredEvent],
-        first: Sequence[StoredEvent],
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
     ) -> tuple[int | None, StoredEvent | None]:
         """Return the first position, or the event that would leave a gap, or neither where it is another table."""
-        floors = _Known.of(connection).floors_of(connection)
+        first, floors = heads(events), Known.of(connection).floors_of(connection)
         statement = self._append_statement(connection, table, log, "block")
-        columns = [list(column) for column in zip(*(table.row(event) for event in events), strict=True)]
-        keys = [list(column) for column in zip(*(table.row(event)[:2] for event in first), strict=True)]
-        autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        columns, keys = transposed(map(table.row, events)), transposed(table.row(event)[:2] for event in first)
+        autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
 
-        def append() -> tuple[int | None, StoredEvent | None, bool]:
+        def append() -> tuple[int | None, StoredEvent | None] | None:
             parameters = (floors.get(log.identity), log.identity, *keys, len(events), *columns)
-            rows = self.fetch(connection, statement, parameters)
-            if not rows:
-                return None, None, True
-            start, floors[log.identity], place = rows[0]
-            return start, None if place is None else first[place - 1], start is not None or place is not None
+            for start, floors[log.identity], place in self.fetch(connection, statement, parameters):
+                torn = start is None and place is None
+                return None if torn else (start, first[place - 1] if place else None)
+            return None, None
 
         for _ in range(BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES):
-            start, missing, decided = append()
-            if decided:
-                return start, missing
+            done = append()
+            if done is not None:
+                return done
         # A large block among very many small appends: keep the others out, up to the end of this transaction.
         if autocommit:
             # Without one, the lock would be refused. Should a statement fail, the pool's rollback ends it.
             self.modify(connection, "BEGIN")
         self._lock_table(connection, table)
-        start, missing, _ = append()
+        done = append()
         if autocommit:
             self.modify(connection, "COMMIT")
-        return start, missing
+        return done or (None, None)
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)
@@ -225,7 +213,7 @@ class PostgreSQLDialect(Dialect):
         """Lock the table against writers; readers go on."""
         self._lock_table(connection, self.located(connection, table))
 
-    def _append_statement(self, connection: Connection, table: EventTable, log: _Log, how: str) -> str:
+    def _append_statement(self, connection: Connection, table: EventTable, log: KnownLog, how: str) -> str:
         use = f"{how} quiet" if self._is_quiet(connection) else how
         return log.statements.get(use) or self._make_statement(table, log, how, use)
 
@@ -233,12 +221,12 @@ class PostgreSQLDialect(Dialect):
         # The server prepares no transaction that has notified. Those who wait look again by themselves.
         return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
-    def _make_statement(self, table: EventTable, log: _Log, how: str, use: str) -> str:
+    def _make_statement(self, table: EventTable, log: KnownLog, how: str, use: str) -> str:
         kinds = {name: table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS}
         snapshots = table.snapshots is not None and log.has_snapshots
         event = ("e.originator_id", "e.originator_version")
-        follows = table.follows(*event, begins=how == "begin", snapshots=snapshots)
-        log.statements[use] = _STATEMENTS[how].format(
+        made = _APPEND_BLOCK if how == "block" else _HIGH_WATER_MARK if "mark" in how else _APPEND_ONE
+        log.statements[use] = made.format(
             table=table.name,
             position=POSITION,
             columns=", ".join(EVENT_COLUMNS),
@@ -247,39 +235,45 @@ class PostgreSQLDialect(Dialect):
             key=", ".join(VERSION_KEY),
             key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
             latest_first=LATEST_FIRST_VERSION,
-            follows=follows,
+            follows=table.follows(*event, begins=how == "begin", snapshots=snapshots),
             follows_or_begins=table.follows(*event, begins=True, snapshots=snapshots),
             sequence=log.sequence,
             regclass=_regclass(log.sequence),
             named=_regclass(table.name),
             # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
-            notify="" if use.endswith("quiet") else f", pg_notify('{_channel(table)}', '')",
+            notify="" if use.endswith("quiet") else f", pg_notify('{table.table.name}', '')",
             own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
         )
         return log.statements[use]
 
     def is_meant(self, connection: Connection, table: EventTable) -> str:
         """Compare the identity of the table whose mark was asked for."""
-        return f"{_regclass(table.name)} = {_Known.of(connection).logs[table.name].identity}::oid"
+        return f"{_regclass(table.name)} = {Known.of(connection).logs[table.name].identity}::oid"
 
-    def _log(self, connection: Connection, table: EventTable) -> _Log:
+    def _last_log(self, connection: Connection, table: EventTable) -> KnownLog:
+        # A new connection begins with what others have found.
+        known = Known.of(connection).logs
+        found = known.get(table.name) or self._logs.get((table.name, 0)) or self._log(connection, table)
+        known[table.name] = found
+        return found
+
+    def _log(self, connection: Connection, table: EventTable) -> KnownLog:
         """Look which table a name means on a connection now."""
         parameters = (table.name, table.snapshots, table.name, POSITION)
         identity, name, short, is_found, has_snapshots, *properties = self.fetch(connection, _LOOK, parameters)[0]
         log = self._logs.get((table.name, identity))
         if log is None:
-            _check_sequence(table.name, name, *properties)
+            check_sequence(table.name, name, *properties)
             # Named as the table is, so that the same statements do for the tables of others.
-            quote = self.engine.dialect.identifier_preparer.quote
-            if is_found and table.name == quote(table.table.name):
-                name = quote(short)
-            log = self._logs[table.name, identity] = _Log(identity, name, bool(has_snapshots), {})
-        _Known.of(connection).logs[table.name] = log
+            if is_found and table.name == self.quote(table.table.name):
+                name = self.quote(short)
+            log = self._logs[table.name, identity] = KnownLog(identity, name, bool(has_snapshots), {})
+        Known.of(connection).logs[table.name] = self._logs[table.name, 0] = log
         return log
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""
-        return self.listen(_channel(table)) if self.options.postgres_notify else Waiter()
+        return self.listen(table.table.name) if self.options.postgres_notify else Waiter()
 
     def listen(self, channel: str) -> Waiter:
         """Return what waits for ``NOTIFY`` on a channel."""
@@ -293,7 +287,7 @@ class PostgreSQLDialect(Dialect):
         if self.options.postgres_order == "table-lock":
             return None
         use = "joined mark" if joined else "mark"
-        log = _Known.of(connection).logs.get(table.name) or self._log(connection, table)
+        log = self._last_log(connection, table)
         while True:
             statement = log.statements.get(use) or self._make_statement(table, log, use, use)
             position, isolation, standby, identity = self.fetch(connection, statement)[0]
@@ -315,7 +309,7 @@ class PostgreSQLDialect(Dialect):
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
-        return _status(connection) == INERROR
+        return bool(_status(connection) == INERROR)
 
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether there is a transaction."""
@@ -384,75 +378,17 @@ class PostgreSQLDialect(Dialect):
             qualified = self.qualified(table, name)
             for part, kind in connection.exec_driver_sql(_PARTS, (qualified, qualified)).all():
                 if renamed(part) != part:
-                    quoted = self.engine.dialect.identifier_preparer.quote(renamed(part))
+                    quoted = self.quote(renamed(part))
                     what = "SEQUENCE" if kind in ("S", b"S") else "INDEX"
                     connection.exec_driver_sql(f"ALTER {what} {self.qualified(table, part)} RENAME TO {quoted}")
 
 
-def _channel(table: EventTable) -> str:
-    return str(table.table.name)
-
-
-def _status(connection: Connection) -> int | None:
-    info = getattr(connection.connection.driver_connection, "info", None)
-    status = getattr(info, "transaction_status", None)
-    return None if status is None else int(status)
+def _status(connection: Connection) -> Any:
+    return getattr(getattr(connection.connection.driver_connection, "info", None), "transaction_status", None)
 
 
 def _regclass(name: str) -> str:
     return "'" + name.replace("'", "''") + "'::regclass"
-
-
-def _check_sequence(table_name: str, name: str | None, cache: int, increment: int, cycle: bool) -> None:
-    if name is None:
-        raise MissingTableError(
-            f"Column {POSITION} of table {table_name} has no sequence: make it a bigserial or identity column."
-        )
-    if (cache, increment, cycle) != (1, 1, False):
-        # Each connection would draw a range of positions in advance, below what others have committed by then.
-        raise UnsafeSequenceError(
-            f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
-            f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
-        )
-
-
-class _Log(NamedTuple):
-    """A table of events, as its identity in the database tells it from others of its name."""
-
-    identity: int
-    sequence: str
-    has_snapshots: bool
-    statements: dict[str, str]
-
-
-class _Known:
-    """What a connection of the driver knows: which tables the names meant last, and the floors of its transaction.
-
-    Later appends hold on to the floor that a transaction published first. A lock taken within a savepoint goes when
-    that is rolled back. Taking the same lock again is always safe, as a lower floor only makes readers more careful,
-    and costs no new entry in the server's lock table.
-    """
-
-    KEY = "flask_eventsourcing.logs"
-
-    def __init__(self) -> None:
-        self.logs: dict[str, _Log] = {}
-        self._transaction: weakref.ref[Any] | None = None
-        self._floors: dict[int, int] = {}
-
-    @classmethod
-    def of(cls, connection: Connection) -> _Known:
-        info = connection.info
-        found: _Known | None = info.get(cls.KEY)
-        if found is None:
-            found = info[cls.KEY] = cls()
-        return found
-
-    def floors_of(self, connection: Connection) -> dict[int, int]:
-        transaction = connection.get_transaction() or connection
-        if self._transaction is None or self._transaction() is not transaction:
-            self._transaction, self._floors = weakref.ref(transaction), {}
-        return self._floors
 
 
 LOCK_NOT_AVAILABLE = "55P03"

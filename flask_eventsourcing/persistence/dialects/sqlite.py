@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -25,13 +25,15 @@ from sqlalchemy.schema import CreateIndex
 
 from ...exceptions import WriteTimeoutError
 from .base import Dialect
-from .driver import EventTable, begins, gap, heads
+from .event_tables import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+LONGEST_KNOWN = 1000
+"""The characters of a statement whose kind is remembered, at most."""
 TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
 WRITES_IN_WITH = re.compile(r"\b(INSERT|UPDATE|DELETE|REPLACE)\b", re.I)
 
@@ -129,26 +131,23 @@ class SQLiteDialect(Dialect):
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
         first = heads(events)
-        if len(first) > 1 or not self._has_predecessor(connection, table, first[0]):
+        rows = [table.row(event) for event in events]
+        if len(first) > 1 or begins(first[0]) or not self._has_predecessor(connection, table, rows[0]):
             # With the lock to write: nothing is to come between the look and the rows.
             self.queue_for(connection, table, first[0].originator_id, wait=True)
             missing = self.find_gap(connection, table, first)
             if missing is not None:
                 raise gap(missing)
-        rows = [table.row(event) for event in events]
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
 
-    def _has_predecessor(self, connection: Connection, table: EventTable, event: StoredEvent) -> bool:
+    def _has_predecessor(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
         # A statement that looks and inserts takes longer than two: it keeps its rows in a table of its own.
-        version = event.originator_version
         statement = table.statements.get("look")
         if statement is None:
             statement = f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
             table.statements["look"] = statement
-        return not begins(event) and bool(
-            self.fetch(connection, statement, (table.encode_id(event.originator_id), version - 1))
-        )
+        return bool(self.fetch(connection, statement, (row[0], row[1] - 1)))
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -213,6 +212,9 @@ class SQLiteDialect(Dialect):
             connection.exec_driver_sql(str(CreateIndex(index).compile(dialect=self.engine.dialect)))
 
 
+_known_kind = lru_cache(256)(kind_of)
+
+
 def _replace_connections(engine: Engine, memory: bool) -> None:
     """Give up connections from before, which do not queue; the content of an in-memory database is copied."""
     pool = engine.pool
@@ -236,7 +238,7 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
 def _before_statement(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
     driver = connection.connection.driver_connection
     if isinstance(driver, QueuedConnection):
-        driver.before(connection, kind_of(statement))
+        driver.before(connection, _known_kind(statement) if len(statement) <= LONGEST_KNOWN else kind_of(statement))
 
 
 def _after_statement(connection: Connection, *_: Any) -> None:

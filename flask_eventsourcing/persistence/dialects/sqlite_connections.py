@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sqlalchemy.engine import Connection
 
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
-from .write_queue import WriteQueue, write_queue_of
+from .locks import WriteQueue, write_queue_of
 
 Kind = Literal["write", "read", "begin", "lock", "other"]
 """What a statement does, as :func:`~.sqlite.kind_of` says."""

@@ -1,12 +1,20 @@
-"""What projections need of a database: that one process at a time runs each of them, and that tables are swapped.
+"""Locks: of projections, so that one process at a time runs each, and of those who write to one SQLite database.
 
 Some databases have locks that belong to a connection and end with it, so that a killed process frees its own at once.
 Elsewhere, and behind a proxy that shares connections among clients, there is a lease that is renewed.
+
+The owner of a write queue is a connection and never a thread: an async view changes threads between a save and its
+commit, greenlets share one, and the system uses the identifier of a thread again.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from ...exceptions import WriteTimeoutError
 from ..subscriptions import Waiter
 
 NAMESPACE = "flask_eventsourcing"
@@ -146,6 +155,165 @@ class AdvisoryLock(SessionLock):
     def parameters(self) -> dict[str, Any]:
         """The two keys are hashes, made by the server."""
         return {"namespace": NAMESPACE, "name": self.name}
+
+
+LOOK_AGAIN = 0.5
+"""Seconds after which one who waits looks whether the owner of the queue is still there."""
+
+
+class _Place:
+    """The place of an owner, or of one who waits.
+
+    The connection is held weakly: one that is gone has the queue no longer, nor has one of SQLAlchemy's that is closed.
+    It was closed without the driver's being told where a listener had refused its commit.
+    """
+
+    __slots__ = ("called", "over", "owner", "thread")
+
+    def __init__(self, owner: object) -> None:
+        self.owner = weakref.ref(owner)
+        # Only to tell a thread at once that it would wait for itself.
+        self.thread = weakref.ref(threading.current_thread())
+        self.called: threading.Event | None = None
+        """Set for one who waits when the queue is acquired."""
+        self.over = False
+
+    def is_left(self) -> bool:
+        owner = self.owner()
+        return self.over or owner is None or bool(getattr(owner, "closed", False))
+
+
+class WriteQueue:
+    """The right to use a database, of one owner at a time.
+
+    ``threading.Lock`` would not do: another thread than the one that acquired the queue may release it, and a thread
+    that would wait for itself is to be told so at once.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._first: _Place | None = None
+        self._waiting: deque[_Place] = deque()
+
+    def acquire(self, owner: object, timeout: float, *, reading: bool = False) -> bool:
+        """Acquire the queue for an owner, first come first served, waiting up to *timeout* seconds.
+
+        With *reading* and a transaction of this very thread in the way, nothing is acquired and False is returned.
+
+        :raises WriteTimeoutError: when the queue does not become free, or this thread has acquired it for another.
+        """
+        place = _Place(owner)
+        try:
+            with self._lock:
+                first = self._first
+                if self._is_free():
+                    if not self._waiting:
+                        self._first = place
+                        return True
+                elif first is not None and first.owner() is owner:
+                    first.thread = place.thread
+                    return True
+                elif first is not None and first.thread() is threading.current_thread():
+                    if reading:
+                        return False
+                    raise WriteTimeoutError(
+                        f"This thread has an open write transaction on {self.name} in another session: "
+                        "commit or roll it back before writing through a second one."
+                    )
+                called = place.called = threading.Event()
+                self._waiting.append(place)
+        finally:
+            self._call_next()
+        if not self._wait(place, called, timeout):
+            raise WriteTimeoutError(
+                f"Waited {timeout:g} s for another thread's transaction on {self.name}: end transactions with "
+                "db.session.commit() or .rollback(), keep them short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+            )
+        return True
+
+    def try_acquire(self, owner: object, *, blocking: bool = True) -> bool:
+        """Acquire the queue if it is free; without *blocking*, not even the queue's own lock is waited for."""
+        place = _Place(owner)
+        if not self._lock.acquire(blocking=blocking):
+            return False
+        try:
+            free = self._is_free() and not self._waiting
+            if free:
+                self._first = place
+            return free
+        finally:
+            self._lock.release()
+            self._call_next()
+
+    def _wait(self, place: _Place, called: threading.Event, timeout: float) -> bool:
+        """Wait, and leave when the time is over; returns whether the queue is acquired."""
+        deadline = time.monotonic() + timeout
+        try:
+            while not called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
+                # Nobody is told when an owner is collected.
+                self._call_next()
+                if time.monotonic() >= deadline:
+                    break
+        except BaseException:
+            # Ctrl-C and the end of a greenlet too must leave nobody in the queue.
+            if not self._leave(place):
+                place.over = True
+                self._call_next()
+            raise
+        return called.is_set() or not self._leave(place)
+
+    def _leave(self, place: _Place) -> bool:
+        """Leave those who wait; returns False for one who was called in the meantime."""
+        try:
+            with self._lock:
+                self._waiting.remove(place)
+        except ValueError:
+            return False
+        finally:
+            self._call_next()
+        return True
+
+    def release(self, owner: object) -> None:
+        """Give the queue, if this owner has it, to the one that has waited longest."""
+        first = self._first
+        if first is not None and first.owner() is owner:
+            first.over = True
+            self._call_next()
+
+    def _call_next(self) -> None:
+        # A release may come from the garbage collector, in the midst of what this thread does with the lock, so it must
+        # not wait for that. Everyone who had the lock comes here afterwards and sees what was released meanwhile.
+        while self._waiting and self._is_free() and self._lock.acquire(blocking=False):
+            try:
+                if self._waiting and self._is_free():
+                    self._first = first = self._waiting.popleft()
+                    if first.called is not None:
+                        first.called.set()
+            finally:
+                self._lock.release()
+
+    def _is_free(self) -> bool:
+        return self._first is None or self._first.is_left()
+
+    def is_owner(self, owner: object) -> bool:
+        """Whether an owner has the queue."""
+        first = self._first
+        return first is not None and not first.is_left() and first.owner() is owner
+
+
+_queues: weakref.WeakValueDictionary[tuple[int, str], WriteQueue] = weakref.WeakValueDictionary()
+
+
+def write_queue_of(name: str) -> WriteQueue:
+    """Return the queue of a database; a forked process has its own, as the parent's may be taken for ever."""
+    key = (os.getpid(), name)
+    # Not under a lock: it too may have been held by another thread at the time of a fork.
+    queue = _queues.get(key)
+    if queue is None:
+        queue = WriteQueue(name)
+        queue = _queues.setdefault(key, queue)
+    return queue
 
 
 class ForProjections:

@@ -1,0 +1,259 @@
+"""Tables of events as the statements need them: names, values, rows that become events, and what may follow what."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing import persistence
+from eventsourcing.persistence import Notification, StoredEvent
+from sqlalchemy.engine import Connection
+
+from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSequenceError
+
+_new = object.__new__
+
+POSITION = "notification_id"
+EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
+"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
+from these. The first is the aggregate's id."""
+VERSION_KEY = EVENT_COLUMNS[:2]
+VERSION = VERSION_KEY[1]
+"""The columns that tell the events of an application from each other."""
+OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
+"""Those that differ among the events of an aggregate."""
+
+Processor = Callable[[Any], Any]
+
+_VALUES = attrgetter(*EVENT_COLUMNS)
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """A table of events or snapshots as the statements need it."""
+
+    table: sa.Table
+    name: str
+    """Quoted, and qualified by the schema if there is one."""
+    id_class: type[UUID] | type[str]
+    binds: tuple[tuple[int, Processor], ...]
+    """What makes the driver's value of a column's, by the number of the column; none where nothing is to be done."""
+    decode_id: Processor
+    counter: str | None = None
+    """The quoted name of the tracking table, where a database counts positions in it."""
+    snapshots: str | None = None
+    """The quoted name of the table whose versions may be followed too."""
+    statements: dict[str, str] = field(default_factory=dict, compare=False)
+    """Statements by their use, filled by the dialect as they are needed."""
+
+    def row(self, event: StoredEvent) -> tuple[Any, ...]:
+        """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them."""
+        values: tuple[Any, ...] = _VALUES(event)
+        if not isinstance(values[0], self.id_class):
+            raise self.wrong_id(values[0])
+        for number, bind in self.binds:
+            values = (*values[:number], bind(values[number]), *values[number + 1 :])
+        return values
+
+    def encode_id(self, originator_id: UUID | str) -> Any:
+        """Return an aggregate's id as the driver takes it.
+
+        :raises IdentifierTypeError: for a text where ids are UUIDs, and the reverse.
+        """
+        if not isinstance(originator_id, self.id_class):
+            raise self.wrong_id(originator_id)
+        for number, bind in self.binds:
+            if number == 0:
+                return bind(originator_id)
+        return originator_id
+
+    def wrong_id(self, found: object) -> IdentifierTypeError:
+        """Return the error that refuses an id of another type than those of the table."""
+        remedy = "pass str(…), or set EVENTSOURCING_ORIGINATOR_ID_TYPE to 'uuid'"
+        if self.id_class is UUID:
+            remedy = "pass uuid.UUID(…), and declare <uuid:id> in a route that has it in its address"
+        expected = "UUIDs" if self.id_class is UUID else "texts"
+        return IdentifierTypeError(f"The ids in {self.name} are {expected}; found {type(found).__name__}: {remedy}.")
+
+    def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
+        """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
+
+        Where the event itself is there already, its key decides.
+
+        :param lock: what makes the reads locking ones.
+        :param begins: whether its version is one that a stream can begin with.
+        :param snapshots: whether the table of snapshots is there.
+        """
+
+        def exists(table: str | None, condition: str = "") -> str:
+            return f"EXISTS (SELECT 1 FROM {table} AS p WHERE p.originator_id = {originator_id}{condition}{lock})"
+
+        found = exists(self.name, f" AND p.originator_version BETWEEN {version} - 1 AND {version}")
+        none = f"NOT {exists(self.name)}"
+        if snapshots:
+            found += f" OR {exists(self.snapshots, f' AND p.originator_version = {version} - 1')}"
+            none += f" AND NOT {exists(self.snapshots)}"
+        return f"{found} OR {none}" if begins else found
+
+    @staticmethod
+    def follows_values(originator_id: Any, version: int, *, begins: bool, snapshots: bool) -> tuple[Any, ...]:
+        """Return the values of that condition, where the marks are those of parameters."""
+        found: tuple[Any, ...] = (originator_id, version, version)
+        if snapshots:
+            found = (*found, originator_id, version)
+        return (*found, *([originator_id] * (1 + snapshots))) if begins else found
+
+    def id_decoder(self, rows: Sequence[Sequence[Any]], number: int) -> Processor | None:
+        """Return what makes the id of a driver's value, or None where the driver has made it already."""
+        return None if not rows or type(rows[0][number]) is self.id_class else self.decode_id
+
+
+class ConflictError(persistence.IntegrityError):
+    """Another writer was first: the same may succeed when it is run again as a whole."""
+
+
+LATEST_FIRST_VERSION = 1
+"""A stream begins with this version or the one before it: the library's own is 1, its contract has both."""
+
+
+def begins(event: StoredEvent) -> bool:
+    """Whether an event's version is one that a stream can begin with."""
+    return event.originator_version <= LATEST_FIRST_VERSION
+
+
+def heads(events: Sequence[StoredEvent]) -> Sequence[StoredEvent]:
+    """Return those events of an append whose predecessor is not earlier in it.
+
+    :raises IntegrityError: for an event that would begin a stream behind another one.
+    """
+    start = events[0]
+    for number, event in enumerate(events, start.originator_version):
+        if event.originator_version != number or event.originator_id is not start.originator_id:
+            break
+    else:
+        return events[:1]
+    found: list[StoredEvent] = []
+    spans: dict[UUID | str, tuple[int, int]] = {}
+    for event in events:
+        version = event.originator_version
+        span = spans.get(event.originator_id)
+        if span is not None and span[0] <= version <= span[1] + 1:
+            spans[event.originator_id] = (span[0], max(version, span[1]))
+            continue
+        if span is not None and begins(event):
+            raise gap(event)
+        found.append(event)
+        spans[event.originator_id] = (version, version)
+    return found
+
+
+def gap(event: StoredEvent) -> persistence.IntegrityError:
+    """Return the error that refuses an event which cannot follow what is stored."""
+    version = event.originator_version
+    return persistence.IntegrityError(
+        f"Version {version} of aggregate {event.originator_id} would leave a gap: version {version - 1} is neither "
+        "among its events nor that of a snapshot. Read the aggregate again, and repeat what was done with it."
+    )
+
+
+def is_key(table: sa.Table, columns: Collection[str]) -> bool:
+    """Whether columns are a key by which the library tells events, snapshots or positions from each other."""
+    keys: list[Collection[str]] = [(POSITION,), VERSION_KEY, table.primary_key.columns.keys()]
+    return any(set(columns) == set(key) for key in keys)
+
+
+def columns_of(table: sa.Table, name: str) -> Collection[str] | None:
+    """Return the columns of a unique constraint or index of that name, or None where the table's class has none."""
+    uniques = [each for each in table.constraints if isinstance(each, sa.PrimaryKeyConstraint | sa.UniqueConstraint)]
+    for unique in [*uniques, *(index for index in table.indexes if index.unique)]:
+        if str(unique.name) == name:
+            return unique.columns.keys()
+    return None
+
+
+def stored_event(originator_id: UUID | str, version: int, topic: str, state: Any) -> StoredEvent:
+    """Make a ``StoredEvent``; the constructor of a frozen dataclass takes more than twice as long."""
+    event = _new(StoredEvent)
+    attributes = event.__dict__
+    attributes["originator_id"] = originator_id
+    attributes["originator_version"] = version
+    attributes["topic"] = topic
+    attributes["state"] = state if type(state) is bytes else bytes(state)
+    return event
+
+
+def notification(position: int, originator_id: UUID | str, version: int, topic: str, state: Any) -> Notification:
+    """Make a ``Notification`` in the same way."""
+    event = _new(Notification)
+    attributes = event.__dict__
+    attributes["originator_id"] = originator_id
+    attributes["originator_version"] = version
+    attributes["topic"] = topic
+    attributes["state"] = state if type(state) is bytes else bytes(state)
+    attributes["id"] = position
+    return event
+
+
+def transposed(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Return the columns of rows."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+class KnownLog(NamedTuple):
+    """A table of events, as its identity in the database tells it from others of its name."""
+
+    identity: int
+    sequence: str
+    has_snapshots: bool
+    statements: dict[str, str]
+
+
+class Known:
+    """What a connection of the driver knows: which tables the names meant last, and the floors of its transaction.
+
+    Later appends hold on to the floor that a transaction published first. A lock taken within a savepoint goes when
+    that is rolled back. Taking the same lock again is always safe, as a lower floor only makes readers more careful,
+    and costs no new entry in the server's lock table.
+    """
+
+    KEY = "flask_eventsourcing.logs"
+
+    def __init__(self) -> None:
+        self.logs: dict[str, KnownLog] = {}
+        self._transaction: weakref.ref[Any] | None = None
+        self._floors: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, connection: Connection) -> Known:
+        """Return it, made at the first call."""
+        info = connection.info
+        found: Known | None = info.get(cls.KEY)
+        if found is None:
+            found = info[cls.KEY] = cls()
+        return found
+
+    def floors_of(self, connection: Connection) -> dict[int, int]:
+        """Return the floors of the connection's transaction by the identity of the table."""
+        transaction = connection.get_transaction() or connection
+        if self._transaction is None or self._transaction() is not transaction:
+            self._transaction, self._floors = weakref.ref(transaction), {}
+        return self._floors
+
+
+def check_sequence(table_name: str, name: str | None, cache: int, increment: int, cycle: bool) -> None:
+    """Refuse a sequence with which readers could miss events, given its name and properties."""
+    if name is None:
+        raise MissingTableError(
+            f"Column {POSITION} of table {table_name} has no sequence: make it a bigserial or identity column."
+        )
+    if (cache, increment, cycle) != (1, 1, False):
+        # Each connection would draw a range of positions in advance, below what others have committed by then.
+        raise UnsafeSequenceError(
+            f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
+            f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
+        )
