@@ -376,8 +376,7 @@ class TestNoAnswerToChange:
         ended.set()
         threads[0].join(10)
         lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-        assert len(lines) == 1
-        assert "Push a context of its own there" in lines[0]
+        assert len([line for line in lines if "Push a context of its own there" in line]) == 1
         assert explicit.stored() == (0, 0)
 
     def test_context_that_is_pushed_again(self, explicit: Site, caplog: pytest.LogCaptureFixture) -> None:
