@@ -311,7 +311,7 @@ class Driver:
                 "db.create_all() or your migrations."
             )
         if self.is_serialization_failure(driver_error):
-            return ConflictError(f"Another transaction was first: {text}")
+            return ConflictError(f"Another writer was first: {text}")
         return persistence.IntegrityError(text) if self.code(driver_error) in self.duplicates else None
 
 
