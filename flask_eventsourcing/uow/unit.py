@@ -293,27 +293,25 @@ class UnitOfWork:
 
     def look(self) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
-        following = self.following
-        connection = following.connection()
+        connection = self.following.connection()
         if connection is None or connection.closed or connection.invalidated:
             return
-        if following.is_committing and not connection.in_transaction():
+        if self.following.is_committing and not connection.in_transaction():
             self.committed()
-        batches = self.pending.all(Batch)
-        if not batches:
-            return
-        is_over = self.dialect.is_over(connection)
-        if not (following.is_suspicious or is_over) or self.dialect.is_aborted(connection):
-            return
-        following.is_suspicious = False
+        if self.pending.all(Batch):
+            is_over = self.dialect.is_over(connection)
+            if (self.following.is_suspicious or is_over) and not self.dialect.is_aborted(connection):
+                self._ask(connection, is_over)
+
+    def _ask(self, connection: Connection, is_over: bool) -> None:
+        self.following.is_suspicious = False
         try:
-            there = {id(batch) for batch in batches if self._is_there(connection, batch)}
+            there = {id(batch) for batch in self.pending.all(Batch) if self._is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             # What cannot be asked stays pending, so that it is told in the end.
             logger.warning("Nobody knows what became of events that were saved: %s", error)
             return
-        gone = self.pending.keep(lambda batch: id(batch) in there)
-        call_all(of_kind(gone, AfterRollback))
+        call_all(of_kind(self.pending.keep(lambda batch: id(batch) in there), AfterRollback))
         if is_over and there:
             self.committed()
 
