@@ -75,7 +75,7 @@ class CommitGate:
 
     :param units: the units of work to which the session's belongs.
     :param pending: what is pending in the transaction.
-    :param connect: returns its connection.
+    :param connection: returns its connection, if something was done on it.
     :param in_savepoint: whether the session is in a savepoint, whose end commits nothing.
     """
 
@@ -84,13 +84,13 @@ class CommitGate:
         units: Scoped,
         dialect: Dialect,
         pending: Pending,
-        connect: Callable[[], Connection],
+        connection: Callable[[], Connection | None],
         in_savepoint: Callable[[], bool],
     ) -> None:
         self._units = units
         self._dialect = dialect
         self._pending = pending
-        self._connect = connect
+        self._connection = connection
         self._in_savepoint = in_savepoint
         self.has_failed = False
         """Whether a write failed in this transaction."""
@@ -130,7 +130,8 @@ class CommitGate:
             )
         if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.all(Batch)):
             return
-        if self._dialect.is_aborted(self._connect()):
+        connection = self._connection()
+        if connection is not None and not connection.closed and self._dialect.is_aborted(connection):
             raise AbortedTransactionError(
                 "The database aborted this transaction after an error, and a commit would drop everything in it: "
                 "call db.session.rollback(), or put what may fail into a savepoint, db.session.begin_nested()."

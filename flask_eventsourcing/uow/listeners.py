@@ -45,7 +45,7 @@ def follow(engine: Engine, dialect: Dialect) -> None:
         ("handle_error", _handle_error),
     ):
         sa.event.listen(engine, name, function)
-    dialect.listen_to_statements(engine, _after_statement)
+    dialect.listen_to_statements(engine, _before_statement, _after_statement)
 
 
 # ------------------------------------------------------------------------------------------------ of engines
@@ -109,6 +109,12 @@ def _handle_error(context: ExceptionContext) -> None:
         for unit in committing:
             unit.unknown()
         raise CommitOutcomeUnknownError from context.original_exception
+
+
+def _before_statement(connection: Connection, *_: Any) -> None:
+    for unit in joined(connection):
+        # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.
+        unit.look()
 
 
 def _after_statement(

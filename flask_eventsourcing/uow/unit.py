@@ -147,6 +147,7 @@ class Following:
         self.rolled_back: list[Batch] = []
         self.is_committing = False
         self.is_suspicious = False
+        self.is_asking = False
 
 
 class UnitOfWork:
@@ -169,7 +170,7 @@ class UnitOfWork:
             units,
             units.datastore.dialect,
             self.pending,
-            self.connection,
+            lambda: self.following.connection(),  # noqa: PLW0108
             # Not the session's method, which would keep the session.
             lambda: self.session.in_nested_transaction(),  # noqa: PLW0108
         )
@@ -210,6 +211,7 @@ class UnitOfWork:
 
         :raises SpanningTransactionError: unless the session commits in two phases.
         """
+        self.look()
         if len(self.shared.units) == 1 or self.session.twophase:
             return
         for other in self.shared.units.values():
@@ -222,12 +224,14 @@ class UnitOfWork:
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
+        self.look()
         if self.queue.active:
             has_written = bool(self.pending.all(Batch))
             self.queue.before_read(connection, table, originator_id, has_written=has_written)
 
     def failed(self, connection: Connection) -> None:
         """Note a write that failed."""
+        self._follow(connection)
         self.gate.has_failed = True
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
@@ -284,17 +288,20 @@ class UnitOfWork:
         self.resolve(asked=True)
         # A rollback of nothing would not be noticed, so there is a transaction from here on.
         connection = self.connection()
+        self._follow(connection)
+        self.pending.add(len(savepoints(connection).names), item)
+
+    def _follow(self, connection: Connection) -> None:
         if self.following.connection() is not connection:
             self.following.connection = weakref.ref(connection)
             _joined.setdefault(connection, weakref.WeakSet()).add(self)
-        self.pending.add(len(savepoints(connection).names), item)
 
     # -------------------------------------------------------------------------------- what becomes of it
 
     def look(self) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
         connection = self.following.connection()
-        if connection is None or connection.closed or connection.invalidated:
+        if connection is None or connection.closed or connection.invalidated or self.following.is_asking:
             return
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
@@ -305,12 +312,15 @@ class UnitOfWork:
 
     def _ask(self, connection: Connection, is_over: bool) -> None:
         self.following.is_suspicious = False
+        self.following.is_asking = True
         try:
             there = {id(batch) for batch in self.pending.all(Batch) if self._is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             # What cannot be asked stays pending, so that it is told in the end.
             logger.warning("Nobody knows what became of events that were saved: %s", error)
             return
+        finally:
+            self.following.is_asking = False
         call_all(of_kind(self.pending.keep(lambda batch: id(batch) in there), AfterRollback))
         if is_over and there:
             self.committed()

@@ -18,6 +18,10 @@ from tests.integration.unit_steps import STALE
 on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
 
 
+# SQLAlchemy's own warning of a session whose connection was committed or rolled back past it.
+pytestmark = pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+
+
 def text(site: Site, statement: str) -> None:
     """Execute a textual statement on the session."""
     site.db.session.execute(sa.text(statement))

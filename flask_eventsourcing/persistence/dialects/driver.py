@@ -90,9 +90,11 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------------- statements
 
-    def listen_to_statements(self, engine: Engine, function: Any) -> None:
-        """Call a function after each statement of others, with the arguments of ``after_cursor_execute``."""
-        sa.event.listen(engine, "after_cursor_execute", function)
+    def listen_to_statements(self, engine: Engine, before: Any, after: Any) -> None:
+        """Call functions before and after each statement of others, with the arguments of SQLAlchemy's events."""
+        sa.event.listen(engine, "before_cursor_execute", before)
+        sa.event.listen(engine, "after_cursor_execute", after)
+        self.own_listeners[0] += 1
         self.own_listeners[1] += 1
 
     def commits_implicitly(self, statement: str) -> bool:
