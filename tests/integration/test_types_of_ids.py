@@ -24,7 +24,7 @@ def test_text_is_no_uuid(site: Site, form: Any) -> None:
     account_id = site.opened()
     with site.app.app_context():
         for call in (
-            lambda: site.bank.repository.get(form(account_id)),
+            lambda: site.bank.account(form(account_id)),
             lambda: site.bank.recorder.insert_events([StoredEvent(form(account_id), 2, "a:b", b"")]),
         ):
             with pytest.raises(IdentifierTypeError, match=r"uuid\.UUID\(…\).*<uuid:id>") as raised:
