@@ -112,7 +112,11 @@ def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(sit
 def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
     """Whoever ended the transaction, and by whatever text, the driver or the server says that it is over."""
     with site.app.app_context():
+<<<<<<< HEAD
         dialect: Any = cast(Any, site.bank.recorder).dialect
+=======
+        dialect: Any = site.bank.recorder.dialect  # type: ignore[attr-defined]
+>>>>>>> part-p
         site.bank.open_account()
         connection = site.db.session.connection()
         assert not dialect.is_over(connection)
