@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -100,11 +100,7 @@ def test_changed_row_ends_the_transaction(new_site: MakeSite) -> None:
         site.bank.open_account()
         with pytest.raises(sa.exc.DBAPIError) as raised:
             site.db.session.execute(sa.update(site.Note).values(text="three"))
-<<<<<<< HEAD
-        dialect: Any = cast(Any, site.bank.recorder).dialect
-=======
         dialect: Any = site.bank.recorder.dialect  # type: ignore[attr-defined]
->>>>>>> part-p
         assert dialect.is_conflict(raised.value)
         assert dialect.is_over(site.db.session.connection())
         with pytest.raises(AbortedTransactionError):

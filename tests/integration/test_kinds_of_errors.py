@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -94,7 +94,7 @@ def test_keys_of_snapshots_are_the_librarys_error_and_not_run_again(site: Site) 
         recorder.insert_events([snapshot])
         with pytest.raises(IntegrityError) as raised:
             recorder.insert_events([snapshot])
-        assert not cast(Any, recorder).dialect.is_conflict(raised.value)
+        assert not recorder.dialect.is_conflict(raised.value)
         site.db.session.rollback()
 
 
@@ -112,11 +112,7 @@ def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(sit
 def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
     """Whoever ended the transaction, and by whatever text, the driver or the server says that it is over."""
     with site.app.app_context():
-<<<<<<< HEAD
-        dialect: Any = cast(Any, site.bank.recorder).dialect
-=======
         dialect: Any = site.bank.recorder.dialect  # type: ignore[attr-defined]
->>>>>>> part-p
         site.bank.open_account()
         connection = site.db.session.connection()
         assert not dialect.is_over(connection)
