@@ -6,10 +6,12 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
+
+from flask_eventsourcing.persistence.dialects.event_tables import begins, heads
 
 from .contenders import Contender, This, Worker
 
@@ -73,11 +75,15 @@ class PostgreSQLWorker:
         """Begin a transaction and insert events."""
         self._cursor.execute("BEGIN")
         rows = [(str(e.originator_id), e.originator_version, e.topic, e.state) for e in events]
+        identity = int(self._statements["identity"])
         if len(rows) == 1:
-            self._cursor.execute(self._statements["one"], (None, *rows[0]))
+            how = "begin" if begins(events[0]) else "follow"
+            self._cursor.execute(self._statements[how], (None, identity, *rows[0]))
         else:
             columns = [list(column) for column in zip(*rows, strict=True)]
-            self._cursor.execute(self._statements["block"], (None, len(rows), *columns))
+            first = heads(events)
+            keys = [str(e.originator_id) for e in first], [e.originator_version for e in first]
+            self._cursor.execute(self._statements["block"], (None, identity, *keys, len(rows), *columns))
         self._cursor.fetchall()
 
     def commit(self) -> None:
@@ -111,6 +117,21 @@ class PostgreSQLWorker:
         return len(page), page[-1][0] if page else start
 
 
+def _statements_of(recorder: Any) -> dict[str, str]:
+    """Return the statements of a recorder, made by using them once in a transaction that the caller rolls back."""
+    first, second, *others = (StoredEvent(uuid4(), 1, "", b"") for _ in range(4))
+    recorder.high_water_mark()
+    recorder.insert_events([first])
+    recorder.insert_events([StoredEvent(first.originator_id, 2, "", b"")])
+    recorder.insert_events([second, *others])
+    recorder.dialect.insert_statement(recorder.events_table)
+    logs = getattr(recorder.dialect, "_logs", {})
+    statements = dict(recorder.events_table.statements)
+    for log in logs.values():
+        statements |= {"identity": str(log.identity), **log.statements}
+    return statements
+
+
 class Bare(Contender):
     """A driver; the tables are those of this package."""
 
@@ -134,9 +155,8 @@ class Bare(Contender):
             this = This(self._url, 1)
             with this.app.app_context():
                 recorder: Any = this.es.application.recorder
-                recorder.max_notification_id()
-                recorder.dialect.insert_statement(recorder.events_table)
-                self._statements = dict(recorder.events_table.statements)
+                self._statements = _statements_of(recorder)
+                this.db.session.rollback()
             this.close()
         return self._statements
 
