@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .exceptions import (
         AbortedTransactionError,
+        CommitInsideUnitError,
+        CommitOutcomeUnknownError,
         ConfigurationError,
         ConstraintError,
         FlaskEventSourcingError,
@@ -35,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AbortedTransactionError",
+    "CommitInsideUnitError",
+    "CommitOutcomeUnknownError",
     "ConfigurationError",
     "ConstraintError",
     "EventSourcing",

@@ -243,12 +243,16 @@ def make_models(
         snapshot_model or model("Snapshot", SnapshotMixin, names.snapshots),
         tracking_model or model("Tracking", TrackingMixin, names.tracking),
     )
-    sa.event.listen(models.tables["tracking"], "after_create", _identify)
+    if tracking_model is None:
+        # A record class of the user's may need more than that; its log gets an identity when somebody asks for it.
+        sa.event.listen(models.tables["tracking"], "after_create", _identify)
     return models
 
 
-def _identify(tracking_table: sa.Table, connection: Connection, **_: Any) -> None:
-    connection.execute(sa.insert(tracking_table).values(new_identity()))
+def _identify(tracking_table: sa.Table, connection: Any, **_: Any) -> None:
+    # Not where the statements are only printed.
+    if isinstance(connection, Connection):
+        connection.execute(sa.insert(tracking_table).values(new_identity()))
 
 
 def check_models(
