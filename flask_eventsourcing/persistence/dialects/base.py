@@ -54,7 +54,7 @@ IDENTITY = "__log__"
 
 
 def new_identity() -> dict[str, Any]:
-    """Return a row of a tracking table with the identity of a log that is new, a number that every integer column holds."""
+    """Return a row of a tracking table with the identity of a new log, a number that every integer column holds."""
     return {"application_name": IDENTITY, POSITION: secrets.randbelow(2**31 - 1) + 1}
 
 
