@@ -222,11 +222,7 @@ def make_models(
         then.
     """
     names = TableNames.of(application_name)
-    own = {
-        "stored_event_model": stored_event_model,
-        "snapshot_model": snapshot_model,
-        "tracking_model": tracking_model,
-    }
+    own = {"stored_event_model": stored_event_model, "snapshot_model": snapshot_model, "tracking_model": tracking_model}
     check_models(base, application_name, schema=schema, bind_key=bind_key, **own)
     extra: dict[str, Any] = {"__originator_id_type__": originator_id_type}
     if bind_key is not None:

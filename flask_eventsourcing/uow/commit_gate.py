@@ -57,6 +57,13 @@ def current_run(units: Scoped) -> Run | None:
     return run
 
 
+def note_commit(units: Scoped) -> None:
+    """Note for the unit of work that is being run here that somebody else has committed in it."""
+    run = current_run(units)
+    if run is not None:
+        run.has_committed = True
+
+
 @contextmanager
 def running(run: Run, units: Scoped) -> Iterator[None]:
     """Within it, a unit of work is being run."""

@@ -69,6 +69,7 @@ def _commit(connection: Connection) -> None:
 def _rollback(connection: Connection) -> None:
     savepoints(connection).names.clear()
     for unit in joined(connection):
+        unit.look_for_commit(connection)
         unit.rolled_back(0)
 
 

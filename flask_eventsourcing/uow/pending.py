@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import UUID
 
+import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
-from ..persistence.dialects.event_tables import EventTable
+from ..persistence.dialects.event_tables import POSITION, EventTable
 
 T = TypeVar("T")
 
@@ -100,23 +101,23 @@ class Pending:
     def keep(self, is_there: Callable[[Batch], bool]) -> list[Item]:
         """Forget the events that are not there any more, and what was noted for each of them; return all of that."""
         kept: list[tuple[int, Item]] = []
-        gone: list[Item] = []
+        gone: list[tuple[int, Item]] = []
         before: list[tuple[int, Item]] = []
-        for level, item in self._items:
-            before.append((level, item))
-            if isinstance(item, Batch):
-                if is_there(item):
-                    kept += before
-                else:
-                    gone += [each for _, each in before]
+        last = None
+        for entry in self._items:
+            # What is to follow the commit is noted after the events, what is to follow a rollback before them.
+            if isinstance(entry[1], Batch):
+                last = kept if is_there(entry[1]) else gone
+                last += [*before, entry]
                 before = []
-        # What came after the last events stands or falls with them.
-        if kept or not gone:
-            kept += before
-        else:
-            gone += [each for _, each in before]
+            elif last is not None and isinstance(entry[1], AfterCommit):
+                last.append(entry)
+            else:
+                before.append(entry)
+        # What came after the last events stands or falls with the others.
+        (kept if kept or not gone else gone).extend(before)
         self._items = kept
-        return gone
+        return [item for _, item in gone]
 
 
 def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
@@ -160,3 +161,31 @@ def savepoints(connection: Connection) -> Savepoints:
     if found is None:
         found = _savepoints[connection] = Savepoints()
     return found
+
+
+def is_there(connection: Connection, batch: Batch) -> bool:
+    """Whether a connection's transaction sees the events of a batch, at their positions."""
+    table = batch.table.table
+    columns = table.c[POSITION], table.c.originator_version
+    wanted = set(zip(batch.positions, (event.originator_version for event in batch.events), strict=True))
+    first, last = min(batch.positions), max(batch.positions)
+    found = connection.execute(sa.select(*columns).where(columns[0] >= first, columns[0] <= last))
+    return wanted <= {(row[0], row[1]) for row in found}
+
+
+def _no_connection() -> Connection | None:
+    return None
+
+
+class Following:
+    """What a unit knows of the end of its database's transaction.
+
+    ``rolled_back`` is what a rollback has taken away, until it is known whether somebody asked for it.
+    """
+
+    def __init__(self) -> None:
+        self.connection: Callable[[], Connection | None] = _no_connection
+        self.rolled_back: list[Batch] = []
+        self.is_committing = False
+        self.is_suspicious = False
+        self.is_asking = False

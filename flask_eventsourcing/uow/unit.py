@@ -22,10 +22,22 @@ from sqlalchemy.engine import Connection, Engine
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
 from ..persistence.dialects import is_in_memory
-from ..persistence.dialects.event_tables import POSITION, EventTable
-from .commit_gate import CommitGate, current_run
+from ..persistence.dialects.event_tables import EventTable
+from .commit_gate import CommitGate, current_run, note_commit
 from .contended import AggregateQueue, ContendedAggregates
-from .pending import AfterCommit, AfterRollback, Batch, Item, Pending, Refusal, call_all, of_kind, savepoints
+from .pending import (
+    AfterCommit,
+    AfterRollback,
+    Batch,
+    Following,
+    Item,
+    Pending,
+    Refusal,
+    call_all,
+    is_there,
+    of_kind,
+    savepoints,
+)
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
@@ -130,24 +142,6 @@ class SessionUnits:
         """How many ``transaction()`` are open, one within the other."""
         runs = [current_run(units) for units in self.units]
         return max((run.depth for run in runs if run is not None), default=0)
-
-
-def _no_connection() -> Connection | None:
-    return None
-
-
-class Following:
-    """What a unit knows of the end of its database's transaction.
-
-    ``rolled_back`` is what a rollback has taken away, until it is known whether somebody asked for it.
-    """
-
-    def __init__(self) -> None:
-        self.connection: Callable[[], Connection | None] = _no_connection
-        self.rolled_back: list[Batch] = []
-        self.is_committing = False
-        self.is_suspicious = False
-        self.is_asking = False
 
 
 class UnitOfWork:
@@ -312,26 +306,40 @@ class UnitOfWork:
 
     def _ask(self, connection: Connection, is_over: bool) -> None:
         self.following.is_suspicious = False
+        if is_over:
+            self.dialect.ended_past(connection)
+        there = self._there(connection)
+        if there is None:
+            return
+        gone = self.pending.keep(lambda batch: id(batch) in there)
+        call_all(of_kind(gone, AfterRollback))
+        if gone:
+            self.note_rollback_in_run()
+        if is_over and there:
+            self._committed_past()
+
+    def look_for_commit(self, connection: Connection) -> None:
+        """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
+        if connection.invalidated or self.following.is_asking or not self.pending.all(Batch):
+            return
+        if self.dialect.is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
+            self._committed_past()
+
+    def _committed_past(self) -> None:
+        note_commit(self.units)
+        self.committed()
+
+    def _there(self, connection: Connection) -> set[int] | None:
+        """Return which pending batches the transaction sees, by their ``id()``, or None if that cannot be asked."""
         self.following.is_asking = True
         try:
-            there = {id(batch) for batch in self.pending.all(Batch) if self._is_there(connection, batch)}
+            return {id(batch) for batch in self.pending.all(Batch) if is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             # What cannot be asked stays pending, so that it is told in the end.
             logger.warning("Nobody knows what became of events that were saved: %s", error)
-            return
+            return None
         finally:
             self.following.is_asking = False
-        call_all(of_kind(self.pending.keep(lambda batch: id(batch) in there), AfterRollback))
-        if is_over and there:
-            self.committed()
-
-    def _is_there(self, connection: Connection, batch: Batch) -> bool:
-        table = batch.table.table
-        columns = table.c[POSITION], table.c.originator_version
-        wanted = set(zip(batch.positions, (event.originator_version for event in batch.events), strict=True))
-        first, last = min(batch.positions), max(batch.positions)
-        found = connection.execute(sa.select(*columns).where(columns[0] >= first, columns[0] <= last))
-        return wanted <= {(row[0], row[1]) for row in found}
 
     def rolled_back(self, level: int) -> None:
         """A savepoint, or with level 0 the transaction, was rolled back in the database."""

@@ -11,6 +11,7 @@ from eventsourcing.persistence import IntegrityError
 from flask_eventsourcing.applications import environment, refuse_stale_aggregates
 from flask_eventsourcing.exceptions import StaleAggregateError
 from flask_eventsourcing.persistence import Datastore
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from tests.domain import Account, Bank
 from tests.hosts.sites import HostSite
 
@@ -128,7 +129,7 @@ def test_object_whose_unit_is_tried_again_is_refused(site: HostSite) -> None:
     def save() -> None:
         site.bank.save(account)
         tries.append(1)
-        raise IntegrityError
+        raise ConflictError
 
     with site.host.context(), pytest.raises(StaleAggregateError):
         site.host.retry(save, 5)

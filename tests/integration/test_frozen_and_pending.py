@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, StoredEvent
 from sqlalchemy.pool import StaticPool
 
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from tests.bank import make_site
 from tests.unit.test_lifecycle_fork import in_child
 
@@ -71,7 +72,7 @@ def test_a_unit_after_uncommitted_events_is_not_run_again(tmp_path: Path) -> Non
     @site.es.retry_on_conflict(times=3)
     def unit() -> None:
         runs.append(1)
-        raise IntegrityError
+        raise ConflictError
 
     with site.app.app_context():
         site.es.application.recorder.insert_events([an_event()])

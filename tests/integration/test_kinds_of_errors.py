@@ -116,7 +116,7 @@ def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
         site.bank.open_account()
         connection = site.db.session.connection()
         assert not dialect.is_over(connection)
-        connection.exec_driver_sql("ROLLBACK")
+        connection.connection.cursor().execute("ROLLBACK")
         assert dialect.is_over(connection)
         site.db.session.rollback()
         site.bank.open_account()

@@ -75,10 +75,13 @@ class Ending(Saving):
         return self._commit("text", lambda: self._execute("COMMIT"))
 
     def _driver_commit(self, step: Step) -> Exception | None:
+        if self.stage.memory:
+            # The driver's one connection is that of all the threads, so an end of it is nobody's.
+            raise Skip
         return self._commit("driver", self._raw().commit)
 
     def _commit(self, level: str, commit: Callable[[], Any]) -> Exception | None:
-        truth, aborted = self.truth, self._aborted()
+        truth, aborted, saved = self.truth, self._aborted(), bool(self.truth.pending_events)
         try:
             commit()
         except TOLD as error:
@@ -91,7 +94,9 @@ class Ending(Saving):
             truth.odd = True
             raise
         if self._units.depth:
-            holds(level in ("text", "driver"), f"a commit by the {level} was carried out within a unit of work")
+            # The package may not know the connection of a unit that has saved nothing.
+            is_unseen = level in ("text", "driver") or (level == "connection" and not saved)
+            holds(is_unseen, f"a commit by the {level} was carried out within a unit of work")
             self._units.was_halved = True
         odd = self._is_odd_after(level)
         if aborted and level in ("text", "driver"):
@@ -128,6 +133,9 @@ class Ending(Saving):
         self._rollback("text", lambda: self._execute("ROLLBACK"))
 
     def _driver_rollback(self, step: Step) -> None:
+        if self.stage.memory:
+            # The driver's one connection is that of all the threads, so an end of it is nobody's.
+            raise Skip
         self._rollback("driver", self._raw().rollback)
 
     def _rollback(self, level: str, rollback: Callable[[], Any]) -> None:

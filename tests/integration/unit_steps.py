@@ -19,6 +19,7 @@ import pymysql
 import sqlalchemy as sa
 from eventsourcing.application import AggregateNotFoundError
 from eventsourcing.persistence import IntegrityError, PersistenceError
+from sqlalchemy.orm import SessionTransactionOrigin
 
 from flask_eventsourcing import exceptions
 from tests.domain import Account
@@ -248,10 +249,13 @@ class Saving:
     def _saved_by_mode(self) -> None:
         if self.stage.mode != "save":
             return
-        if not self.stage.session.in_transaction():
+        transaction = self.stage.session.get_transaction()
+        if transaction is None:
             self.truth.commit()
             return
-        waits = self._units.within or len(self.truth.frames) > 1 or self.truth.odd
+        # Where somebody has begun a transaction, or a savepoint with one around it, that has an end of its own.
+        is_begun = transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
+        waits = self._units.within or len(self.truth.frames) > 1 or self.truth.odd or is_begun
         holds(bool(waits), "save() has returned and what it saved is not committed")
 
     def _row(self, step: Step) -> None:

@@ -109,7 +109,7 @@ def unprotect() -> None:
         engine = site.db.engine
     for name in ("connect", "dispose", "recreate"):
         del vars(engine.pool)[name]
-    sa.event.remove(engine, "connect", forks._note_process)
+    sa.event.remove(engine, "checkout", forks._note_process)
     scope: Any = site.db.session.registry.scopefunc
     if isinstance(scope, ScopeInProcess):
         site.db.session.registry.scopefunc = scope._scope

@@ -109,6 +109,10 @@ class Driver:
         """Called after a statement that went the shorter way."""
         return
 
+    def ended_past(self, connection: Connection) -> None:
+        """Called where somebody has ended the transaction past SQLAlchemy."""
+        return
+
     def open_cursor(self, driver_connection: Any) -> Any:
         """Open a cursor of the driver for reading."""
         return driver_connection.cursor()

@@ -90,6 +90,10 @@ class SQLiteDialect(Dialect):
         if self.is_memory:
             _after_statement(connection)
 
+    def ended_past(self, connection: Connection) -> None:
+        """Release the write queue."""
+        _after_statement(connection)
+
     @cached_property
     def is_memory(self) -> bool:
         """Whether the database is in memory, so that all threads share one connection."""
