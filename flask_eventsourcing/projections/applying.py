@@ -7,13 +7,14 @@ from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError, Notification, StoredEvent
+from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError
 from ..persistence import JoinedUnit
 from ..persistence.dialects import is_outage
+from ..persistence.dialects.event_tables import ConflictError
 from ..uow import UnitOfWork
 from .checkpoint import CheckpointRow
 from .consumers import Consumer, ProjectedApplication
@@ -264,13 +265,13 @@ class InlineApplier:
 
         It would see the new tables as they were while they were being built. A locking read sees what is committed.
 
-        :raises IntegrityError: when a rebuild has ended since the transaction began to read.
+        :raises ConflictError: when a rebuild has ended since the transaction began to read.
         """
         if not self.application.datastore.dialect.refuses_old_snapshot:
             return
         for projection in self.projections:
             checkpoint = self.application.checkpoint(projection.name)
             if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
-                raise IntegrityError(
+                raise ConflictError(
                     f"Projection {projection.name} was rebuilt since this transaction began: try again."
                 )
