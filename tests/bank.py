@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Site:
         """The bank of the current app context."""
         bank: Bank = self.es.application
         return bank
+
+    def quiet(self) -> None:
+        """Keep what the app logs out of the tests' output, with a logger that no other app has."""
+        self.app.logger = logging.Logger("quiet")
+        self.app.logger.disabled = True
 
     def answer(self, view: Callable[[], Any]) -> TestResponse:
         """Send a request that is answered by a function."""

@@ -123,7 +123,7 @@ class FlaskStage(Stage):
         self.Note = site.Note
         self.StoredEvent = site.es.StoredEvent
         # It would write every error with its traceback; what is told is told by a signal too.
-        site.app.logger.disabled = True
+        site.quiet()
         self.memory = self.engine.url.database in (None, "", ":memory:")
 
     @property

@@ -204,7 +204,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     url = f"sqlite:///{tmp_path}/units.db" if request.param == "sqlite" else request.getfixturevalue(request.param)
     options = {"pool_size": CLIENTS + 2}
     made = make_site(url, SQLALCHEMY_ENGINE_OPTIONS=options, PROPAGATE_EXCEPTIONS=False)
-    made.app.logger.disabled = True
+    made.quiet()
     yield made
     made.close()
 

@@ -290,7 +290,7 @@ def check(served: Served, database: Database, count: int = 2000) -> Answers:
     finished = threading.Event()
 
     def watch() -> None:
-        while not finished.wait(0.1):
+        while not finished.wait(0.02):
             seen.append(database.activity())
 
     watcher = threading.Thread(target=watch)
