@@ -78,7 +78,7 @@ class PostgreSQLWorker:
         identity = int(self._statements["identity"])
         if len(rows) == 1:
             how = "begin" if begins(events[0]) else "follow"
-            self._cursor.execute(self._statements[how], (None, identity, *rows[0]))
+            self._cursor.execute(self._statements[how], (*rows[0], identity, None))
         else:
             columns = [list(column) for column in zip(*rows, strict=True)]
             first = heads(events)

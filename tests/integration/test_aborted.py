@@ -14,7 +14,7 @@ from eventsourcing.persistence import OperationalError, StoredEvent
 from flask_eventsourcing import AbortedTransactionError, WriteTimeoutError
 from tests import servers
 from tests.bank import Site, make_site
-from tests.integration.marks import on_postgresql, on_sqlite_file
+from tests.integration.marks import on_sqlite_file
 from tests.servers import ServerFolder, require
 
 FULL = b"x" * 1_000_000
@@ -113,36 +113,3 @@ def test_timeout_that_rolls_back_is_not_committed_by_half(strict_mariadb_url: st
         site.db.session.rollback()
     assert site.stored() == (1, 0)
     site.close()
-
-
-@on_postgresql
-@pytest.mark.parametrize("echo", [False, True])
-def test_block_that_is_always_torn_is_appended_under_a_lock(
-    site: Site, echo: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several events among very many small appends are stored in the end, outside a session too."""
-    with site.app.app_context():
-        recorder: Any = site.bank.recorder
-        site.db.engine.echo = echo
-    dialect = recorder.dialect
-    fetch, lock_table = dialect.fetch, dialect._lock_table
-    locked: list[int] = []
-
-    def torn(connection: Any, statement: str, parameters: Any = ()) -> Any:
-        # As if another writer drew a position within each block, until the table is locked.
-        if "array_agg" in statement and not locked:
-            return [(None, 0, None)]
-        return fetch(connection, statement, parameters)
-
-    def lock(*args: Any) -> None:
-        lock_table(*args)
-        locked.append(1)
-
-    monkeypatch.setattr(dialect, "fetch", torn)
-    monkeypatch.setattr(dialect, "_lock_table", lock)
-    originator_id = uuid4()
-    positions = recorder.insert_events([StoredEvent(originator_id, n, "a:b", b"{}") for n in range(3)])
-    assert locked == [1]
-    assert len(set(positions)) == 3
-    assert site.stored() == (3, 0)
-    assert recorder.max_notification_id() == positions[-1]

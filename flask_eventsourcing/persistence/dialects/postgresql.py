@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError, StoredEvent
+from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
@@ -23,8 +23,6 @@ from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import Dialect, DialectOptions, FrozenSnapshotError
 from .driver import AUTOCOMMIT
 from .event_tables import (
-    EVENT_COLUMNS,
-    LATEST_FIRST_VERSION,
     POSITION,
     VERSION_KEY,
     ConflictError,
@@ -39,73 +37,17 @@ from .event_tables import (
     transposed,
 )
 from .locks import AdvisoryLock, RunnerLock
+from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
 
 IDLE, INERROR, UNKNOWN = 0, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; it has failed and a commit would be a rollback; no connection."""
 # Its words are in the server's language.
 KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
-BLOCK_TRIES = 20
 
-# A name without a schema means what the search path says, a tenant's table perhaps. What is known of a table holds for
-# the one with its identity: if the name means another now, nothing is drawn.
-# The key of the lock: the table in its high 16 bits, as the low bits of the sequence's oid, and the floor in its low
-# 48 bits. The floor is read before the lock is taken and the ids are drawn after it: the CTEs are materialised, so
-# that each is evaluated before the next uses it.
-_HELD = """
-WITH floor AS MATERIALIZED (
-    SELECT coalesce(%s::bigint, CASE WHEN is_called THEN last_value ELSE last_value - 1 END) AS position,
-           (tableoid::bigint & 65535) << 48 AS key
-    FROM {sequence} WHERE {named} = %s::oid
-), held AS MATERIALIZED (
-    SELECT position, pg_advisory_xact_lock_shared(key | position) FROM floor
-)"""
-
-_APPEND_ONE = (
-    _HELD
-    + """
-INSERT INTO {table} ({position}, {columns})
-SELECT nextval({regclass}), e.* FROM held{notify}, (SELECT {values}) AS e WHERE {follows}
-RETURNING {position}, (SELECT position FROM held)"""
+NOT_DRAWN = (
+    "The positions of {count} events could not be drawn one after another, as others draw positions of {table} without "
+    "waiting: let all processes that write to it run the same version of this package, and try again."
 )
-
-# The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
-# nothing is inserted and the caller tries again: a gap in the positions does no harm. A gap in a stream does: ids are
-# drawn only if each event whose predecessor is not among those to be inserted finds it in the tables.
-_APPEND_BLOCK = (
-    _HELD
-    + """, gap AS MATERIALIZED (
-    SELECT e.place FROM held, unnest({key_arrays}) WITH ORDINALITY AS e ({key}, place)
-    WHERE NOT CASE WHEN e.originator_version <= {latest_first} THEN {follows_or_begins} ELSE {follows} END LIMIT 1
-), drawn AS MATERIALIZED (
-    SELECT array_agg(nextval({regclass})) AS ids FROM held{notify}, generate_series(1, %s::int)
-    WHERE NOT EXISTS (SELECT FROM gap)
-), block AS MATERIALIZED (
-    SELECT ids[1] AS first FROM drawn WHERE ids[array_length(ids, 1)] - ids[1] = array_length(ids, 1) - 1
-), inserted AS (
-    INSERT INTO {table} ({position}, {columns})
-    SELECT block.first + e.place - 1, {columns}
-    FROM block, unnest({arrays}) WITH ORDINALITY AS e ({columns}, place)
-)
-SELECT (SELECT first FROM block), position, (SELECT place FROM gap) FROM held"""
-)
-
-# The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
-# slips in between the two draws ids above ``high``.
-_HIGH_WATER_MARK = """
-WITH high AS MATERIALIZED (
-    SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END AS position,
-           tableoid::bigint & 65535 AS key
-    FROM {sequence}
-)
-SELECT least(high.position, (
-    SELECT min(((l.classid::bigint & 65535) << 32) | l.objid::bigint)
-    FROM pg_locks l
-    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
-      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-      AND l.classid::bigint >> 16 = high.key
-      {own}
-)), current_setting('transaction_isolation'), pg_is_in_recovery(), {named}::oid::bigint
-FROM high"""
 
 _LOOK = """
 SELECT %s::regclass::oid::bigint, found.name, c.relname, to_regclass(quote_ident(c.relname)) = c.oid,
@@ -153,56 +95,63 @@ class PostgreSQLDialect(Dialect):
         floors = Known.of(connection).floors_of(connection)
         log = self._last_log(connection, table)
         while True:
-            if len(events) == 1:
-                statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
-                parameters = (floors.get(log.identity), log.identity, *table.row(events[0]))
-                rows = self.fetch(connection, statement, parameters)
-                if rows:
-                    position, floors[log.identity] = rows[0]
-                    return [position]
-                missing: StoredEvent | None = events[0]
-            else:
-                start, missing = self._append_block(connection, table, log, events)
-                if start is not None:
-                    return list(range(start, start + len(events)))
-            meant, log = log, self._log(connection, table)
-            if log is meant:
-                raise self._refusal(connection, missing or events[0])
+            start = None
+            if len(events) <= SMALL_BLOCK:
+                start = self._append_small(connection, table, log, events)
+            if start is None:
+                start = self._append_at_gate(connection, table, log, events)
+            if start is not None:
+                # Whatever this transaction draws later is above its first position.
+                floors.setdefault(log.identity, start - 1)
+                return list(range(start, start + len(events)))
+            log = self._log(connection, table)
+
+    def _append_small(
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
+    ) -> int | None:
+        """Return the first position, or None if nothing was inserted, for whatever reason."""
+        floor = Known.of(connection).floors_of(connection).get(log.identity)
+        if len(events) == 1:
+            statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
+            rows = self.fetch(connection, statement, (*table.row(events[0]), log.identity, floor))
+        else:
+            statement = self._append_statement(connection, table, log, "block")
+            columns = transposed(map(table.row, events))
+            parameters = (floor, log.identity, *_keys(table, heads(events)), len(events), *columns)
+            rows = self.fetch(connection, statement, parameters)
+        return rows[0][0] if rows else None
+
+    def _append_at_gate(
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
+    ) -> int | None:
+        """Return the first position, or None where the table's name means another one now.
+
+        :raises IntegrityError: for an event that would leave a gap.
+        """
+        first, columns = heads(events), transposed(map(table.row, events))
+        # The floor is the transaction's. Should a statement fail, the pool's rollback ends one that is begun here.
+        autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
+        if autocommit:
+            self.modify(connection, "BEGIN")
+        floor = Known.of(connection).floors_of(connection).get(log.identity)
+        statement = self._append_statement(connection, table, log, "gap")
+        rows = self.fetch(connection, statement, (floor, log.identity, *_keys(table, first)))
+        start: int | None = None
+        if rows:
+            if rows[0][0] is not None:
+                raise self._refusal(connection, first[rows[0][0] - 1])
+            self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
+            start = self.fetch(connection, self._append_statement(connection, table, log, "drawn"), columns)[0][0]
+            if start is None:
+                raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
+        if autocommit:
+            self.modify(connection, "COMMIT")
+        return start
 
     def _refusal(self, connection: Connection, event: StoredEvent) -> IntegrityError:
         isolation = self.fetch(connection, "SELECT current_setting('transaction_isolation')")[0][0]
         # A frozen snapshot may lack what others have stored since.
         return gap(event) if isolation in _LATEST else ConflictError(str(gap(event)))
-
-    def _append_block(
-        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
-    ) -> tuple[int | None, StoredEvent | None]:
-        """Return the first position, or the event that would leave a gap, or neither where it is another table."""
-        first, floors = heads(events), Known.of(connection).floors_of(connection)
-        statement = self._append_statement(connection, table, log, "block")
-        columns, keys = transposed(map(table.row, events)), transposed(table.row(event)[:2] for event in first)
-        autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
-
-        def append() -> tuple[int | None, StoredEvent | None] | None:
-            parameters = (floors.get(log.identity), log.identity, *keys, len(events), *columns)
-            for start, floors[log.identity], place in self.fetch(connection, statement, parameters):
-                torn = start is None and place is None
-                return None if torn else (start, first[place - 1] if place else None)
-            return None, None
-
-        for _ in range(BLOCK_TRIES * 100 if autocommit else BLOCK_TRIES):
-            done = append()
-            if done is not None:
-                return done
-        # A large block among very many small appends: keep the others out, up to the end of this transaction.
-        if autocommit:
-            # Without one, the lock would be refused. Should a statement fail, the pool's rollback ends it.
-            self.modify(connection, "BEGIN")
-        self._lock_table(connection, table)
-        done = append()
-        if autocommit:
-            self.modify(connection, "COMMIT")
-        return done or (None, None)
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)
@@ -222,33 +171,17 @@ class PostgreSQLDialect(Dialect):
         return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
     def _make_statement(self, table: EventTable, log: KnownLog, how: str, use: str) -> str:
-        kinds = {name: table.table.c[name].type.compile(self.engine.dialect) for name in EVENT_COLUMNS}
-        snapshots = table.snapshots is not None and log.has_snapshots
-        event = ("e.originator_id", "e.originator_version")
-        made = _APPEND_BLOCK if how == "block" else _HIGH_WATER_MARK if "mark" in how else _APPEND_ONE
-        log.statements[use] = made.format(
-            table=table.name,
-            position=POSITION,
-            columns=", ".join(EVENT_COLUMNS),
-            values=", ".join(f"%s::{kind} AS {name}" for name, kind in kinds.items()),
-            arrays=", ".join(f"%s::{kind}[]" for kind in kinds.values()),
-            key=", ".join(VERSION_KEY),
-            key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
-            latest_first=LATEST_FIRST_VERSION,
-            follows=table.follows(*event, begins=how == "begin", snapshots=snapshots),
-            follows_or_begins=table.follows(*event, begins=True, snapshots=snapshots),
-            sequence=log.sequence,
-            regclass=_regclass(log.sequence),
-            named=_regclass(table.name),
-            # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
-            notify="" if use.endswith("quiet") else f", pg_notify('{table.table.name}', '')",
-            own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
-        )
-        return log.statements[use]
+        made = make_statement(table, log, how, self._compiled, quiet=use.endswith("quiet"))
+        log.statements[use] = made
+        return made
+
+    def _compiled(self, column_type: Any) -> str:
+        compiled: str = column_type.compile(self.engine.dialect)
+        return compiled
 
     def is_meant(self, connection: Connection, table: EventTable) -> str:
         """Compare the identity of the table whose mark was asked for."""
-        return f"{_regclass(table.name)} = {Known.of(connection).logs[table.name].identity}::oid"
+        return f"{regclass(table.name)} = {Known.of(connection).logs[table.name].identity}::oid"
 
     def _last_log(self, connection: Connection, table: EventTable) -> KnownLog:
         # A new connection begins with what others have found.
@@ -387,8 +320,8 @@ def _status(connection: Connection) -> Any:
     return getattr(getattr(connection.connection.driver_connection, "info", None), "transaction_status", None)
 
 
-def _regclass(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'::regclass"
+def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
+    return transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
 
 
 LOCK_NOT_AVAILABLE = "55P03"

@@ -1,0 +1,199 @@
+"""The statements of PostgreSQL's order: floors, positions, the gate of blocks, the high-water mark.
+
+``docs/ordering.md`` has the argument. In short: the floor is read before its lock is taken, and positions are drawn
+after that. ``CASE`` and materialised CTEs force the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .event_tables import EVENT_COLUMNS, LATEST_FIRST_VERSION, POSITION, VERSION_KEY, EventTable, KnownLog
+
+BLOCK_TRIES = 20
+SHARED_TRIES = 5
+"""Tries of a small block in which it keeps only large ones out."""
+SMALL_BLOCK = 100
+"""The most events whose positions are drawn beside others, in the statement that inserts them."""
+GATE = 0x67617465
+"""The first of the two 32-bit keys of the gate; the second is the oid of the sequence."""
+
+# A name without a schema means what the search path says, a tenant's table perhaps. What is known of a table holds for
+# the one with its identity: if the name means another now, nothing is drawn.
+# The key of the floor's lock: the table in its high 16 bits, as the low bits of the sequence's oid, and the floor in
+# its low 48 bits.
+_FLOOR = """pg_advisory_xact_lock_shared(
+        (s.tableoid::bigint & 65535) << 48
+        | coalesce(%s::bigint, CASE WHEN is_called THEN last_value ELSE last_value - 1 END)
+    )"""
+
+# Whether nobody draws a large block. The lock is given back within the expression, in which nothing else happens: no
+# error, no end of a timeout and no cancellation can come between. It waits for nobody.
+_CLOSED = """WHEN NOT pg_try_advisory_lock_shared({gate}, s.tableoid::int) THEN false
+    WHEN NOT pg_advisory_unlock_shared({gate}, s.tableoid::int) THEN false"""
+
+_APPEND_ONE = f"""
+INSERT INTO {{table}} ({{position}}, {{columns}})
+SELECT nextval({{regclass}}), e.* FROM {{sequence}} AS s, (SELECT {{values}}) AS e WHERE CASE
+    WHEN {{named}} <> %s::oid THEN false
+    WHEN NOT ({{follows}}) THEN false
+    WHEN {_FLOOR} IS NULL THEN false
+    {_CLOSED}
+    {{notify}}
+    ELSE true END
+RETURNING {{position}}"""
+
+_HELD = f"""
+WITH held AS MATERIALIZED (
+    SELECT s.tableoid, {_FLOOR} FROM {{sequence}} AS s WHERE {{named}} = %s::oid
+), gap AS MATERIALIZED (
+    SELECT e.place FROM held, unnest({{key_arrays}}) WITH ORDINALITY AS e ({{key}}, place)
+    WHERE NOT CASE WHEN e.originator_version <= {{latest_first}} THEN {{follows_or_begins}} ELSE {{follows}} END LIMIT 1
+)"""
+
+_ROWS = """unnest({arrays}) WITH ORDINALITY AS e ({columns}, place)"""
+
+# The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
+# nothing is inserted and the caller goes to the gate: a gap in the positions does no harm. A gap in a stream does: ids
+# are drawn only if each event whose predecessor is not among those to be inserted finds it in the tables.
+_APPEND_BLOCK = f"""{_HELD}, allowed AS MATERIALIZED (
+    SELECT FROM held AS s WHERE CASE
+    WHEN EXISTS (SELECT FROM gap) THEN false
+    {_CLOSED}
+    {{notify}}
+    ELSE true END
+), drawn AS MATERIALIZED (
+    SELECT nextval({{regclass}}) AS id FROM allowed, generate_series(1, %s::int)
+), block AS MATERIALIZED (
+    SELECT min(id) AS first FROM drawn HAVING max(id) - min(id) = count(*) - 1
+), inserted AS (
+    INSERT INTO {{table}} ({{position}}, {{columns}})
+    SELECT block.first + e.place - 1, {{columns}} FROM block, {_ROWS}
+)
+SELECT (SELECT first FROM block), (SELECT place FROM gap) FROM held"""
+
+_LOOK_FOR_GAP = f"{_HELD} SELECT (SELECT place FROM gap) FROM held"
+
+# The lock of the gate goes with the inner block, which is rolled back at once; what was drawn stays drawn. Whatever
+# ends the statement, an error, a timeout, a cancellation or the end of the connection, gives the lock back too, as it is
+# the transaction's. Those who draw few positions do not keep each other out.
+_DRAW = """
+DO $flask_eventsourcing$
+DECLARE
+    lowest bigint;
+    highest bigint;
+    drawn text := '';
+BEGIN
+    FOR attempt IN 1..{tries} LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', '{milliseconds}', true);
+            IF attempt <= {shared_tries} THEN
+                PERFORM pg_advisory_xact_lock_shared({gate}, {regclass}::oid::int);
+            ELSE
+                PERFORM pg_advisory_xact_lock({gate}, {regclass}::oid::int);
+            END IF;
+            SELECT min(id), max(id) INTO lowest, highest
+            FROM (SELECT nextval({regclass}) AS id FROM generate_series(1, {count})) AS ids;
+            RAISE SQLSTATE 'FE001';
+        EXCEPTION WHEN SQLSTATE 'FE001' THEN
+            IF highest - lowest = {count} - 1 THEN
+                drawn := lowest::text;
+            END IF;
+        END;
+        EXIT WHEN drawn <> '';
+    END LOOP;
+    PERFORM set_config('flask_eventsourcing.drawn', drawn, true);
+END
+$flask_eventsourcing$"""
+
+_INSERT_DRAWN = f"""
+WITH block AS MATERIALIZED (
+    SELECT nullif(current_setting('flask_eventsourcing.drawn'), '')::bigint AS first
+), allowed AS MATERIALIZED (
+    SELECT first FROM block WHERE CASE WHEN first IS NULL THEN false {{notify}} ELSE true END
+), inserted AS (
+    INSERT INTO {{table}} ({{position}}, {{columns}})
+    SELECT allowed.first + e.place - 1, {{columns}} FROM allowed, {_ROWS}
+)
+SELECT first FROM block"""
+
+# The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
+# slips in between the two draws ids above ``high``.
+_HIGH_WATER_MARK = """
+WITH high AS MATERIALIZED (
+    SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END AS position,
+           tableoid::bigint & 65535 AS key
+    FROM {sequence}
+)
+SELECT least(high.position, (
+    SELECT min(((l.classid::bigint & 65535) << 32) | l.objid::bigint)
+    FROM pg_locks l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND l.classid::bigint >> 16 = high.key
+      {own}
+)), current_setting('transaction_isolation'), pg_is_in_recovery(), {named}::oid::bigint
+FROM high"""
+
+_MADE = {
+    "begin": _APPEND_ONE,
+    "follow": _APPEND_ONE,
+    "block": _APPEND_BLOCK,
+    "gap": _LOOK_FOR_GAP,
+    "drawn": _INSERT_DRAWN,
+    "mark": _HIGH_WATER_MARK,
+    "joined mark": _HIGH_WATER_MARK,
+}
+
+
+def make_statement(table: EventTable, log: KnownLog, how: str, compiled: Callable[[Any], str], *, quiet: bool) -> str:
+    """Return the statement of a use: ``begin``, ``follow``, ``block``, ``gap``, ``drawn``, ``mark``, ``joined mark``.
+
+    :param compiled: makes the name of a column's type.
+    :param quiet: whether nobody is notified.
+    """
+    kinds = {name: compiled(table.table.c[name].type) for name in EVENT_COLUMNS}
+    snapshots = table.snapshots is not None and log.has_snapshots
+    event = ("e.originator_id", "e.originator_version")
+    return _MADE[how].format(
+        table=table.name,
+        position=POSITION,
+        columns=", ".join(EVENT_COLUMNS),
+        values=", ".join(f"%s::{kind} AS {name}" for name, kind in kinds.items()),
+        arrays=", ".join(f"%s::{kind}[]" for kind in kinds.values()),
+        key=", ".join(VERSION_KEY),
+        key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
+        latest_first=LATEST_FIRST_VERSION,
+        follows=table.follows(*event, begins=how == "begin", snapshots=snapshots),
+        follows_or_begins=table.follows(*event, begins=True, snapshots=snapshots),
+        sequence=log.sequence,
+        regclass=regclass(log.sequence),
+        named=regclass(table.name),
+        gate=GATE,
+        # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
+        notify="" if quiet else f"WHEN pg_notify({literal(table.table.name)}, '') IS NULL THEN false",
+        own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
+    )
+
+
+def make_draw(log: KnownLog, count: int, lock_timeout: float) -> str:
+    """Return what draws contiguous positions at the gate, waiting up to *lock_timeout* seconds for it."""
+    return _DRAW.format(
+        tries=BLOCK_TRIES,
+        shared_tries=SHARED_TRIES if count <= SMALL_BLOCK else 0,
+        milliseconds=max(1, int(lock_timeout * 1000)),
+        gate=GATE,
+        regclass=regclass(log.sequence),
+        count=count,
+    )
+
+
+def regclass(name: str) -> str:
+    """Return what names a table or a sequence in an expression."""
+    return f"{literal(name)}::regclass"
+
+
+def literal(text: str) -> str:
+    """Return a text as a literal."""
+    return "'" + text.replace("'", "''") + "'"
