@@ -130,7 +130,7 @@ class PlainHost:
             for application_class in models
         }
         plain.prepare()
-        follow(plain.engine, plain.dialect)
+        follow(plain.engine)
 
     # ------------------------------------------------------------------------------------------- applications
 

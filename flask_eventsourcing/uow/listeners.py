@@ -15,8 +15,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ..exceptions import CommitOutcomeUnknownError
-from ..persistence import Dialect
-from ..persistence.dialects.driver import root_engine
+from ..persistence.dialects.driver import is_own, root_engine
 from .pending import Batch, savepoints
 from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
 
@@ -26,7 +25,7 @@ ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|P
 _followed: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def follow(engine: Engine, dialect: Dialect) -> None:
+def follow(engine: Engine) -> None:
     """Listen to an engine; calling it again does nothing."""
     engine = root_engine(engine)
     if engine in _followed:
@@ -43,9 +42,10 @@ def follow(engine: Engine, dialect: Dialect) -> None:
         ("commit_twophase", _end_twophase(_commit)),
         ("rollback_twophase", _end_twophase(_rollback)),
         ("handle_error", _handle_error),
+        ("before_cursor_execute", _before_statement),
+        ("after_cursor_execute", _after_statement),
     ):
         sa.event.listen(engine, name, function)
-    dialect.listen_to_statements(engine, _before_statement, _after_statement)
 
 
 # ------------------------------------------------------------------------------------------------ of engines
@@ -112,8 +112,11 @@ def _handle_error(context: ExceptionContext) -> None:
         raise CommitOutcomeUnknownError from context.original_exception
 
 
-def _before_statement(connection: Connection, *_: Any) -> None:
-    for unit in joined(connection):
+def _before_statement(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    # The recorders have looked, or ask what became of the events.
+    for unit in () if is_own(context) else joined(connection):
         # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.
         unit.look()
 
@@ -121,7 +124,7 @@ def _before_statement(connection: Connection, *_: Any) -> None:
 def _after_statement(
     connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> None:
-    units = joined(connection)
+    units = [] if is_own(context) else joined(connection)
     if not units:
         return
     compiled = getattr(context, "compiled", None)

@@ -253,7 +253,7 @@ class FlaskHost:
     def prepare(self) -> None:
         """Install what the app's engines and sessions need."""
         self.datastore.install()
-        follow(self.datastore.engine, self.datastore.dialect)
+        follow(self.datastore.engine)
         self.database.separate_processes()
 
     def context(self) -> AbstractContextManager[object]:

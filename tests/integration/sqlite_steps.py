@@ -60,8 +60,8 @@ class Step:
     kind: str
     connection: int
     thread: int
-    watched: bool = False
-    """Whether it takes SQLAlchemy's way to the driver, or the recorders' shorter one."""
+    own: bool = False
+    """Whether the statement is one of the recorders' own."""
 
 
 KINDS = ("insert", "read", "savepoint", "ddl", "commit", "rollback", "close", "drop", "visit")
@@ -118,12 +118,6 @@ class Model:
         return WAITED if self._refused(step) == WAITED else self.committed + self.pending
 
 
-def _begin(connection: Connection) -> None:
-    # As the recorders' connections have it; the shorter way does not do it by itself.
-    if not connection.in_transaction():
-        connection.begin()
-
-
 class Stage:
     """Connections to one database, and threads in which they are used."""
 
@@ -154,18 +148,16 @@ class Stage:
 
     def _insert(self, step: Step, number: int) -> None:
         connection = self.connections[step.connection]
-        if step.watched:
-            insert(connection, number)
-        else:
-            _begin(connection)
+        if step.own:
             self.dialect.modify(connection, INSERT, (number,))
+        else:
+            insert(connection, number)
 
     def _read(self, step: Step, _: int) -> list[int]:
         connection = self.connections[step.connection]
-        if step.watched:
-            return numbers(connection)
-        _begin(connection)
-        return [value for (value,) in self.dialect.fetch(connection, SELECT)]
+        if step.own:
+            return [value for (value,) in self.dialect.fetch(connection, SELECT)]
+        return numbers(connection)
 
     def _savepoint(self, step: Step, number: int) -> None:
         connection = self.connections[step.connection]

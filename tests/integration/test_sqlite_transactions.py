@@ -30,7 +30,7 @@ STEPS = st.lists(
         kind=st.sampled_from((*KINDS, "insert", "insert", "read", "commit")),
         connection=st.integers(0, CONNECTIONS - 1),
         thread=st.integers(0, THREADS - 1),
-        watched=st.booleans(),
+        own=st.booleans(),
     ),
     min_size=3,
     max_size=20,

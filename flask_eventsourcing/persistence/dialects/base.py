@@ -14,7 +14,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, Notification, StoredEvent, Tracking
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ...config import PostgresOrder
 from ...exceptions import MissingTableError
@@ -116,7 +116,16 @@ class Dialect(Driver, ForProjections, ABC):
         engine = root_engine(self.engine)
         if engine not in _prepared:
             _prepared.add(engine)
+            sa.event.listen(engine, "handle_error", self._after_interruption)
             self.install(engine)
+
+    def _after_interruption(self, context: ExceptionContext) -> None:
+        connection, error = context.connection, context.original_exception
+        if connection is None or connection.closed or connection.invalidated or isinstance(error, self.driver_error):
+            return
+        if self.is_left_midway(connection.connection.dbapi_connection, error):
+            # SQLAlchemy gives a connection up for what is no Exception only. The others of the pool are as they were.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
     def install(self, engine: Engine) -> None:
         """Install it."""

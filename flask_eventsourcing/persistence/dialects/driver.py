@@ -1,14 +1,12 @@
-"""The way to the driver and back: raw rows, events made of them without their constructors, and the library's errors.
+"""The recorders' own statements: by ``Connection.exec_driver_sql``, raw rows of its results, and the library's errors.
 
-``Connection.exec_driver_sql`` is taken instead of the shortest way when someone watches: when statements are logged, or
-an engine has listeners, as those of Flask-SQLAlchemy's recording of queries or of an instrumentation.
+Pools, listeners, logs and what an error does to a connection are SQLAlchemy's. Each of these statements has the
+execution option ``flask_eventsourcing``, by which a listener tells it from others.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-import weakref
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -20,8 +18,6 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingTableError
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, ConflictError, EventTable, is_key
-
-_logger = logging.getLogger("sqlalchemy.engine.Engine")
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -50,7 +46,15 @@ class Modified(NamedTuple):
     lastrowid: Any
 
 
-_own_listeners: weakref.WeakKeyDictionary[Engine, list[int]] = weakref.WeakKeyDictionary()
+OWN = "flask_eventsourcing"
+"""The execution option of the recorders' own statements."""
+# Taken over as it is, and not copied, by a connection without options of its own.
+_OPTIONS = sa.util.immutabledict({OWN: True})
+
+
+def is_own(context: Any) -> bool:
+    """Whether a statement, by the context that SQLAlchemy's events have of it, is one of the recorders' own."""
+    return context is not None and OWN in context.execution_options
 
 
 def root_engine(engine: Engine) -> Engine:
@@ -79,8 +83,6 @@ class Driver:
         dbapi: Any = engine.dialect.dbapi
         self.driver_error: type[Exception] = dbapi.Error
         self.translated = Translated(self)
-        self.own_listeners = _own_listeners.setdefault(root_engine(engine), [0, 0])
-        """How many listeners of ours the engine has before and after each statement."""
         self.tables: dict[str, sa.Table] = {}
         """The tables of events, snapshots and positions by their quoted names."""
 
@@ -90,103 +92,40 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------------- statements
 
-    def listen_to_statements(self, engine: Engine, before: Any, after: Any) -> None:
-        """Call functions before and after each statement of others, with the arguments of SQLAlchemy's events."""
-        sa.event.listen(engine, "before_cursor_execute", before)
-        sa.event.listen(engine, "after_cursor_execute", after)
-        self.own_listeners[0] += 1
-        self.own_listeners[1] += 1
-
     def commits_implicitly(self, statement: str) -> bool:
         """Whether the database commits the transaction before it runs a statement."""
         return False
-
-    def before(self, connection: Connection, statement: str) -> None:
-        """Called before a statement that goes the shorter way."""
-        return
-
-    def after(self, connection: Connection) -> None:
-        """Called after a statement that went the shorter way."""
-        return
 
     def ended_past(self, connection: Connection) -> None:
         """Called where somebody has ended the transaction past SQLAlchemy."""
         return
 
-    def open_cursor(self, driver_connection: Any) -> Any:
-        """Open a cursor of the driver for reading."""
-        return driver_connection.cursor()
-
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows, as the driver gives them."""
-        if self._is_watched(connection):
-            return list(self._watched(connection, statement, tuple(parameters)).fetchall())
-        self.before(connection, statement)
-        cursor = self.open_cursor(connection.connection.dbapi_connection)
         try:
-            cursor.execute(statement, parameters)
-            rows: list[Any] = cursor.fetchall()
-        except self.driver_error as error:
-            raise self.failed(connection, error, cursor, statement) from error
-        finally:
-            cursor.close()
-            self.after(connection)
+            result = connection.exec_driver_sql(statement, tuple(parameters), _OPTIONS)
+            # The result's way to the driver, by which an error is treated as one of the execution, without its Row.
+            rows: list[Any] = result.cursor_strategy.fetchall(result, result.cursor)
+        except exc.DBAPIError as error:
+            raise self.own_error(connection, error.orig, statement) from error.orig
         return rows
 
     def modify(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> Modified:
         """Run a statement that returns no rows."""
-        if self._is_watched(connection):
-            result = self._watched(connection, statement, tuple(parameters))
-            # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
-            return Modified(result.rowcount, getattr(result.context.cursor, "lastrowid", None))
-        return self._modify(connection, statement, parameters, many=False)
+        result = self._run(connection, statement, tuple(parameters))
+        # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
+        return Modified(result.rowcount, getattr(result.context.cursor, "lastrowid", None))
 
     def modify_many(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Run a statement once for each row of parameters."""
-        if self._is_watched(connection):
-            self._watched(connection, statement, list(rows))
-        else:
-            self._modify(connection, statement, rows, many=True)
+        self._run(connection, statement, list(rows))
 
-    def _modify(self, connection: Connection, statement: str, parameters: Sequence[Any], *, many: bool) -> Modified:
-        self.before(connection, statement)
-        cursor: Any = connection.connection.dbapi_connection.cursor()  # type: ignore[union-attr]
+    def _run(self, connection: Connection, statement: str, parameters: Any) -> sa.CursorResult[Any]:
         try:
-            if many:
-                cursor.executemany(statement, parameters)
-            else:
-                cursor.execute(statement, parameters)
-            return Modified(cursor.rowcount, getattr(cursor, "lastrowid", None))
-        except self.driver_error as error:
-            raise self.failed(connection, error, cursor, statement) from error
-        finally:
-            cursor.close()
-            self.after(connection)
-
-    def _watched(self, connection: Connection, statement: str, parameters: Any) -> sa.CursorResult[Any]:
-        try:
-            return connection.exec_driver_sql(statement, parameters)
+            return connection.exec_driver_sql(statement, parameters, _OPTIONS)
         except exc.DBAPIError as error:
-            raise self.own_error(connection, error.orig, statement) from error
-
-    def _is_watched(self, connection: Connection) -> bool:
-        # A connection without listeners of its own has those of its engine; to ask it would make it copy them.
-        events = connection.dispatch if "dispatch" in connection.__dict__ else connection.engine.dispatch
-        before, after = self.own_listeners
-        return (
-            len(events.before_cursor_execute) > before
-            or len(events.after_cursor_execute) > after
-            or bool(self.engine.echo)
-            or _logger.isEnabledFor(logging.INFO)
-        )
-
-    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
-        """Return the error to raise; a lost connection is taken out of the pool, as SQLAlchemy does it."""
-        dbapi_connection = connection.connection.dbapi_connection
-        lost: Any = self.engine.dialect.is_disconnect
-        if lost(error, dbapi_connection, cursor):
-            connection.invalidate(error)
-        return self.own_error(connection, error, statement)
+            # Not from SQLAlchemy's, which has the parameters.
+            raise self.own_error(connection, error.orig, statement) from error.orig
 
     def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
         """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
@@ -221,6 +160,14 @@ class Driver:
         return statement
 
     # ------------------------------------------------------------------------------------- what state it is in
+
+    @classmethod
+    def is_left_midway(cls, driver_connection: Any, error: BaseException) -> bool:
+        """Whether an error that is not the driver's, as a signal handler raises, came in the middle of a statement.
+
+        The answer of the server would then be taken for that of the next statement, or keep it out.
+        """
+        return False
 
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""

@@ -15,11 +15,12 @@ import re
 import weakref
 from collections.abc import Collection, Sequence
 from contextlib import closing, suppress
+from traceback import walk_tb
 from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError, StoredEvent, Tracking
+from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent, Tracking
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 
@@ -43,6 +44,7 @@ CHANGED_SINCE_SNAPSHOT = 1020
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
 SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
+DRIVER_MODULES = ("pymysql.connections", "MySQLdb.cursors", "MySQLdb.connections")
 ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
@@ -251,15 +253,22 @@ class MySQLDialect(Dialect):
             return bool(getattr(self.engine.dialect, "is_mariadb", False)) and not _answer(driver, "@@in_transaction")
         return not status & SERVER_STATUS_IN_TRANS
 
-    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
-        """Return the error to raise, and remember when it has ended the whole transaction."""
-        _note_failure(connection, error)
+    def own_error(self, connection: Connection, error: Any, statement: str) -> PersistenceError:
+        """Return the library's exception; one that names the setting for a lock that was not to be had in time."""
         if self.code(error) == LOCK_WAIT_TIMEOUT:
             return WriteTimeoutError(
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
                 "raise EVENTSOURCING_LOCK_TIMEOUT."
             )
-        return super().failed(connection, error, cursor, statement)
+        return super().own_error(connection, error, statement)
+
+    @classmethod
+    def is_left_midway(cls, driver_connection: Any, error: BaseException) -> bool:
+        """Whether the error came while the driver spoke with the server; a value that it cannot take is told before."""
+        if isinstance(error, ValueError | TypeError):
+            return False
+        frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+        return any(name in DRIVER_MODULES for name in frames)
 
     # ------------------------------------------------------------------------------------- what projections need
 

@@ -37,10 +37,9 @@ from .event_tables import (
     transposed,
 )
 from .locks import AdvisoryLock, RunnerLock
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
 
-IDLE, INERROR, UNKNOWN = 0, 3, 4
-"""``PQTRANS_…`` of libpq: there is no transaction; it has failed and a commit would be a rollback; no connection."""
 # Its words are in the server's language.
 KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
 
@@ -79,14 +78,12 @@ class PostgreSQLDialect(Dialect):
 
     @classmethod
     def code(cls, driver_error: Any) -> object:
-        """Return the SQLSTATE, which the drivers call differently."""
-        return getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
+        """Return the SQLSTATE."""
+        return code_of(driver_error)
 
-    def open_cursor(self, driver_connection: Any) -> Any:
-        """Open a cursor that, with psycopg 3, gets binary values: ``bytea`` as text is twice as long."""
-        if self.engine.driver == "psycopg":
-            return driver_connection.cursor(binary=True)
-        return driver_connection.cursor()
+    def install(self, engine: Engine) -> None:
+        """Get binary values."""
+        ask_for_binary_values(engine)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events with contiguous positions, having published a floor below them."""
@@ -242,11 +239,16 @@ class PostgreSQLDialect(Dialect):
 
     def is_aborted(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether the transaction has failed."""
-        return bool(_status(connection) == INERROR)
+        return bool(status_of(connection.connection.driver_connection) == INERROR)
+
+    @classmethod
+    def is_left_midway(cls, driver_connection: Any, error: BaseException) -> bool:
+        """Whether the server is still busy with the statement."""
+        return bool(status_of(driver_connection) == ACTIVE)
 
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether there is a transaction."""
-        return _status(connection) in (IDLE, INERROR, UNKNOWN)
+        return status_of(connection.connection.driver_connection) in (IDLE, INERROR, UNKNOWN)
 
     def driver_commits(self, connection: Connection) -> bool:
         """Ask the driver."""
@@ -268,8 +270,7 @@ class PostgreSQLDialect(Dialect):
     @classmethod
     def text(cls, driver_error: Any) -> str:
         """Return what the server says without its detail."""
-        primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
-        return str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
+        return text_of(driver_error)
 
     # ------------------------------------------------------------------------------------- what projections need
 
@@ -314,10 +315,6 @@ class PostgreSQLDialect(Dialect):
                     quoted = self.quote(renamed(part))
                     what = "SEQUENCE" if kind in ("S", b"S") else "INDEX"
                     connection.exec_driver_sql(f"ALTER {what} {self.qualified(table, part)} RENAME TO {quoted}")
-
-
-def _status(connection: Connection) -> Any:
-    return getattr(getattr(connection.connection.driver_connection, "info", None), "transaction_status", None)
 
 
 def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:

@@ -81,15 +81,6 @@ class SQLiteDialect(Dialect):
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
-    def before(self, connection: Connection, statement: str) -> None:
-        """Acquire the write queue, as the engine's event does for other statements."""
-        _before_statement(connection, None, statement)
-
-    def after(self, connection: Connection) -> None:
-        """Release the write queue unless a transaction is open."""
-        if self.is_memory:
-            _after_statement(connection)
-
     def ended_past(self, connection: Connection) -> None:
         """Release the write queue."""
         _after_statement(connection)
@@ -118,9 +109,6 @@ class SQLiteDialect(Dialect):
             sa.event.listen(engine, "commit", announce("commit"))
             sa.event.listen(engine, "rollback", announce("rollback"))
         sa.event.listen(engine, "handle_error", _after_error)
-        # Listeners of our own do what the shorter way to the driver does by itself.
-        self.own_listeners[0] += 1
-        self.own_listeners[1] += 1 if memory else 0
         _replace_connections(engine, memory)
 
     def _configure(self, driver: Any, name: str) -> None:
@@ -179,11 +167,6 @@ class SQLiteDialect(Dialect):
         return isinstance(driver, sqlite3.Connection) and (
             not driver.in_transaction or (isinstance(driver, QueuedConnection) and not driver.is_in_use_by(connection))
         )
-
-    def failed(self, connection: Connection, error: Exception, cursor: Any, statement: str) -> Exception:
-        """Return the error to raise, and remember when it has ended the whole transaction."""
-        _after_failure(connection)
-        return super().failed(connection, error, cursor, statement)
 
     @classmethod
     def code(cls, driver_error: Any) -> object:

@@ -1,0 +1,53 @@
+"""What PostgreSQL's drivers tell, psycopg and psycopg2: the state of a connection, codes, and texts without values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from .driver import is_own
+
+IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
+"""``PQTRANS_…`` of libpq: there is no transaction; a statement is running; the transaction has failed and a commit
+would be a rollback; no connection."""
+BINARY = 1
+"""psycopg's format of results."""
+LOST_PREPARED = ("42P05", "26000")
+"""The codes for a prepared statement that is there already, and for one that is not there."""
+SET_INSTEAD = (
+    ". A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode: set "
+    'SQLALCHEMY_ENGINE_OPTIONS = {"connect_args": {"prepare_threshold": None}}, so that psycopg prepares no statements.'
+)
+
+
+def code_of(driver_error: Any) -> object:
+    """Return the SQLSTATE, which the drivers call differently."""
+    return getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
+
+
+def text_of(driver_error: Any) -> str:
+    """Return what the server says without its detail, and what to set where prepared statements get lost."""
+    primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
+    text = str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
+    return text + SET_INSTEAD if code_of(driver_error) in LOST_PREPARED else text
+
+
+def status_of(driver_connection: Any) -> Any:
+    """Return the state of the transaction, without a round trip."""
+    return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
+
+
+def ask_for_binary_values(engine: Engine) -> None:
+    """Let the recorders' own statements get binary values with psycopg 3: ``bytea`` as text is twice as long."""
+    if engine.driver == "psycopg":
+        sa.event.listen(engine, "before_cursor_execute", _ask_for_binary)
+
+
+def _ask_for_binary(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+) -> None:
+    # A cursor that puts the parameters into the statement gets text only.
+    if is_own(context) and not isinstance(cursor, connection.dialect.dbapi.ClientCursor):  # type: ignore[union-attr]
+        cursor.format = BINARY
