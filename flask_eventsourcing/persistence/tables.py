@@ -74,7 +74,17 @@ def _hexadecimal(value: uuid.UUID) -> str:
     return value.hex
 
 
+_new, _set_int = object.__new__, vars(uuid.UUID)["int"].__set__
+_set_is_safe, _UNKNOWN = vars(uuid.UUID)["is_safe"].__set__, uuid.SafeUUID.unknown
+
+
 def _as_uuid(value: Any) -> uuid.UUID | None:
+    if type(value) is str and len(value) == 32 and value.isalnum():
+        # As the column has it; the class itself takes five times as long, for spellings that are not stored.
+        made = _new(uuid.UUID)
+        _set_int(made, int(value, 16))
+        _set_is_safe(made, _UNKNOWN)
+        return made
     return value if value is None or isinstance(value, uuid.UUID) else uuid.UUID(value)
 
 

@@ -27,7 +27,6 @@ from .event_tables import (
     EventTable,
     Processor,
     begins,
-    notification,
     stored_event,
 )
 from .locks import ForProjections
@@ -307,11 +306,7 @@ class Dialect(Driver, ForProjections, ABC):
             f"SELECT {POSITION}, {', '.join(EVENT_COLUMNS)} "
             f"FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         )
-        rows = self.fetch(connection, statement, [*parameters, page.limit])
-        decode = table.id_decoder(rows, 1)
-        if decode is None:
-            return [notification(*row) for row in rows]
-        return [notification(row[0], decode(row[1]), *row[2:]) for row in rows]
+        return table.notifications(self.fetch(connection, statement, [*parameters, page.limit]))
 
     def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
         """Return the position of the last event up to the high-water mark, or None for an empty log."""

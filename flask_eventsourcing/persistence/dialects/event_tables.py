@@ -108,9 +108,21 @@ class EventTable:
             found = (*found, originator_id, version)
         return (*found, *([originator_id] * (1 + snapshots))) if begins else found
 
-    def id_decoder(self, rows: Sequence[Sequence[Any]], number: int) -> Processor | None:
-        """Return what makes the id of a driver's value, or None where the driver has made it already."""
-        return None if not rows or type(rows[0][number]) is self.id_class else self.decode_id
+    def notifications(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
+        """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``."""
+        if not rows or type(rows[0][1]) is self.id_class:
+            # The driver has made the ids already.
+            return [notification(*row) for row in rows]
+        ids, decode = dict[Any, Any](), self.decode_id
+        found = []
+        for position, value, version, topic, state in rows:
+            # The events of an aggregate stand near each other, and share its id: to make one takes longer than the
+            # rest, and each is one more object that the garbage collector walks over.
+            originator_id = ids.get(value)
+            if originator_id is None:
+                originator_id = ids[value] = decode(value)
+            found.append(notification(position, originator_id, version, topic, state))
+        return found
 
 
 class ConflictError(persistence.IntegrityError):
