@@ -36,7 +36,7 @@ class Site:
 
     def quiet(self) -> None:
         """Keep what the app logs out of the tests' output, with a logger that no other app has."""
-        self.app.logger = logging.Logger("quiet")
+        self.app.logger = logging.getLogger("tests.quiet")
         self.app.logger.disabled = True
 
     def answer(self, view: Callable[[], Any]) -> TestResponse:

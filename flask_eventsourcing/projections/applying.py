@@ -16,13 +16,11 @@ from ..persistence import JoinedUnit
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.event_tables import ConflictError
 from ..uow import UnitOfWork
+from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .definitions import ModelProjection
 
-PREFETCH_FROM = 8
-"""Fewer events than this are not worth a query for the rows of all their aggregates."""
-ROWS_AT_ONCE = 500
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
     "is committed with its models."
@@ -51,7 +49,10 @@ class Applier:
         # Looked up once, as there are many thousand events a second.
         self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
-        self._rows = _Rows(consumer)
+        name = self.projection.__class__.__name__
+        models = consumer.projection_class.models
+        dialect = consumer.application.datastore.dialect
+        self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
 
     def apply(
         self,
@@ -67,6 +68,19 @@ class Applier:
         :raises FencedError: when the claim was lost; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
+        try:
+            return self._apply(claimed, notifications, position, dead)
+        except ObservedError:
+            self._batches.flushes_each = True
+            return self._apply(claimed, notifications, position, dead)
+
+    def _apply(
+        self,
+        claimed: CheckpointRow,
+        notifications: Sequence[Notification],
+        position: int,
+        dead: tuple[BaseException, int] | None,
+    ) -> CheckpointRow:
         applied = 0 if dead is not None else len(notifications)
         # With a lease, the row's lock might keep everybody from writing while a reaction takes its time; a reaction may
         # be called again anyway.
@@ -83,7 +97,7 @@ class Applier:
                     self._handle(session, connection, notifications)
                 if advances_last:
                     self._advance(connection, claimed, position, applied)
-        except EventError:
+        except (EventError, ObservedError):
             raise
         except Exception as error:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
@@ -113,35 +127,41 @@ class Applier:
     def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> None:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        begun = session.get_transaction()
         blocked: set[str] = set()
         if self.consumer.projection_class.on_failure == "dead-letter":
             blocked = self.letters.blocked(connection, self.consumer.name)
-        self._rows.keep(session)
-        self._rows.prefetch(session, notifications)
         try:
-            with unit.gate.hold(ENDED.format(name)):
+            with (
+                unit.gate.hold(ENDED.format(name)),
+                self._batches.applying(session, connection, notifications) as batch,
+            ):
                 for notification in notifications:
                     if blocked and str(notification.originator_id) in blocked:
                         self.letters.add(connection, self.consumer.name, notification)
                     else:
-                        self.handle(session, notification)
-                    if session.get_transaction() is not begun:
-                        raise HandlerError(ENDED.format(name))
-            session.flush()
+                        self._handle_one(session, notification)
+                    batch.end_event()
+                session.flush()
             if unit.dialect.is_aborted(connection):
                 # A commit would be a rollback, and nobody would be told.
                 raise HandlerError(SWALLOWED.format(name))
+        except ObservedError:
+            raise
         except Exception as error:
             if is_outage(error):
                 raise
             raise EventError from error
-        finally:
-            self._rows.kept.clear()
         if self.consumer.kind == "rebuild" and unit.batches:
             raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
+        """Handle one event, in the caller's transaction."""
+        with self._batches.applying(session, self.connection(session), [notification]) as batch:
+            self._handle_one(session, notification)
+            batch.end_event()
+            session.flush()
+
+    def _handle_one(self, session: orm.Session, notification: Notification) -> None:
         """Call the handler of one event, if there is one."""
         event = self._mapper.to_domain_event(notification)
         handler = self._handlers.find(type(event))
@@ -154,39 +174,6 @@ class Applier:
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
         return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{notification.id}"
-
-
-class _Rows:
-    """The rows of a consumer's models that a session has loaded, or is about to need."""
-
-    def __init__(self, consumer: Consumer) -> None:
-        self.kept: list[Any] = []
-        self._keys = list(_id_keys(consumer))
-        self._session: orm.Session | None = None
-
-    def keep(self, session: orm.Session) -> None:
-        """Keep what the session loads and inserts to the end of the batch: it refers to it weakly, and would reload it.
-
-        The events are those of the recipe "Creating a Strong Referencing Identity Map" of SQLAlchemy's documentation.
-        """
-        if session is self._session:
-            return
-        self._session = session
-
-        def keep(session: orm.Session, instance: Any) -> None:
-            self.kept.append(instance)
-
-        sa.event.listen(session, "pending_to_persistent", keep)
-        sa.event.listen(session, "loaded_as_persistent", keep)
-
-    def prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
-        """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
-        if len(notifications) < PREFETCH_FROM or not self._keys:
-            return
-        ids = list({notification.originator_id for notification in notifications})
-        for model, column in self._keys:
-            for start in range(0, len(ids), ROWS_AT_ONCE):
-                session.scalars(sa.select(model).where(column.in_(ids[start : start + ROWS_AT_ONCE]))).all()
 
 
 def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
@@ -242,11 +229,12 @@ class InlineApplier:
     def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
         domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
         begun = session.get_transaction()
-        self._forget_rows(session)
         for projection in self.projections:
             for event in domain_events:
                 handler = projection.handlers.find(type(event))
                 if handler is not None:
+                    session.flush()
+                    self._forget_rows(session)
                     handler(projection, event, session)
                 if session.get_transaction() is not begun:
                     raise HandlerError(INLINE_ENDED)

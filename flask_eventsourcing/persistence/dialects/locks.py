@@ -322,6 +322,8 @@ class ForProjections:
     engine: Engine
     batch_seconds = 0.5
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
+    keeps_microseconds = False
+    """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
     longest_name = 63
     """The most characters of a table's name."""
     swaps_in_transaction = True

@@ -274,6 +274,8 @@ class PostgreSQLDialect(Dialect):
 
     # ------------------------------------------------------------------------------------- what projections need
 
+    keeps_microseconds = True
+
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not to be had in time."""

@@ -183,6 +183,7 @@ class SQLiteDialect(Dialect):
 
     # A batch keeps every other writer waiting.
     batch_seconds = 0.1
+    keeps_microseconds = True
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:

@@ -1,0 +1,357 @@
+"""Batches that handlers cannot observe: each event finds the session as if it were the only one of its transaction.
+
+At the beginning of each event, whatever the session has loaded is what the database would answer. That holds when the
+session is flushed and what it has is expired after each event, and at that price it always can be had. Where models are
+plain, both can wait: a value that goes to the database and comes back as it went need not be read again, and a flush
+that nobody has asked for can come later, before the next statement. Plain is decided by class, and by each value that
+is set: what is not known to be plain is flushed and expired.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+from sqlalchemy_utils.aggregates import manager
+
+from ..exceptions import HandlerError
+from ..persistence import Dialect
+from ..persistence.tables import UUIDType
+
+PREFETCH_FROM = 8
+"""Fewer events than this are not worth a query for the rows of all their aggregates."""
+ROWS_AT_ONCE = 500
+MOST_KEPT = 5000
+"""The rows that are kept from one event to the next."""
+_KEY = "flask_eventsourcing.batch"
+
+_CHANGES = re.compile(r"(?<!FOR )(?<!KEY )\b(INSERT|UPDATE|DELETE|MERGE|REPLACE|TRUNCATE|CALL)\b", re.IGNORECASE)
+"""What a statement has that changes rows."""
+_ENDS = re.compile(
+    r"\s*(COMMIT|ROLLBACK(?!\s+(WORK\s+)?TO\b)|END|ABORT|BEGIN|START|PREPARE\s+TRANSACTION)\b", re.IGNORECASE
+)
+"""Begins of a textual statement that ends a transaction, or would."""
+
+_PLAIN_TYPES: tuple[tuple[type[Any], type[Any]], ...] = (
+    (sa.Integer, int),
+    (sa.Boolean, bool),
+    (sa.String, str),
+    (sa.Uuid, UUID),
+    (UUIDType, UUID),
+    (sa.LargeBinary, bytes),
+    (sa.DateTime, datetime),
+)
+_PADDED = (sa.Enum, sa.CHAR, sa.NCHAR)
+"""Strings that can come back as something else."""
+
+_OF_SAVEPOINTS = ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+
+_watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
+
+
+class ObservedError(Exception):
+    """The handlers do something before which the session would have to be flushed, and cannot be: begin again."""
+
+
+class Batches:
+    """The batches of one consumer.
+
+    :param id_keys: the models whose primary key can be the id of an aggregate, with that column.
+    :param ended: what is said when a handler ends the transaction.
+    """
+
+    def __init__(self, dialect: Dialect, models: Sequence[Any], id_keys: Sequence[tuple[Any, Any]], ended: str) -> None:
+        self.dialect = dialect
+        self._id_keys = id_keys
+        self._ended = ended
+        self.flushes_each = False
+        """Whether each event is to be flushed, as the handlers have been found to need it."""
+        self._plain: dict[type[Any], bool] = {}
+        for model in models:
+            self.is_plain(model)
+
+    @contextmanager
+    def applying(
+        self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]
+    ) -> Iterator[Batch]:
+        """Within it, a batch is being applied."""
+        # What handlers have kept, and what a session expires at no commit, is as old as anything else.
+        session.expire_all()
+        batch = Batch(self, session, connection, self._ended)
+        batch.keep(self._prefetch(session, notifications))
+        with batch.listening():
+            yield batch
+
+    def _prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> list[Any]:
+        """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
+        found: list[Any] = []
+        if len(notifications) < PREFETCH_FROM or self.flushes_each:
+            return found
+        ids = list({notification.originator_id for notification in notifications})
+        for model, column in self._id_keys:
+            if not self.is_plain(model):
+                continue
+            for start in range(0, len(ids), ROWS_AT_ONCE):
+                found += session.scalars(sa.select(model).where(column.in_(ids[start : start + ROWS_AT_ONCE])))
+        return found
+
+    def is_plain(self, model: type[Any]) -> bool:
+        """Whether flushing the rows of a class later, and not reading them again, cannot be observed."""
+        found = self._plain.get(model)
+        if found is None:
+            found = self._plain[model] = _is_plain(model)
+            if found:
+                _watch(model)
+        return found
+
+    def keeps(self, column: sa.ColumnElement[Any], value: Any) -> bool:
+        """Whether a value comes back from a column of a plain class as it went."""
+        if value is None or type(value) is not _python_type(column):
+            return value is None
+        if isinstance(value, datetime):
+            return (
+                value.tzinfo is None
+                and not getattr(column.type, "timezone", False)
+                and (self.dialect.keeps_microseconds or value.microsecond == 0)
+            )
+        return True
+
+    def keeps_row(self, instance: Any) -> bool:
+        """Whether a row and each of its values can be flushed later without being observed."""
+        model = type(instance)
+        if not self.is_plain(model):
+            return False
+        loaded = sa.inspect(instance).dict
+        mapper: orm.Mapper[Any] = sa.inspect(model)
+        return all(self.keeps(each.columns[0], loaded.get(each.key)) for each in mapper.column_attrs)
+
+
+class Batch:
+    """One batch: what is done before and after each of its events, and each of the handlers' statements."""
+
+    def __init__(self, batches: Batches, session: orm.Session, connection: Connection, ended: str) -> None:
+        self._batches = batches
+        self._session = session
+        self._connection = connection
+        self._ended = ended
+        self._begun = session.get_transaction(), connection.get_transaction()
+        self._always = batches.flushes_each or not session.autoflush or _has_flush_listeners(session)
+        self._flushes = self._always
+        """Whether the present event is to be flushed, and what the session has to be expired."""
+        self._kept: list[Any] = []
+        self._added: list[Any] = []
+        """What was added in the present event."""
+        self._state = _State()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to the session and the connection."""
+        targets: list[tuple[Any, str, Callable[..., None]]] = [
+            (self._session, "transient_to_pending", self._add),
+            # These two as in the recipe "Creating a Strong Referencing Identity Map" of SQLAlchemy's documentation.
+            (self._session, "pending_to_persistent", self._inserted),
+            (self._session, "loaded_as_persistent", self._loaded),
+            (self._session, "before_flush", self._before_flush),
+            (self._session, "after_flush_postexec", self._after_flush),
+            (self._session, "after_soft_rollback", self._after_flush),
+            (self._connection, "before_cursor_execute", self._before_statement),
+            (self._connection, "after_cursor_execute", self._after_statement),
+        ]
+        for target in targets:
+            sa.event.listen(*target)
+        self._session.info[_KEY] = self
+        try:
+            yield
+        finally:
+            del self._session.info[_KEY]
+            for target in targets:
+                sa.event.remove(*target)
+
+    def end_event(self) -> None:
+        """Called after the handler of each event.
+
+        :raises HandlerError: when it has ended the transaction.
+        :raises ObservedError: when the batch is to begin again.
+        """
+        if (self._session.get_transaction(), self._connection.get_transaction()) != self._begun:
+            raise HandlerError(self._ended)
+        if self._state.is_observed:
+            raise ObservedError
+        if (
+            self._flushes
+            or self._session.deleted
+            or len(self._kept) > MOST_KEPT
+            or not all(map(self._batches.keeps_row, self._added))
+        ):
+            self._flushes = True
+            self._session.flush()
+            self._forget()
+            models = {type(instance) for instance in self._session.identity_map.values()}
+            self._flushes = self._always or not all(map(self._batches.is_plain, models))
+        self._added.clear()
+        self._state.has_waiting = True
+
+    def keep(self, instances: Sequence[Any]) -> None:
+        """Keep what the session has loaded, which it refers to weakly and would load again."""
+        self._kept += instances
+
+    def noted(self, column: sa.Column[Any], value: Any) -> None:
+        """Told of a value that is set in a row of a plain class."""
+        if not self._flushes and not self._batches.keeps(column, value):
+            self._flushes = True
+
+    # ------------------------------------------------------------------------------------------------- of sessions
+
+    def _add(self, session: orm.Session, instance: Any) -> None:
+        self._added.append(instance)
+
+    def _inserted(self, session: orm.Session, instance: Any) -> None:
+        self._kept.append(instance)
+        if not self._flushes and not self._batches.keeps_row(instance):
+            # A default has given it a value that may come back as another, and an earlier event may have added it.
+            # Not raised here, in the middle of what the session does after a flush.
+            self._flushes = True
+            self._state.is_observed = self._state.has_waiting
+
+    def _loaded(self, session: orm.Session, instance: Any) -> None:
+        self._kept.append(instance)
+        if not self._flushes and not self._batches.is_plain(type(instance)):
+            self._flushes = True
+
+    def _before_flush(self, session: orm.Session, context: Any, instances: Any) -> None:
+        self._state.is_flushing = True
+        # The database may delete and change further rows with it.
+        self._flushes = self._flushes or bool(session.deleted)
+
+    def _after_flush(self, session: orm.Session, context: Any) -> None:
+        self._state.is_flushing = False
+
+    def _forget(self) -> None:
+        """Have everything read again that is not being changed."""
+        dirty = self._session.dirty
+        for instance in list(self._session.identity_map.values()):
+            if instance not in dirty:
+                self._session.expire(instance)
+        self._kept.clear()
+
+    def _observe(self) -> None:
+        if self._state.has_waiting:
+            # Noted, too: handlers catch errors.
+            self._state.is_observed = True
+            raise ObservedError
+
+    # ---------------------------------------------------------------------------------------------- of statements
+
+    def _before_statement(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
+        if self._state.is_flushing or statement.startswith(_OF_SAVEPOINTS):
+            return
+        compiled = getattr(context, "compiled", None)
+        is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
+        if (is_text and _ENDS.match(statement)) or self._batches.dialect.commits_implicitly(statement):
+            raise HandlerError(self._ended)
+        session: Any = self._session
+        # A bulk operation has the session marked as flushing, without a flush.
+        if session.autoflush and not session._flushing:
+            session.flush()
+        elif not self._flushes and (session.new or session.dirty):
+            self._observe()
+
+    def _after_statement(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
+        if not self._state.is_flushing and _CHANGES.search(statement):
+            self._forget()
+
+
+@dataclass
+class _State:
+    has_waiting: bool = False
+    """Whether what earlier events have changed may wait to be flushed."""
+    is_flushing: bool = False
+    is_observed: bool = False
+
+
+def _is_plain(model: type[Any]) -> bool:
+    mapper = sa.inspect(model, raiseerr=False)
+    if not isinstance(mapper, orm.Mapper) or not isinstance(mapper.local_table, sa.Table):
+        return False
+    listeners = (getattr(mapper.dispatch, f"{when}_{what}") for when in ("before", "after") for what in _OPERATIONS)
+    return not (
+        mapper.relationships
+        or mapper.inherits
+        or mapper.polymorphic_on is not None
+        or mapper.version_id_col is not None
+        or any(len(listener) for listener in listeners)
+        or any(key.onupdate for key in _keys_to(mapper.local_table))
+    ) and all(_is_plain_column(column) for each in mapper.column_attrs for column in each.columns)
+
+
+_OPERATIONS = ("insert", "update", "delete")
+
+
+def _keys_to(table: sa.Table) -> Iterator[sa.ForeignKeyConstraint]:
+    for other in table.metadata.tables.values():
+        yield from (key for key in other.foreign_key_constraints if key.referred_table is table)
+
+
+def _is_plain_column(column: Any) -> bool:
+    return (
+        isinstance(column, sa.Column)
+        and _python_type(column) is not None
+        and column.onupdate is None
+        and column.server_onupdate is None
+        and column.computed is None
+    )
+
+
+def _python_type(column: sa.ColumnElement[Any]) -> type[Any] | None:
+    if isinstance(column.type, _PADDED):
+        return None
+    return next((python for kind, python in _PLAIN_TYPES if isinstance(column.type, kind)), None)
+
+
+def _watch(model: type[Any]) -> None:
+    """Hear of the values that are set in rows of a class, of which those of a batch are told."""
+    if model in _watched:
+        return
+    _watched.add(model)
+    for each in sa.inspect(model).column_attrs:
+        sa.event.listen(each.class_attribute, "set", _setter(each.columns[0]), raw=True)
+
+
+def _setter(column: sa.Column[Any]) -> Callable[..., None]:
+    expected = _python_type(column)
+    is_moment = expected is datetime
+
+    def noted(state: Any, value: Any, old: Any, initiator: Any) -> None:
+        if type(value) is expected and not is_moment:
+            return
+        session = state.session
+        batch: Batch | None = None if session is None else session.info.get(_KEY)
+        if batch is not None:
+            batch.noted(column, value)
+
+    return noted
+
+
+def _has_flush_listeners(session: orm.Session) -> bool:
+    """Whether somebody does something at each flush, so that their number can be observed."""
+    dispatch: Any = session.dispatch
+    listeners = [each for name in _FLUSHES for each in getattr(dispatch, name)]
+    # SQLAlchemy-Utils has one on each session, which does nothing for whom has no aggregated attributes.
+    return any(each != manager.construct_aggregate_queries or manager.generator_registry for each in listeners)
+
+
+_FLUSHES = ("before_flush", "after_flush", "after_flush_postexec")
