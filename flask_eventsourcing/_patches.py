@@ -6,7 +6,8 @@ function says why there is no other way, and what would let it go. None of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -129,6 +130,20 @@ def lite_sessions(context: Any, sessions: dict[str, Any]) -> None:
     It has no other way to bring a session of one's own. It can go when it has.
     """
     context._sqlalchemy_sessions = sessions
+
+
+@contextmanager
+def as_if_flushing(session: Any) -> Iterator[None]:
+    """Within it, a SQLAlchemy session says that it flushes, to which a ``get_bind()`` looks that sends reads elsewhere.
+
+    So SQLAlchemy's documentation has it ("Custom Vertical Partitioning"), and a session cannot be asked in another way
+    where it is going to write. It can go when ``get_bind()`` has an argument that says so.
+    """
+    before, session._flushing = session._flushing, True
+    try:
+        yield
+    finally:
+        session._flushing = before
 
 
 def finalize_request(app: Any, finalize: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ for a script or a program without a framework.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -24,9 +25,8 @@ from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
 from .models import Models
 from .persistence import Datastore, DialectOptions
-from .persistence.dialects import is_in_memory
 from .signals import events_recorded
-from .uow import Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units, follow
+from .uow import LENT, Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units, follow, same_database, writer_of
 
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
@@ -118,9 +118,10 @@ class PlainHost:
         self._factory = session
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
+        self._thread = threading.local()
         self._current: ContextVar[list[orm.Session] | None] = ContextVar("current session", default=None)
         arguments = {"clause": _events_table(models)}
-        self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._current.get)
+        self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._scope)
         self._runner = UnitRunner(self._required)
         self._datastore = plain.joining(self.unit)
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
@@ -216,7 +217,7 @@ class PlainHost:
         factory = self._factory
         maker: Any = factory.session_factory if isinstance(factory, orm.scoped_session) else factory
         with self._made_current(redirected_session(maker, self._datastore.engine, connection)) as session:
-            self._units.of(session).bind_arguments = {"bind": connection}
+            self._units.of(session).route.bind_arguments = {"bind": connection}
             yield session
 
     @contextmanager
@@ -226,6 +227,7 @@ class PlainHost:
         :raises ConfigurationError: when it is for another database.
         """
         check_session(session, self._datastore.engine, self._units.bind_arguments["clause"])
+        session.info[LENT] = True
         token = self._current.set([session])
         try:
             yield session
@@ -245,6 +247,15 @@ class PlainHost:
             session = self._factory()
         return session
 
+    def _scope(self) -> object:
+        """What tells a scope's session, and those that take its place, from those of other scopes."""
+        registry: Any = getattr(self._factory, "registry", None)
+        if isinstance(registry, sa.util.ThreadLocalRegistry):
+            # An object and not the number of the thread, which another one is given later.
+            self._thread.scope = getattr(self._thread, "scope", None) or object()
+            return self._thread.scope
+        return None if registry is None else (id(registry), registry.scopefunc())
+
     def _required(self) -> UnitOfWork:
         session = self._joined()
         if session is None:
@@ -261,6 +272,7 @@ class PlainHost:
 
     @contextmanager
     def _made_current(self, session: orm.Session) -> Iterator[orm.Session]:
+        session.info[LENT] = True
         current = [session]
         token = self._current.set(current)
         try:
@@ -291,13 +303,12 @@ def check_session(session: orm.Session, engine: sa.Engine, events_table: sa.Tabl
     :raises ConfigurationError: when it has no engine for it, or that of another database.
     """
     try:
-        found = session.get_bind(clause=events_table).engine
+        found = writer_of(session, events_table).engine
     except sa.exc.UnboundExecutionError as error:
         raise ConfigurationError(
             f"This session has no engine for {events_table.name!r}: make it with one, or with that of the events."
         ) from error
-    same_address = found.url == engine.url and not is_in_memory(engine.url)
-    if found.pool is not engine.pool and not same_address:
+    if not same_database(found, engine):
         raise ConfigurationError(
             f"This session is for the database {found.url.render_as_string(hide_password=True)}, and "
             f"{events_table.name!r} is in {engine.url.render_as_string(hide_password=True)}: make it for that one."
@@ -320,7 +331,7 @@ def _engine_of(session: Any, models: Mapping[type[Application[Any]], Models]) ->
     factory: orm.sessionmaker[Any] = session.session_factory if isinstance(session, orm.scoped_session) else session
     with factory() as made:
         try:
-            bind = made.get_bind(clause=_events_table(models))
+            bind = writer_of(made, _events_table(models))
         except sa.exc.UnboundExecutionError as error:
             raise ConfigurationError(f"The session factory has no engine for the events: {error}") from error
     engine: sa.Engine = bind.engine

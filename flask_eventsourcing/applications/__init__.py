@@ -16,9 +16,7 @@ prompted for an event passes what is before it by, for ever.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
 from threading import Lock, RLock, Thread
@@ -33,14 +31,12 @@ from eventsourcing.system import (
     RecordingEventReceiver,
     SingleThreadedRunner,
 )
-from sqlalchemy import orm
 
 from .._patches import application_method, leader_lead, repository_cache, repository_class
-from ..exceptions import ConfigurationError
 from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
 from ..persistence.dialects.event_tables import EventTable
 from ..uow import UnitOfWork
-from .stale import is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
+from .stale import Saves, UsingSession, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
 
 __all__ = [
     "CheckedRepository",
@@ -55,7 +51,6 @@ __all__ = [
 ]
 
 A = TypeVar("A", bound=Application[Any])
-UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
 
 logger = logging.getLogger(__name__)
 
@@ -97,40 +92,6 @@ def construct(
     refuse_stale_aggregates(application)
     application_method(application, "save", Saves(application, using_session))
     return application
-
-
-class Saves:
-    """What is called as ``Application.save()`` of one application.
-
-    :param using_session: makes a session the current one in a ``with`` block, or None where that cannot be.
-    """
-
-    def __init__(self, application: Application[Any], using_session: UsingSession | None) -> None:
-        # As in Records, the application can be closed as soon as nobody uses it.
-        self._reference = weakref.ref(application)
-        self._using_session = using_session
-
-    def __call__(self, *objs: Any, session: Any = None, **kwargs: Any) -> Any:
-        """Save, on the current session or another one, as ``eventsourcing-sqlalchemy`` has it.
-
-        :raises ConfigurationError: when no other session can be used here.
-        :raises TypeError: when it is no session of SQLAlchemy.
-        """
-        application: Any = self._reference()
-        save = type(application).save
-        if session is None:
-            return save(application, *objs, **kwargs)
-        if self._using_session is None:
-            raise ConfigurationError(
-                f"save(session=…) of {application.name} cannot use another session here: leave the argument out, and "
-                "the current session is used."
-            )
-        if isinstance(session, orm.scoped_session):
-            session = session()
-        if not isinstance(session, orm.Session):
-            raise TypeError(f"save(session=…) takes a session of SQLAlchemy; found {session!r}.")
-        with self._using_session(session):
-            return save(application, *objs, **kwargs)
 
 
 _checked: set[type[Any]] = set()

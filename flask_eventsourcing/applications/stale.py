@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggr
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..uow import UnitOfWork
 
+UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
+
 HELD = 1_000
 """How many objects that cannot be referenced weakly are remembered."""
 NOT_STORED = "its events could not be stored"
@@ -32,6 +34,7 @@ REMEDY = (
     "so it is not what is stored: read it again, or make it again if it is new, inside the function that is tried again"
 )
 SESSION = "call application.save(…, session=…) of the extension's own application, not super().save(…, session=…)"
+TWINS = "both have changes, of which one could not follow the other; read the aggregate once, and change that object"
 SHARED = (
     "it is the object in the cache, which is everybody's: read it without deepcopy_from_cache=False, or remove "
     "DEEPCOPY_FROM_AGGREGATE_CACHE from the environment"
@@ -181,6 +184,65 @@ def _evict(cache: Any, key: Any) -> None:
             getattr(cache, "inner", cache).get(key, evict=True)
 
 
+def distinct(objs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return objects of which no two are of one aggregate: where one of two has no changes, the other.
+
+    The library would know the last one only, whatever becomes of the events of both.
+
+    :raises StaleAggregateError: when both have changes, of which one cannot follow the other; both stay as they are.
+    """
+    found: dict[Any, Any] = {}
+    dropped = []
+    for obj in objs if len(objs) > 1 else ():
+        if not hasattr(obj, "collect_events"):
+            continue
+        other = found.setdefault(obj.id, obj)
+        if other is obj:
+            continue
+        unchanged = [each for each in (obj, other) if not getattr(each, "pending_events", True)]
+        if not unchanged:
+            raise StaleAggregateError(f"Two objects of {type(obj).__name__} {obj.id} cannot be saved: {TWINS}.")
+        dropped.append(id(unchanged[0]))
+        found[obj.id] = other if unchanged[0] is obj else obj
+    return tuple(obj for obj in objs if id(obj) not in dropped) if dropped else objs
+
+
+class Saves:
+    """What is called as ``Application.save()`` of one application.
+
+    :param using_session: makes a session the current one in a ``with`` block, or None where that cannot be.
+    """
+
+    def __init__(self, application: Application[Any], using_session: UsingSession | None) -> None:
+        # As in Records, the application can be closed as soon as nobody uses it.
+        self._reference = weakref.ref(application)
+        self._using_session = using_session
+
+    def __call__(self, *objs: Any, session: Any = None, **kwargs: Any) -> Any:
+        """Save, on the current session or another one, as ``eventsourcing-sqlalchemy`` has it.
+
+        :raises ConfigurationError: when no other session can be used here.
+        :raises StaleAggregateError: when two objects of one aggregate have changes.
+        :raises TypeError: when it is no session of SQLAlchemy.
+        """
+        application: Any = self._reference()
+        save = type(application).save
+        objs = distinct(objs)
+        if session is None:
+            return save(application, *objs, **kwargs)
+        if self._using_session is None:
+            raise ConfigurationError(
+                f"save(session=…) of {application.name} cannot use another session here: leave the argument out, and "
+                "the current session is used."
+            )
+        if isinstance(session, orm.scoped_session):
+            session = session()
+        if not isinstance(session, orm.Session):
+            raise TypeError(f"save(session=…) takes a session of SQLAlchemy; found {session!r}.")
+        with self._using_session(session):
+            return save(application, *objs, **kwargs)
+
+
 def refuse_stale_aggregates(application: Application[Any]) -> None:
     """Let an application's ``save()`` refuse aggregate objects whose events were lost.
 
@@ -189,3 +251,4 @@ def refuse_stale_aggregates(application: Application[Any]) -> None:
     """
     if not isinstance(vars(application).get("_record"), Records):
         application_method(application, "_record", Records(application))
+        application_method(application, "save", Saves(application, None))

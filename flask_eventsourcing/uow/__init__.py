@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from .commit_gate import Run
+from .commit_gate import Commits, Run
 from .listeners import follow
-from .pending import AfterCommit, Batch
+from .pending import AfterCommit, Batch, log_lost
+from .routes import same_database, writer_of
 from .running import SessionCommits, UnitRunner, check_times, commit, roll_back
-from .unit import Commits, UnitOfWork, Units, log_lost
+from .unit import LENT, UnitOfWork, Units
 
 __all__ = [
+    "LENT",
     "AfterCommit",
     "Batch",
     "Commits",
@@ -22,4 +24,6 @@ __all__ = [
     "follow",
     "log_lost",
     "roll_back",
+    "same_database",
+    "writer_of",
 ]

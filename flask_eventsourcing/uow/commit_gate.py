@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
+from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import AbortedTransactionError, CommitInsideUnitError, HandlerError
+from ..exceptions import AbortedTransactionError, CommitInsideUnitError, HandlerError, NotInitializedError
 from ..persistence import Dialect
 from .pending import Batch, Pending, Refusal
 
 
-class Scoped(Protocol):
-    """The units of work of one datastore, and where they are run."""
+class InSession(Protocol):
+    """The unit of work of a session, as far as the gate has to do with it."""
 
     @property
-    def scope(self) -> Callable[[], object]:
-        """Returns what tells the present piece of work from others, such as an application context."""
+    def session(self) -> orm.Session:
+        """The session."""
+
+
+class Commits(Protocol):
+    """Who commits a session, and when; the host hands it in."""
+
+    @property
+    def at_save(self) -> bool:
+        """Whether each ``save()`` outside of a unit of work is committed at once."""
+
+    def commit(self, session: orm.Session) -> None:
+        """Commit a session at the end of a unit of work."""
+
+    def rollback(self, session: orm.Session) -> None:
+        """Roll a session back at the end of a unit of work that failed."""
+
+    def is_to_come(self, session: orm.Session) -> bool:
+        """Whether somebody is still going to commit what is done now, although it may have written nothing yet."""
 
 
 @dataclass(eq=False)
@@ -28,14 +46,18 @@ class Run:
     """A unit of work that is being run, in this thread, greenlet or task and in what it calls.
 
     It goes by the host's scope and not by the session, as a function may remove the session and get another one. A
-    scope within the scope, such as a nested application context, has a session and units of its own.
+    scope within the scope, such as a nested application context or a session of the caller's own, has units of its own.
 
     :param lenient: whether others may commit and roll back in it: a task did not ask for its unit.
     """
 
     lenient: bool = False
-    place: tuple[object, object] = (None, None)
-    """The units of work to which it belongs, and the scope."""
+    current: Callable[[], InSession] | None = None
+    """Returns the unit of work of the session that is current in its host now."""
+    scope: object = None
+    """Of the session on which it was begun."""
+    outer: Run | None = None
+    """The one around it, be it of another session."""
     depth: int = 1
     """How many ``transaction()`` are open, one within the other."""
     rollback_only: str | None = None
@@ -49,26 +71,31 @@ class Run:
 _running: ContextVar[Run | None] = ContextVar("flask_eventsourcing.run", default=None)
 
 
-def current_run(units: Scoped) -> Run | None:
-    """Return the unit of work that is being run here, if it is one of these units."""
+def current_run(scope: object) -> Run | None:
+    """Return the unit of work that is being run here on the session of a scope."""
     run = _running.get()
-    if run is None or run.place[0] is not units or run.place[1] is not units.scope():
-        return None
+    while run is not None and run.scope != scope:
+        run = run.outer
     return run
 
 
-def note_commit(units: Scoped) -> None:
-    """Note for the unit of work that is being run here that somebody else has committed in it."""
-    run = current_run(units)
-    if run is not None:
-        run.has_committed = True
+def joined_late(session: orm.Session) -> bool:
+    """Whether a session without a unit of work has become the current one within one, which it has joined now."""
+    run = _running.get()
+    while run is not None:
+        # Another app may be the current one.
+        with suppress(NotInitializedError):
+            if run.current is not None and run.current().session is session:
+                return True
+        run = run.outer
+    return False
 
 
 @contextmanager
-def running(run: Run, units: Scoped) -> Iterator[None]:
-    """Within it, a unit of work is being run."""
-    run.place = units, units.scope()
+def running(run: Run, scope: object) -> Iterator[None]:
+    """Within it, a unit of work is being run on the session of a scope."""
     before = _running.get()
+    run.scope, run.outer = scope, before
     _running.set(run)
     try:
         yield
@@ -80,25 +107,22 @@ def running(run: Run, units: Scoped) -> Iterator[None]:
 class CommitGate:
     """Refuses commits of one session's transaction.
 
-    :param units: the units of work to which the session's belongs.
+    :param run: returns the unit of work that is being run on the session.
     :param pending: what is pending in the transaction.
     :param connection: returns its connection, if something was done on it.
-    :param in_savepoint: whether the session is in a savepoint, whose end commits nothing.
     """
 
     def __init__(
         self,
-        units: Scoped,
+        run: Callable[[], Run | None],
         dialect: Dialect,
         pending: Pending,
         connection: Callable[[], Connection | None],
-        in_savepoint: Callable[[], bool],
     ) -> None:
-        self._units = units
+        self._run = run
         self._dialect = dialect
         self._pending = pending
         self._connection = connection
-        self._in_savepoint = in_savepoint
         self.has_failed = False
         """Whether a write failed in this transaction."""
         self._held: str | None = None
@@ -112,17 +136,17 @@ class CommitGate:
         finally:
             self._held = before
 
-    def check(self) -> None:
+    def check(self, *, in_savepoint: bool = False) -> None:
         """Refuse a commit that is not for the caller, or that the database would turn into a rollback without a word.
 
+        :param in_savepoint: whether it is a savepoint that is to end, which commits nothing.
         :raises HandlerError: when it is a handler that commits.
         :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
         :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
         """
-        in_savepoint = self._in_savepoint()
         if self._held is not None and not in_savepoint:
             raise HandlerError(self._held)
-        run = current_run(self._units)
+        run = self._run()
         if run is not None and not run.is_ending and not in_savepoint:
             if not run.lenient:
                 raise CommitInsideUnitError

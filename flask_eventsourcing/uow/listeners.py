@@ -16,9 +16,14 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ..exceptions import CommitOutcomeUnknownError
 from ..persistence.dialects.driver import is_own, root_engine
+from .commit_gate import joined_late
 from .pending import Batch, savepoints
 from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
 
+_COMMENTS = r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*"
+COMMITS = re.compile(_COMMENTS + r"(COMMIT|END)\b(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
+ROLLS_BACK = re.compile(_COMMENTS + r"(ROLLBACK|ABORT)\b(?!.*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
+"""What commits, or rolls back, all of a transaction."""
 ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE)\b", re.IGNORECASE)
 """What may end a transaction or a savepoint in a textual statement."""
 
@@ -119,6 +124,8 @@ def _before_statement(
     for unit in () if is_own(context) else joined(connection):
         # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.
         unit.look()
+        if _is_text(context) and COMMITS.match(statement):
+            unit.gate.check()
 
 
 def _after_statement(
@@ -127,12 +134,18 @@ def _after_statement(
     units = [] if is_own(context) else joined(connection)
     if not units:
         return
-    compiled = getattr(context, "compiled", None)
-    is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
+    is_text = _is_text(context)
     if (is_text and ENDS.search(statement)) or units[0].dialect.commits_implicitly(statement):
         for unit in units:
             unit.following.is_suspicious = True
             unit.look()
+            if is_text and ROLLS_BACK.match(statement):
+                unit.note_rollback_in_run()
+
+
+def _is_text(context: Any) -> bool:
+    compiled = getattr(context, "compiled", None)
+    return compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
 
 
 # ----------------------------------------------------------------------------------------------- of sessions
@@ -143,14 +156,25 @@ def _units_of(session: orm.Session) -> tuple[SessionUnits, list[UnitOfWork]] | N
     return None if shared is None else (shared, list(shared.units.values()))
 
 
-@sa.event.listens_for(orm.Session, "before_commit")
-def _before_commit(session: orm.Session) -> None:
+@sa.event.listens_for(orm.Session, "after_begin")
+def _after_begin(session: orm.Session, transaction: orm.SessionTransaction, connection: Connection) -> None:
+    joined_late(session)
     found = _units_of(session)
     if found is not None:
         for unit in found[1]:
+            unit.begun(connection)
+
+
+@sa.event.listens_for(orm.Session, "before_commit")
+def _before_commit(session: orm.Session) -> None:
+    joined_late(session)
+    found = _units_of(session)
+    if found is not None:
+        in_savepoint = session.in_nested_transaction()
+        for unit in found[1]:
             unit.look()
-            unit.gate.check()
-        found[0].is_committing = not session.in_nested_transaction()
+            unit.gate.check(in_savepoint=in_savepoint)
+        found[0].is_committing = not in_savepoint
 
 
 # Before the user's own, whose error would leave a commit that nobody knows of.

@@ -80,6 +80,9 @@ class Pending:
         """
         self._items.append((level, item))
 
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
     def all(self, kind: type[T]) -> list[T]:
         """Return what was noted of one kind, in its order."""
         return [item for _, item in self._items if isinstance(item, kind)]
@@ -129,6 +132,12 @@ def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
             # The caller of commit() must not take that for a failure, nor try again.
             what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
             logger.exception("The %s, and then %r failed.", what, item.function)
+
+
+def log_lost(batches: Sequence[Batch]) -> None:
+    """Log that events were dropped although nobody asked for it."""
+    count = sum(len(batch.events) for batch in batches)
+    logger.error("%d events were saved and are not stored: their session was closed before a commit.", count)
 
 
 class Savepoints:

@@ -14,7 +14,7 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, RollbackOnlyError
-from .commit_gate import Run, current_run, running
+from .commit_gate import Run, running
 from .unit import UnitOfWork
 
 R = TypeVar("R")
@@ -44,15 +44,19 @@ class UnitRunner:
         unit = self._current()
         # Kept, as somebody may remove it.
         session = unit.session
-        outer = current_run(unit.units)
+        outer = unit.shared.run()
         if outer is not None:
             with _joined(outer):
                 yield session
             return
         run = run or Run()
-        with running(run, unit.units):
+        run.current = self._current
+        with running(run, unit.shared.scope):
             unit.queue.active = queueing
             try:
+                if session.in_transaction():
+                    with unit.dialect.translated:
+                        unit.begun(unit.connection())
                 if unit.queue.has_conflicts:
                     with unit.dialect.translated:
                         unit.queue.join_conflicting(unit.connection())
@@ -83,7 +87,7 @@ class UnitRunner:
         """
         unit = self._current()
         # What was saved before would be rolled back with the conflict, and the next try would go on without it.
-        again = not unit.has_changes() and current_run(unit.units) is None
+        again = not unit.has_changes() and unit.shared.run() is None
         for tries in range(times + 1):
             run = Run(lenient=lenient)
             try:

@@ -11,19 +11,18 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy import orm
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
-from ..persistence.dialects import is_in_memory
 from ..persistence.dialects.event_tables import EventTable
-from .commit_gate import CommitGate, current_run, note_commit
+from .commit_gate import CommitGate, Commits, Run, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import (
     AfterCommit,
@@ -35,31 +34,18 @@ from .pending import (
     Refusal,
     call_all,
     is_there,
+    log_lost,
     of_kind,
     savepoints,
 )
+from .routes import Route, same_database
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
+LENT = "flask_eventsourcing.lent"
+"""Marks a session that somebody has made the current one, and commits, in ``Session.info``."""
 
 logger = logging.getLogger(__name__)
-
-
-class Commits(Protocol):
-    """Who commits a session, and when; the host hands it in."""
-
-    @property
-    def at_save(self) -> bool:
-        """Whether each ``save()`` outside of a unit of work is committed at once."""
-
-    def commit(self, session: orm.Session) -> None:
-        """Commit a session at the end of a unit of work."""
-
-    def rollback(self, session: orm.Session) -> None:
-        """Roll a session back at the end of a unit of work that failed."""
-
-    def is_to_come(self, session: orm.Session) -> bool:
-        """Whether somebody is still going to commit what is done now, although it may have written nothing yet."""
 
 
 Announce = Callable[[Sequence[Batch]], None]
@@ -67,12 +53,6 @@ Announce = Callable[[Sequence[Batch]], None]
 
 def _everywhere() -> object:
     return None
-
-
-def log_lost(batches: Sequence[Batch]) -> None:
-    """Log that events were dropped although nobody asked for it."""
-    count = sum(len(batch.events) for batch in batches)
-    logger.error("%d events were saved and are not stored: their session was closed before a commit.", count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +79,8 @@ class Units:
         """Return the unit of work of a session, which is made at the first call."""
         shared: SessionUnits | None = session.info.get(INFO_KEY)
         if shared is None:
-            shared = session.info[INFO_KEY] = SessionUnits(session)
+            scope = object() if LENT in session.info else self.scope()
+            shared = session.info[INFO_KEY] = SessionUnits(session, scope)
         unit = shared.units.get(self)
         if unit is None:
             unit = shared.units[self] = UnitOfWork(shared, self, dict(self.bind_arguments))
@@ -115,10 +96,12 @@ class SessionUnits:
     """The units of work of one session, one for each datastore; they are committed together.
 
     :param session: has this object, and not the other way round.
+    :param scope: what tells it, and the session that takes its place when it is removed, from others.
     """
 
-    def __init__(self, session: orm.Session) -> None:
+    def __init__(self, session: orm.Session, scope: object) -> None:
         self._session = weakref.ref(session)
+        self.scope = scope
         self.units: dict[Units, UnitOfWork] = {}
         self.committed: orm.SessionTransaction | None = None
         """The session's transaction or savepoint that was committed and has not ended yet."""
@@ -140,8 +123,12 @@ class SessionUnits:
     @property
     def depth(self) -> int:
         """How many ``transaction()`` are open, one within the other."""
-        runs = [current_run(units) for units in self.units]
-        return max((run.depth for run in runs if run is not None), default=0)
+        run = self.run()
+        return 0 if run is None else run.depth
+
+    def run(self) -> Run | None:
+        """Return the unit of work that is being run on the session here."""
+        return current_run(self.scope)
 
 
 class UnitOfWork:
@@ -157,16 +144,14 @@ class UnitOfWork:
     def __init__(self, shared: SessionUnits, units: Units, bind_arguments: dict[str, Any]) -> None:
         self.shared = shared
         self.units = units
-        self.bind_arguments = bind_arguments
+        self.route = Route(units.datastore.engine, bind_arguments)
         self.pending = Pending()
         self.queue = AggregateQueue(units.datastore.dialect, units.contended)
         self.gate = CommitGate(
-            units,
+            shared.run,
             units.datastore.dialect,
             self.pending,
             lambda: self.following.connection(),  # noqa: PLW0108
-            # Not the session's method, which would keep the session.
-            lambda: self.session.in_nested_transaction(),  # noqa: PLW0108
         )
         self.following = Following()
 
@@ -191,12 +176,7 @@ class UnitOfWork:
 
     def connection(self) -> Connection:
         """The session's connection to the database of the events."""
-        # A copy, as the session takes "bind" out of what it is given.
-        connection = self.session.connection(bind_arguments=dict(self.bind_arguments))
-        if not _same_database(connection.engine, self.units.datastore.engine):
-            # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
-            connection = self.session.connection(bind_arguments={"bind": self.units.datastore.engine})
-        return connection
+        return self.route.connection(self.session)
 
     # -------------------------------------------------------------------------------- what recorders tell
 
@@ -204,8 +184,11 @@ class UnitOfWork:
         """Refuse a write if the session has events in another database, as the two commits could not be one.
 
         :raises SpanningTransactionError: unless the session commits in two phases.
+        :raises ConfigurationError: when the session writes models in another transaction.
         """
         self.look()
+        if not self.pending.all(Batch):
+            self.route.check(self.session)
         if len(self.shared.units) == 1 or self.session.twophase:
             return
         for other in self.shared.units.values():
@@ -285,6 +268,12 @@ class UnitOfWork:
         self._follow(connection)
         self.pending.add(len(savepoints(connection).names), item)
 
+    def begun(self, connection: Connection) -> None:
+        """Inside a unit of work, follow a transaction from its beginning: what was not saved counts there too."""
+        is_free = not self.pending and self.following.connection() is not connection
+        if is_free and same_database(connection.engine, self.units.datastore.engine) and self.shared.run() is not None:
+            self._follow(connection)
+
     def _follow(self, connection: Connection) -> None:
         if self.following.connection() is not connection:
             self.following.connection = weakref.ref(connection)
@@ -326,7 +315,9 @@ class UnitOfWork:
             self._committed_past()
 
     def _committed_past(self) -> None:
-        note_commit(self.units)
+        run = self.shared.run()
+        if run is not None:
+            run.has_committed = True
         self.committed()
 
     def _there(self, connection: Connection) -> set[int] | None:
@@ -355,7 +346,7 @@ class UnitOfWork:
 
     def note_rollback_in_run(self) -> None:
         """If a unit of work is being run here, it must not be committed any more."""
-        run = current_run(self.units)
+        run = self.shared.run()
         if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
             run.rollback_only = "Inside a unit of work something was rolled back, so all of it was rolled back"
 
@@ -388,13 +379,9 @@ class UnitOfWork:
         call_all(of_kind(gone, AfterRollback))
 
 
-def _same_database(one: Engine, other: Engine) -> bool:
-    return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
-
-
 _joined: weakref.WeakKeyDictionary[Connection, weakref.WeakSet[UnitOfWork]] = weakref.WeakKeyDictionary()
 
 
 def joined(connection: Connection) -> list[UnitOfWork]:
-    """Return the units that have something in a connection's transaction."""
-    return list(_joined.get(connection, ()))
+    """Return the units that have something in a connection's transaction, or are run in it."""
+    return [unit for unit in _joined.get(connection, ()) if unit.following.connection() is connection]

@@ -25,7 +25,7 @@ from ..host import check_session, mapped_tables, redirected_session
 from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
-from ..uow import Run, UnitOfWork, UnitRunner, Units, follow
+from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, follow
 
 R = TypeVar("R")
 
@@ -38,8 +38,6 @@ PID = "_flask_eventsourcing_pid"
 
 ENDED = "_flask_eventsourcing_ended"
 """Marks a context that is over, in ``flask.g``: a thread may still have a copy of it."""
-OWN = "flask_eventsourcing.own"
-"""Marks a session that somebody has made the current one, in ``Session.info``."""
 LEFT = "_flask_eventsourcing_left"
 """Where an application context has the sessions that were current for a while, in ``flask.g``."""
 AFTER_THE_END = (
@@ -267,7 +265,7 @@ class FlaskHost:
             if ENDED in g and ENDED not in session.info:
                 session.info[ENDED] = True
                 self.app.logger.error(AFTER_THE_END)
-            if OWN in session.info:
+            if LENT in session.info:
                 self.check_session(session)
             return self._units.of(session)
         return None
@@ -299,7 +297,7 @@ class FlaskHost:
     def using(self, connection: Connection) -> Iterator[orm.Session]:
         """Within an application context, the current session is one of its own on *connection*."""
         session = self.database.redirected_session(self.datastore.engine, connection)
-        self._units.of(session).bind_arguments = {"bind": connection}
+        self._units.of(session).route.bind_arguments = {"bind": connection}
         try:
             yield session
         finally:
@@ -314,10 +312,10 @@ class FlaskHost:
         """
         self._required()
         self.check_session(session)
-        session.info[OWN] = True
+        session.info[LENT] = True
         unit = self._units.of(session)
-        if "bind" in unit.bind_arguments:
-            unit.bind_arguments = {"bind": session.get_bind(clause=self._events_table)}
+        if "bind" in unit.route.bind_arguments:
+            unit.route.bind_arguments = {"bind": session.get_bind(clause=self._events_table)}
         try:
             with self.database.using(session):
                 yield session

@@ -23,8 +23,8 @@ from ..persistence import Datastore
 from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
-from ..uow import Batch, UnitOfWork
-from .sessions import OWN, FlaskHost
+from ..uow import LENT, Batch, UnitOfWork
+from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
 Slots = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
@@ -69,7 +69,7 @@ class EventSourcingState:
     def current_host(self) -> FlaskHost:
         """The app as the host of units of work: of the first application, or the first one that a lent session fits."""
         session = self.host.database.open_session() if has_app_context() else None
-        if session is None or OWN not in session.info:
+        if session is None or LENT not in session.info:
             return self.host
         return next((host for host in self._each_host() if host.is_for(session)), self.host)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from itertools import product
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CommitInsideUnitError, RollbackOnlyError
 from flask_eventsourcing.persistence.dialects import is_in_memory
@@ -15,7 +17,7 @@ from tests.hosts.sites import HostSite
 from tests.hosts.test_units_of_work import recorded
 
 # SQLAlchemy's own warning of a session whose connection was committed or rolled back past it.
-pytestmark = pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*transaction already deassociated:sqlalchemy.exc.SAWarning")
 
 
 def is_shared(site: HostSite, way: str) -> bool:
@@ -113,35 +115,75 @@ def test_savepoint_by_any_way_takes_its_events_along(site: HostSite, way: str) -
     assert site.stored() == (1, 0)
 
 
-@pytest.mark.parametrize("way", ["session", "connection"])
+def nothing(site: HostSite) -> None:
+    """Do nothing before."""
+
+
+def read(site: HostSite) -> None:
+    """Read, so that the session's transaction begins."""
+    site.session.execute(sa.select(site.Note.id)).all()
+
+
+def event(site: HostSite) -> None:
+    """Save an event."""
+    site.bank.open_account()
+
+
+def row(site: HostSite) -> None:
+    """Write a row of one's own."""
+    site.session.execute(sa.insert(site.Note).values(text="note"))
+
+
+@pytest.mark.parametrize("way", ["session", "connection", "text"])
 def test_only_the_unit_commits_inside_a_unit(site: HostSite, way: str) -> None:
-    """A commit by somebody else inside a unit of work stores nothing: it is refused, and the unit is rolled back."""
+    """A commit by somebody else inside a unit stores nothing, be it of rows alone: it is refused, all is undone."""
 
-    def unit() -> None:
-        with site.host.context(), site.host.transaction():
-            site.bank.open_account()
-            COMMITS[way](site)
+    def unit(before: Callable[..., None], write: Callable[..., None], nested: bool) -> None:
+        with site.working():
+            before(site)
+            with site.host.transaction():
+                write(site)
+                with site.session.begin_nested() if nested else nullcontext():
+                    COMMITS[way](site)
 
-    with pytest.raises(CommitInsideUnitError):
-        unit()
-    assert site.stored() == (0, 0)
+    for each in product([nothing, read], [event, row], [False, True]):
+        with pytest.raises(CommitInsideUnitError):
+            unit(*each)
+        assert site.stored() == (0, 0)
 
 
-@pytest.mark.parametrize("way", ["session", "connection"])
+@pytest.mark.parametrize("way", ["session", "connection", "text"])
 def test_unit_in_which_somebody_rolls_back_stores_nothing(site: HostSite, way: str) -> None:
     """Half of a unit of work is never committed: who rolls back inside it rolls all of it back."""
 
-    def unit() -> None:
-        with site.host.context(), site.host.transaction():
-            site.bank.open_account()
-            ROLLBACKS[way](site)
-            with suppress(sa.exc.SQLAlchemyError):
-                site.bank.open_account()
-                site.note()
+    def unit(before: Callable[..., None], write: Callable[..., None]) -> None:
+        with site.working():
+            before(site)
+            with site.host.transaction():
+                write(site)
+                ROLLBACKS[way](site)
+                with suppress(sa.exc.SQLAlchemyError):
+                    site.bank.open_account()
+                    site.note()
 
-    with pytest.raises(RollbackOnlyError):
-        unit()
-    assert site.stored() == (0, 0)
+    for each in product([nothing, read], [event, row]):
+        with pytest.raises(RollbackOnlyError):
+            unit(*each)
+        assert site.stored() == (0, 0)
+
+
+def test_session_of_ones_own_may_commit_inside_a_unit(site: HostSite) -> None:
+    """What is refused is the unit's session: another one, for which nobody has asked the host, is its owner's."""
+    if is_in_memory(site.host.datastore.engine.url):
+        return
+    with site.working(), site.host.transaction():
+        site.session.execute(sa.select(site.Note.id)).all()
+        with orm.Session(site.host.datastore.engine) as own:
+            own.add(site.Note(text="note"))
+            own.commit()
+            own.execute(sa.insert(site.Note).values(text="other"))
+            own.connection().commit()
+    assert site.stored() == (0, 2)
 
 
 def test_closed_session_is_told(site: HostSite, caplog: pytest.LogCaptureFixture) -> None:

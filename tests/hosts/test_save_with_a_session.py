@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +11,8 @@ from eventsourcing.application import Application
 from sqlalchemy import orm
 
 from flask_eventsourcing.applications import construct
-from flask_eventsourcing.exceptions import ConfigurationError
+from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError
+from flask_eventsourcing.persistence.dialects import is_in_memory
 from tests.domain import Account, Bank
 from tests.hosts.sites import HostSite
 
@@ -96,3 +97,43 @@ def test_session_is_never_ignored(site: HostSite) -> None:
     assert site.stored() == (1, 0)
     for each in (bank, other, careless):
         each.close()
+
+
+def test_unit_on_another_session_is_another_unit(site: HostSite) -> None:
+    """A unit within ``using_session`` commits that session; one on a session with a unit already joins it."""
+    if is_in_memory(site.host.datastore.engine.url):
+        return
+    account_id = site.opened()
+    factory = orm.sessionmaker(site.host.datastore.engine)
+
+    def unit() -> None:
+        with site.host.context(), site.host.transaction() as outer, factory() as own:
+            with site.host.using_session(own):
+                with site.host.transaction():
+                    site.bank.deposit(account_id, 1)
+                own.rollback()
+                site.bank.deposit(account_id, 2)
+                own.commit()
+                with pytest.raises(CommitInsideUnitError):
+                    outer.commit()
+                with site.host.using_session(outer), suppress(KeyError), site.host.transaction():
+                    raise KeyError
+            site.note()
+
+    with pytest.raises(RollbackOnlyError):
+        unit()
+    assert site.stored() == (3, 0)
+
+
+def test_save_with_a_session_inside_a_unit(site: HostSite) -> None:
+    """What is saved with another session is its owner's to commit, whatever becomes of the unit."""
+    if is_in_memory(site.host.datastore.engine.url):
+        return
+    factory = orm.sessionmaker(site.host.datastore.engine)
+    with factory() as own:
+        with suppress(KeyError), site.host.context(), site.host.transaction():
+            site.bank.save(Account("Ada"), session=own)
+            raise KeyError
+        assert site.stored() == (0, 0)
+        own.commit()
+    assert site.stored() == (1, 0)

@@ -249,3 +249,36 @@ def test_conflict_outside_of_a_session_is_known(site: HostSite) -> None:
     bank.save(fresh)
     assert bank.balance(account_id) == 2
     bank.close()
+
+
+def test_two_changed_objects_of_one_aggregate_are_refused(site: HostSite) -> None:
+    """One of them could not follow the other; neither has lost anything, so that each can be saved by itself."""
+    account_id = site.opened()
+    with site.working():
+        one, other = site.bank.account(account_id), site.bank.account(account_id)
+        one.deposit(1)
+        other.deposit(2)
+        with pytest.raises(StaleAggregateError, match=f"Two objects of Account {account_id}"):
+            site.bank.save(one, other)
+        site.bank.save(one)
+        site.session.commit()
+        assert versions(site, account_id) == [1, 2]
+        site.session.rollback()
+
+
+def test_changed_object_beside_an_unchanged_one_is_followed(site: HostSite) -> None:
+    """Of two objects of one aggregate in one ``save()`` the changed one is refused if its events are lost."""
+    account_id = site.opened()
+    with site.working():
+        for first in (True, False):
+            one, other = site.bank.account(account_id), site.bank.account(account_id)
+            one.deposit(1)
+            site.bank.save(*(one, other) if first else (other, one))
+            site.session.rollback()
+            with pytest.raises(StaleAggregateError):
+                site.bank.save(one)
+            other.deposit(2)
+            site.bank.save(other)
+            site.session.commit()
+        assert versions(site, account_id) == [1, 2, 3]
+        site.session.rollback()

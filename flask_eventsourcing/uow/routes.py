@@ -1,0 +1,88 @@
+"""Which connection of a session the events go with: always the one with which its models are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection, Engine
+
+from .._patches import as_if_flushing
+from ..exceptions import ConfigurationError
+from ..persistence.dialects import is_in_memory
+
+OTHER_CONNECTION = (
+    "The session writes models to {found} and the events are in {engine}, over another connection, so that the two "
+    "could not be one transaction: let get_bind() of the session return one engine for both, or set "
+    "EVENTSOURCING_BIND_KEY to the bind key of the events."
+)
+
+
+def same_database(one: Engine, other: Engine) -> bool:
+    """Whether two engines are for one database."""
+    return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
+
+
+def writer_of(session: orm.Session, table: sa.Table) -> Engine | Connection:
+    """Return with what a session would write a row of a table.
+
+    One that sends reads elsewhere does so by its own ``get_bind()``, which looks at the statement, or whether the
+    session flushes.
+    """
+    with as_if_flushing(session):
+        return session.get_bind(clause=sa.insert(table))
+
+
+class Route:
+    """Finds the connection of a session to the database of the events.
+
+    :param engine: that database.
+    :param bind_arguments: with which the session is asked for it.
+    """
+
+    def __init__(self, engine: Engine, bind_arguments: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self.bind_arguments = bind_arguments
+
+    def connection(self, session: orm.Session) -> Connection:
+        """Return the connection.
+
+        :raises ConfigurationError: when the session writes its models to another database, and nobody asked for that.
+        """
+        # A copy, as the session takes "bind" out of what it is given.
+        connection = session.connection(bind_arguments=dict(self.bind_arguments))
+        if same_database(connection.engine, self._engine):
+            return connection
+        # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
+        return session.connection(bind_arguments={"bind": self._engine if self._is_apart else self._writer(session)})
+
+    def check(self, session: orm.Session) -> None:
+        """Refuse to write where the models of the session's transaction would be in another one.
+
+        :raises ConfigurationError: naming both, unless somebody asked for that.
+        """
+        if self._is_apart or type(session).get_bind is orm.Session.get_bind:
+            return
+        writer, connection = self._writer(session), self.connection(session)
+        if writer.engine is connection.engine:
+            return
+        if session.connection(bind_arguments={"bind": writer}) is not connection:
+            raise self._refusal(writer)
+
+    def _writer(self, session: orm.Session) -> Engine | Connection:
+        writer = writer_of(session, self.bind_arguments["clause"])
+        if not same_database(writer.engine, self._engine):
+            raise self._refusal(writer)
+        return writer
+
+    def _refusal(self, writer: Engine | Connection) -> ConfigurationError:
+        found, engine = (each.render_as_string(hide_password=True) for each in (writer.engine.url, self._engine.url))
+        return ConfigurationError(OTHER_CONNECTION.format(found=found, engine=engine))
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the events have an engine of their own."""
+        table = self.bind_arguments.get("clause")
+        return table is None or table.metadata.info.get("bind_key") is not None
