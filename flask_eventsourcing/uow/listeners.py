@@ -44,8 +44,8 @@ def follow(engine: Engine) -> None:
         ("release_savepoint", _release_savepoint),
         ("rollback_savepoint", _rollback_savepoint),
         ("prepare_twophase", _prepare_twophase),
-        ("commit_twophase", _end_twophase(_commit)),
-        ("rollback_twophase", _end_twophase(_rollback)),
+        ("commit_twophase", _commit_twophase),
+        ("rollback_twophase", _rollback_twophase),
         ("handle_error", _handle_error),
         ("before_cursor_execute", _before_statement),
         ("after_cursor_execute", _after_statement),
@@ -96,14 +96,20 @@ def _rollback_savepoint(connection: Connection, name: str, context: None) -> Non
 
 def _prepare_twophase(connection: Connection, xid: Any) -> None:
     for unit in joined(connection):
-        unit.following.is_committing = True
+        unit.following.is_committing = unit.following.is_prepared = True
 
 
-def _end_twophase(function: Any) -> Any:
-    def ended(connection: Connection, xid: Any, is_prepared: bool) -> None:
-        function(connection)
+def _commit_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
+    _commit(connection)
 
-    return ended
+
+def _rollback_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
+    if not (is_prepared and connection.invalidated):
+        _rollback(connection)
+        return
+    # SQLAlchemy tells of it and cannot do it: the server keeps what was prepared, for somebody else to decide about.
+    for unit in joined(connection):
+        unit.unknown()
 
 
 def _handle_error(context: ExceptionContext) -> None:
@@ -136,7 +142,8 @@ def _after_statement(
         return
     is_text = _is_text(context)
     if (is_text and ENDS.search(statement)) or units[0].dialect.commits_implicitly(statement):
-        for unit in units:
+        # Those of a commit in two phases are SQLAlchemy's own.
+        for unit in [each for each in units if not each.following.is_prepared]:
             unit.following.is_suspicious = True
             unit.look()
             if is_text and ROLLS_BACK.match(statement):
@@ -216,7 +223,10 @@ def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) 
     if ended.parent is not None:
         return
     for unit in units:
-        if committed or unit.following.is_committing:
+        if unit.following.is_prepared and not committed:
+            # Its connection is lost, so that somebody else is to decide about it.
+            unit.unknown()
+        elif committed or unit.following.is_committing:
             unit.committed()
         else:
             unit.rolled_back(0)

@@ -196,5 +196,12 @@ class Following:
         self.connection: Callable[[], Connection | None] = _no_connection
         self.rolled_back: list[Batch] = []
         self.is_committing = False
+        self.is_prepared = False
+        """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
         self.is_suspicious = False
         self.is_asking = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the database cannot be asked now."""
+        return self.is_asking or self.is_prepared

@@ -284,7 +284,7 @@ class UnitOfWork:
     def look(self) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
         connection = self.following.connection()
-        if connection is None or connection.closed or connection.invalidated or self.following.is_asking:
+        if connection is None or connection.closed or connection.invalidated or self.following.is_busy:
             return
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
@@ -309,7 +309,7 @@ class UnitOfWork:
 
     def look_for_commit(self, connection: Connection) -> None:
         """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
-        if connection.invalidated or self.following.is_asking or not self.pending.all(Batch):
+        if connection.invalidated or self.following.is_busy or not self.pending.all(Batch):
             return
         if self.dialect.is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
             self._committed_past()
@@ -327,7 +327,8 @@ class UnitOfWork:
             return {id(batch) for batch in self.pending.all(Batch) if is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             # What cannot be asked stays pending, so that it is told in the end.
-            logger.warning("Nobody knows what became of events that were saved: %s", error)
+            text = self.dialect.text(getattr(error, "orig", None) or error)
+            logger.warning("Nobody knows what became of events that were saved: %s", text)
             return None
         finally:
             self.following.is_asking = False
@@ -335,7 +336,7 @@ class UnitOfWork:
     def rolled_back(self, level: int) -> None:
         """A savepoint, or with level 0 the transaction, was rolled back in the database."""
         self.queue.left()
-        self.following.is_committing = False
+        self.following.is_committing = self.following.is_prepared = False
         gone = self.pending.rolled_back(level)
         # At once, as an object must not be saved again before it is known who wanted the rollback.
         call_all(of_kind(gone, AfterRollback))
@@ -365,7 +366,8 @@ class UnitOfWork:
         """The transaction was committed."""
         items = self.pending.rolled_back(0)
         self.queue.left()
-        self.gate.has_failed = self.following.is_committing = self.following.is_suspicious = False
+        self.gate.has_failed = self.following.is_suspicious = False
+        self.following.is_committing = self.following.is_prepared = False
         self.resolve(asked=True)
         call_all(of_kind(items, AfterCommit))
         batches = of_kind(items, Batch)
@@ -375,7 +377,7 @@ class UnitOfWork:
     def unknown(self) -> None:
         """The connection was lost during the commit: nothing is said of the events, and their objects are stale."""
         gone = self.pending.rolled_back(0)
-        self.following.is_committing = False
+        self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(gone, AfterRollback))
 
 
