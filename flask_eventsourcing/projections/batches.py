@@ -73,7 +73,7 @@ class Batches:
     def __init__(self, dialect: Dialect, models: Sequence[Any], id_keys: Sequence[tuple[Any, Any]], ended: str) -> None:
         self.dialect = dialect
         self._id_keys = id_keys
-        self._ended = ended
+        self.ended = ended
         self.flushes_each = False
         """Whether each event is to be flushed, as the handlers have been found to need it."""
         self._plain: dict[type[Any], bool] = {}
@@ -87,7 +87,7 @@ class Batches:
         """Within it, a batch is being applied."""
         # What handlers have kept, and what a session expires at no commit, is as old as anything else.
         session.expire_all()
-        batch = Batch(self, session, connection, self._ended)
+        batch = Batch(self, session, connection)
         batch.keep(self._prefetch(session, notifications))
         with batch.listening():
             yield batch
@@ -139,19 +139,17 @@ class Batches:
 class Batch:
     """One batch: what is done before and after each of its events, and each of the handlers' statements."""
 
-    def __init__(self, batches: Batches, session: orm.Session, connection: Connection, ended: str) -> None:
+    def __init__(self, batches: Batches, session: orm.Session, connection: Connection) -> None:
         self._batches = batches
         self._session = session
         self._connection = connection
-        self._ended = ended
         self._begun = session.get_transaction(), connection.get_transaction()
-        self._always = batches.flushes_each or not session.autoflush or _has_flush_listeners(session)
-        self._flushes = self._always
+        self._state = _State(batches.flushes_each or not session.autoflush or _has_flush_listeners(session))
+        self._flushes = self._state.always_flushes
         """Whether the present event is to be flushed, and what the session has to be expired."""
         self._kept: list[Any] = []
         self._added: list[Any] = []
         """What was added in the present event."""
-        self._state = _State()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -184,7 +182,7 @@ class Batch:
         :raises ObservedError: when the batch is to begin again.
         """
         if (self._session.get_transaction(), self._connection.get_transaction()) != self._begun:
-            raise HandlerError(self._ended)
+            raise HandlerError(self._batches.ended)
         if self._state.is_observed:
             raise ObservedError
         if (
@@ -197,7 +195,7 @@ class Batch:
             self._session.flush()
             self._forget()
             models = {type(instance) for instance in self._session.identity_map.values()}
-            self._flushes = self._always or not all(map(self._batches.is_plain, models))
+            self._flushes = self._state.always_flushes or not all(map(self._batches.is_plain, models))
         self._added.clear()
         self._state.has_waiting = True
 
@@ -260,7 +258,7 @@ class Batch:
         compiled = getattr(context, "compiled", None)
         is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
         if (is_text and _ENDS.match(statement)) or self._batches.dialect.commits_implicitly(statement):
-            raise HandlerError(self._ended)
+            raise HandlerError(self._batches.ended)
         session: Any = self._session
         # A bulk operation has the session marked as flushing, without a flush.
         if session.autoflush and not session._flushing:
@@ -277,6 +275,7 @@ class Batch:
 
 @dataclass
 class _State:
+    always_flushes: bool
     has_waiting: bool = False
     """Whether what earlier events have changed may wait to be flushed."""
     is_flushing: bool = False
