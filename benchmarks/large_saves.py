@@ -124,10 +124,10 @@ def measure_one(database: Database, size: int, figures: Figures, *, calm: float)
                 db.session.commit()
             with _small_writers(url) as commits:
                 with app.app_context(), db.engine.connect() as idle:
-                    dialect: Any = recorder.dialect  # type: ignore[attr-defined]
+                    dialect: Any = recorder.dialect
                     # It has appended, and does nothing more for as long as this takes.
                     idle_events = new_events(1)
-                    dialect.append(idle, recorder.events_table, idle_events)  # type: ignore[attr-defined]
+                    dialect.append(idle, recorder.events_table, idle_events)
                     events = [event for _ in range(size // LENGTH) for event in new_events(LENGTH)]
                     time.sleep(calm)
                     begin = time.time()

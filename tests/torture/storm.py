@@ -25,6 +25,8 @@ WRITERS = 32
 LONGEST_PAUSE = 0.02
 ROLLED_BACK = 0.05
 COLLIDING = 0.15
+LARGE, LARGE_SAVES = 120, 0.02
+"""Events of a save whose positions PostgreSQL draws at the gate, and the part of the saves that are so."""
 
 
 @dataclass
@@ -109,8 +111,8 @@ class Scene:
                 except (PersistenceError, sa.exc.SQLAlchemyError) as error:
                     # A killed connection: whether the commit was done is not known, and the table will tell.
                     self._give_up()
-                    self.storm.count("killed" if _is_kill(error) else "surprise")
-                    if not _is_kill(error):
+                    self.storm.count("killed" if is_kill(error) else "surprise")
+                    if not is_kill(error):
                         self.storm.surprises.append(repr(error)[:300])
 
     def _give_up(self) -> None:
@@ -138,7 +140,8 @@ class Scene:
             # One of few aggregates and a version that others try too.
             return [StoredEvent(chance.choice(self.shared), int(time.monotonic() * 20), "storm:Collided", b"{}")]
         originator_id = uuid4()
-        return [StoredEvent(originator_id, n, "storm:Happened", b"{}") for n in range(chance.randint(1, 3))]
+        count = LARGE if chance.random() < LARGE_SAVES else chance.randint(1, 3)
+        return [StoredEvent(originator_id, n, "storm:Happened", b"{}") for n in range(count)]
 
     def read(self, name: str) -> None:
         """Follow the log by position, until the storm is over and everything is read."""
@@ -148,7 +151,7 @@ class Scene:
             try:
                 page = self.recorder.read_log(seen[-1] if seen else None, 200, inclusive_of_start=False)
             except PersistenceError as error:
-                if not _is_kill(error):
+                if not is_kill(error):
                     self.storm.surprises.append(repr(error)[:300])
                 continue
             seen.extend(notification.id for notification in page)
@@ -208,7 +211,8 @@ VICTIMS = {
 KILL = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}
 
 
-def _is_kill(error: BaseException) -> bool:
+def is_kill(error: BaseException) -> bool:
+    """Whether an error is that of a connection which was ended."""
     text = str(error).lower()
     signs = (
         "terminat",
