@@ -59,6 +59,7 @@ run-bench: $(STAMP)
 # What ARGS asks for may be a part of the first only.
 ifeq ($(filter-out --quick,$(ARGS)),)
 	$(BIN)/python -m benchmarks.projections $(ARGS)
+	$(BIN)/python -m benchmarks.large_saves $(ARGS)
 endif
 
 docs: $(DOCS_STAMP)

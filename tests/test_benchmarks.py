@@ -67,3 +67,11 @@ def test_projections_are_measured_on_a_database() -> None:
     assert result.returncode == 0, result.stderr
     assert "| catching up, events/s | accounts |" in result.stdout
     assert "| latency under 200 commits/s, ms | median |" in result.stdout
+
+
+def test_large_saves_are_measured_beside_small_writers() -> None:
+    """The benchmark of large saves prints how long small writers waited, and that few positions were lost."""
+    command = [sys.executable, "-m", "benchmarks.large_saves", "--quick"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| 1,000 |" in result.stdout

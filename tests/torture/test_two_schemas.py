@@ -71,7 +71,8 @@ class Schemas:
             time.sleep(chance.uniform(0, 0.01))
         if chance.random() < 0.1:
             connection.rollback()
-            self.storms[tenant].count("rolled back")
+            for tenant, _ in blocks:
+                self.storms[tenant].count("rolled back")
             return
         connection.commit()
         for tenant, block in blocks:
