@@ -117,3 +117,7 @@ class CommitInsideUnitError(FlaskEventSourcingError):
 
 class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.OperationalError):
     """The connection was lost during the commit: nobody knows whether it succeeded. Look before you do it again."""
+
+
+class OldSnapshotError(FlaskEventSourcingError):
+    """The session's transaction reads from a snapshot that is older: call db.session.rollback() before wait_for."""

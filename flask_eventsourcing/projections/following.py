@@ -13,7 +13,7 @@ from typing import Any
 from eventsourcing.persistence import Recording
 from sqlalchemy.engine import Connection
 
-from ..exceptions import ProjectionHaltedError, UncommittedEventsError
+from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
 from ..persistence.subscriptions import Waiter
 from .checkpoint import ACTIVE, HALTED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
@@ -187,13 +187,25 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     :raises UncommittedEventsError: when the current session has events that are not committed: nobody can see them.
     :raises ProjectionHaltedError: when the projection stands before that.
     :raises TimeoutError: after *timeout* seconds.
+    :raises OldSnapshotError: when the current session's transaction could not see it.
     """
     unit = consumer.application.host.open_unit()
     if unit is not None and unit.batches:
         raise UncommittedEventsError("wait_for waits for committed events: call db.session.commit() before it.")
     position = last_position(recordings)
-    if consumer.projection_class.inline or position == 0 or _has_reached(consumer, position):
+    if consumer.projection_class.inline or position == 0:
         return
+    if not _has_reached(consumer, position):
+        _wait(consumer, position, timeout, waiters)
+    # The caller is going to read in its session, which may have a snapshot from before.
+    unit = consumer.application.host.unit()
+    if unit is not None and unit.session.in_transaction():
+        seen = consumer.checkpoint.read(unit.connection())
+        if seen is None or seen.position < position:
+            raise OldSnapshotError
+
+
+def _wait(consumer: Consumer, position: int, timeout: float, waiters: Waiters) -> None:
     deadline = time.monotonic() + timeout
     waiter = waiters.take()
     try:

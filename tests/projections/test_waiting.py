@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_eventsourcing import UncommittedEventsError
-from flask_eventsourcing.exceptions import ConfigurationError, ProjectionHaltedError
+from flask_eventsourcing.exceptions import ConfigurationError, OldSnapshotError, ProjectionHaltedError
 from flask_eventsourcing.persistence.subscriptions import ListenWaiter
 from flask_eventsourcing.projections import following
 from tests.domain import Account
@@ -18,6 +18,7 @@ from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Desk, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
+on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
 on_postgresql = pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
 
 
@@ -169,4 +170,21 @@ def test_many_wait_at_a_time(desk: Desk) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(done) == list(range(10))
+    assert desk.amounts() == {account_id: 1}
+
+
+@on_mariadb
+def test_transaction_with_an_older_snapshot_is_told(desk: Desk) -> None:
+    """A session that has read before would read the old rows again, whatever it waits for: that is an error."""
+    desk.balances()
+    account_id = desk.open(1)
+    with desk.app.app_context():
+        assert desk.db.session.scalars(sa.select(desk.Balance.amount)).all() == []
+        assert not desk.run_once()
+        with pytest.raises(OldSnapshotError, match="rollback"):
+            desk.es.wait_for("Balances", 2, timeout=20)
+        desk.db.session.rollback()
+        assert desk.db.session.scalars(sa.select(desk.Balance.amount)).all() == [1]
+        desk.es.wait_for("Balances", 2, timeout=20)
+        desk.db.session.rollback()
     assert desk.amounts() == {account_id: 1}
