@@ -87,6 +87,10 @@ class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
     """Another writer held the database longer than EVENTSOURCING_LOCK_TIMEOUT seconds."""
 
 
+class InheritedDatabaseError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """The database file was open when this process was forked: close every connection to it before the fork."""
+
+
 class HandlerError(FlaskEventSourcingError):
     """A handler of a projection did what it must not do."""
 

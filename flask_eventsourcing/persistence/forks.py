@@ -4,28 +4,50 @@ A pool cannot look after itself: its lock may have been held by another thread a
 were in use then count against it for ever, and its connections are the parent's. So the process is compared before the
 pool is asked for anything, and another process gets a new pool. It does what SQLAlchemy's documentation does by hand
 after a fork, ``engine.dispose(close=False)`` ("Using Connection Pools with Multiprocessing"), without a hook.
+
+A database whose locks do not survive a fork must not be open at all when the process forks. There the idle connections
+are closed before it, in the parent, for which no lock of the pool's is taken: who first takes the mark of an idle
+connection away, the thread that wants to use it or the one that forks, has it.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
+import time
 import weakref
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.pool import Pool, PoolProxiedConnection
+from sqlalchemy.exc import DisconnectionError, InvalidRequestError
+from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool, StaticPool
 
 from .._patches import engine_pool, left_connection, pool_per_process
 from ..lifecycle import ProcessLock, keep_for_ever
-from .dialects import is_in_memory
+from .dialects import guard_forks, is_in_memory, note_inherited_files
 
 PID = "flask_eventsourcing.pid"
+IDLE = "flask_eventsourcing.idle"
+"""There for a connection in the pool, until it is taken away by who uses it next or who closes it before a fork."""
+RETURNED = "flask_eventsourcing.returned"
+"""There for a connection that was in the pool before."""
+USER = "flask_eventsourcing.user"
+"""The thread that has a connection."""
+
+LONGEST_WAIT = 2.0
+"""The seconds for which a fork waits, at most, for what other threads do on connections that are to be closed."""
 
 _lock = ProcessLock()
 _watched: weakref.WeakSet[Engine] = weakref.WeakSet()
-_records: weakref.WeakSet[Any] = weakref.WeakSet()
+_records: dict[int, weakref.ref[Any]] = {}
+"""The pool's records of connections, in a dictionary that can be copied in one step."""
+_closable: dict[int, weakref.ref[Any]] = {}
+"""Those whose connections are closed before a fork."""
+_forking: dict[int, float] = {}
+"""The threads that are about to fork, and until when others wait for that."""
 _left_in = os.getpid()
 
 
@@ -38,6 +60,13 @@ def drop_inherited_connections(engine: Engine) -> None:
     if engine in _watched or is_in_memory(engine.url):
         return
     _watched.add(engine)
+    # A pool of one connection for all does not tell when that is idle.
+    if guard_forks(engine) and not isinstance(engine.pool, StaticPool):
+        if isinstance(engine.pool, QueuePool):
+            # Those that are idle already are not known.
+            engine.dispose()
+        sa.event.listen(engine, "checkout", _claim)
+        sa.event.listen(engine, "checkin", _offer)
     # Not when it is made: a connection may be older than this.
     sa.event.listen(engine, "checkout", _note_process)
     _watch(engine, engine.pool)
@@ -53,7 +82,9 @@ def leave_inherited_connections() -> None:
     pid = os.getpid()
     if pid == _left_in:
         return
-    for record in list(_records):
+    note_inherited_files()
+    _forking.clear()
+    for record in _living(_records):
         if record.info.get(PID) != pid and record.dbapi_connection is not None:
             _leave(record)
     _left_in = pid
@@ -75,10 +106,19 @@ class _Inherited:
         )
 
 
+def _living(records: dict[int, weakref.ref[Any]]) -> list[Any]:
+    return [record for reference in records.copy().values() if (record := reference()) is not None]
+
+
+def _keep(records: dict[int, weakref.ref[Any]], record: Any) -> None:
+    key = id(record)
+    records[key] = weakref.ref(record, lambda _: records.pop(key, None))
+
+
 def _note_process(driver: Any, record: Any, proxy: Any) -> None:
     if PID not in record.info:
         record.info[PID] = os.getpid()
-        _records.add(record)
+        _keep(_records, record)
 
 
 def _leave(record: Any) -> None:
@@ -87,15 +127,79 @@ def _leave(record: Any) -> None:
     left_connection(record, fairy, _Inherited())
 
 
+# ------------------------------------------------------------------------------------------------------ before a fork
+
+
+def _claim(driver: Any, record: Any, proxy: Any) -> None:
+    """Take a connection out of the pool, or have the pool make another one."""
+    info = record.info
+    if info.pop(IDLE, None) is None and RETURNED in info:
+        raise DisconnectionError("The connection was closed before a fork.")
+    if USER not in info:
+        _keep(_closable, record)
+    info[USER] = threading.get_ident()
+
+
+def _offer(driver: Any, record: Any) -> None:
+    """Say that a connection is idle."""
+    if driver is None:
+        return
+    if _forks_without_hooks():
+        record.close()
+        return
+    info = record.info
+    info[USER] = None
+    info[RETURNED] = True
+    info[IDLE] = True
+
+
+def _forks_without_hooks() -> bool:
+    # uWSGI's master. Its module is there without being imported.
+    server: Any = sys.modules.get("uwsgi")
+    return server is not None and server.worker_id() == 0
+
+
+def _close_idle() -> None:
+    """Close what is idle, and wait a moment for what other threads have in hand. No lock is taken."""
+    me = threading.get_ident()
+    deadline = _forking[me] = time.monotonic() + LONGEST_WAIT
+    while True:
+        in_hand = False
+        for record in _living(_closable):
+            if record.info.pop(IDLE, None):
+                record.close()
+            elif record.dbapi_connection is not None:
+                in_hand |= record.info.get(USER) not in (None, me)
+        if not in_hand or time.monotonic() > deadline:
+            return
+        time.sleep(0.001)
+
+
+def _wait_for_fork() -> None:
+    me = threading.get_ident()
+    while (until := max(_forking.copy().values(), default=0)) and me not in _forking and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def _forked() -> None:
+    _forking.pop(threading.get_ident(), None)
+
+
 def _watch(engine: Engine, pool: Pool) -> Pool:
-    process = os.getpid()
+    # Not by the name of the module, which is None when the interpreter ends.
+    getpid = os.getpid
+    process = getpid()
     connect, dispose, recreate = pool.connect, pool.dispose, pool.recreate
 
     def connect_in_process() -> PoolProxiedConnection:
-        return connect() if os.getpid() == process else _own_pool(engine, pool).connect()
+        if getpid() != process:
+            return _own_pool(engine, pool).connect()
+        if _forking:
+            _wait_for_fork()
+        return connect()
 
     def dispose_in_process() -> None:
-        if os.getpid() == process:
+        if getpid() == process:
             dispose()
 
     def recreate_watched() -> Pool:
@@ -115,5 +219,7 @@ def _own_pool(engine: Engine, pool: Pool) -> Pool:
         return engine.pool
 
 
-# Sooner, where Python forks; not relied on, as uWSGI runs no such hook.
-os.register_at_fork(after_in_child=leave_inherited_connections)
+# Sooner, where Python forks; not relied on but to close idle connections, as uWSGI runs no such hook.
+os.register_at_fork(before=_close_idle, after_in_parent=_forked, after_in_child=leave_inherited_connections)
+# A process that has used nothing must not close its parent's at its end either.
+atexit.register(leave_inherited_connections)

@@ -14,6 +14,7 @@ from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
+from .sqlite_files import note_inherited_files
 
 DIALECTS: dict[str, type[Dialect]] = {
     "mariadb": MySQLDialect,
@@ -66,6 +67,12 @@ def is_in_memory(url: URL) -> bool:
     return dialect is not None and dialect.is_in_memory(url)
 
 
+def guard_forks(engine: Engine) -> bool:
+    """Have an engine refuse what a fork has made unsafe; returns whether to close idle connections before one."""
+    dialect = DIALECTS.get(engine.url.get_backend_name())
+    return dialect is not None and dialect.guard_forks(engine)
+
+
 CONNECTION_LOST = "8s2b"
 """SQLAlchemy's code of "can't reconnect until invalid transaction is rolled back"."""
 
@@ -110,7 +117,9 @@ __all__ = [
     "PassingError",
     "column_type",
     "dialect_for",
+    "guard_forks",
     "is_in_memory",
     "is_outage",
+    "note_inherited_files",
     "table_options",
 ]

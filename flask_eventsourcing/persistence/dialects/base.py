@@ -110,6 +110,11 @@ class Dialect(Driver, ForProjections, ABC):
         """Whether an address is that of a database in this process's memory."""
         return False
 
+    @classmethod
+    def guard_forks(cls, engine: Engine) -> bool:
+        """Have an engine refuse what a fork has made unsafe; returns whether to close idle connections before one."""
+        return False
+
     def prepare_engine(self) -> None:
         """Install what the engine needs, once an engine; that of ``execution_options()`` has what its parent has."""
         engine = root_engine(self.engine)

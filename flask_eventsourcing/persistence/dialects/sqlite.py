@@ -8,10 +8,8 @@ wait for a writer. An in-memory database has a single connection of the driver, 
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
-import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache
@@ -23,10 +21,10 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.schema import CreateIndex
 
-from ...exceptions import WriteTimeoutError
 from .base import Dialect
 from .event_tables import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
+from .sqlite_files import JournalMode, path_of, refuse_inherited
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
@@ -81,6 +79,12 @@ class SQLiteDialect(Dialect):
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
+    @classmethod
+    def guard_forks(cls, engine: Engine) -> bool:
+        """Have a forked process refuse a file that was open at the fork, and connections closed before it."""
+        sa.event.listen(engine, "do_connect", refuse_inherited, insert=True)
+        return True
+
     def ended_past(self, connection: Connection) -> None:
         """Release the write queue."""
         _after_statement(connection)
@@ -93,11 +97,15 @@ class SQLiteDialect(Dialect):
     def install(self, engine: Engine) -> None:
         """Listen for connections, statements and the ends of transactions."""
         memory = self.is_memory
-        name = f"in-memory database {id(engine):x}" if memory else os.path.realpath(engine.url.database or "")
+        arguments, parameters = engine.dialect.create_connect_args(engine.url)
+        name = f"in-memory database {id(engine):x}" if memory else str(path_of(arguments, parameters))
+        journal = JournalMode(self.options.sqlite_wal, self.options.lock_timeout)
 
         @sa.event.listens_for(engine, "do_connect")
         def use_queued_connection(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
             parameters.setdefault("factory", SharedConnection if memory else QueuedConnection)
+            if not memory:
+                journal.settle(arguments, parameters)
 
         @sa.event.listens_for(engine, "connect")
         def configure(driver: Any, record: Any) -> None:
@@ -117,8 +125,6 @@ class SQLiteDialect(Dialect):
         timeout = self.options.lock_timeout
         driver.configure(name, timeout)
         driver.execute(f"PRAGMA busy_timeout = {int(timeout * 1000)}").close()
-        if not self.is_memory and self.options.sqlite_wal:
-            _switch_to_wal(driver, timeout)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
@@ -244,18 +250,3 @@ def _after_failure(connection: Connection) -> None:
 def _after_error(context: Any) -> None:
     if context.connection is not None and not context.connection.closed:
         _after_failure(context.connection)
-
-
-def _switch_to_wal(driver: sqlite3.Connection, timeout: float) -> None:
-    # The switch needs the file for itself for a moment, and SQLite does not call its busy handler for it.
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            driver.execute("PRAGMA journal_mode = WAL").close()
-            return
-        except sqlite3.OperationalError as error:
-            if time.monotonic() > deadline:
-                raise WriteTimeoutError(
-                    f"Could not switch the database to WAL within {timeout:g} s: {error}."
-                ) from error
-            time.sleep(0.01)

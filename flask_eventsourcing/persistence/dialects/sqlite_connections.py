@@ -35,13 +35,16 @@ class QueuedConnection(sqlite3.Connection):
     aborted = False
     """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
 
+    # The name of a module is None when the interpreter ends, and connections may be closed as late as that.
+    _getpid = staticmethod(os.getpid)
+
     def configure(self, name: str, timeout: float) -> None:
         """Join the queue of a database."""
         self.queue, self.pid, self.timeout = write_queue_of(name), os.getpid(), timeout
 
     def own_queue(self) -> WriteQueue | None:
         """Return the queue of this process; only a copy of an in-memory database is ever used after a fork."""
-        if self.queue is not None and self.pid != os.getpid():
+        if self.queue is not None and self.pid != self._getpid():
             self.queue, self.pid = write_queue_of(self.queue.name), os.getpid()
             self._leave_parents()
         return self.queue
@@ -126,7 +129,16 @@ class QueuedConnection(sqlite3.Connection):
         """Commit, and let the next one in."""
         owner = self._ending("commit")
         if owner is not None:
-            super().commit()
+            try:
+                super().commit()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+                raise WriteTimeoutError(
+                    f"Could not commit within {self.timeout:g} s ({error}): another program reads the file, which is "
+                    "not in the journal mode WAL, in which nobody would wait for that. Keep EVENTSOURCING_SQLITE_WAL "
+                    "on, end that transaction, and look in the log why the file could not be switched."
+                ) from error
             self._ended(owner)
 
     def rollback(self) -> None:
@@ -139,7 +151,7 @@ class QueuedConnection(sqlite3.Connection):
     def close(self) -> None:
         """Close, and let the next one in."""
         super().close()
-        if self.queue is not None and self.pid == os.getpid():
+        if self.queue is not None and self.pid == self._getpid():
             self.queue.release(self)
 
 
@@ -286,5 +298,5 @@ class SharedConnection(QueuedConnection):
         """Close, which ends the transaction that is open."""
         owner = self.owner() if self.owner is not None else None
         super().close()
-        if owner is not None and self.queue is not None and self.pid == os.getpid():
+        if owner is not None and self.queue is not None and self.pid == self._getpid():
             self.queue.release(owner)
