@@ -27,15 +27,13 @@ from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool, StaticPool
 
 from .._patches import engine_pool, left_connection, pool_per_process
 from ..lifecycle import ProcessLock, keep_for_ever
-from .dialects import guard_forks, is_in_memory, note_inherited_files
+from .dialects import closing_threads, guard_forks, is_in_memory, note_inherited_files
 
 PID = "flask_eventsourcing.pid"
 IDLE = "flask_eventsourcing.idle"
 """There for a connection in the pool, until it is taken away by who uses it next or who closes it before a fork."""
-RETURNED = "flask_eventsourcing.returned"
-"""There for a connection that was in the pool before."""
 USER = "flask_eventsourcing.user"
-"""The thread that has a connection."""
+"""The thread that has a connection, or had it last."""
 
 LONGEST_WAIT = 2.0
 """The seconds for which a fork waits, at most, for what other threads do on connections that are to be closed."""
@@ -48,6 +46,8 @@ _closable: dict[int, weakref.ref[Any]] = {}
 """Those whose connections are closed before a fork."""
 _forking: dict[int, float] = {}
 """The threads that are about to fork, and until when others wait for that."""
+_entering: dict[int, None] = {}
+"""The threads that are about to get a connection, which may have to be made."""
 _left_in = os.getpid()
 
 
@@ -67,8 +67,9 @@ def drop_inherited_connections(engine: Engine) -> None:
             engine.dispose()
         sa.event.listen(engine, "checkout", _claim)
         sa.event.listen(engine, "checkin", _offer)
-    # Not when it is made: a connection may be older than this.
-    sa.event.listen(engine, "checkout", _note_process)
+    else:
+        # Not when it is made: a connection may be older than this.
+        sa.event.listen(engine, "checkout", _note_process)
     _watch(engine, engine.pool)
 
 
@@ -84,6 +85,8 @@ def leave_inherited_connections() -> None:
         return
     note_inherited_files()
     _forking.clear()
+    _entering.clear()
+    closing_threads.clear()
     for record in _living(_records):
         if record.info.get(PID) != pid and record.dbapi_connection is not None:
             _leave(record)
@@ -133,24 +136,20 @@ def _leave(record: Any) -> None:
 def _claim(driver: Any, record: Any, proxy: Any) -> None:
     """Take a connection out of the pool, or have the pool make another one."""
     info = record.info
-    if info.pop(IDLE, None) is None and RETURNED in info:
-        raise DisconnectionError("The connection was closed before a fork.")
-    if USER not in info:
-        _keep(_closable, record)
     info[USER] = threading.get_ident()
+    if info.pop(IDLE, None) is None:
+        if PID in info:
+            raise DisconnectionError("The connection was closed before a fork.")
+        _note_process(driver, record, proxy)
+        _keep(_closable, record)
 
 
 def _offer(driver: Any, record: Any) -> None:
     """Say that a connection is idle."""
-    if driver is None:
-        return
     if _forks_without_hooks():
         record.close()
-        return
-    info = record.info
-    info[USER] = None
-    info[RETURNED] = True
-    info[IDLE] = True
+    elif driver is not None:
+        record.info[IDLE] = True
 
 
 def _forks_without_hooks() -> bool:
@@ -164,21 +163,24 @@ def _close_idle() -> None:
     me = threading.get_ident()
     deadline = _forking[me] = time.monotonic() + LONGEST_WAIT
     while True:
-        in_hand = False
+        in_hand = bool(_entering.keys() - {me} or closing_threads)
         for record in _living(_closable):
             if record.info.pop(IDLE, None):
                 record.close()
             elif record.dbapi_connection is not None:
-                in_hand |= record.info.get(USER) not in (None, me)
+                in_hand |= record.info.get(USER) != me
         if not in_hand or time.monotonic() > deadline:
             return
         time.sleep(0.001)
 
 
-def _wait_for_fork() -> None:
-    me = threading.get_ident()
-    while (until := max(_forking.copy().values(), default=0)) and me not in _forking and time.monotonic() < until:
+def _wait_for_forks(me: int) -> None:
+    """Wait for those that are about to fork, before a thread gets a connection."""
+    while me not in _forking and time.monotonic() < max(_forking.copy().values(), default=0):
+        _entering.pop(me, None)
         time.sleep(0.001)
+        # First noted and then looked, as the one that forks does it the other way around.
+        _entering[me] = None
 
 
 def _forked() -> None:
@@ -187,16 +189,21 @@ def _forked() -> None:
 
 def _watch(engine: Engine, pool: Pool) -> Pool:
     # Not by the name of the module, which is None when the interpreter ends.
-    getpid = os.getpid
+    getpid, get_ident = os.getpid, threading.get_ident
     process = getpid()
     connect, dispose, recreate = pool.connect, pool.dispose, pool.recreate
 
     def connect_in_process() -> PoolProxiedConnection:
         if getpid() != process:
             return _own_pool(engine, pool).connect()
-        if _forking:
-            _wait_for_fork()
-        return connect()
+        me = get_ident()
+        _entering[me] = None
+        try:
+            if _forking:
+                _wait_for_forks(me)
+            return connect()
+        finally:
+            _entering.pop(me, None)
 
     def dispose_in_process() -> None:
         if getpid() == process:

@@ -14,7 +14,7 @@ from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
-from .sqlite_files import note_inherited_files
+from .sqlite_files import closing_threads, note_inherited_files
 
 DIALECTS: dict[str, type[Dialect]] = {
     "mariadb": MySQLDialect,
@@ -115,6 +115,7 @@ __all__ = [
     "Dialect",
     "DialectOptions",
     "PassingError",
+    "closing_threads",
     "column_type",
     "dialect_for",
     "guard_forks",

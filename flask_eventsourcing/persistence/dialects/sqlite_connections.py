@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from sqlalchemy.engine import Connection
 
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
 from .locks import WriteQueue, write_queue_of
+from .sqlite_files import closing_threads
 
 Kind = Literal["write", "read", "begin", "lock", "other"]
 """What a statement does, as :func:`~.sqlite.kind_of` says."""
@@ -36,7 +38,8 @@ class QueuedConnection(sqlite3.Connection):
     """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
 
     # The name of a module is None when the interpreter ends, and connections may be closed as late as that.
-    _getpid = staticmethod(os.getpid)
+    _getpid, _get_ident = staticmethod(os.getpid), staticmethod(threading.get_ident)
+    _closing_threads = closing_threads
 
     def configure(self, name: str, timeout: float) -> None:
         """Join the queue of a database."""
@@ -150,7 +153,12 @@ class QueuedConnection(sqlite3.Connection):
 
     def close(self) -> None:
         """Close, and let the next one in."""
-        super().close()
+        me = self._get_ident()
+        self._closing_threads[me] = None
+        try:
+            super().close()
+        finally:
+            self._closing_threads.pop(me, None)
         if self.queue is not None and self.pid == self._getpid():
             self.queue.release(self)
 

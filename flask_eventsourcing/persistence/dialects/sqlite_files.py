@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 FileId = tuple[int, int]
 """The device and the inode: symbolic and hard links and relative paths all come to the same."""
 
+closing_threads: dict[int, None] = {}
+"""The threads that close a connection now; SQLite's own locks would be taken for ever in a process forked meanwhile."""
+
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 _MOST_DESCRIPTORS = 4096
 """How many descriptors are looked at where the system has no list of them."""
