@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -317,7 +318,7 @@ def test_threads_that_write_while_another_forks(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     try:
-        answers = {number: in_child(lambda number=number: insert(number), 120) for number in range(-15, 0)}  # type: ignore[misc]
+        answers = {number: in_child(partial(insert, number), 120) for number in range(-15, 0)}
         process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(insert(-100) == "refused"))
         starter = threading.Thread(target=process.start)
         starter.start()
@@ -363,7 +364,7 @@ def test_closing_at_a_fork_and_using_race(tmp_path: Path) -> None:
     """A connection that is closed before a fork just when a thread takes it from the pool is replaced."""
     engine = safe_engine(str(tmp_path / "numbers.db"))
     with engine.connect() as connection:
-        record: Any = connection.connection._connection_record  # type: ignore[attr-defined]
+        record: Any = connection.connection._connection_record
     # As a fork does it when the thread has the connection in its hands already.
     assert record.info.pop(forks.IDLE)
     with engine.begin() as connection:
