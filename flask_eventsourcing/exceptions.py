@@ -95,12 +95,24 @@ class HandlerError(FlaskEventSourcingError):
     """A handler of a projection did what it must not do."""
 
 
+class UnknownTopicError(HandlerError):
+    """The class of an event is not found: import its module, or register its topic with ``register_topic()``."""
+
+
 class ProjectionHaltedError(FlaskEventSourcingError):
     """A projection stands before an event that it cannot apply: mend its handler, and run it again."""
 
 
+class CheckpointMismatchError(ProjectionHaltedError):
+    """A projection does not fit its log, its tables or its code: the message says which, and what is to be done."""
+
+
 class ProjectionBusyError(FlaskEventSourcingError):
     """Another process has the projection in its hands now."""
+
+
+class CheckpointError(FlaskEventSourcingError):
+    """A checkpoint cannot be renamed or forgotten."""
 
 
 class RebuildError(FlaskEventSourcingError):

@@ -70,7 +70,7 @@ class CheckpointMixin:
     log_id = orm.mapped_column(POSITION_TYPE, nullable=True)
     last_originator_id = orm.mapped_column(TEXT_ID, nullable=True)
     last_originator_version = orm.mapped_column(POSITION_TYPE, nullable=True)
-    tables_id = orm.mapped_column(sa.String(32), nullable=True)
+    tables_id = orm.mapped_column(sa.Text(), nullable=True)
     topics = orm.mapped_column(sa.Text(), nullable=True)
     topics_position = orm.mapped_column(POSITION_TYPE, nullable=True)
     changed_by = orm.mapped_column(sa.String(255), nullable=True)

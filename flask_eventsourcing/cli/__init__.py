@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec
 import click
 from flask.cli import AppGroup
 
-from ..commands import Bar, CommandError, Output, Subject, UsageError, letters, reports, work
+from ..commands import Bar, CommandError, Output, Subject, UsageError, checkpoints, letters, reports, work
 from ..web.state import current_state
 
 P = ParamSpec("P")
@@ -177,3 +177,50 @@ def retry_letters(ids: Sequence[int], everything: bool, projection: str | None) 
 def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> None:
     """Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails."""
     call(letters.discard_letters, ids, yes=yes, projection=projection)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+projections = AppGroup("projections", help="Checkpoints of projections, also of those that are not registered.")
+group.add_command(projections)
+
+of_application = click.option("--application", metavar="NAME", help="Where there are several applications.")
+
+
+@projections.command("list")
+@as_json_option
+def list_checkpoints(as_json: bool) -> None:
+    """List the checkpoints that the database has."""
+    call(checkpoints.list_checkpoints, as_json=as_json)
+
+
+@projections.command("rename")
+@click.argument("old")
+@click.argument("new")
+@of_application
+def rename(old: str, new: str, application: str | None) -> None:
+    """Give what projection OLD has to NEW: its position, that of its reactions, its dead letters."""
+    call(checkpoints.rename, old, new, application=application)
+
+
+@projections.command("forget")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@of_application
+def forget(name: str, yes: bool, application: str | None) -> None:
+    """Delete the checkpoints and dead letters of projection NAME, which is not registered any more."""
+    call(checkpoints.forget, name, application=application, yes=yes)
+
+
+@projections.command("accept")
+@click.argument("name")
+def accept(name: str) -> None:
+    """Take the log, the tables and the code of NAME as they are now, though its checkpoint does not fit them."""
+    call(checkpoints.accept, name)
+
+
+@group.command("new-identity")
+@of_application
+def new_identity(application: str | None) -> None:
+    """Give the log an identity of its own, after a database was cloned; never after a restore in place."""
+    call(checkpoints.new_identity, application=application)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from ..projections.belonging import OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
 from ..projections.runners import Runner
 from . import (
@@ -63,6 +64,9 @@ def check(subject: Subject, output: Output) -> int:
         for name, application in subject.applications().items():
             last = application.recorder.max_notification_id() or 0
             output.write(f"{name}: log ok, last position {last}")
+        problems = [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
+    if problems:
+        raise CommandError("\n".join(problems))
     return 0
 
 
@@ -88,7 +92,7 @@ HEADS = ("NAME", "APPLICATION", "STATE", "POSITION", "HEAD", "LAG", "SECONDS", "
 
 def _table(subject: Subject, projections: Sequence[ProjectionStatus]) -> str:
     text = as_table(HEADS, [_row(each) for each in projections])
-    notes = [f"{each.name}: {_trouble(subject, each)}" for each in projections if each.error or each.dead_letters]
+    notes = [f"{each.name}: {text}" for each in projections if (text := _trouble(subject, each))]
     return "\n".join([text, "", *notes] if notes else [text])
 
 
@@ -108,7 +112,9 @@ def _row(each: ProjectionStatus) -> list[str]:
 
 
 def _trouble(subject: Subject, each: ProjectionStatus) -> str:
-    parts = []
+    parts = [each.problem.rstrip(".")] if each.problem else []
+    if each.code_changed and each.state != OLD_CODE:
+        parts.append(f"its code has changed since the last rebuild: see '{subject.program} rebuild'")
     if each.error:
         parts.append(f"{'halted at' if each.state == 'halted' else 'last error:'} {each.error}")
     if each.dead_letters:

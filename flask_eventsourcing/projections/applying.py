@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy as sa
+from eventsourcing import utils
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import HandlerError
+from ..exceptions import HandlerError, UnknownTopicError
 from ..persistence import JoinedUnit
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.event_tables import ConflictError
@@ -35,6 +37,12 @@ SWALLOWED = (
 )
 
 
+UNKNOWN = (
+    "The class of topic {!r} is not found, or one that its state names: import its module, or register the topic for "
+    "the class that it is now, with eventsourcing.utils.register_topic()."
+)
+
+
 class EventError(Exception):
     """A handler failed, or an event could not be read; the cause is the error itself."""
 
@@ -53,6 +61,7 @@ class Applier:
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
         self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
+        self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
 
     def apply(
         self,
@@ -90,13 +99,13 @@ class Applier:
                 connection = self.connection(session)
                 # First, as its lock keeps everybody else out.
                 if not advances_last:
-                    self._advance(connection, claimed, position, applied)
+                    self._advance(connection, claimed, position, applied, notifications)
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
                     self._handle(session, connection, notifications)
                 if advances_last:
-                    self._advance(connection, claimed, position, applied)
+                    self._advance(connection, claimed, position, applied, notifications)
         except (EventError, ObservedError):
             raise
         except Exception as error:
@@ -116,8 +125,16 @@ class Applier:
         finally:
             session.rollback()
 
-    def _advance(self, connection: Connection, claimed: CheckpointRow, position: int, applied: int) -> None:
-        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased)
+    def _advance(
+        self,
+        connection: Connection,
+        claimed: CheckpointRow,
+        position: int,
+        applied: int,
+        notifications: Sequence[Notification],
+    ) -> None:
+        last = self.consumer.last_event(position, notifications)
+        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased, last=last)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""
@@ -163,7 +180,10 @@ class Applier:
 
     def _handle_one(self, session: orm.Session, notification: Notification) -> None:
         """Call the handler of one event, if there is one."""
-        event = self._mapper.to_domain_event(notification)
+        try:
+            event = self._mapper.to_domain_event(notification)
+        except utils.TopicError as error:
+            raise UnknownTopicError(UNKNOWN.format(notification.topic)) from error
         handler = self._handlers.find(type(event))
         if handler is not None:
             if self.consumer.kind == "reactions":
@@ -173,7 +193,10 @@ class Applier:
 
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
-        return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{notification.id}"
+        # Not its position, where a restored log has another event.
+        event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
+        digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
+        return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"
 
 
 def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:

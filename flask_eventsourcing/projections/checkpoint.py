@@ -11,11 +11,13 @@ import logging
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -24,6 +26,7 @@ from ..exceptions import MissingTableError
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
 from ..persistence.dialects.locks import RunnerLock, utc_now
+from .fingerprints import retire
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ LEASE = 3.0
 """Seconds after which another may take over from a runner that did not renew its lease."""
 BEAT = 1.0
 """Seconds between two beats of a runner's heart."""
+CODE_OF_TOKEN = 8
+"""How many characters of its code's fingerprint a runner's token ends with."""
 
 
 class CheckpointRow(NamedTuple):
@@ -51,6 +56,24 @@ class CheckpointRow(NamedTuple):
     error: str | None
     failed_position: int | None
     fingerprint: str | None
+    earlier_fingerprints: str | None = None
+    log_id: int | None = None
+    last_originator_id: str | None = None
+    last_originator_version: int | None = None
+    tables_id: str | None = None
+    topics: str | None = None
+    topics_position: int | None = None
+
+    def is_run_by(self, fingerprint: str) -> bool:
+        """Whether the code of a fingerprint has the claim."""
+        return self.token is not None and self.token.endswith(fingerprint[:CODE_OF_TOKEN])
+
+
+class LastEvent(NamedTuple):
+    """Which event is at a position."""
+
+    originator_id: UUID | str
+    originator_version: int
 
 
 class FencedError(PassingError):
@@ -60,6 +83,34 @@ class FencedError(PassingError):
 def this_process() -> str:
     """Return how the runner of this process is called in the status: host and process id."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+HANDED_OVER = (
+    "position",
+    "applied",
+    "log_id",
+    "last_originator_id",
+    "last_originator_version",
+    "topics",
+    "topics_position",
+)
+"""What a projection takes over from its rebuild; the first two are never null."""
+
+
+class LeaseWatch:
+    """Sees that a lease is not renewed, by this process's own clock: the other's may have been wrong."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str | None, datetime | None] = (None, None)
+        self._since = time.monotonic()
+
+    def abandoned(self, row: CheckpointRow | None) -> CheckpointRow | None:
+        """Return the row if its lease was the same for as long as a lease lasts."""
+        seen = (None, None) if row is None else (row.token, row.leased_until)
+        if seen != self._seen or seen[0] is None:
+            self._seen, self._since = seen, time.monotonic()
+            return None
+        return row if time.monotonic() - self._since > LEASE else None
 
 
 @dataclass(frozen=True)
@@ -115,14 +166,31 @@ class Checkpoint:
             raise
         return None if found is None else CheckpointRow(*found)
 
-    def claim(self, *, lease: bool) -> CheckpointRow | None:
-        """Make this process the runner; with *lease*, only if nobody else's lease is valid."""
-        now = utc_now()
-        change = sa.update(self.table).where(self._row, self.table.c.state != SWAPPING)
-        token = uuid4().hex
-        values: dict[str, Any] = {"token": token, "runner": this_process(), "running_since": now}
+    def claim(
+        self,
+        *,
+        lease: bool,
+        fingerprint: str = "",
+        notes: Mapping[str, Any] | None = None,
+        abandoned: CheckpointRow | None = None,
+    ) -> CheckpointRow | None:
+        """Make this process the runner; with *lease*, only if nobody else's lease is valid.
+
+        :param fingerprint: of the code that is going to run.
+        :param notes: further values that the row is to have then.
+        :param abandoned: a row whose runner has not renewed its lease for long enough, whatever its time says.
+        """
+        now, c = utc_now(), self.table.c
+        change = sa.update(self.table).where(self._row, c.state != SWAPPING)
+        code = fingerprint[:CODE_OF_TOKEN]
+        token = uuid4().hex[: 32 - len(code)] + code
+        values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": now}
         if lease:
-            change = change.where(sa.or_(self.table.c.token.is_(None), self.table.c.leased_until < now))
+            free = sa.or_(c.token.is_(None), c.leased_until < now)
+            if abandoned is not None:
+                same = sa.and_(c.token == abandoned.token, c.leased_until == abandoned.leased_until)
+                free = sa.or_(free, same)
+            change = change.where(free)
             values["leased_until"] = now + timedelta(seconds=LEASE)
         with self.engine.begin() as connection:
             if connection.execute(change.values(values)).rowcount == 0:
@@ -130,19 +198,29 @@ class Checkpoint:
             return self.read(connection)
 
     def advance(
-        self, connection: Connection, claimed: CheckpointRow, position: int, applied: int, *, lease: bool
+        self,
+        connection: Connection,
+        claimed: CheckpointRow,
+        position: int,
+        applied: int,
+        *,
+        lease: bool,
+        last: Mapping[str, Any] | None = None,
     ) -> None:
         """Move the position, in the transaction that applies the events.
 
-        :raises FencedError: when the claim was lost, or the position is not where it was.
+        :param last: which event is at the position, as values of the row's columns.
+        :raises FencedError: when the claim was lost, the position is not where it was, or a rebuild is about to end.
         """
         columns = self.table.c
         change = (
             sa.update(self.table)
             .where(self._row, columns.token == claimed.token, columns.position == claimed.position)
+            .where(columns.state != SWAPPING)
             .values(
                 position=position, applied=columns.applied + applied, error=None, failed_position=None, state=ACTIVE
             )
+            .values(**(last or {}))
         )
         if lease:
             change = change.values(leased_until=utc_now() + timedelta(seconds=LEASE))
@@ -164,6 +242,13 @@ class Checkpoint:
         """Note why an event is tried again."""
         self._change_claimed(claimed, failed_position=position, error=error)
 
+    def note(self, claimed: CheckpointRow, **values: Any) -> None:
+        """Note what was found out about a projection that this process runs.
+
+        :raises FencedError: when the claim was lost.
+        """
+        self._change_claimed(claimed, **values)
+
     def _change_claimed(self, claimed: CheckpointRow, **values: Any) -> None:
         change = sa.update(self.table).where(self._row, self.table.c.token == claimed.token).values(values)
         with self.engine.begin() as connection:
@@ -183,17 +268,6 @@ class Checkpoint:
             change = sa.update(self.table).where(self._row, self.table.c.token == claimed.token)
             connection.execute(change.values(values))
 
-    def take_over(self, connection: Connection) -> CheckpointRow:
-        """Lock the row to the end of a transaction and end any claim on it, to change what the projection has.
-
-        :raises FencedError: when the row is gone.
-        """
-        connection.execute(sa.update(self.table).where(self._row).values(token=None, leased_until=None))
-        row = self.read(connection)
-        if row is None:
-            raise FencedError
-        return row
-
     def lock(self, connection: Connection) -> CheckpointRow:
         """Lock the row to the end of a transaction, so that no event is applied meanwhile; the claim stays.
 
@@ -205,21 +279,30 @@ class Checkpoint:
             raise FencedError
         return row
 
-    def set_position(self, connection: Connection, position: int, applied: int) -> None:
-        """Set what a rebuild has reached."""
-        change = sa.update(self.table).where(self._row)
-        connection.execute(
-            change.values(position=position, applied=applied, state=ACTIVE, error=None, failed_position=None)
-        )
+    def take_from(self, connection: Connection, live: CheckpointRow, rebuilt: CheckpointRow) -> None:
+        """Set what a rebuild has reached, and which code it was; the claim stays if that is the code that has it."""
+        fingerprint = rebuilt.fingerprint or live.fingerprint
+        values = {name: getattr(rebuilt, name) for name in HANDED_OVER}
+        values |= {"state": ACTIVE, "error": None, "failed_position": None, "tables_id": None}
+        earlier = retire(live.earlier_fingerprints, live.fingerprint, fingerprint)
+        values |= {"fingerprint": fingerprint, "earlier_fingerprints": earlier}
+        if fingerprint is None or not live.is_run_by(fingerprint):
+            values |= {"token": None, "leased_until": None}
+        connection.execute(sa.update(self.table).where(self._row).values(values))
+
+    def set_values(self, connection: Connection, **values: Any) -> None:
+        """Set what an operator has a say in."""
+        connection.execute(sa.update(self.table).where(self._row).values(values))
 
     def set_state(self, connection: Connection, state: str) -> None:
         """Set the state."""
         connection.execute(sa.update(self.table).where(self._row).values(state=state))
 
-    def set_fingerprint(self, connection: Connection, fingerprint: str) -> None:
-        """Note what the tables and handlers were when a rebuild began, and that it begins."""
-        values = {"fingerprint": fingerprint, "position": 0, "applied": 0, "state": ACTIVE}
-        connection.execute(sa.update(self.table).where(self._row).values(values))
+    def begin(self, connection: Connection, **values: Any) -> None:
+        """Note that a rebuild begins, and with what."""
+        beginning = {"position": 0, "applied": 0, "state": ACTIVE, "error": None, "failed_position": None}
+        change = sa.update(self.table).where(self._row)
+        connection.execute(change.values(beginning | dict.fromkeys(HANDED_OVER[2:]) | values))
 
     def remove(self, connection: Connection) -> None:
         """Delete the row."""
@@ -233,12 +316,21 @@ class Heartbeat:
     A process that is stopped or killed has no heartbeat.
     """
 
-    def __init__(self, checkpoint: Checkpoint, claimed: CheckpointRow, lock: RunnerLock) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        claimed: CheckpointRow,
+        lock: RunnerLock,
+        look: Callable[[CheckpointRow], None] | None = None,
+    ) -> None:
         self._control = checkpoint
         self._claimed = claimed
         self._lock = lock
+        self._also_look = look
         self._ended = threading.Event()
         self._error: Exception | None = None
+        self.resting: CheckpointRow | None = None
+        """The row as the runner knows it, while that waits for events and so sees nothing of the row."""
         self._thread = threading.Thread(target=self._run, name=f"heartbeat of {checkpoint.name}", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -266,6 +358,7 @@ class Heartbeat:
                     self._control.renew(self._claimed)
                 else:
                     self._lock.check()
+                self._look()
             except Exception as error:  # noqa: BLE001
                 # Raised in the runner's thread by check().
                 if self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
@@ -273,3 +366,17 @@ class Heartbeat:
                     continue
                 self._error = error
                 return
+
+    def _look(self) -> None:
+        """See whether the row is another than the runner knows, after a restore or a rebuild."""
+        resting = self.resting
+        if resting is None:
+            return
+        row = self._control.read()
+        # The end of a rebuild gives the claim back, unless the code is another.
+        same = row is not None and (row.token, row.position) == (resting.token, resting.position)
+        if (not same or (row is not None and row.state not in (resting.state, SWAPPING))) and self.resting is resting:
+            # Not because the runner has moved it in the meantime.
+            raise FencedError
+        if row is not None and same and self._also_look is not None:
+            self._also_look(row)

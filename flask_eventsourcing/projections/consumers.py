@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from ..persistence.dialects.locks import Lease, RunnerLock
 from .checkpoint import Checkpoint
 from .dead_letters import DeadLetters
 from .definitions import Handlers, ModelProjection
+from .fingerprints import fingerprint_of
 
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}
@@ -38,6 +39,12 @@ class ProjectedApplication:
     find: Callable[[], Application[Any]]
     models: ProjectionModels
     lease: bool = False
+    registered: set[str] = field(default_factory=set)
+    """The names of its projections."""
+
+    def is_orphan(self, name: str) -> bool:
+        """Whether the name of a checkpoint is that of no projection here."""
+        return name.partition(":")[0].casefold() not in {each.casefold() for each in self.registered}
 
     @property
     def datastore(self) -> Datastore:
@@ -53,6 +60,20 @@ class ProjectedApplication:
     def recorder(self) -> SQLAlchemyApplicationRecorder:
         """The recorder of the application, from which the log is read."""
         return cast(SQLAlchemyApplicationRecorder, self.find().recorder)
+
+    @property
+    def tracking_table(self) -> sa.Table | None:
+        """The table that has the identity of the log, unless the host has none."""
+        tables = self.datastore.tables(self.name)
+        return None if tables is None else tables["tracking"]
+
+    def log_identity(self) -> int | None:
+        """Return what tells the log from every other, read on a connection of its own."""
+        table = self.tracking_table
+        if table is None:
+            return None
+        with self.engine.begin() as connection:
+            return self.datastore.dialect.log_identity(connection, table)
 
     @property
     def mapper(self) -> Mapper[Any]:
@@ -110,6 +131,15 @@ class Consumer:
         """What it does with events."""
         return self.projection_class.reactions if self.kind == "reactions" else self.projection_class.handlers
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What its code is."""
+        functions = (
+            *self.projection_class.handlers.functions.values(),
+            *self.projection_class.reactions.functions.values(),
+        )
+        return fingerprint_of(self.projection_class, functions)
+
     @property
     def batch_size(self) -> int:
         """The most events in one commit: a reaction's position is noted after each."""
@@ -135,13 +165,32 @@ class Consumer:
         return 0
 
     def count_events(self, connection: Connection, after: int, to: int) -> int:
-        """Count the events of its topics between two positions."""
-        table = self.application.recorder.events_table.table
-        query = sa.select(sa.func.count()).where(table.c.notification_id > after, table.c.notification_id <= to)
-        topics = self.handlers.topics
-        if topics:
-            query = query.where(table.c.topic.in_(topics))
-        return int(connection.scalar(query) or 0)
+        """Count the events between two positions that concern it."""
+        return sum(self.count_topics(connection, after, to).values())
+
+    def count_topics(self, connection: Connection, after: int, to: int) -> dict[str, int]:
+        """Count the events between two positions that concern it, by their topics."""
+        c = self.application.recorder.events_table.table.c
+        between = (c.notification_id > after, c.notification_id <= to)
+        found = connection.execute(sa.select(c.topic, sa.func.count()).where(*between).group_by(c.topic))
+        return {topic: int(count) for topic, count in found if self.handlers.concerns(topic)}
+
+    def last_event(self, position: int, notifications: Sequence[Notification]) -> dict[str, Any]:
+        """Return what the row notes of the event at a position, the last of some or one that has no handler."""
+        if notifications and notifications[-1].id == position:
+            last = notifications[-1]
+            return {
+                "last_originator_id": str(last.originator_id),
+                "last_originator_version": last.originator_version,
+            }
+        # Read by the statement that notes it.
+        c = self.application.recorder.events_table.table.c
+        at = c.notification_id == position
+        text = self.checkpoint.table.c.last_originator_id.type
+        return {
+            "last_originator_id": sa.select(sa.cast(c.originator_id, text)).where(at).scalar_subquery(),
+            "last_originator_version": sa.select(c.originator_version).where(at).scalar_subquery(),
+        }
 
     def end(self) -> int:
         """How far it may go now: to the high water mark, and reactions not past the models of their projection."""

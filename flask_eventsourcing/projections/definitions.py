@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from eventsourcing import utils
 
 from ..exceptions import ConfigurationError
+from .fingerprints import note_sources
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +79,7 @@ class Handlers:
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
         self.functions = dict(functions)
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
+        self._topics: dict[str, bool] = {}
 
     def __bool__(self) -> bool:
         return bool(self.functions)
@@ -91,10 +93,24 @@ class Handlers:
             self._found[event_class] = found
             return found
 
-    @property
-    def topics(self) -> Sequence[str]:
-        """The topics to read, or none where all events are to be read."""
-        return topics_of(self.functions)
+    def concerns(self, topic: str) -> bool:
+        """Whether an event of a topic is to be handled; one that nobody knows must not be passed over."""
+        found = self._topics.get(topic)
+        if found is None:
+            event_class = self.resolve(topic)
+            if event_class is None:
+                return True
+            found = self._topics[topic] = isinstance(event_class, type) and self.find(event_class) is not None
+        return found
+
+    @staticmethod
+    def resolve(topic: str) -> Any:
+        """Return what a topic stands for, or None where that cannot be found."""
+        try:
+            return utils.resolve_topic(topic)
+        except Exception:  # noqa: BLE001
+            # A module that is imported for it may raise anything.
+            return None
 
 
 class ModelProjection:
@@ -142,6 +158,7 @@ def check_projection(cls: Any) -> type[ModelProjection]:
     """
     if not isinstance(cls, type) or not issubclass(cls, ModelProjection):
         raise ConfigurationError(f"{cls!r} is not a projection: derive a class from ModelProjection.")
+    note_sources(cls)
     problems = list(_problems(cls))
     if problems:
         raise ConfigurationError(f"Projection {cls.__name__}: {problems[0]}")
@@ -215,41 +232,3 @@ def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], si
         inspect.signature(function).bind(None, None, None)
     except TypeError:
         raise ConfigurationError(f"Handler {cls.__name__}.{name} must take {signature}.") from None
-
-
-def topics_of(event_classes: Iterable[type[Any]]) -> Sequence[str]:
-    """Return the topics under which events of these classes and their subclasses are stored.
-
-    Topics that were registered for renamed classes and modules, with the library's ``register_topic()``, are among
-    them. The result is empty, for no filter, when a class of the library itself is asked for, as it is the base of
-    classes that are not imported yet.
-    """
-    found: dict[str, None] = {}
-    for event_class in event_classes:
-        if event_class.__module__.partition(".")[0] in ("eventsourcing", "builtins"):
-            return ()
-        for cls in (event_class, *_subclasses(event_class)):
-            found[utils.get_topic(cls)] = None
-    for topic in list(found):
-        found.update(dict.fromkeys(_aliases(topic)))
-    return tuple(found) if len(found) <= MOST_TOPICS else ()
-
-
-def _subclasses(cls: type[Any]) -> Iterable[type[Any]]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def _aliases(topic: str) -> Iterable[str]:
-    # The library keeps what was registered in a private mapping and offers no other way to it.
-    for alias, target in list(utils._topic_cache.items()):
-        own = _own_topic(target)
-        if own and alias != own and (topic == own or topic.startswith((f"{own}.", f"{own}:"))):
-            yield alias + topic[len(own) :]
-
-
-def _own_topic(target: Any) -> str | None:
-    if inspect.ismodule(target):
-        return target.__name__
-    return utils.construct_topic(target) if hasattr(target, "__qualname__") else None

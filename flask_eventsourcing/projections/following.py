@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
 from ..persistence.subscriptions import Waiter
+from .belonging import Belonging, Mismatch
 from .checkpoint import ACTIVE, HALTED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .runners import Backoff, halted_message
@@ -23,14 +25,19 @@ SHORTEST_WAIT = 0.002
 GROWTH = 1.5
 LONGEST_WAIT = 0.1
 MOST_IDLE = 8
+LOOK_EVERY = 1.0
+"""Seconds between two looks whether a projection that is waited for fits its log and its tables."""
 
 
 @dataclass(frozen=True)
 class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
-    ``state`` is ``inline``, ``halted``, ``running`` or ``stopped``. ``lag_events`` counts the events of its topics that
-    it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
+    ``state`` is ``inline``, ``halted``, ``running``, ``stopped``, or what does not fit: ``ahead of its log``, ``another
+    log``, ``tables made again``, or ``old code`` where this process would stand by; then ``problem`` says what is to be
+    done. ``lag_events`` counts the events of its topics that it has not dealt with, ``lag_seconds`` is the age of the
+    first of them. ``since`` is when the runner took over. ``code_changed`` says that this process has other code than
+    that of the last rebuild.
     """
 
     name: str
@@ -46,6 +53,8 @@ class ProjectionStatus:
     failed_position: int | None
     dead_letters: int
     waiting: int
+    problem: str | None = None
+    code_changed: bool = False
 
     @property
     def healthy(self) -> bool:
@@ -79,44 +88,53 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     """Look at a consumer's row, its lock and its log."""
     mark = consumer.application.high_water_mark()
     inline = consumer.kind == "projection" and consumer.projection_class.inline
+    belonging = Belonging(consumer)
     with consumer.application.engine.connect() as connection:
-        row = consumer.checkpoint.read(connection) or _never_run(consumer)
+        found = consumer.checkpoint.read(connection)
+        row = found or _never_run(consumer)
         position = mark if inline else row.position
         running = row.token is not None and consumer.lock().is_held(connection, row.leased_until)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
-        lag = _lag(connection, consumer, position, mark)
+        topics = consumer.count_topics(connection, position, mark) if position < mark else {}
+        mismatch = None if inline else _mismatch(belonging, connection, found)
+    if mismatch is None and not running and not inline:
+        mismatch = belonging.find_old_code(row)
     state = "inline" if inline else "halted" if row.state == HALTED else "running" if running else "stopped"
+    if mismatch is not None:
+        state = mismatch.state
     return ProjectionStatus(
         name=consumer.name,
         application=consumer.application.name,
         state=state,
         position=position,
         head=mark,
-        lag_events=lag,
-        lag_seconds=_age(consumer, position, mark) if lag else 0.0,
+        lag_events=sum(topics.values()),
+        lag_seconds=_age(consumer, position, mark, list(topics)) if topics else 0.0,
         runner=row.runner if running else None,
         since=_aware(row.running_since) if running else None,
         error=row.error,
         failed_position=row.failed_position,
         dead_letters=failed,
         waiting=waiting,
+        problem=None if mismatch is None else mismatch.text,
+        code_changed=belonging.has_changed_code(row),
     )
 
 
+def _mismatch(belonging: Belonging, connection: Connection, row: CheckpointRow | None) -> Mismatch | None:
+    return belonging.find_orphan(connection) if row is None else belonging.find_mismatch(connection, row)
+
+
 def _never_run(consumer: Consumer) -> CheckpointRow:
-    return CheckpointRow(consumer.name, 0, 0, ACTIVE, None, None, None, None, None, None, None)
+    return CheckpointRow(consumer.name, 0, 0, ACTIVE, *[None] * 7)
 
 
 def _aware(time: datetime | None) -> datetime | None:
     return None if time is None else time.replace(tzinfo=UTC)
 
 
-def _lag(connection: Connection, consumer: Consumer, position: int, mark: int) -> int:
-    return 0 if position >= mark else consumer.count_events(connection, position, mark)
-
-
-def _age(consumer: Consumer, position: int, mark: int) -> float | None:
-    found = consumer.application.read_log(position, 1, mark, consumer.handlers.topics)
+def _age(consumer: Consumer, position: int, mark: int, topics: Sequence[str]) -> float | None:
+    found = consumer.application.read_log(position, 1, mark, topics)
     if not found:
         return 0.0
     try:
@@ -195,8 +213,9 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     position = last_position(recordings)
     if consumer.projection_class.inline or position == 0:
         return
-    if not _has_reached(consumer, position):
-        _wait(consumer, position, timeout, waiters)
+    goal = _Goal(consumer, position)
+    if not goal.is_reached():
+        _wait(goal, timeout, waiters)
     # The caller is going to read in its session, which may have a snapshot from before.
     unit = consumer.application.host.unit()
     if unit is not None and unit.session.in_transaction():
@@ -205,7 +224,7 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
             raise OldSnapshotError
 
 
-def _wait(consumer: Consumer, position: int, timeout: float, waiters: Waiters) -> None:
+def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
     deadline = time.monotonic() + timeout
     waiter = waiters.take()
     try:
@@ -214,23 +233,42 @@ def _wait(consumer: Consumer, position: int, timeout: float, waiters: Waiters) -
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError(
-                    f"{consumer.name} has not reached position {position} within {timeout:g} s: "
+                    f"{goal.consumer.name} has not reached position {goal.position} within {timeout:g} s: "
                     "is 'flask eventsourcing run' running?"
                 )
             if waiter.wait(min(pause.seconds, remaining)):
                 pause.reset()
             else:
                 pause.grow()
-            if _has_reached(consumer, position):
+            if goal.is_reached():
                 return
     finally:
         waiters.give_back(waiter)
 
 
-def _has_reached(consumer: Consumer, position: int) -> bool:
-    row = consumer.checkpoint.read()
-    if row is None:
-        return False
-    if row.state == HALTED and row.position < position:
-        raise ProjectionHaltedError(halted_message(consumer.name, row.failed_position, row.error))
-    return row.position >= position
+class _Goal:
+    """A position that is waited for."""
+
+    def __init__(self, consumer: Consumer, position: int) -> None:
+        self.consumer = consumer
+        self.position = position
+        self._looked = -math.inf
+
+    def is_reached(self) -> bool:
+        """Whether the projection has dealt with it.
+
+        :raises ProjectionHaltedError: when it stands before that, or does not fit its log or its tables.
+        """
+        with self.consumer.application.engine.connect() as connection:
+            row = self.consumer.checkpoint.read(connection)
+            if row is None:
+                return False
+            if time.monotonic() > self._looked + LOOK_EVERY:
+                # Or else its position says nothing.
+                self._looked = time.monotonic()
+                mismatch = Belonging(self.consumer).find_mismatch(connection, row)
+                if mismatch is not None:
+                    raise mismatch.error
+        if row.state == HALTED and row.position < self.position:
+            raise ProjectionHaltedError(halted_message(self.consumer.name, row.failed_position, row.error))
+        return row.position >= self.position

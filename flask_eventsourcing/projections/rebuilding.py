@@ -6,18 +6,21 @@ The rebuild has a row of its own, from which it goes on when it was killed.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import threading
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from eventsourcing.utils import get_topic
+from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateTable
 
 from ..exceptions import ProjectionBusyError, RebuildError
 from .applying import Applier
+from .belonging import Belonging
+from .checkpoint import CheckpointRow
 from .consumers import Consumer
+from .pages import LogPages
 from .runners import Runner
 from .swap import NEAR, NEW, OLD, TRIAL, ShadowTables, Swap, settle
 
@@ -97,7 +100,8 @@ class Rebuild:
             mark = self.application.high_water_mark()
             with self.application.engine.connect() as connection:
                 events = self.live.count_events(connection, 0, mark)
-            page = self.application.read_log(0, TRIAL_EVENTS, mark, self.live.handlers.topics)
+            row = self.live.checkpoint.read()
+            page = [] if row is None else LogPages(self.live, row).read(0, TRIAL_EVENTS, mark).events
             with self.application.engine.begin() as connection:
                 trial.drop(connection)
                 trial.create(connection)
@@ -124,19 +128,34 @@ class Rebuild:
 
     def _prepare(self, restart: bool) -> bool:
         """Make what the rebuild needs, or find it; returns whether an earlier one is taken up."""
-        fingerprint = self._fingerprint()
         row = self.rebuild.checkpoint.read()
         with self.application.engine.begin() as connection:
-            complete = self.new.all_exist(connection)
-            if row is not None and complete and row.fingerprint == fingerprint and not restart:
+            if row is not None and not restart and self._can_go_on(connection, row):
                 return True
         self.rebuild.checkpoint.ensure()
         with self.application.engine.begin() as connection:
             self.application.dead_letters.remove_all(connection, self.rebuild.name)
             self.new.drop(connection)
             self.new.create(connection)
-            self.rebuild.checkpoint.set_fingerprint(connection, fingerprint)
+            known = self._known_topics(connection)
+            values = {"fingerprint": self.live.fingerprint, "tables_id": self._shape(), **known}
+            self.rebuild.checkpoint.begin(connection, **values)
         return False
+
+    def _known_topics(self, connection: Connection) -> dict[str, object]:
+        """What the live projection knows of the log, if that is still the same."""
+        live = self.live.checkpoint.read(connection)
+        if live is None or Belonging(self.live).find_mismatch(connection, live) is not None:
+            return {}
+        return {"topics": live.topics, "topics_position": live.topics_position}
+
+    def _can_go_on(self, connection: Connection, row: CheckpointRow) -> bool:
+        """Whether an earlier rebuild can be taken up: by the same code, for the same tables, of the same log."""
+        return (
+            (row.fingerprint, row.tables_id) == (self.live.fingerprint, self._shape())
+            and self.new.all_exist(connection)
+            and Belonging(self.rebuild).find_mismatch(connection, row) is None
+        )
 
     def _catch_up(self) -> bool:
         """Build until the end of the log is near; returns False when it was stopped before."""
@@ -149,13 +168,9 @@ class Rebuild:
             if self.application.high_water_mark() - self.runner.progress.position <= NEAR:
                 return True
 
-    def _fingerprint(self) -> str:
-        """What must be the same for an earlier rebuild to be taken up: tables, topics and, if it is known, the code."""
+    def _shape(self) -> str:
+        """What the tables are to be and which events are asked for, beside the code."""
         parts = [str(CreateTable(table).compile(self.application.engine)) for table in self.live.tables]
         # Not those of subclasses: which of them there are depends on what was imported, and collected.
         parts += sorted(get_topic(event_class) for event_class in self.live.handlers.functions)
-        try:
-            parts.append(inspect.getsource(self.live.projection_class))
-        except (OSError, TypeError):
-            parts.append("")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -101,6 +101,7 @@ class BoundProjections:
             application = self.applications[of] = self._make_application(of)
             self.waiters[application] = Waiters(application)
         self.bound[of.name, projection_class.name] = registration, application
+        application.registered.add(projection_class.name)
         if projection_class.inline:
             bound = [r.projection_class for r, a in self.bound.values() if a is application]
             InlineApplier(application, bound).install()

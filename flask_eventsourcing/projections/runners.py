@@ -17,9 +17,12 @@ from ..persistence.dialects import is_outage
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError
+from .belonging import OLD_CODE, Mismatch
 from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
+from .claims import Turn
 from .consumers import Consumer
 from .dead_letters import describe
+from .pages import LogPages, Page
 from .swap import settle
 
 logger = logging.getLogger(__name__)
@@ -117,23 +120,24 @@ class Delivery:
         self.progress = progress
         self.pace = pace
 
-    def deliver(self, claimed: CheckpointRow, page: Sequence[Notification], position: int) -> CheckpointRow:
+    def deliver(self, claimed: CheckpointRow, page: Page) -> CheckpointRow:
         """Apply events and move the position; returns the row as it is then.
 
         :raises ProjectionHaltedError: when one keeps failing and the consumer is to halt.
         """
         started = time.monotonic()
-        if len(page) == 1:
+        events = page.events
+        if len(events) == 1:
             # Not as a batch, so that a reaction is called no more often than it says.
-            applied = self._deliver_one(claimed, page[0], position)
+            applied = self._deliver_one(claimed, events[0], page.position)
         else:
             try:
-                applied = self.applier.apply(claimed, page, position)
+                applied = self.applier.apply(claimed, events, page.position)
             except EventError:
-                logger.info("%s: a batch of %d events failed, they are applied one by one", claimed.name, len(page))
-                return self._one_by_one(claimed, page)
-            self.progress.events += len(page)
-        self.pace.adapt(time.monotonic() - started, len(page))
+                logger.info("%s: a batch of %d events failed, they are applied one by one", claimed.name, len(events))
+                return self._one_by_one(claimed, events)
+            self.progress.events += len(events)
+        self.pace.adapt(time.monotonic() - started, page.size)
         return applied
 
     def _one_by_one(self, claimed: CheckpointRow, page: Sequence[Notification]) -> CheckpointRow:
@@ -201,8 +205,7 @@ class Runner:
         self.progress = Progress()
         self.pace = Pace(consumer.batch_size, consumer.application.datastore.dialect.batch_seconds)
         self.goal: int | None = None
-        self.lock = lock or consumer.lock()
-        self._owns_lock = lock is None
+        self.turn = Turn(consumer, lock)
         self._session = session
 
     @property
@@ -222,14 +225,12 @@ class Runner:
             try:
                 self._run(once)
             finally:
-                if self._owns_lock:
-                    self.lock.release()
+                self.turn.end()
 
     def _run(self, once: bool) -> None:
         pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while not self.stop.is_set():
             try:
-                self.consumer.checkpoint.ensure(self.consumer.start())
                 if self._take_turn(once):
                     return
                 pause.reset()
@@ -261,15 +262,28 @@ class Runner:
         if row is not None and row.state == SWAPPING and self.consumer.kind == "projection":
             self._settle_swap()
             return False
-        claimed = self.consumer.checkpoint.claim(lease=self.lock.leased) if self.lock.acquire() else None
+        claimed = self.turn.take(row)
+        if isinstance(claimed, Mismatch):
+            self._refuse(claimed, once)
+            return False
         if claimed is None:
             return self._stand_by(row, once)
         self.progress.halted = None
         try:
-            with Heartbeat(self.consumer.checkpoint, claimed, self.lock) as heartbeat:
+            with Heartbeat(self.consumer.checkpoint, claimed, self.turn.lock, self.turn.look) as heartbeat:
                 return self._follow(claimed, once, heartbeat)
         finally:
-            self._release(claimed)
+            self.turn.release(claimed)
+
+    def _refuse(self, mismatch: Mismatch, once: bool) -> None:
+        """Leave alone what does not fit, until an operator has put it right or, for old code, for ever."""
+        if once:
+            raise mismatch.error
+        if mismatch.state == OLD_CODE:
+            self.progress.state = "standing by"
+        else:
+            self.progress.state, self.progress.halted = "halted", mismatch.error
+        self.stop.wait(STANDBY_PAUSE)
 
     def _settle_swap(self) -> None:
         """A rebuild is about to end; if its process has died, end it in its place."""
@@ -284,7 +298,7 @@ class Runner:
 
     def _halted(self, row: CheckpointRow, once: bool) -> None:
         self.progress.state = "halted"
-        self.lock.release()
+        self.turn.give_up()
         if once:
             raise ProjectionHaltedError(halted_message(self.name, row.failed_position, row.error))
         self.stop.wait(STANDBY_PAUSE)
@@ -298,19 +312,11 @@ class Runner:
         self.stop.wait(STANDBY_PAUSE)
         return False
 
-    def _release(self, claimed: CheckpointRow) -> None:
-        try:
-            self.consumer.checkpoint.release(claimed)
-        except Exception as error:
-            # What ended the run is more important, and another process that takes over does not need this.
-            if not is_outage(error):
-                raise
-            logger.debug("%s: its claim could not be released: %s", self.name, error)
-
     def _follow(self, claimed: CheckpointRow, once: bool, heartbeat: Heartbeat) -> bool:
         """Apply events until told to stop; returns True when *once* and all are applied."""
         progress, application = self.progress, self.consumer.application
         delivery = Delivery(Applier(self.consumer), self.stop, progress, self.pace)
+        pages = LogPages(self.consumer, claimed)
         waiter = application.recorder.waiter()
         try:
             while not self.stop.is_set():
@@ -326,16 +332,15 @@ class Runner:
                     self._wait(waiter, claimed, heartbeat)
                     continue
                 mark, limit = progress.high_water_mark, self.pace.limit
-                # Looked up each time: subclasses may have been imported in the meantime.
-                page = application.read_log(claimed.position, limit, mark, self.consumer.handlers.topics)
-                full = len(page) == limit
-                progress.state = "catching up" if full else "up to date"
-                if not page:
+                page = pages.read(claimed.position, limit, mark)
+                progress.state = "catching up" if page.full else "up to date"
+                if not page.events and page.position == mark:
                     self.stop.wait(0 if once else SKIP_PAUSE)
-                claimed = delivery.deliver(claimed, page, page[-1].id if full else mark)
+                claimed = delivery.deliver(claimed, page)
             return False
         finally:
             waiter.close()
+            self.turn.topics = pages.notes()
 
     def _find_goal(self) -> int:
         """Where a run that is to happen once ends: what is saved in the meantime is left to the next one."""
@@ -347,17 +352,21 @@ class Runner:
         """Wait until there is something to do."""
         pause = Backoff(SHORTEST_WAIT, waiter.longest, GROWTH)
         look = time.monotonic()
-        while not self.stop.is_set():
-            heartbeat.check()
-            news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
-            now = time.monotonic()
-            if news or now >= look + pause.seconds:
-                self.progress.high_water_mark = self.consumer.end()
-                if self.progress.high_water_mark > claimed.position:
-                    return
-                # After news that is not to be seen yet, because of a writer in progress, look again soon.
-                pause.reset() if news else pause.grow()
-                look = now
+        heartbeat.resting = claimed
+        try:
+            while not self.stop.is_set():
+                heartbeat.check()
+                news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
+                now = time.monotonic()
+                if news or now >= look + pause.seconds:
+                    self.progress.high_water_mark = self.consumer.end()
+                    if self.progress.high_water_mark > claimed.position:
+                        return
+                    # After news that is not to be seen yet, because of a writer in progress, look again soon.
+                    pause.reset() if news else pause.grow()
+                    look = now
+        finally:
+            heartbeat.resting = None
 
 
 def event_name(notification: Notification) -> str:

@@ -32,6 +32,7 @@ from ..persistence.dialects import is_outage
 from .applying import Applier
 from .checkpoint import ACTIVE, SWAPPING, CheckpointRow
 from .consumers import Consumer
+from .pages import LogPages
 
 logger = logging.getLogger(__name__)
 
@@ -279,16 +280,19 @@ class Swap:
 
     def _finish(self, connection: Connection) -> Swapped:
         """Lock the live row, apply what is missing, and compare the counts."""
-        live = self.live.checkpoint.take_over(connection)
+        live = self.live.checkpoint.lock(connection)
         row = self.rebuild.checkpoint.read(connection)
         if row is None:
             raise RebuildError(f"Another process has finished the rebuild of {self.live.name}.")
-        end = self.application.high_water_mark() if self.live.projection_class.inline else live.position
-        applier, events = Applier(self.rebuild), 0
+        end = self.application.high_water_mark()
+        if not self.live.projection_class.inline:
+            # The live one may be ahead of a log that was restored.
+            end = min(end, live.position)
+        applier, pages, events = Applier(self.rebuild), LogPages(self.rebuild, row), 0
         while row.position < end:
-            page = self.application.read_log(row.position, NEAR, end, self.live.handlers.topics)
-            row = applier.apply(row, page, page[-1].id if len(page) == NEAR else end)
-            events += len(page)
+            page = pages.read(row.position, NEAR, end)
+            row = applier.apply(row, page.events, page.position)
+            events += len(page.events)
         self._verify(connection, row)
         before = ShadowTables(self.application.datastore, self.live.tables, "").count_rows(connection)
         counts = zip(before, self.new.count_rows(connection), strict=True)
@@ -314,7 +318,7 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
     letters = live.application.dead_letters
     letters.remove_all(connection, live.name)
     letters.rename(connection, rebuild.name, live.name)
-    live.checkpoint.set_position(connection, row.position, row.applied)
+    live.checkpoint.take_from(connection, live.checkpoint.lock(connection), row)
     rebuild.checkpoint.remove(connection)
 
 

@@ -160,6 +160,11 @@ class Desk:
         found: Consumer = self.app.extensions["eventsourcing"].projections.find(name)
         return found
 
+    def any_consumer(self) -> Consumer:
+        """Find the first consumer, whatever it is."""
+        found: Consumer = next(iter(self.app.extensions["eventsourcing"].projections))
+        return found
+
     def row(self, name: str = "Balances") -> CheckpointRow:
         """Return the row of a consumer."""
         row = self.consumer(name).checkpoint.read()

@@ -14,7 +14,6 @@ from sqlalchemy import orm
 from flask_eventsourcing import ConfigurationError
 from flask_eventsourcing.exceptions import HandlerError
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from flask_eventsourcing.projections.definitions import MOST_TOPICS, topics_of
 from tests.domain import Account
 from tests.projections.desk import Created, Deposited, Desk
 
@@ -143,7 +142,6 @@ def test_events_of_renamed_classes_are_handled(desk: Desk) -> None:
         desk.db.session.commit()
     utils.register_topic(old, Account)
     try:
-        assert f"{old}.Deposited" in topics_of([Deposited])
         assert not desk.run_once()
         assert seen(desk) == [(2, "general")]
     finally:
@@ -165,14 +163,6 @@ def test_subclasses_that_are_imported_later_are_handled(desk: Desk) -> None:
             desk.db.session.commit()
             desk.es.wait_for("Listing", 2, timeout=20)
     assert seen(desk) == [(1, "general"), (1, "general")]
-
-
-def test_topics_are_not_filtered_where_that_would_miss_events() -> None:
-    """Classes of the library itself, and very many classes, are read without a filter."""
-    assert topics_of([Aggregate.Event]) == ()
-    many = [type(f"Event{number}", (), {"__module__": "tests"}) for number in range(MOST_TOPICS + 1)]
-    assert topics_of(many) == ()
-    assert len(topics_of(many[:3])) == 3
 
 
 @pytest.mark.parametrize("ending", ["commit", "rollback", "commit_twice"])

@@ -172,7 +172,7 @@ def test_restart_begins_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
         assert stopped.run() is None
         following = Rebuild(desk.consumer())
         if changed:
-            monkeypatch.setattr(following, "_fingerprint", lambda: "another")
+            monkeypatch.setitem(vars(following.live), "fingerprint", "another")
         result = following.run(**options)
         assert result is not None
         assert (result.resumed, result.events) == (False, 12)

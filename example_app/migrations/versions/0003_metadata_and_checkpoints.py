@@ -40,7 +40,7 @@ NEW_COLUMNS = {
         "log_id": BIG,
         "last_originator_id": NAME,
         "last_originator_version": BIG,
-        "tables_id": sa.String(length=32),
+        "tables_id": sa.Text(),
         "topics": sa.Text(),
         "topics_position": BIG,
         "changed_by": sa.String(length=255),

@@ -16,7 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -63,6 +63,10 @@ class RunnerLock(ABC):
         """Whether somebody has the lock now."""
 
 
+FARTHEST = timedelta(minutes=1)
+"""A lease that ends later than this was taken under a wrong clock."""
+
+
 class Lease(RunnerLock):
     """No lock: the claim in the projection's row holds until its time is over."""
 
@@ -80,7 +84,8 @@ class Lease(RunnerLock):
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Whether the lease is valid."""
-        return leased_until is not None and leased_until > utc_now()
+        now = utc_now()
+        return leased_until is not None and now < leased_until < now + FARTHEST
 
 
 class SessionLock(RunnerLock):

@@ -1,0 +1,218 @@
+"""What a checkpoint belongs to: a log, the tables of its projection, and the code that wrote them.
+
+What does not fit is a named state, the same for those who run the projection, ask for its status or wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from ..exceptions import CheckpointMismatchError
+from ..persistence.dialects.base import IDENTITY
+from ..persistence.dialects.catalogs import are_filled, is_exact, table_ids
+from .checkpoint import CheckpointRow
+from .consumers import SUFFIXES, Consumer
+from .fingerprints import add_run, retired
+
+AHEAD = "ahead of its log"
+OTHER_LOG = "another log"
+MADE_AGAIN = "tables made again"
+OLD_CODE = "old code"
+ORPHAN = "beside an orphan"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What does not fit: the name of the state, and a text for the operator with the remedy."""
+
+    state: str
+    text: str
+
+    @property
+    def error(self) -> CheckpointMismatchError:
+        """The error that says so."""
+        return CheckpointMismatchError(self.text)
+
+
+class Belonging:
+    """Looks whether a consumer's checkpoint fits what is there."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer = consumer
+        self.name = consumer.name
+        self._tracking = consumer.application.tracking_table
+        self._events = consumer.application.recorder.events_table.table
+
+    # ------------------------------------------------------------------------------------------------------- to look
+
+    def find_mismatch(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
+        """Return what does not fit of log and tables."""
+        if row.position == 0:
+            return None
+        return self.find_mismatch_of_log(connection, row) or self._of_tables(connection, row)
+
+    def find_old_code(self, row: CheckpointRow) -> Mismatch | None:
+        """Return the state of a worker whose code ran before the last rebuild, which was by other code."""
+        if self.consumer.kind != "projection" or self.consumer.fingerprint not in retired(row.earlier_fingerprints):
+            return None
+        return Mismatch(
+            OLD_CODE,
+            f"{self.name} is not run by this process, which has old code: its tables were rebuilt by other code since. "
+            f"If that release was taken back, run 'flask eventsourcing projections accept {self.name}', or rebuild "
+            "the projection.",
+        )
+
+    def find_orphan(self, connection: Connection) -> Mismatch | None:
+        """Return the state of reactions without a checkpoint beside one of a projection that is not registered.
+
+        That may be the same projection, which was renamed: everything would be sent a second time.
+        """
+        projection = self.consumer.projection_class
+        if self.consumer.kind != "reactions" or projection.reactions_start == "end":
+            return None
+        names = connection.scalars(sa.select(self.consumer.checkpoint.table.c.name)).all()
+        orphans = [n for n in names if n.endswith(SUFFIXES["reactions"]) and self.consumer.application.is_orphan(n)]
+        if not orphans or not self.consumer.application.high_water_mark():
+            return None
+        old = orphans[0].removesuffix(SUFFIXES["reactions"])
+        return Mismatch(
+            ORPHAN,
+            f"{self.name} would begin at the start of the log, and there is {orphans[0]}, which is not registered: if "
+            f"the projection was renamed, run 'flask eventsourcing projections rename {old} {projection.name}'; if "
+            f"not, 'flask eventsourcing projections accept {self.name}'.",
+        )
+
+    def has_changed_code(self, row: CheckpointRow) -> bool:
+        """Whether the code is another than at the last rebuild, or than when the projection first ran."""
+        return (
+            self.consumer.kind == "projection"
+            and row.fingerprint is not None
+            and row.fingerprint != self.consumer.fingerprint
+        )
+
+    def find_mismatch_of_log(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
+        """Return what does not fit of the log alone."""
+        identity, found = self._look_at_log(connection, row.position)
+        if row.log_id is not None and identity is not None and row.log_id != identity:
+            return Mismatch(
+                OTHER_LOG, f"{self.name} has followed another log than this one. {self._remedy('was made again')}"
+            )
+        noted = (row.last_originator_id, row.last_originator_version)
+        if found is not None:
+            if noted[0] is None or (_as(found[0], str(noted[0])), noted[1]) == found:
+                return None
+            return Mismatch(
+                OTHER_LOG,
+                f"{self.name} has applied another event at position {row.position} than the log has there. "
+                f"{self._remedy('was restored to an earlier point')}",
+            )
+        end = self.consumer.application.high_water_mark()
+        if end >= row.position:
+            return None
+        return Mismatch(
+            AHEAD,
+            f"{self.name} is ahead of its log: it stands at position {row.position}, and the log ends at {end}. "
+            f"{self._remedy('was restored to an earlier point')}",
+        )
+
+    def _remedy(self, what: str) -> str:
+        rest = "to let it go on from the end of the log"
+        accept = f"'flask eventsourcing projections accept {self.name}'"
+        if self.consumer.kind == "reactions" or not self.consumer.tables:
+            return f"If the log {what}, run {accept} {rest}."
+        return f"If the log {what}, run 'flask eventsourcing rebuild {self.name}'; or {accept}, {rest}."
+
+    def _look_at_log(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
+        """Return the identity of the log, and the aggregate and version of the event at a position."""
+        event = self._events.c
+        of_event = (event.originator_id, event.originator_version)
+        at = event.notification_id == position
+        if self._tracking is not None:
+            tracking = self._tracking
+            query = sa.select(tracking.c.notification_id, *of_event).where(tracking.c.application_name == IDENTITY)
+            found = connection.execute(query.select_from(tracking.outerjoin(self._events, at))).first()
+            if found is not None:
+                return int(found[0]), None if found[2] is None else (found[1], int(found[2]))
+        alone = connection.execute(sa.select(*of_event).where(at)).first()
+        return None, None if alone is None else (alone[0], int(alone[1]))
+
+    # ------------------------------------------------------------------------------------------------------- tables
+
+    def _of_tables(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
+        if row.tables_id is None or self.consumer.kind != "projection" or not self.consumer.tables:
+            return None
+        noted = json.loads(row.tables_id)
+        ids = table_ids(connection, [self.consumer.checkpoint.table, *self.consumer.tables])
+        exact = is_exact(connection)
+        if exact and ids.get(self.consumer.checkpoint.table.key) != noted["own"]:
+            # All was restored from one dump, this row with it.
+            return None
+        applied = row.applied > noted["applied"]
+        changed = [
+            table
+            for table in self.consumer.tables
+            if table.key in ids and _may_lack_rows(noted["tables"].get(table.key), ids[table.key], applied)
+        ]
+        filled = dict(zip(changed, are_filled(connection, changed), strict=True))
+        for table in changed:
+            known = table.key in noted["tables"]
+            if not filled[table] or (known and exact):
+                what = "was made again" if known else "was added"
+                return Mismatch(
+                    MADE_AGAIN,
+                    f"Table {table.name} of {self.name} {what} since the events up to position {row.position} were "
+                    f"applied, so that it lacks them. Run 'flask eventsourcing rebuild {self.name}'; or, if it is as "
+                    f"it should be, 'flask eventsourcing projections accept {self.name}'.",
+                )
+        return None
+
+    def note_tables(self, connection: Connection, row: CheckpointRow) -> str | None:
+        """Return what the checkpoint notes of the tables: which they are, and whether they have rows."""
+        if self.consumer.kind != "projection" or not self.consumer.tables:
+            return None
+        own, tables = self.consumer.checkpoint.table, self.consumer.tables
+        ids = table_ids(connection, [own, *tables])
+        there = [table for table in tables if table.key in ids]
+        filled = zip(there, are_filled(connection, there), strict=True)
+        noted = {table.key: [ids[table.key], has_rows] for table, has_rows in filled}
+        return json.dumps({"own": ids.get(own.key), "applied": row.applied, "tables": noted}) if ids else None
+
+    # ------------------------------------------------------------------------------------------------------- to note
+
+    def notes(self, connection: Connection, row: CheckpointRow) -> dict[str, Any]:
+        """Return what a claim notes: the log, the tables, and the code that is going to run."""
+        noted: dict[str, Any] = {}
+        if (tables := self.note_tables(connection, row)) is not None:
+            noted["tables_id"] = tables
+        if self._tracking is not None and row.log_id is None:
+            dialect = self.consumer.application.datastore.dialect
+            noted["log_id"] = dialect.log_identity(connection, self._tracking)
+        if self.consumer.kind == "projection":
+            code = self.consumer.fingerprint
+            if row.fingerprint is None:
+                noted["fingerprint"] = code
+            elif row.fingerprint != code:
+                noted["earlier_fingerprints"] = add_run(row.earlier_fingerprints, code)
+        return {} if all(getattr(row, name) == value for name, value in noted.items()) else noted
+
+
+def _may_lack_rows(noted: Sequence[Any] | None, found: str, applied: bool) -> bool:
+    """Whether a table may lack what it had; one that was empty, and into which nothing was written, lacks nothing."""
+    return noted is None or (noted[0] != found and (bool(noted[1]) or applied))
+
+
+def _as(found: Any, noted: str) -> Any:
+    """Return a noted id as the column has it."""
+    if not isinstance(found, UUID):
+        return noted
+    try:
+        return UUID(noted)
+    except ValueError:
+        return noted

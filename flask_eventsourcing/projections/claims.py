@@ -1,0 +1,130 @@
+"""The turn of a process to run a consumer: who may, who stands by, and what keeps everybody from it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from ..persistence.dialects import is_outage
+from ..persistence.dialects.locks import RunnerLock
+from .belonging import OLD_CODE, Belonging, Mismatch
+from .checkpoint import CheckpointRow, FencedError, LeaseWatch
+from .consumers import Consumer
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 5.0
+"""Seconds between two looks of an idle runner at its log and its tables."""
+
+
+class Turn:
+    """Takes and releases the claim of one runner.
+
+    :param lock: a lock that the caller holds, and gives back.
+    """
+
+    def __init__(self, consumer: Consumer, lock: RunnerLock | None = None) -> None:
+        self.consumer = consumer
+        self.lock = lock or consumer.lock()
+        self._owns_lock = lock is None
+        self._watch = LeaseWatch()
+        self._told: str | None = None
+        self._looked = time.monotonic()
+        self.topics: dict[str, Any] = {}
+        """What was found out of topics, to be noted with the end of the claim."""
+
+    def take(self, row: CheckpointRow | None) -> CheckpointRow | Mismatch | None:
+        """Return the row if the turn is taken, what does not fit, or None while another process has the turn."""
+        belonging = Belonging(self.consumer)
+        if row is None:
+            return self._begin(belonging)
+        # Before the lock: another process, with other code, may have that for long.
+        mismatch = belonging.find_old_code(row)
+        if mismatch is not None:
+            return self._refuse(mismatch)
+        abandoned = self._watch.abandoned(row)
+        if not self.lock.acquire():
+            return None
+        with self.consumer.application.engine.begin() as connection:
+            mismatch = belonging.find_mismatch(connection, row)
+            notes = {} if mismatch is not None else belonging.notes(connection, row)
+        if mismatch is not None:
+            return self._refuse(mismatch)
+        code = self.consumer.fingerprint if self.consumer.kind == "projection" else ""
+        leased = self.lock.leased
+        claimed = self.consumer.checkpoint.claim(lease=leased, fingerprint=code, notes=notes, abandoned=abandoned)
+        if claimed is not None:
+            self._told, self._looked = None, time.monotonic()
+        return claimed
+
+    def _begin(self, belonging: Belonging) -> CheckpointRow | Mismatch | None:
+        checkpoint = self.consumer.checkpoint
+        with self.consumer.application.engine.connect() as connection:
+            mismatch = belonging.find_orphan(connection)
+        if mismatch is not None:
+            return self._refuse(mismatch)
+        checkpoint.ensure(self.consumer.start())
+        made = checkpoint.read()
+        return None if made is None else self.take(made)
+
+    def look(self, row: CheckpointRow) -> None:
+        """Look, every few seconds, whether all still fits while the runner has nothing to do, and note the tables.
+
+        :raises FencedError: when it does not; the next turn says what.
+        """
+        if time.monotonic() < self._looked + LOOK_EVERY:
+            return
+        self._looked = time.monotonic()
+        belonging = Belonging(self.consumer)
+        with self.consumer.application.engine.connect() as connection:
+            if belonging.find_mismatch(connection, row) is not None:
+                raise FencedError
+            tables = belonging.note_tables(connection, row)
+        if tables not in (None, row.tables_id):
+            self.consumer.checkpoint.note(row, tables_id=tables)
+
+    def _refuse(self, mismatch: Mismatch) -> Mismatch:
+        self.give_up()
+        if mismatch.text != self._told:
+            self._told = mismatch.text
+            logger.log(logging.WARNING if mismatch.state == OLD_CODE else logging.ERROR, "%s", mismatch.text)
+        return mismatch
+
+    def release(self, claimed: CheckpointRow) -> None:
+        """End the claim, and note the tables as they are left."""
+        try:
+            self._note(claimed)
+            self.consumer.checkpoint.release(claimed)
+        except FencedError:
+            logger.debug("%s: its claim was lost before it was released", self.consumer.name)
+        except Exception as error:
+            # What ended the run is more important, and another process that takes over does not need this.
+            if not is_outage(error):
+                raise
+            logger.debug("%s: its claim could not be released: %s", self.consumer.name, error)
+
+    def _note(self, claimed: CheckpointRow) -> None:
+        with self.consumer.application.engine.connect() as connection:
+            row = self.consumer.checkpoint.read(connection)
+            # Not over what was noted by others, or does not fit.
+            if row is None or row.token != claimed.token:
+                return
+            belonging = Belonging(self.consumer)
+            if belonging.find_mismatch(connection, row) is not None:
+                return
+            tables = belonging.note_tables(connection, row)
+        notes = dict(self.topics)
+        if tables not in (None, row.tables_id):
+            notes["tables_id"] = tables
+        if notes:
+            self.consumer.checkpoint.note(claimed, **notes)
+
+    def give_up(self) -> None:
+        """Give the lock back."""
+        self.lock.release()
+
+    def end(self) -> None:
+        """Give the lock back, unless it is the caller's."""
+        if self._owns_lock:
+            self.lock.release()

@@ -1,0 +1,92 @@
+"""Reads pages of a log for one consumer: the events that concern it, and those of which nobody knows what they are.
+
+Topics are filtered in the database only where all topics are known that the log has there. An event may have a topic of
+which nothing is imported yet, or of a class that was moved: what a topic concerns is known when it was resolved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification
+
+from .checkpoint import CheckpointRow
+from .consumers import Consumer
+from .definitions import MOST_TOPICS
+
+COLLECT_FROM = 2000
+"""How many positions there must be to read for their topics to be worth a look."""
+COLLECT_AT_ONCE = 200_000
+LONGEST_TOPICS = 15_000
+"""Characters of topics that a checkpoint keeps: the shortest column of text has 65,535 bytes."""
+NO_TOPIC = "-"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Events of a log, and the position up to which there are no more that concern the consumer."""
+
+    events: Sequence[Notification]
+    position: int
+    size: int
+    """How many were read for it."""
+    full: bool
+
+
+class LogPages:
+    """The pages of a consumer's log.
+
+    :param row: its checkpoint, or that of the live projection for a rebuild.
+    """
+
+    def __init__(self, consumer: Consumer, row: CheckpointRow) -> None:
+        self.consumer = consumer
+        self.topics = set(json.loads(row.topics)) if row.topics else set[str]()
+        self.known_to = row.topics_position or 0
+        self._saved = self.known_to
+
+    def read(self, after: int, limit: int, stop: int) -> Page:
+        """Read events after a position, up to another one."""
+        if stop - after >= COLLECT_FROM and stop > self.known_to:
+            self._collect(stop)
+        topics: Sequence[str] = ()
+        if after < self.known_to:
+            stop = min(stop, self.known_to)
+            topics = self._filter()
+        read = self.consumer.application.read_log(after, limit, stop, topics)
+        full = len(read) == limit
+        position = read[-1].id if full else stop
+        if after == self.known_to:
+            self.topics.update(each.topic for each in read)
+            self.known_to = position
+        concerns = self.consumer.handlers.concerns
+        return Page([each for each in read if concerns(each.topic)], position, len(read), full)
+
+    def notes(self) -> dict[str, object]:
+        """Return what the checkpoint is to keep of the topics, if there is something new."""
+        if self._saved == self.known_to:
+            return {}
+        self._saved = self.known_to
+        text = json.dumps(sorted(self.topics))
+        return {"topics": text, "topics_position": self.known_to} if len(text) <= LONGEST_TOPICS else {}
+
+    def _collect(self, stop: int) -> None:
+        """Find the topics of the rest of the log, in steps, as it may be long."""
+        c = self.consumer.application.recorder.events_table.table.c
+        while self.known_to < stop:
+            upto = min(stop, self.known_to + COLLECT_AT_ONCE)
+            query = sa.select(c.topic).where(c.notification_id > self.known_to, c.notification_id <= upto).distinct()
+            with self.consumer.application.engine.connect() as connection:
+                self.topics.update(connection.scalars(query))
+            self.known_to = upto
+
+    def _filter(self) -> Sequence[str]:
+        """The topics to ask for; none, for no filter, where one is not resolved or they are too many."""
+        handlers = self.consumer.handlers
+        if any(handlers.resolve(topic) is None for topic in self.topics):
+            return ()
+        wanted = [topic for topic in self.topics if handlers.concerns(topic)]
+        return (wanted or [NO_TOPIC]) if len(wanted) <= MOST_TOPICS else ()

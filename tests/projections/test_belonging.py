@@ -1,0 +1,632 @@
+"""A checkpoint knows the log, the tables and the code that it belongs to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing import utils
+from sqlalchemy import orm
+
+from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError
+from flask_eventsourcing.persistence.dialects.locks import utc_now
+from flask_eventsourcing.projections import ModelProjection, claims, on, pages, reaction, upkeep
+from flask_eventsourcing.projections.checkpoint import CheckpointRow
+from flask_eventsourcing.projections.fingerprints import fingerprint_of, note_sources
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.runners import Runner
+from tests.domain import Account
+from tests.projections.conftest import MakeDesk
+from tests.projections.desk import Created, Deposited, Desk, until
+
+on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
+OTHER = "0" * 64
+
+
+def events(desk: Desk) -> sa.Table:
+    """Return the table of the log."""
+    table: sa.Table = desk.es.StoredEvent.__table__
+    return table
+
+
+def execute(desk: Desk, *statements: Any) -> None:
+    """Do something to the database behind the package's back."""
+    with desk.any_consumer().application.engine.begin() as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement) if isinstance(statement, str) else statement)
+
+
+def restore_log(desk: Desk, end: int) -> None:
+    """Set the log, and nothing else, back to an earlier point."""
+    table = events(desk)
+    execute(desk, sa.delete(table).where(table.c.notification_id > end))
+    statements = {
+        "postgresql": f"SELECT setval(pg_get_serial_sequence('bank_events', 'notification_id'), {end})",
+        "sqlite": f"UPDATE sqlite_sequence SET seq = {end} WHERE name = 'bank_events'",
+    }
+    name = desk.any_consumer().application.engine.dialect.name
+    execute(desk, statements.get(name, f"ALTER TABLE bank_events AUTO_INCREMENT = {end + 1}"))
+
+
+def make_again(desk: Desk) -> None:
+    """Drop the table of the read model, and make it again."""
+    engine = desk.consumer().application.engine
+    table = desk.Balance.__table__
+    table.drop(engine)
+    # A database may tell tables by the second in which they were made.
+    time.sleep(1.1)
+    table.create(engine)
+
+
+def refused(desk: Desk, state: str, name: str = "Balances", position: int = 1) -> None:
+    """Check that everybody is told the same."""
+    status = desk.status(name)
+    assert status.state == state
+    assert status.problem
+    with desk.app.app_context():
+        assert not desk.es.health().ok
+    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+    assert done.exit_code == 1
+    assert status.problem in done.output
+    assert desk.app.test_cli_runner().invoke(args=["eventsourcing", "status", "--check"]).exit_code == 1
+    (error,) = desk.run_once(name)
+    assert isinstance(error, CheckpointMismatchError)
+    assert str(error) == status.problem
+    if name == "Balances":
+        with desk.app.app_context(), pytest.raises(CheckpointMismatchError):
+            desk.es.wait_for(name, position, timeout=5)
+
+
+def command(desk: Desk, *arguments: str) -> str:
+    """Call a command that succeeds."""
+    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def rebuild(desk: Desk) -> None:
+    """Rebuild to the end."""
+    assert Rebuild(desk.consumer()).run() is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- the log
+
+
+def test_a_checkpoint_ahead_of_its_log_is_a_named_state(desk: Desk) -> None:
+    """After a restore of the log alone nobody says "lag 0": run, status, check, health and wait_for name the state."""
+    desk.balances()
+    account_id = desk.open(1, 2, 3, 4)
+    assert not desk.run_once()
+    restore_log(desk, 3)
+    desk.deposit(account_id, 10)
+    refused(desk, "ahead of its log", position=4)
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 13}
+    assert desk.status().state == "stopped"
+    desk.deposit(account_id, 1)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 14}
+
+
+def test_another_event_at_the_position_is_a_named_state(desk: Desk) -> None:
+    """A restored log that has grown beyond the checkpoint has other events there, and that is seen."""
+    desk.balances()
+    account_id = desk.open(1, 2)
+    assert not desk.run_once()
+    restore_log(desk, 1)
+    other = desk.open(5, 6, 7)
+    refused(desk, "another log")
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 0, other: 18}
+
+
+def test_an_event_that_the_projection_does_not_handle_tells_the_log_too(desk: Desk) -> None:
+    """What is noted is the event at the position, also where the projection has no handler for it."""
+
+    class Openings(ModelProjection):
+        models = (desk.Balance,)
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            session.add(desk.Balance(account_id=event.originator_id, amount=0))
+
+    desk.register(Openings)
+    desk.open(1)
+    assert not desk.run_once()
+    assert desk.row("Openings").position == 2
+    restore_log(desk, 1)
+    desk.open(1, 2)
+    assert desk.status("Openings").state == "another log"
+
+
+def test_a_missing_event_is_no_alarm(desk: Desk) -> None:
+    """An event that was archived or erased stops nobody while the log goes beyond it."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    desk.deposit(account_id, 2)
+    table = events(desk)
+    execute(desk, sa.delete(table).where(table.c.notification_id == 2))
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 3}
+    assert desk.status().problem is None
+
+
+def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
+    """A log has an identity, made with its tables, so that another log is seen even where it is longer."""
+    desk.balances()
+    desk.open(1)
+    assert not desk.run_once()
+    engine = desk.consumer().application.engine
+    tables = [events(desk), desk.es.Tracking.__table__]
+    for table in tables:
+        table.drop(engine)
+        table.create(engine)
+    desk.open(5, 6)
+    refused(desk, "another log")
+    assert "goes on" in command(desk, "projections", "accept", "Balances")
+    assert desk.status().state == "stopped"
+    assert desk.row().position == 3
+
+
+def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
+    """A command gives a clone's log an identity of its own, and its checkpoints fit it all the same."""
+    desk.reacting()
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    before = desk.consumer().application.log_identity()
+    assert "identity" in command(desk, "new-identity")
+    assert desk.consumer().application.log_identity() != before
+    desk.deposit(account_id, 1)
+    assert not desk.run_once()
+    first, second = (key.split("/")[2] for _, _, key in desk.calls)
+    assert first != second
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:
+    """A read model whose table was dropped and made again lacks its rows; a rebuild makes them."""
+    desk.balances()
+    account_id = desk.open(1, 2)
+    assert not desk.run_once()
+    make_again(desk)
+    refused(desk, "tables made again")
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 3}
+    assert desk.status().state == "stopped"
+    assert not desk.run_once()
+
+
+def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:
+    """A model that a projection has from now on has no rows of the events that it dealt with."""
+    first = desk.balances()
+    desk.open(1)
+    assert not desk.run_once()
+    first.models = (desk.Balance, desk.Seen)
+    with desk.app.app_context():
+        desk.db.create_all()
+    vars(desk.consumer()).pop("tables", None)
+    refused(desk, "tables made again")
+    command(desk, "projections", "accept", "Balances")
+    assert not desk.run_once()
+    assert desk.status().problem is None
+
+
+def test_tables_that_were_altered_or_restored_with_all_others_are_as_they_were(desk: Desk) -> None:
+    """A migration, and an empty table that lacks nothing, are no alarm."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    execute(desk, "ALTER TABLE balance ADD COLUMN note VARCHAR(10)", "CREATE TABLE elsewhere (id INTEGER)")
+    try:
+        desk.deposit(account_id, 2)
+        assert not desk.run_once()
+        assert desk.amounts() == {account_id: 3}
+    finally:
+        execute(desk, "DROP TABLE elsewhere")
+
+
+def test_an_idle_worker_sees_that_its_tables_were_made_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has nothing to do looks all the same, and halts."""
+    monkeypatch.setattr(claims, "LOOK_EVERY", 0.1)
+    desk.balances()
+    desk.open(1, 2)
+    runner = Runner(desk.consumer(), threading.Event())
+    with started(runner):
+        until(lambda: json.loads(desk.row().tables_id or "{}").get("applied") == 3)
+        make_again(desk)
+        until(lambda: runner.progress.state == "halted")
+    assert isinstance(runner.progress.halted, CheckpointMismatchError)
+
+
+# ----------------------------------------------------------------------------------------------------------------- code
+
+
+def started(runner: Runner) -> Any:
+    """Run a runner in a thread, within the block."""
+    return Started(runner)
+
+
+class Started:
+    """A thread that runs a runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.runner.run()
+        except CheckpointMismatchError:
+            logging.getLogger(__name__).debug("halted")
+
+    def __enter__(self) -> Runner:
+        self.thread.start()
+        return self.runner
+
+    def __exit__(self, *_: object) -> None:
+        self.runner.stop.set()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def with_code(desk: Desk, fingerprint: str) -> Any:
+    """Return the consumer as a process with other code has it."""
+    consumer = desk.consumer()
+    vars(consumer)["fingerprint"] = fingerprint
+    return consumer
+
+
+def rebuild_by(desk: Desk, fingerprint: str) -> None:
+    """Rebuild as a process with other code does."""
+    building = Rebuild(with_code(desk, fingerprint))
+    vars(building.live)["fingerprint"] = fingerprint
+    assert building.run() is not None
+
+
+def test_old_code_stands_by_after_a_rebuild(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker whose code ran before a rebuild by other code leaves the new tables alone, and says so."""
+    desk.balances()
+    account_id = desk.open(1)
+    old = Runner(desk.consumer(), threading.Event())
+    with caplog.at_level(logging.WARNING), started(old):
+        until(lambda: desk.position() == 2 and old.progress.state == "up to date")
+        rebuild_by(desk, OTHER)
+        until(lambda: old.progress.state == "standing by")
+        new = Runner(with_code(desk, OTHER), threading.Event())
+        with started(new):
+            until(lambda: new.progress.state == "up to date")
+            desk.deposit(account_id, 5)
+            until(lambda: desk.position() == 3)
+            assert new.progress.events == 1
+            assert desk.row().is_run_by(OTHER)
+    assert "old code" in caplog.text
+    assert desk.status().state == "old code"
+    (error,) = desk.run_once("Balances")
+    assert "projections accept Balances" in str(error)
+    command(desk, "projections", "accept", "Balances")
+    assert not desk.run_once()
+    assert desk.status().code_changed
+
+
+def test_new_code_without_a_rebuild_goes_on(desk: Desk) -> None:
+    """Deploying new code does not stop a projection; the status shows that the code has changed."""
+    desk.balances()
+    account_id = desk.open(1)
+    Runner(with_code(desk, OTHER), threading.Event()).run(once=True)
+    assert desk.row().fingerprint == OTHER
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 3}
+    assert desk.status().code_changed
+    assert "code has changed" in command(desk, "status")
+    rebuild(desk)
+    assert not desk.status().code_changed
+    # Both of them ran, and only the last one is not old now.
+    rebuild_by(desk, "1" * 64)
+    assert set((desk.row().earlier_fingerprints or "").split()) == {OTHER, desk.consumer().fingerprint}
+
+
+def test_a_rebuild_beside_an_idle_worker_gives_the_claim_back(desk: Desk) -> None:
+    """A worker that has nothing to do goes on after a rebuild, and the status says that it runs."""
+    desk.balances()
+    account_id = desk.open(1)
+    with desk.running():
+        until(lambda: desk.position() == 2)
+        rebuild(desk)
+        assert desk.status().state == "running"
+        desk.deposit(account_id, 5)
+        until(lambda: desk.position() == 3)
+    assert desk.amounts() == {account_id: 6}
+
+
+MODULE = '''
+from flask_eventsourcing.projections import ModelProjection, on
+from {base} import Base
+
+
+class Balances(Base, ModelProjection):
+    """Balances."""
+
+    @on(dict)
+    def opened(self, event, session):
+        # {comment}
+        return event{operator}1
+'''
+BASE = """
+class Base:
+    FACTOR = {factor}
+"""
+
+
+@pytest.fixture
+def fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Returns the fingerprint of a projection in modules of its own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    made: list[str] = ["belonging_projection", "belonging_base"]
+
+    def make(comment: str = "one", operator: str = "+", factor: int = 1) -> str:
+        for name in made:
+            sys.modules.pop(name, None)
+        (tmp_path / "belonging_base.py").write_text(BASE.format(factor=factor))
+        text = MODULE.format(base="belonging_base", comment=comment, operator=operator)
+        (tmp_path / "belonging_projection.py").write_text(text)
+        importlib.invalidate_caches()
+        cls = importlib.import_module("belonging_projection").Balances
+        note_sources(cls)
+        return fingerprint_of(cls, cls.handlers.functions.values())
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+def test_a_fingerprint_changes_with_the_code_and_not_with_comments(fingerprint: Callable[..., str]) -> None:
+    """Comments, docstrings and blank lines change nothing; the handlers and the bases do."""
+    first = fingerprint()
+    assert fingerprint(comment="another\n\n\n") == first
+    assert fingerprint(operator=" + ") == first
+    assert fingerprint(operator="-") != first
+    assert fingerprint(factor=2) != first
+
+
+def test_a_fingerprint_is_that_of_the_source_when_the_class_was_registered(
+    fingerprint: Callable[..., str], tmp_path: Path
+) -> None:
+    """A deployment that replaces the files under a running process does not change what that process is."""
+    first = fingerprint()
+    cls = sys.modules["belonging_projection"].Balances
+    (tmp_path / "belonging_base.py").write_text(BASE.format(factor=7))
+    assert fingerprint_of(cls, cls.handlers.functions.values()) == first
+
+
+def test_a_fingerprint_without_source_is_made_of_code_objects() -> None:
+    """Where there is no source, what the functions do still tells one release from another."""
+
+    def make(text: str) -> str:
+        namespace: dict[str, Any] = {"__name__": "no_such_module"}
+        exec(textwrap.dedent(text), namespace)  # noqa: S102
+        cls = namespace["Thing"]
+        return fingerprint_of(cls, [cls.handle])
+
+    first = make("class Thing:\n    def handle(self): return 1 if self in {'a', 'b'} else 2")
+    assert make("class Thing:\n\n    # more\n    def handle(self): return 1 if self in {'a', 'b'} else 2") == first
+    assert make("class Thing:\n    def handle(self): return 1 if self in {'a', 'c'} else 2") != first
+    assert make("class Thing:\n    def handle(self): return 1 if self in {'a', 'b'} else 3") != first
+
+
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
+    """It depends on nothing but the source: not on hashes, nor on the order of imports."""
+    text = (
+        "from flask_eventsourcing.projections.fingerprints import fingerprint_of; from tests.domain import Account; "
+        "print(fingerprint_of(Account, []))"
+    )
+    done = []
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+        run = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=True)
+        done.append(run.stdout.strip())
+    assert done == [fingerprint_of(Account, [])] * 2
+
+
+# --------------------------------------------------------------------------------------------------------------- topics
+
+
+def move_topic(desk: Desk, topic: str) -> None:
+    """Let the deposits have another topic, as those of a class that was moved."""
+    table = events(desk)
+    deposited = table.c.topic == utils.get_topic(Deposited)
+    execute(desk, sa.update(table).where(deposited).values(topic=topic))
+
+
+@pytest.mark.parametrize("collect_from", [0, 2000])
+def test_an_event_whose_class_is_gone_halts(desk: Desk, monkeypatch: pytest.MonkeyPatch, collect_from: int) -> None:
+    """An event of a class that was renamed is not passed over in silence: the projection halts, naming the topic."""
+    monkeypatch.setattr(pages, "COLLECT_FROM", collect_from)
+    desk.balances(retries=0)
+    account_id = desk.open(1, 2)
+    move_topic(desk, "tests.no_such_module:Konto.Deposited")
+    (error,) = desk.run_once("Balances")
+    assert "tests.no_such_module:Konto" in str(error)
+    assert "register_topic" in str(error)
+    assert desk.position() == 1
+    utils.register_topic("tests.no_such_module:Konto", Account)
+    try:
+        desk.consumer().checkpoint.resume()
+        assert not desk.run_once()
+        assert desk.amounts() == {account_id: 3}
+    finally:
+        del utils._topic_cache["tests.no_such_module:Konto"]
+        utils._topic_cache.pop("tests.no_such_module:Konto.Deposited", None)
+
+
+@on_sqlite
+@pytest.mark.parametrize("collect_from", [0, 2000])
+def test_a_class_that_is_imported_by_its_topic_is_handled(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, collect_from: int
+) -> None:
+    """An event is handled whose class no module has imported yet; a rebuild handles it too."""
+    monkeypatch.setattr(pages, "COLLECT_FROM", collect_from)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "belonging_late.py").write_text(
+        "from tests.domain import Account\n\n"
+        "class Late(Account):\n    class Deposited(Account.Deposited):\n        pass\n"
+    )
+    desk.balances()
+    account_id = desk.open(1, 2)
+    move_topic(desk, "belonging_late:Late.Deposited")
+    try:
+        assert not desk.run_once()
+        assert desk.amounts() == {account_id: 3}
+        rebuild(desk)
+        assert desk.amounts() == {account_id: 3}
+    finally:
+        sys.modules.pop("belonging_late", None)
+
+
+def test_known_topics_are_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The topics of a log are kept with the position up to which they were collected, so that nobody looks twice."""
+    monkeypatch.setattr(pages, "COLLECT_FROM", 3)
+    desk.balances()
+    desk.open(1, 2, 3, 4)
+    assert not desk.run_once()
+    row = desk.row()
+    assert set(json.loads(row.topics or "")) == {utils.get_topic(Created), utils.get_topic(Deposited)}
+    assert row.topics_position == row.position == 5
+
+
+# ------------------------------------------------------------------------------------------------------- names and keys
+
+
+def rename_row(desk: Desk, old: str, new: str) -> None:
+    """Have a checkpoint as if the projection had had another name."""
+    table = desk.any_consumer().application.models.tables["projections"]
+    execute(desk, sa.update(table).where(table.c.name == old).values(name=new))
+
+
+def test_reactions_do_not_begin_again_beside_an_orphan(desk: Desk) -> None:
+    """Reactions of a renamed projection send nothing a second time; a command gives them their position."""
+    desk.reacting()
+    account_id = desk.open(1, 2)
+    assert not desk.run_once()
+    rename_row(desk, "Reacting:reactions", "Former:reactions")
+    refused(desk, "beside an orphan", "Reacting:reactions")
+    assert len(desk.calls) == 2
+    assert "not registered" in command(desk, "projections", "list")
+    listed = json.loads(command(desk, "projections", "list", "--json"))
+    assert [entry["name"] for entry in listed if entry["orphan"]] == ["Former:reactions"]
+    command(desk, "projections", "rename", "Former", "Reacting")
+    desk.deposit(account_id, 3)
+    assert not desk.run_once()
+    assert [version for _, version, _ in desk.calls] == [2, 3, 4]
+
+
+def test_what_is_not_registered_can_be_forgotten(desk: Desk) -> None:
+    """Checkpoints of a projection that is no more are deleted by a command; those of a registered one are not."""
+    desk.reacting()
+    desk.open(1)
+    assert not desk.run_once()
+    rename_row(desk, "Reacting:reactions", "Former:reactions")
+    application = desk.any_consumer().application
+    with pytest.raises(CheckpointError, match="registered"):
+        upkeep.forget(application, "Reacting")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        upkeep.forget(application, "Nobody")
+    assert "Forgot Former:reactions" in command(desk, "projections", "forget", "Former", "--yes")
+    assert not desk.run_once()
+    assert len(desk.calls) == 2
+
+
+def test_a_projection_with_a_checkpoint_of_its_own_takes_no_other(desk: Desk) -> None:
+    """Renaming does not throw a position away, nor takes one from a running worker."""
+    desk.balances()
+    desk.reacting()
+    desk.open(1)
+    assert not desk.run_once()
+    application = desk.consumer().application
+    with pytest.raises(CheckpointError, match="of its own"):
+        upkeep.rename(application, "Reacting", "Balances")
+    with desk.running("Balances"):
+        until(lambda: desk.status().state == "running")
+        with pytest.raises(CheckpointError, match="is run by"):
+            upkeep.rename(application, "Balances", "Other")
+
+
+def test_a_key_names_the_event(desk: Desk) -> None:
+    """After a restore of the log, another event at the same position has another key."""
+    desk.reacting()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    restore_log(desk, 1)
+    command(desk, "projections", "accept", "Reacting:reactions")
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    (_, first_version, first), (_, version, second) = desk.calls
+    assert first_version == version == 2
+    assert first != second
+    assert first.split("/")[:-1] == second.split("/")[:-1]
+
+
+# ------------------------------------------------------------------------------------------------------------ the claim
+
+
+def test_a_row_that_was_set_back_is_seen_by_an_idle_worker(desk: Desk) -> None:
+    """After a restore in place a worker that waits for events applies those again that the restore has taken away."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    table = desk.consumer().checkpoint.table
+    with desk.consumer().application.engine.connect() as connection:
+        before = connection.execute(sa.select(table)).mappings().one()
+    desk.deposit(account_id, 5)
+    with desk.running():
+        until(lambda: desk.position() == 3)
+        execute(desk, sa.update(table).values(**dict(before)), sa.update(desk.Balance.__table__).values(amount=1))
+        until(lambda: desk.amounts() == {account_id: 6})
+
+
+@on_sqlite
+def test_a_lease_of_a_wrong_clock_is_taken_over(new_desk: MakeDesk) -> None:
+    """A lease that is not renewed is taken over within seconds, though a wrong clock has put its end an hour ahead."""
+    desk = new_desk(EVENTSOURCING_PROJECTION_LOCK="lease")
+    desk.balances()
+    account_id = desk.open(1)
+    checkpoint = desk.consumer().checkpoint
+    checkpoint.ensure()
+    claimed = checkpoint.claim(lease=True)
+    assert isinstance(claimed, CheckpointRow)
+    checkpoint.note(claimed, leased_until=utc_now() + timedelta(hours=1))
+    assert desk.status().state == "stopped"
+    with desk.running():
+        until(lambda: desk.amounts() == {account_id: 1})
+
+
+def test_reactions_of_one_name(desk: Desk) -> None:
+    """Keys of two projections for one event are different."""
+    desk.reacting()
+
+    class Mailing(ModelProjection):
+        @reaction(Deposited)
+        def mail(self, event: Any, key: str) -> None:
+            desk.calls.append((event.originator_id, event.originator_version, key))
+
+    desk.register(Mailing)
+    desk.open(1)
+    assert not desk.run_once()
+    assert len({key for _, _, key in desk.calls}) == 2
