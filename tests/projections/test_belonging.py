@@ -248,6 +248,7 @@ def test_an_idle_worker_sees_that_its_tables_were_made_again(desk: Desk, monkeyp
     desk.open(1, 2)
     runner = Runner(desk.consumer(), threading.Event())
     with started(runner):
+        until(lambda: desk.position() == 3)
         until(lambda: json.loads(desk.row().tables_id or "{}").get("applied") == 3)
         make_again(desk)
         until(lambda: runner.progress.state == "halted")
