@@ -99,19 +99,15 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         mismatch = None if inline else _mismatch(belonging, connection, found)
     if mismatch is None and not running and not inline:
         mismatch = belonging.find_old_code(row)
-    state = "inline" if inline else "halted" if row.state == HALTED else "running" if running else "stopped"
-    if mismatch is not None:
-        state = mismatch.state
     return ProjectionStatus(
         name=consumer.name,
         application=consumer.application.name,
-        state=state,
+        state=mismatch.state if mismatch is not None else _state(row, inline=inline, running=running),
         position=position,
         head=mark,
         lag_events=sum(topics.values()),
         lag_seconds=_age(consumer, position, mark, list(topics)) if topics else 0.0,
-        runner=row.runner if running else None,
-        since=_aware(row.running_since) if running else None,
+        **_runner(row, running=running),
         error=row.error,
         failed_position=row.failed_position,
         dead_letters=failed,
@@ -119,6 +115,14 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         problem=None if mismatch is None else mismatch.text,
         code_changed=belonging.has_changed_code(row),
     )
+
+
+def _state(row: CheckpointRow, *, inline: bool, running: bool) -> str:
+    return "inline" if inline else "halted" if row.state == HALTED else "running" if running else "stopped"
+
+
+def _runner(row: CheckpointRow, *, running: bool) -> dict[str, Any]:
+    return {"runner": row.runner if running else None, "since": _aware(row.running_since) if running else None}
 
 
 def _mismatch(belonging: Belonging, connection: Connection, row: CheckpointRow | None) -> Mismatch | None:
