@@ -79,7 +79,7 @@ class Belonging:
             return None
         names = connection.scalars(sa.select(self.consumer.checkpoint.table.c.name)).all()
         orphans = [n for n in names if n.endswith(SUFFIXES["reactions"]) and self.consumer.application.is_orphan(n)]
-        if not orphans or not self.consumer.application.high_water_mark():
+        if not orphans or not self.consumer.application.last_position(connection):
             return None
         old = orphans[0].removesuffix(SUFFIXES["reactions"])
         return Mismatch(
@@ -113,7 +113,7 @@ class Belonging:
                 f"{self.name} has applied another event at position {row.position} than the log has there. "
                 f"{self._remedy('was restored to an earlier point')}",
             )
-        end = self.consumer.application.high_water_mark()
+        end = self.consumer.application.last_position(connection)
         if end >= row.position:
             return None
         return Mismatch(

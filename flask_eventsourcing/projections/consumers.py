@@ -98,6 +98,11 @@ class ProjectedApplication:
         """Read the log on a connection of its own."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False)
 
+    def last_position(self, connection: Connection) -> int:
+        """Return the high-water mark, read on a connection that there is: a pool may have no second one."""
+        dialect = self.recorder.dialect
+        return dialect.last_position(connection, dialect.located(connection, self.recorder.events_table)) or 0
+
     def high_water_mark(self) -> int:
         """Return the position up to which the log is complete, read on a connection of its own; 0 for an empty log."""
         return self.recorder.high_water_mark()

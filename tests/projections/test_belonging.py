@@ -50,14 +50,19 @@ def execute(desk: Desk, *statements: Any) -> None:
 
 def restore_log(desk: Desk, end: int) -> None:
     """Set the log, and nothing else, back to an earlier point."""
-    table = events(desk)
-    execute(desk, sa.delete(table).where(table.c.notification_id > end))
-    statements = {
+    name = desk.any_consumer().application.engine.dialect.name
+    again = {
         "postgresql": f"SELECT setval(pg_get_serial_sequence('bank_events', 'notification_id'), {end})",
         "sqlite": f"UPDATE sqlite_sequence SET seq = {end} WHERE name = 'bank_events'",
     }
-    name = desk.any_consumer().application.engine.dialect.name
-    execute(desk, statements.get(name, f"ALTER TABLE bank_events AUTO_INCREMENT = {end + 1}"))
+    execute(
+        desk,
+        f"CREATE TABLE dump AS SELECT * FROM bank_events WHERE notification_id <= {end}",
+        "TRUNCATE TABLE bank_events" if name in ("mysql", "mariadb") else "DELETE FROM bank_events",
+        "INSERT INTO bank_events SELECT * FROM dump",
+        "DROP TABLE dump",
+        *([again[name]] if name in again else []),
+    )
 
 
 def make_again(desk: Desk) -> None:
