@@ -22,6 +22,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
+from flask_eventsourcing.persistence.dialects.mysql import ORDER
 from flask_eventsourcing.projections import ModelProjection, claims, on, pages, reaction, upkeep
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.fingerprints import fingerprint_of, note_sources
@@ -54,14 +55,15 @@ def restore_log(desk: Desk, end: int) -> None:
     again = {
         "postgresql": f"SELECT setval(pg_get_serial_sequence('bank_events', 'notification_id'), {end})",
         "sqlite": f"UPDATE sqlite_sequence SET seq = {end} WHERE name = 'bank_events'",
+        "mysql": f"UPDATE bank_tracking SET notification_id = {end} WHERE application_name = '{ORDER}'",
     }
     execute(
         desk,
         f"CREATE TABLE dump AS SELECT * FROM bank_events WHERE notification_id <= {end}",
-        "TRUNCATE TABLE bank_events" if name in ("mysql", "mariadb") else "DELETE FROM bank_events",
+        "DELETE FROM bank_events",
         "INSERT INTO bank_events SELECT * FROM dump",
         "DROP TABLE dump",
-        *([again[name]] if name in again else []),
+        again["mysql" if name == "mariadb" else name],
     )
 
 
