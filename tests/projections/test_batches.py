@@ -254,7 +254,7 @@ class Case:
         with self.consumer.application.host.context():
             self.consumer.checkpoint.ensure()
             with self.consumer.application.engine.begin() as connection:
-                self.consumer.checkpoint.set_position(connection, events[0].id - 1, 0)
+                self.consumer.checkpoint.set_values(connection, position=events[0].id - 1, applied=0)
             claimed = self.consumer.checkpoint.claim(lease=False)
             assert claimed is not None
             applier = Applier(self.consumer)
