@@ -47,7 +47,10 @@ def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
     desk.deposit(account_id, 3)
     assert not desk.run_once()
     assert not desk.run_once()
-    assert desk.calls == [(account_id, version, f"Bank/Reacting/{version}") for version in (2, 3, 4)]
+    assert [call[:2] for call in desk.calls] == [(account_id, version) for version in (2, 3, 4)]
+    log = desk.any_consumer().application.log_identity()
+    for _, version, key in desk.calls:
+        assert key.startswith(f"Bank/Reacting/{log}/{account_id}/{version}/")
     assert len({key for _, _, key in desk.calls}) == 3
 
 
@@ -60,7 +63,8 @@ def test_a_kill_between_call_and_commit(desk: Desk) -> None:
     assert not desk.run_once()
     keys = [key for _, _, key in desk.calls]
     assert keys[0] == keys[1] or len(keys) == 2
-    assert set(desk.calls) == {(account_id, 2, "Bank/Reacting/2"), (account_id, 3, "Bank/Reacting/3")}
+    assert {call[:2] for call in desk.calls} == {(account_id, 2), (account_id, 3)}
+    assert len(set(keys)) == 2
 
 
 def test_reactions_come_after_the_models(desk: Desk) -> None:
@@ -195,4 +199,4 @@ def test_a_slow_reaction_keeps_its_lease(new_desk: MakeDesk, monkeypatch: pytest
     desk.open()
     with desk.running(), other.running():
         until(lambda: desk.position("Slow:reactions") == 1)
-    assert calls == ["Bank/Slow/1"]
+    assert len(calls) == 1
