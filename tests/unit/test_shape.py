@@ -65,8 +65,8 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 75 modules."""
-    assert len(MODULES) <= 75
+    """The package has at most 76 modules."""
+    assert len(MODULES) <= 76
 
 
 def test_no_two_modules_have_one_name() -> None:
