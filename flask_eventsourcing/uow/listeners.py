@@ -120,7 +120,9 @@ def _handle_error(context: ExceptionContext) -> None:
     if committing and context.is_disconnect:
         for unit in committing:
             unit.unknown()
-        raise CommitOutcomeUnknownError from context.original_exception
+        if context.sqlalchemy_exception is not None:
+            raise CommitOutcomeUnknownError from context.original_exception
+        # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
 
 
 def _before_statement(
