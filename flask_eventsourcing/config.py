@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -38,13 +40,28 @@ def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]
     return optional
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text has no character that ends a line, that a terminal obeys, or that no database takes.
+
+    These are control characters, separators of lines and paragraphs, and halves of surrogate pairs.
+    """
+    # Whatever is printable is plain; the rest is looked at one by one, as some of it is.
+    return text.isprintable() or not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in text)
+
+
 def _name(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "must be a non-empty string"
 
 
+def _identifier(value: Any) -> str | None:
+    problem = _name(value)
+    return problem or (None if is_plain(value) else "must be a name without control characters and line breaks")
+
+
 def _seconds(value: Any) -> str | None:
+    # Servers count milliseconds, and take 0 for "without end".
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return None if number and 0 < value < 86_400 else "must be a number of seconds above 0 and below 86,400"
+    return None if number and 0.001 <= value < 86_400 else "must be a number of seconds from 0.001 to below 86,400"
 
 
 def _boolean(value: Any) -> str | None:
@@ -57,7 +74,7 @@ def _environment(value: Any) -> str | None:
     items: list[tuple[Any, Any]] = list(value.items())
     for key, item in items:
         if not (isinstance(key, str) and isinstance(item, str)):
-            return f"must map strings to strings, but {key!r} is mapped to {item!r}"
+            return f"must map strings to strings, but {_named(key)} is mapped to a value of type {_type(item)}"
     return None
 
 
@@ -67,8 +84,20 @@ def _binds(value: Any) -> str | None:
     items: list[tuple[Any, Any]] = list(value.items())
     for name, bind_key in items:
         if _name(name) or _optional(_name)(bind_key):
-            return f"must map names of applications to bind keys or None, but {name!r} is mapped to {bind_key!r}"
+            return (
+                f"must map names of applications to bind keys or None, but {_named(name)} is mapped to a value of "
+                f"type {_type(bind_key)}"
+            )
     return None
+
+
+def _type(value: Any) -> str:
+    # Of a value that can be secret, such as a key of a cipher, not even a part is shown.
+    return type(value).__name__
+
+
+def _named(key: Any) -> str:
+    return repr(key) if isinstance(key, str) else f"a key of type {_type(key)}"
 
 
 def _current(key: str, value: Any) -> Any:
@@ -76,12 +105,26 @@ def _current(key: str, value: Any) -> Any:
     present = RENAMED.get((key, value)) if isinstance(value, str) else None
     if present is None:
         return value
-    warnings.warn(f"{key} = {value!r} is now called {present!r}.", DeprecationWarning, stacklevel=2)
+    message = f"{key} = {value!r} is now called {present!r}."
+    warnings.warn(message, DeprecationWarning, stacklevel=_depth_of_caller())
     return present
 
 
-def _checked(check: Callable[[Any], str | None]) -> dict[str, Any]:
-    return {"check": check}
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of the code outside of this package, whose value it is, for the calling function."""
+    package = __name__.partition(".")[0]
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _checked(check: Callable[[Any], str | None], *, shown: bool = False) -> dict[str, Any]:
+    """Return the metadata of a setting.
+
+    :param shown: whether a wrong value may be shown: it cannot be a secret that was put in the wrong place.
+    """
+    return {"check": check, "shown": shown}
 
 
 @dataclass(frozen=True)
@@ -92,22 +135,26 @@ class Config:
     ``docs/configuration.md`` documents them one by one.
     """
 
-    commit: CommitMode = field(default="explicit", metadata=_checked(_one_of("explicit", "request", "save")))
+    commit: CommitMode = field(
+        default="explicit", metadata=_checked(_one_of("explicit", "request", "save"), shown=True)
+    )
     env: Mapping[str, str] = field(default_factory=dict, metadata=_checked(_environment))
     bind_key: str | None = field(default=None, metadata=_checked(_optional(_name)))
     binds: Mapping[str, str | None] = field(default_factory=dict, metadata=_checked(_binds))
-    schema: str | None = field(default=None, metadata=_checked(_optional(_name)))
-    construct: Construct = field(default="first-use", metadata=_checked(_one_of("first-use", "init")))
+    schema: str | None = field(default=None, metadata=_checked(_optional(_identifier)))
+    construct: Construct = field(default="first-use", metadata=_checked(_one_of("first-use", "init"), shown=True))
     originator_id_type: OriginatorIdType | None = field(
-        default=None, metadata=_checked(_optional(_one_of("uuid", "text")))
+        default=None, metadata=_checked(_optional(_one_of("uuid", "text")), shown=True)
     )
-    lock_timeout: float = field(default=30.0, metadata=_checked(_seconds))
+    lock_timeout: float = field(default=30.0, metadata=_checked(_seconds, shown=True))
     postgres_order: PostgresOrder = field(
-        default="advisory-lock", metadata=_checked(_one_of("advisory-lock", "table-lock"))
+        default="advisory-lock", metadata=_checked(_one_of("advisory-lock", "table-lock"), shown=True)
     )
-    postgres_notify: bool = field(default=True, metadata=_checked(_boolean))
-    sqlite_wal: bool = field(default=True, metadata=_checked(_boolean))
-    projection_lock: ProjectionLock = field(default="database", metadata=_checked(_one_of("database", "lease")))
+    postgres_notify: bool = field(default=True, metadata=_checked(_boolean, shown=True))
+    sqlite_wal: bool = field(default=True, metadata=_checked(_boolean, shown=True))
+    projection_lock: ProjectionLock = field(
+        default="database", metadata=_checked(_one_of("database", "lease"), shown=True)
+    )
 
     def bind_key_of(self, application_name: str) -> str | None:
         """Return the bind key of the database that has an application's events."""
@@ -132,9 +179,26 @@ class Config:
                     f"did you mean {PREFIX}{close[0]}?" if close else f"the known keys are {', '.join(sorted(known))}"
                 )
                 raise ConfigurationError(f"Unknown configuration key {key}: {hint}")
-            value = _current(key, given)
-            problem = known[key].metadata["check"](value)
-            if problem:
-                raise ConfigurationError(f"{key} {problem}; found {value!r}.")
+            value = checked(known[key].name, given, key)
             values[known[key].name] = dict(value) if isinstance(value, Mapping) else value
         return cls(**values)
+
+
+_FIELDS = {item.name: item for item in fields(Config)}
+
+
+def checked(name: str, given: Any, shown_as: str) -> Any:
+    """Return the value of a setting, by its present name if it had another one.
+
+    :param name: of the attribute of :class:`Config`.
+    :param shown_as: how messages name the setting.
+    :raises ConfigurationError: when it is of no use.
+    """
+    value = _current(f"{PREFIX}{name.upper()}", given)
+    metadata = _FIELDS[name].metadata
+    problem = metadata["check"](value)
+    if problem:
+        plain = value is None or isinstance(value, str | int | float)
+        found = repr(value) if metadata["shown"] and plain else f"a value of type {_type(value)}"
+        raise ConfigurationError(f"{shown_as} {problem}; found {found}.")
+    return value

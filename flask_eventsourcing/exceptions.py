@@ -71,6 +71,14 @@ class IdentifierTypeError(FlaskEventSourcingError, TypeError):
     """The id of an aggregate is of another type than those of the application's tables: UUID or text."""
 
 
+class EventValueError(FlaskEventSourcingError, ValueError):
+    """An event has a value that not every database can store and give back as it was."""
+
+
+class UnreadableEventError(FlaskEventSourcingError, persistence.DataError):
+    """A row of an events table cannot be read: others have written it past this package."""
+
+
 class ConstraintError(FlaskEventSourcingError, persistence.DatabaseError):
     """A constraint of an events table that is no key of its events, such as a CHECK of your own, refused an event."""
 

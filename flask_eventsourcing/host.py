@@ -20,7 +20,7 @@ from eventsourcing.persistence import Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from .applications import construct
+from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
 from .models import Models
@@ -104,7 +104,7 @@ class PlainHost:
         them.
     :param options: what there is to say about the database.
     :param env: what the library reads from the environment of an application.
-    :raises ConfigurationError: when the session has no engine, or its database is not supported.
+    :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.
     """
 
     def __init__(
@@ -116,9 +116,12 @@ class PlainHost:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._factory = session
+        check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
         self._thread = threading.local()
+        for each in models.values():
+            plain.dialect.check_names(each.tables.values())
         self._current: ContextVar[list[orm.Session] | None] = ContextVar("current session", default=None)
         arguments = {"clause": _events_table(models)}
         self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._scope)

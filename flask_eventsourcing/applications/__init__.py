@@ -33,15 +33,17 @@ from eventsourcing.system import (
 )
 
 from .._patches import application_method, leader_lead, repository_cache, repository_class
-from ..persistence import Datastore, Factory, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
+from ..persistence import Datastore, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
 from ..persistence.dialects.event_tables import EventTable
 from ..uow import UnitOfWork
+from .library_env import check_environment, environment
 from .stale import Saves, UsingSession, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
 
 __all__ = [
     "CheckedRepository",
     "CommittedCache",
     "CommittedReceiver",
+    "check_environment",
     "construct",
     "environment",
     "install_cache",
@@ -56,22 +58,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.25
 """Seconds between two looks whether an event can be read in the log, at most."""
-
-
-def environment(datastore: Datastore, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
-    """Return the environment with which an application, or one of the library's own runners, uses a datastore.
-
-    :param env: what the user has configured.
-    :param application_name: of the one application that it is for.
-    """
-    ours = {
-        Factory.PERSISTENCE_MODULE: "flask_eventsourcing.persistence",
-        Factory.DATASTORE: datastore.token,
-    }
-    if application_name is not None:
-        # A variable with the application's name in front, set in the process's environment, would win otherwise.
-        ours |= {f"{application_name.upper()}_{key}": value for key, value in ours.items()}
-    return {**env, **ours}
 
 
 def construct(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .datastore import Datastore, JoinedUnit
 from .dialects import Dialect, DialectOptions
+from .factory import DCBFactory
 from .factory import SQLAlchemyFactory as Factory
 from .recorders import (
     SQLAlchemyAggregateRecorder,
@@ -16,6 +17,7 @@ from .recorders import (
 )
 
 __all__ = [
+    "DCBFactory",
     "Datastore",
     "Dialect",
     "DialectOptions",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
+from eventsourcing.dcb.persistence import DCBInfrastructureFactory
 from eventsourcing.persistence import (
     AggregateRecorder,
     ApplicationRecorder,
@@ -17,7 +18,7 @@ from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
 from sqlalchemy import orm
 
 from .datastore import Datastore, Tables, find_datastore
-from .dialects import is_in_memory
+from .dialects import is_in_memory, readable_address_errors
 from .recorders import (
     SQLAlchemyAggregateRecorder,
     SQLAlchemyApplicationRecorder,
@@ -73,14 +74,10 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         return datastore
 
     def _open(self) -> Datastore:
+        keys = " or ".join(self.env.create_keys(self.SQLALCHEMY_DATABASE_URI))
         url = self.env.get(self.SQLALCHEMY_DATABASE_URI)
         if not url:
-            keys = " or ".join(self.env.create_keys(self.SQLALCHEMY_DATABASE_URI))
             raise InfrastructureFactoryError(f"No database: set the environment variable {keys}.")
-        options: dict[str, Any] = {}
-        if is_in_memory(sa.make_url(url)):
-            # All threads are to share the one connection, which is the database.
-            options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
         id_type = self.env.get(self.ORIGINATOR_ID_TYPE, "uuid").lower()
         if id_type not in ("uuid", "text"):
             raise InfrastructureFactoryError(f"{self.ORIGINATOR_ID_TYPE} must be 'uuid' or 'text'; found {id_type!r}.")
@@ -89,7 +86,13 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         models = make_models(
             base, self.env.name, originator_id_type="text" if id_type == "text" else "uuid", schema=schema
         )
-        return Datastore(sa.create_engine(url, **options), tables=lambda _: models.tables)
+        with readable_address_errors(keys, InfrastructureFactoryError):
+            options: dict[str, Any] = {}
+            if is_in_memory(sa.make_url(url)):
+                # All threads are to share the one connection, which is the database.
+                options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
+            engine = sa.create_engine(url, **options)
+        return Datastore(engine, tables=lambda _: models.tables)
 
     @cached_property
     def tables(self) -> Tables:
@@ -99,8 +102,9 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
 
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
         """Make a recorder for a purpose: ``events`` or ``snapshots``."""
-        table = self._table(purpose)
-        return self.aggregate_recorder_class(self.datastore, table, self.env.name)
+        recorder = self.aggregate_recorder_class(self.datastore, self._table(purpose), self.env.name)
+        recorder.replaces = purpose == "snapshots"
+        return recorder
 
     def application_recorder(self) -> ApplicationRecorder:
         """Make the recorder of an application."""
@@ -161,3 +165,21 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         datastore = getattr(self, "datastore", None)
         if datastore is not None and self._owns_engine:
             datastore.engine.dispose()
+
+
+class DCBFactory(DCBInfrastructureFactory[Any]):
+    """What the library finds here for an application with dynamic consistency boundaries: a refusal.
+
+    :raises InfrastructureFactoryError: always.
+    """
+
+    def __init__(self, env: Environment | EnvType | None) -> None:
+        super().__init__(env)
+        self.dcb_recorder()
+
+    def dcb_recorder(self) -> NoReturn:
+        """Refuse it."""
+        raise InfrastructureFactoryError(
+            "DCB applications, with dynamic consistency boundaries, are not supported yet: set PERSISTENCE_MODULE to "
+            "one of the library's own, as eventsourcing.dcb.popo."
+        )

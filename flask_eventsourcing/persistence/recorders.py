@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection
 from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
 from .dialects.event_tables import EventTable
+from .dialects.event_values import DamagedPage
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
     """Records events, or snapshots, in aggregate sequences only."""
+
+    replaces = False
+    """Whether what is stored of the same version is replaced: a snapshot says nothing that its events do not."""
 
     def __init__(
         self,
@@ -50,11 +54,12 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Insert all of the events, or none.
 
-        :raises IntegrityError: when another writer has recorded one of these versions.
+        :raises IntegrityError: when another writer has recorded one of these versions, unless they are to be replaced.
         """
         if stored_events:
             with self.datastore.writing() as write:
-                self.dialect.insert(write.connection, self._table(write.connection), stored_events)
+                insert = self.dialect.insert_or_replace if self.replaces else self.dialect.insert
+                insert(write.connection, self._table(write.connection), stored_events)
         return None
 
     def select_events(
@@ -67,6 +72,8 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         limit: int | None = None,
     ) -> Sequence[StoredEvent]:
         """Read the events of an aggregate, those that the session has not committed yet among them."""
+        if not self.events_table.can_have(originator_id):
+            return []
         with self.datastore.reading() as read:
             table = self._table(read.connection)
             if read.unit is not None:
@@ -121,7 +128,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         *,
         inclusive_of_start: bool = True,
     ) -> Sequence[Notification]:
-        """Read the log by position; no event can appear later at or before the last one that is returned."""
+        """Read the log by position; no event can appear later at or before the last one that is returned.
+
+        It is read up to a row that cannot be read.
+
+        :raises UnreadableEventError: when that is the first.
+        """
         return self.read_log(start, limit, stop, topics, inclusive_of_start=inclusive_of_start, join=True)
 
     def read_log(
@@ -133,8 +145,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         *,
         inclusive_of_start: bool = True,
         join: bool = False,
+        damaged: bool = False,
     ) -> Sequence[Notification]:
-        """As :meth:`select_notifications`, but with a connection of its own unless *join* is set."""
+        """As :meth:`select_notifications`, but with a connection of its own unless *join* is set.
+
+        :param damaged: whether rows that cannot be read are returned too, as an ``UnreadableNotification`` each.
+        """
 
         def read_page(read: Read) -> Sequence[Notification]:
             return self.dialect.select_notifications(
@@ -148,7 +164,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 joined=read.unit is not None,
             )
 
-        return self._read(read_page, join=join)
+        page = self._read(read_page, join=join)
+        return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""

@@ -130,7 +130,9 @@ class ListenWaiter(Waiter):
         return driver
 
     def _statement(self, verb: str) -> str:
-        return f"{verb} {self._engine.dialect.identifier_preparer.quote_identifier(self._channel)}"
+        # Not the preparer's way, which doubles percent signs: the statement goes to the driver without parameters.
+        name = self._channel.replace('"', '""')
+        return f'{verb} "{name}"'
 
     @staticmethod
     def _execute(driver: Any, statement: str) -> None:

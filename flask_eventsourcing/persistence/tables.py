@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from sqlalchemy_utils import UUIDType as BaseUUIDType
 
-from ..config import OriginatorIdType
+from ..config import OriginatorIdType, is_plain
 from ..exceptions import ConfigurationError
 from .dialects import column_type, table_options
 from .dialects.base import new_identity
@@ -275,6 +275,11 @@ def check_models(
 
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken.
     """
+    if not is_plain(application_name) or application_name != application_name.strip():
+        raise ConfigurationError(
+            f"An application is called {application_name!r}: a name has no control characters, no halves of surrogate "
+            "pairs, and no spaces at its ends. Set another class attribute 'name'."
+        )
     names = TableNames.of(application_name)
     if stored_event_model is not None:
         check_columns(stored_event_model, StoredEventMixin, (POSITION, *EVENT_COLUMNS), VERSION_KEY)

@@ -17,6 +17,7 @@ from ..exceptions import HandlerError, UnknownTopicError
 from ..persistence import JoinedUnit
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.event_tables import ConflictError
+from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow
@@ -179,7 +180,12 @@ class Applier:
             session.flush()
 
     def _handle_one(self, session: orm.Session, notification: Notification) -> None:
-        """Call the handler of one event, if there is one."""
+        """Call the handler of one event, if there is one.
+
+        :raises UnreadableEventError: for what stands for a row that cannot be read.
+        """
+        if isinstance(notification, UnreadableNotification):
+            raise notification.error
         try:
             event = self._mapper.to_domain_event(notification)
         except utils.TopicError as error:

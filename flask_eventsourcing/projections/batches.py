@@ -26,6 +26,7 @@ from sqlalchemy_utils.aggregates import manager
 
 from ..exceptions import HandlerError
 from ..persistence import Dialect
+from ..persistence.dialects.event_values import UnreadableNotification
 from ..persistence.tables import UUIDType
 
 PREFETCH_FROM = 8
@@ -97,7 +98,7 @@ class Batches:
         found: list[Any] = []
         if len(notifications) < PREFETCH_FROM or self.flushes_each:
             return found
-        ids = list({notification.originator_id for notification in notifications})
+        ids = list({each.originator_id for each in notifications if not isinstance(each, UnreadableNotification)})
         for model, column in self._id_keys:
             if not self.is_plain(model):
                 continue

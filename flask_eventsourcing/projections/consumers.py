@@ -95,8 +95,8 @@ class ProjectedApplication:
         return Lease(self.engine, unique) if self.lease else self.datastore.dialect.runner_lock(unique)
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
-        """Read the log on a connection of its own."""
-        return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False)
+        """Read the log on a connection of its own, with what stands for rows that cannot be read."""
+        return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
 
     def last_position(self, connection: Connection) -> int:
         """Return the high-water mark, read on a connection that there is: a pool may have no second one."""

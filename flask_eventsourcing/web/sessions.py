@@ -24,6 +24,7 @@ from ..exceptions import ConfigurationError, NotInitializedError
 from ..host import check_session, mapped_tables, redirected_session
 from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
+from ..persistence.dialects import readable_address_errors
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
 from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, follow
 
@@ -76,10 +77,8 @@ def register_extension(app: Flask, made: Any) -> Any:
     extension = SQLAlchemy() if made is None else made
     if not app.config.get("SQLALCHEMY_BINDS") and not app.config.get("SQLALCHEMY_DATABASE_URI"):
         app.config["SQLALCHEMY_DATABASE_URI"] = DEFAULT_URI
-    try:
+    with readable_address_errors("SQLALCHEMY_DATABASE_URI", ConfigurationError):
         extension.init_app(app)
-    except (sa.exc.SQLAlchemyError, RuntimeError, ImportError) as error:
-        raise ConfigurationError(f"SQLALCHEMY_DATABASE_URI cannot be used: {error}") from error
     return extension
 
 
@@ -119,8 +118,9 @@ class AppDatabase:
         if key not in self.engines:
             found = ", ".join(repr(name) for name in self.engines)
             setting = "SQLALCHEMY_BINDS" if self.has_models else "SQLALCHEMY_ENGINES"
+            shown = repr(key) if key is None or "://" not in key else "that is an address"  # with a password
             raise ConfigurationError(
-                f"There is no engine for the bind key {key!r} (found: {found}): add it to {setting}."
+                f"There is no engine for the bind key {shown} (found: {found}): add it to {setting}."
             )
         return self.engines[key]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -18,7 +17,7 @@ from flask import Flask, has_request_context
 from sqlalchemy import orm
 
 from .._patches import forget_class
-from ..applications import construct
+from ..applications import check_environment, construct
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..lifecycle import ApplicationSlot
@@ -32,7 +31,6 @@ from .sessions import AppDatabase, FlaskHost, current_context, has_models
 from .state import EventSourcingState, publish
 from .uncommitted import lose
 
-FOREIGN_SCOPE = "SQLALCHEMY_SCOPED_SESSION_TOPIC"
 Wanted = tuple[OriginatorIdType, str | None, str | None]
 
 
@@ -207,6 +205,7 @@ def constructor_of(given: Any) -> tuple[type[Application[Any]], Any]:
             found = typing.get_type_hints(given).get("return")
         except (NameError, TypeError) as error:
             raise ConfigurationError(f"The annotations of {given!r} cannot be read: {error}") from error
+    _refuse_dcb(given, found)
     if not isinstance(found, type) or not issubclass(found, Application):
         raise ConfigurationError(
             f"{given!r} is not an application class: pass a subclass of eventsourcing.application.Application, not an "
@@ -215,6 +214,15 @@ def constructor_of(given: Any) -> tuple[type[Application[Any]], Any]:
         )
     _check_arguments(given, repr(given))
     return found, MadeBy(found, given)
+
+
+def _refuse_dcb(*given: Any) -> None:
+    for cls in (each for found in given if isinstance(found, type) for each in found.__mro__):
+        if (cls.__module__, cls.__qualname__) == ("eventsourcing.dcb.application", "DCBApplication"):
+            raise ConfigurationError(
+                f"{given[0]!r} is a DCB application, with dynamic consistency boundaries: these are not supported yet. "
+                "Construct it yourself, with a persistence module of the library's."
+            )
 
 
 def _check_arguments(called: Any, name: str) -> None:
@@ -272,11 +280,14 @@ def make_state(
     for each in registrations.entries:
         database.check_models(each.projection_class, each.projection_class.models, _key(each.of, config))
     models = records.make(extension, classes, config)
+    for cls in classes:
+        stores[_key(cls, config)].dialect.check_names(models[cls.name].tables.values())
     hosts = _make_hosts(app, database, stores, config, {cls: models[cls.name].tables for cls in classes})
     slots = {cls: _slot(constructor, hosts[cls], config) for cls, constructor in constructors.items()}
 
     def followed(of: type[Application[Any]]) -> ProjectedApplication:
         own = records.make_for_projections(extension, of, config)
+        hosts[of].datastore.dialect.check_names(own.tables.values())
         return ProjectedApplication(hosts[of], of.name, slots[of].get, own, lease=config.projection_lock == "lease")
 
     # Their tables are checked before anything is made, here and in EventSourcing.projection().
@@ -316,7 +327,7 @@ def _make_hosts(
 def check_settings(config: Config, classes: Sequence[type[Application[Any]]]) -> None:
     """Check what is not to be seen in one setting alone.
 
-    :raises ConfigurationError: for a bind key of an application that there is not, or a setting of another package.
+    :raises ConfigurationError: for a bind key of an application that there is not, or in what the library reads.
     """
     names = [cls.name for cls in classes]
     for name in config.binds:
@@ -324,13 +335,7 @@ def check_settings(config: Config, classes: Sequence[type[Application[Any]]]) ->
             raise ConfigurationError(
                 f"EVENTSOURCING_BINDS names {name!r}, which is no application (registered: {', '.join(names)})."
             )
-    for env in (config.env, os.environ, *(cls.env for cls in classes)):
-        for key in (FOREIGN_SCOPE, *(f"{name.upper()}_{FOREIGN_SCOPE}" for name in names)):
-            if key in env:
-                raise ConfigurationError(
-                    f"{key} is a setting of eventsourcing-sqlalchemy, and would have no effect here: remove it. "
-                    "Applications use db.session; within 'with es.using(session):' they use a session of your own."
-                )
+    check_environment(config.env, classes)
 
 
 def construct_now(state: EventSourcingState) -> None:

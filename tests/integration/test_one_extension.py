@@ -238,14 +238,6 @@ class TestConstruct:
             db.session.commit()
         dispose(app)
 
-    def test_the_first_use_tells_a_wrong_setting_too(self) -> None:
-        """By default the setting is read when the application is used."""
-        app = make_app("sqlite://", EVENTSOURCING_ENV={"COMPRESSOR_TOPIC": "no.such:Compressor"})
-        es = EventSourcing(app, application=Bank)
-        with app.app_context(), pytest.raises(Exception, match=r"no\.such"):
-            _ = es.application
-        dispose(app)
-
     def test_the_second_of_two_fails(self, noted: type[Noted], monkeypatch: pytest.MonkeyPatch) -> None:
         """If one of several applications fails, those before it are closed, and nothing is left behind."""
         monkeypatch.setattr(noted, "fails", True)

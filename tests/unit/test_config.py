@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flask_eventsourcing import ConfigurationError
+from flask_eventsourcing import ConfigurationError, EventSourcing
 from flask_eventsourcing.config import PREFIX, Config
+from flask_eventsourcing.persistence import DialectOptions
+from tests.bank import make_app
 
 GOOD: dict[str, list[Any]] = {
     "COMMIT": ["explicit", "request", "save"],
@@ -18,7 +21,7 @@ GOOD: dict[str, list[Any]] = {
     "CONSTRUCT": ["first-use", "init"],
     "SCHEMA": [None, "bank"],
     "ORIGINATOR_ID_TYPE": [None, "uuid", "text"],
-    "LOCK_TIMEOUT": [1, 0.5, 86_399],
+    "LOCK_TIMEOUT": [1, 0.5, 0.001, 86_399],
     "POSTGRES_ORDER": ["advisory-lock", "table-lock"],
     "POSTGRES_NOTIFY": [True, False],
     "SQLITE_WAL": [True, False],
@@ -30,9 +33,9 @@ BAD: dict[str, list[Any]] = {
     "BIND_KEY": ["", 0, True, b"events"],
     "BINDS": [None, "Bank", [("Bank", "bank")], {"Bank": ""}, {"Bank": 1}, {"": "bank"}, {1: "bank"}],
     "CONSTRUCT": ["Init", "", None, True],
-    "SCHEMA": ["", 0, ["bank"]],
+    "SCHEMA": ["", 0, ["bank"], "ba\nnk", "bank\0", "\ud800"],
     "ORIGINATOR_ID_TYPE": ["UUID", "int", "", str],
-    "LOCK_TIMEOUT": [0, -1, 86_400, "30", None, True, float("nan"), float("inf")],
+    "LOCK_TIMEOUT": [0, 0.0004, -1, 86_400, "30", None, True, float("nan"), float("inf")],
     "POSTGRES_ORDER": ["lock", None, 1],
     "POSTGRES_NOTIFY": ["yes", 1, 0, None],
     "SQLITE_WAL": ["yes", 1, 0, None],
@@ -76,7 +79,7 @@ def test_optional_key_says_that_none_is_admitted(key: str) -> None:
 
 def test_refused_mapping_names_the_bad_item() -> None:
     """The message about EVENTSOURCING_ENV names the item that is wrong."""
-    with pytest.raises(ConfigurationError, match=r"'IS_SNAPSHOTTING_ENABLED' is mapped to True"):
+    with pytest.raises(ConfigurationError, match=r"'IS_SNAPSHOTTING_ENABLED' is mapped to a value of type bool"):
         Config.from_mapping({"EVENTSOURCING_ENV": {"A": "b", "IS_SNAPSHOTTING_ENABLED": True}})
 
 
@@ -121,3 +124,60 @@ def test_environment_is_copied() -> None:
     config = Config.from_mapping({"EVENTSOURCING_ENV": given})
     given["A"] = "c"
     assert config.env == {"A": "b"}
+
+
+SECRET = "c3VwZXIgc2VjcmV0"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ENV", f"CIPHER_KEY={SECRET}"),
+        ("ENV", {"CIPHER_KEY": SECRET.encode()}),
+        ("ENV", {"CIPHER_KEY": SECRET, "A": 1}),
+        ("ENV", {SECRET.encode(): "x"}),
+        ("ENV", [SECRET]),
+        ("BINDS", {"Bank": [SECRET]}),
+        ("BINDS", SECRET),
+        ("BIND_KEY", [SECRET]),
+        ("SCHEMA", {SECRET: 1}),
+        ("COMMIT", [SECRET]),
+        ("LOCK_TIMEOUT", {SECRET}),
+    ],
+)
+def test_no_secret_in_a_message(key: str, value: Any) -> None:
+    """A message about a wrong value names the key and the type, and has nothing of what can be secret."""
+    with pytest.raises(ConfigurationError) as raised:
+        Config.from_mapping({PREFIX + key: value})
+    assert SECRET not in str(raised.value)
+    assert PREFIX + key in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name.lower(), value)
+        for name in ("LOCK_TIMEOUT", "POSTGRES_ORDER", "POSTGRES_NOTIFY", "SQLITE_WAL")
+        for value in BAD[name]
+    ],
+)
+def test_options_of_a_plain_host_are_checked(name: str, value: Any) -> None:
+    """What is refused as a setting is refused as an option of a host without Flask, by its name there."""
+    with pytest.raises(ConfigurationError, match=rf"DialectOptions\({name}=…\) must be"):
+        DialectOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Config.from_mapping({"EVENTSOURCING_POSTGRES_ORDER": "floor"}),
+        lambda: DialectOptions(postgres_order="floor"),  # type: ignore[arg-type]  # its name before
+        lambda: EventSourcing().init_app(make_app("sqlite://", EVENTSOURCING_POSTGRES_ORDER="floor")),
+    ],
+)
+def test_warning_points_at_the_caller(make: Any) -> None:
+    """The warning about a value that has another name now shows the line of the program that has it."""
+    with pytest.warns(DeprecationWarning, match="'floor' is now called 'advisory-lock'") as warned:
+        made = make()
+    assert [Path(each.filename) for each in warned] == [Path(__file__)]
+    assert made is None or made.postgres_order == "advisory-lock"

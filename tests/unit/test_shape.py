@@ -65,8 +65,8 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 76 modules."""
-    assert len(MODULES) <= 76
+    """The package has at most 78 modules."""
+    assert len(MODULES) <= 78
 
 
 def test_no_two_modules_have_one_name() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,11 +26,16 @@ DIALECTS: dict[str, type[Dialect]] = {
 }
 
 
+LIBRARY_SETTINGS = ("POSTGRES_", "SQLITE_")
+"""What the settings of the library's own modules for these databases begin with."""
+ASYNCHRONOUS = {"aiomysql", "aiosqlite", "asyncmy", "asyncpg", "psycopg_async"}
+
+
 def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     """Return the dialect of an engine's database.
 
-    :raises ConfigurationError: for a database on which the order of events is not known to be safe, and for an engine
-        that commits each statement by itself.
+    :raises ConfigurationError: for a database on which the order of events is not known to be safe, a driver that
+        cannot be used, and an engine that commits each statement by itself.
     """
     name = engine.dialect.name
     if name not in DIALECTS:
@@ -36,6 +43,9 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
             f"Database {name!r} is not supported: the order of events would not be safe there. "
             f"Use one of {', '.join(sorted(DIALECTS))}, with EVENTSOURCING_BIND_KEY if it is not the default."
         )
+    refusal = why_not(engine.url, is_async=engine.dialect.is_async)
+    if refusal is not None:
+        raise ConfigurationError(refusal)
     levels = (
         engine.get_execution_options().get("isolation_level"),
         getattr(engine.dialect, "_on_connect_isolation_level", None),
@@ -43,6 +53,62 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     if AUTOCOMMIT in levels:
         raise ConfigurationError(COMMITS_BY_ITSELF)
     return DIALECTS[name](engine, options)
+
+
+def why_not(url: URL, *, is_async: bool = False) -> str | None:
+    """Return why the driver of an address cannot be used, and which one can, or None."""
+    dialect = DIALECTS.get(url.get_backend_name())
+    if dialect is None or (not is_async and _driver_of(url) in dialect.drivers):
+        return None
+    names = [f"{url.get_backend_name()}+{name}" for name in dialect.drivers]
+    kind = "asynchronous" if is_async or _driver_of(url) in ASYNCHRONOUS else "not known to work here"
+    return f"The driver {_driver_of(url)!r} is {kind}: write {' or '.join(names)} in the address of the database."
+
+
+def _driver_of(url: URL) -> str:
+    try:
+        return url.get_driver_name()
+    except sa.exc.NoSuchModuleError:
+        return url.drivername.partition("+")[2]
+
+
+@contextmanager
+def readable_address_errors(setting: str, error_class: type[Exception]) -> Iterator[None]:
+    """Turn what comes of the address of a database into one line, without the address, which may have a password.
+
+    :param setting: the name of the setting that has it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise error_class(
+            f"{setting} cannot be used: its driver is not installed ({error.name}). {_proposal()}"
+        ) from error
+    except sa.exc.NoSuchModuleError as error:
+        raise error_class(
+            f"{setting} cannot be used: SQLAlchemy has no such database or driver. {_proposal()}"
+        ) from error
+    except RuntimeError as error:
+        raise error_class(f"{setting} cannot be used: {error}") from error
+    except (sa.exc.ArgumentError, ValueError):
+        # Their text may have a part of the address.
+        raise error_class(
+            f"{setting} cannot be used: it is no address such as postgresql+psycopg://user:password@host/database. "
+            "In a password, write %40 for @, %3A for : and %2F for /."
+        ) from None
+
+
+def _proposal() -> str:
+    known = {name: each for name, each in DIALECTS.items() if name != "mariadb"}
+    return (
+        "Write "
+        + ", ".join(
+            f"{name}+{driver}://" + (f" (pip install '{package}')" if package else "")
+            for name, each in known.items()
+            for driver, package in each.drivers.items()
+        )
+        + "."
+    )
 
 
 def column_type(use: str, general: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
@@ -112,6 +178,7 @@ def _passes_by_code(driver_error: BaseException | None) -> bool:
 
 __all__ = [
     "DIALECTS",
+    "LIBRARY_SETTINGS",
     "Dialect",
     "DialectOptions",
     "PassingError",
@@ -122,5 +189,6 @@ __all__ = [
     "is_in_memory",
     "is_outage",
     "note_inherited_files",
+    "readable_address_errors",
     "table_options",
 ]

@@ -6,9 +6,9 @@ import secrets
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 from uuid import UUID
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, Notification, StoredEvent, Tracking
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from ...config import PostgresOrder
+from ...config import PostgresOrder, checked
 from ...exceptions import MissingTableError
 from ..subscriptions import Waiter
 from .driver import Driver, root_engine
@@ -27,19 +27,27 @@ from .event_tables import (
     EventTable,
     Processor,
     begins,
-    stored_event,
 )
+from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
 
 
 @dataclass(frozen=True)
 class DialectOptions:
-    """What the configuration says about databases; ``lock_timeout`` in seconds."""
+    """What the configuration says about databases; ``lock_timeout`` in seconds.
+
+    :raises ConfigurationError: for a value that the setting of that name refuses.
+    """
 
     lock_timeout: float = 30.0
     postgres_order: PostgresOrder = "advisory-lock"
     postgres_notify: bool = True
     sqlite_wal: bool = True
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = checked(each.name, getattr(self, each.name), f"DialectOptions({each.name}=…)")
+            object.__setattr__(self, each.name, value)
 
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -140,20 +148,28 @@ class Dialect(Driver, ForProjections, ABC):
     ) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
+        self.check_names([each for each in (table, tracking_table, snapshots_table) if each is not None])
         self.tables |= {quoted(each): each for each in (table, tracking_table, snapshots_table) if each is not None}
         columns = [table.c[name] for name in EVENT_COLUMNS]
         found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
-        id_class: type[UUID] | type[str] = str if isinstance(columns[0].type, sa.String) else UUID
+        accepted = Accepted.by(quoted(table), *(column.type for column in columns[:3]))
         decode = columns[0].type.dialect_impl(self.engine.dialect).result_processor(self.engine.dialect, None)
         return EventTable(
             table,
             quoted(table),
-            id_class,
+            accepted,
             tuple((number, bind) for number, bind in found if bind is not None),
-            decode or id_class,
+            decode or (as_text if accepted.id_class is str else UUID),
             None if tracking_table is None else quoted(tracking_table),
             None if snapshots_table is None else quoted(snapshots_table),
         )
+
+    def check_names(self, tables: Iterable[sa.Table]) -> None:
+        """Check that the names of tables, and of what belongs to them, are not too long for the database.
+
+        :raises ConfigurationError: for one that is.
+        """
+        check_names(tables, self.title, self.longest_name, self.counts)
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
         dialect = self.engine.dialect
@@ -254,7 +270,7 @@ class Dialect(Driver, ForProjections, ABC):
             statement += f" LIMIT {self.mark}"
             parameters.append(limit)
         rows = self.fetch(connection, statement, parameters)
-        return [stored_event(originator_id, version, topic, state) for version, topic, state in rows]
+        return table.stream(originator_id, rows)
 
     def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the position up to which no event can appear any more, or None where that is all of them.
@@ -275,7 +291,7 @@ class Dialect(Driver, ForProjections, ABC):
         inclusive_of_start: bool = True,
         joined: bool = False,
     ) -> list[Notification]:
-        """Read the log by position, up to the high-water mark."""
+        """Read the log by position, up to the high-water mark; a page with rows that cannot be read says so."""
         page = _Page(start, limit, stop, topics, inclusive_of_start)
         if not joined:
             # While catching up, a full page below a mark that was found a moment ago needs no look at the locks.
@@ -311,7 +327,7 @@ class Dialect(Driver, ForProjections, ABC):
             f"SELECT {POSITION}, {', '.join(EVENT_COLUMNS)} "
             f"FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         )
-        return table.notifications(self.fetch(connection, statement, [*parameters, page.limit]))
+        return table.page(self.fetch(connection, statement, [*parameters, page.limit]))
 
     def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
         """Return the position of the last event up to the high-water mark, or None for an empty log."""
@@ -329,6 +345,7 @@ class Dialect(Driver, ForProjections, ABC):
 
         :raises IntegrityError: when it is not.
         """
+        check_tracking(tracking)
         name = self.name_of(connection, table)
         statement = (
             f"INSERT INTO {name} (application_name, notification_id) VALUES ({self.mark}, {self.mark}) "

@@ -7,17 +7,19 @@ execution option ``flask_eventsourcing``, by which a listener tells it from othe
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 import sqlalchemy as sa
 from eventsourcing import persistence
+from eventsourcing.persistence import StoredEvent
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingTableError
-from .event_tables import EVENT_COLUMNS, POSITION, VERSION, ConflictError, EventTable, is_key
+from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, is_key
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -75,6 +77,8 @@ class Driver:
     """The server's codes that mean: there is a row with this key."""
     missing_table: ClassVar[re.Pattern[str] | None] = None
     """What the server says of a table that is not there, with the table's name as the group ``name``."""
+    drivers: ClassVar[Mapping[str, str]] = {}
+    """SQLAlchemy's names of the drivers that can be used, each with what to install for it; the first is proposed."""
     rows_at_once = 1
     """The rows of one statement of :meth:`insert_rows`."""
 
@@ -158,6 +162,21 @@ class Driver:
             statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
             table.statements["insert"] = statement
         return statement
+
+    def insert_or_replace(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Insert events that have no position; where there is one of the same version, it is replaced."""
+        rows = [table.row(event) for event in events]
+        with connection.begin_nested() if len(rows) > 1 else nullcontext():
+            for row in rows:
+                if not self.insert_new(connection, table, row):
+                    key = " AND ".join(f"{name} = {self.mark}" for name in VERSION_KEY)
+                    values = ", ".join(f"{name} = {self.mark}" for name in EVENT_COLUMNS[2:])
+                    self.modify(connection, f"UPDATE {table.name} SET {values} WHERE {key}", (*row[2:], *row[:2]))
+
+    def insert_new(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
+        """Insert a row unless there is one of its aggregate's version, and return whether it was inserted."""
+        statement = f"{self.insert_statement(table)} ON CONFLICT ({', '.join(VERSION_KEY)}) DO NOTHING"
+        return self.modify(connection, statement, row).rowcount == 1
 
     # ------------------------------------------------------------------------------------- what state it is in
 

@@ -14,7 +14,9 @@ from eventsourcing import persistence
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
-from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSequenceError
+from ...config import is_plain
+from ...exceptions import MissingTableError, UnsafeSequenceError
+from .event_values import Accepted, DamagedPage, UnreadableNotification, as_bytes, unreadable_version
 
 _new = object.__new__
 
@@ -40,7 +42,7 @@ class EventTable:
     table: sa.Table
     name: str
     """Quoted, and qualified by the schema if there is one."""
-    id_class: type[UUID] | type[str]
+    accepted: Accepted
     binds: tuple[tuple[int, Processor], ...]
     """What makes the driver's value of a column's, by the number of the column; none where nothing is to be done."""
     decode_id: Processor
@@ -52,10 +54,12 @@ class EventTable:
     """Statements by their use, filled by the dialect as they are needed."""
 
     def row(self, event: StoredEvent) -> tuple[Any, ...]:
-        """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them."""
-        values: tuple[Any, ...] = _VALUES(event)
-        if not isinstance(values[0], self.id_class):
-            raise self.wrong_id(values[0])
+        """Return an event's values, in the order of ``EVENT_COLUMNS``, as the driver takes them.
+
+        :raises IdentifierTypeError: for an id of another type than those of the table.
+        :raises EventValueError: for any other value that cannot be stored and read back.
+        """
+        values = self.accepted.values(_VALUES(event))
         for number, bind in self.binds:
             values = (*values[:number], bind(values[number]), *values[number + 1 :])
         return values
@@ -65,20 +69,15 @@ class EventTable:
 
         :raises IdentifierTypeError: for a text where ids are UUIDs, and the reverse.
         """
-        if not isinstance(originator_id, self.id_class):
-            raise self.wrong_id(originator_id)
+        found = self.accepted.id(originator_id)
         for number, bind in self.binds:
             if number == 0:
-                return bind(originator_id)
-        return originator_id
+                return bind(found)
+        return found
 
-    def wrong_id(self, found: object) -> IdentifierTypeError:
-        """Return the error that refuses an id of another type than those of the table."""
-        remedy = "pass str(…), or set EVENTSOURCING_ORIGINATOR_ID_TYPE to 'uuid'"
-        if self.id_class is UUID:
-            remedy = "pass uuid.UUID(…), and declare <uuid:id> in a route that has it in its address"
-        expected = "UUIDs" if self.id_class is UUID else "texts"
-        return IdentifierTypeError(f"The ids in {self.name} are {expected}; found {type(found).__name__}: {remedy}.")
+    def can_have(self, originator_id: object) -> bool:
+        """Whether there can be an aggregate of an id; one of the wrong type is for :meth:`encode_id` to refuse."""
+        return not isinstance(originator_id, str) or self.accepted.id_class is UUID or is_plain(originator_id)
 
     def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
         """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
@@ -108,11 +107,21 @@ class EventTable:
             found = (*found, originator_id, version)
         return (*found, *([originator_id] * (1 + snapshots))) if begins else found
 
-    def notifications(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
-        """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``."""
-        if not rows or type(rows[0][1]) is self.id_class:
-            # The driver has made the ids already.
-            return [notification(*row) for row in rows]
+    def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
+        """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
+
+        It is a :class:`DamagedPage` if some of them cannot be read.
+        """
+        try:
+            # SQLite gives each row its own type.
+            if {type(row[1]) for row in rows} <= {self.accepted.id_class}:
+                # The driver has made the ids already.
+                return [notification(*row) for row in rows]
+            return self._decoded(rows)
+        except UNREADABLE:
+            return DamagedPage(map(self._notification, rows))
+
+    def _decoded(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         ids, decode = dict[Any, Any](), self.decode_id
         found = []
         for position, value, version, topic, state in rows:
@@ -123,6 +132,31 @@ class EventTable:
                 originator_id = ids[value] = decode(value)
             found.append(notification(position, originator_id, version, topic, state))
         return found
+
+    def _notification(self, row: Sequence[Any]) -> Notification:
+        position, originator_id, version, topic, state = row
+        try:
+            found = originator_id if type(originator_id) is self.accepted.id_class else self.decode_id(originator_id)
+            return notification(position, found, version, topic, state)
+        except UNREADABLE as error:
+            return UnreadableNotification.of(self.name, tuple(row), error)
+
+    def stream(self, originator_id: UUID | str, rows: Sequence[Sequence[Any]]) -> list[StoredEvent]:
+        """Return the events of an aggregate.
+
+        :raises UnreadableEventError: for a row that cannot be read.
+        """
+        found = []
+        for version, topic, state in rows:
+            try:
+                found.append(stored_event(originator_id, version, topic, state))
+            except TypeError as error:
+                raise unreadable_version(self.name, originator_id, version, error) from error
+        return found
+
+
+UNREADABLE = (TypeError, ValueError, AttributeError)
+"""What comes of a value of another type than the column's, which others have written."""
 
 
 class ConflictError(persistence.IntegrityError):
@@ -195,7 +229,7 @@ def stored_event(originator_id: UUID | str, version: int, topic: str, state: Any
     attributes["originator_id"] = originator_id
     attributes["originator_version"] = version
     attributes["topic"] = topic
-    attributes["state"] = state if type(state) is bytes else bytes(state)
+    attributes["state"] = state if type(state) is bytes else as_bytes(state)
     return event
 
 
@@ -206,7 +240,7 @@ def notification(position: int, originator_id: UUID | str, version: int, topic: 
     attributes["originator_id"] = originator_id
     attributes["originator_version"] = version
     attributes["topic"] = topic
-    attributes["state"] = state if type(state) is bytes else bytes(state)
+    attributes["state"] = state if type(state) is bytes else as_bytes(state)
     attributes["id"] = position
     return event
 

@@ -330,7 +330,9 @@ class ForProjections:
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
     longest_name = 63
-    """The most characters of a table's name."""
+    """The longest name of a table, a constraint or an index."""
+    counts = "characters"
+    """What that limit counts."""
     swaps_in_transaction = True
     """Whether tables change their names in a transaction that does other things too."""
     refuses_old_snapshot = False

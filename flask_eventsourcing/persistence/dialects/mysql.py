@@ -26,7 +26,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
-from .event_tables import EVENT_COLUMNS, POSITION, EventTable, columns_of, gap, heads
+from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
+from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock, SessionLock
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
@@ -42,7 +43,9 @@ IMPLICIT = re.compile(
 """What commits a transaction that is open."""
 CHANGED_SINCE_SNAPSHOT = 1020
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
-KEY = re.compile(r"for key '(?:[^']*\.)?([^'.]+)'")
+NEAR = re.compile(r"(near|value:) '.*'", re.S)
+"""Where a message has a part of the statement, in which the driver has put the parameters."""
+KEY = re.compile(r"for key '(.+)'", re.S)
 SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 DRIVER_MODULES = ("pymysql.connections", "MySQLdb.cursors", "MySQLdb.connections")
 ABORTED = "flask_eventsourcing.aborted"
@@ -57,6 +60,10 @@ class MySQLDialect(Dialect):
     serialization_failures = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
     duplicates = frozenset({1062})
     title = "MySQL"
+    drivers: ClassVar[dict[str, str]] = {
+        "pymysql": "Flask-EventSourcing[mysql]",
+        "mysqldb": "Flask-EventSourcing[mysqlclient]",
+    }
     missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
     column_types: ClassVar[dict[str, Any]] = {
         "text id": mysql.VARCHAR(255, collation=EXACT),
@@ -78,18 +85,20 @@ class MySQLDialect(Dialect):
     @classmethod
     def text(cls, driver_error: Any) -> str:
         """Return what the server says, without the values in it."""
-        return VALUES.sub(r"\1 for \2", str(driver_error)).strip()
+        return NEAR.sub(r"\1 …", VALUES.sub(r"\1 for \2", str(driver_error))).strip()
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of the key in the message; of a key that the record class does not have, the server's."""
-        found = KEY.search(str(error))
-        if found is None or found[1] == "PRIMARY":
-            return None if found is None else table.primary_key.columns.keys()
-        known = columns_of(table, found[1])
+        found = KEY.search(str(error.args[-1]))
+        # MySQL says the table's name too.
+        key = "" if found is None else found[1].removeprefix(f"{table.name}.")
+        if not key or key == "PRIMARY":
+            return table.primary_key.columns.keys() if key else None
+        known = columns_of(table, key)
         if known is not None:
             return known
         name = self.name_of(connection, table)
-        rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (found[1],))
+        rows = self.fetch(connection, f"SHOW INDEX FROM {name} WHERE Key_name = %s", (key,))
         return [row[4] for row in rows] or None
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
@@ -114,11 +123,12 @@ class MySQLDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        values = [table.row(event) for event in events]
         first = heads(events)
         last = self._draw(connection, table, len(events))
         self._check(connection, table, first, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
-        rows = [(position, *table.row(event)) for position, event in zip(positions, events, strict=True)]
+        rows = [(position, *row) for position, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
         return positions
@@ -139,6 +149,17 @@ class MySQLDialect(Dialect):
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
         self.insert_rows(connection, self.insert_statement(table), [table.row(event) for event in events])
+
+    def insert_new(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
+        """Insert it and see: what would pass a duplicate by would pass other errors by as well."""
+        try:
+            self.modify(connection, self.insert_statement(table), row)
+        except ConflictError:
+            raise
+        except IntegrityError:
+            # A duplicate of its key: the statement alone is undone.
+            return False
+        return True
 
     def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
         counter = self._counter(table)
@@ -192,6 +213,7 @@ class MySQLDialect(Dialect):
 
         :raises IntegrityError: when it is not.
         """
+        check_tracking(tracking)
         name = self.name_of(connection, table)
         position, application_name = tracking.notification_id, tracking.application_name
         key = f"{name} {application_name}"

@@ -36,6 +36,7 @@ from .event_tables import (
     heads,
     transposed,
 )
+from .event_values import as_parameter
 from .locks import AdvisoryLock, RunnerLock
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
@@ -47,6 +48,8 @@ NOT_DRAWN = (
     "The positions of {count} events could not be drawn one after another, as others draw positions of {table} without "
     "waiting: let all processes that write to it run the same version of this package, and try again."
 )
+
+_Rows = Sequence[tuple[Any, ...]]
 
 _LOOK = """
 SELECT %s::regclass::oid::bigint, found.name, c.relname, to_regclass(quote_ident(c.relname)) = c.oid,
@@ -65,6 +68,8 @@ class PostgreSQLDialect(Dialect):
     serialization_failures = frozenset({"40001", "40P01"})
     duplicates = frozenset({"23505"})
     title = "PostgreSQL"
+    drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
+    counts = "bytes"
     missing_table = re.compile(r"relation \"(?P<name>[^\"]+)\" does not exist")
     column_types: ClassVar[dict[str, Any]] = {"text id": sa.Text(), "metadata": postgresql.JSONB()}
     aborts_transactions = True
@@ -91,12 +96,14 @@ class PostgreSQLDialect(Dialect):
             self._lock_table(connection, table)
         floors = Known.of(connection).floors_of(connection)
         log = self._last_log(connection, table)
+        # Before anything else is done with them: their values may be wrong.
+        values = [table.row(event) for event in events]
         while True:
             start = None
             if len(events) <= SMALL_BLOCK:
-                start = self._append_small(connection, table, log, events)
+                start = self._append_small(connection, table, log, events, values)
             if start is None:
-                start = self._append_at_gate(connection, table, log, events)
+                start = self._append_at_gate(connection, table, log, events, values)
             if start is not None:
                 # Whatever this transaction draws later is above its first position.
                 floors.setdefault(log.identity, start - 1)
@@ -104,28 +111,27 @@ class PostgreSQLDialect(Dialect):
             log = self._log(connection, table)
 
     def _append_small(
-        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: _Rows
     ) -> int | None:
         """Return the first position, or None if nothing was inserted, for whatever reason."""
         floor = Known.of(connection).floors_of(connection).get(log.identity)
         if len(events) == 1:
             statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
-            rows = self.fetch(connection, statement, (*table.row(events[0]), log.identity, floor))
+            rows = self.fetch(connection, statement, (*values[0], log.identity, floor))
         else:
             statement = self._append_statement(connection, table, log, "block")
-            columns = transposed(map(table.row, events))
-            parameters = (floor, log.identity, *_keys(table, heads(events)), len(events), *columns)
+            parameters = (floor, log.identity, *_keys(table, heads(events)), len(events), *transposed(values))
             rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
     def _append_at_gate(
-        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent]
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: _Rows
     ) -> int | None:
         """Return the first position, or None where the table's name means another one now.
 
         :raises IntegrityError: for an event that would leave a gap.
         """
-        first, columns = heads(events), transposed(map(table.row, events))
+        first, columns = heads(events), transposed(values)
         # The floor is the transaction's. Should a statement fail, the pool's rollback ends one that is begun here.
         autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
         if autocommit:
@@ -189,14 +195,15 @@ class PostgreSQLDialect(Dialect):
 
     def _log(self, connection: Connection, table: EventTable) -> KnownLog:
         """Look which table a name means on a connection now."""
-        parameters = (table.name, table.snapshots, table.name, POSITION)
+        named = as_parameter(table.name)
+        parameters = (named, table.snapshots and as_parameter(table.snapshots), named, POSITION)
         identity, name, short, is_found, has_snapshots, *properties = self.fetch(connection, _LOOK, parameters)[0]
         log = self._logs.get((table.name, identity))
         if log is None:
             check_sequence(table.name, name, *properties)
             # Named as the table is, so that the same statements do for the tables of others.
-            if is_found and table.name == self.quote(table.table.name):
-                name = self.quote(short)
+            is_found = is_found and table.name == self.quote(table.table.name)
+            name = self.quote(short) if is_found else name.replace("%", "%%")
             log = self._logs[table.name, identity] = KnownLog(identity, name, bool(has_snapshots), {})
         Known.of(connection).logs[table.name] = self._logs[table.name, 0] = log
         return log
@@ -311,7 +318,7 @@ class PostgreSQLDialect(Dialect):
             (table.name + old, lambda part: f"{part[: self.longest_name - len(old)]}{old}"),
             (table.name, lambda part: part.replace(new, "")),
         ):
-            qualified = self.qualified(table, name)
+            qualified = as_parameter(self.qualified(table, name))
             for part, kind in connection.exec_driver_sql(_PARTS, (qualified, qualified)).all():
                 if renamed(part) != part:
                     quoted = self.quote(renamed(part))

@@ -31,7 +31,11 @@ def text_of(driver_error: Any) -> str:
     """Return what the server says without its detail, and what to set where prepared statements get lost."""
     primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
     text = str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
-    return text + SET_INSTEAD if code_of(driver_error) in LOST_PREPARED else text
+    code = str(code_of(driver_error))
+    if code.startswith("22"):
+        # A value that its column does not take stands at the end.
+        return text.partition(': "')[0]
+    return text + SET_INSTEAD if code in LOST_PREPARED else text
 
 
 def status_of(driver_connection: Any) -> Any:

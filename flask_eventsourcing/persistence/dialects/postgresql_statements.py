@@ -172,7 +172,7 @@ def make_statement(table: EventTable, log: KnownLog, how: str, compiled: Callabl
         named=regclass(table.name),
         gate=GATE,
         # The channel has the name that the library's own module gives it, so that its subscribers are woken too.
-        notify="" if quiet else f"WHEN pg_notify({literal(table.table.name)}, '') IS NULL THEN false",
+        notify="" if quiet else f"WHEN pg_notify({literal(_doubled(table.table.name))}, '') IS NULL THEN false",
         own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
     )
 
@@ -197,3 +197,8 @@ def regclass(name: str) -> str:
 def literal(text: str) -> str:
     """Return a text as a literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def _doubled(name: str) -> str:
+    # As in the quoted names: the drivers' placeholders begin with it.
+    return name.replace("%", "%%")

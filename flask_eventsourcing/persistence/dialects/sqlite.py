@@ -27,7 +27,7 @@ from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announ
 from .sqlite_files import JournalMode, path_of, refuse_inherited
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
-NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)")
+NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
 LONGEST_KNOWN = 1000
@@ -57,6 +57,7 @@ class SQLiteDialect(Dialect):
 
     mark = "?"
     title = "SQLite"
+    drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
     missing_table = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, to one who has read what others have changed since; SQLITE_CONSTRAINT_UNIQUE and the same of
     # the primary key.
@@ -128,8 +129,8 @@ class SQLiteDialect(Dialect):
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        first = heads(events)
         rows = [table.row(event) for event in events]
+        first = heads(events)
         if len(first) > 1 or begins(first[0]) or not self._has_predecessor(connection, table, rows[0]):
             # With the lock to write: nothing is to come between the look and the rows.
             self.queue_for(connection, table, first[0].originator_id, wait=True)
@@ -182,8 +183,8 @@ class SQLiteDialect(Dialect):
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Read the columns in the message: the names of constraints do not reach the driver."""
         found = NOT_UNIQUE.search(str(error))
-        names = [name.rpartition(".") for name in found[1].split(", ")] if found is not None else []
-        return [column for owner, _, column in names if owner == table.name] or None
+        owner, *columns = found[1].split(f"{table.name}.") if found is not None else ["?"]
+        return None if owner else [column.removesuffix(", ") for column in columns]
 
     # ------------------------------------------------------------------------------------- what projections need
 
