@@ -42,6 +42,8 @@ def fingerprint_of(cls: type[Any], functions: Iterable[Callable[..., Any]]) -> s
         if module not in _sources:
             _sources[module] = _read_source(module)
         source = _sources[module]
+        if source is not None and not _is_source_of(source, cls, module):
+            source = None
         parts.append(_digest("code", _code(cls, module)) if source is None else _digest_of_source(source))
     # Two classes may be defined in one module.
     names = [base.__qualname__ for base in _bases(cls)]
@@ -89,6 +91,25 @@ def _read_source(module: str) -> str | None:
     except (OSError, TypeError, SyntaxError):
         return None
     return source
+
+
+def _is_source_of(source: str, cls: type[Any], module: str) -> bool:
+    """Whether the functions of a class are those of a source, which may have been replaced during the import."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    compiled: dict[str, types.CodeType] = {}
+    left = [compile(source, "", "exec", dont_inherit=True)]
+    while left:
+        code = left.pop()
+        compiled[code.co_qualname] = code
+        left += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    functions = [value for base in _bases(cls) if base.__module__ == module for value in vars(base).values()]
+    codes = [found for each in functions if isinstance(found := getattr(each, "__code__", None), types.CodeType)]
+    return all(
+        each.co_qualname in compiled and list(_code_parts(each)) == list(_code_parts(compiled[each.co_qualname]))
+        for each in codes
+        # Not what a decorator of another module, or ``dataclass``, has made.
+        if each.co_filename == file
+    )
 
 
 def _digest(*parts: str) -> str:

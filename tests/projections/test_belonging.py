@@ -424,6 +424,19 @@ def test_a_fingerprint_is_that_of_the_source_when_the_class_was_registered(
     assert fingerprint_of(cls, cls.handlers.functions.values()) == first
 
 
+def test_a_source_that_was_replaced_during_the_import_is_not_taken(
+    fingerprint: Callable[..., str], tmp_path: Path
+) -> None:
+    """A process that has loaded the old code is no new one, whatever the files say by the time it looks."""
+    new = fingerprint(operator="-")
+    fingerprint(operator="+")
+    cls = sys.modules["belonging_projection"].Balances
+    text = MODULE.format(base="belonging_base", comment="one", operator="-")
+    (tmp_path / "belonging_projection.py").write_text(text)
+    note_sources(cls)
+    assert fingerprint_of(cls, cls.handlers.functions.values()) != new
+
+
 def test_a_fingerprint_without_source_is_made_of_code_objects() -> None:
     """Where there is no source, what the functions do still tells one release from another."""
 
