@@ -161,6 +161,7 @@ class EventSourcing:
             for state in states:
                 bind_key = state.config.bind_key_of(followed.name)
                 state.host.database.check_models(decorated, models, bind_key)
+                state.projections.check_owner(decorated, followed)
             registration = self._registrations.add(decorated, followed)
             for state in states:
                 state.projections.add(registration)

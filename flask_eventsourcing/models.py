@@ -5,6 +5,7 @@ Those of events are made in ``persistence.tables``; those that projections need 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from .persistence.dialects import table_options
+from .persistence.dialects.swapping import LEFT
 from .persistence.tables import (
     POSITION_TYPE,
     TEXT_ID,
@@ -42,6 +44,7 @@ __all__ = [
     "UUIDType",
     "check_models",
     "event_table_arguments",
+    "is_of_rebuild",
     "make_models",
     "make_projection_models",
 ]
@@ -148,3 +151,9 @@ def make_projection_models(
         model("DeadLetter", DeadLetterMixin, letters, key, **table_options()),
         model("InlineRange", InlineRangeMixin, f"{prefix}_inline_ranges", **table_options()),
     )
+
+
+def is_of_rebuild(name: str, live: Collection[str]) -> bool:
+    """Whether a table is one that a rebuild has made beside one of some live ones, all by their names."""
+    match = LEFT.fullmatch(name)
+    return match is not None and match["live"] in live

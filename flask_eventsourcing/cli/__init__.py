@@ -127,12 +127,19 @@ def status(as_json: bool, check: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say how many events there are and how long it would take.")
 @click.option("--drop-old", is_flag=True, help="Drop the replaced tables afterwards; otherwise they are kept.")
 @click.option("--restart", is_flag=True, help="Begin anew, even if an earlier rebuild can be taken up.")
-def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool) -> None:
+@click.option("--clean", is_flag=True, help="Only drop the tables that earlier rebuilds have replaced.")
+@click.option("--give-up", is_flag=True, help="Only drop what an unfinished rebuild has made.")
+def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool, give_up: bool) -> None:
     """Build the tables of projection NAME anew beside the live ones, and put them in their place.
 
     Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was.
     """
-    call(work.rebuild, name, dry_run=dry_run, drop_old=drop_old, restart=restart)
+    if sum((dry_run, clean, give_up, drop_old or restart)) > 1:
+        raise click.UsageError("Give one of --dry-run, --clean and --give-up, without --drop-old and --restart.")
+    if clean or give_up:
+        call(work.clean, name, give_up=give_up)
+    else:
+        call(work.rebuild, name, dry_run=dry_run, drop_old=drop_old, restart=restart)
 
 
 # ------------------------------------------------------------------------------------------------------- dead letters

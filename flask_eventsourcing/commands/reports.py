@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..projections.belonging import OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
+from ..projections.rebuilding import leftovers
 from ..projections.runners import Runner
 from . import (
     Bar,
@@ -84,6 +85,8 @@ def status(subject: Subject, output: Output, *, as_json: bool = False, check: bo
         output.write("No projection is registered.")
     else:
         output.write(_table(subject, health.projections))
+        for line in _left_over(subject):
+            output.write(line)
     return 1 if check and not health.ok else 0
 
 
@@ -94,6 +97,25 @@ def _table(subject: Subject, projections: Sequence[ProjectionStatus]) -> str:
     text = as_table(HEADS, [_row(each) for each in projections])
     notes = [f"{each.name}: {text}" for each in projections if (text := _trouble(subject, each))]
     return "\n".join([text, "", *notes] if notes else [text])
+
+
+def _left_over(subject: Subject) -> Iterator[str]:
+    """Tell what rebuilds have left in the database."""
+    for consumer in subject.consumers():
+        if consumer.kind == "reactions" or not consumer.tables:
+            continue
+        with clear_errors():
+            left = leftovers(consumer)
+        command = f"'{subject.program} rebuild {consumer.name}"
+        if left.position is not None:
+            yield (
+                f"{consumer.name}: a rebuild is at position {left.position}: unless it is running, go on with "
+                f"{command}' or give it up with {command} --give-up'"
+            )
+        elif left.unfinished:
+            yield f"{consumer.name}: {', '.join(left.unfinished)} left of a rebuild: drop with {command} --give-up'"
+        if left.replaced:
+            yield f"{consumer.name}: {', '.join(left.replaced)} replaced by a rebuild: drop with {command} --clean'"
 
 
 def _row(each: ProjectionStatus) -> list[str]:

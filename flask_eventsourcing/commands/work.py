@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..projections.consumers import Consumer
-from ..projections.rebuilding import Rebuild, Rebuilt
+from ..projections.rebuilding import Estimate, Rebuild, Rebuilt
 from ..projections.registry import Worker
 from ..projections.runners import FIRST_PAUSE, LONGEST_PAUSE
 from . import (
@@ -224,8 +224,7 @@ def rebuild(
     with clear_errors():
         building = _find(subject, name, stopping)
         if dry_run:
-            estimate = building.estimate()
-            output.write(f"{estimate.events:,} events, about {_duration(estimate.seconds)}. Nothing was changed.")
+            output.write(_estimated(building.estimate()))
             return 0
         done = _build(building, stopping, output, restart)
     if done is None:
@@ -240,6 +239,29 @@ def rebuild(
         with clear_errors():
             for table in building.drop_old():
                 output.write(f"Dropped table {table}.")
+    return 0
+
+
+def _estimated(estimate: Estimate) -> str:
+    text = f"{estimate.events:,} events, about {_duration(estimate.seconds)}. Nothing was changed."
+    if estimate.failed:
+        text += f"\nOf the first {estimate.tried:,}, {estimate.failed:,} would be set aside or wait behind one that is."
+    return text
+
+
+def clean(subject: Subject, output: Output, name: str, *, give_up: bool = False) -> int:
+    """Drop the tables that rebuilds of a projection have replaced; nothing is rebuilt.
+
+    :param give_up: drop what an unfinished rebuild has made instead.
+    :raises CommandError: when another process rebuilds it now.
+    """
+    with clear_errors():
+        building = _find(subject, name, threading.Event())
+        dropped = building.give_up() if give_up else building.drop_old()
+    for table in dropped:
+        output.write(f"Dropped table {table}.")
+    if not dropped:
+        output.write("There is nothing to drop.")
     return 0
 
 

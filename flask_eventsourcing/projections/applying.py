@@ -23,6 +23,7 @@ from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .definitions import ModelProjection
+from .shadows import Undeclared
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
@@ -49,9 +50,12 @@ class EventError(Exception):
 
 
 class Applier:
-    """Applies events of a log for one consumer, within the host's context."""
+    """Applies events of a log for one consumer, within the host's context.
 
-    def __init__(self, consumer: Consumer) -> None:
+    :param joins: whether it is called within a transaction.
+    """
+
+    def __init__(self, consumer: Consumer, *, joins: bool = False) -> None:
         self.consumer = consumer
         self.projection = consumer.projection_class()
         self.letters = consumer.application.dead_letters
@@ -63,6 +67,9 @@ class Applier:
         dialect = consumer.application.datastore.dialect
         self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
+        # Within the transaction of somebody else, a batch cannot begin again.
+        self._batches.flushes_each = joins
+        self._undeclared = Undeclared(consumer)
 
     def apply(
         self,
@@ -123,6 +130,10 @@ class Applier:
         """
         try:
             self._handle(session, self.connection(session), notifications)
+        except ObservedError:
+            session.rollback()
+            self._batches.flushes_each = True
+            self._handle(session, self.connection(session), notifications)
         finally:
             session.rollback()
 
@@ -151,6 +162,7 @@ class Applier:
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
+                self._undeclared.watching(connection),
                 self._batches.applying(session, connection, notifications) as batch,
             ):
                 for notification in notifications:

@@ -39,13 +39,13 @@ class Page:
 class LogPages:
     """The pages of a consumer's log.
 
-    :param row: its checkpoint, or that of the live projection for a rebuild.
+    :param row: its checkpoint, or that of the live projection for a rebuild, if there is one.
     """
 
-    def __init__(self, consumer: Consumer, row: CheckpointRow) -> None:
+    def __init__(self, consumer: Consumer, row: CheckpointRow | None) -> None:
         self.consumer = consumer
-        self.topics = set(json.loads(row.topics)) if row.topics else set[str]()
-        self.known_to = row.topics_position or 0
+        self.topics = set(json.loads(row.topics)) if row is not None and row.topics else set[str]()
+        self.known_to = (row.topics_position if row is not None else None) or 0
         self._saved = self.known_to
 
     def read(self, after: int, limit: int, stop: int) -> Page:

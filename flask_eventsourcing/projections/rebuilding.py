@@ -8,31 +8,62 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
 
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification
 from eventsourcing.utils import get_topic
+from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateTable
 
 from ..exceptions import ProjectionBusyError, RebuildError
-from .applying import Applier
+from ..persistence.dialects import is_outage
+from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
+from .applying import Applier, EventError
 from .belonging import Belonging
-from .checkpoint import CheckpointRow
+from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
 from .consumers import Consumer
+from .dead_letters import describe
 from .pages import LogPages
-from .runners import Runner
-from .swap import NEAR, NEW, OLD, TRIAL, ShadowTables, Swap, settle
+from .runners import Runner, event_name
+from .shadows import ShadowTables, shadows_of
+from .swap import NEAR, Swap, settle
 
 TRIAL_EVENTS = 1000
+BUSY = "Another process rebuilds {} now."
+LOOK = 0.1
+"""Seconds between two looks whether another process renews its lease."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a rebuild would have to do: events, and seconds as far as a trial tells."""
+    """What a rebuild would have to do: events, and seconds as far as a trial tells.
+
+    :param tried: the events of the trial.
+    :param failed: those of them that the rebuild would set aside.
+    """
 
     events: int
     seconds: float
+    tried: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What rebuilds have left: tables that were replaced, tables of an unfinished rebuild or trial, its position."""
+
+    replaced: Sequence[str]
+    unfinished: Sequence[str]
+    position: int | None
+
+    def __bool__(self) -> bool:
+        return bool(self.replaced or self.unfinished or self.position is not None)
 
 
 @dataclass(frozen=True)
@@ -75,62 +106,165 @@ class Rebuild:
         :raises RebuildError: when it cannot be rebuilt, or the counts differ.
         """
         self.new.check()
-        if not self.lock.acquire():
-            self.lock.release()
-            raise ProjectionBusyError(f"Another process rebuilds {self.live.name} now.")
-        try:
+        with self._alone() as confirm:
+            swap = Swap(self.live, self.stop, confirm)
             with self.application.host.context():
                 self.live.checkpoint.ensure(self.live.start())
                 settle(self.live)
-                resumed = self._prepare(restart)
+                resumed = self._prepare(restart, swap)
             started = time.monotonic()
             if not self._catch_up():
                 return None
-            swapped = Swap(self.live, self.stop).run()
+            swapped = swap.run()
+            if swapped is None:
+                return None
             events = self.runner.progress.events + swapped.events
             return Rebuilt(events, time.monotonic() - started, swapped.position, resumed, swapped.rows)
+
+    @contextmanager
+    def _alone(self) -> Iterator[Callable[[Connection], None]]:
+        """Within it, no other process rebuilds; gives what raises an error when another does so nevertheless.
+
+        :raises ProjectionBusyError: when another process rebuilds it.
+        """
+        if self.lock.leased:
+            with self._leased() as confirm:
+                yield confirm
+            return
+        try:
+            if not self.lock.acquire():
+                raise ProjectionBusyError(BUSY.format(self.live.name))
+            # A lock of the server ends with its connection.
+            yield lambda connection: self.lock.check()
         finally:
             self.lock.release()
 
+    @contextmanager
+    def _leased(self) -> Iterator[Callable[[Connection], None]]:
+        # A row of its own: that of the rebuild is claimed, and given back, by its runner.
+        checkpoint = self.application.checkpoint(f"{self.live.name}:rebuilding")
+        claimed = self._claim(checkpoint)
+
+        def confirm(connection: Connection) -> None:
+            if checkpoint.lock(connection).token != claimed.token:
+                raise ProjectionBusyError(BUSY.format(self.live.name))
+
+        try:
+            with Heartbeat(checkpoint, claimed, self.lock):
+                yield confirm
+        finally:
+            table = checkpoint.table
+            own = sa.delete(table).where(table.c.name == checkpoint.name, table.c.token == claimed.token)
+            with self.application.engine.begin() as connection:
+                connection.execute(own)
+
+    def _claim(self, checkpoint: Checkpoint) -> CheckpointRow:
+        """Claim a row, and wait for one whose process does not renew its lease."""
+        checkpoint.ensure()
+        seen = checkpoint.read()
+        until = time.monotonic() + LEASE + LOOK
+        while (claimed := checkpoint.claim(lease=True)) is None:
+            row = checkpoint.read()
+            # One that is renewed has a process that is alive.
+            renewed = seen is None or row is None or (row.token, row.leased_until) != (seen.token, seen.leased_until)
+            if renewed or time.monotonic() > until or self.stop.is_set():
+                raise ProjectionBusyError(BUSY.format(self.live.name))
+            time.sleep(LOOK)
+        return claimed
+
     def estimate(self) -> Estimate:
-        """Count the events and try some of them, on tables that are dropped again; nothing else is changed."""
-        trial = self._shadows(TRIAL)
+        """Count the events and try some of them, on tables that are dropped again; nothing else is changed.
+
+        :raises RebuildError: when the rebuild would halt at one of those events.
+        """
+        # Of its own, as others may try at the same time.
+        trial = self._shadows(TRIAL + token_hex(2))
         trial.check()
         with self.application.host.context():
             mark = self.application.high_water_mark()
             with self.application.engine.connect() as connection:
                 events = self.live.count_events(connection, 0, mark)
-            row = self.live.checkpoint.read()
-            page = [] if row is None else LogPages(self.live, row).read(0, TRIAL_EVENTS, mark).events
-            with self.application.engine.begin() as connection:
-                trial.drop(connection)
-                trial.create(connection)
+            page = LogPages(self.live, self.live.checkpoint.read()).read(0, TRIAL_EVENTS, mark).events
             try:
-                started = time.monotonic()
+                with self.application.engine.begin() as connection:
+                    trial.create(connection)
                 with trial.session(self.application.host) as session:
-                    Applier(self.rebuild).try_out(session, page)
-                seconds = time.monotonic() - started
+                    seconds, failed = self._try(session, page)
             finally:
                 with self.application.engine.begin() as connection:
                     trial.drop(connection)
-        return Estimate(events, seconds * events / len(page) if page else 0.0)
+        return Estimate(events, seconds * events / len(page) if page else 0.0, len(page), failed)
+
+    def _try(self, session: orm.Session, page: Sequence[Notification]) -> tuple[float, int]:
+        """Try events; returns the seconds, and how many of them cannot be applied."""
+        applier = Applier(self.rebuild)
+        started = time.monotonic()
+        try:
+            applier.try_out(session, page)
+        except EventError:
+            started = time.monotonic()
+            failed = self._count_failing(applier, session, page)
+        else:
+            failed = 0
+        return time.monotonic() - started, failed
+
+    def _count_failing(self, applier: Applier, session: orm.Session, page: Sequence[Notification]) -> int:
+        """Try events one by one, and return how many cannot be applied."""
+        blocked: set[object] = set()
+        failed = 0
+        try:
+            for notification in page:
+                if notification.originator_id in blocked:
+                    failed += 1
+                    continue
+                try:
+                    with session.begin_nested():
+                        applier.handle(session, notification)
+                        session.flush()
+                except Exception as error:
+                    # A handler may raise anything.
+                    if is_outage(error):
+                        raise
+                    if self.live.projection_class.on_failure == "halt":
+                        raise RebuildError(
+                            f"The rebuild of {self.live.name} would halt before position {notification.id}: "
+                            f"{event_name(notification)}: {describe(error)}"
+                        ) from error
+                    failed += 1
+                    blocked.add(notification.originator_id)
+        finally:
+            session.rollback()
+        return failed
 
     def drop_old(self) -> list[str]:
         """Drop the tables that a rebuild has replaced, and return their names."""
         with self.application.engine.begin() as connection:
             return self._shadows(OLD).drop(connection)
 
+    def give_up(self) -> list[str]:
+        """Drop what an unfinished rebuild, or a trial, has made, and return the tables' names.
+
+        :raises ProjectionBusyError: when another process rebuilds the projection now.
+        """
+        with self._alone(), self.application.engine.begin() as connection:
+            suffixes = {suffix for table, suffix in _left(connection, self.live) if suffix != OLD}
+            dropped = [name for suffix in sorted(suffixes) for name in self._shadows(suffix).drop(connection)]
+            self.application.dead_letters.remove_all(connection, self.rebuild.name)
+            self.rebuild.checkpoint.remove(connection)
+        return dropped
+
     def _shadows(self, suffix: str) -> ShadowTables:
-        return ShadowTables(self.application.datastore, self.live.tables, suffix)
+        return shadows_of(self.live, suffix)
 
     def _session(self) -> AbstractContextManager[object]:
         return self.new.session(self.application.host)
 
-    def _prepare(self, restart: bool) -> bool:
+    def _prepare(self, restart: bool, swap: Swap) -> bool:
         """Make what the rebuild needs, or find it; returns whether an earlier one is taken up."""
         row = self.rebuild.checkpoint.read()
         with self.application.engine.begin() as connection:
             if row is not None and not restart and self._can_go_on(connection, row):
+                swap.check()
                 return True
         self.rebuild.checkpoint.ensure()
         with self.application.engine.begin() as connection:
@@ -140,6 +274,13 @@ class Rebuild:
             known = self._known_topics(connection)
             values = {"fingerprint": self.live.fingerprint, "tables_id": self._shape(), **known}
             self.rebuild.checkpoint.begin(connection, **values)
+        try:
+            swap.check()
+        except RebuildError:
+            with self.application.engine.begin() as connection:
+                self.new.drop(connection)
+                self.rebuild.checkpoint.remove(connection)
+            raise
         return False
 
     def _known_topics(self, connection: Connection) -> dict[str, object]:
@@ -174,3 +315,26 @@ class Rebuild:
         # Not those of subclasses: which of them there are depends on what was imported, and collected.
         parts += sorted(get_topic(event_class) for event_class in self.live.handlers.functions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def leftovers(consumer: Consumer) -> Leftovers:
+    """Return what rebuilds of a projection have left: unless one is running, nobody needs it."""
+    row = consumer.of_kind("rebuild").checkpoint.read()
+    with consumer.application.engine.connect() as connection:
+        found = _left(connection, consumer)
+    return Leftovers(
+        [name for name, suffix in found if suffix == OLD],
+        [name for name, suffix in found if suffix != OLD],
+        None if row is None else row.position,
+    )
+
+
+def _left(connection: Connection, consumer: Consumer) -> list[tuple[str, str]]:
+    """The tables that rebuilds of a projection have made, with their suffixes."""
+    inspector: Any = sa.inspect(connection)
+    found: list[tuple[str, str]] = []
+    for schema in dict.fromkeys(table.schema for table in consumer.tables):
+        live = {table.name for table in consumer.tables if table.schema == schema}
+        matches = map(LEFT.fullmatch, sorted(inspector.get_table_names(schema=schema)))
+        found += [(match[0], match["suffix"]) for match in matches if match is not None and match["live"] in live]
+    return found

@@ -89,13 +89,33 @@ class BoundProjections:
         for table in tables_of(self.host, check_projection(projection_class)):
             self._check_table(projection_class, table)
 
+    def check_owner(self, projection_class: type[ModelProjection], of: type[Application[Any]]) -> None:
+        """Check that no other projection writes the tables of one.
+
+        :raises ConfigurationError: naming both.
+        """
+        if not projection_class.handlers:
+            return
+        wanted = set(tables_of(self.host, projection_class))
+        for key, (other, _) in self.bound.items():
+            if key == (of.name, projection_class.name) or not other.projection_class.handlers:
+                continue
+            for table in tables_of(self.host, other.projection_class):
+                if table in wanted:
+                    raise ConfigurationError(
+                        f"Projections {other.projection_class.name!r} of {other.of.name} and {projection_class.name!r} "
+                        f"of {of.name} both have table {table.name!r} among their models, and a rebuild of one would "
+                        "lose the rows of the other: make them one projection, or give each a model of its own."
+                    )
+
     def add(self, registration: Registration) -> None:
         """Bind a projection.
 
-        :raises ConfigurationError: when one of its tables is in another database.
+        :raises ConfigurationError: when one of its tables is in another database, or another projection's.
         """
         projection_class, of = registration.projection_class, registration.of
         self.check(projection_class)
+        self.check_owner(projection_class, of)
         application = self.applications.get(of)
         if application is None:
             application = self.applications[of] = self._make_application(of)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from eventsourcing.persistence import Notification
 
-from ..exceptions import ProjectionHaltedError
+from ..exceptions import HandlerError, ProjectionHaltedError
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
@@ -175,7 +175,9 @@ class Delivery:
     def _fail(
         self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int
     ) -> CheckpointRow:
-        if self.consumer.projection_class.on_failure == "dead-letter":
+        # What a rebuild refuses is no fault of one event: it would set all of them aside.
+        is_refused = self.consumer.kind == "rebuild" and isinstance(error, HandlerError)
+        if self.consumer.projection_class.on_failure == "dead-letter" and not is_refused:
             logger.error("%s: %s is set aside as a dead letter", claimed.name, event_name(notification))
             return self.applier.apply(claimed, [notification], notification.id, dead=(error, attempts))
         text = f"{event_name(notification)}: {describe(error)}"

@@ -1,203 +1,42 @@
-"""Tables beside the live ones: made, written instead of them, and at the end of a rebuild put in their place.
+"""The end of a rebuild: new tables take the place of the live ones, with all that these had.
 
-What a session executes on a shadow connection names the shadow tables, because the statements are compiled by a
-dialect of its own. Handlers need not know.
+With the live row locked, what the live projection has applied by then is applied. Then the tables change their names
+where the catalogs say that nothing would be lost with the replaced ones: where the database can, in one transaction.
+Where renaming commits, the state ``swapping`` is committed before, and the next process that looks sees by the tables
+whether the renaming came to pass.
 
-At the end, with the live row locked, what the live projection has applied by then is applied, and the tables change
-their names: where the database can, in one transaction. Where renaming commits, the state ``swapping`` is committed
-before, and the next process that looks sees by the tables whether the renaming came to pass.
+Where something would be lost, as grants or a view, the live rows are deleted and the new ones inserted, all in one
+transaction: readers see the old rows up to its commit. It takes time by the number of rows.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import orm
 from sqlalchemy.engine import Connection
-from sqlalchemy.schema import CreateIndex, CreateTable
 
-from ..exceptions import HandlerError, RebuildError
-from ..host import Host
-from ..persistence import Datastore, Dialect
+from ..exceptions import RebuildError
+from ..persistence import Dialect
 from ..persistence.dialects import is_outage
+from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
 from .checkpoint import ACTIVE, SWAPPING, CheckpointRow
 from .consumers import Consumer
 from .pages import LogPages
+from .shadows import REFERS, ShadowTables, shadows_of
 
 logger = logging.getLogger(__name__)
 
-NEW, OLD, TRIAL = "__new", "__old", "__trial"
 TRIES = 30
 PATIENCE = 2
 """Seconds for which the swap waits for readers of the live tables, as others queue behind it meanwhile."""
 NEAR = 1000
 """How many positions before the end of the log the swap may begin; the rest is applied while the live one waits."""
-
-
-@dataclass(frozen=True)
-class ShadowTables:
-    """The tables whose names are those of some live tables with a suffix."""
-
-    datastore: Datastore
-    live: Sequence[sa.Table]
-    suffix: str
-
-    @cached_property
-    def tables(self) -> dict[str, sa.Table]:
-        """Copies of the live tables with other names, by the keys of the live ones."""
-        owned = {table.key for table in self.live}
-        metadata = sa.MetaData()
-        shadows = {table.key: table.to_metadata(metadata, name=table.name + self.suffix) for table in self.live}
-        for table in self.live:
-            shadow = shadows[table.key]
-            self.datastore.dialect.name_shadow(table, shadow, self.suffix)
-            for constraint in list(shadow.foreign_key_constraints):
-                _redirect(shadow, constraint, owned, self.suffix)
-            _add_targets(table, owned, metadata)
-        return shadows
-
-    def check(self) -> None:
-        """Check that there can be such tables.
-
-        :raises RebuildError: when a table that is not among them refers to one of them, or a name gets too long.
-        """
-        _check(self.live, self.suffix, self.datastore.dialect)
-
-    def create(self, connection: Connection) -> None:
-        """Create the tables; types, such as those of enumerations, are there already."""
-        for shadow in sa.schema.sort_tables(self.tables.values()):
-            connection.execute(CreateTable(shadow))
-            for index in sorted(shadow.indexes, key=lambda index: str(index.name)):
-                connection.execute(CreateIndex(index))
-
-    def drop(self, connection: Connection) -> list[str]:
-        """Drop those that there are, and return their names; nothing but tables is dropped."""
-        dropped = [table for table in reversed(sa.schema.sort_tables(self.live)) if self._exists(connection, table)]
-        for table in dropped:
-            connection.exec_driver_sql(f"DROP TABLE {self._quoted(table)}")
-        return [table.name + self.suffix for table in dropped]
-
-    def any_exist(self, connection: Connection) -> bool:
-        """Whether there is one of them."""
-        return any(self._exists(connection, table) for table in self.live)
-
-    def all_exist(self, connection: Connection) -> bool:
-        """Whether there is each of them."""
-        return all(self._exists(connection, table) for table in self.live)
-
-    def count_rows(self, connection: Connection) -> list[int]:
-        """Count the rows of each, in the order of the live tables."""
-        query = "SELECT count(*) FROM {}"
-        return [connection.exec_driver_sql(query.format(self._quoted(t))).scalar_one() for t in self.live]
-
-    @contextmanager
-    def session(self, host: Host) -> Iterator[orm.Session]:
-        """Within the host's context, a current session that writes these tables instead of the live ones."""
-        with _connect(self.datastore, self.tables) as connection, host.using(connection) as session:
-            yield session
-
-    def _exists(self, connection: Connection, table: sa.Table) -> bool:
-        return sa.inspect(connection).has_table(table.name + self.suffix, schema=table.schema)
-
-    def _quoted(self, table: sa.Table) -> str:
-        return self.datastore.dialect.qualified(table, table.name + self.suffix)
-
-
-def _check(tables: Sequence[sa.Table], suffix: str, dialect: Dialect) -> None:
-    for table in tables:
-        if len(table.name) + len(suffix) > dialect.longest_name:
-            raise RebuildError(f"The name of table {table.name!r} is too long to be rebuilt beside: shorten it.")
-        for other in table.metadata.tables.values():
-            if other not in tables and any(key.column.table is table for key in other.foreign_keys):
-                raise RebuildError(
-                    f"Table {other.name!r} has a foreign key to {table.name!r}, whose place a rebuilt table will take: "
-                    "remove the foreign key, or add its model to the projection's models."
-                )
-
-
-def _redirect(shadow: sa.Table, constraint: sa.ForeignKeyConstraint, owned: set[str], suffix: str) -> None:
-    """Let a foreign key refer to the shadow of its target; names are left to the database, where they are unique."""
-    targets = []
-    for element in constraint.elements:
-        table, _, column = element.target_fullname.rpartition(".")
-        targets.append(f"{table}{suffix if table in owned else ''}.{column}")
-    columns = [column.name for column in constraint.columns]
-    shadow.constraints.discard(constraint)
-    for element in constraint.elements:
-        element.parent.foreign_keys.discard(element)
-        shadow.foreign_keys.discard(element)
-    options = {name: getattr(constraint, name) for name in ("onupdate", "ondelete", "deferrable", "initially")}
-    shadow.append_constraint(sa.ForeignKeyConstraint(columns, targets, **options))
-
-
-def _add_targets(table: sa.Table, owned: set[str], metadata: sa.MetaData) -> None:
-    for key in table.foreign_keys:
-        target = key.column.table
-        if target.key not in owned and target.key not in metadata.tables:
-            target.to_metadata(metadata)
-
-
-def _connect(datastore: Datastore, shadows: Mapping[str, sa.Table]) -> Connection:
-    connection = datastore.engine.connect()
-    connection.dialect = _redirected(datastore.engine.dialect, shadows)
-    text = re.compile("|".join(rf"\b{re.escape(key.rpartition('.')[2])}\b" for key in shadows))
-
-    def refuse_text(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        compiled = getattr(context, "compiled", None)
-        written = getattr(compiled, "statement", None)
-        if isinstance(written, sa.TextClause) and (found := text.search(statement)):
-            raise HandlerError(
-                f"A handler names table {found[0]!r} in textual SQL, so that it cannot be rebuilt: use the model's "
-                "attributes, or select(), insert(), update() and delete()."
-            )
-
-    sa.event.listen(connection, "before_cursor_execute", refuse_text)
-    return connection.execution_options(compiled_cache={})
-
-
-def _redirected(dialect: Any, shadows: Mapping[str, sa.Table]) -> Any:
-    """Return a copy of a dialect that names shadow tables instead of the live ones; all else stays as it is."""
-    plain = dialect.identifier_preparer
-
-    def redirected(table: Any, text: str, end: str) -> str:
-        shadow = shadows.get(table.key) if isinstance(table, sa.Table) else None
-        if shadow is None:
-            return text
-        for name, other in (
-            (plain.format_table(table), plain.format_table(shadow)),
-            (plain.quote(table.name), plain.quote(shadow.name)),
-        ):
-            if text == name or text.startswith((name + end, name + " ")):
-                return f"{other}{text[len(name) :]}"
-        return text
-
-    class ShadowPreparer(type(plain)):  # type: ignore[misc]
-        def format_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
-            return redirected(table, super().format_table(table, *args, **kwargs), " ")
-
-    class ShadowCompiler(dialect.statement_compiler):  # type: ignore[misc]
-        def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
-            return redirected(table, super().visit_table(table, *args, **kwargs), " ")
-
-        def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> str:
-            return redirected(column.table, super().visit_column(column, *args, **kwargs), ".")
-
-    shadowing = copy.copy(dialect)
-    shadowing.statement_compiler = ShadowCompiler
-    # With what it has learned of the server; SQLAlchemy makes its own copies of one in the same way.
-    shadowing.identifier_preparer = ShadowPreparer.__new__(ShadowPreparer)
-    vars(shadowing.identifier_preparer).update(vars(plain))
-    return shadowing
 
 
 @dataclass(frozen=True)
@@ -213,60 +52,115 @@ class Swap:
     """Ends a rebuild.
 
     :param stop: ends the tries.
+    :param confirm: raises an error when another process rebuilds the projection now.
     """
 
-    def __init__(self, live: Consumer, stop: threading.Event) -> None:
+    def __init__(self, live: Consumer, stop: threading.Event, confirm: Callable[[Connection], None]) -> None:
         self.live = live
         self.rebuild = live.of_kind("rebuild")
         self.stop = stop
+        self.confirm = confirm
         self.application = live.application
-        self.new, self.old = (ShadowTables(self.application.datastore, live.tables, suffix) for suffix in (NEW, OLD))
+        self.new, self.old = shadows_of(live, NEW), shadows_of(live, OLD)
 
-    def run(self) -> Swapped:
-        """Swap, and try again where readers of the live tables keep them locked.
+    def run(self) -> Swapped | None:
+        """Swap, and try again where readers of the live tables keep them locked; returns None when it was stopped.
 
-        :raises RebuildError: when the counts of events differ.
+        :raises RebuildError: when the counts of events differ, or somebody keeps the tables locked.
         """
-        at_once = self.application.datastore.dialect.swaps_in_transaction
-        tries = 1
-        while True:
+        held: Sequence[str] = ()
+        for tries in range(1, TRIES + 1):
             try:
-                return self._at_once() if at_once else self._in_steps()
+                swapped = self._swap()
             except Exception as error:
                 # An outage ends; anything else is raised, and the live tables are as they were.
                 settle(self.live)
-                if not is_outage(error) or tries == TRIES or self.stop.wait(1):
+                if not is_outage(error):
                     raise
-                logger.warning("%s: the swap is tried again: %s", self.rebuild.name, error)
-            tries += 1
+                before, held = held, self._holders()
+                if tries == 1 or (held and held != before):
+                    logger.warning("%s: the swap is tried again: %s", self.rebuild.name, _why(held) or error)
+                if tries == TRIES:
+                    raise RebuildError(
+                        f"The tables of {self.live.name} could not be swapped: {_why(held) or error}. What was built "
+                        "is kept: run the rebuild again to go on."
+                    ) from error
+                if self.stop.wait(1):
+                    return None
+            else:
+                self._drop_built()
+                return swapped
+        raise RebuildError("There was no try.")
 
-    def _at_once(self) -> Swapped:
-        host = self.application.host
+    def _holders(self) -> Sequence[str]:
+        try:
+            return self.application.datastore.dialect.holders(self.live.tables, PATIENCE)
+        except sa.exc.DBAPIError as error:
+            logger.debug("%s: nobody knows who has the tables locked: %s", self.rebuild.name, error)
+            return ()
+
+    def check(self) -> bool:
+        """Whether the rows of the live tables are to be replaced, as new tables would not have all that these have.
+
+        :raises RebuildError: naming what would be lost where that cannot be done.
+        """
+        with self.application.engine.connect() as connection:
+            return replaces(connection, self.new, self.old)
+
+    def _swap(self) -> Swapped:
+        replacing = self.check()
+        if not replacing and not self.application.datastore.dialect.swaps_in_transaction:
+            with self._log_locked():
+                return self._in_steps()
+        with self._log_locked():
+            return self._at_once(replacing)
+
+    def _drop_built(self) -> None:
+        """Drop the tables whose rows were copied."""
+        try:
+            with self.application.engine.begin() as connection:
+                self.new.drop(connection)
+        except sa.exc.DBAPIError as error:
+            # The rebuild is at its end, and the next one drops them.
+            logger.warning("%s: what was built could not be dropped: %s", self.rebuild.name, error)
+
+    def _at_once(self, replacing: bool) -> Swapped:
+        host, dialect = self.application.host, self.application.datastore.dialect
         with host.context(), self.new.session(host) as session, host.transaction():
             connection = host.unit_of(session).connection()
-            if self.live.projection_class.inline:
+            if self.live.projection_class.inline and dialect.swaps_in_transaction:
                 self._lock_log(connection)
             swapped = self._finish(connection)
-            self._rename(connection)
+            if replacing:
+                self._replace(connection)
+            else:
+                self._rename(connection)
             hand_over(self.live, self.rebuild, connection)
             return swapped
 
     def _in_steps(self) -> Swapped:
         host, engine = self.application.host, self.application.engine
-        with engine.connect() as lock, lock.begin():
-            if self.live.projection_class.inline:
-                # Held over all of the steps, so that no event is saved that only the old tables have.
-                self._lock_log(lock)
-            with host.context(), self.new.session(host) as session, host.transaction():
-                connection = host.unit_of(session).connection()
-                swapped = self._finish(connection)
-                self.live.checkpoint.set_state(connection, SWAPPING)
-            with engine.connect() as connection:
-                connection.detach()
-                self._rename(connection)
-            with engine.begin() as connection:
-                hand_over(self.live, self.rebuild, connection)
+        with host.context(), self.new.session(host) as session, host.transaction():
+            connection = host.unit_of(session).connection()
+            swapped = self._finish(connection)
+            self.live.checkpoint.set_state(connection, SWAPPING)
+        with engine.connect() as connection:
+            connection.detach()
+            self._rename(connection)
+        with engine.begin() as connection:
+            hand_over(self.live, self.rebuild, connection)
         return swapped
+
+    @contextmanager
+    def _log_locked(self) -> Iterator[None]:
+        """Keep events out that only the old tables would have, where the swap has several transactions for that."""
+        dialect = self.application.datastore.dialect
+        if not self.live.projection_class.inline or dialect.swaps_in_transaction:
+            yield
+            return
+        with self.application.engine.connect() as lock, lock.begin():
+            self._lock_log(lock)
+            yield
 
     def _lock_log(self, connection: Connection) -> None:
         recorder = self.application.recorder
@@ -278,8 +172,28 @@ class Swap:
         self.old.drop(connection)
         dialect.swap_tables(connection, self.live.tables, NEW, OLD)
 
+    def _replace(self, connection: Connection) -> None:
+        dialect = self.application.datastore.dialect
+        if dialect.swaps_in_transaction:
+            dialect.limit_ddl_waiting(connection, PATIENCE)
+        try:
+            dialect.replace_rows(connection, sa.schema.sort_tables(self.live.tables), NEW)
+        except sa.exc.DBAPIError as error:
+            if is_outage(error):
+                raise
+            raise RebuildError(
+                f"The rows of {self.live.name} do not fit into the live tables, which stay as they were: "
+                f"{dialect.text(error.orig)}"
+            ) from error
+        if self._live().count_rows(connection) != self.new.count_rows(connection):
+            raise RebuildError(f"The live tables of {self.live.name} have not taken all rows: they stay as they were.")
+
+    def _live(self) -> ShadowTables:
+        return ShadowTables(self.application.datastore, self.live.tables, "")
+
     def _finish(self, connection: Connection) -> Swapped:
         """Lock the live row, apply what is missing, and compare the counts."""
+        self.confirm(connection)
         live = self.live.checkpoint.lock(connection)
         row = self.rebuild.checkpoint.read(connection)
         if row is None:
@@ -288,13 +202,13 @@ class Swap:
         if not self.live.projection_class.inline:
             # The live one may be ahead of a log that was restored.
             end = min(end, live.position)
-        applier, pages, events = Applier(self.rebuild), LogPages(self.rebuild, row), 0
+        applier, pages, events = Applier(self.rebuild, joins=True), LogPages(self.rebuild, row), 0
         while row.position < end:
             page = pages.read(row.position, NEAR, end)
             row = applier.apply(row, page.events, page.position)
             events += len(page.events)
         self._verify(connection, row)
-        before = ShadowTables(self.application.datastore, self.live.tables, "").count_rows(connection)
+        before = self._live().count_rows(connection)
         counts = zip(before, self.new.count_rows(connection), strict=True)
         names = (table.name for table in self.live.tables)
         return Swapped(row.position, events, dict(zip(names, counts, strict=True)))
@@ -308,6 +222,87 @@ class Swap:
                 f"log has {found} up to position {row.position}: the live tables stay as they are; begin anew, with "
                 "--restart."
             )
+
+
+def _why(held: Sequence[str]) -> str:
+    return f"the tables are in use by {'; '.join(held)}" if held else ""
+
+
+def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bool:
+    """Whether the rows of live tables are to be replaced, as new tables would not have all that these have.
+
+    :raises RebuildError: naming what would be lost where that cannot be done.
+    """
+    dialect = new.datastore.dialect
+    lost: list[str] = []
+    missing: list[str] = []
+    for table in new.live:
+        has = columns_of(connection, dialect, table)
+        wanted = {column.name for column in table.columns}
+        parts = _lost_parts(connection, dialect, table, has - wanted)
+        _refuse_acting(connection, new, table, parts)
+        lost += [f"{part.what} of table {table.name!r}" for part in parts]
+        missing += [f"{table.name}.{name}" for name in sorted(wanted - has)]
+    lost += _needed(connection, old)
+    if lost and missing:
+        raise RebuildError(
+            f"A rebuild would lose {'; '.join(sorted(lost))}. It could replace the rows instead, but the tables have "
+            f"no column {', '.join(missing)}: add it with a migration first."
+        )
+    if lost:
+        _try(connection, new)
+        logger.info("The rows are going to be replaced, as renamed tables would lose %s", "; ".join(sorted(lost)))
+    return bool(lost)
+
+
+def _lost_parts(connection: Connection, dialect: Dialect, table: sa.Table, gone: set[str]) -> list[Part]:
+    """What a table has and the new one has not, unless it is about columns that the model has no more."""
+    there = {part.without(NEW) for part in dialect.parts_of(connection, table, table.name + NEW)}
+    found = dialect.parts_of(connection, table, table.name)
+    return [part for part in found if part not in there and not part.columns & gone]
+
+
+def _refuse_acting(connection: Connection, new: ShadowTables, table: sa.Table, parts: Sequence[Part]) -> None:
+    """Refuse what can neither be carried over nor be left in peace when rows are replaced."""
+    acting = [part.what for part in parts if part.acts]
+    if acting:
+        raise RebuildError(
+            f"Table {table.name!r} has {', '.join(sorted(acting))}, which a rebuilt table would not have, and "
+            "which would act if the rows were replaced: take it away for the rebuild."
+        )
+    referring = set(new.datastore.dialect.referrers(connection, table)) - {each.name for each in new.live}
+    for other in sorted(referring):
+        if LEFT.fullmatch(other) is None:
+            raise RebuildError(REFERS.format(other, table.name))
+
+
+def _needed(connection: Connection, old: ShadowTables) -> list[str]:
+    """What else depends on tables that an earlier rebuild has replaced, so that they cannot be dropped."""
+    dialect = old.datastore.dialect
+    return [
+        f"{part.what}, which depends on {table.name + OLD!r}"
+        for table in old.live
+        if old.exists(connection, table)
+        for part in dialect.parts_of(connection, table, table.name + OLD)
+        if part.dependent
+    ]
+
+
+def columns_of(connection: Connection, dialect: Dialect, table: sa.Table) -> set[str]:
+    """Return the columns that a table has in the database."""
+    query = "SELECT * FROM {} WHERE 1 = 0"
+    return set(connection.exec_driver_sql(query.format(dialect.qualified(table, table.name))).keys())
+
+
+def _try(connection: Connection, new: ShadowTables) -> None:
+    """See whether rows may be replaced: rights, and the types of columns."""
+    dialect = new.datastore.dialect
+    try:
+        dialect.copy_rows(connection, sa.schema.sort_tables(new.live), NEW, " WHERE 1 = 0")
+    except sa.exc.DBAPIError as error:
+        if is_outage(error):
+            raise
+        raise RebuildError(f"The rows of the live tables cannot be replaced: {dialect.text(error.orig)}") from error
 
 
 def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None:
@@ -330,7 +325,7 @@ def settle(live: Consumer) -> None:
     with live.application.engine.begin() as connection:
         if live.checkpoint.lock(connection).state != SWAPPING:
             return
-        if ShadowTables(live.application.datastore, live.tables, NEW).any_exist(connection):
+        if shadows_of(live, NEW).any_exist(connection):
             live.checkpoint.set_state(connection, ACTIVE)
         else:
             hand_over(live, live.of_kind("rebuild"), connection)

@@ -440,6 +440,25 @@ def test_rebuild(ledger: Ledger) -> None:
     assert ledger.balance(account_id) == 6
 
 
+def test_what_rebuilds_leave(sqlite_ledger: Ledger) -> None:
+    """``status`` tells what rebuilds have left, ``--clean`` and ``--give-up`` drop it, and a second time nothing."""
+    sqlite_ledger.deposit([1, 2, 3])
+    assert sqlite_ledger.run("rebuild", "Balances")[0] == 0
+    assert (
+        "Balances: balance__old replaced by a rebuild: drop with 'flask eventsourcing rebuild Balances --clean'"
+        in (sqlite_ledger.run("status")[1])
+    )
+    with sqlite_ledger.app.app_context():
+        projected_app.db.session.execute(sa.text("CREATE TABLE balance__new (account_id INTEGER)"))
+        projected_app.db.session.commit()
+    assert "balance__new left of a rebuild" in sqlite_ledger.run("status")[1]
+    assert sqlite_ledger.run("rebuild", "Balances", "--clean") == (0, "Dropped table balance__old.\n")
+    assert sqlite_ledger.run("rebuild", "Balances", "--give-up") == (0, "Dropped table balance__new.\n")
+    assert sqlite_ledger.run("rebuild", "Balances", "--give-up") == (0, "There is nothing to drop.\n")
+    assert "__" not in sqlite_ledger.run("status")[1]
+    assert sqlite_ledger.run("rebuild", "Balances", "--clean", "--give-up")[0] == 2
+
+
 def test_a_rebuild_that_was_stopped_goes_on(sqlite_ledger: Ledger) -> None:
     """SIGTERM ends a rebuild after its batch, with 1 as it is not done; run again, it goes on from there."""
     account_id = sqlite_ledger.deposit([1] * 300)

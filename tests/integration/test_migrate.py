@@ -97,3 +97,21 @@ def test_text_ids_settle_too(uri: str, folder: Path) -> None:
     flask(folder, uri, "db", "upgrade", **text_ids)
     assert inspect(uri) == TABLES
     assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second", **text_ids)
+
+
+@on_files
+def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
+    """What a rebuild has replaced, or is building, is no removed table: autogenerate does not drop it."""
+    flask(folder, uri, "db", "init")
+    flask(folder, uri, "eventsourcing", "init-db")
+    engine = sa.create_engine(uri, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        for suffix in ("__old", "__new", "__trial0a1b"):
+            connection.exec_driver_sql(f"CREATE TABLE bank_events{suffix} (id INTEGER PRIMARY KEY)")
+            connection.exec_driver_sql(f"CREATE INDEX by_id{suffix} ON bank_events{suffix} (id)")
+        connection.exec_driver_sql("CREATE TABLE somebody__old (id INTEGER PRIMARY KEY)")
+    flask(folder, uri, "db", "migrate", "-m", "first")
+    (generated,) = (folder / "migrations" / "versions").glob("*_first.py")
+    text = generated.read_text()
+    assert "op.drop_table('somebody__old')" in text
+    assert "bank_events" not in text

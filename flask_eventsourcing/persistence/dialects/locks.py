@@ -15,7 +15,6 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,6 +23,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
 from ..subscriptions import Waiter
+from .swapping import ForSwaps
 
 NAMESPACE = "flask_eventsourcing"
 
@@ -321,7 +321,7 @@ def write_queue_of(name: str) -> WriteQueue:
     return queue
 
 
-class ForProjections:
+class ForProjections(ForSwaps):
     """The part of a dialect that projections use."""
 
     engine: Engine
@@ -329,14 +329,6 @@ class ForProjections:
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
-    longest_name = 63
-    """The longest name of a table, a constraint or an index."""
-    counts = "characters"
-    """What that limit counts."""
-    swaps_in_transaction = True
-    """Whether tables change their names in a transaction that does other things too."""
-    refuses_old_snapshot = False
-    """Whether a transaction that began before tables were swapped sees the new ones as they were at its beginning."""
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
@@ -354,42 +346,3 @@ class ForProjections:
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for updates of a table; here it polls."""
         return Waiter()
-
-    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit how long DDL waits for those who use a table, to the end of the transaction or the connection."""
-
-    def qualified(self, table: sa.Table, name: str) -> str:
-        """Return the quoted name of what is in the schema of a table."""
-        quote = self.engine.dialect.identifier_preparer.quote
-        return f"{quote(table.schema)}.{quote(name)}" if table.schema else quote(name)
-
-    def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
-        """Name the indexes and constraints of a copy of a table after those of the original, with a suffix."""
-        # By their columns, as names may be made of the table's name.
-        originals = {(index.unique, *index.columns.keys()): index.name for index in table.indexes}
-        for index in shadow.indexes:
-            original = originals.get((index.unique, *index.columns.keys()), index.name)
-            index.name = sa.sql.quoted_name(self.shadow_index_name(str(original), suffix), None)
-        for constraint in shadow.constraints:
-            self.name_shadow_constraint(constraint, suffix)
-
-    def shadow_index_name(self, name: str, suffix: str) -> str:
-        """Return the name of an index of a shadow table; here they are unique in the schema."""
-        return f"{name}{suffix}"
-
-    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Name a constraint of a shadow table; here its name may be that of the original."""
-
-    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
-        """Give tables the suffix *old*, and those with the suffix *new* their names."""
-        for table in tables:
-            self._rename_table(connection, table, table.name, table.name + old)
-            self._rename_table(connection, table, table.name + new, table.name)
-            self.rename_parts(connection, table, new, old)
-
-    def _rename_table(self, connection: Connection, table: sa.Table, name: str, renamed: str) -> None:
-        quoted = self.engine.dialect.identifier_preparer.quote(renamed)
-        connection.exec_driver_sql(f"ALTER TABLE {self.qualified(table, name)} RENAME TO {quoted}")
-
-    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
-        """Give what belongs to swapped tables, and has not changed its name with them, the names to be expected."""

@@ -29,6 +29,7 @@ from .base import Dialect, DialectOptions
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock, SessionLock
+from .mysql_swapping import MySQLSwaps
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
 EXACT = "utf8mb4_bin"
@@ -52,7 +53,7 @@ ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
 
-class MySQLDialect(Dialect):
+class MySQLDialect(MySQLSwaps, Dialect):
     """Order by one counting row for each log."""
 
     # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1020 the same of a row that was changed since
@@ -294,10 +295,6 @@ class MySQLDialect(Dialect):
 
     # ------------------------------------------------------------------------------------- what projections need
 
-    # Its own has whole seconds, of which a lease has too few.
-    swaps_in_transaction = False
-    refuses_old_snapshot = True
-
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not to be had in time."""
@@ -306,28 +303,6 @@ class MySQLDialect(Dialect):
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
         return NamedLock(self.engine, name)
-
-    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit the waiting to the end of the connection."""
-        connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {seconds}")
-
-    def shadow_index_name(self, name: str, suffix: str) -> str:
-        """Leave the name as it is: it is unique within the table."""
-        return name
-
-    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Take the names of checks away: they are unique in the schema."""
-        if isinstance(constraint, sa.CheckConstraint):
-            constraint.name = None
-
-    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
-        """Rename all tables in one statement, which commits."""
-        renames = [
-            f"{self.qualified(table, table.name)} TO {self.qualified(table, table.name + old)}, "
-            f"{self.qualified(table, table.name + new)} TO {self.qualified(table, table.name)}"
-            for table in tables
-        ]
-        connection.exec_driver_sql("RENAME TABLE " + ", ".join(renames))
 
 
 def _after_error(context: Any) -> None:

@@ -40,6 +40,7 @@ from .event_values import as_parameter
 from .locks import AdvisoryLock, RunnerLock
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
+from .postgresql_swapping import PostgreSQLSwaps
 
 # Its words are in the server's language.
 KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
@@ -61,7 +62,7 @@ _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""
 
 
-class PostgreSQLDialect(Dialect):
+class PostgreSQLDialect(PostgreSQLSwaps, Dialect):
     """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
 
     # serialization_failure, deadlock_detected; unique_violation.
@@ -302,38 +303,9 @@ class PostgreSQLDialect(Dialect):
         """Return what waits for notifications, unless they are switched off."""
         return self.listen(table.name) if self.options.postgres_notify else Waiter()
 
-    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit the waiting to the end of the transaction."""
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{seconds}s'")
-
-    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Give a key that has a name the suffix: it has an index of that name, and is renamed with it."""
-        is_key = isinstance(constraint, sa.PrimaryKeyConstraint | sa.UniqueConstraint)
-        if is_key and constraint.name is not None:
-            constraint.name = sa.sql.quoted_name(f"{constraint.name}{suffix}", None)
-
-    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
-        """Rename indexes and sequences, whose names are unique in the schema; constraints go with them."""
-        for name, renamed in (
-            (table.name + old, lambda part: f"{part[: self.longest_name - len(old)]}{old}"),
-            (table.name, lambda part: part.replace(new, "")),
-        ):
-            qualified = as_parameter(self.qualified(table, name))
-            for part, kind in connection.exec_driver_sql(_PARTS, (qualified, qualified)).all():
-                if renamed(part) != part:
-                    quoted = self.quote(renamed(part))
-                    what = "SEQUENCE" if kind in ("S", b"S") else "INDEX"
-                    connection.exec_driver_sql(f"ALTER {what} {self.qualified(table, part)} RENAME TO {quoted}")
-
 
 def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
     return transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
 
 
 LOCK_NOT_AVAILABLE = "55P03"
-
-_PARTS = """
-SELECT c.relname, c.relkind FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = %s::regclass
-UNION ALL
-SELECT c.relname, c.relkind FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S'
-WHERE d.refobjid = %s::regclass AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')"""

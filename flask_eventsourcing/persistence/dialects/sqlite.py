@@ -19,12 +19,12 @@ from uuid import UUID
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.schema import CreateIndex
 
 from .base import Dialect
 from .event_tables import EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
+from .sqlite_swapping import SQLiteSwaps
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
@@ -52,7 +52,7 @@ def kind_of(statement: str) -> Kind:
     return "read" if word in READS else "write" if word in WRITES else "other"
 
 
-class SQLiteDialect(Dialect):
+class SQLiteDialect(SQLiteSwaps, Dialect):
     """Order by SQLite's single writer; positions come from ``AUTOINCREMENT``."""
 
     mark = "?"
@@ -196,15 +196,6 @@ class SQLiteDialect(Dialect):
     def passes(driver_error: BaseException) -> bool:
         """Whether the database was locked by another process for too long."""
         return "database is locked" in str(driver_error)
-
-    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
-        """Make the indexes again: they cannot be renamed, and their names are unique in the database."""
-        quote = self.engine.dialect.identifier_preparer.quote
-        for index in table.indexes:
-            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(str(index.name))}")
-            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(f'{index.name}{new}')}")
-            # The engine's dialect, as the connection's own may name the new table, which is the live one now.
-            connection.exec_driver_sql(str(CreateIndex(index).compile(dialect=self.engine.dialect)))
 
 
 _known_kind = lru_cache(256)(kind_of)

@@ -1,0 +1,125 @@
+"""MariaDB and MySQL: what their catalogs say of the tables of a projection, and their swap.
+
+Views and privileges are theirs by the table's name, so that they stay when tables are renamed. Triggers go with the
+renamed table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from .swapping import ForSwaps, Part
+
+COUNTER = re.compile(r" AUTO_INCREMENT=\d+")
+QUOTED = re.compile(r"`((?:[^`]|``)+)`")
+KEY = re.compile(r"(?:(?:UNIQUE |FULLTEXT |SPATIAL )?KEY|CONSTRAINT) `((?:[^`]|``)+)`")
+
+
+class MySQLSwaps(ForSwaps):
+    """The part of the dialect that rebuilds use."""
+
+    swaps_in_transaction = False
+    refuses_old_snapshot = True
+
+    def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
+        """Limit the waiting to the end of the connection."""
+        connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {seconds}")
+
+    def shadow_index_name(self, name: str, suffix: str) -> str:
+        """Leave the name as it is: it is unique within the table."""
+        return name
+
+    def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
+        """Take the names of checks away: they are unique in the schema."""
+        if isinstance(constraint, sa.CheckConstraint):
+            constraint.name = None
+
+    def shadow_key_name(self, name: Any) -> Any:
+        """Leave the name of a foreign key to the server: it is unique in the schema."""
+        return None
+
+    def parts_of(self, connection: Connection, table: sa.Table, name: str) -> Collection[Part]:
+        """Read what the server says to make the table of, and what the catalogs say of its columns and triggers."""
+        quoted = self.qualified(table, name)
+        statement = connection.exec_driver_sql(f"SHOW CREATE TABLE {quoted}").one()[1]
+        columns = connection.exec_driver_sql(_COLUMNS, (table.schema, name)).all()
+        names = {column for column, *_ in columns}
+        found = set(_of_statement(statement, names))
+        for column, default, extra, collation, comment in columns:
+            about = frozenset({column})
+            values = {"default": default, "extras": extra, "collation": collation, "comment": comment}
+            found |= {Part(f"the {what} of column {column}", str(v), about) for what, v in values.items() if v}
+        triggers = connection.exec_driver_sql(_TRIGGERS, (table.schema, name)).all()
+        return found | {Part(f"trigger {trigger}", acts=True) for (trigger,) in triggers}
+
+    def referrers(self, connection: Connection, table: sa.Table) -> Collection[str]:
+        """Return the names of the tables that have a foreign key to a table, in whatever schema."""
+        return {name for (name,) in connection.exec_driver_sql(_REFERRERS, (table.schema, table.name))}
+
+    def holders(self, tables: Sequence[sa.Table], seconds: int) -> Sequence[str]:
+        """Return the connections with open transactions: the server does not say by default which tables these use."""
+        with self.engine.connect() as connection:
+            try:
+                rows = connection.exec_driver_sql(_HOLDERS, (seconds,)).all()
+            except sa.exc.DBAPIError:
+                # Whoever has not the right to see all processes is told nothing.
+                return ()
+        return [f"perhaps connection {number}, in a transaction since {since}" for number, since in rows]
+
+    def swap_tables(self, connection: Connection, tables: Sequence[sa.Table], new: str, old: str) -> None:
+        """Rename all tables in one statement, which commits."""
+        renames = [
+            f"{self.qualified(table, table.name)} TO {self.qualified(table, table.name + old)}, "
+            f"{self.qualified(table, table.name + new)} TO {self.qualified(table, table.name)}"
+            for table in tables
+        ]
+        connection.exec_driver_sql("RENAME TABLE " + ", ".join(renames))
+
+    def copy_rows(self, connection: Connection, tables: Sequence[sa.Table], new: str, where: str = "") -> None:
+        """Copy rows, which refer to each other as those of the new tables did: keys are looked at row by row."""
+        connection.exec_driver_sql("SET @flask_eventsourcing_checks = @@SESSION.foreign_key_checks")
+        connection.exec_driver_sql("SET SESSION foreign_key_checks = 0")
+        try:
+            super().copy_rows(connection, tables, new, where)
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql("SET SESSION foreign_key_checks = @flask_eventsourcing_checks")
+
+
+def _of_statement(statement: str, columns: set[str]) -> Iterator[Part]:
+    """What stands in a CREATE TABLE beside the columns, each in a line of its own."""
+    for line in map(str.strip, statement.splitlines()[1:]):
+        text = line.rstrip(",")
+        if text.startswith("`"):
+            column, _, check = text[1:].partition("` ")[0], *text.partition(" CHECK (")[1:]
+            if check:
+                yield Part(f"the check of column {column}", check, frozenset({column}))
+            continue
+        key = KEY.match(text)
+        if key is not None:
+            about = frozenset(QUOTED.findall(text[key.end() :])) & columns
+            yield Part(("constraint " if text.startswith("CONSTRAINT") else "index ") + key[1], text, about)
+        else:
+            yield Part("the primary key" if text.startswith("PRIMARY") else "the storage", COUNTER.sub("", text))
+
+
+_COLUMNS = """
+SELECT column_name, column_default, extra, collation_name, column_comment FROM information_schema.columns
+WHERE table_schema = coalesce(%s, database()) AND table_name = %s"""
+
+_TRIGGERS = """
+SELECT trigger_name FROM information_schema.triggers
+WHERE event_object_schema = coalesce(%s, database()) AND event_object_table = %s"""
+
+_REFERRERS = """
+SELECT DISTINCT table_name FROM information_schema.key_column_usage
+WHERE referenced_table_schema = coalesce(%s, database()) AND referenced_table_name = %s"""
+
+_HOLDERS = """
+SELECT trx_mysql_thread_id, trx_started FROM information_schema.innodb_trx
+WHERE trx_mysql_thread_id <> connection_id() AND trx_started < now() - INTERVAL %s SECOND ORDER BY trx_started"""

@@ -1,0 +1,91 @@
+"""SQLite: what its catalog says of the tables of a projection, and their swap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+from sqlalchemy.schema import CreateIndex
+
+from .swapping import OWN, ForSwaps, Part
+
+SPACE = re.compile(r"\s+")
+NAMED = re.compile(r"\bCONSTRAINT\s+(\"[^\"]+\"|\S+)", re.I)
+NAMES = re.compile(r"[\"`\[\]]")
+
+
+class SQLiteSwaps(ForSwaps):
+    """The part of the dialect that rebuilds use."""
+
+    def parts_of(self, connection: Connection, table: sa.Table, name: str) -> Collection[Part]:
+        """Ask the catalog; *name* is that of the table or of a shadow."""
+        inspector = sa.inspect(connection)
+        found = {*_constraints(inspector, name), *self._unique(connection, name)}
+        mentioned = re.compile(rf"\b{re.escape(name)}\b", re.I)
+        for kind, part, owner, sql in connection.exec_driver_sql(_CATALOG).all():
+            if kind == "trigger" and owner.lower() == name.lower():
+                found.add(Part(f"trigger {part}", sql, acts=True))
+            elif kind in ("trigger", "view") and mentioned.search(sql):
+                found.add(Part(f"{kind} {part}", dependent=True))
+            elif kind == "index" and owner.lower() == name.lower():
+                text = SPACE.sub("", NAMES.sub("", sql)).lower()
+                found.add(Part(f"index {part}", text, self._about(connection, part)))
+        for column in inspector.get_columns(name):
+            if column["default"] is not None:
+                about = frozenset({column["name"]})
+                found.add(Part(f"the default of column {column['name']}", str(column["default"]), about))
+        return found
+
+    def _unique(self, connection: Connection, name: str) -> Iterator[Part]:
+        """Unique keys and the names of constraints; SQLAlchemy's way to them warns of indexes on expressions."""
+        quoted = self.engine.dialect.identifier_preparer.quote_identifier(name)
+        for _, index, _, origin, *_ in connection.exec_driver_sql(f"PRAGMA index_list({quoted})").all():
+            if origin == "u":
+                columns = self._about(connection, index)
+                yield Part(f"unique key ({', '.join(sorted(columns))})", columns=columns)
+        for kind, part, _, sql in connection.exec_driver_sql(_CATALOG).all():
+            if kind == "table" and part.lower() == name.lower():
+                yield from (Part(f"constraint {NAMES.sub('', called)}") for called in NAMED.findall(sql))
+
+    def _about(self, connection: Connection, index: str) -> frozenset[str]:
+        quoted = self.engine.dialect.identifier_preparer.quote_identifier(index)
+        rows = connection.exec_driver_sql(f"PRAGMA index_info({quoted})")
+        return frozenset(column for *_, column in rows if column is not None)
+
+    def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
+        """Make the indexes again: they cannot be renamed, and their names are unique in the database."""
+        quote = self.engine.dialect.identifier_preparer.quote
+        for index in table.indexes:
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(str(index.name))}")
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(f'{index.name}{new}')}")
+            # The engine's dialect, as the connection's own may name the new table, which is the live one now.
+            connection.exec_driver_sql(str(CreateIndex(index).compile(dialect=self.engine.dialect)))
+
+    def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
+        """Raise what ``AUTOINCREMENT`` has counted to."""
+        if connection.exec_driver_sql(_HAS_COUNTERS).first() is not None:
+            names = (table.name + new, table.name)
+            connection.exec_driver_sql(_SET_COUNTER, names, execution_options=OWN)
+
+
+def _constraints(inspector: sa.Inspector, name: str) -> Iterator[Part]:
+    found: list[tuple[str, Any]] = [
+        *(("foreign key", key) for key in inspector.get_foreign_keys(name)),
+        *(("check", key) for key in inspector.get_check_constraints(name)),
+        ("primary key", inspector.get_pk_constraint(name)),
+    ]
+    for what, key in found:
+        columns = key.get("constrained_columns", key.get("column_names", ()))
+        called = key.get("name") or ", ".join(columns) or key.get("sqltext", "")
+        definition = {part: value for part, value in key.items() if part != "name"}
+        yield Part(f"{what} {called}", repr(sorted(definition.items())), frozenset(columns))
+
+
+_CATALOG = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL"
+_HAS_COUNTERS = "SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'"
+_SET_COUNTER = """
+UPDATE sqlite_sequence SET seq = max(seq, coalesce((SELECT n.seq FROM sqlite_sequence n WHERE n.name = ?), 0))
+WHERE name = ?"""
