@@ -159,7 +159,7 @@ class CommitGate:
             raise AbortedTransactionError(
                 f"{refusals[0].reason}, so the events that were saved cannot be committed: call db.session.rollback()."
             )
-        if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.all(Batch)):
+        if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.has(Batch)):
             return
         connection = self._connection()
         if connection is not None and not connection.closed and self._dialect.is_aborted(connection):

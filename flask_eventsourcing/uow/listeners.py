@@ -116,7 +116,7 @@ def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None:
         return
-    committing = [unit for unit in joined(connection) if unit.following.is_committing and unit.pending.all(Batch)]
+    committing = [unit for unit in joined(connection) if unit.following.is_committing and unit.pending.has(Batch)]
     if committing and context.is_disconnect:
         for unit in committing:
             unit.unknown()

@@ -83,6 +83,10 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self._items)
 
+    def has(self, kind: type[Item]) -> bool:
+        """Whether something of one kind was noted, without a look at all of it."""
+        return any(isinstance(item, kind) for _, item in self._items)
+
     def all(self, kind: type[T]) -> list[T]:
         """Return what was noted of one kind, in its order."""
         return [item for _, item in self._items if isinstance(item, kind)]

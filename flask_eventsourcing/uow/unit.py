@@ -187,13 +187,13 @@ class UnitOfWork:
         :raises ConfigurationError: when the session writes models in another transaction.
         """
         self.look()
-        if not self.pending.all(Batch):
+        if not self.pending.has(Batch):
             self.route.check(self.session)
         if len(self.shared.units) == 1 or self.session.twophase:
             return
         for other in self.shared.units.values():
             same = other.units.datastore.engine is self.units.datastore.engine
-            if not same and other.pending.all(Batch) and other.connection() is not self.connection():
+            if not same and other.pending.has(Batch) and other.connection() is not self.connection():
                 raise SpanningTransactionError(
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
                     "cannot be committed together with these: commit before, or use a session with twophase=True."
@@ -203,7 +203,7 @@ class UnitOfWork:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
         self.look()
         if self.queue.active:
-            has_written = bool(self.pending.all(Batch))
+            has_written = self.pending.has(Batch)
             self.queue.before_read(connection, table, originator_id, has_written=has_written)
 
     def failed(self, connection: Connection) -> None:
@@ -288,7 +288,7 @@ class UnitOfWork:
             return
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
-        if self.pending.all(Batch):
+        if self.pending.has(Batch):
             is_over = self.dialect.is_over(connection)
             if (self.following.is_suspicious or is_over) and not self.dialect.is_aborted(connection):
                 self._ask(connection, is_over)
@@ -309,7 +309,7 @@ class UnitOfWork:
 
     def look_for_commit(self, connection: Connection) -> None:
         """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
-        if connection.invalidated or self.following.is_busy or not self.pending.all(Batch):
+        if connection.invalidated or self.following.is_busy or not self.pending.has(Batch):
             return
         if self.dialect.is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
             self._committed_past()

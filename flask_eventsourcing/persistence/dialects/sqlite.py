@@ -21,7 +21,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
 from .base import Dialect
-from .event_tables import EventTable, begins, gap, heads
+from .event_tables import EVENT_COLUMNS, EventTable, begins, gap, heads
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
 from .sqlite_swapping import SQLiteSwaps
@@ -131,7 +131,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
         rows = [table.row(event) for event in events]
         first = heads(events)
-        if len(first) > 1 or begins(first[0]) or not self._has_predecessor(connection, table, rows[0]):
+        if len(events) == 1 and not begins(first[0]):
+            position = self._insert_next(connection, table, rows[0])
+            if position is not None:
+                return [position]
+        if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
             # With the lock to write: nothing is to come between the look and the rows.
             self.queue_for(connection, table, first[0].originator_id, wait=True)
             missing = self.find_gap(connection, table, first)
@@ -140,13 +144,23 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
 
-    def _has_predecessor(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
-        # A statement that looks and inserts takes longer than two: it keeps its rows in a table of its own.
-        statement = table.statements.get("look")
+    def _insert_next(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> int | None:
+        """Insert an event whose predecessor is there, or return None."""
+        statement = table.statements.get("next")
         if statement is None:
-            statement = f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
-            table.statements["look"] = statement
-        return bool(self.fetch(connection, statement, (row[0], row[1] - 1)))
+            columns, marks = ", ".join(EVENT_COLUMNS), ", ".join("?" * len(EVENT_COLUMNS))
+            previous = self._previous_statement(table)
+            statement = f"INSERT INTO {table.name} ({columns}) SELECT {marks} WHERE EXISTS ({previous})"
+            table.statements["next"] = statement
+        done = self.modify(connection, statement, (*row, row[0], row[1] - 1))
+        return int(done.lastrowid) if done.rowcount == 1 else None
+
+    def _has_previous(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
+        return bool(self.fetch(connection, self._previous_statement(table), (row[0], row[1] - 1)))
+
+    @staticmethod
+    def _previous_statement(table: EventTable) -> str:
+        return f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -222,7 +236,8 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
 
 
 def _before_statement(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-    driver = connection.connection.driver_connection
+    # As ``driver_connection``, which takes longer to find.
+    driver = connection.connection.dbapi_connection
     if isinstance(driver, QueuedConnection):
         driver.before(connection, _known_kind(statement) if len(statement) <= LONGEST_KNOWN else kind_of(statement))
 
