@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError
 
-from flask_eventsourcing import AbortedTransactionError
+from flask_eventsourcing import AbortedTransactionError, StaleAggregateError
 from tests.bank import Site
 from tests.domain import Account, conflict_with
 from tests.integration.marks import on_postgresql
@@ -121,13 +121,13 @@ def test_conflict_within_one_session(site: Site) -> None:
 
 
 def test_same_aggregate_twice_in_one_save(site: Site) -> None:
-    """One save with the same version twice is refused whole."""
+    """One save with two changed objects of one aggregate is refused whole."""
     account_id = site.opened()
     with site.app.app_context():
         first, second = (site.bank.account(account_id) for _ in range(2))
         first.deposit(1)
         second.deposit(2)
-        with pytest.raises(IntegrityError):
+        with pytest.raises(StaleAggregateError, match="Two objects"):
             _save(site, first, second)
         site.db.session.rollback()
     assert site.stored() == (1, 0)

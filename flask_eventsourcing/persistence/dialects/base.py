@@ -133,7 +133,8 @@ class Dialect(Driver, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
-        if connection is None or connection.closed or connection.invalidated or isinstance(error, self.driver_error):
+        answers = (self.driver_error, sa.exc.SQLAlchemyError)
+        if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):
             return
         if self.is_left_midway(connection.connection.dbapi_connection, error):
             # SQLAlchemy gives a connection up for what is no Exception only. The others of the pool are as they were.
