@@ -237,7 +237,7 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
 
 def _before_statement(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
     # As ``driver_connection``, which takes longer to find.
-    driver = connection.connection.dbapi_connection
+    driver: Any = connection.connection.dbapi_connection
     if isinstance(driver, QueuedConnection):
         driver.before(connection, _known_kind(statement) if len(statement) <= LONGEST_KNOWN else kind_of(statement))
 
