@@ -95,7 +95,7 @@ HEADS = ("NAME", "APPLICATION", "STATE", "POSITION", "HEAD", "LAG", "SECONDS", "
 
 def _table(subject: Subject, projections: Sequence[ProjectionStatus]) -> str:
     text = as_table(HEADS, [_row(each) for each in projections])
-    notes = [f"{each.name}: {text}" for each in projections if (text := _trouble(subject, each))]
+    notes = [f"{each.name}: {trouble}" for each in projections if (trouble := _trouble(subject, each))]
     return "\n".join([text, "", *notes] if notes else [text])
 
 
