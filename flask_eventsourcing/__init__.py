@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FlaskEventSourcingError,
         IdentifierTypeError,
         InheritedDatabaseError,
+        MissingRightError,
         MissingTableError,
         NotInitializedError,
         OldSnapshotError,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
         StandbyError,
         UncommittedEventsError,
         UnsafeSequenceError,
+        UnsafeSettingError,
+        UnsafeTableError,
         WriteTimeoutError,
     )
     from .extension import EventSourcing
@@ -47,6 +50,7 @@ __all__ = [
     "FlaskEventSourcingError",
     "IdentifierTypeError",
     "InheritedDatabaseError",
+    "MissingRightError",
     "MissingTableError",
     "Models",
     "NotInitializedError",
@@ -62,6 +66,8 @@ __all__ = [
     "UUIDType",
     "UncommittedEventsError",
     "UnsafeSequenceError",
+    "UnsafeSettingError",
+    "UnsafeTableError",
     "WriteTimeoutError",
     "__version__",
     "current_application",

@@ -87,6 +87,18 @@ class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError)
     """The sequence of the positions is set up in a way that would break the order of the log."""
 
 
+class UnsafeTableError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """A table of events is not as its record class has it, so that events could be lost."""
+
+
+class UnsafeSettingError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """A setting of the database server is one with which events could be lost."""
+
+
+class MissingRightError(FlaskEventSourcingError, persistence.ProgrammingError):
+    """The database's role lacks a right on a table or sequence."""
+
+
 class StandbyError(FlaskEventSourcingError, persistence.OperationalError):
     """This server is a standby, which does not know what writers are at work: read the log on the primary."""
 

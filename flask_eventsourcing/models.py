@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from .persistence.dialects import table_options
+from .persistence.dialects import ExactText, keep_transactions, table_options
 from .persistence.dialects.swapping import LEFT
 from .persistence.tables import (
     POSITION_TYPE,
@@ -33,6 +33,7 @@ from .persistence.tables import (
 __all__ = [
     "CheckpointMixin",
     "DeadLetterMixin",
+    "ExactText",
     "InlineRangeMixin",
     "MetadataType",
     "Models",
@@ -146,11 +147,13 @@ def make_projection_models(
 
     letters = f"{prefix}_dead_letters"
     key = sa.UniqueConstraint("projection", "position", name=f"{letters}_position_key")
-    return ProjectionModels(
+    models = ProjectionModels(
         model("Projection", CheckpointMixin, f"{prefix}_projections"),
         model("DeadLetter", DeadLetterMixin, letters, key, **table_options()),
         model("InlineRange", InlineRangeMixin, f"{prefix}_inline_ranges", **table_options()),
     )
+    keep_transactions(models.tables.values())
+    return models
 
 
 def is_of_rebuild(name: str, live: Collection[str]) -> bool:

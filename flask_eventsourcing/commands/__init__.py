@@ -18,7 +18,7 @@ from eventsourcing.persistence import PersistenceError
 
 from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import Dialect, dialect_for, is_outage
 from ..projections.consumers import Consumer
 from ..projections.registry import BoundProjections
 
@@ -45,6 +45,11 @@ class Subject:
     def engine_of(self, table: sa.Table) -> sa.Engine:
         """Return the database that has a table."""
         return self.elsewhere.get(table, self.datastore.engine)
+
+    def dialect_of(self, engine: sa.Engine) -> Dialect:
+        """Return how a database is looked at."""
+        store = self.datastore
+        return store.dialect if engine is store.engine else dialect_for(engine, store.options)
 
     def engines(self) -> list[sa.Engine]:
         """Return the databases, that of the first application first."""

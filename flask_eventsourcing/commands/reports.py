@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import sqlalchemy as sa
+
+from ..persistence import SQLAlchemyApplicationRecorder
+from ..persistence.dialects.looks import Finding
 from ..projections.belonging import OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
 from ..projections.rebuilding import leftovers
@@ -47,28 +51,70 @@ def init_db(subject: Subject, output: Output) -> int:
 
 
 def check(subject: Subject, output: Output) -> int:
-    """Check the configuration, the connection, the tables and the logs.
+    """Check the configuration, the connection, the settings, the tables, the rights and the logs.
 
     :raises CommandError: when something is wrong.
     """
+    try:
+        with clear_errors():
+            faults = _check_databases(subject, output)
+            if not faults:
+                faults = _check_logs(subject, output)
+    except CommandError:
+        raise
+    except Exception as error:
+        # Whatever it is: who runs a check wants a line that says what is wrong, and no traceback.
+        raise CommandError(f"{type(error).__name__}: {str(error).strip()}") from error
+    if faults:
+        one = len(faults) == 1
+        raise CommandError(faults[0] if one else f"{len(faults)} things are not as they should be; see above.")
+    return 0
+
+
+def _check_databases(subject: Subject, output: Output) -> list[str]:
+    faults: list[str] = []
+    missing: list[sa.Table] = []
     for engine in subject.engines():
         address = engine.url.render_as_string(hide_password=True)
         output.write(f"Database: {address} ({engine.dialect.name}, {engine.driver})")
     output.write(f"Commit mode: {subject.commit_mode}")
-    missing = missing_tables(subject)
-    for owner, table in subject.tables():
-        output.write(f"{owner}: table {table.fullname} {'is missing' if table in missing else 'ok'}")
-    if missing:
-        raise CommandError(f"Tables are missing: {remedy_of_missing(subject)}.")
-    with clear_errors():
-        # It is also what finds a sequence, or a standby, with which the order would not be safe.
-        for name, application in subject.applications().items():
-            last = application.recorder.max_notification_id() or 0
-            output.write(f"{name}: log ok, last position {last}")
-        problems = [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
-    if problems:
-        raise CommandError("\n".join(problems))
-    return 0
+    for engine in subject.engines():
+        dialect = subject.dialect_of(engine)
+        with engine.connect() as connection:
+            _tell(output, dialect.check_settings(connection), faults)
+            for owner, table in subject.tables():
+                if subject.engine_of(table) is not engine:
+                    continue
+                findings = dialect.check_table(connection, table)
+                if findings is None:
+                    missing.append(table)
+                wrong = findings is None or any(each.is_fault for each in findings)
+                state = "is missing" if findings is None else "is not as it should be" if wrong else "ok"
+                output.write(f"{owner}: table {table.fullname} {state}")
+                _tell(output, findings or (), faults)
+    return [f"Tables are missing: {remedy_of_missing(subject)}.", *faults] if missing else faults
+
+
+def _check_logs(subject: Subject, output: Output) -> list[str]:
+    faults: list[str] = []
+    for name, application in subject.applications().items():
+        # It is also what finds a standby, with which the order would not be safe.
+        last = application.recorder.max_notification_id() or 0
+        recorder = application.recorder
+        if isinstance(recorder, SQLAlchemyApplicationRecorder):
+            with recorder.datastore.reading(join=False) as read:
+                _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
+        output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
+    if not faults:
+        faults += [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
+    return faults
+
+
+def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> None:
+    for each in findings:
+        output.write(f"  {each.text}")
+        if each.is_fault:
+            faults.append(each.text)
 
 
 def status(subject: Subject, output: Output, *, as_json: bool = False, check: bool = False) -> int:

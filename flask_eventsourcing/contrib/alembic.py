@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alembic.runtime.plugins import Plugin
     from alembic.util import PriorityDispatchResult
 
-OURS = models.UUIDType, models.MetadataType
+OURS = models.UUIDType, models.MetadataType, models.ExactText
 RenderItem = Callable[[str, Any, Any], Any]
 
 

@@ -25,6 +25,7 @@ from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
 from .dialects.event_tables import EventTable
 from .dialects.event_values import DamagedPage
+from .dialects.looks import Use
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         if stored_events:
             with self.datastore.writing() as write:
                 insert = self.dialect.insert_or_replace if self.replaces else self.dialect.insert
-                insert(write.connection, self._table(write.connection), stored_events)
+                insert(write.connection, self._table(write.connection, "append"), stored_events)
         return None
 
     def select_events(
@@ -82,8 +83,10 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
                 read.connection, table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
             )
 
-    def _table(self, connection: Connection) -> EventTable:
-        return self.dialect.located(connection, self.events_table)
+    def _table(self, connection: Connection, use: Use = "read") -> EventTable:
+        table = self.dialect.located(connection, self.events_table)
+        self.dialect.look(connection, table, use)
+        return table
 
 
 class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
@@ -110,14 +113,14 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                     positions = self._write(write, events, tracking)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
-                    write.conflicted(self._table(write.connection), events)
+                    write.conflicted(self.dialect.located(write.connection, self.events_table), events)
                 raise
             if events:
                 write.recorded(self.application_name, self.events_table, events, positions)
         return positions
 
     def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        return self.dialect.append(write.connection, self._table(write.connection), events)
+        return self.dialect.append(write.connection, self._table(write.connection, "append"), events)
 
     def select_notifications(
         self,
@@ -294,4 +297,4 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
 
     def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
         self.write_tracking(connection, tracking)
-        return self.dialect.append(connection, self._table(connection), events) if events else []
+        return self.dialect.append(connection, self._table(connection, "append"), events) if events else []

@@ -18,11 +18,13 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from sqlalchemy_utils import UUIDType as BaseUUIDType
 
+from .._patches import forget_class
 from ..config import OriginatorIdType, is_plain
 from ..exceptions import ConfigurationError
-from .dialects import column_type, table_options
+from .dialects import column_type, keep_transactions, table_options
 from .dialects.base import new_identity
 from .dialects.event_tables import EVENT_COLUMNS, POSITION, VERSION_KEY
+from .record_checks import check_columns, check_ids, check_types
 
 POSITION_TYPE = column_type("position", sa.BigInteger())
 STATE = column_type("state", sa.LargeBinary())
@@ -234,12 +236,16 @@ def make_models(
     names = TableNames.of(application_name)
     own = {"stored_event_model": stored_event_model, "snapshot_model": snapshot_model, "tracking_model": tracking_model}
     check_models(base, application_name, schema=schema, bind_key=bind_key, **own)
+    # One id is looked for in both tables, in one way.
+    own_ids = [each.__table__.c.originator_id.type for each in (stored_event_model, snapshot_model) if each]
     extra: dict[str, Any] = {"__originator_id_type__": originator_id_type}
     if bind_key is not None:
         extra["__bind_key__"] = bind_key
 
     def model(suffix: str, mixin: type[Any], table_name: str) -> Any:
         body = {"__tablename__": table_name, "__module__": __name__, **extra}
+        if mixin is not TrackingMixin and own_ids:
+            body["originator_id"] = orm.mapped_column(own_ids[0], **mixin.__originator_id_options__)
         if schema is not None:
             body["__table_args__"] = _with_schema(mixin, table_name, schema)
         return type(base)(f"{application_name}{suffix}", (mixin, base), body)
@@ -249,10 +255,28 @@ def make_models(
         snapshot_model or model("Snapshot", SnapshotMixin, names.snapshots),
         tracking_model or model("Tracking", TrackingMixin, names.tracking),
     )
-    if tracking_model is None:
+    _finish(models, [each for each in own.values() if each is not None])
+    return models
+
+
+def _finish(models: Models, own: Iterable[Any]) -> None:
+    """Check what a base of the user's has added to the record classes that were made, and say how tables are made.
+
+    :raises ConfigurationError: after those that were made are taken back.
+    """
+    made = [model for model in (models.StoredEvent, models.Snapshot, models.Tracking) if model not in own]
+    try:
+        for model in made:
+            mixin = next(each for each in (StoredEventMixin, SnapshotMixin, TrackingMixin) if issubclass(model, each))
+            check_types(model, mixin, model.__table__, ())
+    except ConfigurationError:
+        for model in made:
+            forget_class(model)
+        raise
+    keep_transactions(models.tables.values())
+    if models.Tracking in made:
         # A record class of the user's may need more than that; its log gets an identity when somebody asks for it.
         sa.event.listen(models.tables["tracking"], "after_create", _identify)
-    return models
 
 
 def _identify(tracking_table: sa.Table, connection: Any, **_: Any) -> None:
@@ -267,11 +291,14 @@ def check_models(
     *,
     schema: str | None = None,
     bind_key: str | None = None,
+    id_type: OriginatorIdType | None = None,
     stored_event_model: Any = None,
     snapshot_model: Any = None,
     tracking_model: Any = None,
 ) -> None:
     """Check what :func:`make_models` is going to make.
+
+    :param id_type: what the application's ids are, where that is known.
 
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken.
     """
@@ -287,6 +314,7 @@ def check_models(
         check_columns(snapshot_model, SnapshotMixin, EVENT_COLUMNS, VERSION_KEY)
     if tracking_model is not None:
         check_columns(tracking_model, TrackingMixin, ("application_name", POSITION), {"application_name"})
+    check_ids([each for each in (stored_event_model, snapshot_model) if each is not None], application_name, id_type)
     for model, name in (
         (stored_event_model, names.events),
         (snapshot_model, names.snapshots),
@@ -308,31 +336,4 @@ def _refuse_taken(base: Any, table_name: str, schema: str | None, bind_key: str 
         raise ConfigurationError(
             f"Table {key!r} is taken by another model on the same metadata: rename that model's table, "
             "or give the application another name."
-        )
-
-
-def check_columns(model: Any, mixin: type[Any], expected: Iterable[str], unique: Iterable[str]) -> None:
-    """Check that a record class has the columns that it needs, and that its key columns are unique together.
-
-    :raises ConfigurationError: naming what is missing and the mixin that brings it.
-    """
-    table = getattr(model, "__table__", None)
-    if not isinstance(table, sa.Table):
-        raise ConfigurationError(
-            f"{model!r} is not a mapped class with a table: derive it from {mixin.__name__} and your db.Model."
-        )
-    missing = [name for name in expected if name not in table.columns]
-    if missing:
-        raise ConfigurationError(
-            f"Record class {model.__name__} has no column {', '.join(repr(name) for name in missing)}: "
-            f"derive it from flask_eventsourcing.{mixin.__name__}, or add what is missing."
-        )
-    wanted = set(unique)
-    keys = [{column.name for column in table.primary_key.columns}]
-    keys += [{c.name for c in item.columns} for item in table.constraints if isinstance(item, sa.UniqueConstraint)]
-    keys += [{c.name for c in index.columns} for index in table.indexes if index.unique]
-    if wanted not in keys:
-        raise ConfigurationError(
-            f"Record class {model.__name__} needs a primary key or unique constraint on "
-            f"({', '.join(sorted(wanted))}): without it a conflict would not be noticed."
         )

@@ -63,7 +63,7 @@ class RecordClasses:
         place = {cls.name: _place(extension, cls, config) for cls in classes}
         for name, each in wanted.items():
             if name not in made:
-                check_models(base, name, **place[name], **own[name])
+                check_models(base, name, id_type=each[0], **place[name], **own[name])
             elif made[name][0] != each:
                 raise ConfigurationError(
                     f"The models of {name} were made for another Flask app with other values of "

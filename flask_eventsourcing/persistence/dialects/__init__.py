@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTa
 from .base import Dialect, DialectOptions
 from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
+from .mysql_looks import ExactText
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
 from .sqlite_files import closing_threads, note_inherited_files
@@ -127,6 +128,14 @@ def table_options() -> dict[str, Any]:
     return {key: value for dialect in DIALECTS.values() for key, value in dialect.table_options.items()}
 
 
+def keep_transactions(tables: Iterable[sa.Table]) -> None:
+    """Have tables made by an engine of the database that takes back what is rolled back, unless they name one."""
+    for table in tables:
+        for dialect in DIALECTS.values():
+            for key, value in dialect.every_table_options.items():
+                table.dialect_kwargs.setdefault(key, value)
+
+
 def is_in_memory(url: URL) -> bool:
     """Whether an address is that of a database in this process's memory."""
     dialect = DIALECTS.get(url.get_backend_name())
@@ -181,6 +190,7 @@ __all__ = [
     "LIBRARY_SETTINGS",
     "Dialect",
     "DialectOptions",
+    "ExactText",
     "PassingError",
     "closing_threads",
     "column_type",
@@ -188,6 +198,7 @@ __all__ = [
     "guard_forks",
     "is_in_memory",
     "is_outage",
+    "keep_transactions",
     "note_inherited_files",
     "readable_address_errors",
     "table_options",

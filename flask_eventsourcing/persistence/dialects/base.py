@@ -30,6 +30,7 @@ from .event_tables import (
 )
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
+from .looks import Finding, Looks
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Page(NamedTuple):
     inclusive_of_start: bool
 
 
-class Dialect(Driver, ForProjections, ABC):
+class Dialect(Looks, Driver, ForProjections, ABC):
     """How one database appends events in order and reads them."""
 
     title: ClassVar[str] = ""
@@ -112,6 +113,7 @@ class Dialect(Driver, ForProjections, ABC):
         self._marks: dict[str, _KnownMark] = {}
         self._found: set[str] = set()
         self._located: dict[str, EventTable] = {}
+        self.looked_at: dict[tuple[Any, str], list[Finding]] = {}
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
@@ -189,8 +191,7 @@ class Dialect(Driver, ForProjections, ABC):
     def name_of(self, connection: Connection, table: sa.Table) -> str:
         """Return the quoted name of a table, in the schema that a connection's ``schema_translate_map`` gives it."""
         preparer = self.engine.dialect.identifier_preparer
-        translate = connection.get_execution_options().get("schema_translate_map") or {}
-        schema = translate.get(table.schema, table.schema)
+        schema = self.schema_of(connection, table)
         name = preparer.quote(table.name)
         return f"{preparer.quote_schema(schema)}.{name}" if schema else name
 

@@ -18,7 +18,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import ConfigurationError, ConstraintError, MissingTableError
+from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, is_key
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
@@ -75,6 +75,8 @@ class Driver:
     """The server's codes that mean: another transaction was first, the whole transaction may be tried again."""
     duplicates: ClassVar[frozenset[object]] = frozenset()
     """The server's codes that mean: there is a row with this key."""
+    rights_lacking: ClassVar[frozenset[object]] = frozenset()
+    """The server's codes that mean: the role may not do this."""
     missing_table: ClassVar[re.Pattern[str] | None] = None
     """What the server says of a table that is not there, with the table's name as the group ``name``."""
     drivers: ClassVar[Mapping[str, str]] = {}
@@ -133,14 +135,15 @@ class Driver:
 
     def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
         """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
-        if len(rows) <= self.rows_at_once:
+        chunks = self.chunks(connection, rows)
+        if len(chunks) == 1:
             return self._insert_chunk(connection, statement, rows)
         # One statement is all or nothing; several need a savepoint to be so.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         try:
-            for start in range(0, len(rows), self.rows_at_once):
-                last = self._insert_chunk(connection, statement, rows[start : start + self.rows_at_once])
+            for chunk in chunks:
+                last = self._insert_chunk(connection, statement, chunk)
         except BaseException:
             # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
             if not connection.invalidated and not self.is_aborted(connection):
@@ -149,6 +152,10 @@ class Driver:
             raise
         self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
         return last
+
+    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+        """Return the rows by the statements that insert them."""
+        return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
 
     def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
         marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
@@ -177,6 +184,9 @@ class Driver:
         """Insert a row unless there is one of its aggregate's version, and return whether it was inserted."""
         statement = f"{self.insert_statement(table)} ON CONFLICT ({', '.join(VERSION_KEY)}) DO NOTHING"
         return self.modify(connection, statement, row).rowcount == 1
+
+    def forget_looks(self, connection: Connection) -> None:
+        """Called after an error that may come of what has changed in the database."""
 
     # ------------------------------------------------------------------------------------- what state it is in
 
@@ -243,6 +253,8 @@ class Driver:
     def own_error(self, connection: Connection, error: Any, statement: str) -> persistence.PersistenceError:
         """Return the library's exception for the driver's error of a statement that is the recorders' own."""
         found = self.translate_driver(error)
+        if not isinstance(found, persistence.IntegrityError):
+            self.forget_looks(connection)
         if not isinstance(found, persistence.IntegrityError) or isinstance(found, ConflictError):
             return found
         table = next((table for name, table in self.tables.items() if f"INTO {name} (" in statement), None)
@@ -251,8 +263,20 @@ class Driver:
             columns = self.violated(connection, error, table)
         if table is None or columns is None or not is_key(table, columns):
             return ConstraintError(f"A constraint of the database that is no key of the events refused this: {found}")
-        text = f"Another writer was first: {found}"
-        return ConflictError(text) if POSITION in table.c and VERSION in table.c else persistence.IntegrityError(text)
+        return self._not_unique(connection, table, columns, found)
+
+    def _not_unique(
+        self, connection: Connection, table: sa.Table, columns: Collection[str], found: Exception
+    ) -> persistence.PersistenceError:
+        if POSITION not in table.c or VERSION not in table.c:
+            return persistence.IntegrityError(f"Another writer was first: {found}")
+        if list(columns) != [POSITION]:
+            return ConflictError(f"Another writer was first: {found}")
+        self.forget_looks(connection)
+        return UnsafeSequenceError(
+            f"A position of table {table.fullname} was given twice: what gives positions is behind the table, as after "
+            "an import or a restore. The next append, or the command 'check', says what to do."
+        )
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of a table that a driver's exception says are not unique, or None if it says otherwise."""
@@ -284,6 +308,8 @@ class Driver:
             )
         if self.is_serialization_failure(driver_error):
             return ConflictError(f"Another writer was first: {text}")
+        if self.code(driver_error) in self.rights_lacking:
+            return MissingRightError(f"{text}: grant what the role needs, as the page on deployment lists it.")
         return persistence.IntegrityError(text) if self.code(driver_error) in self.duplicates else None
 
 

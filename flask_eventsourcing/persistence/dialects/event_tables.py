@@ -15,7 +15,6 @@ from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
 from ...config import is_plain
-from ...exceptions import MissingTableError, UnsafeSequenceError
 from .event_values import Accepted, DamagedPage, UnreadableNotification, as_bytes, unreadable_version
 
 _new = object.__new__
@@ -289,17 +288,3 @@ class Known:
         if self._transaction is None or self._transaction() is not transaction:
             self._transaction, self._floors = weakref.ref(transaction), {}
         return self._floors
-
-
-def check_sequence(table_name: str, name: str | None, cache: int, increment: int, cycle: bool) -> None:
-    """Refuse a sequence with which readers could miss events, given its name and properties."""
-    if name is None:
-        raise MissingTableError(
-            f"Column {POSITION} of table {table_name} has no sequence: make it a bigserial or identity column."
-        )
-    if (cache, increment, cycle) != (1, 1, False):
-        # Each connection would draw a range of positions in advance, below what others have committed by then.
-        raise UnsafeSequenceError(
-            f"Sequence {name} has CACHE {cache}, INCREMENT {increment}{' and CYCLE' if cycle else ''}, with which "
-            f"readers could miss events: ALTER SEQUENCE {name} INCREMENT 1 CACHE 1 NO CYCLE."
-        )

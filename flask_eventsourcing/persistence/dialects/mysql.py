@@ -24,16 +24,14 @@ from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEv
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import MissingTableError, WriteTimeoutError
-from .base import Dialect, DialectOptions
+from ...exceptions import WriteTimeoutError
+from .base import DialectOptions
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock, SessionLock
 from .mysql_swapping import MySQLSwaps
+from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
 
-# The default collations take "Ada" for "ada", and some "é" for "e".
-EXACT = "utf8mb4_bin"
-ORDER = "__order__"
 LOCK_WAIT_TIMEOUT = 1205
 SERVER_STATUS_IN_TRANS = 1
 DEADLOCK = 1213
@@ -53,13 +51,15 @@ ABORTED = "flask_eventsourcing.aborted"
 _COLUMNS = ", ".join(EVENT_COLUMNS)
 
 
-class MySQLDialect(MySQLSwaps, Dialect):
+class MySQLDialect(MySQLSwaps, MySQLLooks):
     """Order by one counting row for each log."""
 
     # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1020 the same of a row that was changed since
     # the transaction's snapshot; 1062 a duplicate.
     serialization_failures = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
     duplicates = frozenset({1062})
+    # Of a database, a table, a column; not to the server, which is no matter of tables.
+    rights_lacking = frozenset({1044, 1142, 1143})
     title = "MySQL"
     drivers: ClassVar[dict[str, str]] = {
         "pymysql": "Flask-EventSourcing[mysql]",
@@ -67,12 +67,14 @@ class MySQLDialect(MySQLSwaps, Dialect):
     }
     missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
     column_types: ClassVar[dict[str, Any]] = {
-        "text id": mysql.VARCHAR(255, collation=EXACT),
+        "text id": ExactText(),
         "topic": mysql.TEXT(collation=EXACT),
         "state": mysql.LONGBLOB(),
         "correlation": mysql.VARCHAR(128, collation=EXACT),
         "time": mysql.DATETIME(fsp=6),
     }
+    # The server's default may be an engine that keeps what was rolled back, such as Aria.
+    every_table_options: ClassVar[dict[str, Any]] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
     aborts_transactions = True
     reads_in_autocommit = True
     rows_at_once = 500
@@ -126,6 +128,7 @@ class MySQLDialect(MySQLSwaps, Dialect):
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
         values = [table.row(event) for event in events]
         first = heads(events)
+        self.refuse_padded(connection, table, [event.originator_id for event in events])
         last = self._draw(connection, table, len(events))
         self._check(connection, table, first, len(events))
         positions = list(range(last - len(events) + 1, last + 1))
@@ -144,7 +147,7 @@ class MySQLDialect(MySQLSwaps, Dialect):
         if missing is not None:
             # The row is locked, so nobody has seen the positions.
             back = "SET notification_id = notification_id - %s WHERE application_name = %s"
-            self.modify(connection, f"UPDATE {self._counter(table)} {back}", (count, ORDER))
+            self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
             raise gap(missing)
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
@@ -163,7 +166,7 @@ class MySQLDialect(MySQLSwaps, Dialect):
         return True
 
     def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
-        counter = self._counter(table)
+        counter = self.counter_of(table)
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         update = (
@@ -204,11 +207,6 @@ class MySQLDialect(MySQLSwaps, Dialect):
             (ORDER, last),
         )
 
-    def _counter(self, table: EventTable) -> str:
-        if table.counter is None:
-            raise MissingTableError(f"The recorder of {table.name} was made without a tracking table, which counts.")
-        return table.counter
-
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:
         """Record a position, which must be above the recorded one.
 
@@ -244,7 +242,7 @@ class MySQLDialect(MySQLSwaps, Dialect):
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""
         table = self.located(connection, table)
-        counter = self._counter(table)
+        counter = self.counter_of(table)
         self._ensure_counter(connection, table, counter)
         lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"
         self.fetch(connection, lock, (ORDER,))

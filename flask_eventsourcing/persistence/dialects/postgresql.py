@@ -20,17 +20,15 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import StandbyError
 from ..subscriptions import ListenWaiter, Waiter, poll, receive
-from .base import Dialect, DialectOptions, FrozenSnapshotError
+from .base import DialectOptions, FrozenSnapshotError
 from .driver import AUTOCOMMIT
 from .event_tables import (
-    POSITION,
     VERSION_KEY,
     ConflictError,
     EventTable,
     Known,
     KnownLog,
     begins,
-    check_sequence,
     columns_of,
     gap,
     heads,
@@ -38,6 +36,8 @@ from .event_tables import (
 )
 from .event_values import as_parameter
 from .locks import AdvisoryLock, RunnerLock
+from .looks import Use, missing_table
+from .postgresql_catalog import LOOK, CatalogLooks
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
 from .postgresql_swapping import PostgreSQLSwaps
@@ -52,22 +52,17 @@ NOT_DRAWN = (
 
 _Rows = Sequence[tuple[Any, ...]]
 
-_LOOK = """
-SELECT %s::regclass::oid::bigint, found.name, c.relname, to_regclass(quote_ident(c.relname)) = c.oid,
-       to_regclass(%s) IS NOT NULL, s.seqcache, s.seqincrement, s.seqcycle
-FROM (SELECT pg_get_serial_sequence(%s, %s) AS name) AS found
-LEFT JOIN pg_sequence s ON s.seqrelid = found.name::regclass LEFT JOIN pg_class c ON c.oid = s.seqrelid"""
-
 _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""
 
 
-class PostgreSQLDialect(PostgreSQLSwaps, Dialect):
+class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
 
     # serialization_failure, deadlock_detected; unique_violation.
     serialization_failures = frozenset({"40001", "40P01"})
     duplicates = frozenset({"23505"})
+    rights_lacking = frozenset({"42501"})
     title = "PostgreSQL"
     drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
     counts = "bytes"
@@ -109,7 +104,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, Dialect):
                 # Whatever this transaction draws later is above its first position.
                 floors.setdefault(log.identity, start - 1)
                 return list(range(start, start + len(events)))
-            log = self._log(connection, table)
+            log = self._log(connection, table, "append")
 
     def _append_small(
         self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: _Rows
@@ -194,20 +189,30 @@ class PostgreSQLDialect(PostgreSQLSwaps, Dialect):
         known[table.name] = found
         return found
 
-    def _log(self, connection: Connection, table: EventTable) -> KnownLog:
+    def _log(self, connection: Connection, table: EventTable, use: Use = "read") -> KnownLog:
         """Look which table a name means on a connection now."""
-        named = as_parameter(table.name)
-        parameters = (named, table.snapshots and as_parameter(table.snapshots), named, POSITION)
-        identity, name, short, is_found, has_snapshots, *properties = self.fetch(connection, _LOOK, parameters)[0]
+        parameters = (table.snapshots and as_parameter(table.snapshots), *self.place(connection, table.table))
+        identity, name, short, is_found, has_snapshots = self.fetch(connection, LOOK, parameters)[0]
+        if identity is None:
+            raise missing_table(table.table.fullname)
         log = self._logs.get((table.name, identity))
         if log is None:
-            check_sequence(table.name, name, *properties)
+            if (table.name, 0) in self._logs:
+                # What was looked at before was another table of this name.
+                self.look_again(connection, table, use)
             # Named as the table is, so that the same statements do for the tables of others.
             is_found = is_found and table.name == self.quote(table.table.name)
             name = self.quote(short) if is_found else name.replace("%", "%%")
             log = self._logs[table.name, identity] = KnownLog(identity, name, bool(has_snapshots), {})
         Known.of(connection).logs[table.name] = self._logs[table.name, 0] = log
         return log
+
+    def forget_looks(self, connection: Connection) -> None:
+        """Forget which tables the names mean, too."""
+        if not (connection.closed or connection.invalidated):
+            Known.of(connection).logs.clear()
+        self._logs.clear()
+        super().forget_looks(connection)
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""

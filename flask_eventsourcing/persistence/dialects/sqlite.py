@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache
@@ -20,8 +21,10 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
+from ...exceptions import UnsafeSequenceError
 from .base import Dialect
-from .event_tables import EVENT_COLUMNS, EventTable, begins, gap, heads
+from .event_tables import EVENT_COLUMNS, POSITION, VERSION, EventTable, begins, gap, heads
+from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
 from .sqlite_swapping import SQLiteSwaps
@@ -30,6 +33,13 @@ FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+SCHEMA_HOLDS_FOR = 0.01
+"""Seconds for which nobody is taken to change the schema and delete the last event, too."""
+WITHOUT_AUTOINCREMENT = (
+    "Table {0} has lost its AUTOINCREMENT, so that the position of a deleted event would be given again, and readers "
+    "could miss events: let a migration make the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
+    "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
+)
 LONGEST_KNOWN = 1000
 """The characters of a statement whose kind is remembered, at most."""
 TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
@@ -199,6 +209,48 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         found = NOT_UNIQUE.search(str(error))
         owner, *columns = found[1].split(f"{table.name}.") if found is not None else ["?"]
         return None if owner else [column.removesuffix(", ") for column in columns]
+
+    # ------------------------------------------------------------------------------------- what is looked at
+
+    compares_lengths = False
+
+    def look(self, connection: Connection, table: EventTable, use: Use) -> None:
+        """Look again, too, when the schema has changed; that is asked once in a while, as it reads the file."""
+        if use == "append":
+            seen: Seen | None = connection.info.get(Seen.KEY)
+            if seen is not None and seen.until < time.monotonic():
+                seen.until = time.monotonic() + SCHEMA_HOLDS_FOR
+                if seen.scope != self.scope(connection):
+                    del connection.info[Seen.KEY]
+        super().look(connection, table, use)
+
+    def scope(self, connection: Connection) -> Any:
+        """Return the version of the schema."""
+        return self.fetch(connection, "PRAGMA schema_version")[0][0]
+
+    def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
+        """Return a table as SQLite knows it."""
+        statement = 'SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)'
+        rows = self.fetch(connection, statement, (table.name,))
+        keys = [name for name, kind, _, _, key in rows if key]
+        alias = keys[0] if len(keys) == 1 else None
+        columns = {
+            name: FoundColumn(
+                name, kind, not required, default is not None or (name == alias and kind.upper() == "INTEGER")
+            )
+            for name, kind, required, default, _ in rows
+        }
+        return FoundTable(columns) if columns else None
+
+    def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
+        """Look for AUTOINCREMENT, which is seen in the text of the table only."""
+        if POSITION not in table.c or VERSION not in table.c:
+            return []
+        statement = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
+        rows = self.fetch(connection, statement, (table.name,))
+        if not rows or "AUTOINCREMENT" in rows[0][0].upper():
+            return []
+        return [Finding(WITHOUT_AUTOINCREMENT.format(table.name), APPEND, UnsafeSequenceError)]
 
     # ------------------------------------------------------------------------------------- what projections need
 

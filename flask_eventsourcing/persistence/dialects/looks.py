@@ -1,0 +1,301 @@
+"""What is looked at before the first append or read: the server's settings, and the tables as they are there.
+
+Each look is made on the connection in use, by statements that do not fail where something is missing: a failing one
+would end the user's transaction, and a second connection would be waited for where a pool has one. A server's settings
+are looked at once a connection of the driver, tables once, and again after any error. The command ``check`` makes the
+same looks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from ...exceptions import MissingTableError, UnsafeTableError
+from .event_tables import EVENT_COLUMNS, POSITION, EventTable
+
+Use = Literal["read", "append"]
+USES: tuple[Use, Use] = ("read", "append")
+APPEND: tuple[Use] = ("append",)
+
+FAMILIES = {
+    "text": "char character varchar nchar nvarchar text tinytext mediumtext longtext clob",
+    "bytes": "binary varbinary blob tinyblob mediumblob longblob bytea",
+    "integer": "tinyint smallint mediumint int integer bigint int2 int4 int8 serial bigserial",
+    "uuid": "uuid",
+    "time": "datetime timestamp",
+    "json": "json jsonb",
+    "number": "numeric decimal real float double",
+    "truth": "boolean bool",
+}
+FAMILY = {word: family for family, words in FAMILIES.items() for word in words.split()}
+SAME = {"integer": "int", "int4": "int", "int8": "bigint", "character": "char"}
+KIND = re.compile(r"([a-z0-9]+)( varying)?\s*(?:\((\d+)[^)]*\))?")
+
+
+class FoundColumn(NamedTuple):
+    """A column as it is in the database."""
+
+    name: str
+    kind: str
+    """The type, as the database writes it."""
+    nullable: bool
+    is_given: bool
+    """Whether the database gives a value of its own: a default, or the next number."""
+    collation: str | None = None
+
+
+class FoundTable(NamedTuple):
+    """A table as it is in the database."""
+
+    columns: Mapping[str, FoundColumn]
+    engine: str | None = None
+    lacking: frozenset[str] = frozenset()
+    """The rights that the role of the connection does not have."""
+    role: str = ""
+
+
+class Finding(NamedTuple):
+    """What is not as the package expects it, with the remedy."""
+
+    text: str
+    refuses: Sequence[Use] = ()
+    """What would lose events, and is refused with the error."""
+    error: type[Exception] = UnsafeTableError
+    is_fault: bool = True
+    """Whether ``check`` fails for it; other differences are only named."""
+
+
+class Kind(NamedTuple):
+    """A type of the database, taken apart."""
+
+    family: str
+    word: str
+    length: int | None
+
+    @classmethod
+    def of(cls, text: str) -> Kind:
+        """Take a type apart as any of the databases writes it."""
+        found = KIND.match(text.lower())
+        if found is None:
+            return cls("", text, None)
+        word = ("varchar" if found[2] else SAME.get(found[1], found[1])) or ""
+        return cls(FAMILY.get(word, ""), word, int(found[3]) if found[3] else None)
+
+
+class Seen:
+    """What a connection of the driver has been looked at for."""
+
+    KEY = "flask_eventsourcing.seen"
+
+    def __init__(self, scope: Any = None) -> None:
+        self.names: dict[Use, set[str]] = {use: set() for use in USES}
+        self.scope = scope
+        """What the connection's names are names in: its database, or the version of its schema."""
+        self.findings: list[Finding] = []
+        """What is wrong with the settings."""
+        self.until = 0.0
+        self.longest = 0
+        """How many bytes a statement may have, or 0 where there is no limit."""
+
+
+class Looks:
+    """Looks at settings and tables; part of every dialect."""
+
+    equal_families: ClassVar[frozenset[frozenset[str]]] = frozenset()
+    """Pairs of families of types that hold each other's values."""
+    compares_lengths: ClassVar[bool] = True
+    every_table_options: ClassVar[Mapping[str, Any]] = {}
+    """Keyword arguments of each ``Table``."""
+
+    engine: sa.Engine
+    tables: dict[str, sa.Table]
+    looked_at: dict[tuple[Any, str], list[Finding]]
+    """What was found, by what a name was a name in and the name."""
+
+    # ------------------------------------------------------------------------------------------ what dialects say
+
+    def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
+        """Return a table as it is in the database, or None where there is none of that name."""
+        raise NotImplementedError
+
+    def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
+        """Look at the settings of the server, or the session, and return what would lose events."""
+        return ()
+
+    def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> Iterable[Finding]:
+        """Return what else is wrong with a table."""
+        return ()
+
+    def scope(self, connection: Connection) -> Any:
+        """Return what the connection's names are names in."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------- the looks
+
+    def look(self, connection: Connection, table: EventTable, use: Use) -> None:
+        """Look at the tables of a log, unless that was done on this connection before.
+
+        :raises PersistenceError: where an event would be lost, with the remedy.
+        """
+        seen = connection.info.get(Seen.KEY)
+        if seen is None or table.name not in seen.names[use]:
+            self._look(connection, table, use)
+
+    def _look(self, connection: Connection, table: EventTable, use: Use) -> None:
+        seen = self._seen(connection)
+        refuse(seen.findings, use)
+        findings = self.looked_at.get((seen.scope, table.name))
+        if findings is None:
+            findings = self.findings_of(connection, table)
+        # What is refused is looked at again each time, so that it is seen when it is as it should be.
+        refuse(findings, use)
+        self.looked_at[seen.scope, table.name] = findings
+        seen.names[use].add(table.name)
+        connection.info[Seen.KEY] = seen
+
+    def _seen(self, connection: Connection) -> Seen:
+        seen: Seen | None = connection.info.get(Seen.KEY)
+        if seen is None:
+            seen = Seen(self.scope(connection))
+            seen.findings = list(self.found_settings(connection, seen))
+        return seen
+
+    def look_again(self, connection: Connection, table: EventTable, use: Use) -> None:
+        """Look at the tables of a log as if that had not been done."""
+        self.looked_at.pop((self._seen(connection).scope, table.name), None)
+        self._look(connection, table, use)
+
+    def forget_looks(self, connection: Connection) -> None:
+        """Look again before the next append or read: there was an error."""
+        self.looked_at.clear()
+        if not (connection.closed or connection.invalidated):
+            connection.info.pop(Seen.KEY, None)
+
+    def findings_of(self, connection: Connection, table: EventTable) -> list[Finding]:
+        """Look at the tables of a log.
+
+        :raises MissingTableError: when the table itself is not there.
+        """
+        found = self.found_table(connection, table.table)
+        if found is None:
+            raise missing_table(table.table.fullname)
+        findings = [*self.differences(table.table, found), *self.found_more(connection, table.table, found)]
+        for other in self.others_of(table):
+            there = self.found_table(connection, other)
+            if there is not None:
+                findings += [*self.differences(other, there), *self.found_more(connection, other, there)]
+        return findings
+
+    def schema_of(self, connection: Connection, table: sa.Table) -> str | None:
+        """Return the schema that a connection's ``schema_translate_map`` gives a table."""
+        translate = connection.get_execution_options().get("schema_translate_map") or {}
+        schema: str | None = translate.get(table.schema, table.schema)
+        return schema
+
+    def check_settings(self, connection: Connection) -> list[Finding]:
+        """Return what ``check`` says of the settings."""
+        return list(self.found_settings(connection, Seen()))
+
+    def check_table(self, connection: Connection, table: sa.Table) -> list[Finding] | None:
+        """Return what ``check`` says of a table, or None where it is missing."""
+        found = self.found_table(connection, table)
+        if found is None:
+            return None
+        findings = [*self.differences(table, found), *self.found_more(connection, table, found)]
+        return findings or list(self.check_rights(connection, table))
+
+    def check_rights(self, connection: Connection, table: sa.Table) -> Iterable[Finding]:
+        """Try what appends do, with no row."""
+        columns = [table.columns[name] for name in sorted(needed_columns(table))]
+        if not columns:
+            return
+        nothing = sa.select(*columns).where(sa.false())
+        statements: list[sa.Executable] = [sa.insert(table).from_select(columns, nothing)]
+        if "application_name" in table.c:
+            statements.append(sa.update(table).values({POSITION: table.c[POSITION]}).where(sa.false()))
+        for statement in statements:
+            try:
+                connection.execute(statement)
+            except sa.exc.DBAPIError as error:
+                yield Finding(str(error.orig))
+
+    def check_log(self, connection: Connection, table: EventTable) -> Iterable[Finding]:
+        """Return what ``check`` says of what gives positions."""
+        return ()
+
+    def others_of(self, table: EventTable) -> list[sa.Table]:
+        """Return the tables that an append reads or writes beside its own."""
+        return [self.tables[name] for name in (table.counter, table.snapshots) if name is not None]
+
+    def differences(self, table: sa.Table, found: FoundTable) -> list[Finding]:
+        """Compare the columns of a table, as its class has them, with those in the database."""
+        needed = needed_columns(table)
+        refused = USES if needed else ()
+        findings = []
+        missing = [column for column in table.columns if column.name not in found.columns]
+        for column in missing:
+            lost = column.name in needed or not needed
+            text = f"{table.fullname}.{column.name} is missing: let a migration add it, as {self._type_of(column)}."
+            findings.append(Finding(text, refused if lost else (), is_fault=lost))
+        for column in table.columns:
+            if column.name in found.columns:
+                findings += self._difference(table, column, found.columns[column.name], column.name in needed)
+        known = set(table.columns.keys()) | {column.name for column in table.columns}
+        for each in found.columns.values():
+            if needed and each.name not in known and not each.nullable and not each.is_given:
+                text = (
+                    f"{table.fullname}.{each.name} is NOT NULL and has no default, and events are inserted without it"
+                )
+                findings.append(Finding(f"{text}: give it a default in the database."))
+        return findings
+
+    def _type_of(self, column: sa.Column[Any]) -> str:
+        return str(column.type.compile(self.engine.dialect))
+
+    def _difference(
+        self, table: sa.Table, column: sa.Column[Any], found: FoundColumn, needed: bool
+    ) -> Iterable[Finding]:
+        wanted, there = Kind.of(self._type_of(column)), Kind.of(found.kind)
+        text = f"{table.fullname}.{column.name} is {found.kind}, and not {self._type_of(column)}"
+        if wanted.family != there.family:
+            if wanted.family and frozenset((wanted.family, there.family)) not in self.equal_families:
+                refuses = USES if needed else ()
+                remedy = "make the table as the record class has it, or give the class the type of the column"
+                yield Finding(f"{text}: {remedy}.", refuses, is_fault=needed)
+        elif self.compares_lengths and self._is_shorter(wanted, there):
+            yield Finding(f"{text}, which holds less.", is_fault=False)
+
+    @staticmethod
+    def _is_shorter(wanted: Kind, there: Kind) -> bool:
+        if wanted.family == "integer":
+            return wanted.word == "bigint" != there.word
+        if wanted.word.endswith(("text", "blob")):
+            return wanted.word != there.word and (there.length is not None or wanted.word.startswith("long"))
+        return wanted.length is not None and there.length is not None and there.length < wanted.length
+
+
+def needed_columns(table: sa.Table) -> frozenset[str]:
+    """Return the columns that statements name, of a table of events, snapshots or positions; none of another's."""
+    columns = {column.name for column in table.columns}
+    if set(EVENT_COLUMNS) <= columns:
+        return frozenset((*EVENT_COLUMNS, POSITION)) & columns
+    return frozenset(("application_name", POSITION)) if {"application_name", POSITION} <= columns else frozenset()
+
+
+def missing_table(name: str) -> MissingTableError:
+    """Return the error that names a table that is not there."""
+    return MissingTableError(
+        f"Table {name!r} does not exist: run 'flask eventsourcing init-db', db.create_all() or your migrations."
+    )
+
+
+def refuse(findings: Iterable[Finding], use: Use) -> None:
+    """Raise the error of a finding that refuses a use."""
+    for each in findings:
+        if use in each.refuses:
+            raise each.error(each.text)

@@ -1,0 +1,193 @@
+"""What MariaDB and MySQL are looked at for, and what is cut by the server's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import DataError
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Dialect as SQLAlchemyDialect
+
+from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
+from .base import Dialect
+from .event_tables import POSITION, VERSION, EventTable
+from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
+
+# The default collations take "Ada" for "ada", and some "é" for "e".
+EXACT = "utf8mb4_bin"
+ORDER = "__order__"
+"""The name of the row that counts the positions."""
+EXACT_UNPADDED = {True: "utf8mb4_nopad_bin", False: "utf8mb4_0900_bin"}
+"""Those that do not take "Ada " for "Ada", by whether it is MariaDB."""
+ESCAPED = b"\\'\"\0\n\r\x1a"
+"""What has two bytes in the text of a statement."""
+OF_ROW = 100
+"""The bytes of a statement beside those of a row's ids, topics and states."""
+OF_STATEMENT = 1000
+
+
+class ExactText(sa.types.TypeDecorator[str]):
+    """Text of up to 255 characters that is compared exactly: case, accents, and spaces at the end."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(255)
+
+    def load_dialect_impl(self, dialect: SQLAlchemyDialect) -> sa.types.TypeEngine[Any]:
+        """Return the type with a collation of the server's."""
+        is_mariadb = bool(getattr(dialect, "is_mariadb", False))
+        return mysql.VARCHAR(255, collation=EXACT_UNPADDED[is_mariadb])
+
+    def __repr__(self) -> str:
+        return "ExactText()"
+
+
+class MySQLLooks(Dialect):
+    """The part of the dialect that looks."""
+
+    equal_families = frozenset(
+        frozenset(pair) for pair in (("text", "uuid"), ("truth", "integer"), ("json", "text"), ("number", "integer"))
+    )
+
+    def scope(self, connection: Connection) -> Any:
+        """Return the database."""
+        return self.fetch(connection, "SELECT DATABASE()")[0][0]
+
+    def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
+        """Look at the modes of the session."""
+        isolation = "@@tx_isolation" if getattr(self.engine.dialect, "is_mariadb", False) else "@@transaction_isolation"
+        mode, level, seen.longest = self.fetch(connection, f"SELECT @@sql_mode, {isolation}, @@max_allowed_packet")[0]
+        if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
+            text = (
+                "The session's sql_mode is not strict, so that the server would cut ids and events that are too long: "
+                "add STRICT_TRANS_TABLES to the server's sql_mode, or to the engine's, with "
+                "SQLALCHEMY_ENGINE_OPTIONS = {'connect_args': {'init_command': \"SET sql_mode = 'TRADITIONAL'\"}}."
+            )
+            yield Finding(text, APPEND, UnsafeSettingError)
+        if level.replace(" ", "-").upper() == "READ-UNCOMMITTED":
+            text = "With the isolation level READ UNCOMMITTED readers would see events that are rolled back later"
+            yield Finding(f"{text}: use READ COMMITTED or REPEATABLE READ.", USES, UnsafeSettingError)
+
+    def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
+        """Return a table as the server's schema has it."""
+        schema = self.schema_of(connection, table) or self.scope(connection)
+        place = (schema, table.name)
+        where = "WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s"
+        tables = self.fetch(connection, f"SELECT ENGINE FROM information_schema.TABLES {where}", place)
+        if not tables:
+            return None
+        names = "COLUMN_NAME, COLUMN_TYPE, IS_NULLABLE, COLUMN_DEFAULT, EXTRA, COLLATION_NAME"
+        rows = self.fetch(connection, f"SELECT {names} FROM information_schema.COLUMNS {where}", place)
+        columns = {
+            name: FoundColumn(name, _text(kind), nullable == "YES", default is not None or bool(extra), collation)
+            for name, kind, nullable, default, extra, collation in rows
+        }
+        return FoundTable(columns, tables[0][0])
+
+    def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
+        """Look at the engine, and at the collation of text ids."""
+        findings = []
+        name = self.name_of(connection, table)
+        if (found.engine or "").upper() != "INNODB":
+            text = f"Table {table.fullname} has the engine {found.engine}, which keeps what was rolled back"
+            findings.append(Finding(f"{text}: ALTER TABLE {name} ENGINE=InnoDB.", APPEND))
+        column = found.columns.get("originator_id")
+        if VERSION in table.c and column is not None and isinstance(table.c.originator_id.type, sa.String):
+            collation = column.collation or "binary"
+            if not (collation.endswith("_bin") or collation == "binary"):
+                text = f"{table.fullname}.originator_id has the collation {collation}, which takes some ids for others"
+                kind = f"{column.kind} CHARACTER SET utf8mb4 COLLATE {self._unpadded()}"
+                findings.append(Finding(f"{text}: ALTER TABLE {name} MODIFY originator_id {kind} NOT NULL.", USES))
+            elif self._is_padded(collation):
+                text = (
+                    f"{table.fullname}.originator_id has the collation {collation}, which disregards spaces at the end"
+                )
+                text += f", so that ids with such spaces are refused; {self._unpadded()} does not"
+                findings.append(Finding(f"{text}.", is_fault=False, error=IdentifierTypeError))
+        return findings
+
+    def _unpadded(self) -> str:
+        return EXACT_UNPADDED[bool(getattr(self.engine.dialect, "is_mariadb", False))]
+
+    @staticmethod
+    def _is_padded(collation: str) -> bool:
+        return collation != "binary" and "nopad" not in collation and "0900" not in collation
+
+    def refuse_padded(self, connection: Connection, table: EventTable, ids: Iterable[UUID | str]) -> None:
+        """Refuse text ids with spaces at the end where the column takes them for those without.
+
+        :raises IdentifierTypeError: for such an id.
+        """
+        if not any(each.endswith(" ") for each in ids if isinstance(each, str)):
+            return
+        for key, findings in self.looked_at.items():
+            if key[1] == table.name and (
+                text := next((f.text for f in findings if f.error is IdentifierTypeError), "")
+            ):
+                raise IdentifierTypeError(f"An id ends with a space: {text}")
+
+    def counter_of(self, table: EventTable) -> str:
+        """Return the name of the table whose row counts the positions."""
+        if table.counter is None:
+            raise MissingTableError(f"The recorder of {table.name} was made without a tracking table, which counts.")
+        return table.counter
+
+    def check_log(self, connection: Connection, table: EventTable) -> list[Finding]:
+        """Compare the counting row with the table."""
+        table = self.located(connection, table)
+        count = f"(SELECT notification_id FROM {self.counter_of(table)} WHERE application_name = %s)"
+        statement = f"SELECT {count}, (SELECT max({POSITION}) FROM {table.name})"
+        counted, last = self.fetch(connection, statement, (ORDER,))[0]
+        if counted is None or last is None or counted >= last:
+            return []
+        text = (
+            f"The row {ORDER} of {self.counter_of(table)} stands at {counted}, behind position {last} of {table.name}"
+        )
+        remedy = f"UPDATE {self.counter_of(table)} SET notification_id = {last} WHERE application_name = '{ORDER}'"
+        return [Finding(f"{text}, so that positions would be given twice: {remedy}.")]
+
+    # ------------------------------------------------------------------------------------------ the longest statement
+
+    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+        """Cut by bytes as well as by rows: the server ends a connection that sends it a longer statement.
+
+        :raises DataError: when one row is too long by itself.
+        """
+        seen: Seen | None = connection.info.get(Seen.KEY)
+        longest = seen.longest if seen is not None else 0
+        if not longest:
+            return super().chunks(connection, rows)
+        found: list[list[tuple[Any, ...]]] = [[]]
+        bytes_left = longest - OF_STATEMENT
+        for row in rows:
+            size = _size(row, bytes_left)
+            if size > longest - OF_STATEMENT:
+                raise DataError(
+                    f"An event of {size:,} bytes is longer than the server's max_allowed_packet of {longest:,} bytes "
+                    "takes: raise that on the server, or keep large data elsewhere."
+                )
+            if found[-1] and (size > bytes_left or len(found[-1]) >= self.rows_at_once):
+                found.append([])
+                bytes_left = longest - OF_STATEMENT
+            found[-1].append(row)
+            bytes_left -= size
+        return found
+
+
+def _size(row: Sequence[Any], enough: int) -> int:
+    """Return the bytes that a row may have in a statement: twice its values, and exactly what they are if need be."""
+    texts = [each.encode() if isinstance(each, str) else each for each in row if isinstance(each, str | bytes)]
+    size = OF_ROW + 2 * sum(map(len, texts))
+    if size <= enough:
+        return size
+    return OF_ROW + sum(len(text) + sum(text.count(each) for each in ESCAPED) for text in texts)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,401 @@
+"""What is looked at before the first append or read, and what ``check`` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from eventsourcing.application import Application
+from eventsourcing.persistence import DataError, StoredEvent
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flask_eventsourcing import (
+    MissingRightError,
+    MissingTableError,
+    UnsafeSequenceError,
+    UnsafeSettingError,
+    UnsafeTableError,
+)
+from tests.bank import Site, make_site
+from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
+
+MEGABYTE = 1024 * 1024
+
+
+def run_check(site: Site) -> tuple[int, str]:
+    """Run ``check``, and make sure that it is no traceback."""
+    result = site.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.output
+
+
+def change(site: Site, *statements: str) -> None:
+    """Change the database, past the application."""
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+def event_of(originator_id: Any, state: bytes = b"state", version: int = 1) -> StoredEvent:
+    """Make an event."""
+    return StoredEvent(originator_id, version, "topic", state)
+
+
+def refused(site: Site, error: type[Exception], match: str, *, reads: bool = False) -> None:
+    """Expect that appends, and perhaps reads, are refused, and that the user's transaction goes on."""
+    with site.app.app_context():
+        recorder = site.bank.recorder
+        site.note()
+        with pytest.raises(error, match=match):
+            recorder.insert_events([event_of(uuid4())])
+        if reads:
+            with pytest.raises(error, match=match):
+                recorder.select_events(uuid4())
+            with pytest.raises(error, match=match):
+                recorder.select_notifications(None, 10)
+        site.db.session.commit()
+    code, output = run_check(site)
+    assert code == 1
+    assert output.splitlines()[-1].startswith("Error: ")
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def retyped(column: str, kind: str) -> Callable[[sa.Engine], list[str]]:
+    """Return what makes the table of events again with another type for a column."""
+
+    def statements(engine: sa.Engine) -> list[str]:
+        types = {
+            "notification_id": {"postgresql": "BIGSERIAL", "sqlite": "INTEGER"}.get(engine.dialect.name, "BIGINT"),
+            "originator_id": {"postgresql": "UUID"}.get(engine.dialect.name, "CHAR(32)"),
+            "originator_version": "BIGINT",
+            "topic": "TEXT",
+            "state": {"postgresql": "BYTEA", "sqlite": "BLOB"}.get(engine.dialect.name, "LONGBLOB"),
+        }
+        types[column] = kind
+        sqlite = engine.dialect.name == "sqlite"
+        key = " PRIMARY KEY AUTOINCREMENT" if sqlite else " PRIMARY KEY"
+        mysql = engine.dialect.name in ("mysql", "mariadb")
+        types["notification_id"] += key + (" AUTO_INCREMENT" if mysql else "")
+        columns = ", ".join(f"{name} {each}" for name, each in types.items() if each)
+        return ["DROP TABLE bank_events", f"CREATE TABLE bank_events ({columns})"]
+
+    return statements
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ("originator_id", "VARCHAR(10000)"),
+        ("originator_id", "INTEGER"),
+        ("state", "TEXT"),
+        ("state", ""),
+        ("topic", ""),
+        ("originator_version", "TEXT"),
+    ],
+)
+def test_table_that_is_not_as_its_class_has_it(new_site: MakeSite, column: str, kind: str) -> None:
+    """A missing column, or one of another type, is refused by name before anything is written or read."""
+    site = new_site()
+    with site.app.app_context():
+        engine = site.db.engine
+    if kind.startswith("VARCHAR") and engine.dialect.name != "postgresql":
+        kind = "INTEGER"
+    change(site, *retyped(column, kind)(engine))
+    refused(site, UnsafeTableError, f"bank_events.{column} is", reads=True)
+    assert f"bank_events.{column} is" in run_check(site)[1]
+
+
+def test_missing_table_leaves_the_transaction(new_site: MakeSite) -> None:
+    """A missing table is named, and what the transaction has done before is committed."""
+    site = new_site()
+    change(site, "DROP TABLE bank_events")
+    with site.app.app_context():
+        site.note()
+        with pytest.raises(MissingTableError, match="bank_events"):
+            site.bank.open_account()
+        site.db.session.commit()
+        assert len(site.db.session.scalars(sa.select(site.Note)).all()) == 1
+
+
+def test_table_is_looked_at_again_after_an_error(new_site: MakeSite) -> None:
+    """A table that was dropped and made otherwise is refused as a new one would be."""
+    site = new_site()
+    site.opened()
+    change(site, "DROP TABLE bank_events")
+    with site.app.app_context():
+        with pytest.raises(Exception, match="bank_events"):
+            site.bank.open_account()
+        site.db.session.rollback()
+        statements = retyped("state", "TEXT")(site.db.engine)[1:]
+    change(site, *statements)
+    refused(site, UnsafeTableError, "bank_events.state is")
+
+
+@pytest.mark.parametrize("optional", ["event_id", "recorded_at", "metadata", "correlation_id"])
+def test_check_names_nullable_columns_and_is_content(new_site: MakeSite, optional: str) -> None:
+    """A nullable column that nothing writes may be missing: ``check`` names it, and exits with 0."""
+    site = new_site()
+    change(site, f"ALTER TABLE bank_events DROP COLUMN {optional}")
+    site.opened()
+    code, output = run_check(site)
+    assert code == 0, output
+    assert f"bank_events.{optional} is missing" in output
+
+
+# ------------------------------------------------------------------------------------------- positions
+
+
+def lose_autoincrement(site: Site) -> None:
+    """Let Alembic make the table again, as a change of a column does."""
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        with operations.batch_alter_table("bank_events", recreate="always") as batch:
+            batch.add_column(sa.Column("booked_at", sa.DateTime()))
+
+
+@pytest.mark.parametrize("used", [True, False])
+@on_sqlite_file
+def test_lost_autoincrement_is_refused(new_site: MakeSite, used: bool) -> None:
+    """A table that a migration made again without AUTOINCREMENT is refused, by processes that run, too."""
+    site = new_site()
+    site.opened()
+    other = site if used else new_site()
+    lose_autoincrement(site)
+    refused(other, UnsafeSequenceError, "AUTOINCREMENT.*sqlite_autoincrement")
+    with other.app.app_context():
+        assert len(other.bank.recorder.select_notifications(None, 10)) == 1
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        options = {"sqlite_autoincrement": True}
+        with operations.batch_alter_table("bank_events", recreate="always", table_kwargs=options):
+            pass
+    other.opened()
+    assert run_check(other)[0] == 0
+
+
+def insert_past(site: Site, position: int) -> None:
+    """Insert an event as an import does that gives positions of its own."""
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        values = {"originator_id": uuid4(), "originator_version": 1, "notification_id": position}
+        connection.execute(sa.insert(site.es.StoredEvent.__table__).values(topic="t", state=b"", **values))
+
+
+@on_postgresql
+def test_sequence_behind_its_table(new_site: MakeSite) -> None:
+    """A sequence that is behind its table is no conflict: it is refused with what sets it."""
+    site = new_site()
+    insert_past(site, 40)
+    refused(site, UnsafeSequenceError, r"behind position 40 of table bank_events.*setval\('public.*', 40\)")
+    change(site, "SELECT setval('bank_events_notification_id_seq', 40)")
+    site.opened()
+    assert "last position 41" in run_check(site)[1]
+
+
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+def test_position_given_twice_is_no_conflict(new_site: MakeSite) -> None:
+    """What gives positions may fall behind later: the error says so, and ``check`` what to do."""
+    site = new_site()
+    site.opened()
+    insert_past(site, 2)
+    insert_past(site, 5)
+    with site.app.app_context():
+        with pytest.raises(UnsafeSequenceError, match="given twice"):
+            site.bank.open_account()
+        site.db.session.rollback()
+    code, output = run_check(site)
+    assert code == 1
+    assert "behind position 5" in output
+
+
+# --------------------------------------------------------------------------------------- settings of MariaDB
+
+
+NOTE = "CREATE TABLE note (id INTEGER NOT NULL AUTO_INCREMENT PRIMARY KEY, text VARCHAR(50)) ENGINE=InnoDB"
+
+
+def create(site: Site) -> None:
+    """Make the tables; not every engine can have the key of a user's own."""
+    with site.app.app_context():
+        for models in site.es.models.values():
+            for table in models.tables.values():
+                table.create(site.db.engine)
+        if site.db.engine.dialect.name in ("mysql", "mariadb"):
+            change(site, NOTE)
+
+
+@contextmanager
+def with_session(uri: str, statement: str, *classes: Any) -> Iterator[Site]:
+    """Make a site whose connections begin with a statement."""
+    options = {"connect_args": {"init_command": statement}}
+    site = make_site(uri, *classes, create=False, SQLALCHEMY_ENGINE_OPTIONS=options)
+    create(site)
+    try:
+        yield site
+    finally:
+        site.close()
+
+
+@on_mariadb
+def test_mode_that_cuts_is_refused(uri: str) -> None:
+    """Outside strict mode, in which the server cuts ids, appends are refused with the remedy, and reads are not."""
+    with with_session(uri, "SET sql_mode = ''") as site:
+        refused(site, UnsafeSettingError, "sql_mode is not strict.*STRICT_TRANS_TABLES")
+        with site.app.app_context():
+            assert site.bank.recorder.select_notifications(None, 10) == []
+
+
+@on_mariadb
+def test_dirty_reads_are_refused(uri: str) -> None:
+    """With READ UNCOMMITTED a reader would see events that are rolled back."""
+    with with_session(uri, "SET SESSION TRANSACTION ISOLATION LEVEL READ UNCOMMITTED") as site:
+        refused(site, UnsafeSettingError, "READ UNCOMMITTED", reads=True)
+
+
+@on_mariadb
+def test_engine_that_keeps_what_was_rolled_back(uri: str) -> None:
+    """Tables are made with InnoDB, whatever the server's default; one with another engine is refused."""
+    with with_session(uri, "SET default_storage_engine = 'Aria'") as site:
+        with site.app.app_context():
+            site.bank.open_account()
+            site.db.session.rollback()
+        assert site.stored()[0] == 0
+        for table in ("bank_events", "bank_tracking", "bank_snapshots"):
+            change(site, f"ALTER TABLE {table} ENGINE = Aria")
+            with site.app.app_context():
+                site.db.engine.dispose()
+                site.bank.recorder.dialect.looked_at.clear()  # type: ignore[attr-defined]
+            refused(site, UnsafeTableError, f"Table {table} has the engine Aria.*ENGINE=InnoDB")
+            change(site, f"ALTER TABLE {table} ENGINE = InnoDB")
+
+
+@on_mariadb
+@pytest.mark.parametrize("size", [200_000, 7_500_000])
+def test_large_saves(new_site: MakeSite, size: int) -> None:
+    """A save is cut into statements that the server takes, whatever its events' sizes."""
+    site = new_site()
+    count = 20 * MEGABYTE // size
+    with site.app.app_context():
+        originator_id = uuid4()
+        events = [event_of(originator_id, b"\0" * size, version) for version in range(1, count + 1)]
+        site.bank.recorder.insert_events(events)
+        site.db.session.commit()
+        assert site.bank.recorder.select_events(originator_id) == events
+
+
+@on_mariadb
+def test_event_that_no_statement_holds(new_site: MakeSite) -> None:
+    """An event that is longer than a statement may be is refused by name, and the transaction goes on."""
+    site = new_site()
+    with site.app.app_context():
+        site.note()
+        with pytest.raises(DataError, match="max_allowed_packet of 16,777,216 bytes"):
+            site.bank.recorder.insert_events([event_of(uuid4(), b"x" * 17 * MEGABYTE)])
+        site.db.session.commit()
+    assert site.stored() == (0, 1)
+
+
+# --------------------------------------------------------------------------------------------------- rights
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    ("right", "on", "match"),
+    [
+        ("INSERT", "bank_events", "lacks INSERT on table bank_events: GRANT INSERT ON bank_events TO"),
+        ("SELECT", "bank_snapshots", "lacks SELECT on table bank_snapshots"),
+        (
+            "USAGE",
+            "SEQUENCE bank_events_notification_id_seq",
+            "lacks USAGE on sequence.*GRANT USAGE, SELECT ON SEQUENCE",
+        ),
+        ("SELECT", "SEQUENCE bank_events_notification_id_seq", "lacks SELECT on sequence"),
+    ],
+)
+def test_missing_right_is_named(new_site: MakeSite, uri: str, right: str, on: str, match: str) -> None:
+    """A right that the role lacks is named with the GRANT, before the transaction would end; ``check`` does so, too."""
+    owner = new_site()
+    role = f"web_{uuid4().hex}"
+    change(
+        owner,
+        f"CREATE ROLE {role} LOGIN",
+        f"GRANT USAGE ON SCHEMA public TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {role}",
+        f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO {role}",
+    )
+    web = make_site(sa.make_url(uri).set(username=role).render_as_string(hide_password=False), create=False)
+    try:
+        web.opened()
+        assert run_check(web)[0] == 0
+        change(owner, f"REVOKE {right} ON {on} FROM {role}")
+        with web.app.app_context():
+            web.db.engine.dispose()
+            web.bank.recorder.dialect.forget_looks(web.db.session.connection())  # type: ignore[attr-defined]
+        refused(web, MissingRightError, match)
+    finally:
+        web.close()
+        change(owner, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+# ---------------------------------------------------------------------------------- what is accepted can be read
+
+
+class Texts(Application[str]):
+    """An application whose ids are texts."""
+
+
+@pytest.fixture
+def site_of_texts(request: pytest.FixtureRequest, uri: str) -> Iterator[Site]:
+    """A site whose ids are texts, on MariaDB with each default engine."""
+    arguments: dict[str, Any] = {"init_command": request.param} if request.param else {}
+    options = {"SQLALCHEMY_ENGINE_OPTIONS": {"connect_args": arguments}} if arguments else {}
+    site = make_site(uri, Texts, create=False, **options)
+    create(site)
+    yield site
+    site.close()
+
+
+IDS = st.text(st.sampled_from("aAé ß-🙂"), min_size=1, max_size=6) | st.integers(1, 300).map(lambda n: "x" * n)
+STATES = st.binary(max_size=40) | st.integers(0, 3 * MEGABYTE).map(lambda n: b"\0'\\" * (n // 3))
+
+
+BOTH = [("sqlite-file", ""), ("sqlite-memory", ""), ("postgresql", ""), ("mariadb", "")]
+BOTH.append(("mariadb", "SET default_storage_engine = 'Aria'"))
+
+
+@pytest.mark.parametrize(("uri", "site_of_texts"), BOTH, indirect=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=st.lists(IDS, min_size=1, max_size=6, unique=True), data=st.data())
+def test_what_is_accepted_is_read_back_equal(site_of_texts: Site, ids: list[str], data: st.DataObject) -> None:
+    """Each event that is accepted is read back equal through recorder, ORM and log; two ids are never one."""
+    site = site_of_texts
+    with site.app.app_context():
+        recorder: Any = site.es[Texts].recorder
+        prefix = uuid4().hex[:8]
+        stored = []
+        for each in ids:
+            event = event_of(prefix + each, data.draw(STATES))
+            try:
+                recorder.insert_events([event])
+                site.db.session.commit()
+                stored.append(event)
+            except DataError:
+                assert len(each) > 240
+                site.db.session.rollback()
+        model: Any = site.es.models[Texts].StoredEvent
+        log = {n.originator_id: n.state for n in recorder.select_notifications(None, 100_000)}
+        for event in stored:
+            assert recorder.select_events(event.originator_id) == [event]
+            rows = site.db.session.scalars(sa.select(model).where(model.originator_id == event.originator_id)).all()
+            assert [(row.originator_id, row.state) for row in rows] == [(event.originator_id, event.state)]
+            assert log[event.originator_id] == event.state
+        site.db.session.rollback()
