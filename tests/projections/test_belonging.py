@@ -22,7 +22,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
-from flask_eventsourcing.persistence.dialects.mysql import ORDER
+from flask_eventsourcing.persistence.dialects.mysql_looks import ORDER
 from flask_eventsourcing.projections import ModelProjection, claims, on, pages, reaction, upkeep
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.fingerprints import fingerprint_of, note_sources
