@@ -30,7 +30,7 @@ from .event_tables import (
 )
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
-from .looks import Finding, Looks
+from .looks import Looks
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ class Dialect(Looks, Driver, ForProjections, ABC):
         self._marks: dict[str, _KnownMark] = {}
         self._found: set[str] = set()
         self._located: dict[str, EventTable] = {}
-        self.looked_at: dict[tuple[Any, str], list[Finding]] = {}
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:

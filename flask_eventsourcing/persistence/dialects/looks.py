@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -114,8 +115,11 @@ class Looks:
 
     engine: sa.Engine
     tables: dict[str, sa.Table]
-    looked_at: dict[tuple[Any, str], list[Finding]]
-    """What was found, by what a name was a name in and the name."""
+
+    @cached_property
+    def looked_at(self) -> dict[tuple[Any, str], list[Finding]]:
+        """What was found, by what a name was a name in and the name."""
+        return {}
 
     # ------------------------------------------------------------------------------------------ what dialects say
 

@@ -29,8 +29,8 @@ from .base import DialectOptions
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock, SessionLock
-from .mysql_swapping import MySQLSwaps
 from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
+from .mysql_swapping import MySQLSwaps
 
 LOCK_WAIT_TIMEOUT = 1205
 SERVER_STATUS_IN_TRANS = 1
