@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flask_eventsourcing import (
-    EventValueError,
     MissingRightError,
     MissingTableError,
     UnsafeSequenceError,
     UnsafeSettingError,
     UnsafeTableError,
 )
+from flask_eventsourcing.exceptions import EventValueError
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
