@@ -89,7 +89,8 @@ def check_environment(
 
 
 def _refuse_foreign_scope(env: Mapping[str, str], classes: Sequence[type[Application[Any]]]) -> None:
-    for each in (env, os.environ, *(cls.env for cls in classes)):
+    # A copy: the process's own takes no name that could not be there.
+    for each in (env, dict(os.environ), *(cls.env for cls in classes)):
         for key in (FOREIGN_SCOPE, *(f"{cls.name.upper()}_{FOREIGN_SCOPE}" for cls in classes)):
             if key in each:
                 raise ConfigurationError(

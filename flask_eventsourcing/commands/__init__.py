@@ -18,7 +18,7 @@ from eventsourcing.persistence import PersistenceError
 
 from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
-from ..persistence.dialects import Dialect, dialect_for, is_outage
+from ..persistence.dialects import Dialect, dialect_for, hide_values, is_outage, without_values
 from ..projections.consumers import Consumer
 from ..projections.registry import BoundProjections
 
@@ -171,8 +171,10 @@ def clear_errors() -> Iterator[None]:
 
 def message_of(error: Exception) -> str:
     """Return what is said of an error."""
-    # The driver's own words, without the statement and the address of a manual.
-    text = str(getattr(error, "orig", None) or error).strip()
+    # The driver's own words, without the statement, its values and the address of a manual.
+    hide_values(error)
+    driver_error = getattr(error, "orig", None)
+    text = str(error).strip() if driver_error is None else without_values(driver_error)
     if is_outage(error):
         return f"The database cannot be reached: {text}"
     return text if isinstance(error, FlaskEventSourcingError) else f"{type(error).__name__}: {text}"

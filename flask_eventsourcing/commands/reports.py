@@ -29,6 +29,9 @@ from . import (
 
 logger = logging.getLogger(__name__)
 
+TRIES, PAUSE = 5, 0.1
+"""Tries to create tables where none of them has appeared since, and the seconds between them."""
+
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
 WORTH_A_BAR = 1000
@@ -36,18 +39,34 @@ WORTH_A_BAR = 1000
 
 
 def init_db(subject: Subject, output: Output) -> int:
-    """Create the missing tables of applications, projections and their models."""
-    missing = missing_tables(subject)
+    """Create the missing tables of applications, projections and their models; others may do the same meanwhile."""
+    left = missing = missing_tables(subject)
+    stuck = 0
+    while left:
+        try:
+            with clear_errors():
+                _create(subject, left)
+            break
+        except CommandError:
+            # Perhaps another process was first with one of them; what is there by now needs no more.
+            found = missing_tables(subject)
+            stuck = stuck + 1 if found == left else 0
+            if stuck == TRIES:
+                raise
+            time.sleep(PAUSE)
+            left = found
+    for table in missing:
+        output.write(f"Created table {table.fullname}.")
     if not missing:
         output.write("All tables are there.")
-        return 0
+    return 0
+
+
+def _create(subject: Subject, missing: Sequence[sa.Table]) -> None:
     # In the order of their foreign keys, and only these: not what they may refer to elsewhere.
     places = {table: (table.metadata, subject.engine_of(table)) for table in missing}
     for metadata, engine in dict.fromkeys(places.values()):
         metadata.create_all(engine, [table for table, place in places.items() if place == (metadata, engine)])
-    for table in missing:
-        output.write(f"Created table {table.fullname}.")
-    return 0
 
 
 def check(subject: Subject, output: Output) -> int:

@@ -49,6 +49,7 @@ class Belonging:
         self.name = consumer.name
         self._tracking = consumer.application.tracking_table
         self._events = consumer.application.recorder.events_table.table
+        self._read_id = consumer.application.recorder.events_table.read_id
 
     # ------------------------------------------------------------------------------------------------------- to look
 
@@ -132,16 +133,17 @@ class Belonging:
     def _look_at_log(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
         """Return the identity of the log, and the aggregate and version of the event at a position."""
         event = self._events.c
-        of_event = (event.originator_id, event.originator_version)
+        # As the driver gives it: others may have written an id that is none.
+        of_event = (sa.type_coerce(event.originator_id, sa.String()), event.originator_version)
         at = event.notification_id == position
         if self._tracking is not None:
             tracking = self._tracking
             query = sa.select(tracking.c.notification_id, *of_event).where(tracking.c.application_name == IDENTITY)
             found = connection.execute(query.select_from(tracking.outerjoin(self._events, at))).first()
             if found is not None:
-                return int(found[0]), None if found[2] is None else (found[1], int(found[2]))
+                return int(found[0]), None if found[2] is None else (self._read_id(found[1]), int(found[2]))
         alone = connection.execute(sa.select(*of_event).where(at)).first()
-        return None, None if alone is None else (alone[0], int(alone[1]))
+        return None, None if alone is None else (self._read_id(alone[0]), int(alone[1]))
 
     # ------------------------------------------------------------------------------------------------------- tables
 

@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
+from ..persistence.dialects import hide_values
+from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import utc_now
 
 LONGEST_TEXT = 15_000
@@ -34,16 +36,18 @@ class DeadLetter(NamedTuple):
 
 
 def describe(error: BaseException) -> str:
-    """Return an error in one line that every database can store."""
+    """Return an error in one line that every database can store, without the values of a statement."""
+    hide_values(error)
     try:
         text = str(error)
     except Exception as failure:  # noqa: BLE001
         # An error that cannot even be printed must not keep the projection from being halted.
         text = f"(its text cannot be had: {type(failure).__name__})"
-    return _storable(f"{type(error).__name__}: {text}".strip().replace("\n", " "))[:LONGEST_TEXT]
+    return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
 
 def _traceback(error: BaseException) -> str:
+    hide_values(error)
     # Its end is what tells most.
     return _storable("".join(traceback.format_exception(error)))[-LONGEST_TEXT:]
 

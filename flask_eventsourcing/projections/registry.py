@@ -13,6 +13,7 @@ from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError
 from ..host import Host
+from ..persistence.dialects import hide_values
 from .applying import InlineApplier
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
 from .definitions import ModelProjection, check_projection
@@ -234,5 +235,6 @@ class Worker:
             runner.run(once=self.once)
         except Exception as error:
             # Reported by run(); the other consumers go on.
+            hide_values(error)
             logger.error("%s", error, exc_info=error.__cause__)
             self.errors.append(error)

@@ -13,7 +13,8 @@ from typing import Literal
 from eventsourcing.persistence import Notification
 
 from ..exceptions import HandlerError, ProjectionHaltedError
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import hide_values, is_outage
+from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError
@@ -249,6 +250,7 @@ class Runner:
                 if not is_outage(error):
                     raise
                 self.progress.state = "unreachable"
+                hide_values(error)
                 logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
                 self.stop.wait(pause.seconds)
                 pause.grow()
@@ -373,8 +375,8 @@ class Runner:
 
 def event_name(notification: Notification) -> str:
     """Return how messages name an event."""
-    event_class = notification.topic.partition(":")[2] or notification.topic
-    return (
+    event_class = notification.topic.partition(":")[2] or notification.topic or "of no topic"
+    return printable(
         f"event {notification.id} ({event_class} {notification.originator_id} "
         f"version {notification.originator_version})"
     )

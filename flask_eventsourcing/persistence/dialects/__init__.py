@@ -171,6 +171,39 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, persistence.OperationalError | persistence.InterfaceError)
 
 
+def without_values(driver_error: BaseException) -> str:
+    """Return what a driver's exception says, without ids, states and other values of a statement."""
+    return _text(driver_error, driver_error)
+
+
+def _text(driver_error: BaseException, said: object) -> str:
+    for dialect in DIALECTS.values():
+        if dialect.code(driver_error) is not None:
+            return dialect.text(said)
+    return str(said).strip()
+
+
+def hide_values(error: BaseException) -> None:
+    """Take the values of statements out of an error, and out of those that have led to it, before it is told."""
+    left, seen = [error], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, sa.exc.StatementError):
+            # As the engine's option of that name does it.
+            each.hide_parameters = True
+        if isinstance(each, sa.exc.DBAPIError) and each.orig is not None:
+            said, told = str(each.orig).strip(), without_values(each.orig)
+            each.args = tuple(arg.replace(said, told) if isinstance(arg, str) else arg for arg in each.args)
+            # Some have the server's number before the text.
+            number, last = each.orig.args[:-1], each.orig.args[-1:]
+            each.orig.args = (*number, *(_text(each.orig, arg) for arg in last)) if number else (told,)
+        left += [cause for cause in (each.__cause__, each.__context__) if cause is not None]
+        left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+
+
 def _passes(error: sa.exc.DBAPIError) -> bool:
     if error.connection_invalidated or _passes_by_code(error.orig):
         return True
@@ -196,10 +229,12 @@ __all__ = [
     "column_type",
     "dialect_for",
     "guard_forks",
+    "hide_values",
     "is_in_memory",
     "is_outage",
     "keep_transactions",
     "note_inherited_files",
     "readable_address_errors",
     "table_options",
+    "without_values",
 ]

@@ -15,7 +15,7 @@ from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
 from ...config import is_plain
-from .event_values import Accepted, DamagedPage, UnreadableNotification, as_bytes, unreadable_version
+from .event_values import Accepted, DamagedPage, UnreadableNotification, as_bytes, shown_id, unreadable_version
 
 _new = object.__new__
 
@@ -72,6 +72,16 @@ class EventTable:
         for number, bind in self.binds:
             if number == 0:
                 return bind(found)
+        return found
+
+    def read_id(self, value: Any) -> UUID | str:
+        """Return an aggregate's id as the driver gives it; of one that cannot be read, a text that shows it."""
+        if type(value) is self.accepted.id_class:
+            return value
+        try:
+            found: UUID | str = self.decode_id(value)
+        except UNREADABLE:
+            return shown_id(value)
         return found
 
     def can_have(self, originator_id: object) -> bool:

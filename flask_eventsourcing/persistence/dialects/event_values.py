@@ -29,6 +29,11 @@ def printable(text: str) -> str:
     return "".join(each if is_plain(each) else each.encode("unicode_escape").decode() for each in text)
 
 
+def shown_id(value: Any) -> str:
+    """Return a text that shows an id that cannot be read."""
+    return printable(value if isinstance(value, str) else str(value))[:LONGEST_NAME]
+
+
 def as_bytes(state: Any) -> bytes:
     """Return a state that a driver gives in another class.
 
@@ -175,9 +180,8 @@ class UnreadableNotification(Notification):
     def of(cls, name: str, row: tuple[Any, ...], error: Exception) -> UnreadableNotification:
         """Make it of a row of the table *name*, with the position before the columns of an event."""
         position, originator_id, version, topic = row[:4]
-        shown = printable(originator_id if isinstance(originator_id, str) else str(originator_id))[:LONGEST_NAME]
         return cls(
-            originator_id=shown,
+            originator_id=shown_id(originator_id),
             originator_version=version if isinstance(version, int) else 0,
             topic=topic if isinstance(topic, str) else "",
             state=b"",
