@@ -363,3 +363,23 @@ def test_missing_tables_are_named_with_the_remedy(desk: Desk) -> None:
                 call()
     (error,) = desk.run_once()
     assert isinstance(error, MissingTableError)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("DROP TABLE bank_inline_ranges", "bank_inline_ranges is missing"),
+        ("ALTER TABLE bank_inline_ranges DROP COLUMN last_position", "bank_inline_ranges.last_position is missing"),
+        ("ALTER TABLE bank_dead_letters DROP COLUMN reason", "bank_dead_letters.reason is missing"),
+        ("ALTER TABLE balance DROP COLUMN amount", "balance.amount is missing"),
+    ],
+)
+def test_check_names_what_the_tables_of_projections_lack(desk: Desk, change: str, message: str) -> None:
+    """``check`` names a table or a column that a projection needs and the database lacks, and exits with 1."""
+    desk.balances()
+    with desk.app.app_context(), desk.db.engine.begin() as connection:
+        connection.exec_driver_sql(change)
+    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
