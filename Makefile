@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` opens the example, `make test` runs every test.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture bench run-bench docs style clean
+.PHONY: help demo test minimum torture bench run-bench docs style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,11 +11,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 DOCS_STAMP := $(VENV)/.installed-docs
 BENCH_VENV ?= .venv-bench
+MINIMUM_VENV ?= .venv-minimum
+# Each driver, each extra and the commands; `tox -e min` runs every test.
+MINIMUM := tests/subscriptions tests/test_metadata.py tests/unit/test_config.py tests/unit/test_lifecycle.py \
+	tests/unit/test_errors.py tests/unit/test_models.py tests/unit/test_orjson_transcoder.py tests/integration/test_cli.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo 'make demo     open the example bank at http://127.0.0.1:$(PORT)/ (PORT=... for another port)'
 	@echo 'make test     run every test (ARGS=... goes to pytest)'
+	@echo 'make minimum  run some of them on the oldest versions that are admitted'
 	@echo 'make torture  run the long tests under load'
 	@echo 'make bench    measure, beside other packages (ARGS=--quick to see that it works)'
 	@echo 'make docs     build the documentation into docs/_build/html'
@@ -47,6 +52,10 @@ endif
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
+# The oldest versions that the metadata admits have an environment of their own.
+minimum:
+	PIP_CONSTRAINT=tests/minimum.txt $(MAKE) --no-print-directory VENV=$(MINIMUM_VENV) EXTRAS=test ARGS='$(MINIMUM)' test
+
 torture: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m torture $(ARGS)
 
@@ -71,5 +80,5 @@ style: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results
+	rm -rf $(VENV) $(BENCH_VENV) $(MINIMUM_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
