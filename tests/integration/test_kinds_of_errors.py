@@ -95,18 +95,6 @@ def test_keys_of_events_are_conflicts(site: Site, watched: bool) -> None:
         site.db.session.rollback()
 
 
-def test_keys_of_snapshots_are_the_librarys_error_and_not_run_again(site: Site) -> None:
-    """The same snapshot twice is the library's ``IntegrityError``, but no reason to run the unit again."""
-    with site.app.app_context():
-        recorder: Any = site.bank.factory.aggregate_recorder(purpose="snapshots")
-        snapshot = StoredEvent(uuid4(), 3, "topic", SECRET.encode())
-        recorder.insert_events([snapshot])
-        with pytest.raises(IntegrityError) as raised:
-            recorder.insert_events([snapshot])
-        assert not recorder.dialect.is_conflict(raised.value)
-        site.db.session.rollback()
-
-
 def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(site: Site) -> None:
     """A position at or below the recorded one is the library's ``IntegrityError``, but no reason to run it again."""
     with site.app.app_context():
