@@ -136,6 +136,8 @@ def test_a_listener_that_tells_what_a_lost_connection_is(site: Site) -> None:
 
     with site.app.app_context():
         engine = site.db.engine
+        site.opened()
+        # The tables were looked at; nobody looks again before a statement fails.
         site.db.drop_all()
         sa.event.listen(engine, "handle_error", fail_over)
         server = site.db.session.scalar(sa.text("SELECT pg_backend_pid()"))
