@@ -119,10 +119,10 @@ class PostgreSQLWorker:
 
 def _statements_of(recorder: Any) -> dict[str, str]:
     """Return the statements of a recorder, made by using them once in a transaction that the caller rolls back."""
-    first, second, *others = (StoredEvent(uuid4(), 1, "", b"") for _ in range(4))
+    first, second, *others = (StoredEvent(uuid4(), 1, "topic", b"") for _ in range(4))
     recorder.high_water_mark()
     recorder.insert_events([first])
-    recorder.insert_events([StoredEvent(first.originator_id, 2, "", b"")])
+    recorder.insert_events([StoredEvent(first.originator_id, 2, "topic", b"")])
     recorder.insert_events([second, *others])
     recorder.dialect.insert_statement(recorder.events_table)
     logs = getattr(recorder.dialect, "_logs", {})

@@ -17,8 +17,6 @@ from flask_eventsourcing.models import make_models
 from flask_eventsourcing.persistence import Datastore, SQLAlchemyApplicationRecorder
 
 TENANTS = ("tenant_a", "tenant_b", "tenant_c")
-BARE = "tenant_c"
-"""The one without a table of snapshots."""
 FEW = settings(
     max_examples=15,
     deadline=None,
@@ -63,9 +61,8 @@ class Tenants:
         with self.owner.connect() as connection:
             connection.exec_driver_sql(f"DROP SCHEMA IF EXISTS {tenant} CASCADE")
             connection.execute(sa.schema.CreateSchema(tenant))
-            tables = [table for use, table in self.models.tables.items() if (tenant, use) != (BARE, "snapshots")]
             self.models.tables["events"].metadata.create_all(
-                connection.execution_options(schema_translate_map={None: tenant}), tables=tables
+                connection.execution_options(schema_translate_map={None: tenant})
             )
 
     def empty(self) -> None:
