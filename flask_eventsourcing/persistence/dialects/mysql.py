@@ -304,8 +304,12 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
 
 def _after_error(context: Any) -> None:
-    if context.connection is not None and not context.connection.closed:
-        _note_failure(context.connection, context.original_exception)
+    connection, error = context.connection, context.original_exception
+    # Without an answer of the server to the statement, none would come to a question either.
+    if connection is None or context.is_disconnect or not isinstance(error, connection.dialect.dbapi.Error):
+        return
+    if not connection.closed:
+        _note_failure(connection, error)
 
 
 def _note_failure(connection: Connection, error: BaseException) -> None:
