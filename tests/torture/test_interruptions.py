@@ -144,6 +144,8 @@ def interrupted(chance: Callable[[], float]) -> Iterator[Callable[[], object]]:
         signal.signal(signal.SIGALRM, before)
 
 
+# A driver's own ``__del__`` may wait for the server, and Python drops what is raised there.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("database", ["postgres_url", "mariadb_url"])
 def test_signals_in_mid_statement(database: str, seconds: float, request: pytest.FixtureRequest) -> None:
