@@ -126,10 +126,12 @@ def test_an_alert_is_mailed_once(app: Flask, tmp_path: Path) -> None:
     (mail,) = (tmp_path / "outbox").iterdir()
     message = message_from_bytes(mail.read_bytes())
     assert message["Subject"] == f"Please look at account {account_id}"
-    assert message["Message-ID"] == "<Bank-FraudWatch-6@alerts.invalid>"
+    number = message["Message-ID"]
+    assert number.startswith("<Bank-FraudWatch-") and number.endswith("@alerts.invalid>")
     assert app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "FraudWatch"]).exit_code == 0
     catch_up(app)
     assert [each.name for each in (tmp_path / "outbox").iterdir()] == [mail.name]
+    assert message_from_bytes(mail.read_bytes())["Message-ID"] == number
 
 
 def test_rebuilt_read_models_are_the_same(app: Flask, client: FlaskClient, accounts: Accounts) -> None:

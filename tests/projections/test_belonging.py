@@ -482,19 +482,19 @@ def test_an_event_whose_class_is_gone_halts(desk: Desk, monkeypatch: pytest.Monk
     monkeypatch.setattr(pages, "COLLECT_FROM", collect_from)
     desk.balances(retries=0)
     account_id = desk.open(1, 2)
-    move_topic(desk, "tests.no_such_module:Konto.Deposited")
+    move_topic(desk, "tests.no_module_left:Konto.Deposited")
     (error,) = desk.run_once("Balances")
-    assert "tests.no_such_module:Konto" in str(error)
+    assert "tests.no_module_left:Konto" in str(error)
     assert "register_topic" in str(error)
     assert desk.position() == 1
-    utils.register_topic("tests.no_such_module:Konto", Account)
+    utils.register_topic("tests.no_module_left:Konto", Account)
     try:
         desk.consumer().checkpoint.resume()
         assert not desk.run_once()
         assert desk.amounts() == {account_id: 3}
     finally:
-        del utils._topic_cache["tests.no_such_module:Konto"]
-        utils._topic_cache.pop("tests.no_such_module:Konto.Deposited", None)
+        del utils._topic_cache["tests.no_module_left:Konto"]
+        utils._topic_cache.pop("tests.no_module_left:Konto.Deposited", None)
 
 
 @on_sqlite
