@@ -127,7 +127,8 @@ def test_an_alert_is_mailed_once(app: Flask, tmp_path: Path) -> None:
     message = message_from_bytes(mail.read_bytes())
     assert message["Subject"] == f"Please look at account {account_id}"
     number = message["Message-ID"]
-    assert number.startswith("<Bank-FraudWatch-") and number.endswith("@alerts.invalid>")
+    assert number.startswith("<Bank-FraudWatch-")
+    assert number.endswith("@alerts.invalid>")
     assert app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "FraudWatch"]).exit_code == 0
     catch_up(app)
     assert [each.name for each in (tmp_path / "outbox").iterdir()] == [mail.name]

@@ -24,8 +24,8 @@ class JoinedUnit(Protocol):
     def connection(self) -> Connection:
         """The connection of its transaction to the database of the events."""
 
-    def before_write(self) -> None:
-        """Told before a write."""
+    def before_write(self) -> Connection:
+        """Told before a write; returns the connection to write with."""
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Told before an aggregate is read."""
@@ -37,7 +37,12 @@ class JoinedUnit(Protocol):
         """Told when events could not be written because another writer was first."""
 
     def recorded(
-        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+        self,
+        connection: Connection,
+        application_name: str,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        positions: Sequence[int],
     ) -> None:
         """Told after events were written, which are not committed yet."""
 
@@ -154,8 +159,7 @@ class Write:
     def __enter__(self) -> Self:
         with self._datastore.dialect.translated:
             if self.unit is not None:
-                self.unit.before_write()
-                self.connection = self.unit.connection()
+                self.connection = self.unit.before_write()
             else:
                 self._begin()
         return self
@@ -177,7 +181,7 @@ class Write:
     ) -> None:
         """Told after events were written; what is to happen in their transaction happens now."""
         if self.unit is not None:
-            self.unit.recorded(application_name, table, events, positions)
+            self.unit.recorded(self.connection, application_name, table, events, positions)
         after_append = self._datastore.after_append.get(application_name)
         if after_append is not None:
             after_append(self.connection, self.unit, events)

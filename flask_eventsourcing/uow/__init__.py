@@ -5,11 +5,12 @@ from __future__ import annotations
 from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, log_lost
-from .routes import same_database, writer_of
+from .routes import FIXED, same_database, writer_of
 from .running import SessionCommits, UnitRunner, check_times, commit, roll_back
 from .unit import LENT, UnitOfWork, Units
 
 __all__ = [
+    "FIXED",
     "LENT",
     "AfterCommit",
     "Batch",

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from ..exceptions import CommitOutcomeUnknownError
 from ..persistence.dialects.driver import is_own, root_engine
 from .commit_gate import joined_late
-from .pending import Batch, savepoints
+from .pending import Batch, known_state, state_of
 from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
 
 _COMMENTS = r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*"
@@ -57,10 +57,16 @@ def follow(engine: Engine) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    savepoints(connection).names.clear()
+    _forget_savepoints(connection)
     for unit in joined(connection):
         if unit.following.is_committing:
             unit.committed()
+
+
+def _forget_savepoints(connection: Connection) -> None:
+    state = known_state(connection)
+    if state is not None:
+        state.savepoints.clear()
 
 
 def _commit(connection: Connection) -> None:
@@ -72,24 +78,24 @@ def _commit(connection: Connection) -> None:
 
 
 def _rollback(connection: Connection) -> None:
-    savepoints(connection).names.clear()
+    _forget_savepoints(connection)
     for unit in joined(connection):
         unit.look_for_commit(connection)
         unit.rolled_back(0)
 
 
 def _savepoint(connection: Connection, name: str | None) -> None:
-    savepoints(connection).opened(name)
+    state_of(connection).opened(name)
 
 
 def _release_savepoint(connection: Connection, name: str, context: None) -> None:
-    level = savepoints(connection).left(name)
+    level = state_of(connection).left(name)
     for unit in joined(connection):
         unit.released(level)
 
 
 def _rollback_savepoint(connection: Connection, name: str, context: None) -> None:
-    level = savepoints(connection).left(name)
+    level = state_of(connection).left(name)
     for unit in joined(connection):
         unit.rolled_back(level)
 

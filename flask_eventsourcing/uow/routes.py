@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +20,11 @@ OTHER_CONNECTION = (
 )
 
 
+FIXED = frozenset[Callable[..., Any]]({orm.Session.get_bind})
+INSERT = "flask_eventsourcing.insert"
+"""Where a table has a statement that inserts into it, in ``Table.info``."""
+
+
 def same_database(one: Engine, other: Engine) -> bool:
     """Whether two engines are for one database."""
     return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
@@ -31,8 +36,11 @@ def writer_of(session: orm.Session, table: sa.Table) -> Engine | Connection:
     One that sends reads elsewhere does so by its own ``get_bind()``, which looks at the statement, or whether the
     session flushes.
     """
+    insert = table.info.get(INSERT)
+    if insert is None:
+        insert = table.info[INSERT] = sa.insert(table)
     with as_if_flushing(session):
-        return session.get_bind(clause=sa.insert(table))
+        return session.get_bind(clause=insert)
 
 
 class Route:
@@ -40,10 +48,14 @@ class Route:
 
     :param engine: that database.
     :param bind_arguments: with which the session is asked for it.
+    :param fixed: functions ``get_bind`` that look at nothing but the table.
     """
 
-    def __init__(self, engine: Engine, bind_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Engine, bind_arguments: Mapping[str, Any], fixed: frozenset[Callable[..., Any]] = FIXED
+    ) -> None:
         self._engine = engine
+        self._fixed = fixed
         self.bind_arguments = bind_arguments
 
     def connection(self, session: orm.Session) -> Connection:
@@ -58,14 +70,16 @@ class Route:
         # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
         return session.connection(bind_arguments={"bind": self._engine if self._is_apart else self._writer(session)})
 
-    def check(self, session: orm.Session) -> None:
+    def check(self, session: orm.Session, connection: Connection) -> None:
         """Refuse to write where the models of the session's transaction would be in another one.
+
+        :param connection: the one to write with.
 
         :raises ConfigurationError: naming both, unless somebody asked for that.
         """
-        if self._is_apart or type(session).get_bind is orm.Session.get_bind:
+        if type(session).get_bind in self._fixed or self._is_apart:
             return
-        writer, connection = self._writer(session), self.connection(session)
+        writer = self._writer(session)
         if writer.engine is connection.engine:
             return
         if session.connection(bind_arguments={"bind": writer}) is not connection:

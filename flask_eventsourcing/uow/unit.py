@@ -34,11 +34,12 @@ from .pending import (
     Refusal,
     call_all,
     is_there,
+    known_state,
     log_lost,
     of_kind,
-    savepoints,
+    state_of,
 )
-from .routes import Route, same_database
+from .routes import FIXED, Route, same_database
 
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
@@ -46,7 +47,6 @@ LENT = "flask_eventsourcing.lent"
 """Marks a session that somebody has made the current one, and commits, in ``Session.info``."""
 
 logger = logging.getLogger(__name__)
-
 
 Announce = Callable[[Sequence[Batch]], None]
 
@@ -63,6 +63,7 @@ class Units:
     :param commits: who commits.
     :param publish: called with the events of a transaction after it was committed.
     :param bind_arguments: with which a session finds its connection to the events' database.
+    :param fixed: functions ``get_bind`` of sessions that look at nothing but the table.
     :param scope: returns what tells the present piece of work, with a session of its own, from others.
     :param lost: called with events that are gone although nobody asked for a rollback.
     """
@@ -73,6 +74,7 @@ class Units:
     bind_arguments: Mapping[str, Any]
     lost: Announce = log_lost
     scope: Callable[[], object] = _everywhere
+    fixed: frozenset[Callable[..., Any]] = FIXED
     contended: ContendedAggregates = field(default_factory=ContendedAggregates)
 
     def of(self, session: orm.Session) -> UnitOfWork:
@@ -144,7 +146,7 @@ class UnitOfWork:
     def __init__(self, shared: SessionUnits, units: Units, bind_arguments: dict[str, Any]) -> None:
         self.shared = shared
         self.units = units
-        self.route = Route(units.datastore.engine, bind_arguments)
+        self.route = Route(units.datastore.engine, bind_arguments, units.fixed)
         self.pending = Pending()
         self.queue = AggregateQueue(units.datastore.dialect, units.contended)
         self.gate = CommitGate(
@@ -180,24 +182,27 @@ class UnitOfWork:
 
     # -------------------------------------------------------------------------------- what recorders tell
 
-    def before_write(self) -> None:
-        """Refuse a write if the session has events in another database, as the two commits could not be one.
+    def before_write(self) -> Connection:
+        """Return the connection to write with; refuse a write if the session has events in another database.
 
         :raises SpanningTransactionError: unless the session commits in two phases.
         :raises ConfigurationError: when the session writes models in another transaction.
         """
         self.look()
+        session = self.session
+        connection = self.route.connection(session)
         if not self.pending.has(Batch):
-            self.route.check(self.session)
-        if len(self.shared.units) == 1 or self.session.twophase:
-            return
+            self.route.check(session, connection)
+        if len(self.shared.units) == 1 or session.twophase:
+            return connection
         for other in self.shared.units.values():
             same = other.units.datastore.engine is self.units.datastore.engine
-            if not same and other.pending.has(Batch) and other.connection() is not self.connection():
+            if not same and other.pending.has(Batch) and other.connection() is not connection:
                 raise SpanningTransactionError(
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
                     "cannot be committed together with these: commit before, or use a session with twophase=True."
                 )
+        return connection
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
@@ -216,10 +221,15 @@ class UnitOfWork:
         self.queue.conflicted(table, events)
 
     def recorded(
-        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+        self,
+        connection: Connection,
+        application_name: str,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        positions: Sequence[int],
     ) -> None:
         """Note events that were written and are not committed yet."""
-        self._note(Batch(application_name, table, events, positions))
+        self._note(Batch(application_name, table, events, positions), connection)
 
     def written(self) -> None:
         """After a write: commit, where each save is committed by itself and nobody has begun something around it."""
@@ -261,12 +271,13 @@ class UnitOfWork:
         """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
         self._note(Refusal(reason))
 
-    def _note(self, item: Item) -> None:
+    def _note(self, item: Item, connection: Connection | None = None) -> None:
         self.resolve(asked=True)
-        # A rollback of nothing would not be noticed, so there is a transaction from here on.
-        connection = self.connection()
+        if connection is None:
+            # A rollback of nothing would not be noticed, so there is a transaction from here on.
+            connection = self.connection()
         self._follow(connection)
-        self.pending.add(len(savepoints(connection).names), item)
+        self.pending.add(len(state_of(connection).savepoints), item)
 
     def begun(self, connection: Connection) -> None:
         """Inside a unit of work, follow a transaction from its beginning: what was not saved counts there too."""
@@ -277,7 +288,7 @@ class UnitOfWork:
     def _follow(self, connection: Connection) -> None:
         if self.following.connection() is not connection:
             self.following.connection = weakref.ref(connection)
-            _joined.setdefault(connection, weakref.WeakSet()).add(self)
+            state_of(connection).add(self)
 
     # -------------------------------------------------------------------------------- what becomes of it
 
@@ -381,9 +392,8 @@ class UnitOfWork:
         call_all(of_kind(gone, AfterRollback))
 
 
-_joined: weakref.WeakKeyDictionary[Connection, weakref.WeakSet[UnitOfWork]] = weakref.WeakKeyDictionary()
-
-
 def joined(connection: Connection) -> list[UnitOfWork]:
     """Return the units that have something in a connection's transaction, or are run in it."""
-    return [unit for unit in _joined.get(connection, ()) if unit.following.connection() is connection]
+    state = known_state(connection)
+    found = () if state is None else [each() for each in state.units]
+    return [unit for unit in found if unit is not None and unit.following.connection() is connection]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from flask import Flask, current_app, g, has_app_context
+from flask import Flask, g, has_app_context
 from flask.globals import app_ctx
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
@@ -260,9 +260,10 @@ class FlaskHost:
 
     def unit(self) -> UnitOfWork | None:
         """The unit of work to join, or None outside an application context of this app."""
-        if has_app_context() and current_app._get_current_object() is self.app:  # type: ignore[attr-defined]
+        context: Any = current_context()
+        if context is not None and context.app is self.app:
             session = self.database.session()
-            if ENDED in g and ENDED not in session.info:
+            if ENDED in context.g and ENDED not in session.info:
                 session.info[ENDED] = True
                 self.app.logger.error(AFTER_THE_END)
             if LENT in session.info:

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from eventsourcing.application import Application
 from flask import Flask, has_request_context
+from flask_sqlalchemy.session import Session as FlaskSession
 from sqlalchemy import orm
 
 from .._patches import forget_class
@@ -26,10 +27,12 @@ from ..persistence import Datastore, DialectOptions
 from ..persistence.datastore import Tables
 from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
-from ..uow import SessionCommits, Units
+from ..uow import FIXED, SessionCommits, Units
 from .sessions import AppDatabase, FlaskHost, current_context, has_models
 from .state import EventSourcingState, publish
 from .uncommitted import lose
+
+FIXED_BINDS = FIXED | {FlaskSession.get_bind}
 
 Wanted = tuple[OriginatorIdType, str | None, str | None]
 
@@ -319,7 +322,9 @@ def _make_hosts(
         if key not in hosts:
             datastore = replace(stores[key], tables=by_name.get)
             arguments = database.bind_arguments(key, own["events"])
-            units = Units(datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context)
+            units = Units(
+                datastore, commits, partial(publish, app), arguments, partial(lose, app), current_context, FIXED_BINDS
+            )
             hosts[key] = FlaskHost(app, database, units, own["events"])
     return {cls: hosts[_key(cls, config)] for cls in tables}
 

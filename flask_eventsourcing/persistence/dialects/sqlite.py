@@ -33,7 +33,7 @@ FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
-SCHEMA_HOLDS_FOR = 0.01
+SCHEMA_HOLDS_FOR = 0.05
 """Seconds for which nobody is taken to change the schema and delete the last event, too."""
 WITHOUT_AUTOINCREMENT = (
     "Table {0} has lost its AUTOINCREMENT, so that the position of a deleted event would be given again, and readers "
@@ -141,8 +141,8 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
         rows = [table.row(event) for event in events]
         first = heads(events)
-        if len(events) == 1 and not begins(first[0]):
-            position = self._insert_next(connection, table, rows[0])
+        if len(events) == 1:
+            position = self._insert_next(connection, table, rows[0], begins=begins(first[0]))
             if position is not None:
                 return [position]
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
@@ -154,15 +154,23 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         last = int(self.insert_rows(connection, self.insert_statement(table), rows))
         return list(range(last - len(events) + 1, last + 1))
 
-    def _insert_next(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> int | None:
-        """Insert an event whose predecessor is there, or return None."""
-        statement = table.statements.get("next")
+    def _insert_next(
+        self, connection: Connection, table: EventTable, row: tuple[Any, ...], *, begins: bool
+    ) -> int | None:
+        """Insert an event whose predecessor is among the events, or the first of its aggregate, or return None."""
+        others = [table.snapshots] if begins and self.has_snapshots(connection, table) else []
+        use = f"first {others}" if begins else "next"
+        statement = table.statements.get(use)
         if statement is None:
             columns, marks = ", ".join(EVENT_COLUMNS), ", ".join("?" * len(EVENT_COLUMNS))
-            previous = self._previous_statement(table)
-            statement = f"INSERT INTO {table.name} ({columns}) SELECT {marks} WHERE EXISTS ({previous})"
-            table.statements["next"] = statement
-        done = self.modify(connection, statement, (*row, row[0], row[1] - 1))
+            condition = f"EXISTS ({self._previous_statement(table)})"
+            if begins:
+                names = [table.name, *others]
+                condition = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {each} WHERE originator_id = ?)" for each in names)
+            statement = f"INSERT INTO {table.name} ({columns}) SELECT {marks} WHERE {condition}"
+            table.statements[use] = statement
+        known = [row[0]] * (1 + len(others)) if begins else [row[0], row[1] - 1]
+        done = self.modify(connection, statement, (*row, *known))
         return int(done.lastrowid) if done.rowcount == 1 else None
 
     def _has_previous(self, connection: Connection, table: EventTable, row: tuple[Any, ...]) -> bool:
