@@ -28,7 +28,7 @@ def growth(contender: str, database: str, url: sa.URL, events: int) -> float:
 
 
 def forget_peak() -> None:
-    """Let the peak begin anew, where the system can: importing may have taken more than reading will."""
+    """Let the peak begin again, where the system can: importing may have taken more than reading will."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -66,7 +66,7 @@ def connection_dialect(connection: Any, dialect: Any) -> None:
 def preparer_class(preparer: Any, preparer_class: type[Any]) -> None:
     """Give a copy of a dialect's preparer of identifiers another class.
 
-    A dialect makes its preparer in its constructor, which connects the whole dialect anew. It can go together with
+    A dialect makes its preparer in its constructor, which connects the whole dialect again. It can go together with
     :func:`connection_dialect`.
     """
     preparer.__class__ = preparer_class

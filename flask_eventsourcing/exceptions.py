@@ -120,7 +120,7 @@ class UnknownTopicError(HandlerError):
 
 
 class ProjectionHaltedError(FlaskEventSourcingError):
-    """A projection stands before an event that it cannot apply: mend its handler, and run it again."""
+    """A projection stands before an event that it cannot apply: correct its handler, and run it again."""
 
 
 class CheckpointMismatchError(ProjectionHaltedError):

@@ -364,7 +364,7 @@ class EventSourcing:
     def close(self, app: Flask | None = None) -> None:
         """Close the applications of this process, of one Flask app or of all that this object serves.
 
-        It may be called again; an application that is used after it is constructed anew.
+        It may be called again; an application that is used after it is constructed again.
         """
         for each in [app] if app is not None else list(self._apps):
             state_of(each).close()

@@ -55,7 +55,7 @@ class PerProcess(Generic[T]):
 
 
 class ProcessLock:
-    """A re-entrant lock that a forked child gets anew, whoever held it in the parent."""
+    """A re-entrant lock, of which a forked child gets a new one, no matter who held it in the parent."""
 
     def __init__(self) -> None:
         # By its name at the time of the call, as gevent may put another in its place.
@@ -189,7 +189,7 @@ def init_application(constructor: Callable[..., T], *args: Any, **kwargs: Any) -
 
 
 def get_application() -> Any:
-    """Return the application of this process; after a fork it is constructed anew, with the arguments of the first.
+    """Return the application of this process; after a fork it is constructed again, with the arguments of the first.
 
     :raises ApplicationNotInitializedError: before :func:`init_application`.
     """

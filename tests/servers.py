@@ -319,12 +319,12 @@ def redis_command(port: int, *words: str) -> str:
 
 
 def postgres_database(server_url: str) -> AbstractContextManager[str]:
-    """Make a new database on a PostgreSQL server and drop it afterwards, whoever is still connected to it."""
+    """Make a new database on a PostgreSQL server and drop it afterwards, with its connections."""
     return _database(_with_driver(server_url, "postgresql+psycopg"), "", "WITH (FORCE)")
 
 
 def mariadb_database(server_url: str) -> AbstractContextManager[str]:
-    """Make a new database on a MariaDB or MySQL server and drop it afterwards, whoever is still connected to it."""
+    """Make a new database on a MariaDB or MySQL server and drop it afterwards, with its connections."""
     return _database(_with_driver(server_url, "mysql+pymysql"), "CHARACTER SET utf8mb4", "")
 
 

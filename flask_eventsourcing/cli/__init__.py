@@ -126,11 +126,11 @@ def status(as_json: bool, check: bool) -> None:
 @click.argument("name")
 @click.option("--dry-run", is_flag=True, help="Say how many events there are and how long it would take.")
 @click.option("--drop-old", is_flag=True, help="Drop the replaced tables afterwards; otherwise they are kept.")
-@click.option("--restart", is_flag=True, help="Begin anew, even if an earlier rebuild can be taken up.")
+@click.option("--restart", is_flag=True, help="Begin again, even if an earlier rebuild can be taken up.")
 @click.option("--clean", is_flag=True, help="Only drop the tables that earlier rebuilds have replaced.")
 @click.option("--give-up", is_flag=True, help="Only drop what an unfinished rebuild has made.")
 def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool, give_up: bool) -> None:
-    """Build the tables of projection NAME anew beside the live ones, and put them in their place.
+    """Build new tables of projection NAME beside the live ones, and put them in their place.
 
     Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was.
     """

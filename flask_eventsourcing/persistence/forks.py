@@ -76,7 +76,7 @@ def drop_inherited_connections(engine: Engine) -> None:
 def leave_inherited_connections() -> None:
     """Part from the connections that were in use at the time of the fork; costs nothing in a process that has done so.
 
-    Whoever still has one, such as a session that was held across the fork, may roll back and close it, which sends
+    What still has one, such as a session that was held across the fork, may roll back and close it, which sends
     nothing to the server, and gets an error for everything else.
     """
     global _left_in  # noqa: PLW0603
@@ -105,7 +105,7 @@ class _Inherited:
     def __getattr__(self, name: str) -> Any:
         raise InvalidRequestError(
             "This connection was in use when the process was forked, and belongs to the parent process: roll back or "
-            "close the session or connection that has it, and begin anew."
+            "close the session or connection that has it, and begin again."
         )
 
 

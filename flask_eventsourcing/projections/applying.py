@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 from uuid import UUID
 
@@ -15,13 +19,14 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError, UnknownTopicError
 from ..persistence import JoinedUnit
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import is_contention, is_outage
 from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow
 from .consumers import Consumer, ProjectedApplication
+from .dead_letters import DeadLetters
 from .definitions import ModelProjection
 from .shadows import Undeclared
 
@@ -49,16 +54,41 @@ class EventError(Exception):
     """A handler failed, or an event could not be read; the cause is the error itself."""
 
 
+class SuspectError(Exception):
+    """What looks like an outage has come up in a handler; the cause is the error itself."""
+
+
+@dataclass
+class Limit:
+    """When a batch ends before the last of its events.
+
+    :param stop: ends it after the event in progress.
+    :param seconds: after which it ends with the event in progress.
+    """
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    seconds: float = math.inf
+    until: float = math.inf
+
+    def begin(self) -> None:
+        """Begin to count the seconds."""
+        self.until = time.monotonic() + self.seconds
+
+    def is_reached(self) -> bool:
+        """Whether the batch is to end."""
+        return self.stop.is_set() or time.monotonic() > self.until
+
+
 class Applier:
     """Applies events of a log for one consumer, within the host's context.
 
     :param joins: whether it is called within a transaction.
+    :param limit: when a batch ends before the last of its events.
     """
 
-    def __init__(self, consumer: Consumer, *, joins: bool = False) -> None:
+    def __init__(self, consumer: Consumer, *, joins: bool = False, limit: Limit | None = None) -> None:
         self.consumer = consumer
         self.projection = consumer.projection_class()
-        self.letters = consumer.application.dead_letters
         # Looked up once, as there are many thousand events a second.
         self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
@@ -70,6 +100,12 @@ class Applier:
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._undeclared = Undeclared(consumer)
+        self._limit = limit or Limit()
+
+    @property
+    def letters(self) -> DeadLetters:
+        """The events that were set aside."""
+        return self.consumer.application.dead_letters
 
     def apply(
         self,
@@ -81,15 +117,20 @@ class Applier:
     ) -> CheckpointRow:
         """Apply events and move the position, all in one transaction; returns the row as it is then.
 
+        A batch that takes too long, or is told to stop, ends before the last of its events.
+
         :param dead: set the one event aside, with its error and the number of tries, rather than applying it.
         :raises FencedError: when the claim was lost; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
         try:
-            return self._apply(claimed, notifications, position, dead)
-        except ObservedError:
-            self._batches.flushes_each = True
-            return self._apply(claimed, notifications, position, dead)
+            try:
+                return self._apply(claimed, notifications, position, dead)
+            except ObservedError:
+                self._batches.flushes_each = True
+                return self._apply(claimed, notifications, position, dead)
+        except SuspectError as suspect:
+            raise self._verdict(suspect) from suspect.__cause__
 
     def _apply(
         self,
@@ -111,10 +152,13 @@ class Applier:
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
-                    self._handle(session, connection, notifications)
+                    handled = notifications[: self._handle(session, connection, notifications)]
+                    if len(handled) < len(notifications):
+                        moved, position, applied = claimed._replace(position=position), handled[-1].id, len(handled)
+                        self._advance(connection, moved, position, applied - len(notifications), handled)
                 if advances_last:
                     self._advance(connection, claimed, position, applied, notifications)
-        except (EventError, ObservedError):
+        except (EventError, ObservedError, SuspectError):
             raise
         except Exception as error:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
@@ -122,6 +166,18 @@ class Applier:
                 raise
             raise EventError from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
+
+    def _verdict(self, suspect: SuspectError) -> BaseException:
+        """Return what is to be raised: the error itself where it is an outage.
+
+        A handler that loses its connection, or waits for too long, has done so itself if the database answers others.
+        """
+        try:
+            with self.consumer.application.engine.connect() as connection:
+                connection.execute(sa.select(1))
+        except sa.exc.SQLAlchemyError as error:
+            return error
+        return EventError()
 
     def try_out(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
         """Apply events and roll back, to see how long it takes.
@@ -134,6 +190,9 @@ class Applier:
             session.rollback()
             self._batches.flushes_each = True
             self._handle(session, self.connection(session), notifications)
+        except SuspectError as suspect:
+            session.rollback()
+            raise self._verdict(suspect) from suspect.__cause__
         finally:
             session.rollback()
 
@@ -153,12 +212,13 @@ class Applier:
         application = self.consumer.application
         return application.host.unit_of(session).connection()
 
-    def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> None:
+    def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> int:
+        """Call the handlers, and return of how many events: fewer where the time is over."""
+        self._limit.begin()
+        handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked: set[str] = set()
-        if self.consumer.projection_class.on_failure == "dead-letter":
-            blocked = self.letters.blocked(connection, self.consumer.name)
+        blocked = self._blocked(connection)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -171,6 +231,9 @@ class Applier:
                     else:
                         self._handle_one(session, notification)
                     batch.end_event()
+                    handled += 1
+                    if self._limit.is_reached():
+                        break
                 session.flush()
             if unit.dialect.is_aborted(connection):
                 # A commit would be a rollback, and nobody would be told.
@@ -178,11 +241,18 @@ class Applier:
         except ObservedError:
             raise
         except Exception as error:
-            if is_outage(error):
+            if is_contention(error):
                 raise
-            raise EventError from error
+            raise (SuspectError if is_outage(error) else EventError) from error
         if self.consumer.kind == "rebuild" and unit.batches:
             raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
+        return handled
+
+    def _blocked(self, connection: Connection) -> set[str]:
+        """The aggregates whose events wait behind one that was set aside."""
+        if self.consumer.projection_class.on_failure != "dead-letter":
+            return set()
+        return self.letters.blocked(connection, self.consumer.name)
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""

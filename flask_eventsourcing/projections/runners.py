@@ -13,11 +13,11 @@ from typing import Literal
 from eventsourcing.persistence import Notification
 
 from ..exceptions import HandlerError, ProjectionHaltedError
-from ..persistence.dialects import hide_values, is_outage
+from ..persistence.dialects import hide_values, is_outage, is_read_only
 from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
-from .applying import Applier, EventError
+from .applying import Applier, EventError, Limit
 from .belonging import OLD_CODE, Mismatch
 from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from .claims import Turn
@@ -137,7 +137,7 @@ class Delivery:
             except EventError:
                 logger.info("%s: a batch of %d events failed, they are applied one by one", claimed.name, len(events))
                 return self._one_by_one(claimed, events)
-            self.progress.events += len(events)
+            self.progress.events += applied.applied - claimed.applied
         self.pace.adapt(time.monotonic() - started, page.size)
         return applied
 
@@ -251,6 +251,9 @@ class Runner:
                     raise
                 self.progress.state = "unreachable"
                 hide_values(error)
+                if is_read_only(error):
+                    # Connections to the server that was the primary one before would stay there.
+                    self.consumer.application.engine.dispose()
                 logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
                 self.stop.wait(pause.seconds)
                 pause.grow()
@@ -319,7 +322,8 @@ class Runner:
     def _follow(self, claimed: CheckpointRow, once: bool, heartbeat: Heartbeat) -> bool:
         """Apply events until told to stop; returns True when *once* and all are applied."""
         progress, application = self.progress, self.consumer.application
-        delivery = Delivery(Applier(self.consumer), self.stop, progress, self.pace)
+        applier = Applier(self.consumer, limit=Limit(self.stop, self.pace.seconds))
+        delivery = Delivery(applier, self.stop, progress, self.pace)
         pages = LogPages(self.consumer, claimed)
         waiter = application.recorder.waiter()
         try:
@@ -385,6 +389,6 @@ def event_name(notification: Notification) -> str:
 def halted_message(name: str, position: int | None, error: str | None) -> str:
     """Return what is said of a halted projection."""
     return (
-        f"{name} is halted before position {position}: {error}. Mend its handler and run it again, "
+        f"{name} is halted before position {position}: {error}. Correct its handler and run it again, "
         "or let it set such events aside with on_failure = 'dead-letter'."
     )

@@ -219,7 +219,7 @@ class Swap:
         if found != row.applied + failed:
             raise RebuildError(
                 f"The rebuild of {self.live.name} has applied {row.applied} events and set {failed} aside, but the "
-                f"log has {found} up to position {row.position}: the live tables stay as they are; begin anew, with "
+                f"log has {found} up to position {row.position}: the live tables stay as they are; begin again, with "
                 "--restart."
             )
 

@@ -86,7 +86,7 @@ def test_full_disk_that_a_row_met_is_not_committed_by_half(site: Site) -> None:
 
 @pytest.fixture
 def strict_mariadb_url(server_folder: ServerFolder) -> Iterator[str]:
-    """A server that rolls a transaction back when it has waited for a lock in vain."""
+    """A server that rolls a transaction back when it has waited too long for a lock."""
     require(servers.has_program("mariadbd"), "MariaDB", "apt-get install mariadb-server")
 
     def start(folder: Any) -> servers.Server:
@@ -97,7 +97,7 @@ def strict_mariadb_url(server_folder: ServerFolder) -> Iterator[str]:
 
 
 def test_timeout_that_rolls_back_is_not_committed_by_half(strict_mariadb_url: str) -> None:
-    """On a MariaDB that is set to roll back after a wait in vain, a caught timeout cannot be committed."""
+    """On a MariaDB that is set to roll back after a wait that was too long, a caught timeout cannot be committed."""
     site = make_site(strict_mariadb_url, EVENTSOURCING_LOCK_TIMEOUT=1)
     site.opened()
     with site.app.app_context():

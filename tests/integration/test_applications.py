@@ -214,7 +214,7 @@ def test_one_instance_for_racing_requests(new_site: MakeSite) -> None:
 
 
 def test_close_is_idempotent_and_lets_construct_again(site: Site) -> None:
-    """``es.close()`` may be called twice; the application is constructed anew when it is used after it."""
+    """``es.close()`` may be called twice; the application is constructed again when it is used after it."""
     account_id = site.opened()
     with site.app.app_context():
         first = site.bank

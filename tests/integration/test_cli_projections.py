@@ -265,7 +265,7 @@ def test_a_halted_projection_does_not_stop_the_others(ledger: Ledger) -> None:
 
 
 def test_a_restarted_worker_tries_again(sqlite_ledger: Ledger) -> None:
-    """A worker that starts lets a halted projection try again, which halts again when nothing was mended."""
+    """A worker that starts lets a halted projection try again, which halts again when nothing was corrected."""
     sqlite_ledger.deposit([POISON])
     for _ in range(2):
         code, output = sqlite_ledger.run("run", "Fragile", "--once")
@@ -360,7 +360,7 @@ def test_another_worker_stands_by(ledger: Ledger) -> None:
 
 
 def test_dead_letters(ledger: Ledger) -> None:
-    """Events that were set aside are listed and shown, fail again until their handler is mended, and are applied."""
+    """Events that were set aside are listed and shown, fail again until their handler is corrected, and are applied."""
     first, second = ledger.deposit([1, POISON, 2]), ledger.deposit([3])
     assert ledger.run("dead-letters", "list") == (0, "There are no dead letters.\n")
     assert ledger.run("run", "Picky", "--once")[0] == 0

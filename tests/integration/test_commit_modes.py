@@ -204,7 +204,7 @@ class TestRequest:
         assert site.stored() == (0, 0)
 
     def test_error_rolls_back(self, site: Site) -> None:
-        """A view that fails stores nothing, and the next request starts anew."""
+        """A view that fails stores nothing, and the next request starts again."""
 
         def view() -> Any:
             forget(site)()

@@ -113,7 +113,7 @@ def test_app_is_garbage_once_it_is_dropped() -> None:
 
 
 def test_listeners_hold_for_every_session() -> None:
-    """Sessions have the extension's listeners once, however many factories came and went, and whoever made them."""
+    """Sessions have the extension's listeners once, however many factories came and went."""
     for _ in range(50):
         with orm.scoped_session(orm.sessionmaker())() as session:
             dispatch: Any = session.dispatch

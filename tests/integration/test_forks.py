@@ -136,7 +136,7 @@ def test_engines_derived_and_disposed_are_separate_too(site: Site, fork: Callabl
 
 @FORKS
 def test_a_context_pushed_before_the_fork(site: Site, fork: Callable[[], int]) -> None:
-    """With an application context pushed by the module and its session in use, a forked process has a session anew.
+    """With an application context pushed by the module and its session in use, a forked process has a new session.
 
     Events that were saved and not committed are the parent's alone: the child neither stores nor reports them.
     """
@@ -192,7 +192,7 @@ def test_the_parents_transaction_goes_on(site: Site, fork: Callable[[], int]) ->
 @FORKS
 @pytest.mark.parametrize("kind", ["session", "connection"])
 def test_what_the_user_holds_across_the_fork(site: Site, kind: str, fork: Callable[[], int]) -> None:
-    """A session or connection that the user held in a variable says what is wrong, and can begin anew."""
+    """A session or connection that the user held in a variable says what is wrong, and can begin again."""
     with site.app.app_context():
         held: Any = site.db.session() if kind == "session" else site.db.engine.connect()
         parents = held.scalar(BACKEND)

@@ -145,7 +145,7 @@ def test_others_wait_while_a_block_is_drawn(site: Site, uri: str, count: int, ec
 @on_postgresql
 @pytest.mark.parametrize("count", [1, 3, SMALL_BLOCK + 1])
 def test_waiting_at_the_gate_ends(new_site: MakeSite, uri: str, count: int) -> None:
-    """Whoever waits longer than the lock timeout is told so, has stored nothing, and can try again."""
+    """A writer that waits longer than the lock timeout is told so, has stored nothing, and can try again."""
     site = new_site(EVENTSOURCING_LOCK_TIMEOUT=0.1)
     site.opened()
     recorder = recorder_of(site)

@@ -107,7 +107,7 @@ def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(sit
 
 
 def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
-    """Whoever ended the transaction, and by whatever text, the driver or the server says that it is over."""
+    """No matter who ended the transaction, and by what text, the driver or the server says that it is over."""
     with site.app.app_context():
         dialect: Any = site.bank.recorder.dialect  # type: ignore[attr-defined]
         site.bank.open_account()

@@ -1,4 +1,4 @@
-"""The last look: nobody is told "done" for events that are not stored, whoever saved them, and however late."""
+"""The last look: nobody is told "done" for events that are not stored, no matter who saved them, and however late."""
 
 from __future__ import annotations
 

@@ -27,15 +27,17 @@ def alter(site: Site, how: str) -> None:
 
 @on_postgresql
 @pytest.mark.parametrize("order", ["advisory-lock", "table-lock"])
-@pytest.mark.parametrize(("how", "mend"), [("CACHE 20", "CACHE 1"), ("INCREMENT 2", "INCREMENT 1")])
-def test_a_sequence_that_would_break_the_order_is_refused(new_site: MakeSite, order: str, how: str, mend: str) -> None:
-    """With a sequence whose positions could be committed unseen, appends fail with its name and what mends it."""
+@pytest.mark.parametrize(("how", "remedy"), [("CACHE 20", "CACHE 1"), ("INCREMENT 2", "INCREMENT 1")])
+def test_a_sequence_that_would_break_the_order_is_refused(
+    new_site: MakeSite, order: str, how: str, remedy: str
+) -> None:
+    """With a sequence whose positions could be committed unseen, appends fail with its name and the remedy."""
     site = new_site(EVENTSOURCING_POSTGRES_ORDER=order)
     alter(site, how)
     with pytest.raises(UnsafeSequenceError, match=f"bank_events_notification_id_seq.*{how}.*ALTER SEQUENCE"):
         site.opened()
     assert site.stored() == (0, 0)
-    alter(site, mend)
+    alter(site, remedy)
     site.opened()
     assert site.stored() == (1, 0)
 

@@ -101,7 +101,7 @@ def test_nothing_is_durable_before_the_commit(site: Site) -> None:
 
 @on_files
 def test_durable_for_the_next_process(uri: str, site: Site) -> None:
-    """What was committed is there for whoever opens the database next."""
+    """What was committed is there for the next process that opens the database."""
     account_id = site.opened()
     engine = sa.create_engine(uri, poolclass=sa.NullPool)
     with engine.connect() as connection:

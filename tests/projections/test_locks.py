@@ -59,7 +59,7 @@ def test_one_runs_the_other_stands_by_and_takes_over(desks: list[Desk]) -> None:
 
 @locks
 def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> None:
-    """Whoever has been overtaken finds out when it wants to apply events, and leaves no trace."""
+    """A runner that was overtaken finds out when it wants to apply events, and leaves no trace."""
     one, _ = desks
     one.open(1, 2)
     consumer = one.consumer()

@@ -1,4 +1,4 @@
-"""Projections that are built anew beside the live ones."""
+"""Projections that are built again beside the live ones."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_readers_and_writers_go_on(desk: Desk) -> None:
 
 
 def test_stopped_rebuild_is_taken_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rebuild that was stopped goes on where it was, unless the handlers have changed or it is to begin anew."""
+    """A rebuild that was stopped goes on where it was, unless the handlers have changed or it is to begin again."""
     desk.balances(batch_size=2)
     account_id = desk.open(*range(1, 12))
     desk.run_once()

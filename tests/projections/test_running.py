@@ -143,7 +143,7 @@ def test_a_poisonous_event_halts_its_projection(desk: Desk) -> None:
     assert "PoisonError: cannot digest 13" in status.error
     assert not status.healthy
     assert desk.amounts() == {account_id: sum(range(1, 13))}
-    # It stays halted, whoever runs it, until somebody resumes it.
+    # It stays halted, no matter who runs it, until somebody resumes it.
     (again,) = desk.run_once()
     assert isinstance(again, ProjectionHaltedError)
     assert str(again) == str(error)

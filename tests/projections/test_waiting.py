@@ -48,7 +48,7 @@ def test_a_projection_that_nobody_runs(desk: Desk) -> None:
 
 @on_sqlite
 def test_uncommitted_events(desk: Desk) -> None:
-    """Waiting for events that are not committed would be in vain, and is refused at once."""
+    """Waiting for events that are not committed would not end, and is refused at once."""
     desk.balances()
     with desk.context() as bank:
         account = Account("Ada")

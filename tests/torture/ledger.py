@@ -96,7 +96,7 @@ def make_books(url: str, lock: str) -> Books:
 
 
 def take_fence_away() -> None:
-    """Move the position whoever runs the projection and wherever it was, to see what the fence is good for."""
+    """Move the position no matter who runs the projection and wherever it was, to see what the fence is good for."""
 
     def advance(self: Checkpoint, connection: Any, claimed: Any, position: int, applied: int, **_: Any) -> None:
         change = sa.update(self.table).where(self.table.c.name == self.name)

@@ -157,7 +157,7 @@ def storm(folder: Path, seconds: float) -> Storm:
 
 
 def test_no_commit_of_a_forked_process_is_lost(tmp_path: Path) -> None:
-    """What parent and children were told to be committed is stored, whoever forks, closes and is killed meanwhile."""
+    """What parent and children were told to be committed is stored, whatever forks, closes and is killed meanwhile."""
     storm(tmp_path, 3)
 
 

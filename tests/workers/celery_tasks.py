@@ -128,7 +128,7 @@ def mail(text: str) -> None:
 
 @celery_app.task(name="order", bind=True)
 def order(self: Any, text: str) -> None:
-    """A task that sends another one, in vain at the first try."""
+    """A task that sends another one, which fails at the first try."""
     es.application.open_account(text)
     send_after_commit(mail, text)
     if not self.request.retries:

@@ -90,7 +90,7 @@ def patient(seconds: float) -> str:
 
 
 def order(text: str) -> None:
-    """Enqueue another job, in vain at the first try."""
+    """Enqueue another job, which fails at the first try."""
     es.application.open_account(text)
     with Redis.from_url(os.environ["QUEUE_REDIS"]) as connection:
         enqueue_after_commit(Queue(connection=connection), mail, text)

@@ -171,6 +171,20 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, persistence.OperationalError | persistence.InterfaceError)
 
 
+def is_contention(error: BaseException) -> bool:
+    """Whether others were first, with a claim or with what a transaction has read or locked: nobody is to blame."""
+    found = error.orig if isinstance(error, sa.exc.DBAPIError) else None
+    return isinstance(error, PassingError) or (
+        found is not None and any(dialect.is_serialization_failure(found) for dialect in DIALECTS.values())
+    )
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Whether a server takes no changes, as one that was the primary server before a failover."""
+    found = error.orig if isinstance(error, sa.exc.DBAPIError) else error.__cause__
+    return found is not None and any(dialect.is_read_only(found) for dialect in DIALECTS.values())
+
+
 def without_values(driver_error: BaseException) -> str:
     """Return what a driver's exception says, without ids, states and other values of a statement."""
     return _text(driver_error, driver_error)
@@ -214,7 +228,10 @@ def _passes(error: sa.exc.DBAPIError) -> bool:
 def _passes_by_code(driver_error: BaseException | None) -> bool:
     """Whether a driver's error is one after which the same may be tried again, as a lock that others have held."""
     return driver_error is not None and any(
-        dialect.passes(driver_error) or dialect.is_serialization_failure(driver_error) for dialect in DIALECTS.values()
+        dialect.passes(driver_error)
+        or dialect.is_serialization_failure(driver_error)
+        or dialect.is_read_only(driver_error)
+        for dialect in DIALECTS.values()
     )
 
 
@@ -230,8 +247,10 @@ __all__ = [
     "dialect_for",
     "guard_forks",
     "hide_values",
+    "is_contention",
     "is_in_memory",
     "is_outage",
+    "is_read_only",
     "keep_transactions",
     "note_inherited_files",
     "readable_address_errors",

@@ -335,6 +335,11 @@ class ForProjections(ForSwaps):
         """Whether a driver's error is one after which the same may be tried again."""
         return False
 
+    @staticmethod
+    def is_read_only(driver_error: BaseException) -> bool:
+        """Whether a driver's error says that the server takes no changes now."""
+        return False
+
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection; here there is none but the lease."""
         return Lease(self.engine, name)

@@ -33,6 +33,7 @@ from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
 from .mysql_swapping import MySQLSwaps
 
 LOCK_WAIT_TIMEOUT = 1205
+PREVENTED_BY_OPTION = 1290
 SERVER_STATUS_IN_TRANS = 1
 DEADLOCK = 1213
 IMPLICIT = re.compile(
@@ -254,7 +255,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has rolled the transaction back, as it does to end a deadlock.
 
-        A Galera node does it where another node was first, and some servers are set to after a wait in vain.
+        A Galera node does it where another node was first, and some servers are set to after too long a wait.
         """
         aborted = connection.info.get(ABORTED)
         return aborted is not None and aborted() is connection.get_transaction()
@@ -297,6 +298,12 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not to be had in time."""
         return MySQLDialect.code(driver_error) == LOCK_WAIT_TIMEOUT
+
+    @staticmethod
+    def is_read_only(driver_error: BaseException) -> bool:
+        """Whether the server runs with ``read_only``."""
+        # Other options have the same number.
+        return MySQLDialect.code(driver_error) == PREVENTED_BY_OPTION and "read-only" in str(driver_error)
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""

@@ -67,7 +67,7 @@ class MySQLSwaps(ForSwaps):
             try:
                 rows = connection.exec_driver_sql(_HOLDERS, (seconds,)).all()
             except sa.exc.DBAPIError:
-                # Whoever has not the right to see all processes is told nothing.
+                # A role without the right to see all processes is told nothing.
                 return ()
         return [f"perhaps connection {number}, in a transaction since {since}" for number, since in rows]
 

@@ -277,7 +277,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         found = KEY_IN_DETAIL.search(detail or "")
         if known is None and found is not None:
             known = [column.strip('" ') for column in found[1].split(",")]
-        # Whoever may not read all of its columns is told no detail.
+        # A role that may not read all of its columns is told no detail.
         return known if known is not None or found is not None else VERSION_KEY
 
     @classmethod
@@ -293,6 +293,11 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not to be had in time."""
         return PostgreSQLDialect.code(driver_error) == LOCK_NOT_AVAILABLE
+
+    @staticmethod
+    def is_read_only(driver_error: BaseException) -> bool:
+        """Whether the server is a standby, or its transactions are read-only."""
+        return PostgreSQLDialect.code(driver_error) == READ_ONLY
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return an advisory lock."""
@@ -313,4 +318,4 @@ def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
     return transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
 
 
-LOCK_NOT_AVAILABLE = "55P03"
+LOCK_NOT_AVAILABLE, READ_ONLY = "55P03", "25006"

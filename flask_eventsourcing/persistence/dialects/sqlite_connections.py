@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,6 +19,11 @@ from sqlalchemy.engine import Connection
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
 from .locks import WriteQueue, write_queue_of
 from .sqlite_files import closing_threads
+
+PRIMARY_CODE = 0xFF
+"""The bits of an extended code of SQLite's that say what kind it is."""
+LOOK_FOR_LOCK = 0.002
+"""Seconds between the looks for the lock to write, while another process has it."""
 
 Kind = Literal["write", "read", "begin", "lock", "other"]
 """What a statement does, as :func:`~.sqlite.kind_of` says."""
@@ -30,6 +36,8 @@ class QueuedConnection(sqlite3.Connection):
     """None before it was configured."""
     pid = 0
     timeout = 0.0
+    busy_timeout: int | None = None
+    """Milliseconds that SQLite waits for other processes; None before the first transaction."""
     began = False
     """Whether a write transaction was begun that was neither committed nor rolled back by the client."""
     deferred = False
@@ -86,7 +94,7 @@ class QueuedConnection(sqlite3.Connection):
 
     def _begin(self, owner: object) -> None:
         try:
-            self.execute("BEGIN IMMEDIATE").close()
+            self._begin_immediately()
             self.began = True
         except sqlite3.OperationalError as error:
             self._release(owner)
@@ -94,6 +102,28 @@ class QueuedConnection(sqlite3.Connection):
                 f"Could not begin a write transaction within {self.timeout:g} s ({error}): another process holds the "
                 "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."
             ) from error
+
+    def _begin_immediately(self) -> None:
+        """Wait for other processes with short pauses.
+
+        SQLite's own come to 0.1 s, within which another process can end a transaction and begin the next one.
+        """
+        until = time.monotonic() + self.timeout
+        if self.busy_timeout is None:
+            (self.busy_timeout,) = self.execute("PRAGMA busy_timeout").fetchone()
+        self.execute("PRAGMA busy_timeout = 0").close()
+        try:
+            while True:
+                try:
+                    self.execute("BEGIN IMMEDIATE").close()
+                    return
+                except sqlite3.OperationalError as error:
+                    is_busy = error.sqlite_errorcode & PRIMARY_CODE == sqlite3.SQLITE_BUSY
+                    if not is_busy or time.monotonic() > until:
+                        raise
+                time.sleep(LOOK_FOR_LOCK)
+        finally:
+            self.execute(f"PRAGMA busy_timeout = {self.busy_timeout}").close()
 
     def after(self, connection: Connection) -> None:
         """After a statement: release the queue unless a transaction is open."""

@@ -50,7 +50,7 @@ def _descriptors() -> Iterator[int]:
 
 
 def _open_files() -> dict[int, FileId]:
-    """Return the files that are open in this process, by their descriptors, whoever has opened them."""
+    """Return the files that are open in this process, by their descriptors, no matter who has opened them."""
     if os.getpid() == _begun_in:
         return {}
     found = {}
