@@ -56,6 +56,8 @@ class LogPages:
         if after < self.known_to:
             stop = min(stop, self.known_to)
             topics = self._filter()
+        if min(limit, stop - after) > 1:
+            limit = self.consumer.application.recorder.fitting(after, limit, stop, topics)
         read = self.consumer.application.read_log(after, limit, stop, topics)
         full = len(read) == limit
         position = read[-1].id if full else stop
