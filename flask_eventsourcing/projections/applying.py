@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 from uuid import UUID
 
@@ -13,15 +13,16 @@ from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import HandlerError, UnknownTopicError
+from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ..persistence import JoinedUnit
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
 from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
-from .checkpoint import CheckpointRow
+from .checkpoint import CheckpointRow, FencedError
 from .consumers import Consumer, ProjectedApplication
+from .dead_letters import DeadLetters
 from .definitions import ModelProjection
 from .shadows import Undeclared
 
@@ -49,16 +50,26 @@ class EventError(Exception):
     """A handler failed, or an event could not be read; the cause is the error itself."""
 
 
+class SuspectError(EventError):
+    """The database failed while a handler ran, or committed what it wrote: if it answers now, the handler did that."""
+
+
+def never() -> bool:
+    """Whether a batch is to end before its last event, where it is not."""
+    return False
+
+
 class Applier:
     """Applies events of a log for one consumer, within the host's context.
 
     :param joins: whether it is called within a transaction.
+    :param ends: asked between two events whether the batch is to end there.
     """
 
-    def __init__(self, consumer: Consumer, *, joins: bool = False) -> None:
+    def __init__(self, consumer: Consumer, *, joins: bool = False, ends: Callable[[], bool] = never) -> None:
+        self.ends = ends
         self.consumer = consumer
         self.projection = consumer.projection_class()
-        self.letters = consumer.application.dead_letters
         # Looked up once, as there are many thousand events a second.
         self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
@@ -71,6 +82,11 @@ class Applier:
         self._batches.flushes_each = joins
         self._undeclared = Undeclared(consumer)
 
+    @property
+    def letters(self) -> DeadLetters:
+        """What it sets aside."""
+        return self.consumer.application.dead_letters
+
     def apply(
         self,
         claimed: CheckpointRow,
@@ -81,8 +97,11 @@ class Applier:
     ) -> CheckpointRow:
         """Apply events and move the position, all in one transaction; returns the row as it is then.
 
+        The batch may end early, at the position of the last event that was applied.
+
         :param dead: set the one event aside, with its error and the number of tries, rather than applying it.
         :raises FencedError: when the claim was lost; nothing was applied.
+        :raises SuspectError: when the database failed in the midst of the handlers' work; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
         try:
@@ -99,6 +118,7 @@ class Applier:
         dead: tuple[BaseException, int] | None,
     ) -> CheckpointRow:
         applied = 0 if dead is not None else len(notifications)
+        self._batches.last = None
         # With a lease, the row's lock might keep everybody from writing while a reaction takes its time; a reaction may
         # be called again anyway.
         advances_last = self.consumer.kind == "reactions" and self.consumer.leased
@@ -111,17 +131,34 @@ class Applier:
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
-                    self._handle(session, connection, notifications)
+                    applied = self._handle(session, connection, notifications)
+                    if left := notifications[applied:]:
+                        moved, notifications = claimed._replace(position=position), notifications[:applied]
+                        position = notifications[-1].id
+                        if not advances_last:
+                            self._advance(connection, moved, position, -len(left), notifications)
                 if advances_last:
                     self._advance(connection, claimed, position, applied, notifications)
         except (EventError, ObservedError):
             raise
         except Exception as error:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
-            if is_outage(error):
+            error_class = EventError if not is_outage(error) else SuspectError if self._is_suspect(error) else None
+            if error_class is None:
                 raise
-            raise EventError from error
+            raise error_class from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
+
+    def _is_suspect(self, error: BaseException) -> bool:
+        """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
+        batch = self._batches.last
+        if batch is None or isinstance(error, FencedError) or is_serialization_failure(error):
+            return False
+        if not has_waited(error):
+            return True
+        # Others may have had the lock. But who waits on a further connection may wait for the handler's transaction.
+        dialect = self.consumer.application.datastore.dialect
+        return dialect.has_one_writer if isinstance(error, WriteTimeoutError) else not batch.has_failed
 
     def try_out(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
         """Apply events and roll back, to see how long it takes.
@@ -153,7 +190,9 @@ class Applier:
         application = self.consumer.application
         return application.host.unit_of(session).connection()
 
-    def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> None:
+    def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> int:
+        """Call the handlers, and return for how many events: the batch may end early."""
+        handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         blocked: set[str] = set()
@@ -171,6 +210,9 @@ class Applier:
                     else:
                         self._handle_one(session, notification)
                     batch.end_event()
+                    handled += 1
+                    if self.ends():
+                        break
                 session.flush()
             if unit.dialect.is_aborted(connection):
                 # A commit would be a rollback, and nobody would be told.
@@ -183,6 +225,7 @@ class Applier:
             raise EventError from error
         if self.consumer.kind == "rebuild" and unit.batches:
             raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
+        return handled
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""

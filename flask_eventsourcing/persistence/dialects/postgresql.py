@@ -294,6 +294,11 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Whether a lock was not to be had in time."""
         return PostgreSQLDialect.code(driver_error) == LOCK_NOT_AVAILABLE
 
+    @staticmethod
+    def is_read_only(driver_error: BaseException) -> bool:
+        """Whether the transaction is one that only reads, as each is on a standby."""
+        return PostgreSQLDialect.code(driver_error) == READ_ONLY_TRANSACTION
+
     def runner_lock(self, name: str) -> RunnerLock:
         """Return an advisory lock."""
         return AdvisoryLock(self.engine, name)
@@ -314,3 +319,4 @@ def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
 
 
 LOCK_NOT_AVAILABLE = "55P03"
+READ_ONLY_TRANSACTION = "25006"
