@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -29,6 +30,8 @@ from .dialects.looks import Use
 from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
+PAGE_BYTES = 4 * 2**20
+"""How many bytes the states of a page of events have at most, unless it is one event."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -169,6 +172,31 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
         page = self._read(read_page, join=join)
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
+
+    def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
+        """Return how many of the next events to read at once: up to *limit*, as long as their states are not too large.
+
+        :param after: the position after which they begin; *stop* is the last one, if there is one.
+        """
+        c = self.events_table.table.c
+        sizes = sa.select(c.notification_id, sa.func.length(c.state).label("size")).where(c.notification_id > after)
+        if stop is not None:
+            sizes = sizes.where(c.notification_id <= stop)
+        if topics:
+            sizes = sizes.where(c.topic.in_(topics))
+        page = sizes.order_by(c.notification_id).limit(limit).subquery()
+
+        def count(read: Read) -> int:
+            total = read.connection.scalar(sa.select(sa.func.sum(page.c.size))) or 0
+            if total <= PAGE_BYTES:
+                return limit
+            each: Sequence[int | None] = read.connection.scalars(
+                sa.select(page.c.size).order_by(page.c.notification_id)
+            ).all()
+            return max(1, sum(together <= PAGE_BYTES for together in accumulate(size or 0 for size in each)))
+
+        found: int = self._read(count, join=False)
+        return found
 
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SLICE = 0.1
 """Seconds after which a wait on a connection looks whether it was told to stop."""
-PAGE = 500
+PAGE, FIRST_PAGE = 500, 10
 SHORTEST_WAIT = 0.005
 GROWTH = 1.5
 LONGEST_PAUSE = 5.0
@@ -190,6 +190,9 @@ class LogReader(Protocol):
     ) -> Sequence[Notification]:
         """Read the log by position."""
 
+    def fitting(self, after: int, limit: int) -> int:
+        """Return how many of the next events, up to a limit, are not too large to be read at once."""
+
     def waiter(self) -> Waiter:
         """Return what waits for news."""
 
@@ -207,6 +210,8 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         self._waiter = self._reader.waiter()
         self._page: Sequence[Notification] = ()
         self._index = 0
+        self._is_behind = False
+        """Whether the last page was full."""
 
     def __exit__(self, *args: object, **kwargs: object) -> None:
         super().__exit__(*args, **kwargs)
@@ -233,9 +238,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         wait = pause = SHORTEST_WAIT
         while not self._has_been_stopped:
             try:
-                page = self._reader.read_log(
-                    self._last_notification_id, PAGE, topics=self._topics, inclusive_of_start=False
-                )
+                page = self._read()
             except (OperationalError, InterfaceError) as error:
                 logger.warning("The log cannot be read now, next try in %.3g s: %s", pause, error)
                 self._waiter.stopped.wait(pause)
@@ -248,6 +251,14 @@ class LogSubscription(Subscription[ApplicationRecorder]):
             news = self._waiter.wait(wait)
             wait = SHORTEST_WAIT if news else min(wait * GROWTH, self._waiter.longest)
         return ()
+
+    def _read(self) -> Sequence[Notification]:
+        after, limit = self._last_notification_id, FIRST_PAGE
+        if self._is_behind:
+            limit = self._reader.fitting(after or 0, PAGE)
+        page = self._reader.read_log(after, limit, topics=self._topics, inclusive_of_start=False)
+        self._is_behind = len(page) == limit
+        return page
 
 
 def receive(driver: Any, seconds: float) -> bool:

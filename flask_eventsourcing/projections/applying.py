@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import threading
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 from uuid import UUID
 
@@ -17,14 +13,14 @@ from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import HandlerError, UnknownTopicError
+from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ..persistence import JoinedUnit
-from ..persistence.dialects import is_contention, is_outage
+from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
 from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
-from .checkpoint import CheckpointRow
+from .checkpoint import CheckpointRow, FencedError
 from .consumers import Consumer, ProjectedApplication
 from .dead_letters import DeadLetters
 from .definitions import ModelProjection
@@ -54,39 +50,24 @@ class EventError(Exception):
     """A handler failed, or an event could not be read; the cause is the error itself."""
 
 
-class SuspectError(Exception):
-    """What looks like an outage has come up in a handler; the cause is the error itself."""
+class SuspectError(EventError):
+    """The database failed while a handler ran, or committed what it wrote: if it answers now, the handler did that."""
 
 
-@dataclass
-class Limit:
-    """When a batch ends before the last of its events.
-
-    :param stop: ends it after the event in progress.
-    :param seconds: after which it ends with the event in progress.
-    """
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    seconds: float = math.inf
-    until: float = math.inf
-
-    def begin(self) -> None:
-        """Begin to count the seconds."""
-        self.until = time.monotonic() + self.seconds
-
-    def is_reached(self) -> bool:
-        """Whether the batch is to end."""
-        return self.stop.is_set() or time.monotonic() > self.until
+def never() -> bool:
+    """Whether a batch is to end before its last event, where it is not."""
+    return False
 
 
 class Applier:
     """Applies events of a log for one consumer, within the host's context.
 
     :param joins: whether it is called within a transaction.
-    :param limit: when a batch ends before the last of its events.
+    :param ends: asked between two events whether the batch is to end there.
     """
 
-    def __init__(self, consumer: Consumer, *, joins: bool = False, limit: Limit | None = None) -> None:
+    def __init__(self, consumer: Consumer, *, joins: bool = False, ends: Callable[[], bool] = never) -> None:
+        self.ends = ends
         self.consumer = consumer
         self.projection = consumer.projection_class()
         # Looked up once, as there are many thousand events a second.
@@ -100,11 +81,10 @@ class Applier:
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._undeclared = Undeclared(consumer)
-        self._limit = limit or Limit()
 
     @property
     def letters(self) -> DeadLetters:
-        """The events that were set aside."""
+        """What it sets aside."""
         return self.consumer.application.dead_letters
 
     def apply(
@@ -117,20 +97,18 @@ class Applier:
     ) -> CheckpointRow:
         """Apply events and move the position, all in one transaction; returns the row as it is then.
 
-        A batch that takes too long, or is told to stop, ends before the last of its events.
+        The batch may end early, at the position of the last event that was applied.
 
         :param dead: set the one event aside, with its error and the number of tries, rather than applying it.
         :raises FencedError: when the claim was lost; nothing was applied.
+        :raises SuspectError: when the database failed in the midst of the handlers' work; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
         try:
-            try:
-                return self._apply(claimed, notifications, position, dead)
-            except ObservedError:
-                self._batches.flushes_each = True
-                return self._apply(claimed, notifications, position, dead)
-        except SuspectError as suspect:
-            raise self._verdict(suspect) from suspect.__cause__
+            return self._apply(claimed, notifications, position, dead)
+        except ObservedError:
+            self._batches.flushes_each = True
+            return self._apply(claimed, notifications, position, dead)
 
     def _apply(
         self,
@@ -140,6 +118,7 @@ class Applier:
         dead: tuple[BaseException, int] | None,
     ) -> CheckpointRow:
         applied = 0 if dead is not None else len(notifications)
+        self._batches.last = None
         # With a lease, the row's lock might keep everybody from writing while a reaction takes its time; a reaction may
         # be called again anyway.
         advances_last = self.consumer.kind == "reactions" and self.consumer.leased
@@ -152,32 +131,34 @@ class Applier:
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
-                    handled = notifications[: self._handle(session, connection, notifications)]
-                    if len(handled) < len(notifications):
-                        moved, position, applied = claimed._replace(position=position), handled[-1].id, len(handled)
-                        self._advance(connection, moved, position, applied - len(notifications), handled)
+                    applied = self._handle(session, connection, notifications)
+                    if left := notifications[applied:]:
+                        moved, notifications = claimed._replace(position=position), notifications[:applied]
+                        position = notifications[-1].id
+                        if not advances_last:
+                            self._advance(connection, moved, position, -len(left), notifications)
                 if advances_last:
                     self._advance(connection, claimed, position, applied, notifications)
-        except (EventError, ObservedError, SuspectError):
+        except (EventError, ObservedError):
             raise
         except Exception as error:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
-            if is_outage(error):
+            error_class = EventError if not is_outage(error) else SuspectError if self._is_suspect(error) else None
+            if error_class is None:
                 raise
-            raise EventError from error
+            raise error_class from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
 
-    def _verdict(self, suspect: SuspectError) -> BaseException:
-        """Return what is to be raised: the error itself where it is an outage.
-
-        A handler that loses its connection, or waits for too long, has done so itself if the database answers others.
-        """
-        try:
-            with self.consumer.application.engine.connect() as connection:
-                connection.execute(sa.select(1))
-        except sa.exc.SQLAlchemyError as error:
-            return error
-        return EventError()
+    def _is_suspect(self, error: BaseException) -> bool:
+        """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
+        batch = self._batches.last
+        if batch is None or isinstance(error, FencedError) or is_serialization_failure(error):
+            return False
+        if not has_waited(error):
+            return True
+        # Others may have had the lock. But who waits on a further connection may wait for the handler's transaction.
+        dialect = self.consumer.application.datastore.dialect
+        return dialect.has_one_writer if isinstance(error, WriteTimeoutError) else not batch.has_failed
 
     def try_out(self, session: orm.Session, notifications: Sequence[Notification]) -> None:
         """Apply events and roll back, to see how long it takes.
@@ -190,9 +171,6 @@ class Applier:
             session.rollback()
             self._batches.flushes_each = True
             self._handle(session, self.connection(session), notifications)
-        except SuspectError as suspect:
-            session.rollback()
-            raise self._verdict(suspect) from suspect.__cause__
         finally:
             session.rollback()
 
@@ -213,12 +191,13 @@ class Applier:
         return application.host.unit_of(session).connection()
 
     def _handle(self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]) -> int:
-        """Call the handlers, and return of how many events: fewer where the time is over."""
-        self._limit.begin()
+        """Call the handlers, and return for how many events: the batch may end early."""
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked = self._blocked(connection)
+        blocked: set[str] = set()
+        if self.consumer.projection_class.on_failure == "dead-letter":
+            blocked = self.letters.blocked(connection, self.consumer.name)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -232,7 +211,7 @@ class Applier:
                         self._handle_one(session, notification)
                     batch.end_event()
                     handled += 1
-                    if self._limit.is_reached():
+                    if self.ends():
                         break
                 session.flush()
             if unit.dialect.is_aborted(connection):
@@ -241,18 +220,12 @@ class Applier:
         except ObservedError:
             raise
         except Exception as error:
-            if is_contention(error):
+            if is_outage(error):
                 raise
-            raise (SuspectError if is_outage(error) else EventError) from error
+            raise EventError from error
         if self.consumer.kind == "rebuild" and unit.batches:
             raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
         return handled
-
-    def _blocked(self, connection: Connection) -> set[str]:
-        """The aggregates whose events wait behind one that was set aside."""
-        if self.consumer.projection_class.on_failure != "dead-letter":
-            return set()
-        return self.letters.blocked(connection, self.consumer.name)
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""

@@ -77,6 +77,8 @@ class Batches:
         self.ended = ended
         self.flushes_each = False
         """Whether each event is to be flushed, as the handlers have been found to need it."""
+        self.last: Batch | None = None
+        """The last one, for what is to be known when it has failed."""
         self._plain: dict[type[Any], bool] = {}
         for model in models:
             self.is_plain(model)
@@ -88,7 +90,7 @@ class Batches:
         """Within it, a batch is being applied."""
         # What handlers have kept, and what a session expires at no commit, is as old as anything else.
         session.expire_all()
-        batch = Batch(self, session, connection)
+        batch = self.last = Batch(self, session, connection)
         batch.keep(self._prefetch(session, notifications))
         with batch.listening():
             yield batch
@@ -176,6 +178,11 @@ class Batch:
             for target in targets:
                 sa.event.remove(*target)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last statement of its connection has failed."""
+        return self._state.is_waiting
+
     def end_event(self) -> None:
         """Called after the handler of each event.
 
@@ -254,6 +261,7 @@ class Batch:
     def _before_statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
+        self._state.is_waiting = True
         if self._state.is_flushing or statement.startswith(_OF_SAVEPOINTS):
             return
         compiled = getattr(context, "compiled", None)
@@ -270,6 +278,7 @@ class Batch:
     def _after_statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
+        self._state.is_waiting = False
         if not self._state.is_flushing and _CHANGES.search(statement):
             self._forget()
 
@@ -280,6 +289,8 @@ class _State:
     has_waiting: bool = False
     """Whether what earlier events have changed may wait to be flushed."""
     is_flushing: bool = False
+    is_waiting: bool = False
+    """Whether a statement was sent and not answered, or with an error."""
     is_observed: bool = False
 
 

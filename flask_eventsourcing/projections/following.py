@@ -19,7 +19,8 @@ from ..persistence.subscriptions import Waiter
 from .belonging import Belonging, Mismatch
 from .checkpoint import ACTIVE, HALTED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
-from .runners import Backoff, halted_message
+from .pace import Backoff
+from .runners import halted_message
 
 SHORTEST_WAIT = 0.002
 GROWTH = 1.5

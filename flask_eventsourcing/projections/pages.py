@@ -20,10 +20,6 @@ from .definitions import MOST_TOPICS
 COLLECT_FROM = 2000
 """How many positions there must be to read for their topics to be worth a look."""
 COLLECT_AT_ONCE = 200_000
-FEW = 32
-"""Events of a page that are read without a look at their size."""
-MOST_BYTES = 8 * 2**20
-"""Bytes of the states of a larger page."""
 LONGEST_TOPICS = 15_000
 """Characters of topics that a checkpoint keeps: the shortest column of text has 65,535 bytes."""
 NO_TOPIC = "-"
@@ -60,7 +56,8 @@ class LogPages:
         if after < self.known_to:
             stop = min(stop, self.known_to)
             topics = self._filter()
-        limit = self._within_bytes(after, limit, stop, topics)
+        if min(limit, stop - after) > 1:
+            limit = self.consumer.application.recorder.fitting(after, limit, stop, topics)
         read = self.consumer.application.read_log(after, limit, stop, topics)
         full = len(read) == limit
         position = read[-1].id if full else stop
@@ -69,22 +66,6 @@ class LogPages:
             self.known_to = position
         concerns = self.consumer.handlers.concerns
         return Page([each for each in read if concerns(each.topic)], position, len(read), full)
-
-    def _within_bytes(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> int:
-        """Return how many of the next events are not too large together: one at least."""
-        if limit < FEW:
-            return limit
-        c = self.consumer.application.recorder.events_table.table.c
-        query = sa.select(sa.func.length(c.state)).where(c.notification_id > after, c.notification_id <= stop)
-        if topics:
-            query = query.where(c.topic.in_(topics))
-        left = MOST_BYTES
-        with self.consumer.application.engine.connect() as connection:
-            for count, size in enumerate(connection.scalars(query.order_by(c.notification_id).limit(limit))):
-                left -= size
-                if left < 0:
-                    return max(1, count)
-        return limit
 
     def notes(self) -> dict[str, object]:
         """Return what the checkpoint is to keep of the topics, if there is something new."""

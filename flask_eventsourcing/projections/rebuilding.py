@@ -263,9 +263,10 @@ class Rebuild:
         """Make what the rebuild needs, or find it; returns whether an earlier one is taken up."""
         row = self.rebuild.checkpoint.read()
         with self.application.engine.begin() as connection:
-            if row is not None and not restart and self._can_go_on(connection, row):
-                swap.check()
-                return True
+            can_go_on = row is not None and not restart and self._can_go_on(connection, row)
+        if can_go_on:
+            swap.check()
+            return True
         self.rebuild.checkpoint.ensure()
         with self.application.engine.begin() as connection:
             self.application.dead_letters.remove_all(connection, self.rebuild.name)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
 from ..exceptions import HandlerError, ProjectionHaltedError
@@ -17,12 +18,13 @@ from ..persistence.dialects import hide_values, is_outage, is_read_only
 from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
-from .applying import Applier, EventError, Limit
+from .applying import Applier, EventError, SuspectError
 from .belonging import OLD_CODE, Mismatch
 from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from .claims import Turn
 from .consumers import Consumer
 from .dead_letters import describe
+from .pace import Backoff, Pace
 from .pages import LogPages, Page
 from .swap import settle
 
@@ -34,56 +36,16 @@ SHORTEST_WAIT = 0.005
 GROWTH = 1.5
 SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
-FIRST_BATCH = 16
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between tries to apply an event, and to reach a database that cannot be reached."""
+LONGEST_HELD = 1.5
+"""Seconds of batches after which others are let in."""
+SUSPECT_PAUSE = 1.0
+"""The same at first, after a connection was lost."""
 SKIP_PAUSE = 0.05
 """Seconds for which news without an event for this consumer are gathered before its position moves past them."""
 
 RunnerState = Literal["starting", "standing by", "catching up", "up to date", "unreachable", "halted", "stopped"]
-
-
-class Backoff:
-    """A pause that grows from one try to the next.
-
-    :param shortest: its seconds at first.
-    :param longest: the seconds to which it grows.
-    :param growth: by how much it is multiplied.
-    """
-
-    def __init__(self, shortest: float, longest: float, growth: float = 2.0) -> None:
-        self.seconds = self._shortest = shortest
-        self._longest = longest
-        self._growth = growth
-
-    def grow(self) -> None:
-        """Make the next pause longer."""
-        self.seconds = min(self.seconds * self._growth, self._longest)
-
-    def reset(self) -> None:
-        """Begin with the shortest pause again."""
-        self.seconds = self._shortest
-
-
-class Pace:
-    """How many events are taken at a time: more while it catches up, fewer where a batch takes too long.
-
-    :param most: events in one commit.
-    :param seconds: that a batch takes at most, roughly.
-    """
-
-    def __init__(self, most: int, seconds: float) -> None:
-        self.most = most
-        self.seconds = seconds
-        self.limit = 1
-
-    def adapt(self, seconds: float, size: int) -> None:
-        """Adapt to the time that a batch of a size has taken."""
-        # At the end of the log a page has what there is, often a single event: that says nothing.
-        if seconds > self.seconds:
-            self.limit = max(1, self.limit // 2)
-        elif size == self.limit and seconds < self.seconds / 2:
-            self.limit = min(self.most, max(FIRST_BATCH, self.limit * 2))
 
 
 @dataclass(eq=False)
@@ -111,23 +73,25 @@ class Progress:
 class Delivery:
     """Gives the events of a log to an applier: in batches, and one by one and again where one of them fails.
 
-    :param stop: ends it after the batch in progress.
+    :param stop: ends it after the event in progress.
     """
 
-    def __init__(self, applier: Applier, stop: threading.Event, progress: Progress, pace: Pace) -> None:
-        self.applier = applier
-        self.consumer = applier.consumer
+    def __init__(self, consumer: Consumer, stop: threading.Event, progress: Progress, pace: Pace) -> None:
+        self.applier = Applier(consumer, ends=self._is_over)
+        self.consumer = consumer
         self.stop = stop
         self.progress = progress
         self.pace = pace
+        self.held = 0.0
+        """Seconds of batches since others were let in."""
 
     def deliver(self, claimed: CheckpointRow, page: Page) -> CheckpointRow:
         """Apply events and move the position; returns the row as it is then.
 
         :raises ProjectionHaltedError: when one keeps failing and the consumer is to halt.
         """
-        started = time.monotonic()
-        events = page.events
+        self.pace.begin()
+        events, size = page.events, page.size
         if len(events) == 1:
             # Not as a batch, so that a reaction is called no more often than it says.
             applied = self._deliver_one(claimed, events[0], page.position)
@@ -138,15 +102,31 @@ class Delivery:
                 logger.info("%s: a batch of %d events failed, they are applied one by one", claimed.name, len(events))
                 return self._one_by_one(claimed, events)
             self.progress.events += applied.applied - claimed.applied
-        self.pace.adapt(time.monotonic() - started, page.size)
+            if applied.position < page.position:
+                size = applied.applied - claimed.applied
+        self.pace.adapt(self.pace.spent, size)
+        self._let_in(is_busy=page.full)
         return applied
+
+    def _let_in(self, *, is_busy: bool) -> None:
+        """Let others write, after a time of one batch after the other."""
+        self.held = self.held + self.pace.spent if is_busy else 0.0
+        if self.held > LONGEST_HELD:
+            self.held = 0.0
+            self.stop.wait(self.consumer.application.datastore.dialect.batch_pause)
+
+    def _is_over(self) -> bool:
+        """Whether a batch is to end between two of its events: its transaction keeps others waiting."""
+        return self.stop.is_set() or self.pace.spent > self.pace.seconds
 
     def _one_by_one(self, claimed: CheckpointRow, page: Sequence[Notification]) -> CheckpointRow:
         for notification in page:
             if self.stop.is_set():
                 break
+            self.pace.begin()
             claimed = self._deliver_one(claimed, notification, notification.id)
             self.progress.position = claimed.position
+            self._let_in(is_busy=True)
         return claimed
 
     def _deliver_one(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
@@ -158,9 +138,13 @@ class Delivery:
             except EventError as failure:
                 attempts += 1
                 error = failure.__cause__ or failure
+                if isinstance(failure, SuspectError):
+                    # Several connections may be lost at once, in the middle of an outage that is soon over.
+                    pause.seconds = max(pause.seconds, SUSPECT_PAUSE)
             else:
                 self.progress.events += 1
                 return applied
+            # An outage is raised from here.
             self._note(claimed, notification, error)
             if attempts > self.consumer.projection_class.retries:
                 return self._fail(claimed, notification, error, attempts)
@@ -170,7 +154,13 @@ class Delivery:
 
     def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException) -> None:
         text = f"{event_name(notification)}: {describe(error)}"
-        self.consumer.checkpoint.note_error(claimed, notification.id, text)
+        try:
+            self.consumer.checkpoint.note_error(claimed, notification.id, text)
+        except sa.exc.DBAPIError as lost:
+            # One that the pool has kept from before: after that, it has new ones.
+            if not lost.connection_invalidated:
+                raise
+            self.consumer.checkpoint.note_error(claimed, notification.id, text)
         logger.warning("%s: its handler failed: %s", claimed.name, text, exc_info=error)
 
     def _fail(
@@ -252,8 +242,7 @@ class Runner:
                 self.progress.state = "unreachable"
                 hide_values(error)
                 if is_read_only(error):
-                    # Connections to the server that was the primary one before would stay there.
-                    self.consumer.application.engine.dispose()
+                    self.turn.leave()
                 logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
                 self.stop.wait(pause.seconds)
                 pause.grow()
@@ -322,8 +311,7 @@ class Runner:
     def _follow(self, claimed: CheckpointRow, once: bool, heartbeat: Heartbeat) -> bool:
         """Apply events until told to stop; returns True when *once* and all are applied."""
         progress, application = self.progress, self.consumer.application
-        applier = Applier(self.consumer, limit=Limit(self.stop, self.pace.seconds))
-        delivery = Delivery(applier, self.stop, progress, self.pace)
+        delivery = Delivery(self.consumer, self.stop, progress, self.pace)
         pages = LogPages(self.consumer, claimed)
         waiter = application.recorder.waiter()
         try:

@@ -182,6 +182,9 @@ def _add_targets(table: sa.Table, owned: set[str], metadata: sa.MetaData) -> Non
 
 def _connect(datastore: Datastore, shadows: Mapping[str, sa.Table], own: Callable[[], Collection[str]]) -> Connection:
     connection = datastore.engine.connect()
+    if isinstance(datastore.engine.pool, sa.pool.QueuePool):
+        # Out of the pool, which may have no second one for the checkpoint and the log.
+        connection.detach()
     connection.dialect = _redirected(datastore.engine.dialect, shadows)
     text = re.compile("|".join(rf"\b{re.escape(key.rpartition('.')[2])}\b" for key in shadows))
 

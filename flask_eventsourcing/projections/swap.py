@@ -158,9 +158,12 @@ class Swap:
         if not self.live.projection_class.inline or dialect.swaps_in_transaction:
             yield
             return
-        with self.application.engine.connect() as lock, lock.begin():
-            self._lock_log(lock)
-            yield
+        with self.application.engine.connect() as lock:
+            # Out of the pool, which may have no second one for the swap.
+            lock.detach()
+            with lock.begin():
+                self._lock_log(lock)
+                yield
 
     def _lock_log(self, connection: Connection) -> None:
         recorder = self.application.recorder

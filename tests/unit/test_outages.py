@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from eventsourcing import persistence
 
 from flask_eventsourcing.exceptions import AbortedTransactionError, MissingTableError
-from flask_eventsourcing.persistence.dialects import is_outage
+from flask_eventsourcing.persistence.dialects import is_outage, is_read_only
 from flask_eventsourcing.projections.checkpoint import FencedError
 
 
@@ -38,12 +38,35 @@ def test_locks_and_deadlocks_pass(error: Exception) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [driver_error(sqlstate="23505"), driver_error(1062, "Duplicate entry"), driver_error("no such column"), None],
+    [
+        driver_error(1290, "The server is running with the --secure-file-priv option so it cannot execute it"),
+        driver_error(sqlstate="23505"),
+        driver_error(1062, "Duplicate entry"),
+        driver_error("no such column"),
+        None,
+    ],
     ids=repr,
 )
 def test_errors_of_a_statement_stay(error: Exception | None) -> None:
     """What a statement itself is to blame for is no outage."""
     assert not is_outage(sa.exc.IntegrityError("INSERT", {}, error))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        driver_error(sqlstate="25006"),
+        driver_error(pgcode="25006"),
+        driver_error(1290, "The server is running with the --read-only option so it cannot execute this statement"),
+        driver_error(1836, "Running in read-only mode"),
+    ],
+    ids=repr,
+)
+def test_a_server_that_only_reads_passes(error: Exception) -> None:
+    """After a failover, a server that takes no writes is waited for, and its connections are given up."""
+    assert is_outage(sa.exc.InternalError("UPDATE", {}, error))
+    assert is_read_only(sa.exc.InternalError("UPDATE", {}, error))
+    assert not is_read_only(sa.exc.OperationalError("UPDATE", {}, driver_error("database is locked")))
 
 
 def test_a_connection_that_cannot_be_made_passes() -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from eventsourcing import persistence
 from sqlalchemy.engine import URL, Engine
 
-from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError
+from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError, WriteTimeoutError
 from .base import Dialect, DialectOptions
 from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
@@ -171,20 +171,6 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, persistence.OperationalError | persistence.InterfaceError)
 
 
-def is_contention(error: BaseException) -> bool:
-    """Whether others were first, with a claim or with what a transaction has read or locked: nobody is to blame."""
-    found = error.orig if isinstance(error, sa.exc.DBAPIError) else None
-    return isinstance(error, PassingError) or (
-        found is not None and any(dialect.is_serialization_failure(found) for dialect in DIALECTS.values())
-    )
-
-
-def is_read_only(error: BaseException) -> bool:
-    """Whether a server takes no changes, as one that was the primary server before a failover."""
-    found = error.orig if isinstance(error, sa.exc.DBAPIError) else error.__cause__
-    return found is not None and any(dialect.is_read_only(found) for dialect in DIALECTS.values())
-
-
 def without_values(driver_error: BaseException) -> str:
     """Return what a driver's exception says, without ids, states and other values of a statement."""
     return _text(driver_error, driver_error)
@@ -235,6 +221,33 @@ def _passes_by_code(driver_error: BaseException | None) -> bool:
     )
 
 
+def is_read_only(error: BaseException) -> bool:
+    """Whether a server has refused to write, as after a failover: another connection may lead to another server."""
+    driver_error = _driver_error(error)
+    return driver_error is not None and any(each.is_read_only(driver_error) for each in DIALECTS.values())
+
+
+def is_serialization_failure(error: BaseException) -> bool:
+    """Whether a database has ended one of several transactions that were in each other's way."""
+    driver_error = _driver_error(error)
+    return driver_error is not None and any(each.is_serialization_failure(driver_error) for each in DIALECTS.values())
+
+
+def has_waited(error: BaseException) -> bool:
+    """Whether a lock was not to be had in time."""
+    driver_error = _driver_error(error)
+    by_code = driver_error is not None and any(each.passes(driver_error) for each in DIALECTS.values())
+    return by_code or isinstance(error, WriteTimeoutError)
+
+
+def _driver_error(error: BaseException) -> BaseException | None:
+    if isinstance(error, sa.exc.DBAPIError):
+        return error.orig
+    # The library's errors have the driver's as their cause, as it is or as SQLAlchemy's.
+    cause = error.__cause__ if isinstance(error, persistence.PersistenceError) else None
+    return _driver_error(cause) or cause if cause is not None else None
+
+
 __all__ = [
     "DIALECTS",
     "LIBRARY_SETTINGS",
@@ -246,11 +259,12 @@ __all__ = [
     "column_type",
     "dialect_for",
     "guard_forks",
+    "has_waited",
     "hide_values",
-    "is_contention",
     "is_in_memory",
     "is_outage",
     "is_read_only",
+    "is_serialization_failure",
     "keep_transactions",
     "note_inherited_files",
     "readable_address_errors",

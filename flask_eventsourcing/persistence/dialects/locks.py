@@ -327,17 +327,22 @@ class ForProjections(ForSwaps):
     engine: Engine
     batch_seconds = 0.5
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
+    batch_pause = 0.0
+    """Seconds for which a runner that is busy lets others in from time to time, where they would wait in no queue."""
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
 
+    has_one_writer = False
+    """Whether one who has written keeps all others from it, so that a handler that waits is waiting for itself."""
+
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether a driver's error is one after which the same may be tried again."""
+        """Whether a driver's error says that a lock was not to be had in time, so that the same may be tried again."""
         return False
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
-        """Whether a driver's error says that the server takes no changes now."""
+        """Whether a driver's error says that the server takes no writes, as one does that is not the primary now."""
         return False
 
     def runner_lock(self, name: str) -> RunnerLock:

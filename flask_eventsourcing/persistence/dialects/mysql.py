@@ -33,7 +33,7 @@ from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
 from .mysql_swapping import MySQLSwaps
 
 LOCK_WAIT_TIMEOUT = 1205
-PREVENTED_BY_OPTION = 1290
+OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE = 1290, 1836
 SERVER_STATUS_IN_TRANS = 1
 DEADLOCK = 1213
 IMPLICIT = re.compile(
@@ -301,9 +301,9 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
-        """Whether the server runs with ``read_only``."""
-        # Other options have the same number.
-        return MySQLDialect.code(driver_error) == PREVENTED_BY_OPTION and "read-only" in str(driver_error)
+        """Whether the server's option keeps it from writing, or InnoDB's does."""
+        code = MySQLDialect.code(driver_error)
+        return code == READ_ONLY_MODE or (code == OPTION_PREVENTS_STATEMENT and "read" in str(driver_error))
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""

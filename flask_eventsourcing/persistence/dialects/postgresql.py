@@ -296,8 +296,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
-        """Whether the server is a standby, or its transactions are read-only."""
-        return PostgreSQLDialect.code(driver_error) == READ_ONLY
+        """Whether the transaction is one that only reads, as each is on a standby."""
+        return PostgreSQLDialect.code(driver_error) == READ_ONLY_TRANSACTION
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return an advisory lock."""
@@ -318,4 +318,5 @@ def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
     return transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
 
 
-LOCK_NOT_AVAILABLE, READ_ONLY = "55P03", "25006"
+LOCK_NOT_AVAILABLE = "55P03"
+READ_ONLY_TRANSACTION = "25006"

@@ -1,0 +1,61 @@
+"""How long a runner pauses between two tries, and how many events it takes at a time."""
+
+from __future__ import annotations
+
+import time
+
+FIRST_BATCH = 16
+
+
+class Backoff:
+    """A pause that grows from one try to the next.
+
+    :param shortest: its seconds at first.
+    :param longest: the seconds to which it grows.
+    :param growth: by how much it is multiplied.
+    """
+
+    def __init__(self, shortest: float, longest: float, growth: float = 2.0) -> None:
+        self.seconds = self._shortest = shortest
+        self._longest = longest
+        self._growth = growth
+
+    def grow(self) -> None:
+        """Make the next pause longer."""
+        self.seconds = min(self.seconds * self._growth, self._longest)
+
+    def reset(self) -> None:
+        """Begin with the shortest pause again."""
+        self.seconds = self._shortest
+
+
+class Pace:
+    """How many events are taken at a time: more while it catches up, fewer where a batch takes too long.
+
+    :param most: events in one commit.
+    :param seconds: that a batch takes at most, roughly.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most = most
+        self.seconds = seconds
+        self.limit = 1
+
+        self._began = time.monotonic()
+
+    def begin(self) -> None:
+        """Note that a batch begins."""
+        self._began = time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """The seconds since the batch began."""
+        return time.monotonic() - self._began
+
+    def adapt(self, seconds: float, size: int) -> None:
+        """Adapt to the time that a batch of a size has taken."""
+        # At the end of the log a page has what there is, often a single event: that says nothing.
+        if seconds > self.seconds:
+            self.limit = max(1, min(size, self.limit) // 2)
+        elif size == self.limit and seconds < self.seconds / 2:
+            self.limit = min(self.most, max(FIRST_BATCH, self.limit * 2))

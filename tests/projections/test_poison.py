@@ -1,0 +1,210 @@
+"""Poison that looks like an outage, outages that look like poison, and batches that end in time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from flask_eventsourcing.persistence import recorders
+from flask_eventsourcing.projections import ModelProjection, on
+from flask_eventsourcing.projections.pages import LogPages
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.runners import Runner
+from tests.projections.conftest import MakeDesk
+from tests.projections.desk import Deposited, Desk, until
+
+KILLS = {
+    "postgresql": "SELECT pg_terminate_backend(pg_backend_pid())",
+    "mysql": "KILL CONNECTION_ID()",
+    "mariadb": "KILL CONNECTION_ID()",
+}
+POOL_OF_ONE = {"poolclass": sa.pool.QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.2}
+
+
+def lose_connection(desk: Desk, session: orm.Session) -> None:
+    """End the connection of a session, where the database is a server; elsewhere, wait for a lock of its own."""
+    statement = KILLS.get(desk.db.engine.dialect.name)
+    if statement is None:
+        write_on_another_connection(desk, session)
+        return
+    session.execute(sa.text(statement))
+    session.execute(sa.text("SELECT 1"))
+
+
+def write_on_another_connection(desk: Desk, session: orm.Session) -> None:
+    """Change a row that the session has changed, which it keeps locked."""
+    session.execute(sa.update(desk.Balance).values(amount=desk.Balance.amount + 1))
+    with desk.db.engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '100ms'")
+        elif connection.dialect.name != "sqlite":
+            connection.exec_driver_sql("SET innodb_lock_wait_timeout = 1")
+        connection.execute(sa.update(desk.Balance).values(amount=1))
+
+
+def take_second_connection(desk: Desk, session: orm.Session) -> None:
+    """Ask for a connection of the pool beside that of the session."""
+    with desk.db.engine.connect() as connection:
+        connection.execute(sa.text("SELECT 1"))
+
+
+def follow(desk: Desk, does: Any, tries: list[int]) -> None:
+    """Register a projection that counts deposits, and does something with that of 13."""
+
+    class Following(ModelProjection):
+        models = (desk.Balance,)
+        retries = 1
+
+        @on(Deposited)
+        def deposited(self, event: Any, session: orm.Session) -> None:
+            row = session.get(desk.Balance, event.originator_id)
+            if row is None:
+                row = desk.Balance(account_id=event.originator_id, amount=0)
+                session.add(row)
+                session.flush()
+            row.amount += event.amount
+            if event.amount == 13:
+                tries.append(event.originator_version)
+                does(desk, session)
+
+    desk.register(Following)
+
+
+@pytest.mark.parametrize("does", [lose_connection, write_on_another_connection, take_second_connection])
+def test_a_handler_that_loses_its_connection_halts_its_projection(new_desk: MakeDesk, does: Any) -> None:
+    """Where the database answers, a connection that was lost, a lock or the pool that was waited for is a try."""
+    options = POOL_OF_ONE if does is take_second_connection else {}
+    desk = new_desk(SQLALCHEMY_ENGINE_OPTIONS=options, EVENTSOURCING_LOCK_TIMEOUT=1)
+    tries: list[int] = []
+    follow(desk, does, tries)
+    account_id = desk.open(1, 2)
+    assert not desk.run_once()
+    desk.deposit(account_id, 13, 4)
+    (error,) = desk.run_once()
+    assert "is halted before position 4" in str(error)
+    status = desk.status("Following")
+    assert (status.state, status.failed_position) == ("halted", 4)
+    assert status.error
+    assert tries[-2:] == [4, 4]
+    assert desk.amounts() == {account_id: 3}
+
+
+def test_a_connection_that_was_lost_once_is_no_fault_of_a_handler(desk: Desk) -> None:
+    """An event whose handler was in the way of an outage is applied when that is over, and nothing is left of it."""
+    tries: list[int] = []
+
+    def lose_once(desk: Desk, session: orm.Session) -> None:
+        # The first is that of the whole batch.
+        if len(tries) < 3:
+            lose_connection(desk, session)
+
+    follow(desk, lose_once, tries)
+    account_id = desk.open(1, 13, 4)
+    assert not desk.run_once()
+    assert desk.status("Following").error is None
+    assert desk.amounts() == {account_id: 18}
+
+
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
+    """After a failover to a server that is not writable yet, a worker goes on as soon as it is."""
+    desk.balances()
+    account_id = desk.open(1)
+    with desk.app.app_context():
+        name = desk.db.engine.url.database
+        admin = sa.create_engine(desk.db.engine.url, isolation_level="AUTOCOMMIT")
+
+    def fail_over(setting: str) -> None:
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = {setting}')
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            )
+        admin.dispose()
+
+    with desk.running() as worker:
+        until(lambda: desk.position() == 2)
+        fail_over("on")
+        until(lambda: worker.runners[0].progress.state == "unreachable")
+        with admin.connect() as connection:
+            connection.exec_driver_sql("SET default_transaction_read_only = off")
+            connection.exec_driver_sql(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+        until(lambda: worker.runners[0].progress.state == "up to date")
+    assert desk.amounts() == {account_id: 1}
+
+
+def test_a_pool_of_one_connection_is_enough_for_a_rebuild(new_desk: MakeDesk) -> None:
+    """A rebuild, and its dry run, come to their end with one connection of the pool, also one that is taken up."""
+    desk = new_desk(SQLALCHEMY_ENGINE_OPTIONS=POOL_OF_ONE)
+    desk.balances()
+    account_id = desk.open(1, 2, 3)
+    assert not desk.run_once()
+    for _ in range(2):
+        assert Rebuild(desk.consumer()).estimate().events == 4
+        rebuilt = Rebuild(desk.consumer()).run()
+        assert rebuilt is not None
+        assert rebuilt.position == 4
+    assert desk.amounts() == {account_id: 6}
+
+
+def test_a_batch_ends_when_its_time_is_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of slow events is committed as far as it is, so that its locks keep others waiting for a short time."""
+    desk.balances()
+    account_id = desk.open(*range(1, 41))
+    consumer = desk.consumer()
+    runner = Runner(consumer, threading.Event())
+    runner.pace.limit, runner.pace.seconds = 16, 0.0
+    moved: list[int] = []
+    original = type(consumer.application.datastore.dialect).update_and_notify
+
+    def note(self: Any, connection: Any, table: Any, change: Any, message: str) -> int:
+        moved.append(change.compile().params["position"])
+        return original(self, connection, table, change, message)
+
+    monkeypatch.setattr(type(consumer.application.datastore.dialect), "update_and_notify", note)
+    runner.run(once=True)
+    # Taken for sixteen, and given back to the first.
+    assert moved[:2] == [16, 1]
+    row = desk.row()
+    assert (row.position, row.applied, row.last_originator_version) == (41, 41, 41)
+    assert desk.amounts() == {account_id: sum(range(1, 41))}
+    assert runner.progress.events == 41
+
+
+def test_a_worker_that_is_stopped_ends_its_batch_after_the_event(desk: Desk) -> None:
+    """A worker that is told to stop commits what it has applied, and does not go on to the end of the batch."""
+    stop = threading.Event()
+
+    def stop_now(desk: Desk, session: orm.Session) -> None:
+        stop.set()
+
+    follow(desk, stop_now, [])
+    account_id = desk.open(1, 2, 13, 4, 5, 6)
+    runner = Runner(desk.consumer("Following"), stop)
+    runner.pace.limit = 16
+    runner.run()
+    assert (desk.position("Following"), desk.amounts()) == (4, {account_id: 16})
+    assert not desk.run_once()
+    assert (desk.position("Following"), desk.amounts()) == (7, {account_id: 31})
+
+
+def test_a_page_of_the_log_is_bounded_in_bytes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many events are read at once as their states have few bytes, and at least one; none is left out."""
+    desk.balances()
+    account_id = desk.open(*range(1, 31))
+    with desk.context() as bank:
+        sizes = [len(each.state) for each in bank.recorder.select_notifications(None, 100)]
+        monkeypatch.setattr(recorders, "PAGE_BYTES", sum(sizes[:5]))
+        page = LogPages(desk.consumer(), None).read(0, 100, 31)
+        assert ([each.id for each in page.events], page.position, page.full) == ([1, 2, 3, 4, 5], 5, True)
+        monkeypatch.setattr(recorders, "PAGE_BYTES", 1)
+        assert len(LogPages(desk.consumer(), None).read(7, 100, 31).events) == 1
+        with bank.recorder.subscribe(gt=0) as subscription:
+            assert [next(subscription).id for _ in range(31)] == list(range(1, 32))
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: sum(range(1, 31))}
