@@ -242,7 +242,8 @@ class Runner:
                 self.progress.state = "unreachable"
                 hide_values(error)
                 if is_read_only(error):
-                    self.turn.leave()
+                    # The server is not the primary any more, and the next connection may lead to another one.
+                    self.turn.end()
                 logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
                 self.stop.wait(pause.seconds)
                 pause.grow()

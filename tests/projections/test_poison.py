@@ -116,7 +116,7 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
     account_id = desk.open(1)
     with desk.app.app_context():
         name = desk.db.engine.url.database
-        admin = sa.create_engine(desk.db.engine.url, isolation_level="AUTOCOMMIT")
+        admin = sa.create_engine(desk.db.engine.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
 
     def fail_over(setting: str) -> None:
         with admin.connect() as connection:
@@ -125,7 +125,6 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE pid <> pg_backend_pid() AND datname = current_database()"
             )
-        admin.dispose()
 
     with desk.running() as worker:
         until(lambda: desk.position() == 2)

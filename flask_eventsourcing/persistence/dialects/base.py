@@ -52,10 +52,8 @@ class DialectOptions:
 
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
-
 MARK_HOLDS_FOR = 1.0
 """Seconds for which a high-water mark is remembered. It holds for ever, unless somebody makes the table again."""
-
 
 IDENTITY = "__log__"
 """The name under which the tracking table has the identity of the log."""
@@ -134,6 +132,8 @@ class Dialect(Looks, Driver, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
+        if self.is_read_only(error):
+            context.is_disconnect = True  # with the pool: the server is not the primary one any more
         answers = (self.driver_error, sa.exc.SQLAlchemyError)
         if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):
             return
