@@ -126,7 +126,7 @@ class Turn:
 
     def leave(self) -> None:
         """Leave a server that is not the primary any more: the next connections may lead to another one."""
-        self.end()
+        self.lock.leave()
         self.consumer.application.engine.dispose()
 
     def end(self) -> None:
