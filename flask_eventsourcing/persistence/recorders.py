@@ -230,6 +230,10 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         """Return what waits for news of this log."""
         return self.dialect.waiter(self.events_table)
 
+    def shared_waiter(self) -> Waiter:
+        """Return the same for one of many in this process, who share a connection."""
+        return self.dialect.shared_waiter(self.events_table)
+
 
 class SQLAlchemyTrackingRecorder(TrackingRecorder):
     """Records how far the logs of upstream applications have been processed.

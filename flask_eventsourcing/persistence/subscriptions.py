@@ -7,7 +7,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from eventsourcing.persistence import (
@@ -66,13 +66,13 @@ class ListenWaiter(Waiter):
 
     :param engine: where to connect to; the connection is taken out of the pool.
     :param channel: the name that writers notify.
-    :param receive: waits for a number of seconds on a driver's connection, and returns whether it was notified.
+    :param receive: waits for a number of seconds on a driver's connection, and returns the channels notified.
     """
 
     # Notifications can be lost with the connection, and a roll-back that uncovers later events sends none.
     longest = 1.0
 
-    def __init__(self, engine: Engine, channel: str, receive: Callable[[Any, float], bool]) -> None:
+    def __init__(self, engine: Engine, channel: str, receive: Callable[[Any, float], Collection[str]]) -> None:
         super().__init__()
         self._engine = engine
         self._channel = channel
@@ -107,40 +107,24 @@ class ListenWaiter(Waiter):
                 self._driver = self._listen()
                 return True
             if self._resting:
-                self._execute(self._driver, self._statement("LISTEN"))
+                execute(self._driver, "LISTEN", self._channel)
                 self._resting = False
                 return True
-            return self._receive(self._driver, seconds)
+            return bool(self._receive(self._driver, seconds))
         except (error_class, SQLAlchemyError, OSError) as error:
             logger.warning("Listening on %s was interrupted and is taken up again: %s", self._channel, error)
             self._drop()
             return None
 
     def _listen(self) -> Any:
-        fairy = self._engine.raw_connection()
-        driver: Any = fairy.driver_connection
-        fairy.detach()
+        driver = listening_connection(self._engine)
         try:
-            driver.autocommit = True
-            self._execute(driver, self._statement("LISTEN"))
+            execute(driver, "LISTEN", self._channel)
         except BaseException:
             # Nobody else knows of the connection any more, and no pool.
             driver.close()
             raise
         return driver
-
-    def _statement(self, verb: str) -> str:
-        # Not the preparer's way, which doubles percent signs: the statement goes to the driver without parameters.
-        name = self._channel.replace('"', '""')
-        return f'{verb} "{name}"'
-
-    @staticmethod
-    def _execute(driver: Any, statement: str) -> None:
-        cursor = driver.cursor()
-        try:
-            cursor.execute(statement)
-        finally:
-            cursor.close()
 
     def rest(self) -> None:
         """Stop listening: the server keeps all notifications until the last listener has read them."""
@@ -149,7 +133,7 @@ class ListenWaiter(Waiter):
             if self._driver is None or self._resting:
                 return
             try:
-                self._execute(self._driver, self._statement("UNLISTEN"))
+                execute(self._driver, "UNLISTEN", self._channel)
                 self._resting = True
             except (error_class, SQLAlchemyError, OSError) as error:
                 logger.info("The connection that listened on %s is lost: %s", self._channel, error)
@@ -173,6 +157,26 @@ class ListenWaiter(Waiter):
         if self._pid != os.getpid():
             keep_for_ever(self._driver)
             self._driver, self._pid = None, os.getpid()
+
+
+def listening_connection(engine: Engine) -> Any:
+    """Return a driver's connection, out of the pool, on which each statement counts at once."""
+    fairy = engine.raw_connection()
+    driver: Any = fairy.driver_connection
+    fairy.detach()
+    driver.autocommit = True
+    return driver
+
+
+def execute(driver: Any, verb: str, channel: str) -> None:
+    """Listen on a channel, or no more."""
+    # Not the preparer's way, which doubles percent signs: the statement goes to the driver without parameters.
+    name = channel.replace('"', '""')
+    cursor = driver.cursor()
+    try:
+        cursor.execute(f'{verb} "{name}"')
+    finally:
+        cursor.close()
 
 
 class LogReader(Protocol):
@@ -261,17 +265,17 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         return page
 
 
-def receive(driver: Any, seconds: float) -> bool:
-    """Wait for a notification on a driver connection that yields them."""
-    return any(True for _ in driver.notifies(timeout=seconds, stop_after=1))
+def receive(driver: Any, seconds: float) -> set[str]:
+    """Wait for a notification on a driver connection that yields them, and return the channels that had some."""
+    return {each.channel for each in driver.notifies(timeout=seconds, stop_after=1)}
 
 
-def poll(driver: Any, seconds: float) -> bool:
+def poll(driver: Any, seconds: float) -> set[str]:
     """Wait for one on a driver connection that is to be polled."""
     readable, _, _ = select.select([driver], [], [], seconds)
     if not readable:
-        return False
+        return set()
     driver.poll()
-    heard = bool(driver.notifies)
+    heard = {each.channel for each in driver.notifies}
     driver.notifies.clear()
     return heard

@@ -124,6 +124,10 @@ class Turn:
         """Give the lock back."""
         self.lock.release()
 
+    def leave(self) -> None:
+        """Leave a server that is not the primary any more: the next connections may lead to another one."""
+        self.lock.leave()
+
     def end(self) -> None:
         """Give the lock back, unless it is the caller's."""
         if self._owns_lock:

@@ -243,7 +243,7 @@ class Runner:
                 hide_values(error)
                 if is_read_only(error):
                     # The server is not the primary any more, and the next connection may lead to another one.
-                    self.turn.end()
+                    self.turn.leave()
                 logger.warning("%s: next try in %.3g s, as the database failed: %s", self.name, pause.seconds, error)
                 self.stop.wait(pause.seconds)
                 pause.grow()
@@ -314,7 +314,7 @@ class Runner:
         progress, application = self.progress, self.consumer.application
         delivery = Delivery(self.consumer, self.stop, progress, self.pace)
         pages = LogPages(self.consumer, claimed)
-        waiter = application.recorder.waiter()
+        waiter = application.recorder.shared_waiter()
         try:
             while not self.stop.is_set():
                 heartbeat.check()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flask_eventsourcing.projections import checkpoint, runners
+from flask_eventsourcing.projections import ModelProjection, checkpoint, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.registry import Worker
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Desk, until
+from tests.projections.desk import Deposited, Desk, until
 from tests.servers import forget_killed_connections
 
 on_servers = pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
@@ -209,3 +209,95 @@ def test_the_lock_is_the_databases_own(new_desk: MakeDesk) -> None:
     expected = {"postgresql": "AdvisoryLock", "mysql": "NamedLock", "sqlite": "Lease"}
     assert found(plain) == expected[plain.consumer().application.engine.dialect.name]
     assert found(leased) == "Lease"
+
+
+def add_reactions(desk: Desk, number: int) -> list[str]:
+    """Register projections that have reactions only, and return the names of their consumers."""
+
+    for n in range(number):
+
+        def told(self: Any, event: Any, key: str) -> None:
+            """Do nothing."""
+
+        desk.register(type(f"Told{n}", (ModelProjection,), {"told": reaction(Deposited)(told)}))
+    return [f"Told{n}:reactions" for n in range(number)]
+
+
+def lock_holders(desk: Desk, names: list[str]) -> set[int]:
+    """Ask the server which connections hold the locks of consumers; 0 for none."""
+    engine = desk.consumer().application.engine
+    found = set()
+    with engine.connect() as connection:
+        for name in names:
+            lock: Any = desk.consumer(name).lock()
+            query = "SELECT IS_USED_LOCK(:name)"
+            if engine.dialect.name == "postgresql":
+                query = (
+                    "SELECT max(pid) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
+                    "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
+                    "AND objid::bigint = hashtext(:name)::bigint & 4294967295"
+                )
+            found.add(int(connection.scalar(sa.text(query), lock.parameters()) or 0))
+    return found
+
+
+@on_servers
+def test_a_worker_has_one_connection_for_all_claims(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """However many projections a worker runs, one connection has their locks; when it is lost, all go on."""
+    caplog.set_level(logging.CRITICAL, logger="flask_eventsourcing")
+    desk.balances()
+    names = ["Balances", *add_reactions(desk, 5)]
+    account_id = desk.open(1)
+    with desk.running():
+        until(lambda: {desk.position(name) for name in names} == {2})
+        before = lock_holders(desk, names)
+        assert len(before) == 1
+        assert before != {0}
+        assert end_locks(desk)
+        until(lambda: len(lock_holders(desk, names)) == 1 and not lock_holders(desk, names) & {0, *before})
+        desk.deposit(account_id, 2)
+        until(lambda: {desk.position(name) for name in names} == {3})
+    assert lock_holders(desk, names) == {0}
+    assert desk.amounts() == {account_id: 3}
+    forget_killed_connections()
+
+
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_a_worker_listens_on_one_connection(desk: Desk) -> None:
+    """However many projections a worker runs, it listens for news once, for all of them, and no more at its end."""
+    desk.balances()
+    names = ["Balances", *add_reactions(desk, 5)]
+    account_id = desk.open(1)
+
+    def listening() -> int:
+        with desk.consumer().application.engine.connect() as connection:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            return int(connection.scalar(sa.text(query)) or 0)
+
+    with desk.running():
+        until(lambda: {desk.position(name) for name in names} == {2})
+        until(lambda: listening() == 1)
+        desk.deposit(account_id, 2)
+        until(lambda: {desk.position(name) for name in names} == {3})
+        assert listening() == 1
+    until(lambda: listening() == 0)
+
+
+def test_two_locks_of_one_process_exclude_each_other(desk: Desk) -> None:
+    """Although they share a connection, of two runners in a process that want one projection only one gets it."""
+    desk.balances()
+    desk.open(1)
+    consumer = desk.consumer()
+    consumer.checkpoint.ensure()
+    one, two = consumer.lock(), consumer.lock()
+    assert one.acquire()
+    claimed = consumer.checkpoint.claim(lease=one.leased)
+    assert claimed is not None
+    assert not (two.acquire() and consumer.checkpoint.claim(lease=two.leased))
+    two.release()
+    one.check()
+    assert one.acquire()
+    consumer.checkpoint.release(claimed)
+    one.release()
+    assert two.acquire()
+    two.release()

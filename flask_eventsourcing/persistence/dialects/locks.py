@@ -16,13 +16,13 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
 from ..subscriptions import Waiter
+from .event_tables import EventTable
 from .swapping import ForSwaps
 
 NAMESPACE = "flask_eventsourcing"
@@ -58,6 +58,10 @@ class RunnerLock(ABC):
     def release(self) -> None:
         """Give the lock back."""
 
+    def leave(self) -> None:
+        """Leave the server on which the lock is."""
+        self.release()
+
     @abstractmethod
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Whether somebody has the lock now."""
@@ -86,80 +90,6 @@ class Lease(RunnerLock):
         """Whether the lease is valid."""
         now = utc_now()
         return leased_until is not None and now < leased_until < now + FARTHEST
-
-
-class SessionLock(RunnerLock):
-    """A lock of the server that belongs to a connection of its own."""
-
-    take = ""
-    give = ""
-    look = ""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        super().__init__(engine, name)
-        self._connection: Connection | None = None
-
-    @abstractmethod
-    def parameters(self) -> dict[str, Any]:
-        """Return what the statements need to name the lock."""
-
-    def acquire(self) -> bool:
-        """Take the lock if nobody has it; the connection that holds it is kept, and a lost one is replaced."""
-        if self._connection is None:
-            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            # Out of the pool, which is for those who come and go.
-            connection.detach()
-            self._connection = connection
-        try:
-            return bool(self._connection.execute(sa.text(self.take), self.parameters()).scalar())
-        except sa.exc.SQLAlchemyError:
-            self._drop()
-            raise
-
-    def check(self) -> None:
-        """See whether the connection still lives, which keeps it from being closed for idleness too."""
-        if self._connection is not None:
-            self._connection.execute(sa.text("SELECT 1"))
-
-    def release(self) -> None:
-        """Give the lock back and close the connection."""
-        if self._connection is None:
-            return
-        try:
-            # As often as it was taken: a server counts that, and sees only later that the connection is closed.
-            while self._connection.execute(sa.text(self.give), self.parameters()).scalar() == 1:
-                pass
-        except sa.exc.SQLAlchemyError:
-            # The connection is lost, and the lock with it.
-            pass
-        finally:
-            self._drop()
-
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
-        """Ask the server whether somebody has the lock."""
-        return bool(connection.execute(sa.text(self.look), self.parameters()).scalar())
-
-
-class AdvisoryLock(SessionLock):
-    """An advisory lock of a connection, in the space of two 32-bit keys."""
-
-    take = "SELECT pg_try_advisory_lock(hashtext(:namespace), hashtext(:name))"
-    give = "SELECT pg_advisory_unlock_all()"
-    look = (
-        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
-        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
-        "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
-        "AND objid::bigint = hashtext(:name)::bigint & 4294967295)"
-    )
-
-    def parameters(self) -> dict[str, Any]:
-        """The two keys are hashes, made by the server."""
-        return {"namespace": NAMESPACE, "name": self.name}
 
 
 LOOK_AGAIN = 0.5
@@ -348,6 +278,10 @@ class ForProjections(ForSwaps):
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection; here there is none but the lease."""
         return Lease(self.engine, name)
+
+    def shared_waiter(self, table: EventTable) -> Waiter:
+        """Return what waits for news of a log, for one of many runners; here it polls."""
+        return Waiter()
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
         """Update rows of a table, tell those who wait for that, and return how many rows were changed."""

@@ -28,9 +28,10 @@ from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
-from .locks import NAMESPACE, RunnerLock, SessionLock
+from .locks import NAMESPACE, RunnerLock
 from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
 from .mysql_swapping import MySQLSwaps
+from .session_locks import SessionLock
 
 LOCK_WAIT_TIMEOUT = 1205
 OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE = 1290, 1836

@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import StandbyError
+from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import DialectOptions, FrozenSnapshotError
 from .driver import AUTOCOMMIT
@@ -35,12 +36,13 @@ from .event_tables import (
     transposed,
 )
 from .event_values import as_parameter
-from .locks import AdvisoryLock, RunnerLock
+from .locks import RunnerLock
 from .looks import Use, missing_table
 from .postgresql_catalog import LOOK, CatalogLooks
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
 from .postgresql_swapping import PostgreSQLSwaps
+from .session_locks import AdvisoryLock
 
 # Its words are in the server's language.
 KEY_IN_DETAIL = re.compile(r"\(([^()]*)\)[^(]?=")
@@ -218,9 +220,19 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Return what waits for notifications, unless they are switched off."""
         return self.listen(table.table.name) if self.options.postgres_notify else Waiter()
 
+    def shared_waiter(self, table: EventTable) -> Waiter:
+        """Return the same for runners, which share a connection."""
+        if not self.options.postgres_notify:
+            return Waiter()
+        return SharedWaiter(listener_of(self.engine, self._receive), table.table.name)
+
+    @property
+    def _receive(self) -> Receive:
+        return receive if self.engine.driver == "psycopg" else poll
+
     def listen(self, channel: str) -> Waiter:
         """Return what waits for ``NOTIFY`` on a channel."""
-        return ListenWaiter(self.engine, channel, receive if self.engine.driver == "psycopg" else poll)
+        return ListenWaiter(self.engine, channel, self._receive)
 
     def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         """Return the high-water mark: no writer in progress can commit a position at or below it.

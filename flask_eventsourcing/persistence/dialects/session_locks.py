@@ -1,0 +1,165 @@
+"""Locks of a server that belong to a connection: a process has one for all of them, however many runners it has."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from abc import abstractmethod
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from .locks import NAMESPACE, RunnerLock
+
+
+class LostLockError(sa.exc.DisconnectionError):
+    """The connection that had the locks of a process was lost."""
+
+
+CHECKED_FOR = 0.5
+"""Seconds for which a connection that has answered is taken to live."""
+
+
+class LockConnection:
+    """The connection with all locks that a process holds in one database, out of the pool.
+
+    When it is lost, so are all of them. What a runner then commits before it knows is refused where another has claimed
+    the projection.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._mutex = threading.Lock()
+        self._connection: Connection | None = None
+        self._users: set[SessionLock] = set()
+        self._owners: dict[str, SessionLock] = {}
+        self._checked = 0.0
+
+    def acquire(self, lock: SessionLock) -> bool:
+        """Take a lock if nobody has it, also nobody else in this process; a lost connection is replaced."""
+        with self._mutex:
+            self._users.add(lock)
+            owner = self._owners.get(lock.name)
+            if owner is lock:
+                self._ask("SELECT 1")
+            elif owner is None and self._ask(lock.take, lock):
+                self._owners[lock.name] = lock
+            return self._owners.get(lock.name) is lock
+
+    def check(self, lock: SessionLock) -> None:
+        """See whether the connection still lives, which keeps it from being closed for idleness too.
+
+        :raises LostLockError: when the lock was lost.
+        """
+        with self._mutex:
+            if self._owners.get(lock.name) is not lock:
+                raise LostLockError("The connection with the locks of this process was lost.")
+            if time.monotonic() > self._checked + CHECKED_FOR:
+                self._ask("SELECT 1")
+
+    def release(self, lock: SessionLock) -> None:
+        """Give a lock back, and close the connection after the last one."""
+        with self._mutex:
+            try:
+                if self._owners.get(lock.name) is lock:
+                    del self._owners[lock.name]
+                    self._ask(lock.give, lock)
+            except sa.exc.SQLAlchemyError:
+                # The connection is lost, and the locks with it.
+                pass
+            finally:
+                self._users.discard(lock)
+                if not self._users:
+                    self._drop()
+
+    def leave(self) -> None:
+        """Close the connection, and lose all locks."""
+        with self._mutex:
+            self._drop()
+
+    def _ask(self, statement: str, lock: SessionLock | None = None) -> Any:
+        if self._connection is None:
+            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            # Out of the pool, which is for those who come and go.
+            connection.detach()
+            self._connection = connection
+        try:
+            answer = self._connection.execute(sa.text(statement), lock.parameters() if lock is not None else {})
+            self._checked = time.monotonic()
+            return answer.scalar()
+        except sa.exc.SQLAlchemyError:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        self._owners.clear()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+_lock_connections: weakref.WeakValueDictionary[tuple[int, int], LockConnection] = weakref.WeakValueDictionary()
+
+
+def _lock_connection(engine: Engine) -> LockConnection:
+    key = (os.getpid(), id(engine))
+    found = _lock_connections.get(key)
+    # It keeps the engine, so that no other one gets its id.
+    return found or _lock_connections.setdefault(key, LockConnection(engine))
+
+
+class SessionLock(RunnerLock):
+    """A lock of the server that belongs to a connection, which a process has for all of them."""
+
+    take = ""
+    give = ""
+    look = ""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__(engine, name)
+        self._connection = _lock_connection(engine)
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """Return what the statements need to name the lock."""
+
+    def acquire(self) -> bool:
+        """Take the lock if nobody has it."""
+        return self._connection.acquire(self)
+
+    def check(self) -> None:
+        """See whether the connection with the lock still lives."""
+        self._connection.check(self)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._connection.release(self)
+
+    def leave(self) -> None:
+        """Give up the connection with all locks."""
+        self._connection.leave()
+
+    def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
+        """Ask the server whether somebody has the lock."""
+        return bool(connection.execute(sa.text(self.look), self.parameters()).scalar())
+
+
+class AdvisoryLock(SessionLock):
+    """An advisory lock of a connection, in the space of two 32-bit keys."""
+
+    take = "SELECT pg_try_advisory_lock(hashtext(:namespace), hashtext(:name))"
+    give = "SELECT pg_advisory_unlock(hashtext(:namespace), hashtext(:name))"
+    look = (
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+        "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
+        "AND objid::bigint = hashtext(:name)::bigint & 4294967295)"
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """The two keys are hashes, made by the server."""
+        return {"namespace": NAMESPACE, "name": self.name}
