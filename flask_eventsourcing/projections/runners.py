@@ -38,8 +38,6 @@ SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between tries to apply an event, and to reach a database that cannot be reached."""
-LONGEST_HELD = 1.5
-"""Seconds of batches after which others are let in."""
 SUSPECT_PAUSE = 1.0
 """The same at first, after a connection was lost."""
 SKIP_PAUSE = 0.05
@@ -82,8 +80,6 @@ class Delivery:
         self.stop = stop
         self.progress = progress
         self.pace = pace
-        self.held = 0.0
-        """Seconds of batches since others were let in."""
 
     def deliver(self, claimed: CheckpointRow, page: Page) -> CheckpointRow:
         """Apply events and move the position; returns the row as it is then.
@@ -105,15 +101,7 @@ class Delivery:
             if applied.position < page.position:
                 size = applied.applied - claimed.applied
         self.pace.adapt(self.pace.spent, size)
-        self._let_in(is_busy=page.full)
         return applied
-
-    def _let_in(self, *, is_busy: bool) -> None:
-        """Let others write, after a time of one batch after the other."""
-        self.held = self.held + self.pace.spent if is_busy else 0.0
-        if self.held > LONGEST_HELD:
-            self.held = 0.0
-            self.stop.wait(self.consumer.application.datastore.dialect.batch_pause)
 
     def _is_over(self) -> bool:
         """Whether a batch is to end between two of its events: its transaction keeps others waiting."""
@@ -126,7 +114,6 @@ class Delivery:
             self.pace.begin()
             claimed = self._deliver_one(claimed, notification, notification.id)
             self.progress.position = claimed.position
-            self._let_in(is_busy=True)
         return claimed
 
     def _deliver_one(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:

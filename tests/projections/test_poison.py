@@ -16,6 +16,7 @@ from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Deposited, Desk, until
+from tests.servers import forget_killed_connections
 
 KILLS = {
     "postgresql": "SELECT pg_terminate_backend(pg_backend_pid())",
@@ -91,6 +92,7 @@ def test_a_handler_that_loses_its_connection_halts_its_projection(new_desk: Make
     assert status.error
     assert tries[-2:] == [4, 4]
     assert desk.amounts() == {account_id: 3}
+    forget_killed_connections()
 
 
 def test_a_connection_that_was_lost_once_is_no_fault_of_a_handler(desk: Desk) -> None:
@@ -107,6 +109,7 @@ def test_a_connection_that_was_lost_once_is_no_fault_of_a_handler(desk: Desk) ->
     assert not desk.run_once()
     assert desk.status("Following").error is None
     assert desk.amounts() == {account_id: 18}
+    forget_killed_connections()
 
 
 @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
@@ -135,6 +138,7 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
             connection.exec_driver_sql(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
         until(lambda: worker.runners[0].progress.state == "up to date")
     assert desk.amounts() == {account_id: 1}
+    forget_killed_connections()
 
 
 def test_a_pool_of_one_connection_is_enough_for_a_rebuild(new_desk: MakeDesk) -> None:

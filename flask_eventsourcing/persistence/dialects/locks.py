@@ -257,8 +257,6 @@ class ForProjections(ForSwaps):
     engine: Engine
     batch_seconds = 0.5
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
-    batch_pause = 0.0
-    """Seconds for which a runner that is busy lets others in from time to time, where they would wait in no queue."""
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
 

@@ -264,8 +264,6 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     # A batch keeps every other writer waiting.
     batch_seconds = 0.1
-    # Other processes look every 0.1 seconds whether the database is free.
-    batch_pause = 0.11
     keeps_microseconds = True
     has_one_writer = True
 
