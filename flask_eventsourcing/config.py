@@ -152,6 +152,7 @@ class Config:
     )
     postgres_notify: bool = field(default=True, metadata=_checked(_boolean, shown=True))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean, shown=True))
+    stall_limit: float = field(default=60.0, metadata=_checked(_seconds, shown=True))
     projection_lock: ProjectionLock = field(
         default="database", metadata=_checked(_one_of("database", "lease"), shown=True)
     )

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from ..persistence import SQLAlchemyApplicationRecorder
 from ..persistence.dialects.looks import Finding
-from ..projections.belonging import OLD_CODE
+from ..projections.belonging import HELD_BACK, OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
 from ..projections.rebuilding import leftovers
 from ..projections.runners import Runner
@@ -202,6 +202,9 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
     parts = [each.problem.rstrip(".")] if each.problem else []
     if each.code_changed and each.state != OLD_CODE:
         parts.append(f"its code has changed since the last rebuild: see '{subject.program} rebuild'")
+    if each.writer and each.state != HELD_BACK:
+        age = "an unknown time" if each.writer_seconds is None else f"{each.writer_seconds:.0f} s"
+        parts.append(f"readers wait for {each.writer}, whose transaction is open for {age}")
     if each.error:
         parts.append(f"{'halted at' if each.state == 'halted' else 'last error:'} {each.error}")
     if each.dead_letters:

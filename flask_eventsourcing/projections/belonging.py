@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 from ..exceptions import CheckpointMismatchError
 from ..persistence.dialects.base import IDENTITY
 from ..persistence.dialects.catalogs import are_filled, is_exact, table_ids
+from ..persistence.dialects.locks import OpenWriter
 from .checkpoint import CheckpointRow
 from .consumers import SUFFIXES, Consumer
 from .fingerprints import add_run, retired
@@ -26,6 +27,7 @@ OTHER_LOG = "another log"
 MADE_AGAIN = "tables made again"
 OLD_CODE = "old code"
 ORPHAN = "beside an orphan"
+HELD_BACK = "held back"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,22 @@ class Belonging:
             self.consumer.kind == "projection"
             and row.fingerprint is not None
             and row.fingerprint != self.consumer.fingerprint
+        )
+
+    def find_stall(self, mark: int, end: int, writer: OpenWriter | None) -> Mismatch | None:
+        """Return the state of a log that a transaction in progress keeps from being read for too long.
+
+        :param end: the last position that is committed.
+        """
+        application = self.consumer.application
+        limit = application.datastore.options.stall_limit
+        if writer is None or writer.seconds is None or writer.seconds <= limit:
+            return None
+        return Mismatch(
+            HELD_BACK,
+            f"{self.name} is held back at position {mark}, and the log of {application.name} goes on to {end}: "
+            f"{writer.name} has had a transaction open for {writer.seconds:.0f} s, in which it appended events. "
+            f"End it: {writer.remedy}. EVENTSOURCING_STALL_LIMIT is {limit:g} s.",
         )
 
     def find_mismatch_of_log(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:

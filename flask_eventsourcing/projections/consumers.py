@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..host import Host
 from ..models import ProjectionModels
 from ..persistence import Datastore, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.locks import Lease, RunnerLock
+from ..persistence.dialects.locks import Lease, OpenWriter, RunnerLock
 from .checkpoint import Checkpoint
 from .dead_letters import DeadLetters
 from .definitions import Handlers, ModelProjection
@@ -102,6 +102,14 @@ class ProjectedApplication:
         """Return the high-water mark, read on a connection that there is: a pool may have no second one."""
         dialect = self.recorder.dialect
         return dialect.last_position(connection, dialect.located(connection, self.recorder.events_table)) or 0
+
+    def look_for_writer(self, connection: Connection, mark: int) -> tuple[int, OpenWriter | None]:
+        """Return the last position that is committed, and the oldest writer in progress if it is above the mark."""
+        table = self.recorder.events_table
+        c = table.table.c.notification_id
+        end = max(mark, connection.scalar(sa.select(sa.func.max(c))) or 0)
+        dialect = self.recorder.dialect
+        return end, dialect.oldest_writer(connection, dialect.located(connection, table)) if end > mark else None
 
     def high_water_mark(self) -> int:
         """Return the position up to which the log is complete, read on a connection of its own; 0 for an empty log."""

@@ -15,6 +15,7 @@ from eventsourcing.persistence import Recording
 from sqlalchemy.engine import Connection
 
 from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
+from ..persistence.dialects.locks import OpenWriter
 from ..persistence.subscriptions import Waiter
 from .belonging import Belonging, Mismatch
 from .checkpoint import ACTIVE, HALTED, CheckpointRow
@@ -35,10 +36,12 @@ class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
     ``state`` is ``inline``, ``halted``, ``running``, ``stopped``, or what does not fit: ``ahead of its log``, ``another
-    log``, ``tables made again``, or ``old code`` where this process would stand by; then ``problem`` says what is to be
-    done. ``lag_events`` counts the events of its topics that it has not dealt with, ``lag_seconds`` is the age of the
-    first of them. ``since`` is when the runner took over. ``code_changed`` says that this process has other code than
-    that of the last rebuild.
+    log``, ``tables made again``, ``old code`` where this process would stand by, or ``held back`` by a transaction that
+    has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then ``problem`` says what is to be done. ``head`` is
+    the last position that is committed. ``writer`` is the oldest transaction that holds readers back before the head,
+    and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of its topics
+    that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
+    ``code_changed`` says that this process has other code than that of the last rebuild.
     """
 
     name: str
@@ -56,6 +59,8 @@ class ProjectionStatus:
     waiting: int
     problem: str | None = None
     code_changed: bool = False
+    writer: str | None = None
+    writer_seconds: float | None = None
 
     @property
     def healthy(self) -> bool:
@@ -93,19 +98,21 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     with consumer.application.engine.connect() as connection:
         found = consumer.checkpoint.read(connection)
         row = found or _never_run(consumer)
-        position = mark if inline else row.position
-        running = row.token is not None and consumer.lock().is_held(connection, row.leased_until)
+        end, writer = consumer.application.look_for_writer(connection, mark)
+        position = end if inline else row.position
+        running = _is_running(consumer, connection, row)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
-        topics = consumer.count_topics(connection, position, mark) if position < mark else {}
+        topics = consumer.count_topics(connection, position, end) if position < end else {}
         mismatch = None if inline else _mismatch(belonging, connection, found)
-    if mismatch is None and not running and not inline:
-        mismatch = belonging.find_old_code(row)
+    if mismatch is None and not inline:
+        mismatch = _problem(belonging, row, running, mark, end, writer)
+    state = _state(row, inline=inline, running=running)
     return ProjectionStatus(
         name=consumer.name,
         application=consumer.application.name,
-        state=mismatch.state if mismatch is not None else _state(row, inline=inline, running=running),
+        state=state if mismatch is None else mismatch.state,
         position=position,
-        head=mark,
+        head=end,
         lag_events=sum(topics.values()),
         lag_seconds=_age(consumer, position, mark, list(topics)) if topics else 0.0,
         **_runner(row, running=running),
@@ -115,7 +122,19 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         waiting=waiting,
         problem=None if mismatch is None else mismatch.text,
         code_changed=belonging.has_changed_code(row),
+        **_writer(writer),
     )
+
+
+def _is_running(consumer: Consumer, connection: Connection, row: CheckpointRow) -> bool:
+    return row.token is not None and consumer.lock().is_held(connection, row.leased_until)
+
+
+def _problem(
+    belonging: Belonging, row: CheckpointRow, running: bool, mark: int, end: int, writer: OpenWriter | None
+) -> Mismatch | None:
+    found = None if running else belonging.find_old_code(row)
+    return found if found is not None or row.state == HALTED else belonging.find_stall(mark, end, writer)
 
 
 def _state(row: CheckpointRow, *, inline: bool, running: bool) -> str:
@@ -124,6 +143,10 @@ def _state(row: CheckpointRow, *, inline: bool, running: bool) -> str:
 
 def _runner(row: CheckpointRow, *, running: bool) -> dict[str, Any]:
     return {"runner": row.runner if running else None, "since": _aware(row.running_since) if running else None}
+
+
+def _writer(writer: OpenWriter | None) -> dict[str, Any]:
+    return {} if writer is None else {"writer": writer.name, "writer_seconds": writer.seconds}
 
 
 def _mismatch(belonging: Belonging, connection: Connection, row: CheckpointRow | None) -> Mismatch | None:
@@ -239,7 +262,7 @@ def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
             if remaining <= 0:
                 raise TimeoutError(
                     f"{goal.consumer.name} has not reached position {goal.position} within {timeout:g} s: "
-                    "is 'flask eventsourcing run' running?"
+                    f"{_why_not(goal.consumer)}"
                 )
             if waiter.wait(min(pause.seconds, remaining)):
                 pause.reset()
@@ -249,6 +272,11 @@ def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
                 return
     finally:
         waiters.give_back(waiter)
+
+
+def _why_not(consumer: Consumer) -> str:
+    writer = status_of(consumer).writer
+    return "is 'flask eventsourcing run' running?" if writer is None else f"readers wait for {writer}."
 
 
 class _Goal:

@@ -274,7 +274,7 @@ def make_state(
     classes = list(constructors)
     check_settings(config, classes)
     database = AppDatabase(app, extension)
-    options = DialectOptions(config.lock_timeout, config.postgres_order, config.postgres_notify, config.sqlite_wal)
+    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
     stores = {
         key: Datastore(database.engine_of(key), options) for key in dict.fromkeys(_key(cls, config) for cls in classes)
     }

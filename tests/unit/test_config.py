@@ -25,6 +25,7 @@ GOOD: dict[str, list[Any]] = {
     "POSTGRES_ORDER": ["advisory-lock", "table-lock"],
     "POSTGRES_NOTIFY": [True, False],
     "SQLITE_WAL": [True, False],
+    "STALL_LIMIT": [1, 0.5, 86_399],
     "PROJECTION_LOCK": ["database", "lease"],
 }
 BAD: dict[str, list[Any]] = {
@@ -39,6 +40,7 @@ BAD: dict[str, list[Any]] = {
     "POSTGRES_ORDER": ["lock", None, 1],
     "POSTGRES_NOTIFY": ["yes", 1, 0, None],
     "SQLITE_WAL": ["yes", 1, 0, None],
+    "STALL_LIMIT": [0, -1, 86_400, "30", None, True, float("nan")],
     "PROJECTION_LOCK": ["advisory", None, True],
 }
 
@@ -157,7 +159,7 @@ def test_no_secret_in_a_message(key: str, value: Any) -> None:
     ("name", "value"),
     [
         (name.lower(), value)
-        for name in ("LOCK_TIMEOUT", "POSTGRES_ORDER", "POSTGRES_NOTIFY", "SQLITE_WAL")
+        for name in ("LOCK_TIMEOUT", "POSTGRES_ORDER", "POSTGRES_NOTIFY", "SQLITE_WAL", "STALL_LIMIT")
         for value in BAD[name]
     ],
 )

@@ -35,7 +35,7 @@ from .looks import Looks
 
 @dataclass(frozen=True)
 class DialectOptions:
-    """What the configuration says about databases; ``lock_timeout`` in seconds.
+    """What the configuration says about databases; ``lock_timeout`` and ``stall_limit`` in seconds.
 
     :raises ConfigurationError: for a value that the setting of that name refuses.
     """
@@ -44,6 +44,7 @@ class DialectOptions:
     postgres_order: PostgresOrder = "advisory-lock"
     postgres_notify: bool = True
     sqlite_wal: bool = True
+    stall_limit: float = 60.0
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -132,8 +133,8 @@ class Dialect(Looks, Driver, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
-        if self.is_read_only(error):
-            context.is_disconnect = True  # with the pool: the server is not the primary one any more
+        # From one that takes no changes, all of the pool is to go: it is not the primary server any more.
+        context.is_disconnect = context.is_disconnect or self.is_read_only(error)
         answers = (self.driver_error, sa.exc.SQLAlchemyError)
         if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):
             return
@@ -143,7 +144,6 @@ class Dialect(Looks, Driver, ForProjections, ABC):
 
     def install(self, engine: Engine) -> None:
         """Install it."""
-        return
 
     def event_table(
         self, table: sa.Table, tracking_table: sa.Table | None = None, snapshots_table: sa.Table | None = None

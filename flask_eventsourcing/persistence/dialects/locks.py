@@ -16,6 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -26,6 +27,17 @@ from .event_tables import EventTable
 from .swapping import ForSwaps
 
 NAMESPACE = "flask_eventsourcing"
+
+
+class OpenWriter(NamedTuple):
+    """A transaction in progress that has appended to a log, and so holds its readers back."""
+
+    name: str
+    """Such as ``process 4711``."""
+    seconds: float | None
+    """Since it began; None where this role may not know."""
+    remedy: str
+    """What ends it."""
 
 
 def utc_now() -> datetime:
@@ -288,3 +300,7 @@ class ForProjections(ForSwaps):
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for updates of a table; here it polls."""
         return Waiter()
+
+    def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
+        """Return the oldest transaction that holds readers of a log back; here none does, as writers queue."""
+        return None

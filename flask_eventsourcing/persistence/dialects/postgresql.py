@@ -36,11 +36,11 @@ from .event_tables import (
     transposed,
 )
 from .event_values import as_parameter
-from .locks import RunnerLock
+from .locks import OpenWriter, RunnerLock
 from .looks import Use, missing_table
 from .postgresql_catalog import LOOK, CatalogLooks
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
-from .postgresql_statements import SMALL_BLOCK, make_draw, make_statement, regclass
+from .postgresql_statements import SMALL_BLOCK, literal, make_draw, make_statement, regclass
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
 
@@ -255,6 +255,26 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             # The snapshot of this transaction is older than the locks that were just read.
             raise FrozenSnapshotError
         return int(position)
+
+    def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
+        """Return the process, or the prepared transaction, that has published a floor for the longest time."""
+        if self.options.postgres_order == "table-lock":
+            return None
+        log = self._last_log(connection, table)
+        statement = log.statements.get("writer") or self._make_statement(table, log, "writer", "writer")
+        rows = self.fetch(connection, statement)
+        if not rows:
+            return None
+        pid, prepared, seconds, role, state = rows[0]
+        if pid is None:
+            name, remedy = "a prepared transaction", "COMMIT PREPARED or ROLLBACK PREPARED it, see pg_prepared_xacts"
+            if prepared is not None:
+                name = f"prepared transaction {literal(prepared)}"
+                remedy = f"COMMIT PREPARED {literal(prepared)} or ROLLBACK PREPARED {literal(prepared)}"
+            return OpenWriter(name, seconds, remedy)
+        described = ", ".join(filter(None, (f"role {role}" if role else None, state)))
+        name = f"process {pid} ({described})" if described else f"process {pid}"
+        return OpenWriter(name, seconds, f"SELECT pg_terminate_backend({pid})")
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""

@@ -136,6 +136,20 @@ SELECT least(high.position, (
 )), current_setting('transaction_isolation'), pg_is_in_recovery(), {named}::oid::bigint
 FROM high"""
 
+# What has no process is prepared: it is found by the lock of its transaction id. Of the processes of other roles, only
+# one with the rights of pg_read_all_stats is told the time.
+_WRITER = """
+SELECT l.pid, p.gid, extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8,
+       a.usename::text, a.state
+FROM {sequence} AS s JOIN pg_locks l ON l.classid::bigint >> 16 = s.tableoid::bigint & 65535
+LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+LEFT JOIN pg_locks x ON l.pid IS NULL AND x.pid IS NULL AND x.locktype = 'transactionid'
+    AND x.virtualtransaction = l.virtualtransaction
+LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
+WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+ORDER BY 3 DESC NULLS LAST LIMIT 1"""
+
 _MADE = {
     "begin": _APPEND_ONE,
     "follow": _APPEND_ONE,
@@ -144,11 +158,13 @@ _MADE = {
     "drawn": _INSERT_DRAWN,
     "mark": _HIGH_WATER_MARK,
     "joined mark": _HIGH_WATER_MARK,
+    "writer": _WRITER,
 }
 
 
 def make_statement(table: EventTable, log: KnownLog, how: str, compiled: Callable[[Any], str], *, quiet: bool) -> str:
-    """Return the statement of a use: ``begin``, ``follow``, ``block``, ``gap``, ``drawn``, ``mark``, ``joined mark``.
+    """Return the statement of a use: ``begin``, ``follow``, ``block``, ``gap``, ``drawn``, ``mark``, ``joined mark``,
+    ``writer``.
 
     :param compiled: makes the name of a column's type.
     :param quiet: whether nobody is notified.
