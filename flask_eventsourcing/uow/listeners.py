@@ -242,5 +242,7 @@ def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) 
             if shared.asked:
                 unit.resolve(asked=True)
             elif not shared.has_half_ended:
-                unit.resolve(asked=False)
+                run = shared.run()
+                # A unit of work that is being run fails for it, and may be run again.
+                unit.resolve(asked=run is not None and run.rollback_only is not None)
     shared.asked = shared.has_half_ended = shared.is_committing = False

@@ -198,3 +198,24 @@ def test_contended_aggregate_loses_no_update(site: Site) -> None:
 
     in_threads([client] * 6)
     assert site.balance(account_id) == 60
+
+
+def test_what_a_try_has_lost_is_not_told_when_the_next_one_succeeds(site: Site) -> None:
+    """A try that closes its session and has a conflict leaves nothing behind: the answer is that of the next try."""
+    account_id = site.opened()
+    tries: list[int] = []
+
+    def work() -> str:
+        tries.append(1)
+        account = site.bank.account(account_id)
+        if len(tries) == 1:
+            site.bank.open_account()
+            site.db.session.close()
+            site.elsewhere(lambda: site.bank.deposit(account_id, 1))
+        account.deposit(100)
+        site.bank.save(account)
+        return "done"
+
+    answer = site.answer(site.es.retry_on_conflict(work))
+    assert (answer.status_code, len(tries)) == (200, 2)
+    assert site.balance(account_id) == 101

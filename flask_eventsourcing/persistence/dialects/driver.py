@@ -343,8 +343,9 @@ class Translated:
 
     def check(self, error: BaseException) -> None:
         """Raise the library's exception for an error that is SQLAlchemy's or the driver's."""
-        if isinstance(error, exc.DBAPIError) and error.statement is not None:
-            # Of a statement that is not the recorders' own, as the session's when it flushes.
+        if isinstance(error, exc.StatementError) and error.statement is not None:
+            # Of a statement that is not the recorders' own, as the session's when it flushes; or what a signal handler
+            # has raised before a statement was sent.
             return
         if isinstance(error, exc.SQLAlchemyError):
             raise self._driver.translate(error) from error

@@ -24,6 +24,7 @@ from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEv
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 
+from ..._patches import dialect_rollback
 from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
@@ -368,7 +369,7 @@ def _tolerate_rolled_back(engine: Engine) -> None:
                 raise
             rollback(driver_connection)
 
-    engine.dialect.do_rollback = do_rollback  # type: ignore[method-assign, assignment]
+    dialect_rollback(engine.dialect, do_rollback)
 
 
 class NamedLock(SessionLock):
