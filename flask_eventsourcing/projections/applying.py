@@ -104,6 +104,8 @@ class Applier:
         :raises SuspectError: when the database failed in the midst of the handlers' work; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
+        if self.consumer.kind == "reactions" and notifications and dead is None:
+            return self._react(claimed, notifications[0], position)
         try:
             return self._apply(claimed, notifications, position, dead)
         except ObservedError:
@@ -119,15 +121,11 @@ class Applier:
     ) -> CheckpointRow:
         applied = 0 if dead is not None else len(notifications)
         self._batches.last = None
-        # With a lease, the row's lock might keep everybody from writing while a reaction takes its time; a reaction may
-        # be called again anyway.
-        advances_last = self.consumer.kind == "reactions" and self.consumer.leased
         try:
             with self.consumer.application.host.transaction() as session:
                 connection = self.connection(session)
                 # First, as its lock keeps everybody else out.
-                if not advances_last:
-                    self._advance(connection, claimed, position, applied, notifications)
+                self._advance(connection, claimed, position, applied, notifications)
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
                 else:
@@ -135,10 +133,7 @@ class Applier:
                     if left := notifications[applied:]:
                         moved, notifications = claimed._replace(position=position), notifications[:applied]
                         position = notifications[-1].id
-                        if not advances_last:
-                            self._advance(connection, moved, position, -len(left), notifications)
-                if advances_last:
-                    self._advance(connection, claimed, position, applied, notifications)
+                        self._advance(connection, moved, position, -len(left), notifications)
         except (EventError, ObservedError):
             raise
         except Exception as error:
@@ -148,6 +143,47 @@ class Applier:
                 raise
             raise error_class from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
+
+    def _react(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
+        """Call a reaction with no transaction open, as it may take its time, and move the position after that.
+
+        What it does in the host's session is committed with the position.
+        """
+        checkpoint = self.consumer.checkpoint
+        with self.consumer.application.engine.connect() as connection:
+            row = checkpoint.read(connection)
+            blocked = self._blocked(connection)
+        if row is None or (row.token, row.position) != (claimed.token, claimed.position):
+            raise FencedError
+        is_set_aside = str(notification.originator_id) in blocked
+        with self.consumer.application.host.transaction() as session:
+            if not is_set_aside:
+                self._call(session, notification)
+            connection = self.connection(session)
+            if is_set_aside:
+                self.letters.add(connection, self.consumer.name, notification)
+            self._advance(connection, claimed, position, 1, [notification])
+        return claimed._replace(position=position, applied=claimed.applied + 1)
+
+    def _call(self, session: orm.Session, notification: Notification) -> None:
+        unit = self.consumer.application.host.unit_of(session)
+        name = self.consumer.projection_class.__name__
+        try:
+            with unit.gate.hold(ENDED.format(name)):
+                self._handle_one(session, notification)
+                session.flush()
+            if unit.dialect.is_aborted(self.connection(session)):
+                raise HandlerError(SWALLOWED.format(name))
+        except Exception as error:
+            if isinstance(error, FencedError) or is_serialization_failure(error):
+                raise
+            raise (SuspectError if is_outage(error) else EventError) from error
+
+    def _blocked(self, connection: Connection) -> set[str]:
+        """The aggregates whose events wait behind one that was set aside."""
+        if self.consumer.projection_class.on_failure != "dead-letter":
+            return set()
+        return self.letters.blocked(connection, self.consumer.name)
 
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
@@ -195,9 +231,7 @@ class Applier:
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked: set[str] = set()
-        if self.consumer.projection_class.on_failure == "dead-letter":
-            blocked = self.letters.blocked(connection, self.consumer.name)
+        blocked = self._blocked(connection)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),

@@ -14,6 +14,8 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
+from flask_eventsourcing.projections.applying import Applier
+from flask_eventsourcing.projections.checkpoint import FencedError
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
@@ -200,3 +202,45 @@ def test_a_slow_reaction_keeps_its_lease(new_desk: MakeDesk, monkeypatch: pytest
     with desk.running(), other.running():
         until(lambda: desk.position("Slow:reactions") == 1)
     assert len(calls) == 1
+
+
+def test_a_reaction_is_called_with_no_transaction_open(desk: Desk) -> None:
+    """A reaction may take its time: no transaction of the worker is open meanwhile, which a server would end."""
+    open_ones: list[bool] = []
+
+    class Slow(ModelProjection):
+        models = (desk.Balance,)
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            session.add(desk.Balance(account_id=event.originator_id, amount=0))
+
+        @reaction(Created)
+        def told(self, event: Any, key: str) -> None:
+            open_ones.append(desk.db.session().in_transaction())
+            row = desk.db.session.get(desk.Balance, event.originator_id)
+            assert row is not None
+            row.amount = 7
+
+    desk.register(Slow)
+    account_id = desk.open()
+    assert not desk.run_once()
+    assert open_ones == [False]
+    assert desk.amounts() == {account_id: 7}
+
+
+def test_a_reaction_whose_claim_was_lost_is_not_called(desk: Desk) -> None:
+    """Before a reaction is called, its runner looks whether another one has taken over."""
+    desk.reacting()
+    desk.open(1)
+    consumer = desk.consumer("Reacting:reactions")
+    consumer.checkpoint.ensure()
+    claimed = consumer.checkpoint.claim(lease=False)
+    assert claimed is not None
+    with consumer.application.host.context():
+        applier = Applier(consumer)
+        (event,) = [each for each in consumer.application.read_log(0, 10, None, ()) if each.id == 2]
+        assert consumer.checkpoint.claim(lease=False) is not None
+        with pytest.raises(FencedError):
+            applier.apply(claimed, [event], 2)
+    assert desk.calls == []
