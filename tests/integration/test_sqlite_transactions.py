@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,6 +103,40 @@ def memory() -> Iterator[Engine]:
     """A database in memory."""
     with sqlite_database(None, timeout=0.05) as dialect:
         yield dialect.engine
+
+
+@pytest.mark.filterwarnings("ignore:Double checkin attempted")  # SQLAlchemy's StaticPool, at such a pace
+def test_errors_of_threads_are_their_own() -> None:
+    """An error in one thread is neither another one in that thread nor any in others, and none is swallowed."""
+
+    def fails(connection: Connection) -> None:
+        with pytest.raises(sa.exc.OperationalError, match="no such table: missing"):
+            connection.exec_driver_sql("SELECT 1 FROM missing")
+
+    def violates(connection: Connection) -> None:
+        with pytest.raises(sa.exc.IntegrityError, match=r"UNIQUE constraint failed: number\.id"):
+            connection.exec_driver_sql("INSERT INTO number (id, value) VALUES (1, 1)")
+        connection.rollback()
+
+    def reads(connection: Connection) -> None:
+        assert numbers(connection) == [1] * 50
+
+    def client(engine: Engine, act: Callable[[Connection], None]) -> None:
+        for _ in range(60):
+            with engine.connect() as connection:
+                act(connection)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with sqlite_database(None, timeout=30) as dialect:
+            engine = dialect.engine
+            with engine.begin() as connection:
+                for _ in range(50):
+                    insert(connection, 1)
+            in_threads([partial(client, engine, act) for act in (fails, violates, reads) * 2])
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_reading_through_a_second_connection(memory: Engine) -> None:

@@ -17,7 +17,6 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ...config import PostgresOrder, checked
-from ...exceptions import MissingTableError
 from ..subscriptions import Waiter
 from .driver import Driver, root_engine
 from .event_tables import (
@@ -236,12 +235,13 @@ class Dialect(Looks, Driver, ForProjections, ABC):
         return None
 
     def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
-        """Whether there is a table of snapshots: the library makes none for an application that takes none."""
+        """Whether there is a table of snapshots: the library makes none for an application that takes none.
+
+        Asked of the catalog: a statement that fails would have the tables looked at again.
+        """
         if table.snapshots is None or table.snapshots in self._found:
             return table.snapshots is not None
-        try:
-            self.fetch(connection, f"SELECT 1 FROM {table.snapshots} LIMIT 0")
-        except MissingTableError:
+        if self.found_table(connection, self.tables[table.snapshots]) is None:
             return False
         self._found.add(table.snapshots)
         return True

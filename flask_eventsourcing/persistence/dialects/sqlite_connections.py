@@ -11,7 +11,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, Literal
 
 from sqlalchemy.engine import Connection
@@ -44,6 +46,8 @@ class QueuedConnection(sqlite3.Connection):
     """Whether the transaction began with a BEGIN that a listener of the user's has told, and has not written."""
     aborted = False
     """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
+    calls: AbstractContextManager[Any] = nullcontext()
+    """Held during each call of SQLite's functions."""
 
     # The name of a module is None when the interpreter ends, and connections may be closed as late as that.
     _getpid, _get_ident = staticmethod(os.getpid), staticmethod(threading.get_ident)
@@ -163,7 +167,8 @@ class QueuedConnection(sqlite3.Connection):
         owner = self._ending("commit")
         if owner is not None:
             try:
-                super().commit()
+                with self.calls:
+                    super().commit()
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                     raise
@@ -178,7 +183,8 @@ class QueuedConnection(sqlite3.Connection):
         """Roll back, and let the next one in."""
         owner = self._ending("rollback")
         if owner is not None:
-            super().rollback()
+            with self.calls:
+                super().rollback()
             self._ended(owner)
 
     def close(self) -> None:
@@ -209,6 +215,32 @@ def announce(how: str) -> Callable[[Connection], None]:
     return listener
 
 
+def _alone(call: Any) -> Any:
+    @wraps(call)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.connection.calls:
+            return call(self, *args, **kwargs)
+
+    return method
+
+
+class SharedCursor(sqlite3.Cursor):
+    """A cursor of the connection that all threads share, of which one at a time calls SQLite.
+
+    SQLite keeps the code of the last error for each connection, and the driver reads it after the call: what another
+    thread calls in between would change the error, or have none raised at all.
+    """
+
+    execute = _alone(sqlite3.Cursor.execute)
+    executemany = _alone(sqlite3.Cursor.executemany)
+    executescript = _alone(sqlite3.Cursor.executescript)
+    __next__ = _alone(sqlite3.Cursor.__next__)
+    fetchone = _alone(sqlite3.Cursor.fetchone)
+    fetchmany = _alone(sqlite3.Cursor.fetchmany)
+    fetchall = _alone(sqlite3.Cursor.fetchall)
+    close = _alone(sqlite3.Cursor.close)
+
+
 class SharedConnection(QueuedConnection):
     """The one driver connection of an in-memory database; SQLAlchemy's connections own the queue, one at a time.
 
@@ -227,7 +259,12 @@ class SharedConnection(QueuedConnection):
     def configure(self, name: str, timeout: float) -> None:
         """Join the queue of a database."""
         self.level = self.isolation_level
+        self.calls = threading.RLock()
         super().configure(name, timeout)
+
+    def cursor(self, factory: Any = SharedCursor) -> Any:
+        """Return a cursor whose calls wait for those of other threads."""
+        return super().cursor(factory)
 
     @property  # type: ignore[override]
     def isolation_level(self) -> str | None:
@@ -244,14 +281,16 @@ class SharedConnection(QueuedConnection):
             _level.__set__(self, level)
 
     def _leave_parents(self) -> None:
-        # What the parent had not committed is not to be committed here.
+        # What the parent had not committed is not to be committed here; its threads, which may have the lock, are gone.
+        self.calls = threading.RLock()
         sqlite3.Connection.rollback(self)
         self.began = self.aborted = False
 
     def _end_left(self) -> None:
         """Roll back what an owner has begun that is gone without having ended it."""
         if self.began:
-            sqlite3.Connection.rollback(self)
+            with self.calls:
+                sqlite3.Connection.rollback(self)
             self.began = self.aborted = False
 
     def before(self, connection: Connection, kind: Kind) -> None:
