@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import sqlalchemy as sa
 
@@ -13,6 +14,7 @@ from ..persistence import SQLAlchemyApplicationRecorder
 from ..persistence.dialects.looks import Finding
 from ..projections.belonging import HELD_BACK, OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
+from ..projections.inline import merge_ranges
 from ..projections.rebuilding import leftovers
 from ..projections.runners import Runner
 from . import (
@@ -125,8 +127,17 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
     if not faults:
+        _merge(subject)
         faults += [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
     return faults
+
+
+def _merge(subject: Subject) -> None:
+    """Keep what inline projections have noted short, also where no worker does that."""
+    for application in dict.fromkeys(consumer.application for consumer in subject.consumers()):
+        # Who asks may have the right to read only.
+        with suppress(sa.exc.DBAPIError):
+            merge_ranges(application)
 
 
 def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> None:
@@ -143,6 +154,7 @@ def status(subject: Subject, output: Output, *, as_json: bool = False, check: bo
     """
     require_tables(subject)
     with clear_errors():
+        _merge(subject)
         health = Health(tuple(status_of(consumer) for consumer in subject.consumers()))
     if as_json:
         output.write(json.dumps(health.to_dict(), indent=2))

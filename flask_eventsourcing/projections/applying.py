@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing import utils
-from eventsourcing.persistence import Notification, StoredEvent
+from eventsourcing.persistence import Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ..persistence import JoinedUnit
 from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
-from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
-from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow, FencedError
-from .consumers import Consumer, ProjectedApplication
+from .consumers import Consumer
 from .dead_letters import DeadLetters
-from .definitions import ModelProjection
 from .shadows import Undeclared
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
     "is committed with its models."
-)
-INLINE_ENDED = (
-    "A handler of an inline projection ended the transaction: it must not call session.commit() or "
-    "session.rollback(), as its models are committed with the events."
 )
 SWALLOWED = (
     "A handler of {} went on after an error of the database, which has aborted the transaction: let the error pass, or "
@@ -311,73 +303,3 @@ def _python_type(column: Any) -> type[Any] | None:
     except NotImplementedError:
         return None
     return found
-
-
-class InlineApplier:
-    """Applies events within ``save()``, in its transaction, for the inline ones among some projections."""
-
-    def __init__(self, application: ProjectedApplication, projection_classes: Sequence[type[ModelProjection]]) -> None:
-        self.application = application
-        self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
-
-    def install(self) -> None:
-        """Have the application's recorder call this after each append."""
-        self.application.datastore.after_append[self.application.name] = self
-
-    def __call__(self, connection: Connection, joined: JoinedUnit | None, events: Sequence[StoredEvent]) -> None:
-        """Apply the events of one append."""
-        if joined is None:
-            # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
-            self._refuse_old_snapshot(connection)
-            with orm.Session(bind=connection) as session:
-                session.begin()
-                self._apply(session, events)
-            return
-        # What a host has for recorders to join is always a unit of work.
-        unit = cast(UnitOfWork, joined)
-        try:
-            self._refuse_old_snapshot(connection)
-            with unit.gate.hold(INLINE_ENDED):
-                self._apply(unit.session, events)
-        except BaseException:
-            # A caller that catches the error must not commit the events without their read models.
-            unit.refuse("An inline projection failed")
-            raise
-
-    def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
-        domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
-        begun = session.get_transaction()
-        for projection in self.projections:
-            for event in domain_events:
-                handler = projection.handlers.find(type(event))
-                if handler is not None:
-                    session.flush()
-                    self._forget_rows(session)
-                    handler(projection, event, session)
-                if session.get_transaction() is not begun:
-                    raise HandlerError(INLINE_ENDED)
-        session.flush()
-
-    def _forget_rows(self, session: orm.Session) -> None:
-        """Have handlers load rows again: what the session has may be older than the aggregate's last event."""
-        models = tuple(model for projection in self.projections for model in projection.models)
-        if models:
-            for row in list(session.identity_map.values()):
-                if isinstance(row, models) and not session.is_modified(row):
-                    session.expire(row)
-
-    def _refuse_old_snapshot(self, connection: Connection) -> None:
-        """Let a transaction try again whose snapshot is older than the end of a rebuild.
-
-        It would see the new tables as they were while they were being built. A locking read sees what is committed.
-
-        :raises ConflictError: when a rebuild has ended since the transaction began to read.
-        """
-        if not self.application.datastore.dialect.refuses_old_snapshot:
-            return
-        for projection in self.projections:
-            checkpoint = self.application.checkpoint(projection.name)
-            if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
-                raise ConflictError(
-                    f"Projection {projection.name} was rebuilt since this transaction began: try again."
-                )

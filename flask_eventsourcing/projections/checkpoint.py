@@ -173,15 +173,19 @@ class Checkpoint:
         fingerprint: str = "",
         notes: Mapping[str, Any] | None = None,
         abandoned: CheckpointRow | None = None,
+        at: int | None = None,
     ) -> CheckpointRow | None:
         """Make this process the runner; with *lease*, only if nobody else's lease is valid.
 
         :param fingerprint: of the code that is going to run.
         :param notes: further values that the row is to have then.
+        :param at: the position that the row must have, if that matters.
         :param abandoned: a row whose runner has not renewed its lease for long enough, whatever its time says.
         """
         now, c = utc_now(), self.table.c
         change = sa.update(self.table).where(self._row, c.state != SWAPPING)
+        if at is not None:
+            change = change.where(c.position == at)
         code = fingerprint[:CODE_OF_TOKEN]
         token = uuid4().hex[: 32 - len(code)] + code
         values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": now}

@@ -39,8 +39,10 @@ class ProjectedApplication:
     find: Callable[[], Application[Any]]
     models: ProjectionModels
     lease: bool = False
-    registered: set[str] = field(default_factory=set)
-    """The names of its projections."""
+    registered: dict[str, type[ModelProjection]] = field(default_factory=dict)
+    """Its projections by their names."""
+    merged: dict[str, float] = field(default_factory=dict)
+    """When what inline projections have applied was merged last in this process, by their names."""
 
     def is_orphan(self, name: str) -> bool:
         """Whether the name of a checkpoint is that of no projection here."""

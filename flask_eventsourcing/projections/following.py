@@ -20,6 +20,7 @@ from ..persistence.subscriptions import Waiter
 from .belonging import Belonging, Mismatch
 from .checkpoint import ACTIVE, HALTED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
+from .inline import applied_inline, find_not_applied
 from .pace import Backoff
 from .runners import halted_message
 
@@ -36,9 +37,9 @@ class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
     ``state`` is ``inline``, ``halted``, ``running``, ``stopped``, or what does not fit: ``ahead of its log``, ``another
-    log``, ``tables made again``, ``old code`` where this process would stand by, or ``held back`` by a transaction that
-    has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then ``problem`` says what is to be done. ``head`` is
-    the last position that is committed. ``writer`` is the oldest transaction that holds readers back before the head,
+    log``, ``tables made again``, ``not applied inline``, ``old code`` where this process would stand by, or ``held
+    back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then ``problem`` says what
+    is to be done. ``head`` is the last position that is committed. ``writer`` is the oldest transaction that holds readers back before the head,
     and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of its topics
     that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
     ``code_changed`` says that this process has other code than that of the last rebuild.
@@ -99,11 +100,11 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         found = consumer.checkpoint.read(connection)
         row = found or _never_run(consumer)
         end, writer = consumer.application.look_for_writer(connection, mark)
-        position = end if inline else row.position
         running = _is_running(consumer, connection, row)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
-        topics = consumer.count_topics(connection, position, end) if position < end else {}
-        mismatch = None if inline else _mismatch(belonging, connection, found)
+        mismatch = _mismatch(belonging, connection, found)
+        position, topics, not_applied = _progress(consumer, connection, row, mark, end)
+        mismatch = mismatch or not_applied
     if mismatch is None and not inline:
         mismatch = _problem(belonging, row, running, mark, end, writer)
     state = _state(row, inline=inline, running=running)
@@ -124,6 +125,18 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         code_changed=belonging.has_changed_code(row),
         **_writer(writer),
     )
+
+
+def _progress(
+    consumer: Consumer, connection: Connection, row: CheckpointRow, mark: int, end: int
+) -> tuple[int, dict[str, int], Mismatch | None]:
+    """Return how far a consumer is, what it has still to do by topic, and whether it lacks events before that."""
+    if consumer.kind == "projection" and consumer.projection_class.inline:
+        return applied_inline(consumer, connection, row, mark, end)
+    if row.position >= end:
+        return row.position, {}, None
+    topics = consumer.count_topics(connection, row.position, end)
+    return row.position, topics, find_not_applied(consumer, connection, row, mark)
 
 
 def _is_running(consumer: Consumer, connection: Connection, row: CheckpointRow) -> bool:
@@ -233,13 +246,17 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     :raises UncommittedEventsError: when the current session has events that are not committed: nobody can see them.
     :raises ProjectionHaltedError: when the projection stands before that.
     :raises TimeoutError: after *timeout* seconds.
+    :raises CheckpointMismatchError: when it does not fit its log or its tables, or lacks events as an inline one.
     :raises OldSnapshotError: when the current session's transaction could not see it.
     """
     unit = consumer.application.host.open_unit()
     if unit is not None and unit.batches:
         raise UncommittedEventsError("wait_for waits for committed events: call db.session.commit() before it.")
     position = last_position(recordings)
-    if consumer.projection_class.inline or position == 0:
+    if position == 0:
+        return
+    if consumer.projection_class.inline:
+        _check_inline(consumer)
         return
     goal = _Goal(consumer, position)
     if not goal.is_reached():
@@ -250,6 +267,19 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
         seen = consumer.checkpoint.read(unit.connection())
         if seen is None or seen.position < position:
             raise OldSnapshotError
+
+
+def _check_inline(consumer: Consumer) -> None:
+    """Look whether an inline projection has applied all that is committed.
+
+    :raises CheckpointMismatchError: when it has not.
+    """
+    mark = consumer.application.high_water_mark()
+    with consumer.application.engine.connect() as connection:
+        row = consumer.checkpoint.read(connection) or _never_run(consumer)
+        mismatch = find_not_applied(consumer, connection, row, mark)
+    if mismatch is not None:
+        raise mismatch.error
 
 
 def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
@@ -300,6 +330,7 @@ class _Goal:
                 # Or else its position says nothing.
                 self._looked = time.monotonic()
                 mismatch = Belonging(self.consumer).find_mismatch(connection, row)
+                mismatch = mismatch or find_not_applied(self.consumer, connection, row, self.position)
                 if mismatch is not None:
                     raise mismatch.error
         if row.state == HALTED and row.position < self.position:

@@ -14,10 +14,10 @@ from eventsourcing.application import Application
 from ..exceptions import ConfigurationError
 from ..host import Host
 from ..persistence.dialects import hide_values
-from .applying import InlineApplier
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
 from .definitions import ModelProjection, check_projection
 from .following import Waiters
+from .inline import InlineApplier
 from .runners import Runner
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class BoundProjections:
             application = self.applications[of] = self._make_application(of)
             self.waiters[application] = Waiters(application)
         self.bound[of.name, projection_class.name] = registration, application
-        application.registered.add(projection_class.name)
+        application.registered[projection_class.name] = projection_class
         if projection_class.inline:
             bound = [r.projection_class for r, a in self.bound.values() if a is application]
             InlineApplier(application, bound).install()

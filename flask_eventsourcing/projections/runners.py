@@ -310,7 +310,7 @@ class Runner:
                     progress.state = "up to date"
                     return True
                 if claimed.position >= progress.high_water_mark:
-                    progress.high_water_mark = self.consumer.end()
+                    progress.high_water_mark = self.turn.find_end(claimed)
                 if claimed.position >= progress.high_water_mark:
                     progress.state = "up to date"
                     self._wait(waiter, claimed, heartbeat)
@@ -343,7 +343,7 @@ class Runner:
                 news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
                 now = time.monotonic()
                 if news or now >= look + pause.seconds:
-                    self.progress.high_water_mark = self.consumer.end()
+                    self.progress.high_water_mark = self.turn.find_end(claimed)
                     if self.progress.high_water_mark > claimed.position:
                         return
                     # After news that is not to be seen yet, because of a writer in progress, look again soon.

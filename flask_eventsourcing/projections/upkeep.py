@@ -14,6 +14,7 @@ from .belonging import Belonging
 from .checkpoint import ACTIVE, Checkpoint
 from .consumers import SUFFIXES, Consumer, ProjectedApplication
 from .fingerprints import accept as accept_fingerprint
+from .inline import find_not_applied
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def accept(consumer: Consumer) -> None:
     belonging = Belonging(consumer)
     with consumer.application.engine.begin() as connection:
         row = checkpoint.lock(connection)
-        position = mark if belonging.find_mismatch_of_log(connection, row) is not None else row.position
+        mismatch = belonging.find_mismatch_of_log(connection, row)
+        mismatch = mismatch or find_not_applied(consumer, connection, row, mark)
+        position = mark if mismatch is not None else row.position
         values = {
             "position": position,
             "state": ACTIVE,
