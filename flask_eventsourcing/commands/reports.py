@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 TRIES, PAUSE = 5, 0.1
 """Tries to create tables where none of them has appeared since, and the seconds between them."""
 
+POOLER = (
+    "A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode, so that no "
+    "process could hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
+)
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
 WORTH_A_BAR = 1000
@@ -126,10 +130,19 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
+    faults += _check_locks(subject)
     if not faults:
         _merge(subject)
         faults += [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
     return faults
+
+
+def _check_locks(subject: Subject) -> list[str]:
+    """Look whether the server's locks would stay with the process that has taken them."""
+    dialects = {consumer.application.datastore.dialect for consumer in subject.consumers() if not consumer.leased}
+    if not any(dialect.shares_connections() for dialect in dialects):
+        return []
+    return [POOLER]
 
 
 def _merge(subject: Subject) -> None:

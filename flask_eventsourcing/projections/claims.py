@@ -99,8 +99,8 @@ class Turn:
         end = self.consumer.end()
         if self.consumer.kind == "projection":
             # After the end was known, so that what is noted of the events before it is there.
-            with self.consumer.application.engine.connect() as connection:
-                if Ranges(self.consumer).beyond(connection, row.position, end) != row.position:
+            with self.consumer.application.datastore.reading(join=False) as read:
+                if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:
                     raise FencedError
         return end
 

@@ -39,10 +39,12 @@ class ProjectionStatus:
     ``state`` is ``inline``, ``halted``, ``running``, ``stopped``, or what does not fit: ``ahead of its log``, ``another
     log``, ``tables made again``, ``not applied inline``, ``old code`` where this process would stand by, or ``held
     back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then ``problem`` says what
-    is to be done. ``head`` is the last position that is committed. ``writer`` is the oldest transaction that holds readers back before the head,
-    and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of its topics
-    that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
-    ``code_changed`` says that this process has other code than that of the last rebuild.
+    is to be done.
+
+    ``head`` is the last position that is committed. ``writer`` is the oldest transaction that holds readers back before
+    the head, and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of
+    its topics that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner
+    took over. ``code_changed`` says that this process has other code than that of the last rebuild.
     """
 
     name: str
