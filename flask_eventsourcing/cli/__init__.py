@@ -153,10 +153,12 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 @dead_letters.command("list")
 @of_projection
+@click.option("--aggregate", metavar="ID", help="Only those of an aggregate.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most that are listed.")
 @as_json_option
-def list_letters(projection: str | None, as_json: bool) -> None:
-    """List the dead letters, in the order of the log."""
-    call(letters.list_letters, projection=projection, as_json=as_json)
+def list_letters(projection: str | None, aggregate: str | None, limit: int | None, as_json: bool) -> None:
+    """List the dead letters by projection, in the order of the log."""
+    call(letters.list_letters, projection=projection, aggregate=aggregate, limit=limit, as_json=as_json)
 
 
 @dead_letters.command("show")

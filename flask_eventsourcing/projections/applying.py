@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, cast
 from uuid import UUID
 
@@ -80,7 +81,11 @@ class Applier:
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
-        self._undeclared = Undeclared(consumer)
+        self._has_letters: bool | None = None
+
+    @cached_property
+    def _undeclared(self) -> Undeclared:
+        return Undeclared(self.consumer)
 
     @property
     def letters(self) -> DeadLetters:
@@ -152,7 +157,7 @@ class Applier:
         checkpoint = self.consumer.checkpoint
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
-            blocked = self._blocked(connection)
+            blocked = self._blocked(connection, [notification])
         if row is None or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
@@ -179,11 +184,16 @@ class Applier:
                 raise
             raise (SuspectError if is_outage(error) else EventError) from error
 
-    def _blocked(self, connection: Connection) -> set[str]:
-        """The aggregates whose events wait behind one that was set aside."""
-        if self.consumer.projection_class.on_failure != "dead-letter":
+    def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
+        """The aggregates of some events that wait behind one that was set aside."""
+        if self._has_letters is None:
+            # One that halts has only those that an operator has skipped, while nobody ran it.
+            sets_aside = self.consumer.projection_class.on_failure == "dead-letter"
+            self._has_letters = sets_aside or self.letters.any(connection, self.consumer.name)
+        if not self._has_letters:
             return set()
-        return self.letters.blocked(connection, self.consumer.name)
+        ids = {str(each.originator_id) for each in notifications}
+        return self.letters.blocked(connection, self.consumer.name, ids)
 
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
@@ -231,7 +241,7 @@ class Applier:
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked = self._blocked(connection)
+        blocked = self._blocked(connection, notifications)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
