@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
-from uuid import UUID
 
-import sqlalchemy as sa
 from eventsourcing import utils
-from eventsourcing.persistence import Notification, StoredEvent
+from eventsourcing.persistence import Mapper, Notification, StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
@@ -22,9 +20,9 @@ from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
 from .checkpoint import CheckpointRow, FencedError
-from .consumers import Consumer, ProjectedApplication
+from .consumers import Consumer, ProjectedApplication, id_keys
 from .dead_letters import DeadLetters
-from .definitions import ModelProjection
+from .definitions import ModelProjection, call
 from .shadows import Undeclared
 
 ENDED = (
@@ -71,17 +69,22 @@ class Applier:
         self.ends = ends
         self.consumer = consumer
         self.projection = consumer.projection_class()
-        # Looked up once, as there are many thousand events a second.
-        self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
-        self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
+        self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._has_letters: bool | None = None
+        self.has_saved = False
+        """Whether a reaction has saved events."""
+
+    @cached_property
+    def _mapper(self) -> Mapper[Any]:
+        # Looked up once, as there are many thousand events a second.
+        return self.consumer.application.mapper
 
     @cached_property
     def _undeclared(self) -> Undeclared:
@@ -177,6 +180,7 @@ class Applier:
             with unit.gate.hold(ENDED.format(name)):
                 self._handle_one(session, notification)
                 session.flush()
+            self.has_saved = self.has_saved or bool(unit.batches)
             if unit.dialect.is_aborted(self.connection(session)):
                 raise HandlerError(SWALLOWED.format(name))
         except Exception as error:
@@ -282,6 +286,7 @@ class Applier:
         """Call the handler of one event, if there is one.
 
         :raises UnreadableEventError: for what stands for a row that cannot be read.
+        :raises HandlerError: when it would end the process.
         """
         if isinstance(notification, UnreadableNotification):
             raise notification.error
@@ -290,11 +295,10 @@ class Applier:
         except utils.TopicError as error:
             raise UnknownTopicError(UNKNOWN.format(notification.topic)) from error
         handler = self._handlers.find(type(event))
-        if handler is not None:
-            if self.consumer.kind == "reactions":
-                handler(self.projection, event, self.idempotency_key(notification))
-            else:
-                handler(self.projection, event, session)
+        if handler is None:
+            return
+        last = self.idempotency_key(notification) if self.consumer.kind == "reactions" else session
+        call(handler, self.projection, event, last)
 
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
@@ -302,25 +306,6 @@ class Applier:
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
         return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"
-
-
-def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
-    """The models whose primary key can be the id of an aggregate, with that column."""
-    if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
-        return
-    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
-    for model in consumer.projection_class.models:
-        key = sa.inspect(model).primary_key
-        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
-            yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
-
-
-def _python_type(column: Any) -> type[Any] | None:
-    try:
-        found: type[Any] = column.type.python_type
-    except NotImplementedError:
-        return None
-    return found
 
 
 class InlineApplier:

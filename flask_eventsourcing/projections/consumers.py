@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, cast
+from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
@@ -227,4 +228,23 @@ def consumers_of(application: ProjectedApplication, projection_class: type[Model
         found.append(Consumer(application, projection_class))
     if projection_class.reactions:
         found.append(Consumer(application, projection_class, "reactions"))
+    return found
+
+
+def id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
+    """Return the models whose primary key can be the id of an aggregate, with that column."""
+    if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
+        return
+    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
+    for model in consumer.projection_class.models:
+        key = sa.inspect(model).primary_key
+        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
+            yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
+
+
+def _python_type(column: Any) -> type[Any] | None:
+    try:
+        found: type[Any] = column.type.python_type
+    except NotImplementedError:
+        return None
     return found

@@ -55,6 +55,8 @@ class Progress:
     high_water_mark: int = 0
     events: int = 0
     """How many events the runner has dealt with."""
+    has_saved: bool = False
+    """Whether a reaction has saved events since the run began."""
     halted: ProjectionHaltedError | None = None
 
     @property
@@ -130,16 +132,17 @@ class Delivery:
                     pause.seconds = max(pause.seconds, SUSPECT_PAUSE)
             else:
                 self.progress.events += 1
+                self.progress.has_saved = self.applier.has_saved
                 return applied
             # An outage is raised from here.
-            self._note(claimed, notification, error)
+            self._note(claimed, notification, error, attempts)
             if attempts > self.consumer.projection_class.retries:
                 return self._fail(claimed, notification, error, attempts)
             if self.stop.wait(pause.seconds):
                 return claimed
             pause.grow()
 
-    def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException) -> None:
+    def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int) -> None:
         text = f"{event_name(notification)}: {describe(error)}"
         try:
             self.consumer.checkpoint.note_error(claimed, notification.id, text)
@@ -148,7 +151,9 @@ class Delivery:
             if not lost.connection_invalidated:
                 raise
             self.consumer.checkpoint.note_error(claimed, notification.id, text)
-        logger.warning("%s: its handler failed: %s", claimed.name, text, exc_info=error)
+        # The traceback once: the next tries are likely to end in the same way.
+        shown = error if attempts == 1 else None
+        logger.warning("%s: its handler failed, try %d: %s", claimed.name, attempts, text, exc_info=shown)
 
     def _fail(
         self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int
@@ -209,6 +214,7 @@ class Runner:
 
     def _run(self, once: bool) -> None:
         pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self.goal, self.progress.has_saved = None, False
         while not self.stop.is_set():
             try:
                 if self._take_turn(once):
@@ -219,7 +225,7 @@ class Runner:
                     raise
                 # Others may go on in the meantime; it waits until somebody resumes it.
                 self.progress.halted = error
-                logger.error("%s", error, exc_info=error.__cause__)
+                logger.error("%s", error)
             except FencedError:
                 logger.info("%s: another process moved its position; it goes on from there", self.name)
             except Exception as error:

@@ -41,11 +41,15 @@ NEAR = 1000
 
 @dataclass(frozen=True)
 class Swapped:
-    """What a swap has done: the events that were missing, and the rows of each table before and after."""
+    """What a swap has done: the events that were missing, and the rows of each table before and after.
+
+    ``letters`` counts the events that were set aside in all of the rebuild, and those that wait behind them.
+    """
 
     position: int
     events: int
     rows: dict[str, tuple[int, int]]
+    letters: tuple[int, int] = (0, 0)
 
 
 class Swap:
@@ -210,21 +214,22 @@ class Swap:
             page = pages.read(row.position, NEAR, end)
             row = applier.apply(row, page.events, page.position)
             events += len(page.events)
-        self._verify(connection, row)
+        letters = self._verify(connection, row)
         before = self._live().count_rows(connection)
         counts = zip(before, self.new.count_rows(connection), strict=True)
         names = (table.name for table in self.live.tables)
-        return Swapped(row.position, events, dict(zip(names, counts, strict=True)))
+        return Swapped(row.position, events, dict(zip(names, counts, strict=True)), letters)
 
-    def _verify(self, connection: Connection, row: CheckpointRow) -> None:
+    def _verify(self, connection: Connection, row: CheckpointRow) -> tuple[int, int]:
         found = self.live.count_events(connection, 0, row.position)
-        failed, _ = self.application.dead_letters.count(connection, self.rebuild.name)
+        failed, waiting = self.application.dead_letters.count(connection, self.rebuild.name)
         if found != row.applied + failed:
             raise RebuildError(
                 f"The rebuild of {self.live.name} has applied {row.applied} events and set {failed} aside, but the "
                 f"log has {found} up to position {row.position}: the live tables stay as they are; begin again, with "
                 "--restart."
             )
+        return failed, waiting
 
 
 def _why(held: Sequence[str]) -> str:
