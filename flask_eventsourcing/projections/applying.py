@@ -19,7 +19,7 @@ from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
 from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
-from .checkpoint import CheckpointRow, FencedError
+from .checkpoint import PAUSED, CheckpointRow, FencedError
 from .consumers import Consumer, ProjectedApplication, id_keys
 from .dead_letters import DeadLetters
 from .definitions import ModelProjection, call
@@ -161,7 +161,7 @@ class Applier:
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
             blocked = self._blocked(connection, [notification])
-        if row is None or (row.token, row.position) != (claimed.token, claimed.position):
+        if row is None or row.state == PAUSED or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
         with self.consumer.application.host.transaction() as session:
@@ -170,7 +170,7 @@ class Applier:
             connection = self.connection(session)
             if is_set_aside:
                 self.letters.add(connection, self.consumer.name, notification)
-            self._advance(connection, claimed, position, 1, [notification])
+            self._advance(connection, claimed, position, 1, [notification], called=not is_set_aside)
         return claimed._replace(position=position, applied=claimed.applied + 1)
 
     def _call(self, session: orm.Session, notification: Notification) -> None:
@@ -231,9 +231,12 @@ class Applier:
         position: int,
         applied: int,
         notifications: Sequence[Notification],
+        *,
+        called: bool = False,
     ) -> None:
-        last = self.consumer.last_event(position, notifications)
-        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased, last=last)
+        last, leased = self.consumer.last_event(position, notifications), self.consumer.leased
+        checkpoint = self.consumer.checkpoint
+        checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""

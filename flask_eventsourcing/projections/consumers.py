@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal, cast
 from uuid import UUID
@@ -98,6 +99,18 @@ class ProjectedApplication:
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own, with what stands for rows that cannot be read."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
+
+    def time_of(self, notification: Notification) -> datetime | None:
+        """Return the timestamp of an event, None where it has none or cannot be read."""
+        try:
+            event = self.mapper.to_domain_event(notification)
+        except Exception:  # noqa: BLE001
+            # An event that cannot be read is what a projection halts at; its time is not known.
+            return None
+        timestamp = getattr(event, "timestamp", None)
+        if not isinstance(timestamp, datetime):
+            return None
+        return timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
 
     def last_position(self, connection: Connection) -> int:
         """Return the high-water mark, read on a connection that there is: a pool may have no second one."""

@@ -67,6 +67,11 @@ def _traceback(error: BaseException) -> str:
     return _storable("".join(traceback.format_exception(error)))[-LONGEST_TEXT:]
 
 
+def note_of(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return what an operator has written in one line that every database can store."""
+    return _storable(printable(" ".join(text.split())))[:longest]
+
+
 def _storable(text: str) -> str:
     # Not every database takes a NUL, and no driver half a surrogate pair.
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
@@ -112,13 +117,25 @@ class DeadLetters:
                 "attempts": attempts,
                 "failed_at": utc_now(),
             }
+        self._insert(connection, projection, notification, failed)
+
+    def add_skipped(
+        self, connection: Connection, projection: str, notification: Notification, error: str, by: str, reason: str
+    ) -> None:
+        """Set an event aside that an operator has skipped."""
+        noted = {"error": error, "failed_at": utc_now(), "changed_by": by, "reason": reason}
+        self._insert(connection, projection, notification, noted)
+
+    def _insert(
+        self, connection: Connection, projection: str, notification: Notification, noted: dict[str, Any]
+    ) -> None:
         values = {
             "projection": projection,
             "position": notification.id,
             "originator_id": str(notification.originator_id),
             "originator_version": notification.originator_version,
             "topic": notification.topic,
-            **failed,
+            **noted,
         }
         connection.execute(sa.insert(self.table).values(values))
 

@@ -20,7 +20,7 @@ from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError, SuspectError
 from .belonging import OLD_CODE, Mismatch
-from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
+from .checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from .claims import Turn
 from .consumers import Consumer
 from .dead_letters import describe
@@ -43,7 +43,9 @@ SUSPECT_PAUSE = 1.0
 SKIP_PAUSE = 0.05
 """Seconds for which news without an event for this consumer are gathered before its position moves past them."""
 
-RunnerState = Literal["starting", "standing by", "catching up", "up to date", "unreachable", "halted", "stopped"]
+RunnerState = Literal[
+    "starting", "standing by", "catching up", "up to date", "unreachable", "halted", "paused", "stopped"
+]
 
 
 @dataclass(eq=False)
@@ -246,8 +248,8 @@ class Runner:
 
     def _take_turn(self, once: bool) -> bool:
         row = self.consumer.checkpoint.read()
-        if row is not None and row.state == HALTED:
-            self._halted(row, once)
+        if row is not None and row.state in (HALTED, PAUSED):
+            self._stand_still(row, once)
             return False
         if row is not None and row.state == SWAPPING and self.consumer.kind == "projection":
             self._settle_swap()
@@ -286,11 +288,17 @@ class Runner:
             lock.release()
         self.stop.wait(SLICE)
 
-    def _halted(self, row: CheckpointRow, once: bool) -> None:
-        self.progress.state = "halted"
+    def _stand_still(self, row: CheckpointRow, once: bool) -> None:
+        """Wait until somebody resumes it."""
         self.turn.give_up()
         if once:
-            raise ProjectionHaltedError(halted_message(self.name, row.failed_position, row.error))
+            raise ProjectionHaltedError(stopped_message(row))
+        if row.state == PAUSED and self.progress.state != "paused":
+            logger.info("%s", stopped_message(row))
+        if row.state == PAUSED:
+            self.progress.state, self.progress.halted, self.progress.position = "paused", None, row.position
+        else:
+            self.progress.state = "halted"
         self.stop.wait(STANDBY_PAUSE)
 
     def _stand_by(self, row: CheckpointRow | None, once: bool) -> bool:
@@ -372,5 +380,15 @@ def halted_message(name: str, position: int | None, error: str | None) -> str:
     """Return what is said of a halted projection."""
     return (
         f"{name} is halted before position {position}: {error}. Correct its handler and run it again, "
-        "or let it set such events aside with on_failure = 'dead-letter'."
+        "or let it set such events aside with on_failure = 'dead-letter', or this one with 'flask eventsourcing "
+        f"projections skip {name} {position}'."
     )
+
+
+def stopped_message(row: CheckpointRow) -> str:
+    """Return what is said of a consumer that is halted or paused."""
+    if row.state != PAUSED:
+        return halted_message(row.name, row.failed_position, row.error)
+    by = f" by {row.changed_by}" if row.changed_by else ""
+    reason = f": {row.reason}" if row.reason else ""
+    return f"{row.name} is paused{by}{reason}. 'flask eventsourcing projections resume {row.name}' lets it go on."

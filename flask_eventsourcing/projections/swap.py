@@ -25,7 +25,7 @@ from ..persistence import Dialect
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
-from .checkpoint import ACTIVE, SWAPPING, CheckpointRow
+from .checkpoint import ACTIVE, PAUSED, SWAPPING, CheckpointRow
 from .consumers import Consumer
 from .pages import LogPages
 from .shadows import REFERS, ShadowTables, shadows_of
@@ -147,6 +147,9 @@ class Swap:
         with host.context(), self.new.session(host) as session, host.transaction():
             connection = host.unit_of(session).connection()
             swapped = self._finish(connection)
+            if _is_paused(self.live, connection):
+                # Noted in the row that is left of the rebuild, as the live one has no place for two states.
+                self.rebuild.checkpoint.set_state(connection, PAUSED)
             self.live.checkpoint.set_state(connection, SWAPPING)
         with engine.connect() as connection:
             connection.detach()
@@ -325,6 +328,11 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
     rebuild.checkpoint.remove(connection)
 
 
+def _is_paused(consumer: Consumer, connection: Connection) -> bool:
+    row = consumer.checkpoint.read(connection)
+    return row is not None and row.state == PAUSED
+
+
 def settle(live: Consumer) -> None:
     """Finish, or take back, a swap in steps that was interrupted."""
     row = live.checkpoint.read()
@@ -334,6 +342,8 @@ def settle(live: Consumer) -> None:
         if live.checkpoint.lock(connection).state != SWAPPING:
             return
         if shadows_of(live, NEW).any_exist(connection):
-            live.checkpoint.set_state(connection, ACTIVE)
+            rebuild = live.of_kind("rebuild")
+            live.checkpoint.set_state(connection, PAUSED if _is_paused(rebuild, connection) else ACTIVE)
+            rebuild.checkpoint.set_state(connection, ACTIVE)
         else:
             hand_over(live, live.of_kind("rebuild"), connection)
