@@ -24,6 +24,7 @@ from . import (
     Subject,
     as_table,
     clear_errors,
+    counted,
     missing_tables,
     remedy_of_missing,
     require_tables,
@@ -234,7 +235,8 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
         parts.append(f"{'halted at' if each.state == 'halted' else 'last error:'} {each.error}")
     if each.dead_letters:
         waiting = f", {each.waiting} waiting behind" if each.waiting else ""
-        parts.append(f"{each.dead_letters} dead letters{waiting}: see '{subject.program} dead-letters list'")
+        dead = counted(each.dead_letters, "dead letter")
+        parts.append(f"{dead}{waiting}: see '{subject.program} dead-letters list'")
     return "; ".join(parts)
 
 

@@ -26,6 +26,7 @@ from . import (
     UnreachableError,
     UsageError,
     clear_errors,
+    counted,
     message_of,
     named,
     registered,
@@ -265,6 +266,10 @@ def rebuild(
     output.write(
         f"Rebuilt up to position {done.position} ({done.events:,} events in {_duration(done.seconds)}{resumed})."
     )
+    if done.dead_letters:
+        waiting = f", {done.waiting} waiting behind" if done.waiting else ""
+        letters = counted(done.dead_letters, "dead letter")
+        output.write(f"It has set aside {letters}{waiting}: see '{subject.program} dead-letters list'.")
     if drop_old:
         with clear_errors():
             for table in building.drop_old():

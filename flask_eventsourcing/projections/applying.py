@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
-from uuid import UUID
 
-import sqlalchemy as sa
 from eventsourcing import utils
-from eventsourcing.persistence import Notification
+from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
@@ -17,9 +16,10 @@ from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
 from ..persistence.dialects.event_values import UnreadableNotification
 from .batches import Batches, ObservedError
-from .checkpoint import CheckpointRow, FencedError
-from .consumers import Consumer
+from .checkpoint import PAUSED, CheckpointRow, FencedError
+from .consumers import Consumer, id_keys
 from .dead_letters import DeadLetters
+from .definitions import call
 from .shadows import Undeclared
 
 ENDED = (
@@ -62,17 +62,26 @@ class Applier:
         self.ends = ends
         self.consumer = consumer
         self.projection = consumer.projection_class()
-        # Looked up once, as there are many thousand events a second.
-        self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
-        self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
+        self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
-        self._undeclared = Undeclared(consumer)
+        self._has_letters: bool | None = None
+        self.has_saved = False
+        """Whether a reaction has saved events."""
+
+    @cached_property
+    def _mapper(self) -> Mapper[Any]:
+        # Looked up once, as there are many thousand events a second.
+        return self.consumer.application.mapper
+
+    @cached_property
+    def _undeclared(self) -> Undeclared:
+        return Undeclared(self.consumer)
 
     @property
     def letters(self) -> DeadLetters:
@@ -144,8 +153,8 @@ class Applier:
         checkpoint = self.consumer.checkpoint
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
-            blocked = self._blocked(connection)
-        if row is None or (row.token, row.position) != (claimed.token, claimed.position):
+            blocked = self._blocked(connection, [notification])
+        if row is None or row.state == PAUSED or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
         with self.consumer.application.host.transaction() as session:
@@ -154,7 +163,7 @@ class Applier:
             connection = self.connection(session)
             if is_set_aside:
                 self.letters.add(connection, self.consumer.name, notification)
-            self._advance(connection, claimed, position, 1, [notification])
+            self._advance(connection, claimed, position, 1, [notification], called=not is_set_aside)
         return claimed._replace(position=position, applied=claimed.applied + 1)
 
     def _call(self, session: orm.Session, notification: Notification) -> None:
@@ -164,6 +173,7 @@ class Applier:
             with unit.gate.hold(ENDED.format(name)):
                 self._handle_one(session, notification)
                 session.flush()
+            self.has_saved = self.has_saved or bool(unit.batches)
             if unit.dialect.is_aborted(self.connection(session)):
                 raise HandlerError(SWALLOWED.format(name))
         except Exception as error:
@@ -171,11 +181,16 @@ class Applier:
                 raise
             raise (SuspectError if is_outage(error) else EventError) from error
 
-    def _blocked(self, connection: Connection) -> set[str]:
-        """The aggregates whose events wait behind one that was set aside."""
-        if self.consumer.projection_class.on_failure != "dead-letter":
+    def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
+        """The aggregates of some events that wait behind one that was set aside."""
+        if self._has_letters is None:
+            # One that halts has only those that an operator has skipped, while nobody ran it.
+            sets_aside = self.consumer.projection_class.on_failure == "dead-letter"
+            self._has_letters = sets_aside or self.letters.any(connection, self.consumer.name)
+        if not self._has_letters:
             return set()
-        return self.letters.blocked(connection, self.consumer.name)
+        ids = {str(each.originator_id) for each in notifications}
+        return self.letters.blocked(connection, self.consumer.name, ids)
 
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
@@ -209,9 +224,12 @@ class Applier:
         position: int,
         applied: int,
         notifications: Sequence[Notification],
+        *,
+        called: bool = False,
     ) -> None:
-        last = self.consumer.last_event(position, notifications)
-        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased, last=last)
+        last, leased = self.consumer.last_event(position, notifications), self.consumer.leased
+        checkpoint = self.consumer.checkpoint
+        checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""
@@ -223,7 +241,7 @@ class Applier:
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked = self._blocked(connection)
+        blocked = self._blocked(connection, notifications)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -264,6 +282,7 @@ class Applier:
         """Call the handler of one event, if there is one.
 
         :raises UnreadableEventError: for what stands for a row that cannot be read.
+        :raises HandlerError: when it would end the process.
         """
         if isinstance(notification, UnreadableNotification):
             raise notification.error
@@ -272,11 +291,10 @@ class Applier:
         except utils.TopicError as error:
             raise UnknownTopicError(UNKNOWN.format(notification.topic)) from error
         handler = self._handlers.find(type(event))
-        if handler is not None:
-            if self.consumer.kind == "reactions":
-                handler(self.projection, event, self.idempotency_key(notification))
-            else:
-                handler(self.projection, event, session)
+        if handler is None:
+            return
+        last = self.idempotency_key(notification) if self.consumer.kind == "reactions" else session
+        call(handler, self.projection, event, last)
 
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
@@ -284,22 +302,3 @@ class Applier:
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
         return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"
-
-
-def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
-    """The models whose primary key can be the id of an aggregate, with that column."""
-    if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
-        return
-    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
-    for model in consumer.projection_class.models:
-        key = sa.inspect(model).primary_key
-        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
-            yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
-
-
-def _python_type(column: Any) -> type[Any] | None:
-    try:
-        found: type[Any] = column.type.python_type
-    except NotImplementedError:
-        return None
-    return found
