@@ -179,7 +179,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, as long as their states are not too large.
 
-        After large events it looks at few at a time: MariaDB reads a state to know its size.
+        After large events it looks at few at a time: a database may read a state to know its size.
 
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         """

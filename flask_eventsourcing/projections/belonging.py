@@ -58,7 +58,7 @@ class Belonging:
 
     def find_mismatch(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
         """Return what does not fit of log and tables."""
-        if row.position == 0:
+        if row.position == 0 and not self.consumer.projection_class.inline:
             return None
         return self.find_mismatch_of_log(connection, row) or self._of_tables(connection, row)
 

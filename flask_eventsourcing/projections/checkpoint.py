@@ -68,6 +68,11 @@ class CheckpointRow(NamedTuple):
     changed_by: str | None = None
     reason: str | None = None
 
+    @classmethod
+    def never_run(cls, name: str) -> CheckpointRow:
+        """Return what is true of a projection that has no row yet."""
+        return cls(name, 0, 0, ACTIVE, *[None] * 7)
+
     def is_run_by(self, fingerprint: str) -> bool:
         """Whether the code of a fingerprint has the claim."""
         return self.token is not None and self.token.endswith(fingerprint[:CODE_OF_TOKEN])

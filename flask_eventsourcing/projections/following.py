@@ -18,7 +18,7 @@ from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEve
 from ..persistence.dialects.locks import OpenWriter
 from ..persistence.subscriptions import Waiter
 from .belonging import Belonging, Mismatch
-from .checkpoint import ACTIVE, HALTED, PAUSED, CheckpointRow
+from .checkpoint import HALTED, PAUSED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .inline import applied_inline, find_not_applied
 from .pace import Backoff
@@ -103,7 +103,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     belonging = Belonging(consumer)
     with consumer.application.engine.connect() as connection:
         found = consumer.checkpoint.read(connection)
-        row = found or _never_run(consumer)
+        row = found or CheckpointRow.never_run(consumer.name)
         end, writer = consumer.application.look_for_writer(connection, mark)
         running = _is_running(consumer, connection, row)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
@@ -179,10 +179,6 @@ def _writer(writer: OpenWriter | None) -> dict[str, Any]:
 
 def _mismatch(belonging: Belonging, connection: Connection, row: CheckpointRow | None) -> Mismatch | None:
     return belonging.find_orphan(connection) if row is None else belonging.find_mismatch(connection, row)
-
-
-def _never_run(consumer: Consumer) -> CheckpointRow:
-    return CheckpointRow(consumer.name, 0, 0, ACTIVE, *[None] * 7)
 
 
 def _aware(time: datetime | None) -> datetime | None:
@@ -282,7 +278,7 @@ def _check_inline(consumer: Consumer) -> None:
     """
     mark = consumer.application.high_water_mark()
     with consumer.application.engine.connect() as connection:
-        row = consumer.checkpoint.read(connection) or _never_run(consumer)
+        row = consumer.checkpoint.read(connection) or CheckpointRow.never_run(consumer.name)
         mismatch = find_not_applied(consumer, connection, row, mark)
     if mismatch is not None:
         raise mismatch.error

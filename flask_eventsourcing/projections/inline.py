@@ -23,8 +23,8 @@ from ..persistence import JoinedUnit
 from ..persistence.dialects import is_serialization_failure
 from ..persistence.dialects.event_tables import ConflictError
 from ..uow import UnitOfWork
-from .belonging import AHEAD, NOT_APPLIED, Mismatch
-from .checkpoint import CheckpointRow
+from .belonging import AHEAD, NOT_APPLIED, Belonging, Mismatch
+from .checkpoint import SWAPPING, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .definitions import ModelProjection
 
@@ -123,10 +123,15 @@ class InlineApplier:
             return
         for projection in self.projections:
             checkpoint = self.application.checkpoint(projection.name)
-            if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
+            if _reached(checkpoint.read(connection)) != _reached(checkpoint.read(connection, latest=True)):
                 raise ConflictError(
                     f"Projection {projection.name} was rebuilt since this transaction began: try again."
                 )
+
+
+def _reached(row: CheckpointRow | None) -> tuple[int, int, str | None]:
+    """Return what a rebuild changes in the row of an inline projection."""
+    return (0, 0, None) if row is None else (row.position, row.applied, row.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -322,7 +327,8 @@ def find_not_applied(consumer: Consumer, connection: Connection, row: Checkpoint
     if consumer.kind != "projection":
         return None
     if consumer.projection_class.inline:
-        return applied_inline(consumer, connection, row, mark, mark)[2]
+        mismatch = Belonging(consumer).find_mismatch(connection, row)
+        return mismatch or applied_inline(consumer, connection, row, mark, mark)[2]
     found = Ranges(consumer).take_over(connection, row, mark)
     return found if isinstance(found, Mismatch) else None
 
@@ -332,7 +338,7 @@ def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def merge_ranges(application: ProjectedApplication, every: float = 0.0) -> None:
-    """Merge what is noted of an application's inline projections.
+    """Merge what is noted of an application's inline projections, and note their tables.
 
     :param every: seconds within which this process does that once.
     """
@@ -340,4 +346,23 @@ def merge_ranges(application: ProjectedApplication, every: float = 0.0) -> None:
         now = time.monotonic()
         if projection_class.inline and now >= application.merged.get(name, -math.inf) + every:
             application.merged[name] = now
-            Ranges(Consumer(application, projection_class)).merge(application.high_water_mark())
+            consumer = Consumer(application, projection_class)
+            Ranges(consumer).merge(application.high_water_mark())
+            _note_tables(consumer)
+
+
+def _note_tables(consumer: Consumer) -> None:
+    """Note which tables there are, as a worker does for other projections, unless they do not fit."""
+    checkpoint, belonging = consumer.checkpoint, Belonging(consumer)
+    with consumer.application.engine.connect() as connection:
+        row = checkpoint.read(connection)
+        if row is not None and (row.state == SWAPPING or belonging.find_mismatch(connection, row) is not None):
+            return
+        noted = belonging.note_tables(connection, row or CheckpointRow.never_run(consumer.name))
+    if noted in (None, None if row is None else row.tables_id):
+        return
+    checkpoint.ensure()
+    with consumer.application.engine.begin() as connection:
+        # Not if a rebuild has ended meanwhile.
+        if row is None or _reached(checkpoint.lock(connection)) == _reached(row):
+            checkpoint.set_values(connection, tables_id=noted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -10,8 +11,10 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from flask_eventsourcing import AbortedTransactionError
-from flask_eventsourcing.exceptions import HandlerError
+from flask_eventsourcing.exceptions import CheckpointMismatchError, HandlerError
 from flask_eventsourcing.projections import ModelProjection, on
+from flask_eventsourcing.projections.inline import merge_ranges
+from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.domain import Account, in_thread
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Desk, PoisonError, make_desk
@@ -248,3 +251,27 @@ def test_in_memory() -> None:
     account_id = desk.open(1, 2)
     assert desk.amounts() == {account_id: 3}
     desk.close()
+
+
+def test_tables_that_were_made_again(desk: Desk) -> None:
+    """A table of an inline projection that was dropped and made again is told, until it is rebuilt."""
+    desk.balances(inline=True)
+    account_id = desk.open(1)
+    application = desk.consumer().application
+    merge_ranges(application)
+    assert desk.status().healthy
+    with desk.app.app_context():
+        table = desk.Balance.__table__
+        table.drop(desk.db.engine)
+        table.create(desk.db.engine)
+    merge_ranges(application)
+    status = desk.status()
+    assert (status.state, status.healthy) == ("tables made again", False)
+    with desk.context(), pytest.raises(CheckpointMismatchError, match="was made again"):
+        desk.es.wait_for("Balances", 1)
+    Rebuild(desk.consumer(), threading.Event()).run()
+    merge_ranges(application)
+    assert desk.status().healthy
+    assert desk.amounts() == {account_id: 1}
+    desk.deposit(account_id, 2)
+    assert desk.amounts() == {account_id: 3}
