@@ -245,6 +245,11 @@ class Looks:
         for column in missing:
             lost = column.name in needed or not needed
             text = f"{table.fullname}.{column.name} is missing: let a migration add it, as {self._type_of(column)}."
+            if column.name == POSITION and "id" in found.columns:
+                text = (
+                    f"{table.fullname}.{POSITION} is missing, and there is a column id, as in tables of "
+                    f"eventsourcing-sqlalchemy: let a migration rename it to {POSITION}."
+                )
             findings.append(Finding(text, refused if lost else (), is_fault=lost))
         for column in table.columns:
             if column.name in found.columns:
