@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
 from threading import Lock, RLock, Thread
@@ -150,28 +151,38 @@ class CheckedRepository(Repository[Any]):
         return aggregate
 
     def _reconstruct_aggregate(self, aggregate_id: Any, version: int | None, projector_func: Any) -> Any:
+        found = None
         try:
-            return super()._reconstruct_aggregate(aggregate_id, version, projector_func)
+            found = super()._reconstruct_aggregate(aggregate_id, version, projector_func)
+            if self.snapshot_store is not None:
+                _check_fields(found)
+            return found
         except UNFIT as error:
-            if self.snapshot_store is None:
+            aggregate = self._without_snapshot(aggregate_id, version, projector_func, error)
+            if aggregate is not None:
+                return aggregate
+            if found is None:
                 raise
-            recorder = self.snapshot_store.recorder
-            snapshots = recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
-            aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
-            if aggregate is None:
-                raise
-            if snapshots[0].topic not in _unfit:
-                _unfit.add(snapshots[0].topic)
-                logger.warning(
-                    "The snapshot of %s at version %d does not fit its class any more, so that it is read from its "
-                    "events, as others may be: take the snapshots again, 'flask eventsourcing snapshots take --all'. "
-                    "%s: %s",
-                    aggregate_id,
-                    snapshots[0].originator_version,
-                    type(error).__name__,
-                    error,
-                )
-            return aggregate
+            # It lacks a field, and the snapshot has no part in that.
+            return found
+
+    def _without_snapshot(self, aggregate_id: Any, version: int | None, projector_func: Any, error: Exception) -> Any:
+        """Return what the events alone make of an aggregate that has a snapshot, or None."""
+        recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
+        snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
+        aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
+        if aggregate is not None and type(aggregate) not in _warned:
+            _warned.add(type(aggregate))
+            logger.warning(
+                "The snapshot of %s %s at version %d does not fit its class any more, so that it is read from its "
+                "events, as others may be: take them again, 'flask eventsourcing snapshots take --all'. %s: %s",
+                type(aggregate).__qualname__,
+                aggregate_id,
+                snapshots[0].originator_version,
+                type(error).__name__,
+                error,
+            )
+        return aggregate
 
     def from_events(
         self, aggregate_id: Any, version: int | None = None, projector_func: Any = project_aggregate
@@ -184,8 +195,15 @@ class CheckedRepository(Repository[Any]):
         return _projector(projector_func)(None, chain((first,), events))
 
 
-_unfit: set[str] = set()
-"""The topics of snapshots of which a warning was logged."""
+_warned: set[type[Any]] = set()
+"""The classes of aggregates of whose snapshots a warning was logged."""
+
+
+def _check_fields(aggregate: Any) -> None:
+    if is_dataclass(aggregate):
+        for field in fields(aggregate):
+            # One that the class has a default for is there.
+            getattr(aggregate, field.name)
 
 
 def _projector(given: Any) -> Any:
