@@ -270,7 +270,6 @@ def erase(
         table = recorder.dialect.located(write.connection, recorder.events_table)
         recorder.dialect.look(write.connection, table, "append")
         stored = Stored(application, write.connection, aggregate_id)
-        recorder.dialect.queue_for(write.connection, table, aggregate_id, wait=True)
         last = stored.last()
         if last is None:
             raise not_found(application, aggregate_id)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +18,7 @@ from eventsourcing.application import AggregateNotFoundError, Application
 from eventsourcing.domain import BaseAggregate, CanInitAggregate, CanMutateAggregate
 from eventsourcing.persistence import IntegrityError
 from eventsourcing.utils import get_topic
+from sqlalchemy import orm
 
 from flask_eventsourcing import (
     AggregateErased,
@@ -26,9 +31,10 @@ from flask_eventsourcing import (
 )
 from flask_eventsourcing.applications.erasure import erase
 from tests.bank import Site, make_site
-from tests.domain import Account, Bank, Shop
+from tests.domain import Account, Bank, Shop, in_threads
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_files, on_sqlite_file
+from tests.integration.marks import on_files, on_postgresql, on_sqlite_file
+from tests.source import ROOT
 
 
 class Branch(Bank):
@@ -67,6 +73,12 @@ def deposited(site: Site, *amounts: int) -> UUID:
 def all_events(_: Any, events: Any) -> Any:
     """Make no aggregate of events, but a list."""
     return list(events)
+
+
+def repeat(function: Callable[[], object]) -> None:
+    """Call a function until it fails."""
+    while True:
+        function()
 
 
 def log(site: Site) -> list[tuple[int, int, str]]:
@@ -234,6 +246,31 @@ def test_a_writer_meanwhile(site: Site, redact: bool) -> None:
     assert {topic for _, _, topic in log(site)} <= {get_topic(AggregateErased), get_topic(EventRedacted)}
 
 
+@on_files
+def test_many_writers_meanwhile(site: Site) -> None:
+    """However many save events of it while it is erased: nothing is left but the tombstone, and each is told."""
+    account_id, other = deposited(site, 1), deposited(site, 1)
+    begun = threading.Barrier(4, timeout=30)
+
+    def deposit() -> None:
+        with site.app.app_context():
+            change = site.es.retry_on_conflict(times=50)(lambda: site.bank.deposit(account_id, 1))
+            change()
+            begun.wait()
+            with pytest.raises(AggregateErasedError):
+                repeat(change)
+
+    def erase_it() -> None:
+        with site.app.app_context():
+            begun.wait()
+            site.es.retry_on_conflict(times=50)(lambda: site.es.erase(account_id).position)()
+
+    in_threads([deposit, deposit, deposit, erase_it])
+    found = log(site)
+    assert [topic for *_, topic in found[2:]] == [get_topic(AggregateErased)]
+    assert site.balance(other) == 1
+
+
 @pytest.mark.parametrize("fastforward", ["y", "n"])
 def test_the_cache_of_this_process(new_site: MakeSite, fastforward: str) -> None:
     """A cache serves an aggregate until the commit of its erasure, and after a rollback, and then never again."""
@@ -328,6 +365,43 @@ def test_an_encrypted_log(new_site: MakeSite, redact: bool) -> None:
     with site.app.app_context():
         event: Any = site.bank.mapper.to_domain_event(site.bank.recorder.select_notifications(1, 10)[-1])
         assert event.timestamp.tzinfo is not None
+
+
+@on_postgresql
+def test_a_tenant(site: Site, redact: bool) -> None:
+    """Where a schema is that of a tenant, by ``schema_translate_map``, its aggregate is erased and no other."""
+    with site.app.app_context():
+        engine = site.db.engine
+    with engine.begin() as connection:
+        connection.execute(sa.schema.CreateSchema("tenant"))
+        there = connection.execution_options(schema_translate_map={None: "tenant"})
+        site.db.metadata.create_all(there)
+    tenant = engine.execution_options(schema_translate_map={None: "tenant"})
+    with site.app.app_context(), orm.Session(tenant) as session:
+        with site.es.using(session):
+            account_id = site.bank.open_account()
+            session.commit()
+        created = site.bank.events
+        own: Any = Account._create(Account.Created, id=account_id, owner="Ada")
+        site.bank.save(own)
+        site.db.session.commit()
+        with site.es.using(session):
+            assert site.es.erase(account_id, redact=redact).events == 1
+            session.commit()
+            assert account_id not in site.bank.repository
+        assert [type(each) for each in created.get(account_id)] == [Account.Created]
+
+
+def test_topics_are_found_without_an_import() -> None:
+    """A process that has only imported the library finds the classes of the two events, without Flask."""
+    for name in ("AggregateErased", "EventRedacted"):
+        program = (
+            "import sys; sys.modules.update(dict.fromkeys(('flask', 'flask_sqlalchemy')));"
+            "from eventsourcing.utils import get_topic, resolve_topic;"
+            f"topic = 'flask_eventsourcing:{name}'; print(get_topic(resolve_topic(topic)) == topic)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.stdout == "True\n", done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ the command
