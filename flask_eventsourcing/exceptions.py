@@ -128,7 +128,7 @@ class UnknownTopicError(HandlerError):
 
 
 class ProjectionHaltedError(FlaskEventSourcingError):
-    """A projection stands before an event that it cannot apply: correct its handler, and run it again."""
+    """A projection stands before an event that it cannot apply, or is paused: the message says what is to be done."""
 
 
 class CheckpointMismatchError(ProjectionHaltedError):
@@ -140,7 +140,7 @@ class ProjectionBusyError(FlaskEventSourcingError):
 
 
 class CheckpointError(FlaskEventSourcingError):
-    """A checkpoint cannot be renamed or forgotten."""
+    """A checkpoint cannot be changed in the way that was asked for."""
 
 
 class RebuildError(FlaskEventSourcingError):

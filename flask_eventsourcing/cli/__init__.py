@@ -153,10 +153,12 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 @dead_letters.command("list")
 @of_projection
+@click.option("--aggregate", metavar="ID", help="Only those of an aggregate.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most that are listed.")
 @as_json_option
-def list_letters(projection: str | None, as_json: bool) -> None:
-    """List the dead letters, in the order of the log."""
-    call(letters.list_letters, projection=projection, as_json=as_json)
+def list_letters(projection: str | None, aggregate: str | None, limit: int | None, as_json: bool) -> None:
+    """List the dead letters by projection, in the order of the log."""
+    call(letters.list_letters, projection=projection, aggregate=aggregate, limit=limit, as_json=as_json)
 
 
 @dead_letters.command("show")
@@ -224,6 +226,55 @@ def forget(name: str, yes: bool, application: str | None) -> None:
 def accept(name: str) -> None:
     """Take the log, the tables and the code of NAME as they are now, though its checkpoint does not fit them."""
     call(checkpoints.accept, name)
+
+
+by_option = click.option("--by", metavar="WHO", help="Who does it; the user of the operating system unless given.")
+reason_option = click.option("--reason", metavar="WHY", default="", help="Why, as the status tells it.")
+
+
+@projections.command("pause")
+@click.argument("name")
+@by_option
+@reason_option
+def pause(name: str, by: str | None, reason: str) -> None:
+    """Keep every worker from running NAME, a projection or its reactions, until it is resumed."""
+    call(checkpoints.pause, name, by=by, reason=reason)
+
+
+@projections.command("resume")
+@click.argument("name")
+@by_option
+@reason_option
+def resume(name: str, by: str | None, reason: str) -> None:
+    """Let NAME go on that is paused, or try again what it has halted at."""
+    call(checkpoints.resume, name, by=by, reason=reason)
+
+
+@projections.command("skip")
+@click.argument("name")
+@click.argument("position", type=click.IntRange(min=1))
+@click.option("--reason", metavar="WHY", required=True, help="Why, as the dead letter tells it.")
+@by_option
+def skip(name: str, position: int, reason: str, by: str | None) -> None:
+    """Set the event at POSITION aside, before which NAME is halted: it is a dead letter then, and NAME goes on."""
+    call(checkpoints.skip, name, position, by=by, reason=reason)
+
+
+reactions = AppGroup("reactions", help="What is done with reactions.")
+group.add_command(reactions)
+
+
+@reactions.command("reset")
+@click.argument("name")
+@click.option("--position", type=click.IntRange(min=0), metavar="N", help="Go on with the event behind it.")
+@click.option("--since", metavar="TIME", help="Go on with the first event of a time in ISO format, UTC unless it says.")
+@by_option
+@reason_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def reset_reactions(name: str, position: int | None, since: str | None, by: str | None, reason: str, yes: bool) -> None:
+    """Have the reactions of projection NAME called again from a position or a time on, or go on from there."""
+    options: dict[str, Any] = {"position": position, "since": since, "by": by, "reason": reason, "yes": yes}
+    call(checkpoints.reset_reactions, name, **options)
 
 
 @group.command("new-identity")

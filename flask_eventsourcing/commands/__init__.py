@@ -214,14 +214,34 @@ def registered(consumers: Sequence[Consumer]) -> str:
     return f"Registered: {', '.join(shown)}."
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 dead letter``, ``2 dead letters``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as a table of text; columns whose cells are all numbers are set to the right."""
-    columns = list(zip(heads, *rows, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
-    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
+    return TextTable(heads).add(rows)
 
-    def line(cells: Sequence[str]) -> str:
-        parts = zip(cells, widths, numbers, strict=True)
-        return "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in parts).rstrip()
 
-    return "\n".join(line(row) for row in (heads, *rows))
+class TextTable:
+    """A table of text that is printed in parts: its columns grow where a later part needs that."""
+
+    def __init__(self, heads: Sequence[str]) -> None:
+        self._heads: Sequence[str] | None = heads
+        self._widths = [len(head) for head in heads]
+
+    def add(self, rows: Sequence[Sequence[str]]) -> str:
+        """Return the lines of some rows, those of the heads before the first of them."""
+        columns = list(zip(*rows, strict=True)) or [()] * len(self._widths)
+        numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
+        pairs = zip(self._widths, columns, strict=True)
+        self._widths = [max((width, *map(len, column))) for width, column in pairs]
+        shown = rows if self._heads is None else (self._heads, *rows)
+        self._heads = None
+
+        def line(cells: Sequence[str]) -> str:
+            parts = zip(cells, self._widths, numbers, strict=True)
+            return "  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in parts).rstrip()
+
+        return "\n".join(line(row) for row in shown)

@@ -1,13 +1,26 @@
-"""``projections`` and ``new-identity``: what is to be done with checkpoints that do not fit, and with clones."""
+"""``projections``, ``reactions`` and ``new-identity``: what operators do with checkpoints, and with clones."""
 
 from __future__ import annotations
 
+import getpass
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 from ..projections import upkeep
-from ..projections.consumers import ProjectedApplication
-from . import CommandError, Output, Subject, UsageError, as_table, clear_errors, named, require_tables
+from ..projections.consumers import SUFFIXES, Consumer, ProjectedApplication
+from . import (
+    CommandError,
+    Output,
+    Subject,
+    UsageError,
+    as_table,
+    clear_errors,
+    counted,
+    named,
+    qualified,
+    require_tables,
+)
 
 HEADS = ("NAME", "APPLICATION", "STATE", "POSITION", "")
 
@@ -59,14 +72,121 @@ def accept(subject: Subject, output: Output, name: str) -> int:
 
     :raises CommandError: when there is none.
     """
-    require_tables(subject)
-    found = named(subject.consumers(), name)
-    chosen = [consumer for consumer in found if consumer.name == name] or found
-    with clear_errors():
-        for consumer in chosen:
+    for consumer in _called(subject, name):
+        with clear_errors():
             upkeep.accept(consumer)
-            output.write(f"{consumer.name} goes on with its log, tables and code as they are now.")
+        output.write(f"{consumer.name} goes on with its log, tables and code as they are now.")
     return 0
+
+
+def pause(subject: Subject, output: Output, name: str, *, by: str | None = None, reason: str = "") -> int:
+    """Keep every worker from running a projection, or its reactions, until it is resumed.
+
+    :param by: who wants that, the user of the operating system unless told otherwise.
+    :raises CommandError: when that cannot be.
+    """
+    for consumer in _called(subject, name):
+        with clear_errors():
+            upkeep.pause(consumer, by=by or _user(), reason=reason)
+        resumed = f"'{subject.program} projections resume {consumer.name}' lets it go on."
+        output.write(f"{consumer.name} is paused. {resumed}")
+    return 0
+
+
+def resume(subject: Subject, output: Output, name: str, *, by: str | None = None, reason: str = "") -> int:
+    """Let a projection, or its reactions, go on after a pause, or try again after it has halted.
+
+    :raises CommandError: when that cannot be.
+    """
+    for consumer in _called(subject, name):
+        with clear_errors():
+            upkeep.resume(consumer, by=by or _user(), reason=reason)
+        output.write(f"{consumer.name} goes on as soon as a worker runs it.")
+    return 0
+
+
+def skip(subject: Subject, output: Output, name: str, position: int, *, reason: str, by: str | None = None) -> int:
+    """Set the event aside before which a projection is halted, with who and why, so that it can go on.
+
+    :raises CommandError: when it does not stand before this event.
+    """
+    if not reason.strip():
+        raise UsageError("Say with --reason why the event is skipped.")
+    for consumer in _called(subject, name):
+        with clear_errors():
+            event = upkeep.skip(consumer, position, by=by or _user(), reason=reason)
+        output.write(f"{consumer.name} goes on after {event}, which is a dead letter now.")
+    return 0
+
+
+def reset_reactions(
+    subject: Subject,
+    output: Output,
+    name: str,
+    *,
+    position: int | None = None,
+    since: str | None = None,
+    by: str | None = None,
+    reason: str = "",
+    yes: bool = False,
+) -> int:
+    """Have reactions go on behind a position, or with the events since a time.
+
+    :param yes: do not ask.
+    :raises CommandError: when that cannot be.
+    """
+    if (position is None) == (since is None):
+        raise UsageError("Give --position or --since.")
+    require_tables(subject)
+    found = [each for each in named(subject.consumers(), name) if each.kind == "reactions"]
+    if not found:
+        raise CommandError(f"{name} has no reactions.")
+    consumer = found[0]
+    with clear_errors():
+        to = position if position is not None else upkeep.position_before(consumer.application, _moment(since or ""))
+        question = _question(consumer, to)
+    if not yes and not output.confirm(question):
+        return 1
+    with clear_errors():
+        upkeep.reset_reactions(consumer, to, by=by or _user(), reason=reason)
+    output.write(f"{consumer.name} goes on behind position {to}.")
+    return 0
+
+
+def _question(consumer: Consumer, to: int) -> str:
+    row = consumer.checkpoint.read()
+    now = consumer.start() if row is None else row.position
+    with consumer.application.engine.connect() as connection:
+        number = consumer.count_events(connection, min(now, to), max(now, to))
+    what = "called again for" if to < now else "never called for"
+    return f"{consumer.name} is at position {now}. Have it {what} {counted(number, 'event')} up to {max(now, to)}?"
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        example = "2026-11-24T10:00:00+00:00"
+        raise UsageError(f"--since takes a time in ISO format, as {example}; found {text!r}.") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        # A container may have no name for its user.
+        return "unknown"
+
+
+def _called(subject: Subject, name: str) -> list[Consumer]:
+    """Return the consumer of just this name, which may be that of a rebuild."""
+    require_tables(subject)
+    base = name.removesuffix(SUFFIXES["rebuild"])
+    if base != name:
+        return [each.of_kind("rebuild") for each in named(subject.consumers(), base) if each.kind == "projection"]
+    found = named(subject.consumers(), name)
+    return [each for each in found if name in (each.name, qualified(each))] or found
 
 
 def new_identity(subject: Subject, output: Output, *, application: str | None = None) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from textwrap import indent
 from typing import Any, NamedTuple
 
 from ..projections.consumers import Consumer
 from ..projections.dead_letters import DeadLetter
-from ..projections.repair import Repair, discard, retry
-from . import CommandError, Output, Subject, UsageError, as_table, clear_errors, named, require_tables
+from ..projections.repair import Outcome, discard, retry
+from . import CommandError, Output, Subject, TextTable, UsageError, clear_errors, counted, named, require_tables
 
 HEADS = ("ID", "PROJECTION", "POSITION", "EVENT", "AGGREGATE", "VERSION", "TRIES", "ERROR")
 
@@ -29,16 +30,65 @@ class Found(NamedTuple):
         return values
 
 
-def list_letters(subject: Subject, output: Output, *, projection: str | None = None, as_json: bool = False) -> int:
-    """List the dead letters, in the order of the log."""
-    found = find(subject, projection)
+def list_letters(
+    subject: Subject,
+    output: Output,
+    *,
+    projection: str | None = None,
+    aggregate: str | None = None,
+    limit: int | None = None,
+    as_json: bool = False,
+) -> int:
+    """List the dead letters by projection, in the order of the log; as they are read, some at a time.
+
+    :param aggregate: only those of the aggregate with this id.
+    :param limit: the most that are listed.
+    """
+    consumers = _consumers(subject, projection)
+    pages = _pages(consumers, aggregate, limit)
     if as_json:
-        output.write(json.dumps([each.to_dict() for each in found], indent=2))
-    elif not found:
+        _write_json(output, pages)
+        return 0
+    table, shown = TextTable(HEADS), 0
+    for page in pages:
+        output.write(table.add([_row(each.letter) for each in page]))
+        shown += len(page)
+    if shown and shown == limit:
+        with clear_errors():
+            total = sum(_count(consumer, aggregate) for consumer in consumers)
+        if total > shown:
+            output.write(f"{shown:,} of {counted(total, 'dead letter')}.")
+    if not shown:
         output.write("There are no dead letters.")
-    else:
-        output.write(as_table(HEADS, [_row(each.letter) for each in found]))
     return 0
+
+
+def _pages(consumers: Sequence[Consumer], aggregate: str | None, limit: int | None) -> Iterator[list[Found]]:
+    for consumer in consumers:
+        if limit == 0:
+            return
+        letters, engine = consumer.application.dead_letters, consumer.application.engine
+        with clear_errors():
+            for page in letters.pages(engine, consumer.name, originator_id=aggregate, limit=limit):
+                yield [Found(consumer, each) for each in page]
+                limit = None if limit is None else limit - len(page)
+
+
+def _count(consumer: Consumer, aggregate: str | None = None) -> int:
+    with consumer.application.engine.connect() as connection:
+        return sum(consumer.application.dead_letters.count(connection, consumer.name, aggregate))
+
+
+def _write_json(output: Output, pages: Iterator[list[Found]]) -> None:
+    """Print a list whose members are printed as they are read."""
+    before = "["
+    for each in chain.from_iterable(pages):
+        output.write(before)
+        # Its end is for the next one to write, which has a comma before it.
+        text = indent(json.dumps(each.to_dict(), indent=2), "  ")
+        last, before = text.rpartition("\n")[0], "  },"
+        output.write(last)
+    output.write("[]" if before == "[" else "  }\n]")
 
 
 def _row(letter: DeadLetter) -> list[str]:
@@ -58,7 +108,8 @@ def show_letter(
     subject: Subject, output: Output, letter_id: int, *, projection: str | None = None, as_json: bool = False
 ) -> int:
     """Show a dead letter with its traceback."""
-    (found,) = with_ids(subject, [letter_id], projection)
+    (consumer,) = owners_of(subject, [letter_id], projection)
+    found = Found(consumer, _read(consumer, letter_id))
     if as_json:
         output.write(json.dumps(found.to_dict(), indent=2))
         return 0
@@ -68,7 +119,7 @@ def show_letter(
     if found.letter.error is None:
         output.write("It waits for an earlier event of the same aggregate, which failed.")
     else:
-        output.write(f"\n{found.letter.traceback}".rstrip())
+        output.write(f"\n{found.letter.traceback or ''}".rstrip())
     return 0
 
 
@@ -83,15 +134,20 @@ def retry_letters(
     """Apply events again, in order, with those that wait behind them; returns 1 if one fails again."""
     if bool(ids) == everything:
         raise UsageError("Give the ids of dead letters, or --all.")
-    found = find(subject, projection) if everything else with_ids(subject, ids, projection)
-    if not found:
-        output.write("There are no dead letters.")
-    results = []
+    told = _Told(output)
+    if ids:
+        owners = owners_of(subject, ids, projection)
+        with clear_errors():
+            for consumer, own in owners.items():
+                retry(consumer, own, tell=told)
+        return told.status
+    consumers = _consumers(subject, projection)
     with clear_errors():
-        for consumer, letters in _by_consumer(found):
-            results.append(retry(consumer, [letter.id for letter in letters]))
-            _tell(output, results[-1])
-    return _status(results)
+        for consumer in consumers:
+            retry(consumer, tell=told)
+    if not told.number:
+        output.write("There are no dead letters.")
+    return told.status
 
 
 def discard_letters(
@@ -101,33 +157,34 @@ def discard_letters(
 
     :param yes: do not ask.
     """
-    found = with_ids(subject, ids, projection)
-    for _, letter in found:
-        output.write(f"{letter.id}: {_described(letter)}")
+    owners = owners_of(subject, ids, projection)
+    for consumer, own in owners.items():
+        for letter_id in own:
+            output.write(f"{letter_id}: {_described(_read(consumer, letter_id))}")
     if not yes and not output.confirm("The read model will never have these events. Discard them?"):
         return 1
-    results = []
+    told = _Told(output)
     with clear_errors():
-        for consumer, letters in _by_consumer(found):
-            for letter in letters:
-                results.append(discard(consumer, letter.id))
-                _tell(output, results[-1])
-    return _status(results)
+        for consumer, own in owners.items():
+            for letter_id in own:
+                discard(consumer, letter_id, tell=told)
+    return told.status
 
 
-def _by_consumer(found: Sequence[Found]) -> list[tuple[Consumer, list[DeadLetter]]]:
-    return [(consumer, [each.letter for each in letters]) for consumer, letters in groupby(found, lambda f: f.consumer)]
+class _Told:
+    """Prints what became of each letter, and notes whether one has failed."""
 
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self.number = 0
+        self.status = 0
 
-def _tell(output: Output, result: Repair) -> None:
-    for what, letters in (("discarded", result.discarded), ("applied", result.applied), ("failed", result.failed)):
-        for letter in letters:
-            error = f": {letter.error}" if what == "failed" else ""
-            output.write(f"{letter.id} {what}: {_described(letter)}{error}")
-
-
-def _status(results: Sequence[Repair]) -> int:
-    return 1 if any(result.failed for result in results) else 0
+    def __call__(self, outcome: Outcome, letter: DeadLetter) -> None:
+        error = f": {letter.error}" if outcome == "failed" else ""
+        self._output.write(f"{letter.id} {outcome}: {_described(letter)}{error}")
+        self.number += 1
+        if outcome == "failed":
+            self.status = 1
 
 
 def _described(letter: DeadLetter) -> str:
@@ -139,33 +196,39 @@ def _event(letter: DeadLetter) -> str:
     return letter.topic.partition(":")[2] or letter.topic
 
 
-def find(subject: Subject, projection: str | None = None, ids: Sequence[int] | None = None) -> list[Found]:
-    """Return dead letters in the order of the log."""
+def _consumers(subject: Subject, projection: str | None) -> Sequence[Consumer]:
     require_tables(subject)
     consumers = subject.consumers()
-    if projection is not None:
-        consumers = named(consumers, projection)
-    found: list[Found] = []
-    with clear_errors():
-        for consumer in consumers:
-            letters = consumer.application.dead_letters
-            with consumer.application.engine.connect() as connection:
-                found += [Found(consumer, each) for each in letters.select(connection, [consumer.name], ids=ids)]
-    return found
+    return consumers if projection is None else named(consumers, projection)
 
 
-def with_ids(subject: Subject, ids: Sequence[int], projection: str | None = None) -> list[Found]:
-    """Return the dead letters with these ids.
+def owners_of(subject: Subject, ids: Sequence[int], projection: str | None = None) -> dict[Consumer, list[int]]:
+    """Return the dead letters with these ids by whose they are.
 
     :raises CommandError: when there is no such letter, or several applications have one.
     """
-    found = find(subject, projection, ids)
-    for letter_id in dict.fromkeys(ids):
-        owners = [each.consumer.name for each in found if each.letter.id == letter_id]
-        if not owners:
+    wanted = list(dict.fromkeys(ids))
+    owners: dict[int, list[Consumer]] = {letter_id: [] for letter_id in wanted}
+    with clear_errors():
+        for consumer in _consumers(subject, projection):
+            letters = consumer.application.dead_letters
+            with consumer.application.engine.connect() as connection:
+                for letter_id in letters.find(connection, [consumer.name], wanted):
+                    owners[letter_id].append(consumer)
+    found: dict[Consumer, list[int]] = {}
+    for letter_id, consumers in owners.items():
+        if not consumers:
             raise CommandError(f"There is no dead letter {letter_id}: see '{subject.program} dead-letters list'.")
-        if len(owners) > 1:
-            raise CommandError(
-                f"Several applications have a dead letter {letter_id}: say --projection {' or '.join(owners)}."
-            )
+        if len(consumers) > 1:
+            names = " or ".join(each.name for each in consumers)
+            raise CommandError(f"Several applications have a dead letter {letter_id}: say --projection {names}.")
+        found.setdefault(consumers[0], []).append(letter_id)
     return found
+
+
+def _read(consumer: Consumer, letter_id: int) -> DeadLetter:
+    with clear_errors(), consumer.application.engine.connect() as connection:
+        found = consumer.application.dead_letters.select(connection, [consumer.name], ids=[letter_id])
+    if not found:
+        raise CommandError(f"Dead letter {letter_id} was just retried or discarded.")
+    return found[0]

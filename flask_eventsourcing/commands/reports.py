@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import sqlalchemy as sa
 
@@ -13,6 +14,7 @@ from ..persistence import SQLAlchemyApplicationRecorder
 from ..persistence.dialects.looks import Finding
 from ..projections.belonging import HELD_BACK, OLD_CODE
 from ..projections.following import Health, ProjectionStatus, status_of
+from ..projections.inline import merge_ranges
 from ..projections.rebuilding import leftovers
 from ..projections.runners import Runner
 from . import (
@@ -22,6 +24,7 @@ from . import (
     Subject,
     as_table,
     clear_errors,
+    counted,
     missing_tables,
     remedy_of_missing,
     require_tables,
@@ -32,6 +35,10 @@ logger = logging.getLogger(__name__)
 TRIES, PAUSE = 5, 0.1
 """Tries to create tables where none of them has appeared since, and the seconds between them."""
 
+POOLER = (
+    "A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode, so that no "
+    "process could hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
+)
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
 WORTH_A_BAR = 1000
@@ -124,9 +131,27 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
+    faults += _check_locks(subject)
     if not faults:
+        _merge(subject)
         faults += [each.problem for each in map(status_of, subject.consumers()) if each.problem is not None]
     return faults
+
+
+def _check_locks(subject: Subject) -> list[str]:
+    """Look whether the server's locks would stay with the process that has taken them."""
+    dialects = {consumer.application.datastore.dialect for consumer in subject.consumers() if not consumer.leased}
+    if not any(dialect.shares_connections() for dialect in dialects):
+        return []
+    return [POOLER]
+
+
+def _merge(subject: Subject) -> None:
+    """Keep what inline projections have noted short, also where no worker does that."""
+    for application in dict.fromkeys(consumer.application for consumer in subject.consumers()):
+        # Who asks may have the right to read only.
+        with suppress(sa.exc.DBAPIError):
+            merge_ranges(application)
 
 
 def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> None:
@@ -143,6 +168,7 @@ def status(subject: Subject, output: Output, *, as_json: bool = False, check: bo
     """
     require_tables(subject)
     with clear_errors():
+        _merge(subject)
         health = Health(tuple(status_of(consumer) for consumer in subject.consumers()))
     if as_json:
         output.write(json.dumps(health.to_dict(), indent=2))
@@ -209,7 +235,8 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
         parts.append(f"{'halted at' if each.state == 'halted' else 'last error:'} {each.error}")
     if each.dead_letters:
         waiting = f", {each.waiting} waiting behind" if each.waiting else ""
-        parts.append(f"{each.dead_letters} dead letters{waiting}: see '{subject.program} dead-letters list'")
+        dead = counted(each.dead_letters, "dead letter")
+        parts.append(f"{dead}{waiting}: see '{subject.program} dead-letters list'")
     return "; ".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+import sqlalchemy as sa
 
 from ..projections.consumers import Consumer
 from ..projections.rebuilding import Estimate, Rebuild, Rebuilt
@@ -23,6 +26,7 @@ from . import (
     UnreachableError,
     UsageError,
     clear_errors,
+    counted,
     message_of,
     named,
     registered,
@@ -36,6 +40,8 @@ PACKAGE = __name__.partition(".")[0]
 LOG_EVERY = 60.0
 """Seconds between two log lines of each consumer, unless told otherwise."""
 TICK = 0.2
+OWN_CONNECTIONS = 2
+"""What a worker has beside its pool: one for its locks, and one on which it listens."""
 
 
 class Signals:
@@ -116,6 +122,7 @@ def run(
     with shown_log(), signals.handled():
         if not _prepare(subject, consumers, signals, once=once):
             return 0
+        warn_of_connections(consumers)
         worker = Worker(consumers, once=once)
         errors = _run(worker, signals, Reporter(worker.runners, output, log_every))
     if errors:
@@ -174,6 +181,30 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
         else:
             return True
     return False
+
+
+def _most_of(pool: sa.Pool) -> float:
+    """The connections that a pool may have at once."""
+    overflow = getattr(pool, "_max_overflow", -1)
+    return pool.size() + overflow if isinstance(pool, sa.pool.QueuePool) and overflow >= 0 else math.inf
+
+
+def warn_of_connections(consumers: Sequence[Consumer]) -> None:
+    """Warn where a server has fewer connections left than the worker may need."""
+    for application in {consumer.application.engine: consumer.application for consumer in consumers}.values():
+        engine, dialect = application.engine, application.datastore.dialect
+        with engine.connect() as connection:
+            left = dialect.free_connections(connection)
+        # Two threads of each: one that works, and one that looks whether the claim is still its own.
+        most = min(2 * len(consumers), _most_of(engine.pool))
+        if left is not None and left < most + OWN_CONNECTIONS:
+            logger.warning(
+                "The worker may need %d connections, %d of them of its pool, and the server has %d left: make "
+                "pool_size and max_overflow in SQLALCHEMY_ENGINE_OPTIONS smaller, or max_connections larger.",
+                most + OWN_CONNECTIONS,
+                most,
+                left,
+            )
 
 
 def _sleep(seconds: float, signals: Signals) -> None:
@@ -235,6 +266,10 @@ def rebuild(
     output.write(
         f"Rebuilt up to position {done.position} ({done.events:,} events in {_duration(done.seconds)}{resumed})."
     )
+    if done.dead_letters:
+        waiting = f", {done.waiting} waiting behind" if done.waiting else ""
+        letters = counted(done.dead_letters, "dead letter")
+        output.write(f"It has set aside {letters}{waiting}: see '{subject.program} dead-letters list'.")
     if drop_old:
         with clear_errors():
             for table in building.drop_old():

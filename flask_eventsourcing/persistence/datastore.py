@@ -50,7 +50,7 @@ class JoinedUnit(Protocol):
         """Told after a write that succeeded, at its very end."""
 
 
-AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent]], None]
+AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent], Sequence[int]], None]
 Tables = Mapping[str, sa.Table]
 """The tables of an application by their use: ``events``, ``snapshots``, ``tracking``."""
 
@@ -184,7 +184,7 @@ class Write:
             self.unit.recorded(self.connection, application_name, table, events, positions)
         after_append = self._datastore.after_append.get(application_name)
         if after_append is not None:
-            after_append(self.connection, self.unit, events)
+            after_append(self.connection, self.unit, events, positions)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -99,6 +99,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     predecessor is an event, or *snapshots_table* has a snapshot of that version.
     """
 
+    _looks_at = 1000
+    """At how many events a page is measured; one thread's value does for another."""
+
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none, and return their positions.
 
@@ -176,8 +179,11 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, as long as their states are not too large.
 
+        After large events it looks at few at a time: MariaDB reads a state to know its size.
+
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         """
+        limit = min(limit, self._looks_at)
         c = self.events_table.table.c
         sizes = sa.select(c.notification_id, sa.func.length(c.state).label("size")).where(c.notification_id > after)
         if stop is not None:
@@ -189,11 +195,14 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         def count(read: Read) -> int:
             total = read.connection.scalar(sa.select(sa.func.sum(page.c.size))) or 0
             if total <= PAGE_BYTES:
+                self._looks_at = max(self._looks_at, 4 * limit)
                 return limit
             each: Sequence[int | None] = read.connection.scalars(
                 sa.select(page.c.size).order_by(page.c.notification_id)
             ).all()
-            return max(1, sum(together <= PAGE_BYTES for together in accumulate(size or 0 for size in each)))
+            fitting = max(1, sum(together <= PAGE_BYTES for together in accumulate(size or 0 for size in each)))
+            self._looks_at = 2 * fitting
+            return fitting
 
         found: int = self._read(count, join=False)
         return found

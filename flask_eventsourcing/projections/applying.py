@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
-from uuid import UUID
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
-import sqlalchemy as sa
 from eventsourcing import utils
-from eventsourcing.persistence import Notification, StoredEvent
+from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ..persistence import JoinedUnit
 from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
-from ..persistence.dialects.event_tables import ConflictError
 from ..persistence.dialects.event_values import UnreadableNotification
-from ..uow import UnitOfWork
 from .batches import Batches, ObservedError
-from .checkpoint import CheckpointRow, FencedError
-from .consumers import Consumer, ProjectedApplication
+from .checkpoint import PAUSED, CheckpointRow, FencedError
+from .consumers import Consumer, id_keys
 from .dead_letters import DeadLetters
-from .definitions import ModelProjection
+from .definitions import call
 from .shadows import Undeclared
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
     "is committed with its models."
-)
-INLINE_ENDED = (
-    "A handler of an inline projection ended the transaction: it must not call session.commit() or "
-    "session.rollback(), as its models are committed with the events."
 )
 SWALLOWED = (
     "A handler of {} went on after an error of the database, which has aborted the transaction: let the error pass, or "
@@ -70,17 +62,26 @@ class Applier:
         self.ends = ends
         self.consumer = consumer
         self.projection = consumer.projection_class()
-        # Looked up once, as there are many thousand events a second.
-        self._mapper = consumer.application.mapper
         self._handlers = consumer.handlers
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
-        self._batches = Batches(dialect, models, list(_id_keys(consumer)), ENDED.format(name))
+        self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
-        self._undeclared = Undeclared(consumer)
+        self._has_letters: bool | None = None
+        self.has_saved = False
+        """Whether a reaction has saved events."""
+
+    @cached_property
+    def _mapper(self) -> Mapper[Any]:
+        # Looked up once, as there are many thousand events a second.
+        return self.consumer.application.mapper
+
+    @cached_property
+    def _undeclared(self) -> Undeclared:
+        return Undeclared(self.consumer)
 
     @property
     def letters(self) -> DeadLetters:
@@ -152,8 +153,8 @@ class Applier:
         checkpoint = self.consumer.checkpoint
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
-            blocked = self._blocked(connection)
-        if row is None or (row.token, row.position) != (claimed.token, claimed.position):
+            blocked = self._blocked(connection, [notification])
+        if row is None or row.state == PAUSED or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
         with self.consumer.application.host.transaction() as session:
@@ -162,7 +163,7 @@ class Applier:
             connection = self.connection(session)
             if is_set_aside:
                 self.letters.add(connection, self.consumer.name, notification)
-            self._advance(connection, claimed, position, 1, [notification])
+            self._advance(connection, claimed, position, 1, [notification], called=not is_set_aside)
         return claimed._replace(position=position, applied=claimed.applied + 1)
 
     def _call(self, session: orm.Session, notification: Notification) -> None:
@@ -172,6 +173,7 @@ class Applier:
             with unit.gate.hold(ENDED.format(name)):
                 self._handle_one(session, notification)
                 session.flush()
+            self.has_saved = self.has_saved or bool(unit.batches)
             if unit.dialect.is_aborted(self.connection(session)):
                 raise HandlerError(SWALLOWED.format(name))
         except Exception as error:
@@ -179,11 +181,16 @@ class Applier:
                 raise
             raise (SuspectError if is_outage(error) else EventError) from error
 
-    def _blocked(self, connection: Connection) -> set[str]:
-        """The aggregates whose events wait behind one that was set aside."""
-        if self.consumer.projection_class.on_failure != "dead-letter":
+    def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
+        """The aggregates of some events that wait behind one that was set aside."""
+        if self._has_letters is None:
+            # One that halts has only those that an operator has skipped, while nobody ran it.
+            sets_aside = self.consumer.projection_class.on_failure == "dead-letter"
+            self._has_letters = sets_aside or self.letters.any(connection, self.consumer.name)
+        if not self._has_letters:
             return set()
-        return self.letters.blocked(connection, self.consumer.name)
+        ids = {str(each.originator_id) for each in notifications}
+        return self.letters.blocked(connection, self.consumer.name, ids)
 
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
@@ -217,9 +224,12 @@ class Applier:
         position: int,
         applied: int,
         notifications: Sequence[Notification],
+        *,
+        called: bool = False,
     ) -> None:
-        last = self.consumer.last_event(position, notifications)
-        self.consumer.checkpoint.advance(connection, claimed, position, applied, lease=self.consumer.leased, last=last)
+        last, leased = self.consumer.last_event(position, notifications), self.consumer.leased
+        checkpoint = self.consumer.checkpoint
+        checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""
@@ -231,7 +241,7 @@ class Applier:
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
-        blocked = self._blocked(connection)
+        blocked = self._blocked(connection, notifications)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -272,6 +282,7 @@ class Applier:
         """Call the handler of one event, if there is one.
 
         :raises UnreadableEventError: for what stands for a row that cannot be read.
+        :raises HandlerError: when it would end the process.
         """
         if isinstance(notification, UnreadableNotification):
             raise notification.error
@@ -280,11 +291,10 @@ class Applier:
         except utils.TopicError as error:
             raise UnknownTopicError(UNKNOWN.format(notification.topic)) from error
         handler = self._handlers.find(type(event))
-        if handler is not None:
-            if self.consumer.kind == "reactions":
-                handler(self.projection, event, self.idempotency_key(notification))
-            else:
-                handler(self.projection, event, session)
+        if handler is None:
+            return
+        last = self.idempotency_key(notification) if self.consumer.kind == "reactions" else session
+        call(handler, self.projection, event, last)
 
     def idempotency_key(self, notification: Notification) -> str:
         """The same text for the same event whenever a reaction is called for it."""
@@ -292,92 +302,3 @@ class Applier:
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
         return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"
-
-
-def _id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
-    """The models whose primary key can be the id of an aggregate, with that column."""
-    if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
-        return
-    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
-    for model in consumer.projection_class.models:
-        key = sa.inspect(model).primary_key
-        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
-            yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
-
-
-def _python_type(column: Any) -> type[Any] | None:
-    try:
-        found: type[Any] = column.type.python_type
-    except NotImplementedError:
-        return None
-    return found
-
-
-class InlineApplier:
-    """Applies events within ``save()``, in its transaction, for the inline ones among some projections."""
-
-    def __init__(self, application: ProjectedApplication, projection_classes: Sequence[type[ModelProjection]]) -> None:
-        self.application = application
-        self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
-
-    def install(self) -> None:
-        """Have the application's recorder call this after each append."""
-        self.application.datastore.after_append[self.application.name] = self
-
-    def __call__(self, connection: Connection, joined: JoinedUnit | None, events: Sequence[StoredEvent]) -> None:
-        """Apply the events of one append."""
-        if joined is None:
-            # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
-            self._refuse_old_snapshot(connection)
-            with orm.Session(bind=connection) as session:
-                session.begin()
-                self._apply(session, events)
-            return
-        # What a host has for recorders to join is always a unit of work.
-        unit = cast(UnitOfWork, joined)
-        try:
-            self._refuse_old_snapshot(connection)
-            with unit.gate.hold(INLINE_ENDED):
-                self._apply(unit.session, events)
-        except BaseException:
-            # A caller that catches the error must not commit the events without their read models.
-            unit.refuse("An inline projection failed")
-            raise
-
-    def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
-        domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
-        begun = session.get_transaction()
-        for projection in self.projections:
-            for event in domain_events:
-                handler = projection.handlers.find(type(event))
-                if handler is not None:
-                    session.flush()
-                    self._forget_rows(session)
-                    handler(projection, event, session)
-                if session.get_transaction() is not begun:
-                    raise HandlerError(INLINE_ENDED)
-        session.flush()
-
-    def _forget_rows(self, session: orm.Session) -> None:
-        """Have handlers load rows again: what the session has may be older than the aggregate's last event."""
-        models = tuple(model for projection in self.projections for model in projection.models)
-        if models:
-            for row in list(session.identity_map.values()):
-                if isinstance(row, models) and not session.is_modified(row):
-                    session.expire(row)
-
-    def _refuse_old_snapshot(self, connection: Connection) -> None:
-        """Let a transaction try again whose snapshot is older than the end of a rebuild.
-
-        It would see the new tables as they were while they were being built. A locking read sees what is committed.
-
-        :raises ConflictError: when a rebuild has ended since the transaction began to read.
-        """
-        if not self.application.datastore.dialect.refuses_old_snapshot:
-            return
-        for projection in self.projections:
-            checkpoint = self.application.checkpoint(projection.name)
-            if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
-                raise ConflictError(
-                    f"Projection {projection.name} was rebuilt since this transaction began: try again."
-                )

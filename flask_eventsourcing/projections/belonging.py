@@ -28,6 +28,7 @@ MADE_AGAIN = "tables made again"
 OLD_CODE = "old code"
 ORPHAN = "beside an orphan"
 HELD_BACK = "held back"
+NOT_APPLIED = "not applied inline"
 
 
 @dataclass(frozen=True)

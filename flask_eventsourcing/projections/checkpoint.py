@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 ACTIVE = "active"
 HALTED = "halted"
+PAUSED = "paused"
+"""An operator wants nobody to apply events, whatever is restarted, until it is resumed."""
 SWAPPING = "swapping"
 """The tables are about to be renamed, or have been: nobody applies events until that is settled."""
 LEASE = 3.0
@@ -63,6 +65,8 @@ class CheckpointRow(NamedTuple):
     tables_id: str | None = None
     topics: str | None = None
     topics_position: int | None = None
+    changed_by: str | None = None
+    reason: str | None = None
 
     def is_run_by(self, fingerprint: str) -> bool:
         """Whether the code of a fingerprint has the claim."""
@@ -173,15 +177,19 @@ class Checkpoint:
         fingerprint: str = "",
         notes: Mapping[str, Any] | None = None,
         abandoned: CheckpointRow | None = None,
+        at: int | None = None,
     ) -> CheckpointRow | None:
         """Make this process the runner; with *lease*, only if nobody else's lease is valid.
 
         :param fingerprint: of the code that is going to run.
         :param notes: further values that the row is to have then.
+        :param at: the position that the row must have, if that matters.
         :param abandoned: a row whose runner has not renewed its lease for long enough, whatever its time says.
         """
         now, c = utc_now(), self.table.c
-        change = sa.update(self.table).where(self._row, c.state != SWAPPING)
+        change = sa.update(self.table).where(self._row, c.state.not_in((SWAPPING, PAUSED)))
+        if at is not None:
+            change = change.where(c.position == at)
         code = fingerprint[:CODE_OF_TOKEN]
         token = uuid4().hex[: 32 - len(code)] + code
         values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": now}
@@ -206,20 +214,22 @@ class Checkpoint:
         *,
         lease: bool,
         last: Mapping[str, Any] | None = None,
+        called: bool = False,
     ) -> None:
         """Move the position, in the transaction that applies the events.
 
         :param last: which event is at the position, as values of the row's columns.
-        :raises FencedError: when the claim was lost, the position is not where it was, or a rebuild is about to end.
+        :param called: whether a reaction was called, which is noted although an operator has paused it meanwhile.
+        :raises FencedError: when the claim was lost, the position is not where it was, a rebuild is about to end, or an
+            operator has paused it.
         """
         columns = self.table.c
+        state = sa.case((columns.state == PAUSED, PAUSED), else_=ACTIVE)
         change = (
             sa.update(self.table)
             .where(self._row, columns.token == claimed.token, columns.position == claimed.position)
-            .where(columns.state != SWAPPING)
-            .values(
-                position=position, applied=columns.applied + applied, error=None, failed_position=None, state=ACTIVE
-            )
+            .where(columns.state.not_in((SWAPPING,) if called else (SWAPPING, PAUSED)))
+            .values(position=position, applied=columns.applied + applied, error=None, failed_position=None, state=state)
             .values(**(last or {}))
         )
         if lease:
@@ -236,7 +246,8 @@ class Checkpoint:
 
     def halt(self, claimed: CheckpointRow, position: int, error: str) -> None:
         """Note that the projection stands before an event that it cannot apply."""
-        self._change_claimed(claimed, state=HALTED, failed_position=position, error=error)
+        state = sa.case((self.table.c.state == PAUSED, PAUSED), else_=HALTED)
+        self._change_claimed(claimed, state=state, failed_position=position, error=error)
 
     def note_error(self, claimed: CheckpointRow, position: int, error: str) -> None:
         """Note why an event is tried again."""
@@ -283,7 +294,8 @@ class Checkpoint:
         """Set what a rebuild has reached, and which code it was; the claim stays if that is the code that has it."""
         fingerprint = rebuilt.fingerprint or live.fingerprint
         values = {name: getattr(rebuilt, name) for name in HANDED_OVER}
-        values |= {"state": ACTIVE, "error": None, "failed_position": None, "tables_id": None}
+        state = PAUSED if PAUSED in (live.state, rebuilt.state) else ACTIVE
+        values |= {"state": state, "error": None, "failed_position": None, "tables_id": None}
         earlier = retire(live.earlier_fingerprints, live.fingerprint, fingerprint)
         values |= {"fingerprint": fingerprint, "earlier_fingerprints": earlier}
         if fingerprint is None or not live.is_run_by(fingerprint):

@@ -6,14 +6,19 @@ import logging
 import time
 from typing import Any
 
+from sqlalchemy.engine import Connection
+
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.locks import RunnerLock
 from .belonging import OLD_CODE, Belonging, Mismatch
 from .checkpoint import CheckpointRow, FencedError, LeaseWatch
 from .consumers import Consumer
+from .inline import Ranges, merge_ranges
 
 logger = logging.getLogger(__name__)
 
+MERGE_EVERY = 20.0
+"""Seconds between two times at which an idle worker merges what inline projections have noted."""
 LOOK_EVERY = 5.0
 """Seconds between two looks of an idle runner at its log and its tables."""
 
@@ -46,17 +51,35 @@ class Turn:
         abandoned = self._watch.abandoned(row)
         if not self.lock.acquire():
             return None
+        mark = self.consumer.application.high_water_mark()
         with self.consumer.application.engine.begin() as connection:
-            mismatch = belonging.find_mismatch(connection, row)
-            notes = {} if mismatch is not None else belonging.notes(connection, row)
-        if mismatch is not None:
-            return self._refuse(mismatch)
+            # The position as it is with the lock.
+            row = self.consumer.checkpoint.read(connection) or row
+            notes = self._notes(belonging, connection, row, mark)
+        if isinstance(notes, Mismatch):
+            return self._refuse(notes)
         code = self.consumer.fingerprint if self.consumer.kind == "projection" else ""
-        leased = self.lock.leased
-        claimed = self.consumer.checkpoint.claim(lease=leased, fingerprint=code, notes=notes, abandoned=abandoned)
+        at = row.position if "position" in notes else None
+        claimed = self.consumer.checkpoint.claim(
+            lease=self.lock.leased, fingerprint=code, notes=notes, abandoned=abandoned, at=at
+        )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
         return claimed
+
+    def _notes(
+        self, belonging: Belonging, connection: Connection, row: CheckpointRow, mark: int
+    ) -> Mismatch | dict[str, Any]:
+        """Return what the row is to have with the claim, or what does not fit."""
+        mismatch = belonging.find_mismatch(connection, row)
+        if mismatch is not None:
+            return mismatch
+        notes = belonging.notes(connection, row)
+        if self.consumer.kind != "projection":
+            return notes
+        # The projection may have been an inline one before.
+        behind = Ranges(self.consumer).take_over(connection, row, mark)
+        return behind if isinstance(behind, Mismatch) else notes | behind
 
     def _begin(self, belonging: Belonging) -> CheckpointRow | Mismatch | None:
         checkpoint = self.consumer.checkpoint
@@ -67,6 +90,19 @@ class Turn:
         checkpoint.ensure(self.consumer.start())
         made = checkpoint.read()
         return None if made is None else self.take(made)
+
+    def find_end(self, row: CheckpointRow) -> int:
+        """Return how far the consumer may go now.
+
+        :raises FencedError: when an older release, or a newer one, applies events inline; the next turn says what then.
+        """
+        end = self.consumer.end()
+        if self.consumer.kind == "projection":
+            # After the end was known, so that what is noted of the events before it is there.
+            with self.consumer.application.datastore.reading(join=False) as read:
+                if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:
+                    raise FencedError
+        return end
 
     def look(self, row: CheckpointRow) -> None:
         """Look, every few seconds, whether all still fits while the runner has nothing to do, and note the tables.
@@ -83,6 +119,7 @@ class Turn:
             tables = belonging.note_tables(connection, row)
         if tables not in (None, row.tables_id):
             self.consumer.checkpoint.note(row, tables_id=tables)
+        merge_ranges(self.consumer.application, MERGE_EVERY)
 
     def _refuse(self, mismatch: Mismatch) -> Mismatch:
         self.give_up()

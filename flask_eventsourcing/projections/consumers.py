@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal, cast
+from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
@@ -39,8 +41,10 @@ class ProjectedApplication:
     find: Callable[[], Application[Any]]
     models: ProjectionModels
     lease: bool = False
-    registered: set[str] = field(default_factory=set)
-    """The names of its projections."""
+    registered: dict[str, type[ModelProjection]] = field(default_factory=dict)
+    """Its projections by their names."""
+    merged: dict[str, float] = field(default_factory=dict)
+    """When what inline projections have applied was merged last in this process, by their names."""
 
     def is_orphan(self, name: str) -> bool:
         """Whether the name of a checkpoint is that of no projection here."""
@@ -97,6 +101,18 @@ class ProjectedApplication:
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own, with what stands for rows that cannot be read."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
+
+    def time_of(self, notification: Notification) -> datetime | None:
+        """Return the timestamp of an event, None where it has none or cannot be read."""
+        try:
+            event = self.mapper.to_domain_event(notification)
+        except Exception:  # noqa: BLE001
+            # An event that cannot be read is what a projection halts at; its time is not known.
+            return None
+        timestamp = getattr(event, "timestamp", None)
+        if not isinstance(timestamp, datetime):
+            return None
+        return timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
 
     def last_position(self, connection: Connection) -> int:
         """Return the high-water mark, read on a connection that there is: a pool may have no second one."""
@@ -227,4 +243,23 @@ def consumers_of(application: ProjectedApplication, projection_class: type[Model
         found.append(Consumer(application, projection_class))
     if projection_class.reactions:
         found.append(Consumer(application, projection_class, "reactions"))
+    return found
+
+
+def id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
+    """Return the models whose primary key can be the id of an aggregate, with that column."""
+    if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
+        return
+    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
+    for model in consumer.projection_class.models:
+        key = sa.inspect(model).primary_key
+        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
+            yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
+
+
+def _python_type(column: Any) -> type[Any] | None:
+    try:
+        found: type[Any] = column.type.python_type
+    except NotImplementedError:
+        return None
     return found

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import sqlalchemy as sa
 from eventsourcing import utils
+from eventsourcing.application import Application
+from eventsourcing.domain import BaseAggregate
 
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, HandlerError
 from .fingerprints import note_sources
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,6 +23,10 @@ Start = Literal["beginning", "end"]
 
 _ON = "flask_eventsourcing_on"
 _REACTION = "flask_eventsourcing_reaction"
+EXITED = (
+    "A handler of {} raised SystemExit, as sys.exit() does. It ends no worker, in which others run: raise another "
+    "error, or stop the worker from outside."
+)
 MOST_EVENTS = 1000
 MOST_TOPICS = 100
 """More than this many are not worth a filter."""
@@ -31,7 +38,7 @@ def on(*event_classes: type[Any]) -> Callable[[F], F]:
     The method takes the domain event and the session: ``def opened(self, event, session)``. The handler of the most
     specific class is called, and only that one.
 
-    :raises ConfigurationError: when something else than classes is given.
+    :raises ConfigurationError: when something else than event classes is given.
     """
     return _marker(_ON, event_classes, "on")
 
@@ -44,7 +51,7 @@ def reaction(*event_classes: type[Any], start: Start = "beginning") -> Callable[
     it was called and the process is killed before that is noted, it is called again with the same key.
 
     :param start: ``"beginning"`` of the log, or its ``"end"`` at the time when a worker first runs the reaction.
-    :raises ConfigurationError: when something else than classes is given, or *start* is unknown.
+    :raises ConfigurationError: when something else than event classes is given, or *start* is unknown.
     """
     if start not in get_args(Start):
         raise ConfigurationError(f"@reaction(start=…) is 'beginning' or 'end'; found {start!r}.")
@@ -62,12 +69,30 @@ def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callab
         raise ConfigurationError(
             f"@{name} takes one or more event classes, as @{name}(Account.Opened); found {event_classes!r}."
         )
+    for each in event_classes:
+        if wrong := _no_event_class(each):
+            raise ConfigurationError(
+                f"@{name} takes event classes, as @{name}(Account.Opened), and no event is ever of "
+                f"{each.__qualname__}, which is {wrong}."
+            )
 
     def decorate(function: F) -> F:
         function.__dict__[attribute] = (*function.__dict__.get(attribute, ()), *event_classes)
         return function
 
     return decorate
+
+
+def _no_event_class(cls: type[Any]) -> str:
+    """What a class is of which no event can be, or nothing; a mixin of event classes may be any other class."""
+    if issubclass(cls, BaseAggregate):
+        return "an aggregate class: name one of its events"
+    if issubclass(cls, Application | BaseException):
+        return "no class of events"
+    # All that a module of the standard library has; every event is an object.
+    if cls is not object and cls.__module__.partition(".")[0] in sys.stdlib_module_names:
+        return "a class of Python's own"
+    return ""
 
 
 class Handlers:
@@ -111,6 +136,17 @@ class Handlers:
         except Exception:  # noqa: BLE001
             # A module that is imported for it may raise anything.
             return None
+
+
+def call(handler: Callable[..., Any], projection: ModelProjection, event: Any, last: Any) -> None:
+    """Call a handler with an event, and the session or the key.
+
+    :raises HandlerError: when it would end the process, in which other projections run.
+    """
+    try:
+        handler(projection, event, last)
+    except SystemExit as error:
+        raise HandlerError(EXITED.format(type(projection).__name__)) from error
 
 
 class ModelProjection:

@@ -18,10 +18,11 @@ from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEve
 from ..persistence.dialects.locks import OpenWriter
 from ..persistence.subscriptions import Waiter
 from .belonging import Belonging, Mismatch
-from .checkpoint import ACTIVE, HALTED, CheckpointRow
+from .checkpoint import ACTIVE, HALTED, PAUSED, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
+from .inline import applied_inline, find_not_applied
 from .pace import Backoff
-from .runners import halted_message
+from .runners import stopped_message
 
 SHORTEST_WAIT = 0.002
 GROWTH = 1.5
@@ -35,13 +36,16 @@ LOOK_EVERY = 1.0
 class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
-    ``state`` is ``inline``, ``halted``, ``running``, ``stopped``, or what does not fit: ``ahead of its log``, ``another
-    log``, ``tables made again``, ``old code`` where this process would stand by, or ``held back`` by a transaction that
-    has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then ``problem`` says what is to be done. ``head`` is
-    the last position that is committed. ``writer`` is the oldest transaction that holds readers back before the head,
-    and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of its topics
-    that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took over.
-    ``code_changed`` says that this process has other code than that of the last rebuild.
+    ``state`` is ``inline``, ``halted``, ``paused``, ``running``, ``stopped``, or what does not fit: ``ahead of its
+    log``, ``another log``, ``tables made again``, ``not applied inline``, ``old code`` where this process would stand
+    by, or ``held back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then
+    ``problem`` says what is to be done, as it does for one that is paused.
+
+    ``head`` is the last position that is committed. ``writer`` is the oldest transaction that holds readers back before
+    the head, and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of
+    its topics that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner
+    took over. ``code_changed`` says that this process has other code than that of the last rebuild. ``changed_by``
+    and ``reason`` are those of the operator who paused, resumed, skipped or reset it last.
     """
 
     name: str
@@ -61,6 +65,8 @@ class ProjectionStatus:
     code_changed: bool = False
     writer: str | None = None
     writer_seconds: float | None = None
+    changed_by: str | None = None
+    reason: str | None = None
 
     @property
     def healthy(self) -> bool:
@@ -99,13 +105,14 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         found = consumer.checkpoint.read(connection)
         row = found or _never_run(consumer)
         end, writer = consumer.application.look_for_writer(connection, mark)
-        position = end if inline else row.position
         running = _is_running(consumer, connection, row)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
-        topics = consumer.count_topics(connection, position, end) if position < end else {}
-        mismatch = None if inline else _mismatch(belonging, connection, found)
+        mismatch = _mismatch(belonging, connection, found)
+        position, topics, not_applied = _progress(consumer, connection, row, mark, end)
+        mismatch = mismatch or not_applied
     if mismatch is None and not inline:
         mismatch = _problem(belonging, row, running, mark, end, writer)
+    mismatch = _paused(row, mismatch)
     state = _state(row, inline=inline, running=running)
     return ProjectionStatus(
         name=consumer.name,
@@ -123,7 +130,21 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         problem=None if mismatch is None else mismatch.text,
         code_changed=belonging.has_changed_code(row),
         **_writer(writer),
+        changed_by=row.changed_by,
+        reason=row.reason,
     )
+
+
+def _progress(
+    consumer: Consumer, connection: Connection, row: CheckpointRow, mark: int, end: int
+) -> tuple[int, dict[str, int], Mismatch | None]:
+    """Return how far a consumer is, what it has still to do by topic, and whether it lacks events before that."""
+    if consumer.kind == "projection" and consumer.projection_class.inline:
+        return applied_inline(consumer, connection, row, mark, end)
+    if row.position >= end:
+        return row.position, {}, None
+    topics = consumer.count_topics(connection, row.position, end)
+    return row.position, topics, find_not_applied(consumer, connection, row, mark)
 
 
 def _is_running(consumer: Consumer, connection: Connection, row: CheckpointRow) -> bool:
@@ -135,6 +156,13 @@ def _problem(
 ) -> Mismatch | None:
     found = None if running else belonging.find_old_code(row)
     return found if found is not None or row.state == HALTED else belonging.find_stall(mark, end, writer)
+
+
+def _paused(row: CheckpointRow, mismatch: Mismatch | None) -> Mismatch | None:
+    if row.state != PAUSED:
+        return mismatch
+    text = stopped_message(row)
+    return Mismatch(PAUSED, text if mismatch is None else f"{text} {mismatch.text}")
 
 
 def _state(row: CheckpointRow, *, inline: bool, running: bool) -> str:
@@ -165,17 +193,8 @@ def _age(consumer: Consumer, position: int, mark: int, topics: Sequence[str]) ->
     found = consumer.application.read_log(position, 1, mark, topics)
     if not found:
         return 0.0
-    try:
-        event = consumer.application.mapper.to_domain_event(found[0])
-    except Exception:  # noqa: BLE001
-        # An event that cannot be read is what the projection halts at; its age is not known.
-        return None
-    timestamp = getattr(event, "timestamp", None)
-    if not isinstance(timestamp, datetime):
-        return None
-    if timestamp.tzinfo is None:
-        timestamp = timestamp.replace(tzinfo=UTC)
-    return max(0.0, (datetime.now(UTC) - timestamp).total_seconds())
+    timestamp = consumer.application.time_of(found[0])
+    return None if timestamp is None else max(0.0, (datetime.now(UTC) - timestamp).total_seconds())
 
 
 class Waiters:
@@ -231,15 +250,19 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     """Block until a projection has dealt with what was recorded.
 
     :raises UncommittedEventsError: when the current session has events that are not committed: nobody can see them.
-    :raises ProjectionHaltedError: when the projection stands before that.
+    :raises ProjectionHaltedError: when the projection stands before that, halted or paused.
     :raises TimeoutError: after *timeout* seconds.
+    :raises CheckpointMismatchError: when it does not fit its log or its tables, or lacks events as an inline one.
     :raises OldSnapshotError: when the current session's transaction could not see it.
     """
     unit = consumer.application.host.open_unit()
     if unit is not None and unit.batches:
         raise UncommittedEventsError("wait_for waits for committed events: call db.session.commit() before it.")
     position = last_position(recordings)
-    if consumer.projection_class.inline or position == 0:
+    if position == 0:
+        return
+    if consumer.projection_class.inline:
+        _check_inline(consumer)
         return
     goal = _Goal(consumer, position)
     if not goal.is_reached():
@@ -250,6 +273,19 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
         seen = consumer.checkpoint.read(unit.connection())
         if seen is None or seen.position < position:
             raise OldSnapshotError
+
+
+def _check_inline(consumer: Consumer) -> None:
+    """Look whether an inline projection has applied all that is committed.
+
+    :raises CheckpointMismatchError: when it has not.
+    """
+    mark = consumer.application.high_water_mark()
+    with consumer.application.engine.connect() as connection:
+        row = consumer.checkpoint.read(connection) or _never_run(consumer)
+        mismatch = find_not_applied(consumer, connection, row, mark)
+    if mismatch is not None:
+        raise mismatch.error
 
 
 def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
@@ -300,8 +336,9 @@ class _Goal:
                 # Or else its position says nothing.
                 self._looked = time.monotonic()
                 mismatch = Belonging(self.consumer).find_mismatch(connection, row)
+                mismatch = mismatch or find_not_applied(self.consumer, connection, row, self.position)
                 if mismatch is not None:
                     raise mismatch.error
-        if row.state == HALTED and row.position < self.position:
-            raise ProjectionHaltedError(halted_message(self.consumer.name, row.failed_position, row.error))
+        if row.state in (HALTED, PAUSED) and row.position < self.position:
+            raise ProjectionHaltedError(stopped_message(row))
         return row.position >= self.position

@@ -68,13 +68,18 @@ class Leftovers:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a rebuild has done: the events of this run, its seconds, and the rows of each table before and after."""
+    """What a rebuild has done: the events of this run, its seconds, and the rows of each table before and after.
+
+    ``dead_letters`` are the events that it has set aside, ``waiting`` those behind them, whichever run it was in.
+    """
 
     events: int
     seconds: float
     position: int
     resumed: bool
     rows: dict[str, tuple[int, int]]
+    dead_letters: int = 0
+    waiting: int = 0
 
 
 class Rebuild:
@@ -119,7 +124,8 @@ class Rebuild:
             if swapped is None:
                 return None
             events = self.runner.progress.events + swapped.events
-            return Rebuilt(events, time.monotonic() - started, swapped.position, resumed, swapped.rows)
+            seconds = time.monotonic() - started
+            return Rebuilt(events, seconds, swapped.position, resumed, swapped.rows, *swapped.letters)
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[Connection], None]]:
@@ -303,7 +309,6 @@ class Rebuild:
         """Build until the end of the log is near; returns False when it was stopped before."""
         while True:
             self.rebuild.checkpoint.resume()
-            self.runner.goal = None
             self.runner.run(once=True)
             if self.stop.is_set():
                 return False

@@ -11,13 +11,13 @@ from typing import Any
 import sqlalchemy as sa
 from eventsourcing.application import Application
 
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
 from ..host import Host
 from ..persistence.dialects import hide_values
-from .applying import InlineApplier
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
 from .definitions import ModelProjection, check_projection
 from .following import Waiters
+from .inline import InlineApplier
 from .runners import Runner
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class BoundProjections:
             application = self.applications[of] = self._make_application(of)
             self.waiters[application] = Waiters(application)
         self.bound[of.name, projection_class.name] = registration, application
-        application.registered.add(projection_class.name)
+        application.registered[projection_class.name] = projection_class
         if projection_class.inline:
             bound = [r.projection_class for r, a in self.bound.values() if a is application]
             InlineApplier(application, bound).install()
@@ -184,9 +184,9 @@ class BoundProjections:
 
 
 class Worker:
-    """Runs consumers until it is told to stop, each in a thread of its own.
+    """Runs consumers until it is told to stop, each in a thread of its own; it runs once.
 
-    :param once: end as soon as each has reached the end of its log.
+    :param once: end as soon as each has reached the end of its log, and what their reactions have saved meanwhile.
     """
 
     def __init__(self, consumers: Sequence[Consumer], *, once: bool = False) -> None:
@@ -194,6 +194,8 @@ class Worker:
         self.once = once
         self.runners = [Runner(consumer, self.stopping) for consumer in consumers]
         self.errors: list[Exception] = []
+        self._failed: set[Runner] = set()
+        self._begun = threading.Lock()
 
     def stop(self) -> None:
         """End the run after the batches in progress; returns at once, and may be called in a signal handler."""
@@ -203,17 +205,29 @@ class Worker:
         """Run, and return the errors that ended consumers; blocks until all have ended.
 
         :param tick: called every *period* seconds meanwhile, in this thread.
+        :raises RuntimeError: when it was run before.
         """
-        waves = [self.runners]
+        if not self._begun.acquire(blocking=False):
+            raise RuntimeError("This worker was run before: make another Worker with the same consumers.")
         if self.once:
-            # Reactions go as far as the models of their projection, so they come when that has ended.
-            reactions = [runner for runner in self.runners if runner.consumer.kind == "reactions"]
-            waves = [[runner for runner in self.runners if runner not in reactions], reactions]
-        for wave in waves:
-            if not self.stopping.is_set():
-                self._run_wave(wave, tick, period)
+            self._run_once(tick, period)
+        else:
+            self._run_wave(self.runners, tick, period)
         self.stop()
         return self.errors
+
+    def _run_once(self, tick: Callable[[], None] | None, period: float) -> None:
+        """Run projections and then their reactions, and again as long as these have saved events."""
+        runners = self.runners
+        while runners and not self.stopping.is_set():
+            # Reactions go as far as the models of their projection, so they come when that has ended.
+            reactions = [runner for runner in runners if runner.consumer.kind == "reactions"]
+            for wave in ([runner for runner in runners if runner not in reactions], reactions):
+                if not self.stopping.is_set():
+                    self._run_wave(wave, tick, period)
+            if not any(runner.progress.has_saved for runner in reactions):
+                return
+            runners = [runner for runner in runners if runner not in self._failed]
 
     def _run_wave(self, runners: Sequence[Runner], tick: Callable[[], None] | None, period: float) -> None:
         threads = [
@@ -241,5 +255,16 @@ class Worker:
         except Exception as error:
             # Reported by run(); the other consumers go on.
             hide_values(error)
-            logger.error("%s", error, exc_info=error.__cause__)
-            self.errors.append(error)
+            # The traceback of a handler was logged with its first try.
+            logger.error("%s", error, exc_info=None if isinstance(error, ProjectionHaltedError) else error.__cause__)
+            self._note(runner, error)
+        except BaseException as error:
+            # It ends no more than this thread, and nobody must take that for an end in order.
+            logger.exception("%s has ended", runner.name)
+            ended = HandlerError(f"{runner.name} was ended by {type(error).__name__}.")
+            ended.__cause__ = error
+            self._note(runner, ended)
+
+    def _note(self, runner: Runner, error: Exception) -> None:
+        self._failed.add(runner)
+        self.errors.append(error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from eventsourcing.persistence import Notification
 
@@ -11,7 +12,9 @@ from ..exceptions import DeadLetterError
 from ..persistence.dialects import is_outage
 from .applying import Applier
 from .consumers import Consumer
-from .dead_letters import DeadLetter
+from .dead_letters import PAGE, Aggregate, DeadLetter
+
+Outcome = Literal["applied", "discarded", "failed"]
 
 
 @dataclass
@@ -22,55 +25,86 @@ class Repair:
     discarded: list[DeadLetter] = field(default_factory=list)
     failed: list[DeadLetter] = field(default_factory=list)
 
+    def add(self, outcome: Outcome, letter: DeadLetter) -> None:
+        """Add a letter."""
+        found: list[DeadLetter] = getattr(self, outcome)
+        found.append(letter)
 
-def retry(consumer: Consumer, letter_ids: Collection[int] | None = None) -> Repair:
+
+Tell = Callable[[Outcome, DeadLetter], None]
+
+
+def retry(consumer: Consumer, letter_ids: Collection[int] | None = None, *, tell: Tell | None = None) -> Repair:
     """Apply failed events again, and then those of the same aggregates that wait behind them, in their order.
 
     Each is a transaction of its own. An event that fails again keeps those behind it waiting. A runner may be at work
-    meanwhile.
+    meanwhile. The letters are read some at a time, however many there are.
 
-    :param letter_ids: the dead letters; without them, all of the consumer's.
-    :raises DeadLetterError: when there is no such letter.
+    :param letter_ids: the dead letters; without them, all that the consumer has at the beginning.
+    :param tell: called with what became of each letter as soon as that is known. Then the result is empty, so that many
+        thousand letters do not have to be kept.
+    :raises DeadLetterError: when there is no such letter; nothing was tried then.
     """
     with consumer.application.host.context():
-        return _Repairer(consumer).retry(letter_ids)
+        return _Repairer(consumer, tell).retry(letter_ids)
 
 
-def discard(consumer: Consumer, letter_id: int) -> Repair:
+def discard(consumer: Consumer, letter_id: int, *, tell: Tell | None = None) -> Repair:
     """Give a failed event up, and apply those of the same aggregate that wait behind it.
 
+    :param tell: as :func:`retry` has it.
     :raises DeadLetterError: when there is no such letter, or it is one that only waits.
     """
     with consumer.application.host.context():
-        return _Repairer(consumer).discard(letter_id)
+        return _Repairer(consumer, tell).discard(letter_id)
 
 
 class _Repairer:
-    def __init__(self, consumer: Consumer) -> None:
+    def __init__(self, consumer: Consumer, tell: Tell | None) -> None:
         self.consumer = consumer
+        self.engine = consumer.application.engine
         self.applier = Applier(consumer)
         self.letters = self.applier.letters
         self.result = Repair()
+        self.tell = tell or self.result.add
+        self.tried: set[int] = set()
+        """The positions of those that have failed in this run."""
 
-    def _select(self, ids: Collection[int] | None = None, originator_id: str | None = None) -> list[DeadLetter]:
-        with self.consumer.application.engine.connect() as connection:
-            names = [self.consumer.name]
-            return list(self.letters.select(connection, names, ids=ids, originator_id=originator_id))
+    def _read(self, **which: Any) -> DeadLetter | None:
+        with self.engine.connect() as connection:
+            found = self.letters.select(connection, [self.consumer.name], limit=1, **which)
+        return found[0] if found else None
 
     def retry(self, letter_ids: Collection[int] | None) -> Repair:
-        found = self._select(letter_ids)
-        missing = sorted(set(letter_ids or ()) - {letter.id for letter in found})
-        if missing:
-            raise DeadLetterError(f"{self.consumer.name} has no dead letter {', '.join(map(str, missing))}.")
-        for originator_id in dict.fromkeys(letter.originator_id for letter in found):
-            self._apply_all(originator_id)
+        name = self.consumer.name
+        if letter_ids is None:
+            after, last = 0, self._last()
+            while page := self._page(after, last):
+                after = page[-1].first
+                self._apply_page([each for each in page if each.first not in self.tried])
+            return self.result
+        with self.engine.connect() as connection:
+            missing = sorted(set(letter_ids) - set(self.letters.find(connection, [name], letter_ids)))
+            if missing:
+                raise DeadLetterError(f"{name} has no dead letter {', '.join(map(str, missing))}.")
+            originators = self.letters.originators(connection, name, letter_ids)
+            found = self.letters.aggregates_of(connection, name, originators)
+        for start in range(0, len(found), PAGE):
+            self._apply_page(found[start : start + PAGE])
         return self.result
 
+    def _last(self) -> int:
+        with self.engine.connect() as connection:
+            return self.letters.last(connection, self.consumer.name)
+
+    def _page(self, after: int, last: int) -> Sequence[Aggregate]:
+        with self.engine.connect() as connection:
+            return self.letters.aggregates(connection, self.consumer.name, after=after, upto=last)
+
     def discard(self, letter_id: int) -> Repair:
-        found = self._select([letter_id])
-        if not found:
+        letter = self._read(ids=[letter_id])
+        if letter is None:
             raise DeadLetterError(f"{self.consumer.name} has no dead letter {letter_id}.")
-        letter = found[0]
         if letter.error is None:
             raise DeadLetterError(
                 f"Dead letter {letter_id} only waits for an earlier one of {letter.originator_id}: "
@@ -80,15 +114,31 @@ class _Repairer:
             connection = self.applier.connection(session)
             self.consumer.checkpoint.lock(connection)
             self.letters.remove(connection, letter_id)
-        self.result.discarded.append(letter)
-        self._apply_all(letter.originator_id, up_to_failed=True)
+        self.tell("discarded", letter)
+        self._apply_page(self._left([letter.originator_id]), up_to_failed=True)
         return self.result
 
-    def _apply_all(self, originator_id: str, *, up_to_failed: bool = False) -> None:
-        while letters := self._select(originator_id=originator_id):
-            letter = letters[0]
+    def _left(self, originator_ids: Sequence[str]) -> Sequence[Aggregate]:
+        with self.engine.connect() as connection:
+            return self.letters.aggregates_of(connection, self.consumer.name, originator_ids)
+
+    def _apply_page(self, page: Sequence[Aggregate], *, up_to_failed: bool = False) -> None:
+        """Apply the letters of some aggregates, each up to one that fails again."""
+        while page:
+            done = [each for each in page if self._apply_all(each, up_to_failed)]
+            # Those that a runner has set aside behind the last one, before it saw that this is gone.
+            page = self._left([each.originator_id for each in done])
+
+    def _apply_all(self, aggregate: Aggregate, up_to_failed: bool) -> bool:
+        after = aggregate.first - 1
+        while after < aggregate.last:
+            letter = self._read(originator_id=aggregate.originator_id, after=after)
+            if letter is None:
+                return True
             if (up_to_failed and letter.error is not None) or not self._apply(letter):
-                return
+                return False
+            after = letter.position
+        return True
 
     def _apply(self, letter: DeadLetter) -> bool:
         try:
@@ -105,11 +155,12 @@ class _Repairer:
             # A handler may raise anything; the letter says what.
             if is_outage(error):
                 raise
-            with self.consumer.application.engine.begin() as connection:
+            self.tried.add(letter.position)
+            with self.engine.begin() as connection:
                 self.letters.note_failure(connection, letter, error)
-            self.result.failed.append(self._select([letter.id])[0])
+            self.tell("failed", self._read(ids=[letter.id]) or letter)
             return False
-        self.result.applied.append(letter)
+        self.tell("applied", letter)
         return True
 
     def _notification(self, letter: DeadLetter) -> Notification:

@@ -20,7 +20,7 @@ from ..persistence.dialects.locks import RunnerLock
 from ..persistence.subscriptions import Waiter
 from .applying import Applier, EventError, SuspectError
 from .belonging import OLD_CODE, Mismatch
-from .checkpoint import HALTED, SWAPPING, CheckpointRow, FencedError, Heartbeat
+from .checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from .claims import Turn
 from .consumers import Consumer
 from .dead_letters import describe
@@ -43,7 +43,9 @@ SUSPECT_PAUSE = 1.0
 SKIP_PAUSE = 0.05
 """Seconds for which news without an event for this consumer are gathered before its position moves past them."""
 
-RunnerState = Literal["starting", "standing by", "catching up", "up to date", "unreachable", "halted", "stopped"]
+RunnerState = Literal[
+    "starting", "standing by", "catching up", "up to date", "unreachable", "halted", "paused", "stopped"
+]
 
 
 @dataclass(eq=False)
@@ -55,6 +57,8 @@ class Progress:
     high_water_mark: int = 0
     events: int = 0
     """How many events the runner has dealt with."""
+    has_saved: bool = False
+    """Whether a reaction has saved events since the run began."""
     halted: ProjectionHaltedError | None = None
 
     @property
@@ -130,16 +134,17 @@ class Delivery:
                     pause.seconds = max(pause.seconds, SUSPECT_PAUSE)
             else:
                 self.progress.events += 1
+                self.progress.has_saved = self.applier.has_saved
                 return applied
             # An outage is raised from here.
-            self._note(claimed, notification, error)
+            self._note(claimed, notification, error, attempts)
             if attempts > self.consumer.projection_class.retries:
                 return self._fail(claimed, notification, error, attempts)
             if self.stop.wait(pause.seconds):
                 return claimed
             pause.grow()
 
-    def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException) -> None:
+    def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int) -> None:
         text = f"{event_name(notification)}: {describe(error)}"
         try:
             self.consumer.checkpoint.note_error(claimed, notification.id, text)
@@ -148,7 +153,9 @@ class Delivery:
             if not lost.connection_invalidated:
                 raise
             self.consumer.checkpoint.note_error(claimed, notification.id, text)
-        logger.warning("%s: its handler failed: %s", claimed.name, text, exc_info=error)
+        # The traceback once: the next tries are likely to end in the same way.
+        shown = error if attempts == 1 else None
+        logger.warning("%s: its handler failed, try %d: %s", claimed.name, attempts, text, exc_info=shown)
 
     def _fail(
         self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int
@@ -209,6 +216,7 @@ class Runner:
 
     def _run(self, once: bool) -> None:
         pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self.goal, self.progress.has_saved = None, False
         while not self.stop.is_set():
             try:
                 if self._take_turn(once):
@@ -219,7 +227,7 @@ class Runner:
                     raise
                 # Others may go on in the meantime; it waits until somebody resumes it.
                 self.progress.halted = error
-                logger.error("%s", error, exc_info=error.__cause__)
+                logger.error("%s", error)
             except FencedError:
                 logger.info("%s: another process moved its position; it goes on from there", self.name)
             except Exception as error:
@@ -240,8 +248,8 @@ class Runner:
 
     def _take_turn(self, once: bool) -> bool:
         row = self.consumer.checkpoint.read()
-        if row is not None and row.state == HALTED:
-            self._halted(row, once)
+        if row is not None and row.state in (HALTED, PAUSED):
+            self._stand_still(row, once)
             return False
         if row is not None and row.state == SWAPPING and self.consumer.kind == "projection":
             self._settle_swap()
@@ -280,11 +288,17 @@ class Runner:
             lock.release()
         self.stop.wait(SLICE)
 
-    def _halted(self, row: CheckpointRow, once: bool) -> None:
-        self.progress.state = "halted"
+    def _stand_still(self, row: CheckpointRow, once: bool) -> None:
+        """Wait until somebody resumes it."""
         self.turn.give_up()
         if once:
-            raise ProjectionHaltedError(halted_message(self.name, row.failed_position, row.error))
+            raise ProjectionHaltedError(stopped_message(row))
+        if row.state == PAUSED and self.progress.state != "paused":
+            logger.info("%s", stopped_message(row))
+        if row.state == PAUSED:
+            self.progress.state, self.progress.halted, self.progress.position = "paused", None, row.position
+        else:
+            self.progress.state = "halted"
         self.stop.wait(STANDBY_PAUSE)
 
     def _stand_by(self, row: CheckpointRow | None, once: bool) -> bool:
@@ -310,7 +324,7 @@ class Runner:
                     progress.state = "up to date"
                     return True
                 if claimed.position >= progress.high_water_mark:
-                    progress.high_water_mark = self.consumer.end()
+                    progress.high_water_mark = self.turn.find_end(claimed)
                 if claimed.position >= progress.high_water_mark:
                     progress.state = "up to date"
                     self._wait(waiter, claimed, heartbeat)
@@ -343,7 +357,7 @@ class Runner:
                 news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
                 now = time.monotonic()
                 if news or now >= look + pause.seconds:
-                    self.progress.high_water_mark = self.consumer.end()
+                    self.progress.high_water_mark = self.turn.find_end(claimed)
                     if self.progress.high_water_mark > claimed.position:
                         return
                     # After news that is not to be seen yet, because of a writer in progress, look again soon.
@@ -366,5 +380,15 @@ def halted_message(name: str, position: int | None, error: str | None) -> str:
     """Return what is said of a halted projection."""
     return (
         f"{name} is halted before position {position}: {error}. Correct its handler and run it again, "
-        "or let it set such events aside with on_failure = 'dead-letter'."
+        "or let it set such events aside with on_failure = 'dead-letter', or this one with 'flask eventsourcing "
+        f"projections skip {name} {position}'."
     )
+
+
+def stopped_message(row: CheckpointRow) -> str:
+    """Return what is said of a consumer that is halted or paused."""
+    if row.state != PAUSED:
+        return halted_message(row.name, row.failed_position, row.error)
+    by = f" by {row.changed_by}" if row.changed_by else ""
+    reason = f": {row.reason}" if row.reason else ""
+    return f"{row.name} is paused{by}{reason}. 'flask eventsourcing projections resume {row.name}' lets it go on."

@@ -25,7 +25,7 @@ from ..persistence import Dialect
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
-from .checkpoint import ACTIVE, SWAPPING, CheckpointRow
+from .checkpoint import ACTIVE, PAUSED, SWAPPING, CheckpointRow
 from .consumers import Consumer
 from .pages import LogPages
 from .shadows import REFERS, ShadowTables, shadows_of
@@ -41,11 +41,15 @@ NEAR = 1000
 
 @dataclass(frozen=True)
 class Swapped:
-    """What a swap has done: the events that were missing, and the rows of each table before and after."""
+    """What a swap has done: the events that were missing, and the rows of each table before and after.
+
+    ``letters`` counts the events that were set aside in all of the rebuild, and those that wait behind them.
+    """
 
     position: int
     events: int
     rows: dict[str, tuple[int, int]]
+    letters: tuple[int, int] = (0, 0)
 
 
 class Swap:
@@ -143,6 +147,9 @@ class Swap:
         with host.context(), self.new.session(host) as session, host.transaction():
             connection = host.unit_of(session).connection()
             swapped = self._finish(connection)
+            if _is_paused(self.live, connection):
+                # Noted in the row that is left of the rebuild, as the live one has no place for two states.
+                self.rebuild.checkpoint.set_state(connection, PAUSED)
             self.live.checkpoint.set_state(connection, SWAPPING)
         with engine.connect() as connection:
             connection.detach()
@@ -210,21 +217,22 @@ class Swap:
             page = pages.read(row.position, NEAR, end)
             row = applier.apply(row, page.events, page.position)
             events += len(page.events)
-        self._verify(connection, row)
+        letters = self._verify(connection, row)
         before = self._live().count_rows(connection)
         counts = zip(before, self.new.count_rows(connection), strict=True)
         names = (table.name for table in self.live.tables)
-        return Swapped(row.position, events, dict(zip(names, counts, strict=True)))
+        return Swapped(row.position, events, dict(zip(names, counts, strict=True)), letters)
 
-    def _verify(self, connection: Connection, row: CheckpointRow) -> None:
+    def _verify(self, connection: Connection, row: CheckpointRow) -> tuple[int, int]:
         found = self.live.count_events(connection, 0, row.position)
-        failed, _ = self.application.dead_letters.count(connection, self.rebuild.name)
+        failed, waiting = self.application.dead_letters.count(connection, self.rebuild.name)
         if found != row.applied + failed:
             raise RebuildError(
                 f"The rebuild of {self.live.name} has applied {row.applied} events and set {failed} aside, but the "
                 f"log has {found} up to position {row.position}: the live tables stay as they are; begin again, with "
                 "--restart."
             )
+        return failed, waiting
 
 
 def _why(held: Sequence[str]) -> str:
@@ -320,6 +328,11 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
     rebuild.checkpoint.remove(connection)
 
 
+def _is_paused(consumer: Consumer, connection: Connection) -> bool:
+    row = consumer.checkpoint.read(connection)
+    return row is not None and row.state == PAUSED
+
+
 def settle(live: Consumer) -> None:
     """Finish, or take back, a swap in steps that was interrupted."""
     row = live.checkpoint.read()
@@ -329,6 +342,8 @@ def settle(live: Consumer) -> None:
         if live.checkpoint.lock(connection).state != SWAPPING:
             return
         if shadows_of(live, NEW).any_exist(connection):
-            live.checkpoint.set_state(connection, ACTIVE)
+            rebuild = live.of_kind("rebuild")
+            live.checkpoint.set_state(connection, PAUSED if _is_paused(rebuild, connection) else ACTIVE)
+            rebuild.checkpoint.set_state(connection, ACTIVE)
         else:
             hand_over(live, live.of_kind("rebuild"), connection)

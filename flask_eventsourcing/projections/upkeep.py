@@ -1,9 +1,11 @@
-"""What an operator does with checkpoints: gives them another name, forgets them, accepts what does not fit."""
+"""What an operator does with checkpoints: names, forgets, accepts, pauses, resumes, skips and resets them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -11,9 +13,21 @@ from sqlalchemy.engine import Connection
 from ..exceptions import CheckpointError
 from ..persistence.dialects.base import IDENTITY, new_identity
 from .belonging import Belonging
-from .checkpoint import ACTIVE, Checkpoint
+from .checkpoint import ACTIVE, HALTED, PAUSED, SWAPPING, Checkpoint, CheckpointRow, FencedError
 from .consumers import SUFFIXES, Consumer, ProjectedApplication
+from .dead_letters import note_of
 from .fingerprints import accept as accept_fingerprint
+from .inline import find_not_applied
+from .runners import event_name, stopped_message
+
+LONGEST_NAME = 255
+"""Characters of who has changed something."""
+LOOK_BACK = 1000
+"""Positions before a time in which there may be an event with a later timestamp: its writer took as long to commit."""
+
+
+FEW = 10
+"""Events that are read for the first one that has a timestamp."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,12 @@ def accept(consumer: Consumer) -> None:
     belonging = Belonging(consumer)
     with consumer.application.engine.begin() as connection:
         row = checkpoint.lock(connection)
-        position = mark if belonging.find_mismatch_of_log(connection, row) is not None else row.position
+        mismatch = belonging.find_mismatch_of_log(connection, row)
+        mismatch = mismatch or find_not_applied(consumer, connection, row, mark)
+        position = mark if mismatch is not None else row.position
         values = {
             "position": position,
-            "state": ACTIVE,
+            "state": PAUSED if row.state == PAUSED else ACTIVE,
             "error": None,
             "failed_position": None,
             "earlier_fingerprints": accept_fingerprint(row.earlier_fingerprints, consumer.fingerprint),
@@ -137,3 +153,183 @@ def give_identity(application: ProjectedApplication) -> int:
         connection.execute(change.values(notification_id=made))
         connection.execute(sa.update(c.name.table).where(c.log_id == old).values(log_id=made))
     return made
+
+
+# ------------------------------------------------------------------------------------------------- pauses and skips
+
+
+def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
+    """Keep every worker from running a consumer until it is resumed, whatever is restarted.
+
+    A batch in progress is waited for: nothing is applied after that. A reaction in progress comes to its end.
+
+    :param by: who wants that, as the status tells it.
+    :param reason: why.
+    :raises CheckpointError: when it is inline, or its rebuild is about to end.
+    :raises CheckpointMismatchError: for reactions that have no checkpoint beside those of a projection that is unknown.
+    """
+    _refuse_inline(consumer)
+    _ensure(consumer)
+    with consumer.application.engine.begin() as connection:
+        _refuse_swapping(consumer.checkpoint.lock(connection))
+        consumer.checkpoint.set_values(connection, state=PAUSED, **_noted(by, reason))
+
+
+def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
+    """Let a consumer go on that is paused, or try again one that is halted.
+
+    :param by: who wants that, as the status tells it.
+    :param reason: why.
+    :raises CheckpointError: when it is neither.
+    """
+    _refuse_inline(consumer)
+    with consumer.application.engine.begin() as connection:
+        row = _locked(consumer, connection)
+        if row.state not in (PAUSED, HALTED):
+            raise CheckpointError(f"{row.name} is neither paused nor halted.")
+        consumer.checkpoint.set_values(connection, state=ACTIVE, **_noted(by, reason))
+
+
+def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
+    """Set the event aside before which a consumer is halted, so that it goes on after it; returns the event's name.
+
+    It is a dead letter then, with who and why. Later events of the same aggregate wait behind it until it is retried or
+    discarded.
+
+    :param position: that of the event, as the status tells it.
+    :param by: who wants that.
+    :param reason: why.
+    :raises CheckpointError: when it is not halted before this event, or has others before it that it handles by now.
+    :raises CheckpointMismatchError: when the consumer does not fit its log or its tables.
+    """
+    _refuse_inline(consumer)
+    application, letters = consumer.application, consumer.application.dead_letters
+    _check_halted(consumer.checkpoint.read(), consumer.name, position)
+    found = application.read_log(position - 1, 1, position, ())
+    if not found:
+        raise CheckpointError(f"Event {position} is not in the log any more.")
+    name = event_name(found[0])
+    with application.engine.begin() as connection:
+        row = _check_halted(_locked(consumer, connection), consumer.name, position)
+        mismatch = Belonging(consumer).find_mismatch(connection, row)
+        if mismatch is not None:
+            raise mismatch.error
+        others = consumer.count_events(connection, row.position, position - 1)
+        if others:
+            raise CheckpointError(
+                f"{consumer.name} has handlers by now for events ({others}) between its position {row.position} and "
+                f"{position}, which would be passed over: run it again first."
+            )
+        error = (row.error or "").removeprefix(f"{name}: ") or "It was skipped."
+        noted = _noted(by, reason)
+        letters.add_skipped(connection, consumer.name, found[0], error, noted["changed_by"], noted["reason"])
+        moved = {"position": position, "state": ACTIVE, "error": None, "failed_position": None}
+        consumer.checkpoint.set_values(connection, **moved, **noted, **consumer.last_event(position, found))
+    return name
+
+
+def _check_halted(row: CheckpointRow | None, name: str, position: int) -> CheckpointRow:
+    if row is not None and row.state == HALTED and row.failed_position == position:
+        return row
+    state = "is not halted"
+    if row is not None and row.state in (HALTED, PAUSED):
+        state = stopped_message(row)
+    raise CheckpointError(f"{name} does not stand before position {position}, and only that can be skipped: {state}.")
+
+
+def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str = "") -> None:
+    """Have reactions go on behind a position: they are called again for events behind it, or not for some before it.
+
+    Dead letters of events behind the position are deleted, as these are dealt with again. Reactions that are being run
+    go on from there by themselves; those that are paused stay so.
+
+    :param consumer: the reactions of a projection.
+    :param position: 0 for the beginning of the log, at most its end.
+    :param by: who wants that.
+    :param reason: why.
+    :raises CheckpointError: when it is none of the log, or the consumer is no reactions.
+    """
+    if consumer.kind != "reactions":
+        raise CheckpointError(f"{consumer.name} has models: only reactions are reset; rebuild it instead.")
+    mark = consumer.application.high_water_mark()
+    if not 0 <= position <= mark:
+        raise CheckpointError(f"Reactions go on from a position of the log, which is 0 to {mark}; found {position}.")
+    consumer.checkpoint.ensure(consumer.start())
+    with consumer.application.engine.begin() as connection:
+        row = _locked(consumer, connection)
+        consumer.application.dead_letters.remove_all(connection, consumer.name, position)
+        moved = {"position": position, "error": None, "failed_position": None, **_noted(by, reason)}
+        moved |= consumer.last_event(position, ())
+        consumer.checkpoint.set_values(connection, state=PAUSED if row.state == PAUSED else ACTIVE, **moved)
+
+
+def position_before(application: ProjectedApplication, moment: datetime) -> int:
+    """Return the position behind which the events of a time and later ones are, by the timestamps that they have.
+
+    Timestamps go up with positions, but for writers that took their time: some more events before are looked at.
+
+    :param moment: with a time zone.
+    :raises CheckpointError: when events have no timestamps.
+    """
+    low = 0
+    high = mark = application.high_water_mark()
+    if mark and _first_time(application, 0, mark) is None:
+        raise CheckpointError(f"No event of {application.name} has a timestamp: give a position.")
+    while low < high:
+        middle = (low + high) // 2
+        found = _first_time(application, middle, high)
+        if found is None or found[1] >= moment:
+            high = middle
+        else:
+            low = found[0]
+    while True:
+        page = application.read_log(max(0, low - LOOK_BACK), LOOK_BACK, low, ())
+        late = (each.id for each in page if (time := application.time_of(each)) is not None and time >= moment)
+        first = next(late, None)
+        if first is None:
+            return low
+        low = first - 1
+
+
+def _first_time(application: ProjectedApplication, after: int, stop: int) -> tuple[int, datetime] | None:
+    """The first event behind a position that has a timestamp, as that of its position and that."""
+    while page := application.read_log(after, FEW, stop, ()):
+        for each in page:
+            if (time := application.time_of(each)) is not None:
+                return each.id, time
+        after = page[-1].id
+    return None
+
+
+def _refuse_inline(consumer: Consumer) -> None:
+    if consumer.kind == "projection" and consumer.projection_class.inline:
+        raise CheckpointError(f"{consumer.name} is inline: it runs within save(), and nobody can stop it there.")
+
+
+def _refuse_swapping(row: CheckpointRow) -> None:
+    if row.state == SWAPPING:
+        raise CheckpointError(f"A rebuild of {row.name} is about to end: try again in a moment.")
+
+
+def _ensure(consumer: Consumer) -> None:
+    """Make the row, unless a worker would not."""
+    if consumer.checkpoint.read() is not None:
+        return
+    with consumer.application.engine.connect() as connection:
+        mismatch = Belonging(consumer).find_orphan(connection)
+    if mismatch is not None:
+        raise mismatch.error
+    consumer.checkpoint.ensure(consumer.start())
+
+
+def _locked(consumer: Consumer, connection: Connection) -> CheckpointRow:
+    try:
+        row = consumer.checkpoint.lock(connection)
+    except FencedError:
+        raise CheckpointError(f"{consumer.name} has no checkpoint yet: it never ran.") from None
+    _refuse_swapping(row)
+    return row
+
+
+def _noted(by: str, reason: str) -> dict[str, Any]:
+    return {"changed_by": note_of(by, LONGEST_NAME), "reason": note_of(reason) or None}

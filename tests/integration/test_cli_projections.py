@@ -373,7 +373,7 @@ def test_dead_letters(ledger: Ledger) -> None:
     assert "Account.Deposited" in output
     assert "ValueError: thirteen is not an amount" in output
     assert "(waits for the one before it)" in output
-    assert "Picky: 1 dead letters, 1 waiting behind" in ledger.run("status")[1]
+    assert "Picky: 1 dead letter, 1 waiting behind" in ledger.run("status")[1]
     code, output = ledger.run("dead-letters", "show", str(failed["id"]))
     assert code == 0
     assert 'raise ValueError("thirteen is not an amount")' in output

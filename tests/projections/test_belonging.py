@@ -371,7 +371,7 @@ from {base} import Base
 class Balances(Base, ModelProjection):
     """Balances."""
 
-    @on(dict)
+    @on(object)
     def opened(self, event, session):
         # {comment}
         return event{operator}1

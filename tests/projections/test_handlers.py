@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -14,8 +15,8 @@ from sqlalchemy import orm
 from flask_eventsourcing import ConfigurationError
 from flask_eventsourcing.exceptions import HandlerError
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from tests.domain import Account
-from tests.projections.desk import Created, Deposited, Desk
+from tests.domain import Account, Bank
+from tests.projections.desk import Created, Deposited, Desk, PoisonError
 
 
 class Savings(Account):
@@ -342,6 +343,36 @@ def test_marks_take_event_classes(mark: Any, arguments: Any) -> None:
     """``@on`` and ``@reaction`` want classes, one or more."""
     with pytest.raises(ConfigurationError, match="takes one or more event classes"):
         mark(*arguments)
+
+
+@pytest.mark.parametrize("mark", [on, reaction])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Account, r"no event is ever of Account, which is an aggregate class: name one of its events"),
+        (Aggregate, "which is an aggregate class"),
+        (str, "no event is ever of str, which is a class of Python's own"),
+        (UUID, "no event is ever of UUID, which is a class of Python's own"),
+        (Bank, "no event is ever of Bank, which is no class of events"),
+        (PoisonError, "which is no class of events"),
+    ],
+)
+def test_classes_that_no_event_has_are_refused(mark: Any, wrong: Any, message: str) -> None:
+    """An aggregate class in the place of one of its events is refused where it is written, as is what is no event."""
+    with pytest.raises(ConfigurationError, match=message):
+        mark(wrong)
+    with pytest.raises(ConfigurationError, match=message):
+        mark(Created, wrong)
+
+
+def test_every_event_and_those_with_a_mixin_may_be_named() -> None:
+    """``object``, the library's base classes and mixins of one's own are classes that events may have."""
+
+    class Mixin:
+        """Of some events."""
+
+    for each in (object, Aggregate.Event, Aggregate.Created, Mixin):
+        assert callable(on(each)(lambda self, event, session: None))
 
 
 def test_reactions_start_at_the_beginning_or_the_end() -> None:

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import orm
 
-from flask_eventsourcing.projections import ModelProjection, checkpoint, reaction, runners
+from flask_eventsourcing.commands.work import warn_of_connections
+from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.registry import Worker
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Deposited, Desk, until
-from tests.servers import forget_killed_connections
+from tests.projections.desk import Created, Deposited, Desk, make_desk, until
+from tests.servers import ServerFolder, forget_killed_connections, start_postgres
 
 on_servers = pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 locks = pytest.mark.parametrize("lock", ["database", "lease"])
@@ -301,3 +303,81 @@ def test_two_locks_of_one_process_exclude_each_other(desk: Desk) -> None:
     one.release()
     assert two.acquire()
     two.release()
+
+
+def many_projections(desk: Desk, count: int) -> list[str]:
+    """Register projections with a table and a reaction each, and return the names of all consumers."""
+    names = []
+    for number in range(count):
+        table = f"amounts_{number}"
+        columns = {
+            "__tablename__": table,
+            "account_id": orm.mapped_column(sa.Uuid(), primary_key=True),
+            "amount": orm.mapped_column(sa.Integer, nullable=False),
+        }
+        base: Any = desk.db.Model
+        desk.es.projection(_adding(f"Amounts{number}", type(base)(f"Amount{number}", (base,), columns), desk))
+        names += [f"Amounts{number}", f"Amounts{number}:reactions"]
+    with desk.app.app_context():
+        desk.db.create_all()
+    return names
+
+
+def _adding(name: str, model: Any, desk: Desk) -> type[ModelProjection]:
+    class Amounts(ModelProjection):
+        models = (model,)
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            session.add(model(account_id=event.originator_id, amount=0))
+
+        @on(Deposited)
+        def deposited(self, event: Any, session: orm.Session) -> None:
+            session.get_one(model, event.originator_id).amount += event.amount
+
+        @reaction(Deposited)
+        def told(self, event: Any, key: str) -> None:
+            desk.calls.append((event.originator_id, event.originator_version, key))
+
+    return type(name, (Amounts,), {})
+
+
+def test_eighty_projections_on_a_small_server(server_folder: ServerFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """A server with 30 connections is enough for a worker with 80 projections and their reactions, and for the web."""
+    with server_folder.private(
+        "postgres-30", lambda folder: start_postgres(folder, "max_connections = 30\n")
+    ) as server:
+        desk = make_desk(server.url)
+        names = many_projections(desk, 80)
+        account_id = desk.open(1, 2)
+        with desk.running():
+            desk.deposit(account_id, 3, 4)
+            until(lambda: all(desk.position(name) == 5 for name in names), "one of them")
+        assert len(desk.calls) == 80 * 4
+        assert not [record for record in caplog.records if "too many clients" in record.getMessage()]
+        with caplog.at_level(logging.WARNING):
+            warn_of_connections([desk.consumer(name) for name in names[:10]])
+            assert "connections" not in caplog.text
+            engines = {"SQLALCHEMY_ENGINE_OPTIONS": {"pool_size": 40}}
+            greedy = make_desk(server.url, **engines)
+            many_projections(greedy, 30)
+            warn_of_connections([greedy.consumer(f"Amounts{number}") for number in range(30)])
+            assert "The worker may need 52 connections, 50 of them of its pool" in caplog.text
+        greedy.close()
+        desk.close()
+
+
+def test_check_finds_a_pooler(postgres_url: str, pgbouncer_url: str) -> None:
+    """Where a proxy shares connections among clients, check says that locks need to be leases."""
+    for url, lock, faults in (
+        (postgres_url, "database", 0),
+        (pgbouncer_url, "database", 1),
+        (pgbouncer_url, "lease", 0),
+    ):
+        options = {"connect_args": {"prepare_threshold": None}}
+        desk = make_desk(url, EVENTSOURCING_PROJECTION_LOCK=lock, SQLALCHEMY_ENGINE_OPTIONS=options)
+        desk.balances()
+        result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+        assert result.exit_code == faults, result.output
+        assert ("EVENTSOURCING_PROJECTION_LOCK = 'lease'" in result.output) == bool(faults)
+        desk.close()

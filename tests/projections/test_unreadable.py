@@ -80,7 +80,7 @@ def test_row_is_a_dead_letter(desk: Desk, damage: str) -> None:
     assert "1 failed" in command(desk, "dead-letters", "retry", "--all")
     told = command(desk, "status")
     assert "NAME" in told
-    assert "dead letters" in told
+    assert "dead letter" in told
     assert command(desk, "check")
     carl = desk.open(6)
     assert not desk.run_once()

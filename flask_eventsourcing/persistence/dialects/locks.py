@@ -301,6 +301,14 @@ class ForProjections(ForSwaps):
         """Return what waits for updates of a table; here it polls."""
         return Waiter()
 
+    def free_connections(self, connection: Connection) -> int | None:
+        """Return how many more connections the server takes, or None where it does not say."""
+        return None
+
+    def shares_connections(self) -> bool:
+        """Whether a proxy gives a connection of the server to other clients between two transactions."""
+        return False
+
     def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
         """Return the oldest transaction that holds readers of a log back; here none does, as writers queue."""
         return None

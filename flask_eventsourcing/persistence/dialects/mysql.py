@@ -307,6 +307,11 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         code = MySQLDialect.code(driver_error)
         return code == READ_ONLY_MODE or (code == OPTION_PREVENTS_STATEMENT and "read" in str(driver_error))
 
+    def free_connections(self, connection: Connection) -> int | None:
+        """Return what is left of ``max_connections``."""
+        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
+
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
         return NamedLock(self.engine, name)

@@ -256,6 +256,28 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             raise FrozenSnapshotError
         return int(position)
 
+    def free_connections(self, connection: Connection) -> int | None:
+        """Return what is left of ``max_connections`` for roles that are no superusers."""
+        rows = self.fetch(
+            connection,
+            "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+            " - sum(numbackends)::int FROM pg_stat_database",
+        )
+        return int(rows[0][0])
+
+    def shares_connections(self) -> bool:
+        """Whether one connection's process is another one's in between, as behind PgBouncer in transaction mode."""
+        with self.engine.connect() as one:
+            one.execution_options(isolation_level="AUTOCOMMIT")
+            # Out of the pool, which may have no second one.
+            one.detach()
+            before = self._process(one)
+            with self.engine.connect() as other:
+                return self._process(other) == before or self._process(one) != before
+
+    def _process(self, connection: Connection) -> int:
+        return int(self.fetch(connection, "SELECT pg_backend_pid()")[0][0])
+
     def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
         """Return the process, or the prepared transaction, that has published a floor for the longest time."""
         if self.options.postgres_order == "table-lock":

@@ -1,0 +1,343 @@
+"""Inline projections: applied within ``save()``, with a note of what they have applied, and what that note lacks.
+
+An append of a program that does not know the projection notes nothing, whether it has no projections or is an older
+release. What is neither at or below the projection's position nor in a range was not applied.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+
+import sqlalchemy as sa
+from eventsourcing.persistence import StoredEvent
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+
+from ..exceptions import HandlerError
+from ..persistence import JoinedUnit
+from ..persistence.dialects import is_serialization_failure
+from ..persistence.dialects.event_tables import ConflictError
+from ..uow import UnitOfWork
+from .belonging import AHEAD, NOT_APPLIED, Mismatch
+from .checkpoint import CheckpointRow
+from .consumers import Consumer, ProjectedApplication
+from .definitions import ModelProjection
+
+T = TypeVar("T")
+
+GAPS_AT_ONCE = 200
+RANGES_AT_ONCE = 2000
+IDS_AT_ONCE = 500
+INLINE_ENDED = (
+    "A handler of an inline projection ended the transaction: it must not call session.commit() or "
+    "session.rollback(), as its models are committed with the events."
+)
+
+
+class InlineApplier:
+    """Applies events within ``save()``, in its transaction, for the inline ones among some projections."""
+
+    def __init__(self, application: ProjectedApplication, projection_classes: Sequence[type[ModelProjection]]) -> None:
+        self.application = application
+        self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
+
+    def install(self) -> None:
+        """Have the application's recorder call this after each append."""
+        self.application.datastore.after_append[self.application.name] = self
+
+    def __call__(
+        self,
+        connection: Connection,
+        joined: JoinedUnit | None,
+        events: Sequence[StoredEvent],
+        positions: Sequence[int],
+    ) -> None:
+        """Apply the events of one append, and note that."""
+        if joined is None:
+            # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
+            self._refuse_old_snapshot(connection)
+            with orm.Session(bind=connection) as session:
+                session.begin()
+                self._apply(session, events)
+            self._note(connection, positions)
+            return
+        # What a host has for recorders to join is always a unit of work.
+        unit = cast(UnitOfWork, joined)
+        try:
+            self._refuse_old_snapshot(connection)
+            with unit.gate.hold(INLINE_ENDED):
+                self._apply(unit.session, events)
+            self._note(connection, positions)
+        except BaseException:
+            # A caller that catches the error must not commit the events without their read models.
+            unit.refuse("An inline projection failed")
+            raise
+
+    def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
+        domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
+        begun = session.get_transaction()
+        for projection in self.projections:
+            for event in domain_events:
+                handler = projection.handlers.find(type(event))
+                if handler is not None:
+                    session.flush()
+                    self._forget_rows(session)
+                    handler(projection, event, session)
+                if session.get_transaction() is not begun:
+                    raise HandlerError(INLINE_ENDED)
+        session.flush()
+
+    def _note(self, connection: Connection, positions: Sequence[int]) -> None:
+        """Insert a row for each projection: writers would queue for one that they shared."""
+        blocks = [(positions[0], positions[-1])]
+        if positions[-1] - positions[0] != len(positions) - 1:
+            blocks = [(position, position) for position in positions]
+        rows = [
+            {"projection": projection.name, "first_position": first, "last_position": last}
+            for projection in self.projections
+            for first, last in blocks
+        ]
+        connection.execute(sa.insert(self.application.models.tables["inline_ranges"]), rows)
+
+    def _forget_rows(self, session: orm.Session) -> None:
+        """Have handlers load rows again: what the session has may be older than the aggregate's last event."""
+        models = tuple(model for projection in self.projections for model in projection.models)
+        if models:
+            for row in list(session.identity_map.values()):
+                if isinstance(row, models) and not session.is_modified(row):
+                    session.expire(row)
+
+    def _refuse_old_snapshot(self, connection: Connection) -> None:
+        """Let a transaction try again whose snapshot is older than the end of a rebuild.
+
+        It would see the new tables as they were while they were being built. A locking read sees what is committed.
+
+        :raises ConflictError: when a rebuild has ended since the transaction began to read.
+        """
+        if not self.application.datastore.dialect.refuses_old_snapshot:
+            return
+        for projection in self.projections:
+            checkpoint = self.application.checkpoint(projection.name)
+            if checkpoint.read(connection) != checkpoint.read(connection, latest=True):
+                raise ConflictError(
+                    f"Projection {projection.name} was rebuilt since this transaction began: try again."
+                )
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The events of a projection that were not applied although later ones may have been."""
+
+    topics: dict[str, int]
+    """How many of them there are, by topic."""
+    first: int
+    """The position of the first of them, or 0."""
+
+    def __bool__(self) -> bool:
+        return bool(self.topics)
+
+
+Gap = tuple[int, int]
+"""The first and the last of some positions that are in no range."""
+
+
+class Ranges:
+    """What is noted of the events that an inline projection has applied, above the position of its checkpoint."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer = consumer
+        self.table = consumer.application.models.tables["inline_ranges"]
+        self._own = self.table.c.projection == consumer.name
+
+    def end(self, connection: Connection) -> int:
+        """Return the last position that was applied inline, or 0."""
+        last: int | None = connection.scalar(sa.select(sa.func.max(self.table.c.last_position)).where(self._own))
+        return last or 0
+
+    def gaps(self, connection: Connection, base: int, mark: int) -> list[Gap]:
+        """Return the positions above *base*, up to *mark*, that are in no range."""
+        c = self.table.c
+        before = sa.func.max(c.last_position).over(order_by=c.first_position, rows=(None, -1)).label("before")
+        own = sa.select(before, c.first_position, c.last_position).where(self._own, c.last_position > base).subquery()
+        after = sa.func.coalesce(own.c.before, base)
+        found = sa.select(after + 1, own.c.first_position - 1).where(own.c.first_position > after + 1)
+        # In their order; those of appends in progress are beyond the mark.
+        gaps = [(first, min(last, mark)) for first, last in connection.execute(found.order_by(after))]
+        rest = (max(base, self.end(connection)) + 1, mark)
+        return [(first, last) for first, last in (*gaps, rest) if first <= last]
+
+    def find_missing(self, connection: Connection, base: int, mark: int) -> Missing:
+        """Return the events of the projection above *base*, up to *mark*, that were not applied."""
+        topics: dict[str, int] = {}
+        firsts = []
+        for some in _parts(self.gaps(connection, base, mark), GAPS_AT_ONCE):
+            for topic, count, first in self._topics(connection, some):
+                topics[topic] = topics.get(topic, 0) + count
+                firsts.append(first)
+        return Missing(topics, min(firsts, default=0))
+
+    def _topics(self, connection: Connection, gaps: Sequence[Gap]) -> Iterator[tuple[str, int, int]]:
+        """Return the topics of the projection's events in gaps, with their number and the first position."""
+        c = self.consumer.application.recorder.events_table.table.c
+        within = sa.or_(*(c.notification_id.between(first, last) for first, last in gaps))
+        query = sa.select(c.topic, sa.func.count(), sa.func.min(c.notification_id)).where(within).group_by(c.topic)
+        for topic, count, first in connection.execute(query).all():
+            if self.consumer.handlers.concerns(topic):
+                yield topic, int(count), int(first)
+
+    def mismatch(self, missing: Missing) -> Mismatch | None:
+        """Return the state of a projection that lacks events."""
+        if not missing:
+            return None
+        name, count = self.consumer.name, sum(missing.topics.values())
+        events = "1 event was" if count == 1 else f"{count} events were"
+        return Mismatch(
+            NOT_APPLIED,
+            f"{events} not applied by the inline projection {name}, from position {missing.first} on: another program "
+            "or an older release has saved them without it, or it was not inline, or not there, before. Run "
+            f"'flask eventsourcing rebuild {name}'; or, if its tables are as they should be, "
+            f"'flask eventsourcing projections accept {name}'.",
+        )
+
+    def ahead(self, last: int, end: int) -> Mismatch:
+        """Return the state of a projection that has applied what is not in the log."""
+        name = self.consumer.name
+        return Mismatch(
+            AHEAD,
+            f"The inline projection {name} is ahead of its log: it has applied events up to position {last}, and the "
+            f"log ends at {end}. If that was restored to an earlier point, run 'flask eventsourcing rebuild {name}'.",
+        )
+
+    # ----------------------------------------------------------------------------------------- a change to a worker
+
+    def beyond(self, connection: Connection, position: int, mark: int) -> int:
+        """Return the last position that was applied inline although a runner is at *position*, or that."""
+        c = self.table.c
+        query = sa.select(sa.func.max(c.last_position)).where(self._own, c.last_position.between(position + 1, mark))
+        return connection.scalar(query) or position
+
+    def take_over(self, connection: Connection, row: CheckpointRow, mark: int) -> Mismatch | dict[str, Any]:
+        """Return the values with which a runner goes on behind what was applied inline, or what keeps it from that."""
+        position = self.beyond(connection, row.position, mark)
+        if position == row.position:
+            return {}
+        mismatch = self.mismatch(self.find_missing(connection, row.position, position))
+        return mismatch or {"position": position, **self.consumer.last_event(position, ())}
+
+    # ----------------------------------------------------------------------------------------------------- to merge
+
+    def merge(self, mark: int) -> None:
+        """Make one range of those that follow each other up to *mark*, and delete those below the position.
+
+        Writers go on meanwhile, and so does another process that merges: one of the two gives up.
+        """
+        start: int | None = 0
+        while start is not None:
+            try:
+                with self.consumer.application.engine.connect() as connection:
+                    start = self._merge_page(connection, start, mark)
+                    connection.commit()
+            except sa.exc.DBAPIError as error:
+                if not is_serialization_failure(error):
+                    raise
+                return
+
+    def _merge_page(self, connection: Connection, start: int, mark: int) -> int | None:
+        """Merge some ranges, and return where the next page begins."""
+        c = self.table.c
+        row = self.consumer.checkpoint.read(connection)
+        base = 0 if row is None else row.position
+        columns = (c.id, c.first_position, c.last_position)
+        query = sa.select(*columns).where(self._own, c.first_position >= start, c.last_position <= mark)
+        page = connection.execute(query.order_by(c.first_position).limit(RANGES_AT_ONCE)).all()
+        groups = list(self._groups(connection, [each for each in page if each[2] > base]))
+        done = [each[0] for each in page if each[2] <= base]
+        done += [each[0] for group in groups if len(group) > 1 for each in group]
+        merged = [
+            {"projection": self.consumer.name, "first_position": group[0][1], "last_position": group[-1][2]}
+            for group in groups
+            if len(group) > 1
+        ]
+        if not self._delete(connection, done):
+            connection.rollback()
+            return None
+        if merged:
+            connection.execute(sa.insert(self.table), merged)
+        if len(page) < RANGES_AT_ONCE:
+            return None
+        # What follows may go on with the last of them.
+        last: tuple[int, int, int] = groups[-1][0] if groups else page[-1]
+        return last[1] if last[1] > start else page[-1][2] + 1
+
+    def _groups(self, connection: Connection, ranges: Sequence[Any]) -> Iterator[list[Any]]:
+        """Return ranges in groups, between which there are events of the projection."""
+        gaps = [(one[2] + 1, other[1] - 1) for one, other in pairwise(ranges)]
+        real = [gap for gap in gaps if gap[0] <= gap[1]]
+        closed: set[Gap] = set()
+        for some in _parts(real, GAPS_AT_ONCE):
+            if any(self._topics(connection, some)):
+                closed.update(gap for gap in some if any(self._topics(connection, [gap])))
+        group: list[Any] = []
+        for each in ranges:
+            if group and (group[-1][2] + 1, each[1] - 1) in closed:
+                yield group
+                group = []
+            group.append(each)
+        if group:
+            yield group
+
+    def _delete(self, connection: Connection, ids: Sequence[int]) -> bool:
+        """Delete rows by their ids, which keeps no writer waiting; False where another process was first."""
+        deleted = 0
+        for some in _parts(ids, IDS_AT_ONCE):
+            deleted += connection.execute(sa.delete(self.table).where(self.table.c.id.in_(some))).rowcount
+        return deleted == len(ids)
+
+
+def applied_inline(
+    consumer: Consumer, connection: Connection, row: CheckpointRow, mark: int, end: int
+) -> tuple[int, dict[str, int], Mismatch | None]:
+    """Return up to where an inline projection has applied the log, what it lacks by topic, and the state of that.
+
+    :param end: the last position that is committed.
+    """
+    ranges = Ranges(consumer)
+    last = ranges.end(connection)
+    missing = ranges.find_missing(connection, row.position, mark)
+    if missing:
+        return missing.first - 1, missing.topics, ranges.mismatch(missing)
+    if last > end:
+        # Others have appended since.
+        end, _ = consumer.application.look_for_writer(connection, mark)
+    return end, {}, None if last <= end else ranges.ahead(last, end)
+
+
+def find_not_applied(consumer: Consumer, connection: Connection, row: CheckpointRow, mark: int) -> Mismatch | None:
+    """Return the state of a projection that lacks events before those that were applied inline."""
+    if consumer.kind != "projection":
+        return None
+    if consumer.projection_class.inline:
+        return applied_inline(consumer, connection, row, mark, mark)[2]
+    found = Ranges(consumer).take_over(connection, row, mark)
+    return found if isinstance(found, Mismatch) else None
+
+
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def merge_ranges(application: ProjectedApplication, every: float = 0.0) -> None:
+    """Merge what is noted of an application's inline projections.
+
+    :param every: seconds within which this process does that once.
+    """
+    for name, projection_class in application.registered.items():
+        now = time.monotonic()
+        if projection_class.inline and now >= application.merged.get(name, -math.inf) + every:
+            application.merged[name] = now
+            Ranges(Consumer(application, projection_class)).merge(application.high_water_mark())

@@ -1,0 +1,220 @@
+"""Drawn histories of a projection that is inline in one process, run by a worker in another, and unknown to a third."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import orm
+
+from flask_eventsourcing.exceptions import CheckpointMismatchError
+from flask_eventsourcing.projections import ModelProjection, on
+from flask_eventsourcing.projections.inline import merge_ranges
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.upkeep import accept
+from tests.domain import Account, Bank, in_threads
+from tests.projections.conftest import MakeDesk
+from tests.projections.desk import PATIENCE, Created, Deposited, Desk
+
+NAME = "Noted"
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["inline", "inline", "inline", "worker", "alone", "rolled back"]), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["run", "run", "merge", "merge", "rebuild", "accept"]), st.just(0)),
+    ),
+    min_size=2,
+    max_size=14,
+)
+FEW = settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def note(desk: Desk, *, inline: bool) -> None:
+    """Register a projection that adds a row for each event."""
+
+    class Noted(ModelProjection):
+        models = (desk.Seen,)
+
+        @on(Created, Deposited)
+        def happened(self, event: Any, session: orm.Session) -> None:
+            version = event.originator_version
+            session.add(desk.Seen(account_id=str(event.originator_id), version=version, text="applied"))
+
+    desk.register(type(NAME, (Noted,), {"inline": inline}))
+
+
+class History:
+    """Two processes on one database, a program without Flask, and a model of what is right."""
+
+    def __init__(self, new_desk: MakeDesk) -> None:
+        self.inline, self.worker = new_desk(), new_desk()
+        note(self.inline, inline=True)
+        note(self.worker, inline=False)
+        with self.inline.app.app_context():
+            address = self.inline.db.engine.url.render_as_string(hide_password=False)
+        env = {"PERSISTENCE_MODULE": "flask_eventsourcing.persistence", "SQLALCHEMY_DATABASE_URI": address}
+        self.alone = Bank(env=env)
+        self.saved: list[tuple[str, int]] = []
+        self.base = 0
+        """How many of the events are at or below the checkpoint."""
+        self.ranges: set[int] = set()
+        self.applied: list[int] = []
+
+    def begin(self) -> None:
+        """Empty every table."""
+        with self.inline.app.app_context():
+            db = self.inline.db
+            for table in reversed(db.metadata.sorted_tables):
+                db.session.execute(sa.delete(table))
+            db.session.commit()
+        self.saved, self.base, self.ranges, self.applied = [], 0, set(), []
+
+    def save(self, kind: str, count: int) -> None:
+        """Save an aggregate with some events."""
+        account = Account("Ada")
+        for amount in range(1, count):
+            account.deposit(amount)
+        if kind == "alone":
+            self.alone.save(account)
+        else:
+            desk = self.worker if kind == "worker" else self.inline
+            with desk.context() as bank:
+                bank.save(account)
+                if kind == "rolled back":
+                    desk.db.session.rollback()
+                    return
+                desk.db.session.commit()
+        new = range(len(self.saved), len(self.saved) + count)
+        self.saved += [(str(account.id), version) for version in range(1, count + 1)]
+        if kind == "inline":
+            self.ranges.update(new)
+            self.applied += new
+
+    def lacks(self, end: int) -> bool:
+        """Whether an event above the checkpoint was not applied inline."""
+        return any(number not in self.ranges for number in range(self.base, end))
+
+    @property
+    def inline_end(self) -> int:
+        """One more than the last event that was applied inline."""
+        return max(self.ranges, default=-1) + 1
+
+    def take(self, kind: str) -> None:
+        """Take a step that saves nothing."""
+        head = len(self.saved)
+        consumer = self.inline.consumer(NAME)
+        if kind == "merge":
+            with self.inline.app.app_context():
+                merge_ranges(consumer.application)
+        elif kind == "accept":
+            if self.lacks(head):
+                self.base = head
+            accept(consumer)
+        elif kind == "rebuild":
+            assert Rebuild(consumer, threading.Event()).run() is not None
+            self.base, self.applied = head, list(range(head))
+        elif self.lacks(self.inline_end):
+            errors = self.worker.run_once(NAME)
+            assert [type(error) for error in errors] == [CheckpointMismatchError]
+        else:
+            assert self.worker.run_once(NAME) == []
+            self.applied += [number for number in range(self.base, head) if number not in self.ranges]
+            self.base = head
+
+    def count_ranges(self) -> int:
+        """Return how many rows there are of what was applied inline."""
+        with self.inline.app.app_context():
+            table = self.inline.consumer(NAME).application.models.tables["inline_ranges"]
+            return self.inline.db.session.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+
+    def check(self) -> None:
+        """Compare the read model and both states with what is right."""
+        with self.inline.app.app_context():
+            found = [
+                (row.account_id, row.version) for row in self.inline.db.session.scalars(sa.select(self.inline.Seen))
+            ]
+        assert sorted(found) == sorted(self.saved[number] for number in self.applied)
+        status = self.inline.status(NAME)
+        missing = self.lacks(len(self.saved))
+        assert (status.state, status.healthy) == (("not applied inline", False) if missing else ("inline", True))
+        assert status.lag_events == sum(n not in self.ranges for n in range(self.base, len(self.saved)))
+        refused = self.lacks(self.inline_end)
+        assert (self.worker.status(NAME).state == "not applied inline") == refused
+
+
+@pytest.fixture
+def history(new_desk: MakeDesk, caplog: pytest.LogCaptureFixture) -> History:
+    """The processes, which log nothing of what they refuse."""
+    caplog.set_level(logging.CRITICAL, "flask_eventsourcing")
+    return History(new_desk)
+
+
+@FEW
+@given(STEPS)
+@example([("inline", 2), ("alone", 1), ("inline", 1), ("merge", 0), ("run", 0), ("accept", 0), ("inline", 1)])
+@example([("worker", 1), ("run", 0), ("inline", 2), ("rolled back", 2), ("inline", 1), ("merge", 0), ("run", 0)])
+def test_each_event_is_applied_once_or_its_absence_is_told(history: History, steps: list[tuple[str, int]]) -> None:
+    """However a projection is mixed, no event is applied twice, and one that is missing makes its state unhealthy."""
+    history.begin()
+    for kind, count in steps:
+        if count:
+            history.save(kind, count)
+        else:
+            history.take(kind)
+        history.check()
+    history.take("merge")
+    history.check()
+    above = {number for number in history.ranges if number >= history.base}
+    assert history.count_ranges() == sum(number - 1 not in above for number in above)
+
+
+def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
+    """While several write, and two merge what they note, every event counts as applied at each moment."""
+    desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=60)
+    note(desk, inline=True)
+    application = desk.consumer(NAME).application
+    writing = threading.Event()
+    states: list[str] = []
+    writing.set()
+
+    def write() -> None:
+        for number in range(25):
+            with desk.context() as bank:
+                bank.open_account()
+                bank.open_account()
+                if number % 5 == 4:
+                    desk.db.session.rollback()
+                desk.db.session.commit()
+
+    def merge() -> None:
+        while writing.is_set():
+            with desk.app.app_context():
+                merge_ranges(application)
+
+    def look() -> None:
+        while writing.is_set():
+            states.append(desk.status(NAME).state)
+
+    others = [threading.Thread(target=each) for each in (merge, merge, look)]
+    for thread in others:
+        thread.start()
+    try:
+        in_threads([write] * 4)
+    finally:
+        writing.clear()
+        for thread in others:
+            thread.join(PATIENCE)
+    merge_ranges(application)
+    with desk.app.app_context():
+        assert desk.db.session.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 4 * 20 * 2
+        ranges = application.models.tables["inline_ranges"]
+        assert desk.db.session.scalar(sa.select(sa.func.count()).select_from(ranges)) == 1
+    assert set(states) == {"inline"}
