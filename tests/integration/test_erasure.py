@@ -25,6 +25,7 @@ from flask_eventsourcing import (
     AggregateErasedError,
     EventRedacted,
     IdentifierTypeError,
+    MissingRightError,
     NotInitializedError,
     StaleAggregateError,
     UncommittedEventsError,
@@ -390,6 +391,40 @@ def test_a_tenant(site: Site, redact: bool) -> None:
             session.commit()
             assert account_id not in site.bank.repository
         assert [type(each) for each in created.get(account_id)] == [Account.Created]
+
+
+@on_postgresql
+def test_a_role_without_the_right_to_delete(site: Site, uri: str) -> None:
+    """A role that may not delete is told so, and nothing is changed."""
+    account_id = deposited(site, 1)
+    role = f"web_{uuid4().hex}"
+    with site.app.app_context():
+        engine = site.db.engine
+    with engine.begin() as connection:
+        for statement in (
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT USAGE ON SCHEMA public TO {role}",
+            f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {role}",
+            f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO {role}",
+        ):
+            connection.execute(sa.text(statement))
+    web = make_site(sa.make_url(uri).set(username=role).render_as_string(hide_password=False), create=False)
+    try:
+        for option in ("--yes", "--redact"):
+            code, printed = run(web, "erase", str(account_id), option, answer="y\n")
+            assert code == 1
+            assert "permission denied for table bank_events: grant what the role needs" in printed
+        with web.app.app_context():
+            with pytest.raises(MissingRightError):
+                web.es.erase(account_id)
+            web.db.session.commit()
+    finally:
+        web.close()
+        with engine.begin() as connection:
+            for statement in (f"DROP OWNED BY {role}", f"DROP ROLE {role}"):
+                connection.execute(sa.text(statement))
+    assert site.balance(account_id) == 1
+    assert len(log(site)) == 2
 
 
 def test_topics_are_found_without_an_import() -> None:

@@ -130,6 +130,7 @@ def test_an_inline_projection(desk: Desk, redact: bool) -> None:
     assert desk.amounts() == {account_id: 2}
     erase(desk, account_id, redact=redact)
     assert desk.amounts() == {}
+    assert (desk.status().state, desk.status().problem) == ("inline", None)
 
 
 def test_a_rebuild(desk: Desk, redact: bool) -> None:
