@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .applications.erasure import AggregateErased, EventRedacted
     from .exceptions import (
         AbortedTransactionError,
+        AggregateErasedError,
         CommitInsideUnitError,
         CommitOutcomeUnknownError,
         ConfigurationError,
@@ -44,10 +46,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AbortedTransactionError",
+    "AggregateErased",
+    "AggregateErasedError",
     "CommitInsideUnitError",
     "CommitOutcomeUnknownError",
     "ConfigurationError",
     "ConstraintError",
+    "EventRedacted",
     "EventSourcing",
     "EventValueError",
     "FlaskEventSourcingError",
@@ -80,6 +85,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AggregateErased": "applications.erasure",
+    "EventRedacted": "applications.erasure",
     "EventSourcing": "extension",
     "Models": "models",
     "SnapshotMixin": "models",

@@ -6,7 +6,7 @@ library has an error for the case, ours is a subclass of it.
 
 from __future__ import annotations
 
-from eventsourcing import persistence
+from eventsourcing import application, persistence
 
 
 class FlaskEventSourcingError(Exception):
@@ -57,6 +57,14 @@ class StaleAggregateError(FlaskEventSourcingError):
 
 class SharedAggregateError(FlaskEventSourcingError):
     """An aggregate object that the cache had served without a copy was saved: read it with a copy."""
+
+
+class AggregateErasedError(FlaskEventSourcingError, application.AggregateNotFoundError):
+    """The aggregate was erased: it cannot be read, and its id is not used again."""
+
+
+class SnapshotError(FlaskEventSourcingError):
+    """A snapshot cannot be taken."""
 
 
 class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalError):

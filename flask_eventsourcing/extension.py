@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, overload
+from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
 from flask import Flask, has_app_context
 from sqlalchemy import orm
 
+from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
@@ -360,6 +362,25 @@ class EventSourcing:
         :raises NotInitializedError: outside an application context.
         """
         return Health(tuple(status_of(consumer) for consumer in current_state().projections))
+
+    def erase(
+        self, aggregate_id: UUID | str, application: type[Application[Any]] | None = None, *, redact: bool = False
+    ) -> Erasure:
+        """Erase an aggregate, as a person may ask for: its events, snapshots and dead letters, with your next commit.
+
+        A last event, :class:`~flask_eventsourcing.AggregateErased`, stays in the log and tells projections.
+
+        :param application: the application class; not needed for the first one.
+        :param redact: empty the events rather than delete their rows, so that no position of the log is missing.
+        :return: how many there were.
+        :raises AggregateNotFoundError: when nothing is stored of it.
+        :raises IdentifierTypeError: for an id of another type than the application's.
+        :raises UncommittedEventsError: when this transaction has events of it already.
+        :raises IntegrityError: when another writer saves an event of it meanwhile.
+        """
+        state = current_state()
+        erased = state.application if application is None else state[application]
+        return erase(erased, aggregate_id, redact=redact, dead_letters=state.projections.dead_letters_of(erased.name))
 
     def close(self, app: Flask | None = None) -> None:
         """Close the applications of this process, of one Flask app or of all that this object serves.

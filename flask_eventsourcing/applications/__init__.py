@@ -18,11 +18,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from functools import partial
+from itertools import chain
 from threading import Lock, RLock, Thread
 from typing import Any, TypeVar
 
-from eventsourcing.application import Application, Cache, ProjectorFunction, Repository, project_aggregate
+from eventsourcing.application import (
+    Application,
+    Cache,
+    ProjectorFunction,
+    Repository,
+    project_aggregate,
+)
 from eventsourcing.persistence import PersistenceError
 from eventsourcing.system import (
     Leader,
@@ -31,13 +39,16 @@ from eventsourcing.system import (
     RecordingEventReceiver,
     SingleThreadedRunner,
 )
+from eventsourcing.utils import TopicError
 
 from .._patches import application_method, leader_lead, repository_cache, repository_class
+from ..exceptions import AggregateErasedError, SnapshotError
 from ..persistence import Datastore, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.event_tables import EventTable
+from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION, EventTable
 from ..uow import UnitOfWork
+from .erasure import refusing_erased
 from .library_env import check_environment, environment
-from .stale import Saves, UsingSession, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
+from .stale import Saves, UsingSession, evict, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
 
 __all__ = [
     "CheckedRepository",
@@ -50,6 +61,7 @@ __all__ = [
     "install_repository",
     "project_checked",
     "refuse_stale_aggregates",
+    "take_snapshot",
 ]
 
 A = TypeVar("A", bound=Application[Any])
@@ -98,8 +110,15 @@ def project_checked(aggregate: Any, domain_events: Iterable[Any]) -> Any:
     return aggregate
 
 
+UNFIT = (AttributeError, KeyError, TypeError, ValueError, TopicError)
+"""What comes of a snapshot whose class has changed since: an attribute or an upcast is missing, or the class itself."""
+
+
 class CheckedRepository(Repository[Any]):
-    """The library's repository, but for the function that it takes where none is given."""
+    """The library's repository, but for the function that it takes where none is given.
+
+    An aggregate whose snapshot does not fit its class any more is read from its events.
+    """
 
     def get(
         self,
@@ -110,18 +129,111 @@ class CheckedRepository(Repository[Any]):
         fastforward_skipping: bool = False,
         deepcopy_from_cache: bool = True,
     ) -> Any:
-        """See ``Repository.get()``."""
-        aggregate = super().get(
-            aggregate_id,
-            version=version,
-            projector_func=project_checked if projector_func is project_aggregate else projector_func,
-            fastforward_skipping=fastforward_skipping,
-            deepcopy_from_cache=deepcopy_from_cache,
-        )
+        """See ``Repository.get()``.
+
+        :raises AggregateErasedError: for an aggregate that was erased, which is an ``AggregateNotFoundError``.
+        """
+        try:
+            aggregate = super().get(
+                aggregate_id,
+                version=version,
+                projector_func=_projector(projector_func),
+                fastforward_skipping=fastforward_skipping,
+                deepcopy_from_cache=deepcopy_from_cache,
+            )
+        except AggregateErasedError:
+            # Another process may have erased it.
+            evict(self.cache, aggregate_id)
+            raise
         if self.cache is not None and version is None and not (deepcopy_from_cache and self.deepcopy_from_cache):
             share(aggregate)
         watch(self.event_store.recorder, aggregate, aggregate_id)
         return aggregate
+
+    def _reconstruct_aggregate(self, aggregate_id: Any, version: int | None, projector_func: Any) -> Any:
+        found = None
+        try:
+            found = super()._reconstruct_aggregate(aggregate_id, version, projector_func)
+            if self.snapshot_store is not None:
+                _check_fields(found)
+            return found
+        except UNFIT as error:
+            aggregate = self._without_snapshot(aggregate_id, version, projector_func, error)
+            if aggregate is not None:
+                return aggregate
+            if found is None:
+                raise
+            # It lacks a field, and the snapshot has no part in that.
+            return found
+
+    def _without_snapshot(self, aggregate_id: Any, version: int | None, projector_func: Any, error: Exception) -> Any:
+        """Return what the events alone make of an aggregate that has a snapshot, or None."""
+        recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
+        snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
+        aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
+        if aggregate is not None and type(aggregate) not in _warned:
+            _warned.add(type(aggregate))
+            logger.warning(
+                "The snapshot of %s %s at version %d does not fit its class any more, so that it is read from its "
+                "events, as others may be: take them again, 'flask eventsourcing snapshots take --all'. %s: %s",
+                type(aggregate).__qualname__,
+                aggregate_id,
+                snapshots[0].originator_version,
+                type(error).__name__,
+                error,
+            )
+        return aggregate
+
+    def from_events(
+        self, aggregate_id: Any, version: int | None = None, projector_func: Any = project_aggregate
+    ) -> Any:
+        """Make an aggregate of its events alone, without snapshot and cache, or return None where they begin later."""
+        events = self.event_store.get(aggregate_id, lte=version)
+        first = next(events, None)
+        if first is None or first.originator_version > LATEST_FIRST_VERSION:
+            return None
+        return _projector(projector_func)(None, chain((first,), events))
+
+
+_warned: set[type[Any]] = set()
+"""The classes of aggregates of whose snapshots a warning was logged."""
+
+
+def _check_fields(aggregate: Any) -> None:
+    if is_dataclass(aggregate):
+        for field in fields(aggregate):
+            # One that the class has a default for is there.
+            getattr(aggregate, field.name)
+
+
+def _projector(given: Any) -> Any:
+    return project_checked if given in (project_aggregate, project_checked) else partial(refusing_erased, given)
+
+
+def take_snapshot(application: Application[Any], aggregate_id: Any) -> int:
+    """Take a snapshot of an aggregate as its events are now, whatever older snapshots say, and return its version.
+
+    :raises AggregateNotFoundError: when there is no such aggregate, or it was erased.
+    :raises SnapshotError: when the application takes no snapshots, or has no class for them.
+    """
+    if application.snapshots is None:
+        raise SnapshotError(
+            f"{application.name} takes no snapshots: set is_snapshotting_enabled = True on its class, or "
+            "IS_SNAPSHOTTING_ENABLED in EVENTSOURCING_ENV."
+        )
+    repository = application.repository
+    aggregate = repository.from_events(aggregate_id) if isinstance(repository, CheckedRepository) else None
+    if aggregate is None:
+        aggregate = repository.get(aggregate_id)
+    snapshot_class: Any = getattr(type(aggregate), "Snapshot", application.snapshot_class)
+    if snapshot_class is None:
+        raise SnapshotError(
+            f"Neither {type(aggregate).__qualname__} nor {type(application).__qualname__} has a class of snapshots: "
+            "define a nested class Snapshot, or the class attribute snapshot_class."
+        )
+    application.snapshots.put([snapshot_class.take(aggregate)])
+    version: int = aggregate.version
+    return version
 
 
 def install_repository(application: Application[Any]) -> None:

@@ -167,7 +167,7 @@ class Records:
                 lose(obj, NOT_STORED)
                 if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
                     # It was changed, or is older than what is stored and would stay so.
-                    _evict(application.repository.cache, obj.id)
+                    evict(application.repository.cache, obj.id)
             raise
 
 
@@ -178,7 +178,8 @@ def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:
         _saved.setdefault(session.get_transaction() or session.begin(), set()).update(ids)
 
 
-def _evict(cache: Any, key: Any) -> None:
+def evict(cache: Any, key: Any) -> None:
+    """Take an aggregate out of a cache, if there is one and it has that."""
     if cache is not None:
         with suppress(KeyError):
             getattr(cache, "inner", cache).get(key, evict=True)

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec
 import click
 from flask.cli import AppGroup
 
-from ..commands import Bar, CommandError, Output, Subject, UsageError, checkpoints, letters, reports, work
+from ..commands import Bar, CommandError, Output, Subject, UsageError, aggregates, checkpoints, letters, reports, work
 from ..web.state import current_state
 
 P = ParamSpec("P")
@@ -282,3 +282,43 @@ def reset_reactions(name: str, position: int | None, since: str | None, by: str 
 def new_identity(application: str | None) -> None:
     """Give the log an identity of its own, after a database was cloned; never after a restore in place."""
     call(checkpoints.new_identity, application=application)
+
+
+# --------------------------------------------------------------------------------------------------------- aggregates
+
+
+@group.command("erase")
+@click.argument("aggregate_id")
+@click.option("--redact", is_flag=True, help="Empty the events, rather than delete their rows.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@of_application
+def erase(aggregate_id: str, redact: bool, yes: bool, application: str | None) -> None:
+    """Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.
+
+    A last event without content stays in the log: it tells projections, and keeps the id from being used again.
+    """
+    call(aggregates.erase_aggregate, aggregate_id, application=application, redact=redact, yes=yes)
+
+
+snapshots = AppGroup("snapshots", help="Snapshots of aggregates.")
+group.add_command(snapshots)
+
+all_aggregates = click.option("--all", "everything", is_flag=True, help="Of every aggregate.")
+
+
+@snapshots.command("take")
+@click.argument("aggregate_id", required=False)
+@all_aggregates
+@of_application
+def take_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
+    """Take a snapshot of an aggregate from its events, whatever older snapshots say; exits with 1 if one fails."""
+    call(aggregates.take_snapshots, aggregate_id, everything=everything, application=application)
+
+
+@snapshots.command("drop")
+@click.argument("aggregate_id", required=False)
+@all_aggregates
+@of_application
+def drop_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
+    """Delete the snapshots of an aggregate, but for those without which it could not be read any more."""
+    call(aggregates.drop_snapshots, aggregate_id, everything=everything, application=application)

@@ -161,6 +161,11 @@ class BoundProjections:
         """Return the kept connections with which positions of a consumer are waited for."""
         return self.waiters[consumer.application]
 
+    def dead_letters_of(self, application_name: str) -> sa.Table | None:
+        """Return the table of the dead letters of an application's projections, if it has any."""
+        found = (each for each in self.applications.values() if each.name == application_name)
+        return next((each.models.tables["dead_letters"] for each in found), None)
+
     def tables(self) -> list[sa.Table]:
         """Return the tables that projections need: ours, and those of their models."""
         found: dict[str, sa.Table] = {}
