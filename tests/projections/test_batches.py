@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import HandlerError
 from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.applying import Applier, EventError
+from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.runners import Runner
 from tests.projections.desk import Deposited, Desk, PoisonError
 
 ACCOUNTS = 3
@@ -228,11 +231,15 @@ class Case:
                 number, key = divmod(event.amount, ACCOUNTS)
                 OPERATIONS[number % len(OPERATIONS)](session, models, key, event.amount)
                 case.handled += 1
+                if case.stopping is not None and case.handled >= case.stopping[0]:
+                    case.stopping[1].set()
 
         drawn: Any = Drawn
         drawn.models = (models.Plain, models.Priced, models.Owner, models.Thing)
         desk.register(Drawn)
         self.handled = 0
+        self.stopping: tuple[int, threading.Event] | None = None
+        """After how many events a run is to be stopped, and by what."""
         self.account_id = desk.open()
         self.consumer = desk.consumer("Drawn")
 
@@ -327,3 +334,58 @@ def test_ends_of_transactions_are_refused_before_they_happen(case: Case, size: i
     # Alone, the first event is applied before the second one fails.
     assert len(case.found()[2]) == (1 if size == 1 else 0)
     assert case.desk.row("Drawn").position == events[0].id - (0 if size == 1 else 1)
+
+
+def without_text(amounts: list[int]) -> list[int]:
+    """Leave out what a rebuild refuses."""
+    return [each for each in amounts if OPERATIONS[each // ACCOUNTS] is not update_by_text] or [0]
+
+
+def test_ways_to_the_same_rows(case: Case) -> None:
+    """A run, an interrupted one, a rebuild, and one that was taken up give the same rows as one event after another."""
+    consumer = case.consumer
+    consumer.projection_class.batch_size = 7
+    stop = threading.Event()
+
+    def begin(position: int) -> None:
+        case.empty()
+        consumer.checkpoint.ensure()
+        with consumer.application.engine.begin() as connection:
+            values = {"position": position, "applied": 0, "token": None, "last_originator_id": None}
+            consumer.checkpoint.set_values(connection, **values, tables_id=None)
+
+    def run(position: int, after: int) -> list[Any]:
+        """Run from a position, stopped after some events and then again."""
+        begin(position)
+        case.stopping = (case.handled + after, stop) if after else None
+        for _ in range(2):
+            stop.clear()
+            Runner(consumer, stop).run(once=True)
+            case.stopping = None
+        return case.found()
+
+    def rebuild(after: int) -> list[Any]:
+        """Rebuild, stopped after some events and then again."""
+        case.stopping = (case.handled + after, stop) if after else None
+        stop.clear()
+        done = Rebuild(consumer, stop).run()
+        case.stopping = None
+        if done is None:
+            done = Rebuild(consumer).run()
+            assert done is not None
+            assert done.resumed
+        return case.found()
+
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @given(AMOUNTS.map(without_text), st.integers(1, 20))
+    def compare(amounts: list[int], after: int) -> None:
+        case.log(amounts)
+        with case.desk.context():
+            events = case.consumer.application.read_log(1, 1000, None, ())
+        alone = case.rows(events, 1)
+        assert run(0, 0) == alone
+        assert run(0, after) == alone
+        assert rebuild(0) == alone
+        assert rebuild(after) == alone
+
+    compare()
