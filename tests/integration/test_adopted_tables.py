@@ -61,14 +61,14 @@ def test_tables_as_they_are(url: str) -> None:
     site = make_site(url)
     with site.app.app_context():
         for use in (site.bank.open_account, lambda: site.bank.account(account_id)):
-            with pytest.raises(UnsafeTableError, match="rename it to notification_id"):
+            with pytest.raises(UnsafeTableError, match="rename its id to notification_id"):
                 use()
             site.db.session.rollback()
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(table)) == 1
     result = site.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
     assert result.exit_code == 1
-    assert "rename it to notification_id" in result.output
+    assert "rename its id to notification_id" in result.output
     site.close()
     engine.dispose()
 

@@ -241,16 +241,11 @@ class Looks:
         needed = needed_columns(table)
         refused = USES if needed else ()
         findings = []
-        missing = [column for column in table.columns if column.name not in found.columns]
-        for column in missing:
-            lost = column.name in needed or not needed
-            text = f"{table.fullname}.{column.name} is missing: let a migration add it, as {self._type_of(column)}."
-            if column.name == POSITION and "id" in found.columns:
-                text = (
-                    f"{table.fullname}.{POSITION} is missing, and there is a column id, as in tables of "
-                    f"eventsourcing-sqlalchemy: let a migration rename it to {POSITION}."
-                )
-            findings.append(Finding(text, refused if lost else (), is_fault=lost))
+        for column in table.columns:
+            if column.name not in found.columns:
+                lost = column.name in needed or not needed
+                text = f"{table.fullname}.{column.name} is missing: {self._remedy(column, found)}"
+                findings.append(Finding(text, refused if lost else (), is_fault=lost))
         for column in table.columns:
             if column.name in found.columns:
                 findings += self._difference(table, column, found.columns[column.name], column.name in needed)
@@ -262,6 +257,11 @@ class Looks:
                 )
                 findings.append(Finding(f"{text}: give it a default in the database."))
         return findings
+
+    def _remedy(self, column: sa.Column[Any], found: FoundTable) -> str:
+        if column.name == POSITION and "id" in found.columns:
+            return f"as in tables of eventsourcing-sqlalchemy; let a migration rename its id to {POSITION}."
+        return f"let a migration add it, as {self._type_of(column)}."
 
     def _type_of(self, column: sa.Column[Any]) -> str:
         return str(column.type.compile(self.engine.dialect))
