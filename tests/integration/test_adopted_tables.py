@@ -105,6 +105,7 @@ def test_migrated_tables(url: str) -> None:
             es.application.events.put([first])
         db.session.rollback()
         assert es.application.recorder.max_notification_id() == 2
-        es.close(app)
+    es.close(app)
+    with app.app_context():
         db.engine.dispose()
     engine.dispose()
