@@ -13,7 +13,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ..persistence.dialects import has_waited, is_outage, is_serialization_failure
+from ..persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
 from ..persistence.dialects.event_values import UnreadableNotification
 from .batches import Batches, ObservedError
 from .checkpoint import PAUSED, CheckpointRow, FencedError
@@ -44,6 +44,11 @@ class EventError(Exception):
 
 class SuspectError(EventError):
     """The database failed while a handler ran, or committed what it wrote: if it answers now, the handler did that."""
+
+
+def may_be_its_own(error: BaseException) -> bool:
+    """Whether an error that looks like an outage can be a handler's own doing, if the database answers now."""
+    return not (isinstance(error, FencedError) or is_serialization_failure(error) or is_read_only(error))
 
 
 def never() -> bool:

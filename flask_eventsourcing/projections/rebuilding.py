@@ -9,7 +9,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
@@ -24,7 +24,7 @@ from sqlalchemy.schema import CreateTable
 from ..exceptions import ProjectionBusyError, RebuildError
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
-from .applying import Applier, EventError
+from .applying import Applier, EventError, may_be_its_own
 from .belonging import Belonging
 from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
 from .consumers import Consumer
@@ -207,7 +207,11 @@ class Rebuild:
         started = time.monotonic()
         try:
             applier.try_out(session, page)
-        except EventError:
+        except Exception as error:
+            # One by one it is seen which event it was, and whether the handler or the database failed.
+            if not (isinstance(error, EventError) or is_outage(error)):
+                raise
+            session.rollback()
             started = time.monotonic()
             failed = self._count_failing(applier, session, page)
         else:
@@ -229,9 +233,13 @@ class Rebuild:
                         session.flush()
                 except Exception as error:
                     # A handler may raise anything.
-                    if is_outage(error):
-                        raise
-                    if self.live.projection_class.on_failure == "halt":
+                    lost = is_outage(error)
+                    if lost:
+                        session.rollback()
+                        if not (may_be_its_own(error) and self._database_answers()):
+                            raise
+                    # What it did before is gone with its connection.
+                    if lost or self.live.projection_class.on_failure == "halt":
                         raise RebuildError(
                             f"The rebuild of {self.live.name} would halt before position {notification.id}: "
                             f"{event_name(notification)}: {describe(error)}"
@@ -241,6 +249,12 @@ class Rebuild:
         finally:
             session.rollback()
         return failed
+
+    def _database_answers(self) -> bool:
+        with suppress(sa.exc.SQLAlchemyError), self.application.engine.connect() as connection:
+            connection.execute(sa.select(1))
+            return True
+        return False
 
     def drop_old(self) -> list[str]:
         """Drop the tables that a rebuild has replaced, and return their names."""

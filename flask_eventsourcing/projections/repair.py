@@ -10,7 +10,7 @@ from eventsourcing.persistence import Notification
 
 from ..exceptions import DeadLetterError
 from ..persistence.dialects import is_outage
-from .applying import Applier
+from .applying import Applier, may_be_its_own
 from .consumers import Consumer
 from .dead_letters import PAGE, Aggregate, DeadLetter
 
@@ -141,6 +141,7 @@ class _Repairer:
         return True
 
     def _apply(self, letter: DeadLetter) -> bool:
+        handling = False
         try:
             with self.consumer.application.host.transaction() as session:
                 connection = self.applier.connection(session)
@@ -148,14 +149,16 @@ class _Repairer:
                 self.consumer.checkpoint.lock(connection)
                 if not self.letters.select(connection, [self.consumer.name], ids=[letter.id]):
                     return True
-                self.applier.handle(session, self._notification(letter))
+                notification, handling = self._notification(letter), True
+                self.applier.handle(session, notification)
                 session.flush()
                 self.letters.remove(connection, letter.id)
         except Exception as error:
             # A handler may raise anything; the letter says what.
-            if is_outage(error):
+            if is_outage(error) and not (handling and may_be_its_own(error)):
                 raise
             self.tried.add(letter.position)
+            # An outage is raised from here.
             with self.engine.begin() as connection:
                 self.letters.note_failure(connection, letter, error)
             self.tell("failed", self._read(ids=[letter.id]) or letter)

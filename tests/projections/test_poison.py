@@ -9,10 +9,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
+from flask_eventsourcing.exceptions import RebuildError
 from flask_eventsourcing.persistence import recorders
 from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.pages import LogPages
 from flask_eventsourcing.projections.rebuilding import Rebuild
+from flask_eventsourcing.projections.repair import retry
 from flask_eventsourcing.projections.runners import Runner
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Deposited, Desk, until
@@ -53,7 +55,7 @@ def take_second_connection(desk: Desk, session: orm.Session) -> None:
         connection.execute(sa.text("SELECT 1"))
 
 
-def follow(desk: Desk, does: Any, tries: list[int]) -> None:
+def follow(desk: Desk, does: Any, tries: list[int], **attributes: Any) -> None:
     """Register a projection that counts deposits, and does something with that of 13."""
 
     class Following(ModelProjection):
@@ -72,7 +74,7 @@ def follow(desk: Desk, does: Any, tries: list[int]) -> None:
                 tries.append(event.originator_version)
                 does(desk, session)
 
-    desk.register(Following)
+    desk.register(type("Following", (Following,), attributes))
 
 
 @pytest.mark.parametrize("does", [lose_connection, write_on_another_connection, take_second_connection])
@@ -92,6 +94,23 @@ def test_a_handler_that_loses_its_connection_halts_its_projection(new_desk: Make
     assert status.error
     assert tries[-2:] == [4, 4]
     assert desk.amounts() == {account_id: 3}
+    forget_killed_connections()
+
+
+def test_what_an_operator_does_with_such_an_event(new_desk: MakeDesk) -> None:
+    """A dead letter whose handler loses its connection is noted as failed again, and a dry run names the event."""
+    desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=1)
+    tries: list[int] = []
+    follow(desk, lose_connection, tries, on_failure="dead-letter")
+    account_id = desk.open(1, 13, 4)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 1}
+    consumer = desk.consumer("Following")
+    repair = retry(consumer)
+    assert [letter.position for letter in repair.failed] == [3]
+    assert repair.failed[0].attempts == 3
+    with pytest.raises(RebuildError, match="would halt before position 3"):
+        Rebuild(consumer).estimate()
     forget_killed_connections()
 
 
