@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
 
     from flask_eventsourcing.projections import ModelProjection
-    from flask_eventsourcing.projections.following import ProjectionStatus
+    from flask_eventsourcing.projections.upkeep.following import ProjectionStatus
 
 reports = Blueprint("reports", __name__)
 

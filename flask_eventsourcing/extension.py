@@ -21,8 +21,8 @@ from .exceptions import ConfigurationError
 from .models import Models
 from .projections import ModelProjection
 from .projections.definitions import check_projection
-from .projections.following import Health, status_of, wait_for
 from .projections.registry import Registrations
+from .projections.upkeep.following import Health, status_of, wait_for
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit

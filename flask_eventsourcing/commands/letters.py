@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..projections.consumers import Consumer
 from ..projections.dead_letters import DeadLetter
-from ..projections.repair import Outcome, discard, retry
+from ..projections.upkeep.repair import Outcome, discard, retry
 from . import CommandError, Output, Subject, TextTable, UsageError, clear_errors, counted, named, require_tables
 
 HEADS = ("ID", "PROJECTION", "POSITION", "EVENT", "AGGREGATE", "VERSION", "TRIES", "ERROR")

@@ -12,11 +12,11 @@ import sqlalchemy as sa
 
 from ..persistence import SQLAlchemyApplicationRecorder
 from ..persistence.dialects.looks import Finding
-from ..projections.belonging import HELD_BACK, OLD_CODE
-from ..projections.following import Health, ProjectionStatus, status_of
-from ..projections.inline import merge_ranges
+from ..projections.consumers.belonging import HELD_BACK, OLD_CODE
+from ..projections.consumers.inline import merge_ranges
 from ..projections.rebuilding import leftovers
 from ..projections.runners import Runner
+from ..projections.upkeep.following import Health, ProjectionStatus, status_of
 from . import (
     Bar,
     CommandError,

@@ -26,7 +26,7 @@ from ..exceptions import MissingTableError
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
 from ..persistence.dialects.locks import RunnerLock, utc_now
-from .fingerprints import retire
+from .definitions.fingerprints import retire
 
 logger = logging.getLogger(__name__)
 

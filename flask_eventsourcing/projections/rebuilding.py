@@ -25,13 +25,13 @@ from ..exceptions import ProjectionBusyError, RebuildError
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
 from .applying import Applier, EventError, may_be_its_own
-from .belonging import Belonging
+from .applying.pages import LogPages
 from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
 from .consumers import Consumer
+from .consumers.belonging import Belonging
+from .consumers.shadows import ShadowTables, shadows_of
 from .dead_letters import describe
-from .pages import LogPages
 from .runners import Runner, event_name
-from .shadows import ShadowTables, shadows_of
 from .swap import NEAR, Swap, settle
 
 TRIAL_EVENTS = 1000

@@ -15,10 +15,10 @@ from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
 from ..host import Host
 from ..persistence.dialects import hide_values
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
+from .consumers.inline import InlineApplier
 from .definitions import ModelProjection, check_projection
-from .following import Waiters
-from .inline import InlineApplier
 from .runners import Runner
+from .upkeep.following import Waiters
 
 logger = logging.getLogger(__name__)
 

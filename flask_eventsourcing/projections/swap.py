@@ -25,10 +25,10 @@ from ..persistence import Dialect
 from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
+from .applying.pages import LogPages
 from .checkpoint import ACTIVE, PAUSED, SWAPPING, CheckpointRow
 from .consumers import Consumer
-from .pages import LogPages
-from .shadows import REFERS, ShadowTables, shadows_of
+from .consumers.shadows import REFERS, ShadowTables, shadows_of
 
 logger = logging.getLogger(__name__)
 

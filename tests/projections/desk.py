@@ -20,8 +20,8 @@ from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
-from flask_eventsourcing.projections.following import ProjectionStatus
 from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.upkeep.following import ProjectionStatus
 from tests.bank import make_app
 from tests.domain import Account, Bank
 

@@ -23,11 +23,12 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
 from flask_eventsourcing.persistence.dialects.mysql_looks import ORDER
-from flask_eventsourcing.projections import ModelProjection, claims, on, pages, reaction, upkeep
+from flask_eventsourcing.projections import ModelProjection, on, reaction, upkeep
+from flask_eventsourcing.projections.applying import pages
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
-from flask_eventsourcing.projections.fingerprints import fingerprint_of, note_sources
+from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of, note_sources
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from flask_eventsourcing.projections.runners import Runner
+from flask_eventsourcing.projections.runners import Runner, claims
 from tests.domain import Account
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
@@ -455,7 +456,8 @@ def test_a_fingerprint_without_source_is_made_of_code_objects() -> None:
 def test_a_fingerprint_is_the_same_in_every_process() -> None:
     """It depends on nothing but the source: not on hashes, nor on the order of imports."""
     text = (
-        "from flask_eventsourcing.projections.fingerprints import fingerprint_of; from tests.domain import Account; "
+        "from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of\n"
+        "from tests.domain import Account\n"
         "print(fingerprint_of(Account, []))"
     )
     done = []

@@ -13,7 +13,7 @@ from sqlalchemy import orm
 from flask_eventsourcing import AbortedTransactionError
 from flask_eventsourcing.exceptions import CheckpointMismatchError, HandlerError
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.inline import merge_ranges
+from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.domain import Account, in_thread
 from tests.projections.conftest import MakeDesk

@@ -14,7 +14,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointMismatchError
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.inline import merge_ranges
+from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.upkeep import accept
 from tests.domain import Account, Bank, in_threads

@@ -11,9 +11,10 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 
-from flask_eventsourcing.projections import dead_letters, repair
+from flask_eventsourcing.projections import dead_letters
 from flask_eventsourcing.projections.dead_letters import DeadLetter
-from flask_eventsourcing.projections.repair import Outcome, retry
+from flask_eventsourcing.projections.upkeep import repair
+from flask_eventsourcing.projections.upkeep.repair import Outcome, retry
 from tests.projections.desk import Desk
 
 PAGE = 7

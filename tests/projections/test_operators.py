@@ -14,8 +14,8 @@ from flask_eventsourcing.exceptions import CheckpointError, ProjectionHaltedErro
 from flask_eventsourcing.projections import ModelProjection, on, reaction, runners, upkeep
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from flask_eventsourcing.projections.repair import retry
 from flask_eventsourcing.projections.swap import Swap, settle
+from flask_eventsourcing.projections.upkeep.repair import retry
 from tests.projections.desk import Created, Deposited, Desk, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)

@@ -12,10 +12,10 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import RebuildError
 from flask_eventsourcing.persistence import recorders
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.pages import LogPages
+from flask_eventsourcing.projections.applying.pages import LogPages
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from flask_eventsourcing.projections.repair import retry
 from flask_eventsourcing.projections.runners import Runner
+from flask_eventsourcing.projections.upkeep.repair import retry
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Deposited, Desk, until
 from tests.servers import forget_killed_connections

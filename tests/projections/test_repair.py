@@ -8,7 +8,7 @@ import pytest
 
 from flask_eventsourcing.exceptions import DeadLetterError
 from flask_eventsourcing.projections.dead_letters import DeadLetter
-from flask_eventsourcing.projections.repair import discard, retry
+from flask_eventsourcing.projections.upkeep.repair import discard, retry
 from tests.projections.desk import Desk, until
 
 

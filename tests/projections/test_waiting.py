@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from flask_eventsourcing import UncommittedEventsError
 from flask_eventsourcing.exceptions import ConfigurationError, OldSnapshotError, ProjectionHaltedError
 from flask_eventsourcing.persistence.subscriptions import ListenWaiter
-from flask_eventsourcing.projections import following
+from flask_eventsourcing.projections.upkeep import following
 from tests.domain import Account
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Desk, until

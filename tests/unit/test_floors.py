@@ -147,3 +147,20 @@ def test_optional_dependency_is_not_imported_by_the_package() -> None:
     assert len(reached) > 15
     tops = {i.partition(".")[0] for name in reached for i in imports(name, typing_too=False)}
     assert tops - set(sys.stdlib_module_names) - {PACKAGE} <= REQUIRED
+
+
+def test_rooms_of_projections() -> None:
+    """The rooms of ``projections/`` stand in an order, with fewer than 35 arrows between them."""
+
+    def inner_room(name: str) -> str:
+        return name.split(".")[1]
+
+    names = [name for name in MODULES if name.startswith("projections.")]
+    arrows = {
+        (inner_room(name), inner_room(other))
+        for name in names
+        for other in inner(name)
+        if other.startswith("projections.") and inner_room(other) != inner_room(name)
+    }
+    graphlib.TopologicalSorter({one: {b for a, b in arrows if a == one} for one, _ in arrows}).prepare()
+    assert 0 < len(arrows) < 35

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flask_eventsourcing.projections.pace import FIRST_BATCH, Backoff, Pace
 from flask_eventsourcing.projections.runners import Progress
+from flask_eventsourcing.projections.runners.pace import FIRST_BATCH, Backoff, Pace
 
 
 def test_a_pause_grows_to_its_longest_and_begins_again() -> None:

@@ -24,10 +24,10 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 from sqlalchemy_utils.aggregates import manager
 
-from ..exceptions import HandlerError
-from ..persistence import Dialect
-from ..persistence.dialects.event_values import UnreadableNotification
-from ..persistence.tables import UUIDType
+from ...exceptions import HandlerError
+from ...persistence import Dialect
+from ...persistence.dialects.event_values import UnreadableNotification
+from ...persistence.tables import UUIDType
 
 PREFETCH_FROM = 8
 """Fewer events than this are not worth a query for the rows of all their aggregates."""

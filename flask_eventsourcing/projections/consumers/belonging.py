@@ -14,13 +14,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from ..exceptions import CheckpointMismatchError
-from ..persistence.dialects.base import IDENTITY
-from ..persistence.dialects.catalogs import are_filled, is_exact, table_ids
-from ..persistence.dialects.locks import OpenWriter
-from .checkpoint import CheckpointRow
-from .consumers import SUFFIXES, Consumer
-from .fingerprints import add_run, retired
+from ...exceptions import CheckpointMismatchError
+from ...persistence.dialects.base import IDENTITY
+from ...persistence.dialects.catalogs import are_filled, is_exact, table_ids
+from ...persistence.dialects.locks import OpenWriter
+from ..checkpoint import CheckpointRow
+from ..definitions.fingerprints import add_run, retired
+from . import SUFFIXES, Consumer
 
 AHEAD = "ahead of its log"
 OTHER_LOG = "another log"

@@ -12,15 +12,15 @@ from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ..persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
-from ..persistence.dialects.event_values import UnreadableNotification
+from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
+from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
+from ...persistence.dialects.event_values import UnreadableNotification
+from ..checkpoint import PAUSED, CheckpointRow, FencedError
+from ..consumers import Consumer, id_keys
+from ..consumers.shadows import Undeclared
+from ..dead_letters import DeadLetters
+from ..definitions import call
 from .batches import Batches, ObservedError
-from .checkpoint import PAUSED, CheckpointRow, FencedError
-from .consumers import Consumer, id_keys
-from .dead_letters import DeadLetters
-from .definitions import call
-from .shadows import Undeclared
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "

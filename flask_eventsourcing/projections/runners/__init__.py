@@ -13,20 +13,20 @@ from typing import Literal
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
-from ..exceptions import HandlerError, ProjectionHaltedError
-from ..persistence.dialects import hide_values, is_outage, is_read_only
-from ..persistence.dialects.event_values import printable
-from ..persistence.dialects.locks import RunnerLock
-from ..persistence.subscriptions import Waiter
-from .applying import Applier, EventError, SuspectError
-from .belonging import OLD_CODE, Mismatch
-from .checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat
+from ...exceptions import HandlerError, ProjectionHaltedError
+from ...persistence.dialects import hide_values, is_outage, is_read_only
+from ...persistence.dialects.event_values import printable
+from ...persistence.dialects.locks import RunnerLock
+from ...persistence.subscriptions import Waiter
+from ..applying import Applier, EventError, SuspectError
+from ..applying.pages import LogPages, Page
+from ..checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat
+from ..consumers import Consumer
+from ..consumers.belonging import OLD_CODE, Mismatch
+from ..dead_letters import describe
+from ..swap import settle
 from .claims import Turn
-from .consumers import Consumer
-from .dead_letters import describe
 from .pace import Backoff, Pace
-from .pages import LogPages, Page
-from .swap import settle
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from eventsourcing import utils
 from eventsourcing.application import Application
 from eventsourcing.domain import BaseAggregate
 
-from ..exceptions import ConfigurationError, HandlerError
+from ...exceptions import ConfigurationError, HandlerError
 from .fingerprints import note_sources
 
 F = TypeVar("F", bound=Callable[..., Any])

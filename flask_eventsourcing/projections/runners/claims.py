@@ -8,12 +8,12 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from ..persistence.dialects import is_outage
-from ..persistence.dialects.locks import RunnerLock
-from .belonging import OLD_CODE, Belonging, Mismatch
-from .checkpoint import CheckpointRow, FencedError, LeaseWatch
-from .consumers import Consumer
-from .inline import Ranges, merge_ranges
+from ...persistence.dialects import is_outage
+from ...persistence.dialects.locks import RunnerLock
+from ..checkpoint import CheckpointRow, FencedError, LeaseWatch
+from ..consumers import Consumer
+from ..consumers.belonging import OLD_CODE, Belonging, Mismatch
+from ..consumers.inline import Ranges, merge_ranges
 
 logger = logging.getLogger(__name__)
 

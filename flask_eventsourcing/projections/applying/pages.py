@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
-from .checkpoint import CheckpointRow
-from .consumers import Consumer
-from .definitions import MOST_TOPICS
+from ..checkpoint import CheckpointRow
+from ..consumers import Consumer
+from ..definitions import MOST_TOPICS
 
 COLLECT_FROM = 2000
 """How many positions there must be to read for their topics to be worth a look."""

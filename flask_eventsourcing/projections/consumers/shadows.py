@@ -20,11 +20,11 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex, CreateTable, SetColumnComment, SetTableComment
 
-from ..exceptions import HandlerError, RebuildError
-from ..host import Host
-from ..persistence import Datastore, Dialect
-from ..persistence.dialects.swapping import OWN
-from .consumers import Consumer
+from ...exceptions import HandlerError, RebuildError
+from ...host import Host
+from ...persistence import Datastore, Dialect
+from ...persistence.dialects.swapping import OWN
+from . import Consumer
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "TRUNCATE", "COPY", "LOAD"}

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from eventsourcing.persistence import Notification
 
-from ..exceptions import DeadLetterError
-from ..persistence.dialects import is_outage
-from .applying import Applier, may_be_its_own
-from .consumers import Consumer
-from .dead_letters import PAGE, Aggregate, DeadLetter
+from ...exceptions import DeadLetterError
+from ...persistence.dialects import is_outage
+from ..applying import Applier, may_be_its_own
+from ..consumers import Consumer
+from ..dead_letters import PAGE, Aggregate, DeadLetter
 
 Outcome = Literal["applied", "discarded", "failed"]
 

@@ -10,15 +10,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from ..exceptions import CheckpointError
-from ..persistence.dialects.base import IDENTITY, new_identity
-from .belonging import Belonging
-from .checkpoint import ACTIVE, HALTED, PAUSED, SWAPPING, Checkpoint, CheckpointRow, FencedError
-from .consumers import SUFFIXES, Consumer, ProjectedApplication
-from .dead_letters import note_of
-from .fingerprints import accept as accept_fingerprint
-from .inline import find_not_applied
-from .runners import event_name, stopped_message
+from ...exceptions import CheckpointError
+from ...persistence.dialects.base import IDENTITY, new_identity
+from ..checkpoint import ACTIVE, HALTED, PAUSED, SWAPPING, Checkpoint, CheckpointRow, FencedError
+from ..consumers import SUFFIXES, Consumer, ProjectedApplication
+from ..consumers.belonging import Belonging
+from ..consumers.inline import find_not_applied
+from ..dead_letters import note_of
+from ..definitions.fingerprints import accept as accept_fingerprint
+from ..runners import event_name, stopped_message
 
 LONGEST_NAME = 255
 """Characters of who has changed something."""

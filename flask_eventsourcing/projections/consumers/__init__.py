@@ -14,14 +14,14 @@ from eventsourcing.application import Application
 from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy.engine import Connection, Engine
 
-from ..host import Host
-from ..models import ProjectionModels
-from ..persistence import Datastore, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.locks import Lease, OpenWriter, RunnerLock
-from .checkpoint import Checkpoint
-from .dead_letters import DeadLetters
-from .definitions import Handlers, ModelProjection
-from .fingerprints import fingerprint_of
+from ...host import Host
+from ...models import ProjectionModels
+from ...persistence import Datastore, SQLAlchemyApplicationRecorder
+from ...persistence.dialects.locks import Lease, OpenWriter, RunnerLock
+from ..checkpoint import Checkpoint
+from ..dead_letters import DeadLetters
+from ..definitions import Handlers, ModelProjection
+from ..definitions.fingerprints import fingerprint_of
 
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}

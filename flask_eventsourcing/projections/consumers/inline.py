@@ -18,15 +18,15 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
-from ..exceptions import HandlerError
-from ..persistence import JoinedUnit
-from ..persistence.dialects import is_serialization_failure
-from ..persistence.dialects.event_tables import ConflictError
-from ..uow import UnitOfWork
+from ...exceptions import HandlerError
+from ...persistence import JoinedUnit
+from ...persistence.dialects import is_serialization_failure
+from ...persistence.dialects.event_tables import ConflictError
+from ...uow import UnitOfWork
+from ..checkpoint import SWAPPING, CheckpointRow
+from ..definitions import ModelProjection
+from . import Consumer, ProjectedApplication
 from .belonging import AHEAD, NOT_APPLIED, Belonging, Mismatch
-from .checkpoint import SWAPPING, CheckpointRow
-from .consumers import Consumer, ProjectedApplication
-from .definitions import ModelProjection
 
 T = TypeVar("T")
 

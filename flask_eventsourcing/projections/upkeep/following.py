@@ -14,15 +14,15 @@ from typing import Any
 from eventsourcing.persistence import Recording
 from sqlalchemy.engine import Connection
 
-from ..exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
-from ..persistence.dialects.locks import OpenWriter
-from ..persistence.subscriptions import Waiter
-from .belonging import Belonging, Mismatch
-from .checkpoint import HALTED, PAUSED, CheckpointRow
-from .consumers import Consumer, ProjectedApplication
-from .inline import applied_inline, find_not_applied
-from .pace import Backoff
-from .runners import stopped_message
+from ...exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
+from ...persistence.dialects.locks import OpenWriter
+from ...persistence.subscriptions import Waiter
+from ..checkpoint import HALTED, PAUSED, CheckpointRow
+from ..consumers import Consumer, ProjectedApplication
+from ..consumers.belonging import Belonging, Mismatch
+from ..consumers.inline import applied_inline, find_not_applied
+from ..runners import stopped_message
+from ..runners.pace import Backoff
 
 SHORTEST_WAIT = 0.002
 GROWTH = 1.5
