@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from ...exceptions import UnsafeSequenceError
 from .base import Dialect
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, EventTable, begins, gap, heads
-from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use
+from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
 from .sqlite_swapping import SQLiteSwaps
@@ -248,7 +248,12 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             )
             for name, kind, required, default, _ in rows
         }
-        return FoundTable(columns) if columns else None
+        statement = (
+            "SELECT l.name, i.name FROM pragma_index_list(?) AS l, pragma_index_info(l.name) AS i "
+            'WHERE l."unique" AND NOT l.partial'
+        )
+        unique = keys_of(self.fetch(connection, statement, (table.name,)))
+        return FoundTable(columns, keys=unique) if columns else None
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look for AUTOINCREMENT, which is seen in the text of the table only."""
