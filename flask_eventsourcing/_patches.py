@@ -55,6 +55,14 @@ def dialect_rollback(dialect: Any, do_rollback: Callable[[Any], None]) -> None:
     dialect.do_rollback = do_rollback
 
 
+def driver_method(driver: Any, name: str, method: Callable[..., Any]) -> None:
+    """Have a driver's connection call another function as one of its methods, which does what its own does.
+
+    SQLAlchemy has events for what it ends itself. It can go when drivers tell which transaction is open.
+    """
+    setattr(driver, name, method)
+
+
 def connection_dialect(connection: Any, dialect: Any) -> None:
     """Have one SQLAlchemy connection compile its statements with a dialect of its own.
 

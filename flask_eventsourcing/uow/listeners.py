@@ -18,14 +18,14 @@ from ..exceptions import CommitOutcomeUnknownError
 from ..persistence.dialects.driver import is_own, root_engine
 from .commit_gate import joined_late
 from .pending import Batch, known_state, state_of
-from .unit import INFO_KEY, SessionUnits, UnitOfWork, joined
+from .unit import INFO_KEY, SessionUnits, UnitOfWork
 
 _COMMENTS = r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*"
 COMMITS = re.compile(_COMMENTS + r"(COMMIT|END)\b(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
 ROLLS_BACK = re.compile(_COMMENTS + r"(ROLLBACK|ABORT)\b(?!.*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
 """What commits, or rolls back, all of a transaction."""
-ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE)\b", re.IGNORECASE)
-"""What may end a transaction or a savepoint in a textual statement."""
+ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE|CALL)\b", re.IGNORECASE)
+"""What may end a transaction or a savepoint in a textual statement; a stored procedure may, in some databases."""
 
 _followed: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -63,6 +63,13 @@ def _begin(connection: Connection) -> None:
             unit.committed()
 
 
+def joined(connection: Connection) -> list[UnitOfWork]:
+    """Return the units that have something in a connection's transaction, or are run in it."""
+    state = known_state(connection)
+    found = () if state is None else [each() for each in state.units]
+    return [unit for unit in found if unit is not None and unit.following.connection() is connection]
+
+
 def _forget_savepoints(connection: Connection) -> None:
     state = known_state(connection)
     if state is not None:
@@ -73,6 +80,7 @@ def _commit(connection: Connection) -> None:
     for unit in joined(connection):
         if not unit.shared.is_committing:
             # Somebody commits past the session, which has not asked.
+            unit.look()
             unit.gate.check()
         unit.following.is_committing = True
 
@@ -153,7 +161,8 @@ def _after_statement(
         # Those of a commit in two phases are SQLAlchemy's own.
         for unit in [each for each in units if not each.following.is_prepared]:
             unit.following.is_suspicious = True
-            unit.look()
+            # After COMMIT AND CHAIN there is a transaction, and it is another one.
+            unit.look(is_over=is_text and COMMITS.match(statement) is not None)
             if is_text and ROLLS_BACK.match(statement):
                 unit.note_rollback_in_run()
 

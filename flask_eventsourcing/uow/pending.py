@@ -220,6 +220,8 @@ class Following:
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
         self.is_suspicious = False
         self.is_asking = False
+        self.ends = 0
+        """How often the driver's connection had been committed or rolled back when the first event was noted."""
 
     @property
     def is_busy(self) -> bool:

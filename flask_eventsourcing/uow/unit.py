@@ -34,7 +34,6 @@ from .pending import (
     Refusal,
     call_all,
     is_there,
-    known_state,
     log_lost,
     of_kind,
     state_of,
@@ -277,6 +276,8 @@ class UnitOfWork:
             # A rollback of nothing would not be noticed, so there is a transaction from here on.
             connection = self.connection()
         self._follow(connection)
+        if not self.pending:
+            self.following.ends = self.dialect.ends(connection)
         self.pending.add(len(state_of(connection).savepoints), item)
 
     def begun(self, connection: Connection) -> None:
@@ -292,7 +293,7 @@ class UnitOfWork:
 
     # -------------------------------------------------------------------------------- what becomes of it
 
-    def look(self) -> None:
+    def look(self, *, is_over: bool = False) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
         connection = self.following.connection()
         if connection is None or connection.closed or connection.invalidated or self.following.is_busy:
@@ -300,13 +301,17 @@ class UnitOfWork:
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
         if self.pending.has(Batch):
-            is_over = self.dialect.is_over(connection)
+            is_over = is_over or self._is_over(connection)
             if (self.following.is_suspicious or is_over) and not self.dialect.is_aborted(connection):
                 self._ask(connection, is_over)
 
+    def _is_over(self, connection: Connection) -> bool:
+        return self.dialect.is_over(connection) or self.dialect.ends(connection) > self.following.ends
+
     def _ask(self, connection: Connection, is_over: bool) -> None:
         self.following.is_suspicious = False
-        if is_over:
+        self.following.ends = self.dialect.ends(connection)
+        if self.dialect.is_over(connection):
             self.dialect.ended_past(connection)
         there = self._there(connection)
         if there is None:
@@ -322,7 +327,7 @@ class UnitOfWork:
         """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
         if connection.invalidated or self.following.is_busy or not self.pending.has(Batch):
             return
-        if self.dialect.is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
+        if self._is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
             self._committed_past()
 
     def _committed_past(self) -> None:
@@ -390,10 +395,3 @@ class UnitOfWork:
         gone = self.pending.rolled_back(0)
         self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(gone, AfterRollback))
-
-
-def joined(connection: Connection) -> list[UnitOfWork]:
-    """Return the units that have something in a connection's transaction, or are run in it."""
-    state = known_state(connection)
-    found = () if state is None else [each() for each in state.units]
-    return [unit for unit in found if unit is not None and unit.following.connection() is connection]

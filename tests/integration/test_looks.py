@@ -26,7 +26,7 @@ from flask_eventsourcing import (
 from flask_eventsourcing.exceptions import EventValueError
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
+from tests.integration.marks import on_files, on_mariadb, on_postgresql, on_sqlite_file
 
 MEGABYTE = 1024 * 1024
 
@@ -114,6 +114,37 @@ def test_table_that_is_not_as_its_class_has_it(new_site: MakeSite, column: str, 
     change(site, *retyped(column, kind)(engine))
     refused(site, UnsafeTableError, f"bank_events.{column} is", reads=True)
     assert f"bank_events.{column} is" in run_check(site)[1]
+
+
+KEYLESS = {
+    "sqlite": (
+        "DROP TABLE bank_events",
+        "CREATE TABLE bank_events (notification_id INTEGER PRIMARY KEY AUTOINCREMENT, originator_id CHAR(32))",
+        "ALTER TABLE bank_events ADD COLUMN originator_version BIGINT",
+        "ALTER TABLE bank_events ADD COLUMN topic TEXT",
+        "ALTER TABLE bank_events ADD COLUMN state BLOB",
+        "CREATE UNIQUE INDEX some ON bank_events (originator_id, originator_version) WHERE originator_version > 5",
+    ),
+    "postgresql": (
+        "ALTER TABLE bank_events DROP CONSTRAINT bank_events_originator_key",
+        "ALTER TABLE bank_events ADD UNIQUE (originator_version, originator_id) DEFERRABLE",
+        "CREATE UNIQUE INDEX ON bank_events (originator_id, notification_id) INCLUDE (originator_version)",
+    ),
+    "mysql": ("ALTER TABLE bank_events DROP INDEX bank_events_originator_key",),
+}
+
+
+@on_files
+def test_table_that_has_lost_its_key(new_site: MakeSite) -> None:
+    """Without the key by which a version is stored once, appends are refused before two writers can store the same."""
+    site = new_site()
+    with site.app.app_context():
+        name = site.db.engine.dialect.name
+    change(site, *KEYLESS["mysql" if name == "mariadb" else name])
+    refused(site, UnsafeTableError, r"bank_events has no key UNIQUE \(originator_id, originator_version\)")
+    change(site, "CREATE UNIQUE INDEX again ON bank_events (originator_version, originator_id)")
+    site.opened()
+    assert run_check(site)[0] == 0
 
 
 def test_missing_table_leaves_the_transaction(new_site: MakeSite) -> None:

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from flask_eventsourcing import events_discarded, events_recorded
+from flask_eventsourcing import RollbackOnlyError, events_discarded, events_recorded
 from tests.bank import Site
 from tests.integration.conftest import MakeSite
 from tests.integration.test_truth import commit_connection, deposit, listen, versions
@@ -66,6 +66,20 @@ def roll_back_driver_and_read(site: Site, save: Callable[[], Any]) -> None:
     text(site, "SELECT 1")
 
 
+def go_on(site: Site) -> None:
+    """Begin another transaction with a cursor of the driver, so that there is one again."""
+    driver: Any = site.db.session.connection().connection.driver_connection
+    cursor = driver.cursor()
+    cursor.execute("UPDATE note SET id = id")
+    cursor.close()
+
+
+def roll_back_driver_and_go_on(site: Site, save: Callable[[], Any]) -> None:
+    """The same, with a statement after it that begins another transaction, and that SQLAlchemy does not see."""
+    roll_back_driver(site, save)
+    go_on(site)
+
+
 BEHIND = [
     roll_back_connection_savepoint,
     roll_back_textual_savepoint,
@@ -73,6 +87,7 @@ BEHIND = [
     roll_back_by_text,
     roll_back_driver,
     roll_back_driver_and_read,
+    roll_back_driver_and_go_on,
 ]
 ALSO_RIGHT_TODAY = [each for each in BEHIND if each is not roll_back_connection]
 CLOSES: dict[str, Callable[[Site], Any]] = {
@@ -98,6 +113,12 @@ def commit_driver(site: Site) -> None:
     """Commit the connection of the driver."""
     driver: Any = site.db.session.connection().connection.driver_connection
     driver.commit()
+
+
+def commit_driver_and_go_on(site: Site) -> None:
+    """The same, with a statement after it that begins another transaction, and that SQLAlchemy does not see."""
+    commit_driver(site)
+    go_on(site)
 
 
 class TestBehindTheSession:
@@ -148,7 +169,7 @@ class TestBehindTheSession:
             site.db.session.commit()
         assert site.balance(account_id) == 0
 
-    @pytest.mark.parametrize("commit", [commit_connection, commit_by_text, commit_driver])
+    @pytest.mark.parametrize("commit", [commit_connection, commit_by_text, commit_driver, commit_driver_and_go_on])
     def test_commit_behind_the_session_is_one(self, site: Site, commit: Callable[[Site], None]) -> None:
         """Events that were committed behind the session are signalled, and the view that did so gets its answer."""
         account_id = site.opened()
@@ -162,6 +183,45 @@ class TestBehindTheSession:
         assert site.answer(view).status_code == 200
         assert site.balance(account_id) == 1
         assert recorded == [2]
+
+    @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+    def test_commit_that_begins_another_transaction_is_one(self, site: Site) -> None:
+        """What ``COMMIT AND CHAIN`` has stored is signalled, and no rollback afterwards is taken for one of it."""
+        account_id = site.opened()
+        recorded = listen(site, events_recorded)
+        with site.app.app_context():
+            account = site.bank.account(account_id)
+            deposit(site, account, 1)
+            text(site, "COMMIT AND CHAIN")
+            site.db.session.rollback()
+            assert recorded == [2]
+            deposit(site, account, 2)
+            site.db.session.commit()
+        assert site.balance(account_id) == 3
+
+    @on_mariadb
+    def test_procedure_that_rolls_back(self, site: Site) -> None:
+        """Events that a stored procedure has rolled back, before it went on, are neither signalled nor committed."""
+        account_id = site.opened()
+        recorded = listen(site, events_recorded)
+
+        @site.es.transactional
+        def unit() -> None:
+            site.bank.deposit(account_id, 1)
+            text(site, "CALL afresh()")
+
+        with site.app.app_context():
+            text(site, "CREATE PROCEDURE afresh() BEGIN ROLLBACK; UPDATE note SET id = id; END")
+            account = site.bank.account(account_id)
+            deposit(site, account, 1)
+            text(site, "CALL afresh()")
+            with pytest.raises(STALE):
+                deposit(site, account, 2)
+            site.db.session.commit()
+            with pytest.raises(RollbackOnlyError):
+                unit()
+        assert recorded == []
+        assert site.balance(account_id) == 0
 
     @on_mariadb
     def test_implicit_commit_is_not_taken_for_a_loss(self, site: Site) -> None:

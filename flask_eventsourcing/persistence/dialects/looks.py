@@ -9,7 +9,7 @@ same looks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingTableError, UnsafeTableError
-from .event_tables import EVENT_COLUMNS, POSITION, EventTable
+from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, EventTable
 
 Use = Literal["read", "append"]
 USES: tuple[Use, Use] = ("read", "append")
@@ -58,6 +58,8 @@ class FoundTable(NamedTuple):
     lacking: frozenset[str] = frozenset()
     """The rights that the role of the connection does not have."""
     role: str = ""
+    keys: Collection[frozenset[str]] = ()
+    """The columns of each unique key that is kept at once and for all rows."""
 
 
 class Finding(NamedTuple):
@@ -256,7 +258,7 @@ class Looks:
                     f"{table.fullname}.{each.name} is NOT NULL and has no default, and events are inserted without it"
                 )
                 findings.append(Finding(f"{text}: give it a default in the database."))
-        return findings
+        return [*findings, *keyless(table, found, needed)]
 
     def _remedy(self, column: sa.Column[Any], found: FoundTable) -> str:
         if column.name == POSITION and "id" in found.columns:
@@ -294,6 +296,23 @@ def needed_columns(table: sa.Table) -> frozenset[str]:
     if set(EVENT_COLUMNS) <= columns:
         return frozenset((*EVENT_COLUMNS, POSITION)) & columns
     return frozenset(("application_name", POSITION)) if {"application_name", POSITION} <= columns else frozenset()
+
+
+def keys_of(rows: Iterable[Sequence[Any]]) -> list[frozenset[str]]:
+    """Return the columns of each key, of rows with the key's name and one of its columns."""
+    found: dict[str, set[str]] = {}
+    for name, column in rows:
+        found.setdefault(name, set()).add(column)
+    return [frozenset(columns) for columns in found.values()]
+
+
+def keyless(table: sa.Table, found: FoundTable, needed: Collection[str]) -> Iterable[Finding]:
+    """Return what is wrong where a version could be stored twice."""
+    is_there = VERSION in needed and found.columns.keys() >= set(VERSION_KEY)
+    if is_there and frozenset(VERSION_KEY) not in found.keys:
+        key = f"UNIQUE ({', '.join(VERSION_KEY)})"
+        text = f"Table {table.fullname} has no key {key}, so that a conflict of two writers would not be noticed"
+        yield Finding(f"{text}: let a migration add it.", APPEND)
 
 
 def missing_table(name: str) -> MissingTableError:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
 from .base import Dialect
 from .event_tables import POSITION, VERSION, EventTable
-from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
+from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
 EXACT = "utf8mb4_bin"
@@ -88,7 +88,9 @@ class MySQLLooks(Dialect):
             name: FoundColumn(name, _text(kind), nullable == "YES", default is not None or bool(extra), collation)
             for name, kind, nullable, default, extra, collation in rows
         }
-        return FoundTable(columns, tables[0][0])
+        names = "SELECT INDEX_NAME, COLUMN_NAME FROM information_schema.STATISTICS"
+        keys = keys_of(self.fetch(connection, f"{names} {where} AND NON_UNIQUE = 0", place))
+        return FoundTable(columns, tables[0][0], keys=keys)
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""

@@ -22,7 +22,7 @@ from ...exceptions import StandbyError
 from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import DialectOptions, FrozenSnapshotError
-from .driver import AUTOCOMMIT
+from .driver import AUTOCOMMIT, count_ends
 from .event_tables import (
     VERSION_KEY,
     ConflictError,
@@ -85,8 +85,9 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         return code_of(driver_error)
 
     def install(self, engine: Engine) -> None:
-        """Get binary values."""
+        """Get binary values, and count what ends transactions."""
         ask_for_binary_values(engine)
+        sa.event.listen(engine, "connect", count_ends)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events with contiguous positions, having published a floor below them."""

@@ -42,7 +42,12 @@ SELECT t.oid::bigint, current_user::text, (
                                      a.atthasdef OR a.attidentity <> ''))
     FROM pg_attribute a WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
 )::text, {", ".join(f"has_any_column_privilege(t.oid, '{right}')" for right in RIGHTS[:3])},
-       has_table_privilege(t.oid, 'DELETE')
+       has_table_privilege(t.oid, 'DELETE'), (
+    SELECT json_agg((SELECT json_agg(a.attname) FROM pg_attribute a
+                     WHERE a.attrelid = t.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))
+    FROM pg_index i WHERE i.indrelid = t.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+                      AND i.indpred IS NULL AND i.indexprs IS NULL
+)::text
 FROM {NAMED} AS t"""
 
 PROPERTIES = f"""
@@ -69,8 +74,9 @@ def as_found(row: Any) -> FoundTable | None:
     if row[0] is None or row[2] is None:
         return None
     columns = {name: FoundColumn(name, kind, nullable, given) for name, kind, nullable, given in json.loads(row[2])}
-    lacking = frozenset(right for right, has in zip(RIGHTS, row[3:], strict=True) if not has)
-    return FoundTable(columns, lacking=lacking, role=row[1])
+    lacking = frozenset(right for right, has in zip(RIGHTS, row[3:7], strict=True) if not has)
+    keys = [frozenset(each) for each in json.loads(row[7] or "[]")]
+    return FoundTable(columns, lacking=lacking, role=row[1], keys=keys)
 
 
 def rights(table: sa.Table, name: str, found: FoundTable) -> Iterable[Finding]:

@@ -23,8 +23,9 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import UnsafeSequenceError
 from .base import Dialect
+from .driver import count_ends
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, EventTable, begins, gap, heads
-from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use
+from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
 from .sqlite_swapping import SQLiteSwaps
@@ -123,7 +124,10 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             self._configure(driver, name)
 
         sa.event.listen(engine, "before_cursor_execute", _before_statement)
-        if memory:
+        if not memory:
+            # In memory nobody ends a transaction of another's, and its driver connection is asked to all the time.
+            sa.event.listen(engine, "connect", count_ends)
+        else:
             sa.event.listen(engine, "after_cursor_execute", _after_statement)
             sa.event.listen(engine, "commit", announce("commit"))
             sa.event.listen(engine, "rollback", announce("rollback"))
@@ -248,7 +252,12 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             )
             for name, kind, required, default, _ in rows
         }
-        return FoundTable(columns) if columns else None
+        statement = (
+            "SELECT l.name, i.name FROM pragma_index_list(?) AS l, pragma_index_info(l.name) AS i "
+            'WHERE l."unique" AND NOT l.partial'
+        )
+        unique = keys_of(self.fetch(connection, statement, (table.name,)))
+        return FoundTable(columns, keys=unique) if columns else None
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look for AUTOINCREMENT, which is seen in the text of the table only."""
