@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -53,7 +56,29 @@ class Books:
     Line: Any
 
 
-def make_books(url: str, lock: str) -> Books:
+def define_totals(total: Any, line: Any) -> type[ModelProjection]:
+    """Make the projection on its models."""
+    slow = float(os.environ.get("LEDGER_SECONDS", "0"))
+
+    class Totals(ModelProjection):
+        models = (total, line)
+
+        @on(Moved)
+        def moved(self, event: Any, session: orm.Session) -> None:
+            row = session.get(total, event.originator_id)
+            if row is None:
+                row = total(account_id=event.originator_id, moves=0, amount=0)
+                session.add(row)
+            row.moves += 1
+            row.amount += event.amount
+            session.add(line(account_id=str(event.originator_id), version=event.originator_version))
+            if slow and event.originator_version % 7 == 0:
+                time.sleep(slow)
+
+    return Totals
+
+
+def make_books(url: str, lock: str, define: Callable[[Any, Any], type[ModelProjection]] = define_totals) -> Books:
     """Make the app."""
     app = Flask("ledger")
     app.config.update(SQLALCHEMY_DATABASE_URI=url, EVENTSOURCING_PROJECTION_LOCK=lock)
@@ -75,21 +100,7 @@ def make_books(url: str, lock: str) -> Books:
     total: Any = type(base)("Total", (base,), total_body)
     line: Any = type(base)("Line", (base,), line_body)
     es = EventSourcing(db=db, application=Ledger)
-
-    @es.projection
-    class Totals(ModelProjection):
-        models = (total, line)
-
-        @on(Moved)
-        def moved(self, event: Any, session: orm.Session) -> None:
-            row = session.get(total, event.originator_id)
-            if row is None:
-                row = total(account_id=event.originator_id, moves=0, amount=0)
-                session.add(row)
-            row.moves += 1
-            row.amount += event.amount
-            session.add(line(account_id=str(event.originator_id), version=event.originator_version))
-
+    es.projection(define(total, line))
     db.init_app(app)
     es.init_app(app)
     return Books(app, db, es, total, line)
@@ -110,7 +121,11 @@ def main() -> None:
     url, lock, fence = sys.argv[1:]
     if fence == "unfenced":
         take_fence_away()
-    books = make_books(url, lock)
+    run_worker(make_books(url, lock))
+
+
+def run_worker(books: Books) -> None:
+    """Run the projection until the process is told to end."""
     worker = Worker(books.app.extensions["eventsourcing"].projections.runnable())
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     sys.stdout.write("ready\n")

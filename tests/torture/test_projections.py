@@ -76,9 +76,9 @@ class Torture:
             self.books.db.session.commit()
             self.ids = [account.id for account in accounts]
 
-    def start_worker(self) -> None:
+    def start_worker(self, code: str = "ledger") -> None:
         """Start another worker."""
-        command = [sys.executable, "-c", "from tests.torture.ledger import main; main()", *self.arguments]
+        command = [sys.executable, "-c", f"from tests.torture.{code} import main; main()", *self.arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         worker = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.workers[worker.pid] = worker
@@ -177,10 +177,11 @@ class Torture:
         for worker in self.workers.values():
             worker.send_signal(signal.SIGTERM)
         self.outcome.exits = {worker.wait(PATIENCE) for worker in self.workers.values()}
-        self._compare()
+        self.compare()
         return self.outcome
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
+        """Compare the read model with the log."""
         moves: Counter[Any] = Counter()
         amounts: Counter[Any] = Counter()
         logged: set[tuple[str, int]] = set()
