@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection
 from .datastore import Datastore, Read, Write
 from .dialects.base import FrozenSnapshotError
 from .dialects.event_tables import EventTable
-from .dialects.event_values import DamagedPage
+from .dialects.event_values import DamagedPage, bounded
 from .dialects.looks import Use
 from .subscriptions import LogSubscription, Waiter
 
@@ -83,7 +83,13 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
             if read.unit is not None:
                 read.unit.before_read(read.connection, table, originator_id)
             return self.dialect.select_events(
-                read.connection, table, originator_id, gt=gt, lte=lte, desc=desc, limit=limit
+                read.connection,
+                table,
+                originator_id,
+                gt=bounded(gt),
+                lte=bounded(lte),
+                desc=desc,
+                limit=limit,
             )
 
     def _table(self, connection: Connection, use: Use = "read") -> EventTable:
@@ -165,9 +171,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             return self.dialect.select_notifications(
                 read.connection,
                 self._table(read.connection),
-                start,
+                bounded(start),
                 limit,
-                stop,
+                bounded(stop),
                 topics,
                 inclusive_of_start=inclusive_of_start,
                 joined=read.unit is not None,

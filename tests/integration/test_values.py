@@ -192,3 +192,16 @@ def test_tracking(uuids: Site, name: Any, position: Any) -> None:
             return
         assert recorder.max_tracking_id(name) == position
         uuids.db.session.rollback()
+
+
+@pytest.mark.parametrize("far", [2**63, 2**70])
+def test_bounds_of_any_size(uuids: Site, far: int) -> None:
+    """A version or a position from the address of a page may be any number: it bounds what is read, everywhere."""
+    account_id = uuids.opened()
+    with uuids.app.app_context():
+        recorder = uuids.bank.recorder
+        assert len(recorder.select_events(account_id, lte=far)) == len(recorder.select_events(account_id, gt=-far)) == 1
+        assert recorder.select_events(account_id, gt=far) == recorder.select_events(account_id, lte=-far) == []
+        assert len(recorder.select_notifications(-far, 10, far)) == 1
+        assert recorder.select_notifications(far, 10) == []
+        assert uuids.bank.repository.get(account_id, version=far).version == 1

@@ -22,6 +22,11 @@ LARGEST = 2**63 - 1
 NOT_PLAIN = "has control characters, line breaks or halves of surrogate pairs"
 
 
+def bounded(number: int | None) -> int | None:
+    """Return a bound of versions or positions that every driver takes, and that bounds the same ones."""
+    return None if number is None else max(-1, min(number, LARGEST))
+
+
 def printable(text: str) -> str:
     """Return a text with escapes in the place of what ends a line, or makes a terminal do something."""
     if is_plain(text):
