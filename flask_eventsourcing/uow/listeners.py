@@ -142,6 +142,10 @@ def _handle_error(context: ExceptionContext) -> None:
 def _before_statement(
     connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> None:
+    state = known_state(connection)
+    if state is None:
+        return
+    state.statements += 1
     # The recorders have looked, or ask what became of the events.
     for unit in () if is_own(context) else joined(connection):
         # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
+from ..persistence.dialects.calls import Calls
 from ..persistence.dialects.event_tables import POSITION, EventTable
 
 T = TypeVar("T")
@@ -156,6 +157,8 @@ class ConnectionState:
     def __init__(self) -> None:
         self.savepoints: list[str] = []
         self.units: list[weakref.ref[Any]] = []
+        self.statements = 0
+        """How many SQLAlchemy has run on it since it is known here, each with a cursor of the driver's."""
         self._made = 0
 
     def add(self, unit: object) -> None:
@@ -222,6 +225,18 @@ class Following:
         self.is_asking = False
         self.ends = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
+        self.strays = 0
+        """How many more cursors than statements there had been, when the unit looked last."""
+
+    def begin(self, calls: Calls, statements: int) -> None:
+        """Note what was counted when the first event is noted."""
+        self.ends, self.strays = calls.ends, calls.cursors - statements
+
+    def compare(self, calls: Calls, statements: int) -> bool:
+        """Suspect what a cursor may have done that is none of SQLAlchemy's; whether the transaction was ended."""
+        before, self.strays = self.strays, calls.cursors - statements
+        self.is_suspicious = self.is_suspicious or self.strays > before
+        return calls.ends > self.ends
 
     @property
     def is_busy(self) -> bool:

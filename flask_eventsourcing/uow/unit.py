@@ -276,9 +276,10 @@ class UnitOfWork:
             # A rollback of nothing would not be noticed, so there is a transaction from here on.
             connection = self.connection()
         self._follow(connection)
+        state = state_of(connection)
         if not self.pending:
-            self.following.ends = self.dialect.ends(connection)
-        self.pending.add(len(state_of(connection).savepoints), item)
+            self.following.begin(self.dialect.calls(connection), state.statements)
+        self.pending.add(len(state.savepoints), item)
 
     def begun(self, connection: Connection) -> None:
         """Inside a unit of work, follow a transaction from its beginning: what was not saved counts there too."""
@@ -301,16 +302,17 @@ class UnitOfWork:
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
         if self.pending.has(Batch):
-            is_over = is_over or self._is_over(connection)
+            is_over = self._is_over(connection) or is_over
             if (self.following.is_suspicious or is_over) and not self.dialect.is_aborted(connection):
                 self._ask(connection, is_over)
 
     def _is_over(self, connection: Connection) -> bool:
-        return self.dialect.is_over(connection) or self.dialect.ends(connection) > self.following.ends
+        was_ended = self.following.compare(self.dialect.calls(connection), state_of(connection).statements)
+        return was_ended or self.dialect.is_over(connection)
 
     def _ask(self, connection: Connection, is_over: bool) -> None:
         self.following.is_suspicious = False
-        self.following.ends = self.dialect.ends(connection)
+        self.following.ends = self.dialect.calls(connection).ends
         if self.dialect.is_over(connection):
             self.dialect.ended_past(connection)
         there = self._there(connection)

@@ -80,6 +80,27 @@ def roll_back_driver_and_go_on(site: Site, save: Callable[[], Any]) -> None:
     go_on(site)
 
 
+def by_cursor(site: Site, statement: str) -> None:
+    """Execute a statement with a cursor of the driver's own."""
+    cursor = site.db.session.connection().connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
+
+
+def roll_back_by_cursor_and_go_on(site: Site, save: Callable[[], Any]) -> None:
+    """Save and roll back with a cursor of the driver, which then begins another transaction."""
+    save()
+    by_cursor(site, "ROLLBACK")
+    go_on(site)
+
+
+def roll_back_to_by_cursor(site: Site, save: Callable[[], Any]) -> None:
+    """Save in a savepoint that a cursor of the driver makes and rolls back."""
+    by_cursor(site, "SAVEPOINT a")
+    save()
+    by_cursor(site, "ROLLBACK TO SAVEPOINT a")
+
+
 BEHIND = [
     roll_back_connection_savepoint,
     roll_back_textual_savepoint,
@@ -88,6 +109,8 @@ BEHIND = [
     roll_back_driver,
     roll_back_driver_and_read,
     roll_back_driver_and_go_on,
+    roll_back_by_cursor_and_go_on,
+    roll_back_to_by_cursor,
 ]
 ALSO_RIGHT_TODAY = [each for each in BEHIND if each is not roll_back_connection]
 CLOSES: dict[str, Callable[[Site], Any]] = {

@@ -7,9 +7,8 @@ execution option ``flask_eventsourcing``, by which a listener tells it from othe
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,8 +18,8 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
-from ..._patches import driver_method
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
+from .calls import Calls, calls_of
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, is_key
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
@@ -54,36 +53,6 @@ OWN = "flask_eventsourcing"
 """The execution option of the recorders' own statements."""
 # Taken over as it is, and not copied, by a connection without options of its own.
 _OPTIONS = sa.util.immutabledict({OWN: True})
-
-
-ENDS = "flask_eventsourcing.ends"
-ENDING = ("commit", "rollback", "begin")
-"""The methods of a driver's connection that end a transaction; where one begins another, it commits the one before."""
-
-
-class _Counted:
-    """Stands for a method of a driver's connection, which it does not keep alive."""
-
-    def __init__(self, driver: Any, name: str, info: Any) -> None:
-        self._driver = weakref.ref(driver)
-        self._method = getattr(type(driver), name)
-        self._info = info
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._info[ENDS] = self._info.get(ENDS, 0) + 1
-        return self._method(self._driver(), *args, **kwargs)
-
-
-def count_ends(driver: Any, record: Any) -> None:
-    """Listen to the event "connect" of an engine: count how often the transactions of a connection are ended.
-
-    One that is ended past SQLAlchemy, with another one begun since, looks like the one in which events were saved.
-    """
-    for name in ENDING:
-        if hasattr(type(driver), name):
-            # Some drivers' connections are not made to have attributes.
-            with suppress(AttributeError, TypeError):
-                driver_method(driver, name, _Counted(driver, name, record.info))
 
 
 def is_own(context: Any) -> bool:
@@ -246,10 +215,9 @@ class Driver:
         """Whether the driver, or the server, commits each statement."""
         return False
 
-    def ends(self, connection: Connection) -> int:
-        """Return how often the driver's connection was committed or rolled back, as far as that is counted."""
-        found: int = connection.info.get(ENDS, 0)
-        return found
+    def calls(self, connection: Connection) -> Calls:
+        """Return how often methods of the driver's connection were called, as far as that is counted."""
+        return calls_of(connection)
 
     def is_over(self, connection: Connection) -> bool:
         """Whether the transaction is over in which something was written: ended by whomever, or aborted.

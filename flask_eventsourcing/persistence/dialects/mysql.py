@@ -27,7 +27,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..._patches import dialect_rollback
 from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
-from .driver import count_ends
+from .calls import count_calls
 from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock
@@ -123,7 +123,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             cursor.close()
 
         sa.event.listen(engine, "connect", limit_waiting)
-        sa.event.listen(engine, "connect", count_ends)
+        sa.event.listen(engine, "connect", count_calls)
         # Idle connections from before have the server's limit.
         engine.dispose()
         sa.event.listen(engine, "handle_error", _after_error)

@@ -22,7 +22,8 @@ from ...exceptions import StandbyError
 from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, Waiter, poll, receive
 from .base import DialectOptions, FrozenSnapshotError
-from .driver import AUTOCOMMIT, count_ends
+from .calls import count_calls
+from .driver import AUTOCOMMIT
 from .event_tables import (
     VERSION_KEY,
     ConflictError,
@@ -87,7 +88,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def install(self, engine: Engine) -> None:
         """Get binary values, and count what ends transactions."""
         ask_for_binary_values(engine)
-        sa.event.listen(engine, "connect", count_ends)
+        sa.event.listen(engine, "connect", count_calls)
 
     def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
         """Insert events with contiguous positions, having published a floor below them."""

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import UnsafeSequenceError
 from .base import Dialect
-from .driver import count_ends
+from .calls import count_calls, count_cursors
 from .event_tables import EVENT_COLUMNS, POSITION, VERSION, EventTable, begins, gap, heads
 from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
@@ -124,10 +124,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             self._configure(driver, name)
 
         sa.event.listen(engine, "before_cursor_execute", _before_statement)
-        if not memory:
-            # In memory nobody ends a transaction of another's, and its driver connection is asked to all the time.
-            sa.event.listen(engine, "connect", count_ends)
-        else:
+        # In memory nobody ends a transaction of another's, and its driver connection is asked to all the time.
+        sa.event.listen(engine, "connect", count_cursors if memory else count_calls)
+        if memory:
             sa.event.listen(engine, "after_cursor_execute", _after_statement)
             sa.event.listen(engine, "commit", announce("commit"))
             sa.event.listen(engine, "rollback", announce("rollback"))

@@ -1,0 +1,75 @@
+"""Counts calls of a driver's connection, by which it is seen that somebody uses it past SQLAlchemy."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sqlalchemy.engine import Connection
+
+from ..._patches import driver_method
+
+
+@dataclass(slots=True)
+class Calls:
+    """How often methods of a driver's connection were called: those that end transactions, and ``cursor()``."""
+
+    KEY: ClassVar[str] = "flask_eventsourcing.calls"
+    ends: int = 0
+    cursors: int = 0
+
+
+CURSOR = "cursor"
+COUNTED = ("commit", "rollback", "begin", CURSOR)
+"""The methods; where ``begin()`` begins a transaction, it commits the one before."""
+
+
+class _Counted:
+    """Stands for a method of a driver's connection, which it does not keep alive."""
+
+    def __init__(self, driver: Any, name: str, calls: Calls) -> None:
+        self._driver = weakref.ref(driver)
+        self._method = getattr(type(driver), name)
+        self._calls, self._ends = calls, name != CURSOR
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ends:
+            self._calls.ends += 1
+        else:
+            self._calls.cursors += 1
+        return self._method(self._driver(), *args, **kwargs)
+
+
+def count_calls(driver: Any, record: Any) -> None:
+    """Listen to the event "connect" of an engine: count how often transactions are ended, and cursors made.
+
+    One that is ended past SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
+    cursor that is none of SQLAlchemy's may have done that, or have rolled a savepoint back.
+    """
+    _count(driver, record, COUNTED)
+
+
+def count_cursors(driver: Any, record: Any) -> None:
+    """Listen to the same event, and count how often cursors are made."""
+    _count(driver, record, (CURSOR,))
+
+
+def _count(driver: Any, record: Any, names: Iterable[str]) -> None:
+    calls = record.info[Calls.KEY] = Calls()
+    for name in names:
+        if hasattr(type(driver), name):
+            # Some drivers' connections are not made to have attributes.
+            with suppress(AttributeError, TypeError):
+                driver_method(driver, name, _Counted(driver, name, calls))
+
+
+_NO_CALLS = Calls()
+
+
+def calls_of(connection: Connection) -> Calls:
+    """Return what was counted of a connection's driver connection; nothing where that is not counted."""
+    found: Calls = connection.info.get(Calls.KEY, _NO_CALLS)
+    return found
