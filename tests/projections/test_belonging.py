@@ -321,8 +321,8 @@ def test_old_code_stands_by_after_a_rebuild(desk: Desk, caplog: pytest.LogCaptur
         with started(new):
             until(lambda: new.progress.state == "up to date")
             desk.deposit(account_id, 5)
-            until(lambda: desk.position() == 3)
-            assert new.progress.events == 1
+            until(lambda: new.progress.events == 1)
+            assert desk.position() == 3
             assert desk.row().is_run_by(OTHER)
     assert "old code" in caplog.text
     assert desk.status().state == "old code"
