@@ -210,9 +210,9 @@ def make_desk(uri: str, *classes: type[Application[Any]], id_type: Any = None, *
     return Desk(app, db, es, balance, seen)
 
 
-def until(condition: Callable[[], Any], what: str = "it") -> None:
+def until(condition: Callable[[], Any], what: str = "it", patience: float = PATIENCE) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, f"{what} has not happened in {PATIENCE:g} s"
+        assert time.monotonic() < deadline, f"{what} has not happened in {patience:g} s"
         time.sleep(0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.registry import Worker
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk, make_desk, until
+from tests.projections.desk import PATIENCE, Created, Deposited, Desk, make_desk, until
 from tests.servers import ServerFolder, forget_killed_connections, start_postgres
 
 on_servers = pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
@@ -353,13 +352,7 @@ def test_eighty_projections_on_a_small_server(server_folder: ServerFolder, caplo
         account_id = desk.open(1, 2)
         with desk.running():
             desk.deposit(account_id, 3, 4)
-            waiting = set(names)
-            for _ in range(6):
-                # Each of these waits is as long as any other in the tests.
-                with suppress(AssertionError):
-                    until(lambda: all(desk.position(name) == 5 for name in waiting))
-                waiting = {name for name in waiting if desk.position(name) < 5}
-            assert not waiting
+            until(lambda: all(desk.position(name) == 5 for name in names), "one of them", 6 * PATIENCE)
         assert len(desk.calls) == 80 * 4
         assert not [record for record in caplog.records if "too many clients" in record.getMessage()]
         with caplog.at_level(logging.WARNING):
