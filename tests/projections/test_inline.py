@@ -254,6 +254,14 @@ def test_in_memory() -> None:
     desk.close()
 
 
+def test_reactions_alone(desk: Desk) -> None:
+    """An inline projection that has reactions only has nothing to do within save(), and a worker calls them."""
+    desk.reacting(inline=True)
+    account_id = desk.open(5)
+    assert desk.run_once() == []
+    assert [call[0] for call in desk.calls] == [account_id]
+
+
 def test_tables_that_were_made_again(desk: Desk) -> None:
     """A table of an inline projection that was dropped and made again is told, until it is rebuilt."""
     desk.balances(inline=True)

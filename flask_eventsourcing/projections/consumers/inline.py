@@ -47,8 +47,9 @@ class InlineApplier:
         self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
 
     def install(self) -> None:
-        """Have the application's recorder call this after each append."""
-        self.application.datastore.after_append[self.application.name] = self
+        """Have the application's recorder call this after each append, if there is anything to apply."""
+        if self.projections:
+            self.application.datastore.after_append[self.application.name] = self
 
     def __call__(
         self,
@@ -364,5 +365,5 @@ def _note_tables(consumer: Consumer) -> None:
     checkpoint.ensure()
     with consumer.application.engine.begin() as connection:
         # Not if a rebuild has ended meanwhile.
-        if row is None or _reached(checkpoint.lock(connection)) == _reached(row):
+        if _reached(checkpoint.lock(connection)) == _reached(row):
             checkpoint.set_values(connection, tables_id=noted)
