@@ -203,6 +203,11 @@ class Looks:
         schema: str | None = translate.get(table.schema, table.schema)
         return schema
 
+    def is_same_table(self, one: Connection, other: Connection, table: EventTable) -> bool:
+        """Whether a table has one and the same meaning on two connections."""
+        is_database = one.engine.pool is other.engine.pool or one.engine.url == other.engine.url
+        return is_database and self.schema_of(one, table.table) == self.schema_of(other, table.table)
+
     def check_settings(self, connection: Connection) -> list[Finding]:
         """Return what ``check`` says of the settings."""
         return list(self.found_settings(connection, Seen()))

@@ -78,6 +78,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         super().__init__(engine, options)
         # The table's lock needs a transaction.
         self.appends_in_autocommit = options.postgres_order == "advisory-lock"
+        self.appends_one_by_one = options.postgres_order == "table-lock"
         self._logs: dict[tuple[str, int], KnownLog] = {}
 
     @classmethod
@@ -299,6 +300,11 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         described = ", ".join(filter(None, (f"role {role}" if role else None, state)))
         name = f"process {pid} ({described})" if described else f"process {pid}"
         return OpenWriter(name, seconds, f"SELECT pg_terminate_backend({pid})")
+
+    def is_same_table(self, one: Connection, other: Connection, table: EventTable) -> bool:
+        """Look it up too, as the search path may differ."""
+        same = super().is_same_table(one, other, table)
+        return same and self._log(one, table).identity == self._log(other, table).identity
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""
