@@ -198,8 +198,9 @@ class Write:
 
     def _check_other(self, table: EventTable, events: Sequence[StoredEvent], other: JoinedUnit) -> None:
         dialect = self._datastore.dialect
-        ids = None if dialect.appends_one_by_one else {event.originator_id for event in events}
-        for known, pending in other.pending_events():
+        found = other.pending_events()
+        ids = {event.originator_id for event in events} if found and not dialect.appends_one_by_one else None
+        for known, pending in found:
             before = next((event for event in pending if ids is None or event.originator_id in ids), None)
             if before is None or known.name != table.name:
                 continue

@@ -143,13 +143,8 @@ class UnitOfWork:
         self.route = Route(units.datastore.engine, bind_arguments, units.fixed)
         self.pending = Pending()
         self.queue = AggregateQueue(units.datastore.dialect, units.contended)
-        self.gate = CommitGate(
-            shared.run,
-            units.datastore.dialect,
-            self.pending,
-            lambda: self.following.connection(),  # noqa: PLW0108
-        )
         self.following = Following()
+        self.gate = CommitGate(shared.run, units.datastore.dialect, self.pending, self.following)
 
     @property
     def session(self) -> orm.Session:
@@ -164,6 +159,8 @@ class UnitOfWork:
     @property
     def batches(self) -> list[Batch]:
         """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+        if not (self.pending or self.following.rolled_back):
+            return []
         self.look()
         if not self.shared.has_half_ended:
             # Somebody has rolled the connection back, past the session.
@@ -296,6 +293,8 @@ class UnitOfWork:
 
     def look(self, *, is_over: bool = False) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+        if not (self.pending or self.following.is_committing):
+            return
         connection = self.following.connection()
         if connection is None or connection.closed or connection.invalidated or self.following.is_busy:
             return
