@@ -102,6 +102,8 @@ class Seen:
         self.findings: list[Finding] = []
         """What is wrong with the settings."""
         self.until = 0.0
+        self.there: set[str] = set()
+        """Tables that are there, for as long as the rest holds."""
         self.longest = 0
         """How many bytes a statement may have, or 0 where there is no limit."""
 
