@@ -45,7 +45,7 @@ INFO_KEY = "flask_eventsourcing"
 LENT = "flask_eventsourcing.lent"
 """Marks a session that somebody has made the current one, and commits, in ``Session.info``."""
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Announce = Callable[[Sequence[Batch]], None]
 
@@ -145,16 +145,16 @@ class UnitOfWork:
     def __init__(self, shared: SessionUnits, units: Units, bind_arguments: dict[str, Any]) -> None:
         self.shared = shared
         self.units = units
-        self.route = Route(units.datastore.engine, bind_arguments, units.fixed)
-        self.pending = Pending()
-        self.queue = AggregateQueue(units.datastore.dialect, units.contended)
-        self.gate = CommitGate(
+        self.route: Route = Route(units.datastore.engine, bind_arguments, units.fixed)
+        self.pending: Pending = Pending()
+        self.queue: AggregateQueue = AggregateQueue(units.datastore.dialect, units.contended)
+        self.gate: CommitGate = CommitGate(
             shared.run,
             units.datastore.dialect,
             self.pending,
             lambda: self.following.connection(),  # noqa: PLW0108
         )
-        self.following = Following()
+        self.following: Following = Following()
 
     @property
     def session(self) -> orm.Session:
