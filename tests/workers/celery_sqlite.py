@@ -40,7 +40,7 @@ def write_for_ever() -> None:
         time.sleep(0.01)
 
 
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]  # Celery is untyped
+@signals.worker_ready.connect
 def begin_to_write(**_: Any) -> None:
     """Write in the parent."""
     if os.environ.get("IMPORTED") == "busy":
