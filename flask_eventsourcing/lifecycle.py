@@ -23,6 +23,7 @@ from .exceptions import (
     ApplicationInitializedError,
     ApplicationNotInitializedError,
 )
+from .failures import OnError
 
 T = TypeVar("T")
 
@@ -112,13 +113,13 @@ class ApplicationSlot(Generic[T]):
             if constructor is None:
                 return self._construct()
             self._constructor, self._failed = constructor, ""
-            try:
+            with OnError(self._note_failure):
                 return self._construct()
-            except BaseException as error:  # Whatever it was, nothing was initialised.
-                called = constructor.func if isinstance(constructor, partial) else constructor
-                name = getattr(called, "__qualname__", repr(called))
-                self._constructor, self._failed = None, f"{name} failed with {type(error).__name__}: {error}"
-                raise
+
+    def _note_failure(self, error: BaseException) -> None:
+        made_by = self._constructor.func if isinstance(self._constructor, partial) else self._constructor
+        name = getattr(made_by, "__qualname__", repr(made_by))
+        self._constructor, self._failed = None, f"{name} failed with {type(error).__name__}: {error}"
 
     def get(self) -> T:
         """Return the application of this process; a lazy or a forked slot constructs it first.
