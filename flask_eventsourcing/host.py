@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection
 
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
+from .failures import Logged
 from .lifecycle import ApplicationSlot
 from .models import Models
 from .persistence import Datastore, DialectOptions
@@ -88,11 +89,9 @@ def by_application(batches: Sequence[Batch]) -> dict[str, tuple[Notification, ..
 def send_recorded(sender: object, application: Any, notifications: Sequence[Notification]) -> None:
     """Send ``events_recorded``; what a receiver raises is logged, as the events are committed."""
     for receiver in events_recorded.receivers_for(sender):
-        try:
+        # The caller of commit() must not take that for a failure.
+        with Logged(logger, "A receiver of events_recorded failed."):
             receiver(sender, application=application, notifications=notifications)
-        except Exception:
-            # The caller of commit() must not take that for a failure.
-            logger.exception("A receiver of events_recorded failed.")
 
 
 class PlainHost:

@@ -183,9 +183,14 @@ class StoredEventMixin(_RecordMixin):
     recorded_at = orm.mapped_column(MOMENT, nullable=True)  # type: orm.Mapped[datetime | None]
     correlation_id = orm.mapped_column(CORRELATION, nullable=True)  # type: orm.Mapped[str | None]
 
-    @orm.declared_attr.directive
-    def __table_args__(cls) -> Any:  # noqa: N805
-        return event_table_arguments(cls.__tablename__)  # type: ignore[attr-defined]
+    if TYPE_CHECKING:
+        # A class of the user's may have a tuple or a mapping in its place.
+        __table_args__: Any
+    else:
+
+        @orm.declared_attr.directive
+        def __table_args__(cls) -> Any:  # noqa: N805
+            return event_table_arguments(cls.__tablename__)
 
 
 class SnapshotMixin(_RecordMixin):

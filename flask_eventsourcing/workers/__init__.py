@@ -14,6 +14,7 @@ from flask import Flask
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, NotInitializedError
+from ..failures import Logged
 from ..lifecycle import ApplicationSlot
 from ..uow import Run
 from ..web.state import EventSourcingState, current_state, state_of
@@ -92,15 +93,14 @@ class Sending:
 
     def __call__(self) -> None:
         """Send it."""
-        try:
+        # The events are committed: the caller of commit() must not take that for a failure.
+        with Logged(
+            logger,
+            "The commit succeeded, and then %s could not be sent. It is not sent again: what must never be lost "
+            "belongs in a projection of the events, which goes on where it was.",
+            self.description,
+        ):
             self.send()
-        except Exception:
-            # The events are committed: the caller of commit() must not take that for a failure.
-            logger.exception(
-                "The commit succeeded, and then %s could not be sent. It is not sent again: what must never be lost "
-                "belongs in a projection of the events, which goes on where it was.",
-                self.description,
-            )
 
     def __repr__(self) -> str:
         return self.description

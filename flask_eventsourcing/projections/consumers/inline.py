@@ -19,6 +19,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError
+from ...failures import OnError
 from ...persistence import JoinedUnit
 from ...persistence.dialects import is_serialization_failure
 from ...persistence.dialects.event_tables import ConflictError
@@ -69,15 +70,12 @@ class InlineApplier:
             return
         # What a host has for recorders to join is always a unit of work.
         unit = cast(UnitOfWork, joined)
-        try:
+        # A caller that catches the error must not commit the events without their read models.
+        with OnError(lambda _: unit.refuse("An inline projection failed")):
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
                 self._apply(unit.session, events)
             self._note(connection, positions)
-        except BaseException:
-            # A caller that catches the error must not commit the events without their read models.
-            unit.refuse("An inline projection failed")
-            raise
 
     def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
         domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
