@@ -18,6 +18,7 @@ from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
+from .metadata import event_metadata
 from .models import Models
 from .projections import ModelProjection
 from .projections.definitions import check_projection
@@ -57,6 +58,8 @@ class EventSourcing:
 
     One object serves any number of Flask apps. Your own record classes belong to the first application.
     """
+
+    event_metadata = staticmethod(event_metadata)
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
@@ -23,6 +23,7 @@ from sqlalchemy.engine import Connection
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
+from .metadata import Collector, Provider
 from .models import Models
 from .persistence import Datastore, DialectOptions
 from .signals import events_recorded
@@ -104,6 +105,7 @@ class PlainHost:
         them.
     :param options: what there is to say about the database.
     :param env: what the library reads from the environment of an application.
+    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
     :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.
     """
 
@@ -114,11 +116,13 @@ class PlainHost:
         *,
         options: DialectOptions | None = None,
         env: Mapping[str, str] | None = None,
+        metadata: Sequence[Provider] | Literal[False] = (),
     ) -> None:
         self._factory = session
         check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
-        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
+        collector = None if metadata is False else Collector(metadata)
+        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get, metadata=collector)
         self._thread = threading.local()
         for each in models.values():
             plain.dialect.check_names(each.tables.values())

@@ -40,6 +40,7 @@ __all__ = [
     "caused_by",
     "event_metadata",
     "get_metadata_from_context",
+    "new_id",
     "new_ids",
     "null_metadata_in_context",
     "put_metadata_in_context",
@@ -260,7 +261,12 @@ def null_metadata_in_context() -> MetadataBlock:
 
 
 def event_metadata(**metadata: str) -> MetadataBlock:
-    """The short form of :func:`put_metadata_in_context`: ``event_metadata(reason="import 7")``."""
+    """Add metadata to those of the events that are saved within: ``with es.event_metadata(reason="import 7"):``.
+
+    It is the short form of :func:`put_metadata_in_context`, a context manager and a decorator.
+
+    :raises EventMetadataError: for a value that is no text.
+    """
     return MetadataBlock(metadata)
 
 
@@ -272,10 +278,13 @@ def caused_by(find: Callable[[], Recorded | None]) -> MetadataBlock:
 
     def values() -> Metadata:
         recorded = find()
-        found = {} if recorded is None else {CORRELATION_ID: recorded.correlation_id}
-        if recorded is not None and recorded.event_id is not None:
+        if recorded is None:
+            return {}
+        # All that comes of it belongs together, be it that it has none itself.
+        found = {CORRELATION_ID: recorded.correlation_id or new_id()}
+        if recorded.event_id is not None:
             found[CAUSATION_ID] = str(recorded.event_id)
-        return {name: value for name, value in found.items() if value is not None}
+        return found
 
     return MetadataBlock({}, find=values)
 
@@ -299,7 +308,7 @@ class Collector:
             found.update(_provided(provider))
         found.update(get_metadata_from_context())
         if CORRELATION_ID not in found:
-            found[CORRELATION_ID] = str(uuid7())
+            found[CORRELATION_ID] = new_id()
         _check_size(found)
         return found
 
@@ -367,6 +376,11 @@ def _check_size(metadata: Mapping[str, str]) -> None:
 def to_json(metadata: Metadata) -> str:
     """Return metadata as JSON."""
     return json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
+
+
+def new_id() -> str:
+    """Return a UUID of version 7 as text, for a correlation."""
+    return str(uuid7())
 
 
 def new_ids(count: int) -> list[Any]:

@@ -27,6 +27,7 @@ from .persistence.tables import (
     UUIDType,
     check_models,
     event_table_arguments,
+    index_correlation,
     make_models,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "UUIDType",
     "check_models",
     "event_table_arguments",
+    "index_correlation",
     "is_of_rebuild",
     "make_models",
     "make_projection_models",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
 from uuid import UUID
@@ -23,8 +24,9 @@ from eventsourcing.persistence import (
 from sqlalchemy.engine import Connection
 
 from .datastore import Datastore, Read, Write
+from .describing import PLAIN_DESCRIPTION, Describer, Description
 from .dialects.base import FrozenSnapshotError
-from .dialects.event_tables import EventTable
+from .dialects.event_tables import Beside, EventTable
 from .dialects.event_values import DamagedPage, bounded
 from .dialects.looks import Use
 from .subscriptions import LogSubscription, Waiter
@@ -115,24 +117,49 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         """
         return self._append(stored_events) if stored_events else []
 
+    @cached_property
+    def _describe(self) -> Describer:
+        return Describer(self.dialect, self.events_table.table, self.datastore.metadata)
+
     def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None = None) -> list[int]:
+        # Before a connection is taken: providers may read.
+        described = self._describe(events) if events else PLAIN_DESCRIPTION
         alone = tracking is None and self.application_name not in self.datastore.after_append
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
                 with self.dialect.translated:
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
-                    positions = self._write(write, events, tracking)
+                    described = self._fitting(write.connection, described)
+                    positions = self._write(write, events, tracking, described.beside)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
                     write.conflicted(self.dialect.located(write.connection, self.events_table), events)
                 raise
             if events:
-                write.recorded(self.application_name, self.events_table, events, positions)
+                write.recorded(self.application_name, self.events_table, events, positions, described)
         return positions
 
-    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        return self.dialect.append(write.connection, self._table(write.connection, "append"), events)
+    def _write(
+        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+    ) -> list[int]:
+        return self._append_to(write.connection, events, beside)
+
+    def _append_to(self, connection: Connection, events: Sequence[StoredEvent], beside: Beside) -> list[int]:
+        return self.dialect.append(connection, self._table(connection, "append"), events, beside)
+
+    def _fitting(self, connection: Connection, described: Description) -> Description:
+        """Return what the table has columns for.
+
+        :raises UnsafeTableError: when it lacks some of them, with the remedy.
+        """
+        if not described.beside.shape.key:
+            return described
+        table = self._table(connection, "append")
+        self.dialect.look(connection, table, "describe")
+        if not self.dialect.leaves_out_metadata(connection, table):
+            return described
+        return self._describe.without_metadata(described)
 
     def select_notifications(
         self,
@@ -334,14 +361,18 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         tracking: Tracking | None = kwargs.get("tracking")
         return self._append(stored_events, tracking) if stored_events or tracking is not None else []
 
-    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
+    def _write(
+        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+    ) -> list[int]:
         if tracking is None:
-            return super()._write(write, events, None)
+            return super()._write(write, events, None, beside)
         if write.unit is not None:
             with write.connection.begin_nested():
-                return self._write_both(write.connection, events, tracking)
-        return self._write_both(write.connection, events, tracking)
+                return self._write_both(write.connection, events, tracking, beside)
+        return self._write_both(write.connection, events, tracking, beside)
 
-    def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
+    def _write_both(
+        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking, beside: Beside
+    ) -> list[int]:
         self.write_tracking(connection, tracking)
-        return self.dialect.append(connection, self._table(connection, "append"), events) if events else []
+        return self._append_to(connection, events, beside) if events else []

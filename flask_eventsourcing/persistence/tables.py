@@ -23,8 +23,8 @@ from ..config import OriginatorIdType, is_plain
 from ..exceptions import ConfigurationError
 from .dialects import column_type, keep_transactions, table_options
 from .dialects.base import new_identity
-from .dialects.event_tables import EVENT_COLUMNS, POSITION, VERSION_KEY
-from .record_checks import check_columns, check_ids, check_types
+from .dialects.event_tables import COLUMN_VALUES, EVENT_COLUMNS, POSITION, VERSION_KEY
+from .record_checks import check_columns, check_ids, check_types, is_filled
 
 POSITION_TYPE = column_type("position", sa.BigInteger())
 STATE = column_type("state", sa.LargeBinary())
@@ -155,6 +155,17 @@ class StoredEventMixin(_RecordMixin):
     recorded_at = orm.mapped_column(MOMENT, nullable=True)
     correlation_id = orm.mapped_column(CORRELATION, nullable=True)
 
+    @classmethod
+    def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Return the values of columns of your own, by the columns' names; NULL is stored where there is none.
+
+        It is called for each event, on every database, inside a session and outside. Override it in your class.
+
+        :param event: the domain event where an application saves it, else the library's ``StoredEvent``.
+        :param metadata: what is stored as its metadata.
+        """
+        return {}
+
     @orm.declared_attr.directive
     def __table_args__(cls) -> Any:  # noqa: N805
         return event_table_arguments(cls.__tablename__)  # type: ignore[attr-defined]
@@ -256,7 +267,17 @@ def make_models(
         tracking_model or model("Tracking", TrackingMixin, names.tracking),
     )
     _finish(models, [each for each in own.values() if each is not None])
+    if is_filled(models.StoredEvent):
+        models.tables["events"].info[COLUMN_VALUES] = models.StoredEvent.column_values
     return models
+
+
+def index_correlation(models: Models) -> None:
+    """Give the column ``correlation_id`` of the events an index, by which the events of a request are found."""
+    table = models.tables["events"]
+    name = f"{table.name}_correlation_idx"
+    if "correlation_id" in table.c and name not in {index.name for index in table.indexes}:
+        sa.Index(name, table.c.correlation_id)
 
 
 def _finish(models: Models, own: Iterable[Any]) -> None:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
+from ..persistence.describing import PLAIN_DESCRIPTION, Description
 from ..persistence.dialects.calls import Calls
 from ..persistence.dialects.event_tables import POSITION, EventTable
 
@@ -29,6 +30,7 @@ class Batch:
     table: EventTable
     events: Sequence[StoredEvent]
     positions: Sequence[int]
+    described: Description = PLAIN_DESCRIPTION
 
     @property
     def notifications(self) -> list[Notification]:

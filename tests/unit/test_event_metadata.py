@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
@@ -130,7 +130,7 @@ def test_decorated_generator_returns_and_is_thrown_into() -> None:
 def test_block_in_a_generator_may_end_elsewhere() -> None:
     """A generator that is closed in another context, or after others have put more, takes away its own only."""
 
-    def steps() -> Iterator[int]:
+    def steps() -> Generator[int, None, None]:
         with event_metadata(a="1"):
             yield 1
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
 from .calls import Calls, calls_of
-from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, is_key
+from .event_tables import EVENT_COLUMNS, PLAIN, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, Shape, is_key
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -162,13 +162,14 @@ class Driver:
         marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
         return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
 
-    def insert_statement(self, table: EventTable) -> str:
+    def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:
         """The statement that inserts one event."""
-        statement = table.statements.get("insert")
+        use = f"insert{shape.key}"
+        statement = table.statements.get(use)
         if statement is None:
-            marks = ", ".join([self.mark] * len(EVENT_COLUMNS))
-            statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
-            table.statements["insert"] = statement
+            marks = ", ".join([self.mark] * (len(EVENT_COLUMNS) + len(shape.kinds)))
+            statement = f"INSERT INTO {table.name} ({shape.columns}) VALUES ({marks})"
+            table.statements[use] = statement
         return statement
 
     def insert_or_replace(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:

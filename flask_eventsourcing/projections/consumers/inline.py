@@ -19,7 +19,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError
-from ...persistence import JoinedUnit
+from ...persistence import Description, JoinedUnit
 from ...persistence.dialects import is_serialization_failure
 from ...persistence.dialects.event_tables import ConflictError
 from ...uow import UnitOfWork
@@ -57,6 +57,7 @@ class InlineApplier:
         joined: JoinedUnit | None,
         events: Sequence[StoredEvent],
         positions: Sequence[int],
+        described: Description,
     ) -> None:
         """Apply the events of one append, and note that."""
         if joined is None:
