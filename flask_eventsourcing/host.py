@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
 from .lifecycle import ApplicationSlot
-from .metadata import Collector, Provider
+from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
 from .persistence import Datastore, DialectOptions
 from .signals import events_recorded
@@ -86,11 +86,25 @@ def by_application(batches: Sequence[Batch]) -> dict[str, tuple[Notification, ..
     return {name: tuple(n for b in batches if b.application_name == name for n in b.notifications) for name in names}
 
 
-def send_recorded(sender: object, application: Any, notifications: Sequence[Notification]) -> None:
-    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed."""
+def recordings_of(batches: Sequence[Batch], name: str) -> tuple[Recorded, ...]:
+    """Return what was recorded of an application's events in batches beside their state, in the order of its log."""
+    return tuple(each for batch in batches if batch.application_name == name for each in batch.recorded)
+
+
+def send_recorded(
+    sender: object,
+    application: Any,
+    notifications: Sequence[Notification],
+    find_recorded: Callable[[], Sequence[Recorded]],
+) -> None:
+    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed.
+
+    :param find_recorded: returns what those receivers are told that name ``recorded``.
+    """
     for receiver in events_recorded.receivers_for(sender):
+        further = {RECORDED: find_recorded()} if names_recorded(receiver) else {}
         try:
-            receiver(sender, application=application, notifications=notifications)
+            receiver(sender, application=application, notifications=notifications, **further)
         except Exception:
             # The caller of commit() must not take that for a failure.
             logger.exception("A receiver of events_recorded failed.")
@@ -168,7 +182,7 @@ class PlainHost:
         applications = {application_class.name: slot for application_class, slot in self._slots.items()}
         for name, notifications in by_application(batches).items():
             application = applications[name].get() if name in applications else None
-            send_recorded(application, application, notifications)
+            send_recorded(application, application, notifications, partial(recordings_of, batches, name))
 
     # ------------------------------------------------------------------------------------------- the host
 

@@ -82,23 +82,42 @@ class Recorded(NamedTuple):
         return self.metadata.get(CAUSATION_ID)
 
 
+RECORDED = "recorded"
+
+
+def names_recorded(function: Callable[..., Any]) -> bool:
+    """Whether a function names the parameter by which it is told what was recorded of an event beside its state."""
+    try:
+        return RECORDED in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # it does not tell
+        return False
+
+
 class _Link:
     """What one block has put, before what was put around it."""
 
     __slots__ = ("before", "find", "hides", "is_over", "values")
 
-    def __init__(self, before: _Link | None, values: Metadata, find: Provider | None, hides: bool) -> None:
+    def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
         self.before = before
-        self.values = values
-        self.find = find
-        self.hides = hides
-        self.is_over = False
+        self.values = block._values
+        self.find = block._find
+        self.hides = block._hides
+        self.is_over: Callable[[], bool] = block._is_over
 
     def found(self) -> Metadata:
         """Return the values, which are looked up at the first call."""
         if self.find is not None:
             self.values, self.find = self.find() or {}, None
         return self.values
+
+
+def _never() -> bool:
+    return False
+
+
+def _always() -> bool:
+    return True
 
 
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
@@ -109,7 +128,7 @@ def get_metadata_from_context() -> dict[str, str]:
     links: list[_Link] = []
     link = _chain.get()
     while link is not None:
-        if not link.is_over:
+        if not link.is_over():
             links.append(link)
             if link.hides:
                 break
@@ -129,16 +148,24 @@ class MetadataBlock:
     :raises EventMetadataError: for a key or a value that is no text.
     """
 
-    def __init__(self, values: Metadata, *, hides: bool = False, find: Provider | None = None) -> None:
-        self._values = checked(values)
+    def __init__(
+        self,
+        values: Metadata,
+        *,
+        hides: bool = False,
+        find: Provider | None = None,
+        is_over: Callable[[], bool] = _never,
+    ) -> None:
+        self._values = checked(values) if values else {}
         self._hides = hides
         self._find = find
+        self._is_over = is_over
         self._link: _Link | None = None
 
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        self._link = _Link(_chain.get(), self._values, self._find, self._hides)
+        self._link = _Link(_chain.get(), self)
         _chain.set(self._link)
         return self
 
@@ -152,14 +179,14 @@ class MetadataBlock:
             _chain.set(link.before)
         else:
             # Others have put something on top, or it is another context's.
-            link.is_over = True
+            link.is_over = _always
 
     def __call__(self, function: F) -> F:
         """Decorate a function."""
         return wraps(function)(self._decorated(function))  # type: ignore[return-value]
 
     def _again(self) -> MetadataBlock:
-        return MetadataBlock(self._values, hides=self._hides, find=self._find)
+        return MetadataBlock(self._values, hides=self._hides, find=self._find, is_over=self._is_over)
 
     def _decorated(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(function):
@@ -270,10 +297,11 @@ def event_metadata(**metadata: str) -> MetadataBlock:
     return MetadataBlock(metadata)
 
 
-def caused_by(find: Callable[[], Recorded | None]) -> MetadataBlock:
+def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = _never) -> MetadataBlock:
     """Let events that are saved have the correlation of another event, and that as their cause.
 
     :param find: returns that event; called once, when something is saved.
+    :param is_over: whether the event is handled no more, be it that nobody has left the block.
     """
 
     def values() -> Metadata:
@@ -286,7 +314,7 @@ def caused_by(find: Callable[[], Recorded | None]) -> MetadataBlock:
             found[CAUSATION_ID] = str(recorded.event_id)
         return found
 
-    return MetadataBlock({}, find=values)
+    return MetadataBlock({}, find=values, is_over=is_over)
 
 
 @dataclass(frozen=True, eq=False)

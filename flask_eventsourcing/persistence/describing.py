@@ -12,16 +12,19 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
+from sqlalchemy.engine import Connection
 
 from ..exceptions import EventMetadataError
 from ..metadata import CORRELATION_ID, Metadata, Recorded, new_ids
 from .dialects import Dialect
-from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, Shape
+from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, EventTable, Shape
 from .record_checks import KINDS
 
 Collect = Callable[[], Metadata]
 
 logger = logging.getLogger(__name__)
+
+POSITIONS_AT_ONCE = 500
 
 _saving: ContextVar[Sequence[Any]] = ContextVar("flask_eventsourcing.saving", default=())
 
@@ -91,7 +94,12 @@ class Describer:
             rows = [(*row, *more) for row, more in zip(rows, further, strict=True)]
         return Description(ids, time, metadata, Beside(self._shape(own), rows, shared))
 
-    def without_metadata(self, described: Description) -> Description:
+    def fitting(self, connection: Connection, table: EventTable, described: Description) -> Description:
+        """Return what a table that was looked at has columns for."""
+        is_plain = self._dialect.leaves_out_metadata(connection, table)
+        return self._without_metadata(described) if is_plain else described
+
+    def _without_metadata(self, described: Description) -> Description:
         """Return the user's columns alone, for a table that has none of those for metadata."""
         if not self._leaves_out:
             self._leaves_out = True
@@ -179,3 +187,28 @@ def _is_same(domain_event: Any, stored: StoredEvent) -> bool:
         stored.originator_id,
         stored.originator_version,
     )
+
+
+def read_recorded(
+    dialect: Dialect, connection: Connection, table: EventTable, positions: Sequence[int]
+) -> dict[int, Recorded]:
+    """Return what was recorded of events beside their state, by position.
+
+    :raises UnsafeTableError: when the table lacks some of the columns.
+    """
+    dialect.look(connection, table, "describe")
+    if dialect.leaves_out_metadata(connection, table):
+        return {}
+    c = table.table.c
+    columns = [c[name] if name in c else sa.null().label(name) for name in METADATA_COLUMNS]
+    found: dict[int, Recorded] = {}
+    for start in range(0, len(positions), POSITIONS_AT_ONCE):
+        some = positions[start : start + POSITIONS_AT_ONCE]
+        query = sa.select(c[POSITION], *columns).where(c[POSITION].in_(some))
+        for position, event_id, time, metadata, correlation in connection.execute(query):
+            known = dict(metadata or {})
+            if correlation is not None:
+                known[CORRELATION_ID] = correlation
+            aware = time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
+            found[position] = Recorded(position, event_id, aware, known)
+    return found

@@ -23,8 +23,9 @@ from eventsourcing.persistence import (
 )
 from sqlalchemy.engine import Connection
 
+from ..metadata import MetadataBlock, Recorded, caused_by
 from .datastore import Datastore, Read, Write
-from .describing import PLAIN_DESCRIPTION, Describer, Description
+from .describing import PLAIN_DESCRIPTION, Describer, read_recorded
 from .dialects.base import FrozenSnapshotError
 from .dialects.event_tables import Beside, EventTable
 from .dialects.event_values import DamagedPage, bounded
@@ -130,7 +131,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 with self.dialect.translated:
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
-                    described = self._fitting(write.connection, described)
+                    if described.beside.shape.key:
+                        table = self._table(write.connection, "describe")
+                        described = self._describe.fitting(write.connection, table, described)
                     positions = self._write(write, events, tracking, described.beside)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
@@ -147,19 +150,6 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
     def _append_to(self, connection: Connection, events: Sequence[StoredEvent], beside: Beside) -> list[int]:
         return self.dialect.append(connection, self._table(connection, "append"), events, beside)
-
-    def _fitting(self, connection: Connection, described: Description) -> Description:
-        """Return what the table has columns for.
-
-        :raises UnsafeTableError: when it lacks some of them, with the remedy.
-        """
-        if not described.beside.shape.key:
-            return described
-        table = self._table(connection, "append")
-        self.dialect.look(connection, table, "describe")
-        if not self.dialect.leaves_out_metadata(connection, table):
-            return described
-        return self._describe.without_metadata(described)
 
     def select_notifications(
         self,
@@ -239,6 +229,21 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
         found: int = self._read(count, join=False)
         return found
+
+    def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
+        """Return what was recorded of events beside their state, by position.
+
+        :param connection: what to read with, by default the session's or one of its own.
+        :raises UnsafeTableError: when the table lacks one of the columns.
+        """
+        if connection is None:
+            with self.datastore.reading() as read:
+                return self.find_recorded(positions, read.connection)
+        return read_recorded(self.dialect, connection, self._table(connection), positions)
+
+    def cause(self, position: int, is_over: Callable[[], bool] = bool) -> MetadataBlock:
+        """Return a block within which events are saved that one of this log has caused."""
+        return caused_by(lambda: self.find_recorded([position]).get(position), is_over)
 
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""
@@ -352,6 +357,8 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
             snapshots_table=snapshots_table,
         )
         self.tracking_table = tracking_table
+        self.upstream: dict[str, SQLAlchemyApplicationRecorder] = {}
+        """The recorders of the applications whose events are processed, by their names."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append events and record the position given as ``tracking``, both or neither.
@@ -359,7 +366,11 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         :raises IntegrityError: when another writer was first with either.
         """
         tracking: Tracking | None = kwargs.get("tracking")
-        return self._append(stored_events, tracking) if stored_events or tracking is not None else []
+        upstream = None if tracking is None else self.upstream.get(tracking.application_name)
+        if upstream is None or tracking is None:
+            return self._append(stored_events, tracking) if stored_events or tracking is not None else []
+        with upstream.cause(tracking.notification_id):
+            return self._append(stored_events, tracking)
 
     def _write(
         self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside

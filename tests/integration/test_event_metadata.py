@@ -17,7 +17,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
-from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin
+from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
 from flask_eventsourcing.metadata import null_metadata_in_context
 from tests.bank import Site
 from tests.domain import Account, Bank
@@ -422,3 +422,23 @@ def test_metadata_are_bytes_of_json_on_sqlite(site: Site) -> None:
     assert int(row[0], 16)
     assert json.loads(row[1].decode()) == {"correlation_id": "c"}
     assert "." in row[2]
+
+
+def test_receivers_that_name_it_are_told_what_was_recorded(site: Site) -> None:
+    """A receiver of ``events_recorded`` that names ``recorded`` is told it, and another is called as before."""
+    told: list[Any] = []
+
+    def telling(sender: Any, application: Any, notifications: Any, recorded: Any) -> None:
+        told.append(recorded)
+
+    def plain(sender: Any, application: Any, notifications: Any) -> None:
+        told.append(len(notifications))
+
+    with events_recorded.connected_to(telling, site.app), events_recorded.connected_to(plain, site.app):
+        send(site, {"X-Correlation-ID": "c"}, site_opens(site))
+    assert 2 in told
+    (recorded,) = [each for each in told if each != 2]
+    found = records(site)
+    assert [each.event_id for each in recorded] == [each.event_id for each in found]
+    assert [each.position for each in recorded] == [each.notification_id for each in found]
+    assert {each.correlation_id for each in recorded} == {"c"}

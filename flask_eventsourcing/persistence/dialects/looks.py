@@ -160,9 +160,9 @@ class Looks:
         seen = self._seen(connection)
         refuse(seen.findings, use)
         findings = self.looked_at.get((seen.scope, table.name))
-        if findings is None:
-            findings = self.findings_of(connection, table)
         # What is refused is looked at again each time, so that it is seen when it is as it should be.
+        if findings is None or any(use in each.refuses for each in findings):
+            findings = self.findings_of(connection, table)
         refuse(findings, use)
         self.looked_at[seen.scope, table.name] = findings
         seen.names[use].add(table.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from eventsourcing import utils
@@ -13,6 +13,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
+from ...metadata import Recorded
 from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
 from ...persistence.dialects.event_values import UnreadableNotification
 from ..checkpoint import PAUSED, CheckpointRow, FencedError
@@ -21,6 +22,7 @@ from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
 from ..definitions import call
 from .batches import Batches, ObservedError
+from .recordings import Recordings
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
@@ -75,6 +77,7 @@ class Applier:
         self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
+        self._recordings = Recordings(consumer)
         self._has_letters: bool | None = None
         self.has_saved = False
         """Whether a reaction has saved events."""
@@ -159,6 +162,8 @@ class Applier:
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
             blocked = self._blocked(connection, [notification])
+            # Here, so that the reaction begins without a transaction.
+            self._recordings.of(lambda: connection, notification.id)
         if row is None or row.state == PAUSED or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
@@ -247,6 +252,7 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         blocked = self._blocked(connection, notifications)
+        self._recordings.begin(connection, notifications)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -298,11 +304,19 @@ class Applier:
         handler = self._handlers.find(type(event))
         if handler is None:
             return
-        last = self.idempotency_key(notification) if self.consumer.kind == "reactions" else session
-        call(handler, self.projection, event, last)
+        connection, position, recorded = partial(self.connection, session), notification.id, None
+        if handler in self._handlers.telling:
+            recorded = self._recordings.of(connection, position)
+        last: Any = session
+        if self.consumer.kind == "reactions":
+            last = self.idempotency_key(notification, self._recordings.of(connection, position))
+        with self._recordings.causing(connection, position):
+            call(handler, self.projection, event, last, recorded)
 
-    def idempotency_key(self, notification: Notification) -> str:
+    def idempotency_key(self, notification: Notification, recorded: Recorded) -> str:
         """The same text for the same event whenever a reaction is called for it."""
+        if recorded.event_id is not None:
+            return str(recorded.event_id)
         # Not its position, where a restored log has another event.
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
