@@ -71,14 +71,7 @@ def check_types(model: Any, mixin: type[Any], table: sa.Table, expected: Iterabl
                 f"Column {name!r} of record class {model.__name__} is {found!r}, and has to be {kind}: derive the "
                 f"class from flask_eventsourcing.{mixin.__name__}, which brings it."
             )
-    for name in (each for each in METADATA_COLUMNS if each in table.columns):
-        classes, kind = METADATA_KINDS[name]
-        if not isinstance(table.columns[name].type, classes):
-            raise ConfigurationError(
-                f"Column {name!r} of record class {model.__name__} is {table.columns[name].type!r}, and has to be "
-                f"{kind}: derive the class from flask_eventsourcing.{mixin.__name__}, which brings it, or call your "
-                "column otherwise."
-            )
+    _check_metadata(model, mixin, table)
     # Its columns are for the class to fill.
     fills = is_filled(model)
     for column in table.columns:
@@ -94,6 +87,17 @@ def check_types(model: Any, mixin: type[Any], table: sa.Table, expected: Iterabl
             raise ConfigurationError(
                 f"{what} is NOT NULL and has no server_default, and events are inserted without it: make it nullable, "
                 "or give it a server_default."
+            )
+
+
+def _check_metadata(model: Any, mixin: type[Any], table: sa.Table) -> None:
+    for name in (each for each in METADATA_COLUMNS if each in table.columns):
+        classes, kind = METADATA_KINDS[name]
+        if not isinstance(table.columns[name].type, classes):
+            raise ConfigurationError(
+                f"Column {name!r} of record class {model.__name__} is {table.columns[name].type!r}, and has to be "
+                f"{kind}: derive the class from flask_eventsourcing.{mixin.__name__}, which brings it, or call your "
+                "column otherwise."
             )
 
 

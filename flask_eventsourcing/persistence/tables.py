@@ -267,8 +267,6 @@ def make_models(
         tracking_model or model("Tracking", TrackingMixin, names.tracking),
     )
     _finish(models, [each for each in own.values() if each is not None])
-    if is_filled(models.StoredEvent):
-        models.tables["events"].info[COLUMN_VALUES] = models.StoredEvent.column_values
     return models
 
 
@@ -295,6 +293,8 @@ def _finish(models: Models, own: Iterable[Any]) -> None:
             forget_class(model)
         raise
     keep_transactions(models.tables.values())
+    if is_filled(models.StoredEvent):
+        models.tables["events"].info[COLUMN_VALUES] = models.StoredEvent.column_values
     if models.Tracking in made:
         # A record class of the user's may need more than that; its log gets an identity when somebody asks for it.
         sa.event.listen(models.tables["tracking"], "after_create", _identify)

@@ -281,14 +281,7 @@ def make_state(
     classes = list(constructors)
     check_settings(config, classes)
     database = AppDatabase(app, extension)
-    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
-    collector = make_collector(app, config)
-    stores = {
-        key: Datastore(database.engine_of(key), options, metadata=collector)
-        for key in dict.fromkeys(_key(cls, config) for cls in classes)
-    }
-    for store in stores.values():
-        _check_schema(store, config)
+    stores = _make_stores(app, database, config, classes)
     for each in registrations.entries:
         database.check_models(each.projection_class, each.projection_class.models, _key(each.of, config))
     models = records.make(extension, classes, config)
@@ -307,6 +300,21 @@ def make_state(
     for registration in registrations.entries:
         projections.add(registration)
     return EventSourcingState(hosts, config, models, slots, projections)
+
+
+def _make_stores(
+    app: Flask, database: AppDatabase, config: Config, classes: Sequence[type[Application[Any]]]
+) -> dict[str | None, Datastore]:
+    """Make the datastore of each database, by its bind key."""
+    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
+    collector = make_collector(app, config)
+    stores = {
+        key: Datastore(database.engine_of(key), options, metadata=collector)
+        for key in dict.fromkeys(_key(cls, config) for cls in classes)
+    }
+    for store in stores.values():
+        _check_schema(store, config)
+    return stores
 
 
 def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:

@@ -19,7 +19,6 @@ TOP_LEVEL = {
     "extension",
     "host",
     "lifecycle",
-    "metadata",
     "models",
     "orjson_transcoder",
     "signals",
@@ -66,9 +65,9 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 98 modules."""
+    """The package has at most 100 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 98
+    assert len(MODULES) <= 100
 
 
 def test_no_two_modules_have_one_name() -> None:

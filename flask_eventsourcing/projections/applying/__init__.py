@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +12,6 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ...metadata import Recorded
 from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
 from ...persistence.dialects.event_values import UnreadableNotification
 from ..checkpoint import PAUSED, CheckpointRow, FencedError
@@ -74,7 +72,6 @@ class Applier:
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
         self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
-        self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._recordings = Recordings(consumer)
@@ -309,15 +306,6 @@ class Applier:
             recorded = self._recordings.of(connection, position)
         last: Any = session
         if self.consumer.kind == "reactions":
-            last = self.idempotency_key(notification, self._recordings.of(connection, position))
+            last = self._recordings.key(connection, notification)
         with self._recordings.causing(connection, position):
             call(handler, self.projection, event, last, recorded)
-
-    def idempotency_key(self, notification: Notification, recorded: Recorded) -> str:
-        """The same text for the same event whenever a reaction is called for it."""
-        if recorded.event_id is not None:
-            return str(recorded.event_id)
-        # Not its position, where a restored log has another event.
-        event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
-        digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
-        return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 from eventsourcing.persistence import Notification
@@ -17,6 +18,7 @@ class Recordings:
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
+        self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         self._found: dict[int, Recorded] = {}
 
     def begin(self, connection: Connection, notifications: Sequence[Notification]) -> None:
@@ -38,6 +40,16 @@ class Recordings:
             read = self._consumer.application.recorder.find_recorded([position], connection())
             found = self._found[position] = read.get(position) or Recorded(position, None, None, {})
         return found
+
+    def key(self, connection: Callable[[], Connection], notification: Notification) -> str:
+        """Return the same text for the same event whenever a reaction is called for it."""
+        recorded = self.of(connection, notification.id)
+        if recorded.event_id is not None:
+            return str(recorded.event_id)
+        # Not its position, where a restored log has another event.
+        event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
+        digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
+        return f"{self._consumer.application.name}/{self._consumer.projection_class.name}/{event}/{digest}"
 
     def causing(self, connection: Callable[[], Connection], position: int) -> MetadataBlock:
         """Return a block within which events are saved that the event at a position has caused."""

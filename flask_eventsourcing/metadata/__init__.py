@@ -10,36 +10,46 @@ generator that is closed late, in another context, neither fails nor takes away 
 from __future__ import annotations
 
 import inspect
-import json
-import sys
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
 from functools import wraps
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
-from uuid import UUID
+from typing import Any, Self, TypeVar
 
-from .config import is_plain
-from .exceptions import EventMetadataError
-
-if sys.version_info >= (3, 14):
-    from uuid import uuid7
-else:
-    from uuid_utils import uuid7
+from ..exceptions import EventMetadataError
+from .values import (
+    CAUSATION_ID,
+    CORRELATION_ID,
+    LONGEST_CORRELATION,
+    RECORDED,
+    TRACEPARENT,
+    USER,
+    Metadata,
+    Recorded,
+    check_size,
+    checked,
+    names_recorded,
+    new_id,
+    new_ids,
+)
 
 __all__ = [
     "CAUSATION_ID",
     "CORRELATION_ID",
+    "LONGEST_CORRELATION",
+    "RECORDED",
     "TRACEPARENT",
     "USER",
     "Collector",
+    "Metadata",
     "MetadataBlock",
     "Recorded",
     "caused_by",
+    "checked",
     "event_metadata",
     "get_metadata_from_context",
+    "names_recorded",
     "new_id",
     "new_ids",
     "null_metadata_in_context",
@@ -48,49 +58,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Metadata = Mapping[str, str]
 Provider = Callable[[], Metadata | None]
-
-CORRELATION_ID = "correlation_id"
-CAUSATION_ID = "causation_id"
-TRACEPARENT = "traceparent"
-USER = "user"
-LONGEST_CORRELATION = 128
-"""Characters of a correlation id, as its column has them."""
-MOST_BYTES = 4096
-"""Bytes of an event's metadata as JSON."""
-
-
-class Recorded(NamedTuple):
-    """What was recorded of an event beside its state; None, or empty, where nothing was."""
-
-    position: int
-    """In the application's log."""
-    event_id: UUID | None
-    time: datetime | None
-    """In UTC, by the clock of the process that saved it; it is not the order of the log."""
-    metadata: Metadata
-
-    @property
-    def correlation_id(self) -> str | None:
-        """What the event belongs to, such as a request."""
-        return self.metadata.get(CORRELATION_ID)
-
-    @property
-    def causation_id(self) -> str | None:
-        """The ``event_id`` of the event that was being handled when this one was saved."""
-        return self.metadata.get(CAUSATION_ID)
-
-
-RECORDED = "recorded"
-
-
-def names_recorded(function: Callable[..., Any]) -> bool:
-    """Whether a function names the parameter by which it is told what was recorded of an event beside its state."""
-    try:
-        return RECORDED in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # it does not tell
-        return False
 
 
 class _Link:
@@ -337,7 +305,7 @@ class Collector:
         found.update(get_metadata_from_context())
         if CORRELATION_ID not in found:
             found[CORRELATION_ID] = new_id()
-        _check_size(found)
+        check_size(found)
         return found
 
 
@@ -353,64 +321,3 @@ def _provided(provider: Provider) -> Metadata:
 
 def _name(provider: Any) -> str:
     return f"{provider.__module__}.{getattr(provider, '__qualname__', type(provider).__qualname__)}"
-
-
-def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
-    """Return metadata if they are a mapping of texts to texts that every database takes.
-
-    :raises EventMetadataError: naming the key.
-    """
-    if not isinstance(values, Mapping):
-        raise EventMetadataError(f"A mapping of strings to strings is expected; {what} is a {type(values).__name__}.")
-    for key, value in values.items():
-        if not isinstance(key, str) or not key or not is_plain(key):
-            raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
-        if not isinstance(value, str):
-            raise EventMetadataError(
-                f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
-            )
-        if "\0" in value or not _is_text(value):
-            raise EventMetadataError(f"In {what}, the value of {key!r} has NUL or halves of surrogate pairs.")
-    return values
-
-
-def _is_text(value: str) -> bool:
-    if value.isascii():
-        return True
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_size(metadata: Mapping[str, str]) -> None:
-    # A character takes six bytes at most.
-    if sum(map(len, metadata.values())) + sum(map(len, metadata)) + 6 * len(metadata) > MOST_BYTES // 6:
-        size = len(to_json(metadata).encode())
-        if size > MOST_BYTES:
-            raise EventMetadataError(
-                f"The metadata of an event take {size} bytes as JSON, and {MOST_BYTES} are the most (keys: "
-                f"{', '.join(sorted(metadata))[:200]}): put what is long into the event."
-            )
-    correlation = metadata[CORRELATION_ID]
-    if not 0 < len(correlation) <= LONGEST_CORRELATION or not is_plain(correlation):
-        raise EventMetadataError(
-            f"A correlation_id has 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
-            f"found {len(correlation)}."
-        )
-
-
-def to_json(metadata: Metadata) -> str:
-    """Return metadata as JSON."""
-    return json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
-
-
-def new_id() -> str:
-    """Return a UUID of version 7 as text, for a correlation."""
-    return str(uuid7())
-
-
-def new_ids(count: int) -> list[Any]:
-    """Return UUIDs of version 7 in their order, of a class that has the attributes ``hex`` and ``int``."""
-    return [uuid7() for _ in range(count)]
