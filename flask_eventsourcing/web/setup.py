@@ -307,9 +307,8 @@ def _make_stores(
 ) -> dict[str | None, Datastore]:
     """Make the datastore of each database, by its bind key."""
     options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
-    collector = make_collector(app, config)
     stores = {
-        key: Datastore(database.engine_of(key), options, metadata=collector)
+        key: Datastore(database.engine_of(key), options, metadata=make_collector(app, config))
         for key in dict.fromkeys(_key(cls, config) for cls in classes)
     }
     for store in stores.values():
