@@ -112,9 +112,8 @@ def check_size(metadata: Mapping[str, str]) -> None:
         )
 
 
-def to_json(metadata: Metadata) -> str:
-    """Return metadata as JSON."""
-    return json.dumps(metadata, separators=(",", ":"), ensure_ascii=False)
+to_json: Callable[[Metadata], str] = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""Returns metadata as JSON."""
 
 
 def new_id() -> str:

@@ -21,6 +21,7 @@ from sqlalchemy_utils import UUIDType as BaseUUIDType
 from .._patches import forget_class
 from ..config import OriginatorIdType, is_plain
 from ..exceptions import ConfigurationError
+from ..metadata.values import to_json
 from .dialects import column_type, keep_transactions, table_options
 from .dialects.base import new_identity
 from .dialects.event_tables import COLUMN_VALUES, EVENT_COLUMNS, POSITION, VERSION_KEY
@@ -101,11 +102,13 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
         """Return the type of the column."""
         return column_type("metadata", sa.LargeBinary()).dialect_impl(dialect)
 
-    def process_bind_param(self, value: Any, dialect: SQLAlchemyDialect) -> Any:
-        """Return what the column's type takes."""
-        if value is None or isinstance(self.load_dialect_impl(dialect), sa.JSON):
-            return value
-        return json.dumps(value, separators=(",", ":")).encode()
+    def bind_processor(self, dialect: SQLAlchemyDialect) -> Callable[[Any], Any] | None:
+        """Return the function that makes a driver's value: what the database's JSON takes, or bytes."""
+        implementation: Any = self.load_dialect_impl(dialect)
+        if isinstance(implementation, sa.JSON):
+            found: Callable[[Any], Any] | None = implementation.bind_processor(dialect)  # type: ignore[no-untyped-call]
+            return found
+        return lambda value: None if value is None else to_json(value).encode()
 
     def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> dict[str, str] | None:
         """Return the mapping."""
