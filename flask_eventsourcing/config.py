@@ -203,7 +203,7 @@ class Config:
             value = checked(known[key].name, given, key)
             values[known[key].name] = dict(value) if isinstance(value, Mapping) else value
             if isinstance(value, list):
-                values[known[key].name] = tuple(value)
+                values[known[key].name] = list(value)
         return cls(**values)
 
 
