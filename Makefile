@@ -57,7 +57,7 @@ minimum:
 	PIP_CONSTRAINT=tests/minimum.txt $(MAKE) --no-print-directory VENV=$(MINIMUM_VENV) EXTRAS=test ARGS='$(MINIMUM)' test
 
 torture: $(STAMP)
-	$(BIN)/python -m pytest -n 0 -m torture $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m torture --timeout 3600 $(ARGS)
 
 # eventsourcing-sqlalchemy admits only older versions of SQLAlchemy, and all that is measured has to share one.
 bench:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -13,10 +14,12 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
+from ..exceptions import WriteTimeoutError
 from ..metadata import Collector
 from .describing import Collect, Description
 from .dialects import Dialect, DialectOptions, dialect_for
 from .dialects.event_tables import EventTable
+from .dialects.event_values import shown_id
 from .forks import drop_inherited_connections
 
 
@@ -51,6 +54,18 @@ class JoinedUnit(Protocol):
 
     def written(self) -> None:
         """Told after a write that succeeded, at its very end."""
+
+    def pending_events(self) -> Iterable[tuple[EventTable, Sequence[StoredEvent]]]:
+        """Return the events that were written and whose transaction has not ended, with their table."""
+
+
+class _InThread(threading.local):
+    """The units of work in which a thread, or a greenlet, has written lately."""
+
+    units: Sequence[weakref.ref[JoinedUnit]] = ()
+
+
+_in_thread = _InThread()
 
 
 AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent], Sequence[int], Description], None]
@@ -176,6 +191,32 @@ class Write:
         else:
             self.connection.begin()
 
+    def check_thread(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Refuse to wait for another transaction of this thread, which can only end when this one has.
+
+        :raises WriteTimeoutError: naming the aggregate.
+        """
+        for found in _in_thread.units:
+            other = found()
+            if other is not None and other is not self.unit:
+                self._check_other(table, events, other)
+
+    def _check_other(self, table: EventTable, events: Sequence[StoredEvent], other: JoinedUnit) -> None:
+        dialect = self._datastore.dialect
+        found = other.pending_events()
+        ids = {event.originator_id for event in events} if found and not dialect.appends_one_by_one else None
+        for known, pending in found:
+            before = next((event for event in pending if ids is None or event.originator_id in ids), None)
+            if before is None or known.name != table.name:
+                continue
+            connection = other.connection()
+            # An aborted transaction keeps nobody waiting.
+            if not dialect.is_aborted(connection) and dialect.is_same_table(connection, self.connection, table):
+                raise WriteTimeoutError(
+                    f"This thread has saved events of {shown_id(before.originator_id)} in another session, and to save "
+                    "these would wait for its end: commit or roll it back before, or use one session."
+                )
+
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Told when events could not be written because another writer was first."""
         if self.unit is not None:
@@ -192,6 +233,7 @@ class Write:
         """Told after events were written; what is to happen in their transaction happens now."""
         if self.unit is not None:
             self.unit.recorded(self.connection, application_name, table, events, positions, described)
+            _note_in_thread(self.unit)
         after_append = self._datastore.after_append.get(application_name)
         if after_append is not None:
             after_append(self.connection, self.unit, events, positions, described)
@@ -220,6 +262,13 @@ class Write:
                 self.connection.commit()
         finally:
             self.connection.close()
+
+
+def _note_in_thread(unit: JoinedUnit) -> None:
+    known = _in_thread.units
+    if len(known) != 1 or known[0]() is not unit:
+        others = [found for found in known if (other := found()) not in (None, unit) and other.pending_events()]
+        _in_thread.units = [*others, weakref.ref(unit)]
 
 
 _datastores: weakref.WeakValueDictionary[str, Datastore] = weakref.WeakValueDictionary()

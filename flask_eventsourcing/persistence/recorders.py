@@ -129,6 +129,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
                 with self.dialect.translated:
+                    write.check_thread(self.events_table, events)
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
                     if described.beside.shape.key:

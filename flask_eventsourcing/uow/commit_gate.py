@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sqlalchemy import orm
-from sqlalchemy.engine import Connection
 
 from ..exceptions import AbortedTransactionError, CommitInsideUnitError, HandlerError, NotInitializedError
 from ..persistence import Dialect
-from .pending import Batch, Pending, Refusal
+from .pending import Batch, Following, Pending, Refusal
 
 
 class InSession(Protocol):
@@ -109,7 +108,7 @@ class CommitGate:
 
     :param run: returns the unit of work that is being run on the session.
     :param pending: what is pending in the transaction.
-    :param connection: returns its connection, if something was done on it.
+    :param following: has its connection, if something was done on it.
     """
 
     def __init__(
@@ -117,12 +116,12 @@ class CommitGate:
         run: Callable[[], Run | None],
         dialect: Dialect,
         pending: Pending,
-        connection: Callable[[], Connection | None],
+        following: Following,
     ) -> None:
         self._run = run
         self._dialect = dialect
         self._pending = pending
-        self._connection = connection
+        self._following = following
         self.has_failed = False
         """Whether a write failed in this transaction."""
         self._held: str | None = None
@@ -161,7 +160,7 @@ class CommitGate:
             )
         if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.has(Batch)):
             return
-        connection = self._connection()
+        connection = self._following.connection()
         if connection is not None and not connection.closed and self._dialect.is_aborted(connection):
             raise AbortedTransactionError(
                 "The database aborted this transaction after an error, and a commit would drop everything in it: "

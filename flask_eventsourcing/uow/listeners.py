@@ -20,10 +20,13 @@ from .commit_gate import joined_late
 from .pending import Batch, known_state, state_of
 from .unit import INFO_KEY, SessionUnits, UnitOfWork
 
-_COMMENTS = r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*"
-COMMITS = re.compile(_COMMENTS + r"(COMMIT|END)\b(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
-ROLLS_BACK = re.compile(_COMMENTS + r"(ROLLBACK|ABORT)\b(?!.*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE | re.DOTALL)
-"""What commits, or rolls back, all of a transaction."""
+_QUOTED = re.compile(
+    r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|(?P<tag>\$\w*\$).*?(?P=tag)", re.DOTALL
+)
+"""What may have a semicolon that ends no statement."""
+COMMITS = re.compile(r"(?:\A\s*(?:COMMIT|END)|;\s*COMMIT)\b(?!\s+PREPARED)", re.IGNORECASE)
+ROLLS_BACK = re.compile(r"(?:\A|;)\s*(?:ROLLBACK|ABORT)\b(?![^;]*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE)
+"""What commits, or rolls back, all of a transaction, be it one of several statements in a text."""
 ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE|CALL)\b", re.IGNORECASE)
 """What may end a transaction or a savepoint in a textual statement; a stored procedure may, in some databases."""
 
@@ -150,7 +153,7 @@ def _before_statement(
     for unit in () if is_own(context) else joined(connection):
         # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.
         unit.look()
-        if _is_text(context) and COMMITS.match(statement):
+        if _is_text(context) and _has(COMMITS, statement):
             unit.gate.check()
 
 
@@ -164,11 +167,16 @@ def _after_statement(
     if (is_text and ENDS.search(statement)) or units[0].dialect.commits_implicitly(statement):
         # Those of a commit in two phases are SQLAlchemy's own.
         for unit in [each for each in units if not each.following.is_prepared]:
-            unit.following.is_suspicious = True
+            unit.following.suspect()
             # After COMMIT AND CHAIN there is a transaction, and it is another one.
-            unit.look(is_over=is_text and COMMITS.match(statement) is not None)
-            if is_text and ROLLS_BACK.match(statement):
+            unit.look(is_over=is_text and _has(COMMITS, statement))
+            if is_text and _has(ROLLS_BACK, statement):
                 unit.note_rollback_in_run()
+
+
+def _has(ends: re.Pattern[str], text: str) -> bool:
+    # Most texts have no such word, and are not looked at twice.
+    return ENDS.search(text) is not None and ends.search(_QUOTED.sub(" ", text)) is not None
 
 
 def _is_text(context: Any) -> bool:

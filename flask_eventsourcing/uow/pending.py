@@ -229,7 +229,7 @@ class Following:
         self.is_committing = False
         self.is_prepared = False
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
-        self.is_suspicious = False
+        self._suspicion = 0
         self.is_asking = False
         self.ends = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
@@ -243,8 +243,47 @@ class Following:
     def compare(self, calls: Calls, statements: int) -> bool:
         """Suspect what a cursor may have done that is none of SQLAlchemy's; whether the transaction was ended."""
         before, self.strays = self.strays, calls.cursors - statements
-        self.is_suspicious = self.is_suspicious or self.strays > before
+        if self.strays > before:
+            self.suspect()
         return calls.ends > self.ends
+
+    def suspect(self) -> None:
+        """Note that somebody may have ended the transaction."""
+        self._suspicion = 2
+
+    def asked(self, calls: Calls) -> None:
+        """Note that the database was asked what is there."""
+        self._suspicion = min(self._suspicion, 1)
+        self.ends = calls.ends
+
+    def ended(self) -> None:
+        """Note that the transaction has ended, and another may begin."""
+        self._suspicion = 0
+        self.is_committing = self.is_prepared = False
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether somebody may have ended the transaction since the database was asked."""
+        return self._suspicion == 2
+
+    @property
+    def was_suspicious(self) -> bool:
+        """Whether somebody may have ended it and begun another, in which all that was committed is seen as well."""
+        return self._suspicion > 0
+
+    def ask(
+        self, connection: Connection, batches: Iterable[Batch], text: Callable[[BaseException], str]
+    ) -> set[int] | None:
+        """Return which batches the transaction sees, by their ``id()``, or None if that cannot be asked."""
+        self.is_asking = True
+        try:
+            return {id(batch) for batch in batches if is_there(connection, batch)}
+        except sa.exc.SQLAlchemyError as error:
+            reason = text(getattr(error, "orig", None) or error)
+            logger.warning("Nobody knows what became of events that were saved: %s", reason)
+            return None
+        finally:
+            self.is_asking = False
 
     @property
     def is_busy(self) -> bool:

@@ -6,7 +6,6 @@ rollback and savepoint, by whatever way it came, and a unit that may have missed
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
@@ -33,7 +31,6 @@ from .pending import (
     Pending,
     Refusal,
     call_all,
-    is_there,
     log_lost,
     of_kind,
     state_of,
@@ -44,8 +41,6 @@ INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
 LENT = "flask_eventsourcing.lent"
 """Marks a session that somebody has made the current one, and commits, in ``Session.info``."""
-
-logger = logging.getLogger(__name__)
 
 Announce = Callable[[Sequence[Batch]], None]
 
@@ -148,13 +143,8 @@ class UnitOfWork:
         self.route = Route(units.datastore.engine, bind_arguments, units.fixed)
         self.pending = Pending()
         self.queue = AggregateQueue(units.datastore.dialect, units.contended)
-        self.gate = CommitGate(
-            shared.run,
-            units.datastore.dialect,
-            self.pending,
-            lambda: self.following.connection(),  # noqa: PLW0108
-        )
         self.following = Following()
+        self.gate = CommitGate(shared.run, units.datastore.dialect, self.pending, self.following)
 
     @property
     def session(self) -> orm.Session:
@@ -169,6 +159,8 @@ class UnitOfWork:
     @property
     def batches(self) -> list[Batch]:
         """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+        if not (self.pending or self.following.rolled_back):
+            return []
         self.look()
         if not self.shared.has_half_ended:
             # Somebody has rolled the connection back, past the session.
@@ -239,6 +231,11 @@ class UnitOfWork:
             if transaction is not None and transaction.origin is orm.SessionTransactionOrigin.AUTOBEGIN:
                 session.commit()
 
+    def pending_events(self) -> list[tuple[EventTable, Sequence[StoredEvent]]]:
+        """Return the events whose transaction has not ended, with their table."""
+        self.look()
+        return [(batch.table, batch.events) for batch in self.pending.all(Batch)]
+
     # -------------------------------------------------------------------------------- what others ask
 
     def has_changes(self) -> bool:
@@ -297,6 +294,8 @@ class UnitOfWork:
 
     def look(self, *, is_over: bool = False) -> None:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+        if not (self.pending or self.following.is_committing):
+            return
         connection = self.following.connection()
         if connection is None or connection.closed or connection.invalidated or self.following.is_busy:
             return
@@ -312,26 +311,28 @@ class UnitOfWork:
         return was_ended or self.dialect.is_over(connection)
 
     def _ask(self, connection: Connection, is_over: bool) -> None:
-        self.following.is_suspicious = False
-        self.following.ends = self.dialect.calls(connection).ends
+        self.following.asked(self.dialect.calls(connection))
         if self.dialect.is_over(connection):
             self.dialect.ended_past(connection)
-        there = self._there(connection)
-        if there is None:
-            return
-        gone = self.pending.keep(lambda batch: id(batch) in there)
-        call_all(of_kind(gone, AfterRollback))
-        if gone:
+        if self._find_gone(connection):
             self.note_rollback_in_run()
-        if is_over and there:
+        if is_over and self.pending.has(Batch):
             self._committed_past()
 
     def look_for_commit(self, connection: Connection) -> None:
         """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
         if connection.invalidated or self.following.is_busy or not self.pending.has(Batch):
             return
-        if self._is_over(connection) and not self.dialect.is_aborted(connection) and self._there(connection):
+        is_over = self._is_over(connection)
+        if not (is_over or self.following.was_suspicious) or self.dialect.is_aborted(connection):
+            return
+        # What this transaction has would look like what one before it has committed.
+        if not is_over and not self.dialect.roll_back(connection):
+            return
+        gone = self._find_gone(connection)
+        if self.pending.has(Batch):
             self._committed_past()
+            self.following.rolled_back += of_kind(gone, Batch)
 
     def _committed_past(self) -> None:
         run = self.shared.run()
@@ -339,18 +340,15 @@ class UnitOfWork:
             run.has_committed = True
         self.committed()
 
-    def _there(self, connection: Connection) -> set[int] | None:
-        """Return which pending batches the transaction sees, by their ``id()``, or None if that cannot be asked."""
-        self.following.is_asking = True
-        try:
-            return {id(batch) for batch in self.pending.all(Batch) if is_there(connection, batch)}
-        except sa.exc.SQLAlchemyError as error:
-            # What cannot be asked stays pending, so that it is told in the end.
-            text = self.dialect.text(getattr(error, "orig", None) or error)
-            logger.warning("Nobody knows what became of events that were saved: %s", text)
-            return None
-        finally:
-            self.following.is_asking = False
+    def _find_gone(self, connection: Connection) -> list[Item]:
+        """Forget the events that the transaction does not see, and return what was forgotten."""
+        there = self.following.ask(connection, self.pending.all(Batch), self.dialect.text)
+        if there is None:
+            # It stays pending, so that it is told in the end.
+            return []
+        gone = self.pending.keep(lambda batch: id(batch) in there)
+        call_all(of_kind(gone, AfterRollback))
+        return gone
 
     def rolled_back(self, level: int) -> None:
         """A savepoint, or with level 0 the transaction, was rolled back in the database."""
@@ -361,7 +359,8 @@ class UnitOfWork:
         call_all(of_kind(gone, AfterRollback))
         self.following.rolled_back += of_kind(gone, Batch)
         if level == 0:
-            self.gate.has_failed = self.following.is_suspicious = False
+            self.gate.has_failed = False
+            self.following.ended()
             self.note_rollback_in_run()
 
     def note_rollback_in_run(self) -> None:
@@ -385,8 +384,8 @@ class UnitOfWork:
         """The transaction was committed."""
         items = self.pending.rolled_back(0)
         self.queue.left()
-        self.gate.has_failed = self.following.is_suspicious = False
-        self.following.is_committing = self.following.is_prepared = False
+        self.gate.has_failed = False
+        self.following.ended()
         self.resolve(asked=True)
         call_all(of_kind(items, AfterCommit))
         batches = of_kind(items, Batch)

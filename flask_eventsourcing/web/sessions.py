@@ -154,8 +154,8 @@ class AppDatabase:
         if not self.has_models:
             return self.session() if "default" in g.get(SESSIONS, {}) else None
         session = self.extension.session
-        if isinstance(session, orm.scoped_session) and not session.registry.has():
-            return None
+        if isinstance(session, orm.scoped_session):
+            return session.registry() if session.registry.has() else None
         return self.session()
 
     def drop_session(self) -> None:

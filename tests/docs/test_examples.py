@@ -77,6 +77,14 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
     run(tmp_path, page, {"run"})
 
 
+def test_examples_run_in_one_folder(tmp_path: Path) -> None:
+    """A reader who tries the pages one after the other in one folder gets from each what it says."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    pages = [page for page in PAGES if page in with_mark("run")]
+    for page in sorted(pages, key=lambda page: index.find(f"\n{page.stem}\n")):
+        run(tmp_path, page, {"run"})
+
+
 @pytest.mark.parametrize("page", with_mark("run: postgresql"), ids=name)
 def test_examples_run_on_postgresql(page: Path, tmp_path: Path, postgres_url: str) -> None:
     """The examples of a page that speaks of PostgreSQL do the same there, with the address in the environment."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError
+from sqlalchemy import orm
 
-from flask_eventsourcing import AbortedTransactionError, StaleAggregateError
+from flask_eventsourcing import AbortedTransactionError, StaleAggregateError, WriteTimeoutError
 from tests.bank import Site
 from tests.domain import Account, conflict_with
+from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_postgresql
 
 
@@ -172,3 +175,62 @@ def test_aborted_transaction_refuses_reads_with_the_librarys_error(site: Site) -
             site.bank.account(stale.id)
         site.db.session.rollback()
         assert site.bank.balance(stale.id) == 1
+
+
+def test_thread_does_not_wait_for_its_own_other_session(site: Site) -> None:
+    """A second session of a thread that saves what the first one has saved fails at once, and harms nobody."""
+    account_id = site.opened()
+    with site.app.app_context():
+        site.bank.deposit(account_id, 1)
+        with site.app.app_context(), pytest.raises(WriteTimeoutError, match="This thread has"):
+            site.bank.deposit(account_id, 2)
+        site.db.session.commit()
+        with site.app.app_context():
+            site.bank.deposit(account_id, 4)
+            site.db.session.commit()
+    assert site.balance(account_id) == 5
+
+
+@on_postgresql
+def test_sessions_of_a_thread_that_have_nothing_in_common(site: Site) -> None:
+    """Where writers do not wait for each other, a second session of a thread saves other aggregates."""
+    account_id, other = site.opened(), site.opened()
+    with site.app.app_context():
+        site.bank.deposit(account_id, 1)
+        with site.app.app_context():
+            site.bank.deposit(other, 2)
+            site.db.session.commit()
+        site.db.session.rollback()
+        with site.app.app_context():
+            site.bank.deposit(account_id, 4)
+            site.db.session.commit()
+    assert (site.balance(account_id), site.balance(other)) == (4, 2)
+
+
+@on_postgresql
+def test_same_aggregate_of_two_tenants_in_one_thread(new_site: MakeSite) -> None:
+    """An aggregate that two schemas have is another one in each."""
+    site = new_site(create=False)
+    account = Account("Ada")
+    with site.app.app_context():
+        engine = site.db.engine
+
+    def session_of(schema: str) -> orm.Session:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+            connection.exec_driver_sql(f"SET LOCAL search_path = {schema}")
+            site.db.metadata.create_all(connection)
+        session = orm.Session(engine)
+        session.execute(sa.text(f"SET LOCAL search_path = {schema}"))
+        return session
+
+    with site.app.app_context():
+        first, second = session_of("one"), session_of("two")
+        with first, second:
+            events = site.bank.mapper.to_stored_event(account.pending_events[0])
+            with site.es.using(first):
+                site.bank.recorder.insert_events([events])
+            with site.es.using(second):
+                site.bank.recorder.insert_events([events])
+            second.commit()
+            first.commit()

@@ -226,7 +226,7 @@ def test_table_lock_and_gate(new_site: MakeSite) -> None:
 def interrupted_draw(url: str, how: str) -> None:
     """Draw a block that is much too large, and end that in the midst of it."""
     with server(url, isolation_level="AUTOCOMMIT") as look, server(url) as connection:
-        log = KnownLog(0, SEQUENCE, True, {})
+        log = KnownLog(0, SEQUENCE, None, {})
         caught: list[BaseException] = []
 
         def draw() -> None:

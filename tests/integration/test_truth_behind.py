@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from flask_eventsourcing import RollbackOnlyError, events_discarded, events_recorded
+from flask_eventsourcing import CommitInsideUnitError, RollbackOnlyError, events_discarded, events_recorded
 from tests.bank import Site
 from tests.integration.conftest import MakeSite
 from tests.integration.test_truth import commit_connection, deposit, listen, versions
@@ -221,6 +221,56 @@ class TestBehindTheSession:
             deposit(site, account, 2)
             site.db.session.commit()
         assert site.balance(account_id) == 3
+
+    @pytest.mark.parametrize("uri", ["sqlite-file", "postgresql", "mariadb"], indirect=True)
+    def test_commit_by_a_cursor_that_goes_on_is_one(self, site: Site) -> None:
+        """What a cursor of the driver's own has committed is not told as discarded when the rest is rolled back."""
+        account_id = site.opened()
+        recorded, discarded = listen(site, events_recorded), listen(site, events_discarded)
+        with site.app.app_context():
+            account = site.bank.account(account_id)
+            deposit(site, account, 1)
+            by_cursor(site, "COMMIT")
+            go_on(site)
+            deposit(site, account, 2)
+            site.db.session.rollback()
+            with pytest.raises(STALE):
+                deposit(site, account, 4)
+        assert recorded == [2]
+        assert discarded == []
+        assert site.balance(account_id) == 1
+
+    @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+    @pytest.mark.parametrize(
+        "statement", ["SELECT 1; COMMIT", "/* ; */ SELECT ';' ; commit", "UPDATE note SET id = id; COMMIT; SELECT 1"]
+    )
+    def test_commit_among_other_statements_is_refused_in_a_unit(self, site: Site, statement: str) -> None:
+        """Inside a unit a text of several statements is refused if one of them commits, and nothing is stored."""
+        account_id = site.opened()
+
+        @site.es.transactional
+        def unit() -> None:
+            site.bank.deposit(account_id, 1)
+            site.db.session.connection().exec_driver_sql(statement)
+
+        with site.app.app_context(), pytest.raises(CommitInsideUnitError):
+            unit()
+        assert site.balance(account_id) == 0
+
+    @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+    @pytest.mark.parametrize("statement", ["SELECT '; COMMIT'", "SELECT 1 -- ; COMMIT", "SELECT $a$ ; COMMIT $a$"])
+    def test_text_that_speaks_of_a_commit_is_none(self, site: Site, statement: str) -> None:
+        """A literal or comment with the word is no commit."""
+        account_id = site.opened()
+
+        @site.es.transactional
+        def unit() -> None:
+            site.bank.deposit(account_id, 1)
+            site.db.session.connection().exec_driver_sql(statement)
+
+        with site.app.app_context():
+            unit()
+        assert site.balance(account_id) == 1
 
     @on_mariadb
     def test_procedure_that_rolls_back(self, site: Site) -> None:

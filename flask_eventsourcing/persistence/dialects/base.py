@@ -102,7 +102,6 @@ class Dialect(Looks, Driver, ForProjections, ABC):
         super().__init__(engine)
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
-        self._found: set[str] = set()
         self._located: dict[str, EventTable] = {}
 
     @classmethod
@@ -212,34 +211,32 @@ class Dialect(Looks, Driver, ForProjections, ABC):
 
         :param lock: what makes the reads locking ones.
         """
-        snapshots = self.has_snapshots(connection, table)
+        snapshots = any(map(begins, events)) and self.has_snapshots(connection, table)
+        missing = self._find_gap(connection, table, events, lock, snapshots=snapshots)
+        if missing is not None and not snapshots and self.has_snapshots(connection, table):
+            missing = self._find_gap(connection, table, events, lock, snapshots=True)
+        return missing
+
+    def _find_gap(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str, *, snapshots: bool
+    ) -> StoredEvent | None:
         for start in range(0, len(events), HEADS_AT_ONCE):
-            statements: list[str] = []
-            parameters: list[Any] = []
-            for number, event in enumerate(events[start : start + HEADS_AT_ONCE], start):
-                first = begins(event)
-                follows = table.follows(self.mark, self.mark, lock, begins=first, snapshots=snapshots)
-                statements.append(f"SELECT {number} FROM (SELECT 1 AS one) AS d WHERE NOT ({follows})")
-                originator_id = table.encode_id(event.originator_id)
-                parameters += table.follows_values(
-                    originator_id, event.originator_version, begins=first, snapshots=snapshots
-                )
-            rows = self.fetch(connection, " UNION ALL ".join(statements), parameters)
+            some = events[start : start + HEADS_AT_ONCE]
+            rows = self.fetch(connection, *table.look_for_gap(some, self.mark, lock, snapshots=snapshots))
             if rows:
-                return events[int(rows[0][0])]
+                return some[int(rows[0][0])]
         return None
 
     def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
         """Whether there is a table of snapshots: the library makes none for an application that takes none.
 
-        Asked of the catalog: a statement that fails would have the tables looked at again.
+        Asked of the catalog, where a statement would fail, and each time: the next tenant may have another answer.
         """
-        if table.snapshots is None or table.snapshots in self._found:
-            return table.snapshots is not None
-        if self.found_table(connection, self.tables[table.snapshots]) is None:
-            return False
-        self._found.add(table.snapshots)
-        return True
+        return table.snapshots is not None and self.is_there(connection, self.tables[table.snapshots])
+
+    def is_there(self, connection: Connection, table: sa.Table) -> bool:
+        """Whether a table's name means one on a connection."""
+        return self.found_table(connection, table) is not None
 
     def select_events(
         self,

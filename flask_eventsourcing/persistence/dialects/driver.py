@@ -200,6 +200,9 @@ class Driver:
         """
         return False
 
+    appends_one_by_one = False
+    """Whether an append waits for every transaction that has appended, and not only for one with the same versions."""
+
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the database would turn a commit of this transaction into a rollback."""
         return False
@@ -219,6 +222,15 @@ class Driver:
     def calls(self, connection: Connection) -> Calls:
         """Return how often methods of the driver's connection were called, as far as that is counted."""
         return calls_of(connection)
+
+    def roll_back(self, connection: Connection) -> bool:
+        """Roll the driver's connection back, and return whether that was possible: in two phases, it may not be."""
+        driver: Any = connection.connection.dbapi_connection
+        try:
+            driver.rollback()
+        except self.driver_error:
+            return False
+        return True
 
     def is_over(self, connection: Connection) -> bool:
         """Whether the transaction is over in which something was written: ended by whomever, or aborted.

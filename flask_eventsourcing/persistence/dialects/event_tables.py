@@ -34,6 +34,7 @@ COLUMN_VALUES = "flask_eventsourcing.column_values"
 """Where a table has the function of its record class that fills further columns, in ``Table.info``."""
 
 Processor = Callable[[Any], Any]
+Snapshot = Callable[[str, str | None], str]
 
 _VALUES = attrgetter(*EVENT_COLUMNS)
 
@@ -133,33 +134,47 @@ class EventTable:
         """Whether there can be an aggregate of an id; one of the wrong type is for :meth:`encode_id` to refuse."""
         return not isinstance(originator_id, str) or self.accepted.id_class is UUID or is_plain(originator_id)
 
-    def follows(self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshots: bool) -> str:
+    def follows(
+        self, originator_id: str, version: str, lock: str = "", *, begins: bool, snapshot: Snapshot | None
+    ) -> str:
         """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
 
         Where the event itself is there already, its key decides.
 
         :param lock: what makes the reads locking ones.
         :param begins: whether its version is one that a stream can begin with.
-        :param snapshots: whether the table of snapshots is there.
+        :param snapshot: returns the condition for a snapshot of an id, and of a version if one is given; None where
+            there are no snapshots.
         """
-
-        def exists(table: str | None, condition: str = "") -> str:
-            return f"EXISTS (SELECT 1 FROM {table} AS p WHERE p.originator_id = {originator_id}{condition}{lock})"
-
-        found = exists(self.name, f" AND p.originator_version BETWEEN {version} - 1 AND {version}")
-        none = f"NOT {exists(self.name)}"
-        if snapshots:
-            found += f" OR {exists(self.snapshots, f' AND p.originator_version = {version} - 1')}"
-            none += f" AND NOT {exists(self.snapshots)}"
+        exists = f"EXISTS (SELECT 1 FROM {self.name} AS p WHERE p.originator_id = {originator_id}"
+        found = f"{exists} AND p.originator_version BETWEEN {version} - 1 AND {version}{lock})"
+        none = f"NOT {exists}{lock})"
+        if snapshot is not None:
+            found += f" OR {snapshot(originator_id, f'{version} - 1')}"
+            none += f" AND NOT {snapshot(originator_id, None)}"
         return f"{found} OR {none}" if begins else found
 
-    @staticmethod
-    def follows_values(originator_id: Any, version: int, *, begins: bool, snapshots: bool) -> tuple[Any, ...]:
-        """Return the values of that condition, where the marks are those of parameters."""
-        found: tuple[Any, ...] = (originator_id, version, version)
-        if snapshots:
-            found = (*found, originator_id, version)
-        return (*found, *([originator_id] * (1 + snapshots))) if begins else found
+    def look_for_gap(
+        self, events: Sequence[StoredEvent], mark: str, lock: str, *, snapshots: bool
+    ) -> tuple[str, list[Any]]:
+        """Return the statement that finds the number of an event that would leave a gap, and its parameters.
+
+        :param mark: the driver's placeholder.
+        :param snapshots: whether the table of snapshots is there.
+        """
+        snapshot = snapshot_in(self.snapshots, lock) if snapshots else None
+        statements: list[str] = []
+        parameters: list[Any] = []
+        for number, event in enumerate(events):
+            first, version = begins(event), event.originator_version
+            follows = self.follows(mark, mark, lock, begins=first, snapshot=snapshot)
+            statements.append(f"SELECT {number} FROM (SELECT 1 AS one) AS d WHERE NOT ({follows})")
+            originator_id = self.encode_id(event.originator_id)
+            # In the order of the marks of that condition.
+            parameters += (originator_id, version, version)
+            parameters += (originator_id, version) if snapshots else ()
+            parameters += [originator_id] * (1 + snapshots) if first else ()
+        return " UNION ALL ".join(statements), parameters
 
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
@@ -167,24 +182,28 @@ class EventTable:
         It is a :class:`DamagedPage` if some of them cannot be read.
         """
         try:
-            # SQLite gives each row its own type.
-            if {type(row[1]) for row in rows} <= {self.accepted.id_class}:
-                # The driver has made the ids already.
-                return [notification(*row) for row in rows]
-            return self._decoded(rows)
+            return self._readable(rows)
         except UNREADABLE:
             return DamagedPage(map(self._notification, rows))
 
-    def _decoded(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
-        ids, decode = dict[Any, Any](), self.decode_id
+    def _readable(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
+        """Return the notifications, made as by :func:`notification`: a call for each takes a fifth of the time."""
+        ids, decode, id_class = dict[Any, Any](), self.decode_id, self.accepted.id_class
         found = []
         for position, value, version, topic, state in rows:
-            # The events of an aggregate stand near each other, and share its id: to make one takes longer than the
-            # rest, and each is one more object that the garbage collector walks over.
-            originator_id = ids.get(value)
+            # The driver may have made the id already; SQLite gives each row its own type. The events of an aggregate
+            # stand near each other, and share its id: each is one more object that the garbage collector walks over.
+            originator_id = value if type(value) is id_class else ids.get(value)
             if originator_id is None:
                 originator_id = ids[value] = decode(value)
-            found.append(notification(position, originator_id, version, topic, state))
+            event = _new(Notification)
+            attributes = event.__dict__
+            attributes["originator_id"] = originator_id
+            attributes["originator_version"] = version
+            attributes["topic"] = topic
+            attributes["state"] = state if type(state) is bytes else as_bytes(state)
+            attributes["id"] = position
+            found.append(event)
         return found
 
     def _notification(self, row: Sequence[Any]) -> Notification:
@@ -299,6 +318,16 @@ def notification(position: int, originator_id: UUID | str, version: int, topic: 
     return event
 
 
+def snapshot_in(table: str | None, lock: str = "") -> Snapshot:
+    """Return what makes the condition for a snapshot in a table that is there."""
+
+    def condition(originator_id: str, version: str | None) -> str:
+        of_version = "" if version is None else f" AND p.originator_version = {version}"
+        return f"EXISTS (SELECT 1 FROM {table} AS p WHERE p.originator_id = {originator_id}{of_version}{lock})"
+
+    return condition
+
+
 def transposed(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
     """Return the columns of rows."""
     return [list(column) for column in zip(*rows, strict=True)]
@@ -309,7 +338,8 @@ class KnownLog(NamedTuple):
 
     identity: int
     sequence: str
-    has_snapshots: bool
+    snapshots: str | None
+    """The name of the table of snapshots, whatever names mean later; None where it is looked for each time."""
     statements: dict[str, str]
 
 

@@ -106,6 +106,8 @@ class Seen:
         self.findings: list[Finding] = []
         """What is wrong with the settings."""
         self.until = 0.0
+        self.there: set[str] = set()
+        """Tables that are there, for as long as the rest holds."""
         self.longest = 0
         """How many bytes a statement may have, or 0 where there is no limit."""
 
@@ -210,6 +212,11 @@ class Looks:
         translate = connection.get_execution_options().get("schema_translate_map") or {}
         schema: str | None = translate.get(table.schema, table.schema)
         return schema
+
+    def is_same_table(self, one: Connection, other: Connection, table: EventTable) -> bool:
+        """Whether a table has one and the same meaning on two connections."""
+        is_database = one.engine.pool is other.engine.pool or one.engine.url == other.engine.url
+        return is_database and self.schema_of(one, table.table) == self.schema_of(other, table.table)
 
     def check_settings(self, connection: Connection) -> list[Finding]:
         """Return what ``check`` says of the settings."""

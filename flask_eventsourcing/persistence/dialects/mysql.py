@@ -64,6 +64,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     # Of a database, a table, a column; not to the server, which is no matter of tables.
     rights_lacking = frozenset({1044, 1142, 1143})
     title = "MySQL"
+    appends_one_by_one = True
     drivers: ClassVar[dict[str, str]] = {
         "pymysql": "Flask-EventSourcing[mysql]",
         "mysqldb": "Flask-EventSourcing[mysqlclient]",

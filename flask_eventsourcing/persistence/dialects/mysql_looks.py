@@ -92,6 +92,12 @@ class MySQLLooks(Dialect):
         keys = keys_of(self.fetch(connection, f"{names} {where} AND NON_UNIQUE = 0", place))
         return FoundTable(columns, tables[0][0], keys=keys)
 
+    def is_there(self, connection: Connection, table: sa.Table) -> bool:
+        """Ask whether it is there, and no more."""
+        where = "TABLE_SCHEMA = coalesce(%s, DATABASE()) AND TABLE_NAME = %s"
+        place = (self.schema_of(connection, table), table.name)
+        return bool(self.fetch(connection, f"SELECT 1 FROM information_schema.TABLES WHERE {where}", place))
+
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""
         findings = []

@@ -83,6 +83,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         super().__init__(engine, options)
         # The table's lock needs a transaction.
         self.appends_in_autocommit = options.postgres_order == "advisory-lock"
+        self.appends_one_by_one = options.postgres_order == "table-lock"
         self._logs: dict[tuple[str, int], KnownLog] = {}
 
     @classmethod
@@ -208,7 +209,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def _log(self, connection: Connection, table: EventTable, use: Use = "read") -> KnownLog:
         """Look which table a name means on a connection now."""
         parameters = (table.snapshots and as_parameter(table.snapshots), *self.place(connection, table.table))
-        identity, name, short, is_found, has_snapshots = self.fetch(connection, LOOK, parameters)[0]
+        identity, name, short, is_found, snapshots = self.fetch(connection, LOOK, parameters)[0]
         if identity is None:
             raise missing_table(table.table.fullname)
         log = self._logs.get((table.name, identity))
@@ -219,7 +220,9 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             # Named as the table is, so that the same statements do for the tables of others.
             is_found = is_found and table.name == self.quote(table.table.name)
             name = self.quote(short) if is_found else name.replace("%", "%%")
-            log = self._logs[table.name, identity] = KnownLog(identity, name, bool(has_snapshots), {})
+            log = self._logs[table.name, identity] = KnownLog(
+                identity, name, snapshots and snapshots.replace("%", "%%"), {}
+            )
         Known.of(connection).logs[table.name] = self._logs[table.name, 0] = log
         return log
 
@@ -311,6 +314,11 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         described = ", ".join(filter(None, (f"role {role}" if role else None, state)))
         name = f"process {pid} ({described})" if described else f"process {pid}"
         return OpenWriter(name, seconds, f"SELECT pg_terminate_backend({pid})")
+
+    def is_same_table(self, one: Connection, other: Connection, table: EventTable) -> bool:
+        """Look it up too, as the search path may differ."""
+        same = super().is_same_table(one, other, table)
+        return same and self._log(one, table).identity == self._log(other, table).identity
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take an exclusive advisory lock for the aggregate, in the space of two 32-bit keys, apart from floors."""

@@ -29,7 +29,10 @@ JOIN pg_sequence s ON s.seqrelid = c.oid
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')"""
 
 LOOK = f"""
-SELECT t.oid::bigint, s.name, s.short, s.is_found, to_regclass(%s) IS NOT NULL
+SELECT t.oid::bigint, s.name, s.short, s.is_found, (
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = to_regclass(%s) AND (SELECT source FROM pg_settings WHERE name = 'search_path') <> 'session'
+)
 FROM {NAMED} AS t LEFT JOIN (
     SELECT d.refobjid, format('%%I.%%I', n.nspname, c.relname) AS name, c.relname AS short,
            to_regclass(quote_ident(c.relname)) = c.oid AS is_found

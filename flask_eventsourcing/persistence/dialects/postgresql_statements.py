@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .event_tables import EVENT_COLUMNS, LATEST_FIRST_VERSION, POSITION, VERSION_KEY, EventTable, KnownLog, Shape
+from .event_tables import (
+    EVENT_COLUMNS,
+    LATEST_FIRST_VERSION,
+    POSITION,
+    VERSION_KEY,
+    EventTable,
+    KnownLog,
+    Shape,
+    Snapshot,
+    snapshot_in,
+)
 
 BLOCK_TRIES = 20
 SHARED_TRIES = 5
@@ -172,10 +182,12 @@ def make_statement(
     :param shape: the columns that it fills beside those of an event; the values that all of its events have come first.
     :param quiet: whether nobody is notified.
     """
+    snapshot = None
+    if table.snapshots is not None:
+        snapshot = snapshot_in(log.snapshots) if log.snapshots is not None else _snapshot_if_there(table.snapshots)
     kinds = {name: compiled(table.table.c[name].type) for name in EVENT_COLUMNS}
     each = dict(zip(shape.each, shape.kinds, strict=False))
     shared = dict(zip(shape.shared, shape.kinds[len(each) :], strict=True))
-    snapshots = table.snapshots is not None and log.has_snapshots
     event = ("e.originator_id", "e.originator_version")
     return _MADE[how].format(
         table=table.name,
@@ -188,8 +200,8 @@ def make_statement(
         key=", ".join(VERSION_KEY),
         key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
         latest_first=LATEST_FIRST_VERSION,
-        follows=table.follows(*event, begins=how == "begin", snapshots=snapshots),
-        follows_or_begins=table.follows(*event, begins=True, snapshots=snapshots),
+        follows=table.follows(*event, begins=how == "begin", snapshot=snapshot),
+        follows_or_begins=table.follows(*event, begins=True, snapshot=snapshot),
         sequence=log.sequence,
         regclass=regclass(log.sequence),
         named=regclass(table.name),
@@ -198,6 +210,25 @@ def make_statement(
         notify="" if quiet else f"WHEN pg_notify({literal(_doubled(table.table.name))}, '') IS NULL THEN false",
         own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
     )
+
+
+def _snapshot_if_there(name: str) -> Snapshot:
+    """Return what makes the condition for a snapshot in a table that may be missing.
+
+    A statement that names a missing table fails, and one tenant of a search path may have it where another has not. The
+    only function of every server that runs a query given as a text, and only where the name means something, is one
+    that counts words.
+    """
+
+    def condition(originator_id: str, version: str | None) -> str:
+        query = "SELECT ''a''::tsvector FROM %%s WHERE originator_id = %%L"
+        values = f"to_regclass({literal(name)}), {originator_id}"
+        if version is not None:
+            query, values = f"{query} AND originator_version = %%s", f"{values}, {version}"
+        found = f"EXISTS (SELECT FROM ts_stat(format('{query} LIMIT 1', {values})))"
+        return f"CASE WHEN to_regclass({literal(name)}) IS NULL THEN false ELSE {found} END"
+
+    return condition
 
 
 def make_draw(log: KnownLog, count: int, lock_timeout: float) -> str:

@@ -34,6 +34,7 @@ FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
+SCOPE = "SELECT s.schema_version, d.name, d.file FROM pragma_schema_version AS s, pragma_database_list AS d"
 SCHEMA_HOLDS_FOR = 0.05
 """Seconds for which nobody is taken to change the schema and delete the last event, too."""
 WITHOUT_AUTOINCREMENT = (
@@ -238,13 +239,25 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         super().look(connection, table, use)
 
     def scope(self, connection: Connection) -> Any:
-        """Return the version of the schema."""
-        return self.fetch(connection, "PRAGMA schema_version")[0][0]
+        """Return the version of the schema, and the files: an engine of the user's may have several."""
+        return tuple(self.fetch(connection, SCOPE))
+
+    def is_there(self, connection: Connection, table: sa.Table) -> bool:
+        """Remember one that is, for as long as the schema has not changed."""
+        seen: Seen | None = connection.info.get(Seen.KEY)
+        name = self.name_of(connection, table)
+        if seen is not None and name in seen.there:
+            return True
+        there = super().is_there(connection, table)
+        if there and seen is not None:
+            seen.there.add(name)
+        return there
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as SQLite knows it."""
-        statement = 'SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)'
-        rows = self.fetch(connection, statement, (table.name,))
+        statement = 'SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info(?, ?)'
+        place = (table.name, self.schema_of(connection, table))
+        rows = self.fetch(connection, statement, place)
         keys = [name for name, kind, _, _, key in rows if key]
         alias = keys[0] if len(keys) == 1 else None
         columns = {
@@ -254,17 +267,18 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             for name, kind, required, default, _ in rows
         }
         statement = (
-            "SELECT l.name, i.name FROM pragma_index_list(?) AS l, pragma_index_info(l.name) AS i "
+            "SELECT l.name, i.name FROM pragma_index_list(?, ?) AS l, pragma_index_info(l.name, ?) AS i "
             'WHERE l."unique" AND NOT l.partial'
         )
-        unique = keys_of(self.fetch(connection, statement, (table.name,)))
+        unique = keys_of(self.fetch(connection, statement, (*place, place[1])))
         return FoundTable(columns, keys=unique) if columns else None
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look for AUTOINCREMENT, which is seen in the text of the table only."""
         if POSITION not in table.c or VERSION not in table.c:
             return []
-        statement = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
+        schema = self.quote(self.schema_of(connection, table) or "main")
+        statement = f"SELECT sql FROM {schema}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
         rows = self.fetch(connection, statement, (table.name,))
         if not rows or "AUTOINCREMENT" in rows[0][0].upper():
             return []
