@@ -134,17 +134,22 @@ class Driver:
             # Not from SQLAlchemy's, which has the parameters.
             raise self.own_error(connection, error.orig, statement) from error.orig
 
-    def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
+    def insert_rows(
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()
+    ) -> Any:
+        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id.
+
+        :param shared: values that all rows end with, where the database can name a parameter again.
+        """
         chunks = self.chunks(connection, rows)
         if len(chunks) == 1:
-            return self._insert_chunk(connection, statement, rows)
+            return self._insert_chunk(connection, statement, rows, shared)
         # One statement is all or nothing; several need a savepoint to be so.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         try:
             for chunk in chunks:
-                last = self._insert_chunk(connection, statement, chunk)
+                last = self._insert_chunk(connection, statement, chunk, shared)
         except BaseException:
             # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
             if not connection.invalidated and not self.is_aborted(connection):
@@ -158,9 +163,14 @@ class Driver:
         """Return the rows by the statements that insert them."""
         return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
 
-    def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
-        return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
+    def _insert_chunk(
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...]
+    ) -> Any:
+        own = len(rows[0])
+        again = [f"{self.mark}{own + number}" for number in range(1, len(shared) + 1)]
+        marks = f", ({', '.join([self.mark] * own + again)})" * (len(rows) - 1)
+        values = [*rows[0], *shared, *(item for row in rows[1:] for item in row)]
+        return self.modify(connection, statement + marks, values).lastrowid
 
     def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:
         """The statement that inserts one event."""

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from ...exceptions import UnsafeSequenceError
 from .base import Dialect
 from .calls import count_calls, count_cursors
-from .event_tables import NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
+from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
 from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, path_of, refuse_inherited
@@ -42,6 +42,7 @@ WITHOUT_AUTOINCREMENT = (
     "could miss events: let a migration make the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
     "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
 )
+MOST_PARAMETERS = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 LONGEST_KNOWN = 1000
 """The characters of a statement whose kind is remembered, at most."""
 TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
@@ -84,7 +85,6 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     table_options: ClassVar[dict[str, Any]] = {"sqlite_autoincrement": True}
     has_schemas = False
     aborts_transactions = True
-    # SQLite before 3.32 takes 999 parameters.
     rows_at_once = 200
 
     @classmethod
@@ -145,10 +145,12 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
     ) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        rows = beside.completed([table.row(event) for event in events])
+        rows = beside.joined([table.row(event) for event in events])
         first = heads(events)
         if len(events) == 1:
-            position = self._insert_next(connection, table, rows[0], beside.shape, begins=begins(first[0]))
+            position = self._insert_next(
+                connection, table, (*rows[0], *beside.shared), beside.shape, begins=begins(first[0])
+            )
             if position is not None:
                 return [position]
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
@@ -157,7 +159,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             missing = self.find_gap(connection, table, first)
             if missing is not None:
                 raise gap(missing)
-        last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows))
+        last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows, beside.shared))
         return list(range(last - len(events) + 1, last + 1))
 
     def _insert_next(
@@ -185,6 +187,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     @staticmethod
     def _previous_statement(table: EventTable) -> str:
         return f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
+
+    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+        """Return the rows by the statements that insert them, with no more parameters than SQLite takes."""
+        size = max(1, min(self.rows_at_once, (MOST_PARAMETERS - len(METADATA_COLUMNS)) // len(rows[0])))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
