@@ -119,7 +119,7 @@ def measure_one(database: Database, size: int, figures: Figures, *, calm: float)
         try:
             with app.app_context():
                 db.create_all()
-                recorder = es.application.recorder
+                recorder: Any = es.application.recorder
                 recorder.insert_events(new_events(2))
                 db.session.commit()
             with _small_writers(url) as commits:

@@ -6,22 +6,24 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, cast, overload
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
+from eventsourcing.persistence import Recording
 from flask import Flask, has_app_context
+from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
+from typing_extensions import TypeVar
 
 from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
 from .metadata import event_metadata
-from .models import Models
-from .projections import ModelProjection
-from .projections.definitions import check_projection
+from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin
+from .projections.definitions import ModelProjection, check_projection
 from .projections.registry import Registrations
 from .projections.upkeep.following import Health, status_of, wait_for
 from .uow import check_times
@@ -29,17 +31,18 @@ from .web import uncommitted
 from .web.decorators import in_unit
 from .web.sessions import check_extension, register_extension, registered_extension
 from .web.setup import RecordClasses, construct_now, constructor_of, make_state, untouched_on_error
-from .web.state import EXTENSION, current_state, keep, state_of
+from .web.state import EXTENSION, Database, current_state, keep, state_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
+First_co = TypeVar("First_co", bound=Application[Any], default=Application[UUID], covariant=True)
+Db_co = TypeVar("Db_co", bound=Database, default=SQLAlchemy, covariant=True)
 J = TypeVar("J", bound=ModelProjection)
-Constructor = type[Application[Any]] | Callable[..., Application[Any]]
-T = TypeVar("T", bound=Constructor)
+T = TypeVar("T", bound=Callable[..., Application[Any]])
 
 
-class EventSourcing:
+class EventSourcing(Generic[First_co, Db_co]):
     """Makes applications of the ``eventsourcing`` library part of Flask apps.
 
     :param app: call :meth:`init_app` with it now.
@@ -56,7 +59,8 @@ class EventSourcing:
         Flask-SQLAlchemy-Lite a base of its own, see :attr:`metadata`.
     :raises ConfigurationError: when an argument cannot be used.
 
-    One object serves any number of Flask apps. Your own record classes belong to the first application.
+    One object serves any number of Flask apps. Your own record classes belong to the first application. For type
+    checkers it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
     """
 
     event_metadata = staticmethod(event_metadata)
@@ -65,15 +69,15 @@ class EventSourcing:
         self,
         app: Flask | None = None,
         *,
-        db: Any = None,
-        application: Constructor | None = None,
-        applications: Iterable[Constructor] = (),
-        stored_event_model: Any = None,
-        snapshot_model: Any = None,
-        tracking_model: Any = None,
-        model_class: Any = None,
+        db: Db_co | None = None,
+        application: Callable[..., First_co] | None = None,
+        applications: Iterable[Callable[..., Application[Any]]] = (),
+        stored_event_model: type[object] | None = None,
+        snapshot_model: type[object] | None = None,
+        tracking_model: type[object] | None = None,
+        model_class: type[object] | None = None,
     ) -> None:
-        self._db = None if db is None else check_extension(db)
+        self._db: Db_co | None = None if db is None else check_extension(db)
         self._made_db: Any = None
         self._constructors: dict[type[Application[Any]], Any] = {}
         self._stands_in = False
@@ -226,12 +230,12 @@ class EventSourcing:
     # ---------------------------------------------------------------------------------------------------- using
 
     @property
-    def application(self) -> Any:
+    def application(self) -> First_co:
         """The single application of the current Flask app and this process, the first one where there are several.
 
         :raises NotInitializedError: outside an application context, or before :meth:`init_app`.
         """
-        return current_state().application
+        return cast(First_co, current_state().application)
 
     def __getitem__(self, application_class: type[A]) -> A:
         """Return the single instance of an application class in the current Flask app and this process.
@@ -241,14 +245,12 @@ class EventSourcing:
         return current_state()[application_class]  # type: ignore[return-value]
 
     @property
-    def db(self) -> Any:
+    def db(self) -> Db_co:
         """The ``SQLAlchemy`` object in use."""
-        if has_app_context():
-            return current_state().db
-        db = self._db or self._made_db
+        db = current_state().db if has_app_context() else self._db or self._made_db
         if db is None:
             raise ConfigurationError("There is no db yet: call es.init_app(app), or use it in an application context.")
-        return db
+        return cast(Db_co, db)
 
     @property
     def models(self) -> dict[type[Application[Any]], Models]:
@@ -257,25 +259,24 @@ class EventSourcing:
         return {cls: found[cls.name] for cls in self._classes}
 
     @property
-    def StoredEvent(self) -> Any:  # noqa: N802
+    def StoredEvent(self) -> type[StoredEventMixin]:  # noqa: N802
         """The record class of the first application's events."""
         return self.models[self._classes[0]].StoredEvent
 
     @property
-    def Snapshot(self) -> Any:  # noqa: N802
+    def Snapshot(self) -> type[SnapshotMixin]:  # noqa: N802
         """The record class of the first application's snapshots."""
         return self.models[self._classes[0]].Snapshot
 
     @property
-    def Tracking(self) -> Any:  # noqa: N802
+    def Tracking(self) -> type[TrackingMixin]:  # noqa: N802
         """The record class of the first application's positions in the logs of others."""
         return self.models[self._classes[0]].Tracking
 
     @property
     def metadata(self) -> sa.MetaData:
         """The metadata of the record classes, for Alembic and ``create_all`` with Flask-SQLAlchemy-Lite."""
-        metadata: sa.MetaData = self.StoredEvent.metadata
-        return metadata
+        return self.StoredEvent.metadata
 
     def _known_models(self) -> dict[str, Models]:
         if has_app_context():
@@ -346,7 +347,12 @@ class EventSourcing:
         decorate = partial(in_unit, times=times, status=status)
         return decorate if function is None else decorate(function)
 
-    def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
+    def wait_for(
+        self,
+        projection: type[ModelProjection] | str,
+        recordings: Iterable[Recording[Any] | int] | int,
+        timeout: float = 5.0,
+    ) -> None:
         """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
 
         :param recordings: what ``Application.save()`` returned, or a position of the log.

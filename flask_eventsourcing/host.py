@@ -32,7 +32,7 @@ from .uow import LENT, Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Host(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime  # noqa: F401  # named in type comments
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from .persistence.tables import (
     TIME,
     MetadataType,
     Models,
+    OnTable,
     SnapshotMixin,
     StoredEventMixin,
     TableNames,
@@ -29,6 +31,7 @@ from .persistence.tables import (
     event_table_arguments,
     index_correlation,
     make_models,
+    table_of,
 )
 
 __all__ = [
@@ -53,80 +56,80 @@ __all__ = [
 ]
 
 
-class CheckpointMixin:
+class CheckpointMixin(OnTable):
     """Columns of the table of projections: one row for each, and one more while it is rebuilt.
 
     ``position`` is that of the last event that was dealt with, ``applied`` counts the events that had a handler. Times
     are in UTC, without a time zone. ``docs/models.md`` says what the nullable columns are for.
     """
 
-    name = orm.mapped_column(TEXT_ID, primary_key=True)
-    position = orm.mapped_column(POSITION_TYPE, nullable=False, default=0)
-    applied = orm.mapped_column(POSITION_TYPE, nullable=False, default=0)
-    state = orm.mapped_column(sa.String(20), nullable=False, default="active")
-    runner = orm.mapped_column(sa.String(255), nullable=True)
-    token = orm.mapped_column(sa.String(32), nullable=True)
-    claim = orm.mapped_column(POSITION_TYPE, nullable=True)
-    running_since = orm.mapped_column(TIME, nullable=True)
-    leased_until = orm.mapped_column(TIME, nullable=True)
-    error = orm.mapped_column(sa.Text(), nullable=True)
-    failed_position = orm.mapped_column(POSITION_TYPE, nullable=True)
-    fingerprint = orm.mapped_column(sa.String(64), nullable=True)
-    earlier_fingerprints = orm.mapped_column(sa.Text(), nullable=True)
-    log_id = orm.mapped_column(POSITION_TYPE, nullable=True)
-    last_originator_id = orm.mapped_column(TEXT_ID, nullable=True)
-    last_originator_version = orm.mapped_column(POSITION_TYPE, nullable=True)
-    tables_id = orm.mapped_column(sa.Text(), nullable=True)
-    topics = orm.mapped_column(sa.Text(), nullable=True)
-    topics_position = orm.mapped_column(POSITION_TYPE, nullable=True)
-    changed_by = orm.mapped_column(sa.String(255), nullable=True)
-    reason = orm.mapped_column(sa.Text(), nullable=True)
+    name = orm.mapped_column(TEXT_ID, primary_key=True)  # type: orm.Mapped[str]
+    position = orm.mapped_column(POSITION_TYPE, nullable=False, default=0)  # type: orm.Mapped[int]
+    applied = orm.mapped_column(POSITION_TYPE, nullable=False, default=0)  # type: orm.Mapped[int]
+    state = orm.mapped_column(sa.String(20), nullable=False, default="active")  # type: orm.Mapped[str]
+    runner = orm.mapped_column(sa.String(255), nullable=True)  # type: orm.Mapped[str | None]
+    token = orm.mapped_column(sa.String(32), nullable=True)  # type: orm.Mapped[str | None]
+    claim = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    running_since = orm.mapped_column(TIME, nullable=True)  # type: orm.Mapped[datetime | None]
+    leased_until = orm.mapped_column(TIME, nullable=True)  # type: orm.Mapped[datetime | None]
+    error = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    failed_position = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    fingerprint = orm.mapped_column(sa.String(64), nullable=True)  # type: orm.Mapped[str | None]
+    earlier_fingerprints = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    log_id = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    last_originator_id = orm.mapped_column(TEXT_ID, nullable=True)  # type: orm.Mapped[str | None]
+    last_originator_version = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    tables_id = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    topics = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    topics_position = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    changed_by = orm.mapped_column(sa.String(255), nullable=True)  # type: orm.Mapped[str | None]
+    reason = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
 
 
-class DeadLetterMixin:
+class DeadLetterMixin(OnTable):
     """Columns of the table of dead letters, the events that a projection could not apply and those that wait behind.
 
     A letter without an ``error`` waits for an earlier one of the same aggregate.
     """
 
-    id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)
-    projection = orm.mapped_column(TEXT_ID, nullable=False)
-    position = orm.mapped_column(POSITION_TYPE, nullable=False)
-    originator_id = orm.mapped_column(TEXT_ID, nullable=False)
-    originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)
-    topic = orm.mapped_column(sa.Text(), nullable=False)
-    error = orm.mapped_column(sa.Text(), nullable=True)
-    traceback = orm.mapped_column(sa.Text(), nullable=True)
-    attempts = orm.mapped_column(sa.Integer(), nullable=False, default=0)
-    failed_at = orm.mapped_column(TIME, nullable=True)
-    changed_by = orm.mapped_column(sa.String(255), nullable=True)
-    reason = orm.mapped_column(sa.Text(), nullable=True)
+    id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)  # type: orm.Mapped[int]
+    projection = orm.mapped_column(TEXT_ID, nullable=False)  # type: orm.Mapped[str]
+    position = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
+    originator_id = orm.mapped_column(TEXT_ID, nullable=False)  # type: orm.Mapped[str]
+    originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
+    topic = orm.mapped_column(sa.Text(), nullable=False)  # type: orm.Mapped[str]
+    error = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    traceback = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
+    attempts = orm.mapped_column(sa.Integer(), nullable=False, default=0)  # type: orm.Mapped[int]
+    failed_at = orm.mapped_column(TIME, nullable=True)  # type: orm.Mapped[datetime | None]
+    changed_by = orm.mapped_column(sa.String(255), nullable=True)  # type: orm.Mapped[str | None]
+    reason = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
 
 
-class InlineRangeMixin:
+class InlineRangeMixin(OnTable):
     """Columns of the table of what inline projections have applied: a row for each append, merged later."""
 
-    id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)
-    projection = orm.mapped_column(TEXT_ID, nullable=False)
-    first_position = orm.mapped_column(POSITION_TYPE, nullable=False)
-    last_position = orm.mapped_column(POSITION_TYPE, nullable=False)
+    id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)  # type: orm.Mapped[int]
+    projection = orm.mapped_column(TEXT_ID, nullable=False)  # type: orm.Mapped[str]
+    first_position = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
+    last_position = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
 
 
 @dataclass(frozen=True)
 class ProjectionModels:
     """The three record classes of one application's projections."""
 
-    Projection: Any
-    DeadLetter: Any
-    InlineRange: Any
+    Projection: type[CheckpointMixin]
+    DeadLetter: type[DeadLetterMixin]
+    InlineRange: type[InlineRangeMixin]
 
     @property
     def tables(self) -> dict[str, sa.Table]:
         """The tables by their use: ``projections``, ``dead_letters``, ``inline_ranges``."""
         return {
-            "projections": self.Projection.__table__,
-            "dead_letters": self.DeadLetter.__table__,
-            "inline_ranges": self.InlineRange.__table__,
+            "projections": table_of(self.Projection),
+            "dead_letters": table_of(self.DeadLetter),
+            "inline_ranges": table_of(self.InlineRange),
         }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from blinker import Namespace
+from blinker import NamedSignal, Namespace
 
 _signals = Namespace()
 
-events_recorded = _signals.signal("events-recorded")
+events_recorded: NamedSignal = _signals.signal("events-recorded")
 """Sent after a transaction with events was committed, never before and never for a rollback.
 
 The sender is the Flask app; the arguments are ``application``, the ``Application`` object, and ``notifications``, a
@@ -16,6 +16,6 @@ recorded events in the transaction. A receiver that names a parameter ``recorded
 receiver is logged and does not reach the caller of ``commit()``, for whom the commit has succeeded.
 """
 
-events_discarded = _signals.signal("events-discarded")
+events_discarded: NamedSignal = _signals.signal("events-discarded")
 """Sent when events were saved and then neither committed nor rolled back, with the arguments of
 ``events_recorded``; what was saved is not stored."""

@@ -25,14 +25,13 @@ class Site:
 
     app: Flask
     db: SQLAlchemy
-    es: EventSourcing
+    es: EventSourcing[Bank]
     Note: Any
 
     @property
     def bank(self) -> Bank:
         """The bank of the current app context."""
-        bank: Bank = self.es.application
-        return bank
+        return self.es.application
 
     def quiet(self) -> None:
         """Keep what the app logs out of the tests' output, with a logger that no other app has."""
@@ -117,7 +116,7 @@ def make_site(uri: str, *classes: type[Application[Any]], create: bool = True, *
     app = make_app(uri, **config)
     db = SQLAlchemy()
     note = add_note(db)
-    es = EventSourcing(db=db, applications=classes or (Bank,))
+    es = EventSourcing[Bank](db=db, applications=classes or (Bank,))
     db.init_app(app)
     es.init_app(app)
     if create:

@@ -67,7 +67,7 @@ __all__ = [
 
 A = TypeVar("A", bound=Application[Any])
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.25
 """Seconds between two looks whether an event can be read in the log, at most."""
@@ -254,7 +254,7 @@ class CommittedCache(Cache[Any, Any]):
     def __init__(self, inner: Cache[Any, Any], unit: Callable[[], UnitOfWork | None], events_table: EventTable) -> None:
         super().__init__()
         self.inner = inner
-        self.cache = inner.cache
+        self.cache: dict[Any, Any] = inner.cache
         self._unit = unit
         self._events_table = events_table
         self._lock = Lock()

@@ -129,9 +129,9 @@ class Stored:
         self.dialect: Dialect = recorder.dialect
         self.connection = connection
         table = self.dialect.located(connection, recorder.events_table)
-        self.id = table.accepted.id(aggregate_id)
-        self.events = table.table
-        self.snapshots = None
+        self.id: object = table.accepted.id(aggregate_id)
+        self.events: sa.Table = table.table
+        self.snapshots: sa.Table | None = None
         if table.snapshots is not None and self.dialect.has_snapshots(connection, table):
             self.snapshots = self.dialect.tables[table.snapshots]
 

@@ -78,7 +78,7 @@ class RefusedObjects:
         return found is not None and found[0]() is obj
 
 
-refused = RefusedObjects()
+refused: RefusedObjects = RefusedObjects()
 _saved: weakref.WeakKeyDictionary[orm.SessionTransaction, set[Any]] = weakref.WeakKeyDictionary()
 """The ids of the aggregates that were saved in each transaction of a session."""
 

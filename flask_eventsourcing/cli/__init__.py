@@ -14,7 +14,7 @@ from ..web.state import current_state
 
 P = ParamSpec("P")
 
-group = AppGroup("eventsourcing", help="Event-sourced applications: their tables, events and projections.")
+group: AppGroup = AppGroup("eventsourcing", help="Event-sourced applications: their tables, events and projections.")
 
 
 class ClickOutput:
@@ -144,18 +144,20 @@ def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool
 
 # ------------------------------------------------------------------------------------------------------- dead letters
 
-dead_letters = AppGroup("dead-letters", help="Events that projections have set aside, and those that wait behind them.")
+dead_letters: AppGroup = AppGroup(
+    "dead-letters", help="Events that projections have set aside, and those that wait behind them."
+)
 group.add_command(dead_letters)
 
-of_projection = click.option("--projection", metavar="NAME", help="Only those of a projection.")
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_of_projection = click.option("--projection", metavar="NAME", help="Only those of a projection.")
+_as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @dead_letters.command("list")
-@of_projection
+@_of_projection
 @click.option("--aggregate", metavar="ID", help="Only those of an aggregate.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most that are listed.")
-@as_json_option
+@_as_json_option
 def list_letters(projection: str | None, aggregate: str | None, limit: int | None, as_json: bool) -> None:
     """List the dead letters by projection, in the order of the log."""
     call(letters.list_letters, projection=projection, aggregate=aggregate, limit=limit, as_json=as_json)
@@ -163,8 +165,8 @@ def list_letters(projection: str | None, aggregate: str | None, limit: int | Non
 
 @dead_letters.command("show")
 @click.argument("letter_id", metavar="ID", type=int)
-@of_projection
-@as_json_option
+@_of_projection
+@_as_json_option
 def show_letter(letter_id: int, projection: str | None, as_json: bool) -> None:
     """Show a dead letter with its traceback."""
     call(letters.show_letter, letter_id, projection=projection, as_json=as_json)
@@ -173,7 +175,7 @@ def show_letter(letter_id: int, projection: str | None, as_json: bool) -> None:
 @dead_letters.command("retry")
 @click.argument("ids", metavar="[ID]...", nargs=-1, type=int)
 @click.option("--all", "everything", is_flag=True, help="Retry all of them.")
-@of_projection
+@_of_projection
 def retry_letters(ids: Sequence[int], everything: bool, projection: str | None) -> None:
     """Apply events again, in order, with those that wait behind them; exits with 1 if one fails again."""
     call(letters.retry_letters, ids, everything=everything, projection=projection)
@@ -182,7 +184,7 @@ def retry_letters(ids: Sequence[int], everything: bool, projection: str | None) 
 @dead_letters.command("discard")
 @click.argument("ids", metavar="ID...", nargs=-1, type=int, required=True)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@of_projection
+@_of_projection
 def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> None:
     """Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails."""
     call(letters.discard_letters, ids, yes=yes, projection=projection)
@@ -190,14 +192,16 @@ def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> No
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
-projections = AppGroup("projections", help="Checkpoints of projections, also of those that are not registered.")
+projections: AppGroup = AppGroup(
+    "projections", help="Checkpoints of projections, also of those that are not registered."
+)
 group.add_command(projections)
 
-of_application = click.option("--application", metavar="NAME", help="Where there are several applications.")
+_of_application = click.option("--application", metavar="NAME", help="Where there are several applications.")
 
 
 @projections.command("list")
-@as_json_option
+@_as_json_option
 def list_checkpoints(as_json: bool) -> None:
     """List the checkpoints that the database has."""
     call(checkpoints.list_checkpoints, as_json=as_json)
@@ -206,7 +210,7 @@ def list_checkpoints(as_json: bool) -> None:
 @projections.command("rename")
 @click.argument("old")
 @click.argument("new")
-@of_application
+@_of_application
 def rename(old: str, new: str, application: str | None) -> None:
     """Give what projection OLD has to NEW: its position, that of its reactions, its dead letters."""
     call(checkpoints.rename, old, new, application=application)
@@ -215,7 +219,7 @@ def rename(old: str, new: str, application: str | None) -> None:
 @projections.command("forget")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@of_application
+@_of_application
 def forget(name: str, yes: bool, application: str | None) -> None:
     """Delete the checkpoints and dead letters of projection NAME, which is not registered any more."""
     call(checkpoints.forget, name, application=application, yes=yes)
@@ -228,14 +232,14 @@ def accept(name: str) -> None:
     call(checkpoints.accept, name)
 
 
-by_option = click.option("--by", metavar="WHO", help="Who does it; the user of the operating system unless given.")
-reason_option = click.option("--reason", metavar="WHY", default="", help="Why, as the status tells it.")
+_by_option = click.option("--by", metavar="WHO", help="Who does it; the user of the operating system unless given.")
+_reason_option = click.option("--reason", metavar="WHY", default="", help="Why, as the status tells it.")
 
 
 @projections.command("pause")
 @click.argument("name")
-@by_option
-@reason_option
+@_by_option
+@_reason_option
 def pause(name: str, by: str | None, reason: str) -> None:
     """Keep every worker from running NAME, a projection or its reactions, until it is resumed."""
     call(checkpoints.pause, name, by=by, reason=reason)
@@ -243,8 +247,8 @@ def pause(name: str, by: str | None, reason: str) -> None:
 
 @projections.command("resume")
 @click.argument("name")
-@by_option
-@reason_option
+@_by_option
+@_reason_option
 def resume(name: str, by: str | None, reason: str) -> None:
     """Let NAME go on that is paused, or try again what it has halted at."""
     call(checkpoints.resume, name, by=by, reason=reason)
@@ -254,13 +258,13 @@ def resume(name: str, by: str | None, reason: str) -> None:
 @click.argument("name")
 @click.argument("position", type=click.IntRange(min=1))
 @click.option("--reason", metavar="WHY", required=True, help="Why, as the dead letter tells it.")
-@by_option
+@_by_option
 def skip(name: str, position: int, reason: str, by: str | None) -> None:
     """Set the event at POSITION aside, before which NAME is halted: it is a dead letter then, and NAME goes on."""
     call(checkpoints.skip, name, position, by=by, reason=reason)
 
 
-reactions = AppGroup("reactions", help="What is done with reactions.")
+reactions: AppGroup = AppGroup("reactions", help="What is done with reactions.")
 group.add_command(reactions)
 
 
@@ -268,8 +272,8 @@ group.add_command(reactions)
 @click.argument("name")
 @click.option("--position", type=click.IntRange(min=0), metavar="N", help="Go on with the event behind it.")
 @click.option("--since", metavar="TIME", help="Go on with the first event of a time in ISO format, UTC unless it says.")
-@by_option
-@reason_option
+@_by_option
+@_reason_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def reset_reactions(name: str, position: int | None, since: str | None, by: str | None, reason: str, yes: bool) -> None:
     """Have the reactions of projection NAME called again from a position or a time on, or go on from there."""
@@ -278,7 +282,7 @@ def reset_reactions(name: str, position: int | None, since: str | None, by: str 
 
 
 @group.command("new-identity")
-@of_application
+@_of_application
 def new_identity(application: str | None) -> None:
     """Give the log an identity of its own, after a database was cloned; never after a restore in place."""
     call(checkpoints.new_identity, application=application)
@@ -291,7 +295,7 @@ def new_identity(application: str | None) -> None:
 @click.argument("aggregate_id")
 @click.option("--redact", is_flag=True, help="Empty the events, rather than delete their rows.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@of_application
+@_of_application
 def erase(aggregate_id: str, redact: bool, yes: bool, application: str | None) -> None:
     """Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.
 
@@ -300,16 +304,16 @@ def erase(aggregate_id: str, redact: bool, yes: bool, application: str | None) -
     call(aggregates.erase_aggregate, aggregate_id, application=application, redact=redact, yes=yes)
 
 
-snapshots = AppGroup("snapshots", help="Snapshots of aggregates.")
+snapshots: AppGroup = AppGroup("snapshots", help="Snapshots of aggregates.")
 group.add_command(snapshots)
 
-all_aggregates = click.option("--all", "everything", is_flag=True, help="Of every aggregate.")
+_all_aggregates = click.option("--all", "everything", is_flag=True, help="Of every aggregate.")
 
 
 @snapshots.command("take")
 @click.argument("aggregate_id", required=False)
-@all_aggregates
-@of_application
+@_all_aggregates
+@_of_application
 def take_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
     """Take a snapshot of an aggregate from its events, whatever older snapshots say; exits with 1 if one fails."""
     call(aggregates.take_snapshots, aggregate_id, everything=everything, application=application)
@@ -317,8 +321,8 @@ def take_snapshots(aggregate_id: str | None, everything: bool, application: str 
 
 @snapshots.command("drop")
 @click.argument("aggregate_id", required=False)
-@all_aggregates
-@of_application
+@_all_aggregates
+@_of_application
 def drop_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
     """Delete the snapshots of an aggregate, but for those without which it could not be read any more."""
     call(aggregates.drop_snapshots, aggregate_id, everything=everything, application=application)

@@ -30,7 +30,7 @@ from . import (
     require_tables,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 TRIES, PAUSE = 5, 0.1
 """Tries to create tables where none of them has appeared since, and the seconds between them."""

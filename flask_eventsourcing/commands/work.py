@@ -34,7 +34,7 @@ from . import (
 )
 from .reports import Reporter
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
 
 LOG_EVERY = 60.0

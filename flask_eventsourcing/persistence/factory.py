@@ -66,7 +66,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         super().__init__(env)
         token = self.env.get(self.DATASTORE)
         self._owns_engine = token is None
-        self.datastore = self._find(token) if token is not None else self._open()
+        self.datastore: Datastore = self._find(token) if token is not None else self._open()
 
     def _find(self, token: str) -> Datastore:
         datastore = find_datastore(token)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .subscriptions import SLICE, Waiter, execute, listening_connection
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PAUSE = 1.0
 """Seconds between tries to listen."""
@@ -93,12 +93,12 @@ class SharedWaiter(Waiter):
     """Waits for what a listener hears on one channel."""
 
     # As for one that listens by itself.
-    longest = 1.0
+    longest: float = 1.0
 
     def __init__(self, listener: Listener, channel: str) -> None:
         super().__init__()
         self.channel = channel
-        self.news = threading.Event()
+        self.news: threading.Event = threading.Event()
         self._listener = listener
         listener.add(self)
 

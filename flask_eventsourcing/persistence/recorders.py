@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection
 from ..metadata import MetadataBlock, Recorded, caused_by
 from .datastore import Datastore, Read, Write
 from .describing import PLAIN_DESCRIPTION, Describer, read_recorded
-from .dialects.base import FrozenSnapshotError
+from .dialects.base import Dialect, FrozenSnapshotError
 from .dialects.event_tables import Beside, EventTable
 from .dialects.event_values import DamagedPage, bounded
 from .dialects.looks import Use
@@ -54,8 +54,8 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
     ) -> None:
         datastore.prepare()
         self.datastore = datastore
-        self.dialect = datastore.dialect
-        self.events_table = self.dialect.event_table(events_table, tracking_table, snapshots_table)
+        self.dialect: Dialect = datastore.dialect
+        self.events_table: EventTable = self.dialect.event_table(events_table, tracking_table, snapshots_table)
         self.application_name = application_name
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
@@ -294,7 +294,7 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         super().__init__(**kwargs)
         datastore.prepare()
         self.datastore = datastore
-        self.dialect = datastore.dialect
+        self.dialect: Dialect = datastore.dialect
         self.tracking_table = tracking_table
         self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
             tracking_table

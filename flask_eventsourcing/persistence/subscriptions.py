@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..lifecycle import PerProcess, ProcessLock, keep_for_ever
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 SLICE = 0.1
 """Seconds after which a wait on a connection looks whether it was told to stop."""
@@ -38,7 +38,7 @@ LONGEST_PAUSE = 5.0
 class Waiter:
     """Waits for a time, or until :attr:`stopped` is set."""
 
-    longest = 0.25
+    longest: float = 0.25
     """Seconds after which to look into the log although there was no news."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class ListenWaiter(Waiter):
     """
 
     # Notifications can be lost with the connection, and a roll-back that uncovers later events sends none.
-    longest = 1.0
+    longest: float = 1.0
 
     def __init__(self, engine: Engine, channel: str, receive: Callable[[Any, float], Collection[str]]) -> None:
         super().__init__()

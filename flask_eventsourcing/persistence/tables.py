@@ -10,13 +10,13 @@ import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from datetime import datetime  # noqa: F401  # named in a type comment
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
-from sqlalchemy_utils import UUIDType as BaseUUIDType
 
 from .._patches import forget_class
 from ..config import OriginatorIdType, is_plain
@@ -27,6 +27,12 @@ from .dialects.base import new_identity
 from .dialects.event_tables import COLUMN_VALUES, EVENT_COLUMNS, POSITION, VERSION_KEY
 from .record_checks import check_columns, check_ids, check_types, is_filled
 
+if TYPE_CHECKING:
+    # What it is, for type checkers: the package has no types.
+    BaseUUIDType: TypeAlias = sa.types.TypeDecorator[uuid.UUID]
+else:
+    from sqlalchemy_utils import UUIDType as BaseUUIDType
+
 POSITION_TYPE = column_type("position", sa.BigInteger())
 STATE = column_type("state", sa.LargeBinary())
 TEXT_ID = column_type("text id", sa.String(255))
@@ -36,14 +42,17 @@ MOMENT = column_type("time", sa.DateTime(timezone=True))
 CORRELATION = column_type("correlation", sa.String(128))
 
 
-class UUIDType(BaseUUIDType):  # type: ignore[misc]  # untyped
+Implementation: TypeAlias = sa.types.TypeEngine[Any] | type[sa.types.TypeEngine[Any]]
+
+
+class UUIDType(BaseUUIDType):
     """SQLAlchemy-Utils' type, native where the database has one and ``CHAR(32)`` elsewhere.
 
     The base type's ``BINARY(16)`` can come back as ``NUMERIC(16)``, so that Alembic's comparison of types finds a
     change every time; ``CHAR(32)`` comes back as it went. The hexadecimal text is also what the library itself stores.
     """
 
-    cache_ok = True
+    cache_ok: bool | None = True
 
     def __init__(self) -> None:
         super().__init__(binary=False)
@@ -95,8 +104,8 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
     """A mapping of strings to strings: JSON where the database has a type for it that is quick to search, else its
     bytes, as version 10 of the library stores it."""
 
-    impl = sa.LargeBinary
-    cache_ok = True
+    impl: Implementation = sa.LargeBinary
+    cache_ok: bool | None = True
 
     def load_dialect_impl(self, dialect: SQLAlchemyDialect) -> sa.types.TypeEngine[Any]:
         """Return the type of the column."""
@@ -121,20 +130,39 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
         return "MetadataType()"
 
 
-# The columns are class attributes without annotations: annotated ones would have to be fields of a dataclass when the
+class OnTable:
+    """What a record class has from its declarative base, for type checkers."""
+
+    if TYPE_CHECKING:
+        __table__: ClassVar[sa.FromClause]
+        metadata: ClassVar[sa.MetaData]
+
+        def __init__(self, **columns: Any) -> None: ...
+
+
+def table_of(model: type[OnTable]) -> sa.Table:
+    """Return the table of a record class."""
+    table = model.__table__
+    if not isinstance(table, sa.Table):
+        raise ConfigurationError(f"{model.__qualname__} is mapped to {table!r}, which is not a table.")
+    return table
+
+
+# The columns have their types in comments: annotated class attributes would have to be fields of a dataclass when the
 # declarative base is a ``MappedAsDataclass``, and a mixin cannot know.
-class _RecordMixin:
+class _RecordMixin(OnTable):
     """What the two kinds of event record share."""
 
     __originator_id_type__: ClassVar[OriginatorIdType] = "uuid"
     __originator_id_options__: ClassVar[dict[str, Any]] = {"nullable": False}
 
-    originator_id: ClassVar[Any]
-    topic = orm.mapped_column(TOPIC, nullable=True)
-    state = orm.mapped_column(STATE, nullable=True)
-    event_id = orm.mapped_column(UUIDType(), nullable=True)
+    if TYPE_CHECKING:
+        originator_id: orm.Mapped[uuid.UUID | str]
+    topic = orm.mapped_column(TOPIC, nullable=True)  # type: orm.Mapped[str]
+    state = orm.mapped_column(STATE, nullable=True)  # type: orm.Mapped[bytes]
+    event_id = orm.mapped_column(UUIDType(), nullable=True)  # type: orm.Mapped[uuid.UUID | str | None]
     # A declarative class keeps the name for its own ``MetaData``.
-    event_metadata = orm.mapped_column("metadata", MetadataType(), nullable=True)
+    event_metadata = orm.mapped_column("metadata", MetadataType(), nullable=True)  # type: orm.Mapped[dict[str, str] | None]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         if cls.__originator_id_type__ == "text" and "originator_id" not in cls.__dict__:
@@ -152,11 +180,11 @@ class StoredEventMixin(_RecordMixin):
     ``recorded_at`` (in UTC), ``event_metadata`` (the column ``metadata``) and ``correlation_id`` are nullable.
     """
 
-    notification_id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)
-    originator_id = orm.mapped_column(UUIDType(), nullable=False)
-    originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)
-    recorded_at = orm.mapped_column(MOMENT, nullable=True)
-    correlation_id = orm.mapped_column(CORRELATION, nullable=True)
+    notification_id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)  # type: orm.Mapped[int]
+    originator_id = orm.mapped_column(UUIDType(), nullable=False)  # type: orm.Mapped[uuid.UUID | str]
+    originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
+    recorded_at = orm.mapped_column(MOMENT, nullable=True)  # type: orm.Mapped[datetime | None]
+    correlation_id = orm.mapped_column(CORRELATION, nullable=True)  # type: orm.Mapped[str | None]
 
     @classmethod
     def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -179,15 +207,15 @@ class SnapshotMixin(_RecordMixin):
 
     __originator_id_options__: ClassVar[dict[str, Any]] = {"primary_key": True}
 
-    originator_id = orm.mapped_column(UUIDType(), primary_key=True)
-    originator_version = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=False)
+    originator_id = orm.mapped_column(UUIDType(), primary_key=True)  # type: orm.Mapped[uuid.UUID | str]
+    originator_version = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=False)  # type: orm.Mapped[int]
 
 
-class TrackingMixin:
+class TrackingMixin(OnTable):
     """Columns of a tracking record class: how far the log of each upstream application was processed."""
 
-    application_name = orm.mapped_column(TEXT_ID, primary_key=True)
-    notification_id = orm.mapped_column(POSITION_TYPE, nullable=True)
+    application_name = orm.mapped_column(TEXT_ID, primary_key=True)  # type: orm.Mapped[str]
+    notification_id = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
 
 
 def event_table_arguments(table_name: str, **options: Any) -> tuple[Any, ...]:
@@ -200,17 +228,17 @@ def event_table_arguments(table_name: str, **options: Any) -> tuple[Any, ...]:
 class Models:
     """The three record classes of one application."""
 
-    StoredEvent: Any
-    Snapshot: Any
-    Tracking: Any
+    StoredEvent: type[StoredEventMixin]
+    Snapshot: type[SnapshotMixin]
+    Tracking: type[TrackingMixin]
 
     @property
     def tables(self) -> Mapping[str, sa.Table]:
         """The tables by their use: ``events``, ``snapshots``, ``tracking``."""
         return {
-            "events": self.StoredEvent.__table__,
-            "snapshots": self.Snapshot.__table__,
-            "tracking": self.Tracking.__table__,
+            "events": table_of(self.StoredEvent),
+            "snapshots": table_of(self.Snapshot),
+            "tracking": table_of(self.Tracking),
         }
 
 
@@ -290,7 +318,7 @@ def _finish(models: Models, own: Iterable[Any]) -> None:
     try:
         for model in made:
             mixin = next(each for each in (StoredEventMixin, SnapshotMixin, TrackingMixin) if issubclass(model, each))
-            check_types(model, mixin, model.__table__, ())
+            check_types(model, mixin, table_of(model), ())
     except ConfigurationError:
         for model in made:
             forget_class(model)

@@ -28,7 +28,7 @@ from ..persistence.dialects import PassingError, is_outage
 from ..persistence.dialects.locks import RunnerLock, utc_now
 from .definitions.fingerprints import retire
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 ACTIVE = "active"
 HALTED = "halted"

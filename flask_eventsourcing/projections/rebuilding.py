@@ -23,11 +23,12 @@ from sqlalchemy.schema import CreateTable
 
 from ..exceptions import ProjectionBusyError, RebuildError
 from ..persistence.dialects import is_outage
+from ..persistence.dialects.locks import RunnerLock
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
 from .applying import Applier, EventError, may_be_its_own
 from .applying.pages import LogPages
 from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
-from .consumers import Consumer
+from .consumers import Consumer, ProjectedApplication
 from .consumers.belonging import Belonging
 from .consumers.shadows import ShadowTables, shadows_of
 from .dead_letters import describe
@@ -90,13 +91,13 @@ class Rebuild:
     """
 
     def __init__(self, consumer: Consumer, stop: threading.Event | None = None) -> None:
-        self.live = consumer.of_kind("projection")
-        self.application = consumer.application
-        self.stop = stop or threading.Event()
-        self.rebuild = consumer.of_kind("rebuild")
-        self.new = self._shadows(NEW)
-        self.lock = self.rebuild.lock()
-        self.runner = Runner(self.rebuild, self.stop, lock=self.lock, session=self._session)
+        self.live: Consumer = consumer.of_kind("projection")
+        self.application: ProjectedApplication = consumer.application
+        self.stop: threading.Event = stop or threading.Event()
+        self.rebuild: Consumer = consumer.of_kind("rebuild")
+        self.new: ShadowTables = self._shadows(NEW)
+        self.lock: RunnerLock = self.rebuild.lock()
+        self.runner: Runner = Runner(self.rebuild, self.stop, lock=self.lock, session=self._session)
         if not self.live.tables or not self.live.handlers:
             raise RebuildError(
                 f"{consumer.projection_class.__name__} has no models to rebuild: name them in its models=[…]."

@@ -20,7 +20,7 @@ from .definitions import ModelProjection, check_projection
 from .runners import Runner
 from .upkeep.following import Waiters
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ class Worker:
     """
 
     def __init__(self, consumers: Sequence[Consumer], *, once: bool = False) -> None:
-        self.stopping = threading.Event()
+        self.stopping: threading.Event = threading.Event()
         self.once = once
-        self.runners = [Runner(consumer, self.stopping) for consumer in consumers]
+        self.runners: list[Runner] = [Runner(consumer, self.stopping) for consumer in consumers]
         self.errors: list[Exception] = []
         self._failed: set[Runner] = set()
         self._begun = threading.Lock()

@@ -27,10 +27,10 @@ from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
 from .applying.pages import LogPages
 from .checkpoint import ACTIVE, PAUSED, SWAPPING, CheckpointRow
-from .consumers import Consumer
+from .consumers import Consumer, ProjectedApplication
 from .consumers.shadows import REFERS, ShadowTables, shadows_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 TRIES = 30
 PATIENCE = 2
@@ -61,11 +61,12 @@ class Swap:
 
     def __init__(self, live: Consumer, stop: threading.Event, confirm: Callable[[Connection], None]) -> None:
         self.live = live
-        self.rebuild = live.of_kind("rebuild")
+        self.rebuild: Consumer = live.of_kind("rebuild")
         self.stop = stop
         self.confirm = confirm
-        self.application = live.application
-        self.new, self.old = shadows_of(live, NEW), shadows_of(live, OLD)
+        self.application: ProjectedApplication = live.application
+        self.new: ShadowTables = shadows_of(live, NEW)
+        self.old: ShadowTables = shadows_of(live, OLD)
 
     def run(self) -> Swapped | None:
         """Swap, and try again where readers of the live tables keep them locked; returns None when it was stopped.

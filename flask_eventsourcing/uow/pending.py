@@ -20,7 +20,7 @@ from ..persistence.dialects.event_tables import POSITION, EventTable
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +191,9 @@ class ConnectionState:
 _states: weakref.WeakKeyDictionary[Connection, ConnectionState] = weakref.WeakKeyDictionary()
 
 
-known_state = _states.get
-"""Returns what is known of a connection, or None."""
+def known_state(connection: Connection) -> ConnectionState | None:
+    """Return what is known of a connection, or None."""
+    return _states.get(connection)
 
 
 def state_of(connection: Connection) -> ConnectionState:
@@ -231,18 +232,20 @@ class Following:
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
         self._suspicion = 0
         self.is_asking = False
-        self.ends = 0
+        self.ends: int = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
-        self.strays = 0
+        self.strays: int = 0
         """How many more cursors than statements there had been, when the unit looked last."""
 
     def begin(self, calls: Calls, statements: int) -> None:
         """Note what was counted when the first event is noted."""
-        self.ends, self.strays = calls.ends, calls.cursors - statements
+        self.ends = calls.ends
+        self.strays = calls.cursors - statements
 
     def compare(self, calls: Calls, statements: int) -> bool:
         """Suspect what a cursor may have done that is none of SQLAlchemy's; whether the transaction was ended."""
-        before, self.strays = self.strays, calls.cursors - statements
+        before = self.strays
+        self.strays = calls.cursors - statements
         if self.strays > before:
             self.suspect()
         return calls.ends > self.ends

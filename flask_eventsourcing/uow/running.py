@@ -19,7 +19,7 @@ from .unit import UnitOfWork
 
 R = TypeVar("R")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.1
 """Seconds before a unit is run again, at most."""

@@ -140,11 +140,11 @@ class UnitOfWork:
     def __init__(self, shared: SessionUnits, units: Units, bind_arguments: dict[str, Any]) -> None:
         self.shared = shared
         self.units = units
-        self.route = Route(units.datastore.engine, bind_arguments, units.fixed)
-        self.pending = Pending()
-        self.queue = AggregateQueue(units.datastore.dialect, units.contended)
-        self.following = Following()
-        self.gate = CommitGate(shared.run, units.datastore.dialect, self.pending, self.following)
+        self.route: Route = Route(units.datastore.engine, bind_arguments, units.fixed)
+        self.pending: Pending = Pending()
+        self.queue: AggregateQueue = AggregateQueue(units.datastore.dialect, units.contended)
+        self.following: Following = Following()
+        self.gate: CommitGate = CommitGate(shared.run, units.datastore.dialect, self.pending, self.following)
 
     @property
     def session(self) -> orm.Session:

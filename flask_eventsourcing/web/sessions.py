@@ -102,7 +102,7 @@ class AppDatabase:
                 "The db object is not registered on this Flask app: call db.init_app(app) before es.init_app(app)."
             )
         self.extension: Any = extension
-        self.has_models = has_models(extension)
+        self.has_models: bool = has_models(extension)
         with app.app_context():
             self.engines: Mapping[str | None, sa.Engine] = extension.engines
             self._factory: orm.sessionmaker[Any] = (
@@ -246,7 +246,7 @@ class FlaskHost:
         self._events_table = events_table
         self._runner = UnitRunner(self._required)
         given = {each.name: getattr(units.datastore, each.name) for each in fields(Datastore) if each.init}
-        self.datastore = AppDatastore(**given | {"unit": self.unit})
+        self.datastore: AppDatastore = AppDatastore(**given | {"unit": self.unit})
 
     def prepare(self) -> None:
         """Install what the app's engines and sessions need."""

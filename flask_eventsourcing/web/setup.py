@@ -183,7 +183,7 @@ class MadeBy:
     """
 
     def __init__(self, application_class: type[Application[Any]], factory: Callable[..., Any]) -> None:
-        self.name = application_class.name
+        self.name: str = application_class.name
         self._application_class = application_class
         self._factory = factory
 

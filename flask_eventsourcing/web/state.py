@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
@@ -28,8 +28,23 @@ from ..uow import LENT, Batch, UnitOfWork
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
-Slots = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
+Slots: TypeAlias = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
 _states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
+
+
+class Database(Protocol):
+    """What a ``db`` object has: that of Flask-SQLAlchemy, and that of Flask-SQLAlchemy-Lite."""
+
+    @property
+    def session(self) -> orm.Session | orm.scoped_session[Any]:
+        """The session of the app context."""
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The engine without a bind key."""
+
+    def init_app(self, app: Flask) -> None:
+        """Register on a Flask app."""
 
 
 class EventSourcingState:
@@ -50,11 +65,11 @@ class EventSourcingState:
         slots: Slots,
         projections: BoundProjections,
     ) -> None:
-        self.hosts = hosts
-        self.config = config
-        self.models = models
-        self.slots = slots
-        self.projections = projections
+        self.hosts: Mapping[type[Application[Any]], FlaskHost] = hosts
+        self.config: Config = config
+        self.models: Mapping[str, Models] = models
+        self.slots: Slots = slots
+        self.projections: BoundProjections = projections
 
     def take(self, other: EventSourcingState) -> None:
         """Become what another state of the same app is."""
@@ -230,5 +245,5 @@ def current_state() -> EventSourcingState:
     return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
 
-current_application = cast(Application[Any], LocalProxy(lambda: current_state().application))
+current_application: Application[Any] = cast(Application[Any], LocalProxy(lambda: current_state().application))
 """The application of the current Flask app, for views."""

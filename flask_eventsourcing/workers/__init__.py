@@ -26,7 +26,7 @@ StateSlot = ApplicationSlot[EventSourcingState]
 CONFLICT_RETRIES = 10
 """How often a task is sent again after a conflict, unless told otherwise."""
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:

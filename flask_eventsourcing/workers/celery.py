@@ -40,7 +40,7 @@ from . import (
 LONGEST_PAUSE = 5.0
 """The longest pause before a task is tried again after a conflict, in seconds."""
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MARK = "_flask_eventsourcing"
 

@@ -14,7 +14,7 @@ from flask import Flask
 
 from ..web.state import state_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def init_uwsgi(app: Flask) -> None:

@@ -65,7 +65,7 @@ def test_system(tmp_path: Path, runner_class: Any) -> None:
         models = site.es.models
         found = [site.db.session.scalars(sa.select(models[cls].StoredEvent)).one() for cls in models]
     assert [each.correlation_id for each in found] == ["c"] * 3
-    causes = [each.event_metadata.get("causation_id") for each in found]
+    causes = [(each.event_metadata or {}).get("causation_id") for each in found]
     assert causes == [None, str(found[0].event_id), str(found[1].event_id)]
     site.close()
 
@@ -112,7 +112,7 @@ def test_projection_runners(tmp_path: Path, kind: Any) -> None:
         first = site.db.session.scalars(sa.select(site.es.models[Bank].StoredEvent)).one()
         second = site.db.session.scalars(sa.select(site.es.models[Counted].StoredEvent)).one()
     assert (first.correlation_id, second.correlation_id) == ("c", "c")
-    assert second.event_metadata["causation_id"] == str(first.event_id)
+    assert (second.event_metadata or {})["causation_id"] == str(first.event_id)
     site.close()
 
 
@@ -134,6 +134,6 @@ def test_loop_over_a_subscription_that_is_left(tmp_path: Path) -> None:
         first, second, third = site.db.session.scalars(
             sa.select(site.es.StoredEvent).order_by(site.es.StoredEvent.notification_id)
         )
-    assert second.event_metadata["causation_id"] == str(first.event_id)
-    assert "causation_id" not in third.event_metadata
+    assert (second.event_metadata or {})["causation_id"] == str(first.event_id)
+    assert "causation_id" not in (third.event_metadata or {})
     site.close()

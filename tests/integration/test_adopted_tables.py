@@ -73,7 +73,7 @@ def test_tables_as_they_are(url: str) -> None:
     engine.dispose()
 
 
-def adopting(url: str) -> tuple[Flask, SQLAlchemy, EventSourcing]:
+def adopting(url: str) -> tuple[Flask, SQLAlchemy, EventSourcing[Bank]]:
     """Make an app whose record class has the column types of the tables."""
     app, db = make_app(url), SQLAlchemy()
 

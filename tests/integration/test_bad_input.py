@@ -64,7 +64,7 @@ def bad_model(db: SQLAlchemy) -> Any:
     return type(base)("Mine", (base,), {**key, "topic": copy(StoredEventMixin.topic)})
 
 
-CASES: dict[str, tuple[Callable[[SQLAlchemy], EventSourcing], dict[str, Any], str]] = {
+CASES: dict[str, tuple[Callable[[SQLAlchemy], EventSourcing[Bank]], dict[str, Any], str]] = {
     "unknown key": (
         lambda db: EventSourcing(db=db, application=Bank),
         {"EVENTSOURCING_COMIT": "save"},

@@ -35,7 +35,7 @@ def test_init_db_keeps_what_is_there(site: Site) -> None:
     site.opened()
     assert run(site, "init-db") == (0, "All tables are there.\n")
     with site.app.app_context(), site.db.engine.begin() as connection:
-        site.es.Tracking.__table__.drop(connection)
+        site.es.models[Bank].tables["tracking"].drop(connection)
     assert run(site, "init-db") == (0, "Created table bank_tracking.\n")
     assert site.stored() == (1, 0)
 

@@ -33,9 +33,9 @@ def dispose(app: Flask, db: Any) -> None:
             engine.dispose()
 
 
-def use(es: EventSourcing, db: Any) -> None:
+def use(es: EventSourcing[Bank, Any], db: Any) -> None:
     """Store something, roll something back, and look."""
-    bank: Bank = es.application
+    bank = es.application
     account_id = bank.open_account()
     bank.deposit(account_id, 5)
     db.session.commit()
@@ -126,7 +126,7 @@ def test_own_record_classes(uri: str) -> None:
         use(es, db)
         db.session.execute(sa.update(es.StoredEvent).values(tenant="north"))
         db.session.commit()
-        assert db.session.scalars(sa.select(es.StoredEvent.tenant)).all() == ["north", "north"]
+        assert db.session.scalars(sa.select(models["stored_event_model"].tenant)).all() == ["north", "north"]
     dispose(app, db)
 
 
@@ -194,7 +194,7 @@ def test_text_ids(new_site: MakeSite, club: type[Application[Any]], config: dict
     site = new_site(club, **config)
     assert isinstance(site.es.StoredEvent.__table__.c.originator_id.type, sa.String)
     with site.app.app_context():
-        application = site.es.application
+        application: Any = site.es.application
         for name in ("ada", "böb"):
             member = TextId(name)
             member.visit()
@@ -222,7 +222,7 @@ def test_text_ids_are_compared_exactly(new_site: MakeSite, other: str) -> None:
     """Ids that differ in case, or in an accent, are those of two aggregates, on every database."""
     site = new_site(Club)
     with site.app.app_context():
-        club = site.es.application
+        club: Any = site.es.application
         for name, visits in (("ada", 1), (other, 2)):
             member = TextId(name)
             for _ in range(visits):
@@ -240,7 +240,7 @@ def test_topics_and_names_are_compared_exactly(site: Site) -> None:
         recorder: Any = bank.recorder
         account_id = uuid4()
         recorder.insert_events([StoredEvent(account_id, n, topic, b"{}") for n, topic in enumerate(["a:B", "a:b"])])
-        tracking = SQLAlchemyTrackingRecorder(datastore, site.es.Tracking.__table__)
+        tracking = SQLAlchemyTrackingRecorder(datastore, site.es.models[Bank].tables["tracking"])
         tracking.insert_tracking(Tracking("Shop", 5))
         tracking.insert_tracking(Tracking("shop", 3))
         site.db.session.commit()
@@ -287,7 +287,7 @@ def test_configured_uri_is_kept_where_a_db_is_made(tmp_path: Path) -> None:
     dispose(app, es.db)
 
 
-def make_lite(uri: str, es: EventSourcing, db: Lite, **config: Any) -> Flask:
+def make_lite(uri: str, es: EventSourcing[Bank, Lite], db: Lite, **config: Any) -> Flask:
     """Make an app with Flask-SQLAlchemy-Lite."""
     app = make_app(SQLALCHEMY_ENGINES={"default": uri}, **config)
     db.init_app(app)

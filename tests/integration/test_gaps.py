@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.bank import Site
-from tests.domain import Account
+from tests.domain import Account, Bank
 from tests.integration.marks import on_postgresql
 
 FEW = settings(
@@ -151,7 +151,7 @@ def test_predecessor_in_the_same_transaction_counts(site: Site) -> None:
 def test_application_without_a_table_of_snapshots_appends(site: Site) -> None:
     """The library makes no table of snapshots for an application that takes none; events are appended all the same."""
     with site.app.app_context():
-        site.es.Snapshot.__table__.drop(site.db.engine)
+        site.es.models[Bank].tables["snapshots"].drop(site.db.engine)
     account_id = site.opened()
     with site.app.app_context():
         site.bank.deposit(account_id)

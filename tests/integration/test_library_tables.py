@@ -146,7 +146,7 @@ def test_stored_state_is_the_librarys(database: tuple[str, dict[str, str]]) -> N
         site.bank.open_account("Ada")
         site.db.session.commit()
         row = site.db.session.scalars(sa.select(site.es.StoredEvent)).one()
-        stored = site.bank.mapper.to_stored_event(next(iter(site.bank.events.get(row.originator_id))))
+        stored = site.bank.mapper.to_stored_event(next(iter(site.bank.events.get(UUID(str(row.originator_id))))))
         assert (row.topic, bytes(row.state)) == (stored.topic, stored.state)
     site.close()
 

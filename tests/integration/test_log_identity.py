@@ -29,6 +29,6 @@ def test_identity_stays_as_long_as_the_tables(site: Site) -> None:
 def test_tables_of_a_migration_get_an_identity(site: Site) -> None:
     """Tables that were made in another way get their identity when somebody asks for it."""
     with site.app.app_context(), site.db.engine.begin() as connection:
-        connection.execute(sa.delete(site.es.Tracking.__table__))
+        connection.execute(sa.delete(site.es.Tracking))
     first = identity(site)
     assert identity(site) == first > 0

@@ -232,7 +232,7 @@ def insert_past(site: Site, position: int) -> None:
     """Insert an event as an import does that gives positions of its own."""
     with site.app.app_context(), site.db.engine.begin() as connection:
         values = {"originator_id": uuid4(), "originator_version": 1, "notification_id": position}
-        connection.execute(sa.insert(site.es.StoredEvent.__table__).values(topic="t", state=b"", **values))
+        connection.execute(sa.insert(site.es.StoredEvent).values(topic="t", state=b"", **values))
 
 
 @on_postgresql

@@ -44,10 +44,10 @@ def open_account(owner):
 """
 
 
-def make(uri: str = "sqlite://", **config: Any) -> tuple[Flask, EventSourcing]:
+def make(uri: str = "sqlite://", **config: Any) -> tuple[Flask, EventSourcing[Bank]]:
     """Make an app with the extension alone."""
     app = make_app(uri, **config)
-    return app, EventSourcing(app)
+    return app, EventSourcing[Bank](app)
 
 
 def dispose(*apps: Flask) -> None:
@@ -84,7 +84,7 @@ class TestRegisteringLater:
     def test_its_place_is_taken_with_its_tables(self, number: int) -> None:
         """Every app has the registered class, its commands and tables, and nothing of the plain one."""
         db = SQLAlchemy()
-        es = EventSourcing(db=db)
+        es = EventSourcing[Bank](db=db)
         apps = [make_app("sqlite://") for _ in range(number)]
         for app in apps:
             db.init_app(app)

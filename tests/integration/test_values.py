@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flask_eventsourcing.exceptions import EventValueError, IdentifierTypeError
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import Site
+from tests.domain import Bank
 from tests.integration.conftest import MakeSite
 
 drawn = settings(
@@ -183,7 +184,7 @@ def test_tracking(uuids: Site, name: Any, position: Any) -> None:
     """A position of an upstream application is read back as it was, or refused."""
     with uuids.app.app_context():
         datastore = uuids.app.extensions["eventsourcing"].datastore
-        recorder = SQLAlchemyTrackingRecorder(datastore, uuids.es.Tracking.__table__)
+        recorder = SQLAlchemyTrackingRecorder(datastore, uuids.es.models[Bank].tables["tracking"])
         name = f"{uuid4()}{name}" if isinstance(name, str) and len(name) < 100 else name
         try:
             recorder.insert_tracking(Tracking(name, position))

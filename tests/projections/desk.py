@@ -58,7 +58,7 @@ class Desk:
 
     app: Flask
     db: SQLAlchemy
-    es: EventSourcing
+    es: EventSourcing[Bank]
     Balance: Any
     Seen: Any
     poison: set[int] = field(default_factory=set)
@@ -69,8 +69,7 @@ class Desk:
     @property
     def bank(self) -> Bank:
         """The bank of the current app context."""
-        bank: Bank = self.es.application
-        return bank
+        return self.es.application
 
     def balances(self, **attributes: Any) -> type[ModelProjection]:
         """Register the projection of balances, with class attributes of its own."""
@@ -204,7 +203,7 @@ def make_desk(uri: str, *classes: type[Application[Any]], id_type: Any = None, *
     app = make_app(uri, **config)
     db = SQLAlchemy()
     balance, seen = make_models(db, id_type)
-    es = EventSourcing(db=db, applications=classes or (Bank,))
+    es = EventSourcing[Bank](db=db, applications=classes or (Bank,))
     db.init_app(app)
     es.init_app(app)
     return Desk(app, db, es, balance, seen)

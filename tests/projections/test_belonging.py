@@ -29,7 +29,7 @@ from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of, note_sources
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner, claims
-from tests.domain import Account
+from tests.domain import Account, Bank
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
@@ -39,8 +39,7 @@ OTHER = "0" * 64
 
 def events(desk: Desk) -> sa.Table:
     """Return the table of the log."""
-    table: sa.Table = desk.es.StoredEvent.__table__
-    return table
+    return desk.es.models[Bank].tables["events"]
 
 
 def execute(desk: Desk, *statements: Any) -> None:
@@ -178,7 +177,7 @@ def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
     desk.open(1)
     assert not desk.run_once()
     engine = desk.consumer().application.engine
-    tables = [events(desk), desk.es.Tracking.__table__]
+    tables = [events(desk), desk.es.models[Bank].tables["tracking"]]
     for table in tables:
         table.drop(engine)
         table.create(engine)

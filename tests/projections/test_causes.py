@@ -216,5 +216,5 @@ def test_a_further_parameter_of_another_name_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="must take"):
 
         class Wrong(ModelProjection):
-            @on(Created)
+            @on(Created)  # type: ignore[arg-type]  # as type checkers say too
             def opened(self, event: Any, session: orm.Session, metadata: Any) -> None: ...

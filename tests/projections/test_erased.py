@@ -107,6 +107,7 @@ def test_a_running_worker_is_told(desk: Desk) -> None:
         desk.es.wait_for("Balances", 2, timeout=30)
         done = desk.es.erase(account_id)
         desk.db.session.commit()
+        assert done.position is not None
         desk.es.wait_for("Balances", done.position, timeout=30)
     assert desk.amounts() == {}
 

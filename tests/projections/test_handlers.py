@@ -142,7 +142,7 @@ def test_events_of_renamed_classes_are_handled(desk: Desk) -> None:
     desk.open(7)
     old = "tests.no_such_module:Konto"
     with desk.app.app_context():
-        table = desk.es.StoredEvent.__table__
+        table = desk.es.models[Bank].tables["events"]
         new = utils.get_topic(Deposited)
         moved = sa.update(table).where(table.c.topic == new).values(topic=f"{old}.Deposited")
         desk.db.session.execute(moved)
@@ -378,7 +378,7 @@ def test_every_event_and_those_with_a_mixin_may_be_named() -> None:
 def test_reactions_start_at_the_beginning_or_the_end() -> None:
     """Another start of a reaction is refused, and so are two different ones in a class."""
     with pytest.raises(ConfigurationError, match="'beginning' or 'end'; found 'middle'"):
-        reaction(Created, start="middle")  # type: ignore[arg-type]
+        reaction(Created, start="middle")  # type: ignore[call-overload]
     with pytest.raises(ConfigurationError, match="share one position"):
 
         class Mixed(ModelProjection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -28,7 +28,7 @@ from tests.projections.desk import Created, Deposited, Desk, make_desk, make_mod
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 
 
-def dispose(es: EventSourcing, app: Flask, db: Any) -> None:
+def dispose(es: EventSourcing[Any, Any], app: Flask, db: Any) -> None:
     """Close every connection."""
     es.close(app)
     with app.app_context():
@@ -344,7 +344,7 @@ def test_text_ids(new_desk: MakeDesk) -> None:
             member = TextId(name)
             for _ in range(visits):
                 member.visit()
-            desk.es.application.save(member)
+            cast(Any, desk.es.application).save(member)
         desk.db.session.commit()
     assert not desk.run_once()
     assert desk.amounts() == {"member/ada": 1, "member/böb": 2}

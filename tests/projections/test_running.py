@@ -15,6 +15,7 @@ from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, on, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.dead_letters import DeadLetter
+from tests.domain import Bank
 from tests.projections.desk import Deposited, Desk, PoisonError, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -283,7 +284,7 @@ def test_events_that_cannot_be_read(desk: Desk, on_failure: str, change: dict[st
     desk.open(1, 2)
     desk.open(3)
     with desk.app.app_context():
-        table = desk.es.StoredEvent.__table__
+        table = desk.es.models[Bank].tables["events"]
         desk.db.session.execute(sa.update(table).where(table.c.notification_id == 2).values(**change))
         desk.db.session.commit()
     errors = desk.run_once()

@@ -12,6 +12,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError, UnreadableEventError
 from flask_eventsourcing.projections import ModelProjection, on, runners
+from tests.domain import Bank
 from tests.projections.desk import Deposited, Desk
 
 DAMAGE = {
@@ -37,7 +38,7 @@ def write(desk: Desk, position: int, damage: str) -> None:
     """Write past the package into a row of the log."""
     column, value = DAMAGE[damage]
     with desk.app.app_context():
-        name = desk.es.StoredEvent.__tablename__
+        name = desk.es.models[Bank].tables["events"].name
         statement = sa.text(f"UPDATE {name} SET {column} = :value WHERE notification_id = :position")
         desk.db.session.execute(statement, {"value": value, "position": position})
         desk.db.session.commit()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -93,7 +93,7 @@ class Scene:
         self.es = EventSourcing(self.app, db=self.db, application=Bank)
         with self.app.app_context():
             self.db.create_all()
-            self.recorder: SQLAlchemyApplicationRecorder = self.es.application.recorder
+            self.recorder = cast(SQLAlchemyApplicationRecorder, self.es.application.recorder)
             self.engine = self.db.engine
             if unprotected is not None:
                 unprotected(self.es)

@@ -26,7 +26,8 @@ def check(storm: Storm) -> None:
 
 def without_protection(es: EventSourcing) -> None:
     """Read without a high-water mark on PostgreSQL, and let the database draw the positions on MariaDB."""
-    dialect: Any = es.application.recorder.dialect
+    recorder: Any = es.application.recorder
+    dialect = recorder.dialect
     dialect.high_water_mark = lambda *args, **kwargs: None
     if dialect.engine.dialect.name == "mysql":
 

@@ -19,6 +19,7 @@ from flask_eventsourcing.persistence.dialects import is_outage
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.upkeep import pause, resume
 from flask_eventsourcing.projections.upkeep.following import status_of
+from tests.torture.ledger import Account
 from tests.torture.test_projections import LOAD_PAUSE, PATIENCE, Torture, url_of
 
 KEPT = "kept_"
@@ -44,7 +45,7 @@ class Storm(Torture):
         with self.books.app.app_context():
             while not self.over.is_set():
                 try:
-                    account = self.books.es.application.repository.get(chance.choice(self.ids))
+                    account: Account = self.books.es.application.repository.get(chance.choice(self.ids))
                     account.move(chance.randint(-100, 100))
                     self.books.es.application.save(account)
                     self.books.db.session.commit()

@@ -97,7 +97,7 @@ class Torture:
         try:
             with self.books.app.app_context():
                 while not self.over.is_set():
-                    account = self.books.es.application.repository.get(chance.choice(self.ids))
+                    account: Account = self.books.es.application.repository.get(chance.choice(self.ids))
                     for _ in range(chance.choice([1, 1, 1, 5])):
                         account.move(chance.randint(-100, 100))
                     self.books.es.application.save(account)

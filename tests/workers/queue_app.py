@@ -76,7 +76,7 @@ def open_shared_accounts() -> None:
 
 def conflict(number: int) -> None:
     """Save the change of a state that is out of date."""
-    account = es.application.repository.get(shared_account(number), version=1)
+    account: Clerk = es.application.repository.get(shared_account(number), version=1)
     account.deposit(1000)
     account.deposit(1000)
     es.application.save(account)

@@ -141,8 +141,9 @@ class Dialect(Looks, Driver, ForProjections, ABC):
     ) -> EventTable:
         """Describe a table for the statements."""
         quoted = self.engine.dialect.identifier_preparer.format_table
-        self.check_names([each for each in (table, tracking_table, snapshots_table) if each is not None])
-        self.tables |= {quoted(each): each for each in (table, tracking_table, snapshots_table) if each is not None}
+        given = [each for each in (table, tracking_table, snapshots_table) if each is not None]
+        self.check_names(given)
+        self.tables.update((quoted(each), each) for each in given)
         columns = [table.c[name] for name in EVENT_COLUMNS]
         found = ((number, self._bind_processor(column)) for number, column in enumerate(columns))
         accepted = Accepted.by(quoted(table), *(column.type for column in columns[:3]))
@@ -196,7 +197,7 @@ class Dialect(Looks, Driver, ForProjections, ABC):
             others = [None if each is None else self.tables[each] for each in (table.counter, table.snapshots)]
             names = [None if each is None else self.name_of(connection, each) for each in others]
             self._located[name] = replace(table, name=name, counter=names[0], snapshots=names[1], statements={})
-            self.tables |= {each: at for each, at in zip(names, others, strict=True) if each and at is not None}
+            self.tables.update({each: at for each, at in zip(names, others, strict=True) if each and at is not None})
             self.tables[name] = table.table
         return self._located[name]
 

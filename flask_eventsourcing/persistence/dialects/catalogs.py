@@ -41,7 +41,7 @@ def _postgresql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str,
 class OID(sa.types.UserDefinedType[int]):
     """The type of identities in PostgreSQL's catalogs."""
 
-    cache_ok = True
+    cache_ok: bool | None = True
 
     def get_col_spec(self, **_: Any) -> str:
         """Return its name."""

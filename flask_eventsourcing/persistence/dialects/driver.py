@@ -89,7 +89,7 @@ class Driver:
         self.engine = engine
         dbapi: Any = engine.dialect.dbapi
         self.driver_error: type[Exception] = dbapi.Error
-        self.translated = Translated(self)
+        self.translated: Translated = Translated(self)
         self.tables: dict[str, sa.Table] = {}
         """The tables of events, snapshots and positions by their quoted names."""
 

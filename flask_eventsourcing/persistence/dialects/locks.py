@@ -267,7 +267,7 @@ class ForProjections(ForSwaps):
     """The part of a dialect that projections use."""
 
     engine: Engine
-    batch_seconds = 0.5
+    batch_seconds: float = 0.5
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""

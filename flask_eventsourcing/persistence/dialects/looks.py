@@ -105,7 +105,7 @@ class Seen:
         """What the connection's names are names in: its database, or the version of its schema."""
         self.findings: list[Finding] = []
         """What is wrong with the settings."""
-        self.until = 0.0
+        self.until: float = 0.0
         self.there: set[str] = set()
         """Tables that are there, for as long as the rest holds."""
         self.longest = 0

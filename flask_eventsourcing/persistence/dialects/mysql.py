@@ -59,17 +59,17 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     # 1213 is a deadlock or, in a Galera cluster, a failed certification; 1020 the same of a row that was changed since
     # the transaction's snapshot; 1062 a duplicate.
-    serialization_failures = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
-    duplicates = frozenset({1062})
+    serialization_failures: ClassVar[frozenset[object]] = frozenset({DEADLOCK, CHANGED_SINCE_SNAPSHOT})
+    duplicates: ClassVar[frozenset[object]] = frozenset({1062})
     # Of a database, a table, a column; not to the server, which is no matter of tables.
-    rights_lacking = frozenset({1044, 1142, 1143})
+    rights_lacking: ClassVar[frozenset[object]] = frozenset({1044, 1142, 1143})
     title = "MySQL"
     appends_one_by_one = True
     drivers: ClassVar[dict[str, str]] = {
         "pymysql": "Flask-EventSourcing[mysql]",
         "mysqldb": "Flask-EventSourcing[mysqlclient]",
     }
-    missing_table = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
+    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
     column_types: ClassVar[dict[str, Any]] = {
         "text id": ExactText(),
         "topic": mysql.TEXT(collation=EXACT),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -33,8 +33,8 @@ OF_STATEMENT = 1000
 class ExactText(sa.types.TypeDecorator[str]):
     """Text of up to 255 characters that is compared exactly: case, accents, and spaces at the end."""
 
-    impl = sa.String
-    cache_ok = True
+    impl: sa.types.TypeEngine[Any] | type[sa.types.TypeEngine[Any]] = sa.String
+    cache_ok: bool | None = True
 
     def __init__(self) -> None:
         super().__init__(255)
@@ -51,7 +51,7 @@ class ExactText(sa.types.TypeDecorator[str]):
 class MySQLLooks(Dialect):
     """The part of the dialect that looks."""
 
-    equal_families = frozenset(
+    equal_families: ClassVar[frozenset[frozenset[str]]] = frozenset(
         frozenset(pair) for pair in (("text", "uuid"), ("truth", "integer"), ("json", "text"), ("number", "integer"))
     )
 

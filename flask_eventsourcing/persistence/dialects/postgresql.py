@@ -68,13 +68,13 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     """Order without serialising writers, or with a table lock for tables that the library's recorders write too."""
 
     # serialization_failure, deadlock_detected; unique_violation.
-    serialization_failures = frozenset({"40001", "40P01"})
-    duplicates = frozenset({"23505"})
-    rights_lacking = frozenset({"42501"})
+    serialization_failures: ClassVar[frozenset[object]] = frozenset({"40001", "40P01"})
+    duplicates: ClassVar[frozenset[object]] = frozenset({"23505"})
+    rights_lacking: ClassVar[frozenset[object]] = frozenset({"42501"})
     title = "PostgreSQL"
     drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
     counts = "bytes"
-    missing_table = re.compile(r"relation \"(?P<name>[^\"]+)\" does not exist")
+    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"relation \"(?P<name>[^\"]+)\" does not exist")
     column_types: ClassVar[dict[str, Any]] = {"text id": sa.Text(), "metadata": postgresql.JSONB()}
     aborts_transactions = True
     reads_in_autocommit = True
@@ -82,8 +82,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         # The table's lock needs a transaction.
-        self.appends_in_autocommit = options.postgres_order == "advisory-lock"
-        self.appends_one_by_one = options.postgres_order == "table-lock"
+        self.appends_in_autocommit: bool = options.postgres_order == "advisory-lock"
+        self.appends_one_by_one: bool = options.postgres_order == "table-lock"
         self._logs: dict[tuple[str, int], KnownLog] = {}
 
     @classmethod

@@ -12,11 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DisconnectionError
 
 from .locks import NAMESPACE, RunnerLock
 
 
-class LostLockError(sa.exc.DisconnectionError):
+class LostLockError(DisconnectionError):
     """The connection that had the locks of a process was lost."""
 
 

@@ -71,11 +71,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     mark = "?"
     title = "SQLite"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
-    missing_table = re.compile(r"no such table: (?P<name>\S+)")
+    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, to one who has read what others have changed since; SQLITE_CONSTRAINT_UNIQUE and the same of
     # the primary key.
-    serialization_failures = frozenset({517})
-    duplicates = frozenset({2067, 1555, 2579})
+    serialization_failures: ClassVar[frozenset[object]] = frozenset({517})
+    duplicates: ClassVar[frozenset[object]] = frozenset({2067, 1555, 2579})
     column_types: ClassVar[dict[str, Any]] = {
         "position": sa.Integer(),
         # A BLOB, as the library's own module has it; JSON's storage class is TEXT.
@@ -294,7 +294,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     # ------------------------------------------------------------------------------------- what projections need
 
     # A batch keeps every other writer waiting.
-    batch_seconds = 0.1
+    batch_seconds: float = 0.1
     keeps_microseconds = True
     has_one_writer = True
 

@@ -36,15 +36,15 @@ class QueuedConnection(sqlite3.Connection):
 
     queue: WriteQueue | None = None
     """None before it was configured."""
-    pid = 0
-    timeout = 0.0
+    pid: int = 0
+    timeout: float = 0.0
     busy_timeout: int | None = None
     """Milliseconds that SQLite waits for other processes; None before the first transaction."""
-    began = False
+    began: bool = False
     """Whether a write transaction was begun that was neither committed nor rolled back by the client."""
-    deferred = False
+    deferred: bool = False
     """Whether the transaction began with a BEGIN that a listener of the user's has told, and has not written."""
-    aborted = False
+    aborted: bool = False
     """Whether SQLite has rolled such a transaction back by itself, as it does when the disk is full."""
     calls: AbstractContextManager[Any] = nullcontext()
     """Held during each call of SQLite's functions."""
@@ -55,12 +55,15 @@ class QueuedConnection(sqlite3.Connection):
 
     def configure(self, name: str, timeout: float) -> None:
         """Join the queue of a database."""
-        self.queue, self.pid, self.timeout = write_queue_of(name), os.getpid(), timeout
+        self.queue = write_queue_of(name)
+        self.pid = os.getpid()
+        self.timeout = timeout
 
     def own_queue(self) -> WriteQueue | None:
         """Return the queue of this process; only a copy of an in-memory database is ever used after a fork."""
         if self.queue is not None and self.pid != self._getpid():
-            self.queue, self.pid = write_queue_of(self.queue.name), os.getpid()
+            self.queue = write_queue_of(self.queue.name)
+            self.pid = os.getpid()
             self._leave_parents()
         return self.queue
 
@@ -157,8 +160,13 @@ class QueuedConnection(sqlite3.Connection):
         """Return the owner whose transaction is to be ended, or None when there is nothing of its own to end."""
         return self
 
+    def _forget(self) -> None:
+        self.began = False
+        self.aborted = False
+
     def _ended(self, owner: object) -> None:
-        self.began = self.aborted = self.deferred = False
+        self._forget()
+        self.deferred = False
         if not self.in_transaction:
             self._release(owner)
 
@@ -224,7 +232,7 @@ def _alone(call: Any) -> Any:
     return method
 
 
-class SharedCursor(sqlite3.Cursor):
+class _SharedCursor(sqlite3.Cursor):
     """A cursor of the connection that all threads share, of which one at a time calls SQLite.
 
     SQLite keeps the code of the last error for each connection, and the driver reads it after the call: what another
@@ -259,10 +267,10 @@ class SharedConnection(QueuedConnection):
     def configure(self, name: str, timeout: float) -> None:
         """Join the queue of a database."""
         self.level = self.isolation_level
-        self.calls = threading.RLock()
+        self.calls: threading.RLock = threading.RLock()
         super().configure(name, timeout)
 
-    def cursor(self, factory: Any = SharedCursor) -> Any:
+    def cursor(self, factory: Any = _SharedCursor) -> Any:
         """Return a cursor whose calls wait for those of other threads."""
         return super().cursor(factory)
 
@@ -284,14 +292,14 @@ class SharedConnection(QueuedConnection):
         # What the parent had not committed is not to be committed here; its threads, which may have the lock, are gone.
         self.calls = threading.RLock()
         sqlite3.Connection.rollback(self)
-        self.began = self.aborted = False
+        self._forget()
 
     def _end_left(self) -> None:
         """Roll back what an owner has begun that is gone without having ended it."""
         if self.began:
             with self.calls:
                 sqlite3.Connection.rollback(self)
-            self.began = self.aborted = False
+            self._forget()
 
     def before(self, connection: Connection, kind: Kind) -> None:
         """Before a statement: acquire the queue, and begin a write transaction if it writes."""

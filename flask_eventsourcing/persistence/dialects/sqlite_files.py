@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import PerProcess
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 FileId = tuple[int, int]
 """The device and the inode: symbolic and hard links and relative paths all come to the same."""

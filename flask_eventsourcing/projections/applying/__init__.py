@@ -18,7 +18,7 @@ from ..checkpoint import PAUSED, CheckpointRow, FencedError
 from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
-from ..definitions import call
+from ..definitions import ModelProjection, call
 from .batches import Batches, ObservedError
 from .recordings import Recordings
 
@@ -66,7 +66,7 @@ class Applier:
     def __init__(self, consumer: Consumer, *, joins: bool = False, ends: Callable[[], bool] = never) -> None:
         self.ends = ends
         self.consumer = consumer
-        self.projection = consumer.projection_class()
+        self.projection: ModelProjection = consumer.projection_class()
         self._handlers = consumer.handlers
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
@@ -76,7 +76,7 @@ class Applier:
         self._batches.flushes_each = joins
         self._recordings = Recordings(consumer)
         self._has_letters: bool | None = None
-        self.has_saved = False
+        self.has_saved: bool = False
         """Whether a reaction has saved events."""
 
     @cached_property
@@ -180,7 +180,8 @@ class Applier:
             with unit.gate.hold(ENDED.format(name)):
                 self._handle_one(session, notification)
                 session.flush()
-            self.has_saved = self.has_saved or bool(unit.batches)
+            if unit.batches:
+                self.has_saved = True
             if unit.dialect.is_aborted(self.connection(session)):
                 raise HandlerError(SWALLOWED.format(name))
         except Exception as error:

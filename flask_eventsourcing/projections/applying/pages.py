@@ -44,8 +44,8 @@ class LogPages:
 
     def __init__(self, consumer: Consumer, row: CheckpointRow | None) -> None:
         self.consumer = consumer
-        self.topics = set(json.loads(row.topics)) if row is not None and row.topics else set[str]()
-        self.known_to = (row.topics_position if row is not None else None) or 0
+        self.topics: set[str] = set(json.loads(row.topics)) if row is not None and row.topics else set[str]()
+        self.known_to: int = (row.topics_position if row is not None else None) or 0
         self._saved = self.known_to
 
     def read(self, after: int, limit: int, stop: int) -> Page:

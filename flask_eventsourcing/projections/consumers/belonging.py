@@ -49,7 +49,7 @@ class Belonging:
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
-        self.name = consumer.name
+        self.name: str = consumer.name
         self._tracking = consumer.application.tracking_table
         self._events = consumer.application.recorder.events_table.table
         self._read_id = consumer.application.recorder.events_table.read_id

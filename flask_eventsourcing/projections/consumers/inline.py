@@ -46,7 +46,7 @@ class InlineApplier:
 
     def __init__(self, application: ProjectedApplication, projection_classes: Sequence[type[ModelProjection]]) -> None:
         self.application = application
-        self.projections = [cls() for cls in projection_classes if cls.inline and cls.handlers]
+        self.projections: list[ModelProjection] = [cls() for cls in projection_classes if cls.inline and cls.handlers]
 
     def install(self) -> None:
         """Have the application's recorder call this after each append, if there is anything to apply."""
@@ -165,7 +165,7 @@ class Ranges:
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
-        self.table = consumer.application.models.tables["inline_ranges"]
+        self.table: sa.Table = consumer.application.models.tables["inline_ranges"]
         self._own = self.table.c.projection == consumer.name
 
     def end(self, connection: Connection) -> int:

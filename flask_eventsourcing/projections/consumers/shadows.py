@@ -33,7 +33,7 @@ WRITES_IN_WITH = re.compile(
     re.I,
 )
 TARGET = re.compile(r"\b(?:INTO|FROM|UPDATE|TABLE|TRUNCATE)\s+(?:ONLY\s+)?([^\s(,;]+)", re.I)
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 QUOTES = re.compile(r"[\"`\[\]]")
 

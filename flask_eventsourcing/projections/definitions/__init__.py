@@ -6,18 +6,29 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
 from eventsourcing import utils
 from eventsourcing.application import Application
 from eventsourcing.domain import BaseAggregate
+from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError, HandlerError
 from ...metadata import RECORDED, Recorded, names_recorded
 from .fingerprints import note_sources
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = TypeVar("P")
+E = TypeVar("E")
+E1 = TypeVar("E1")
+E2 = TypeVar("E2")
+E3 = TypeVar("E3")
+E4 = TypeVar("E4")
+Last = TypeVar("Last")
+P_contra = TypeVar("P_contra", contravariant=True)
+E_contra = TypeVar("E_contra", contravariant=True)
+Last_contra = TypeVar("Last_contra", contravariant=True)
 
 OnFailure = Literal["halt", "dead-letter"]
 Start = Literal["beginning", "end"]
@@ -33,7 +44,35 @@ MOST_TOPICS = 100
 """More than this many are not worth a filter."""
 
 
-def on(*event_classes: type[Any]) -> Callable[[F], F]:
+class Told(Protocol[P_contra, E_contra, Last_contra]):
+    """A method that is told what was recorded of the event, too."""
+
+    def __call__(self, projection: P_contra, event: E_contra, last: Last_contra, /, *, recorded: Recorded) -> object:
+        """Handle the event."""
+
+
+class Handles(Protocol[E, Last]):
+    """A decorator of methods that take such an event, and the session or the key: what type checkers look at."""
+
+    @overload
+    def __call__(self, function: Callable[[P, E, Last], object], /) -> Callable[[P, E, Last], object]: ...
+    @overload
+    def __call__(self, function: Told[P, E, Last], /) -> Told[P, E, Last]: ...
+    def __call__(self, function: Any, /) -> Any:
+        """Return the method."""
+
+
+@overload
+def on(a: type[E1], /) -> Handles[E1, orm.Session]: ...
+@overload
+def on(a: type[E1], b: type[E2], /) -> Handles[E1 | E2, orm.Session]: ...
+@overload
+def on(a: type[E1], b: type[E2], c: type[E3], /) -> Handles[E1 | E2 | E3, orm.Session]: ...
+@overload
+def on(a: type[E1], b: type[E2], c: type[E3], d: type[E4], /) -> Handles[E1 | E2 | E3 | E4, orm.Session]: ...
+@overload
+def on(*event_classes: type[Any]) -> Handles[Any, orm.Session]: ...
+def on(*event_classes: type[Any]) -> Any:
     """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
 
     The method takes the domain event and the session: ``def opened(self, event, session)``. The handler of the most
@@ -45,7 +84,15 @@ def on(*event_classes: type[Any]) -> Callable[[F], F]:
     return _marker(_ON, event_classes, "on")
 
 
-def reaction(*event_classes: type[Any], start: Start = "beginning") -> Callable[[F], F]:
+@overload
+def reaction(a: type[E1], /, *, start: Start = "beginning") -> Handles[E1, str]: ...
+@overload
+def reaction(a: type[E1], b: type[E2], /, *, start: Start = "beginning") -> Handles[E1 | E2, str]: ...
+@overload
+def reaction(a: type[E1], b: type[E2], c: type[E3], /, *, start: Start = "beginning") -> Handles[E1 | E2 | E3, str]: ...
+@overload
+def reaction(*event_classes: type[Any], start: Start = "beginning") -> Handles[Any, str]: ...
+def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
     """Mark a method of a :class:`ModelProjection` as a side effect of event classes, as a mail or an HTTP call.
 
     The method takes the domain event and an idempotency key: ``def warn(self, event, key)``, and ``recorded`` as a
@@ -105,7 +152,7 @@ class Handlers:
     """
 
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
-        self.functions = dict(functions)
+        self.functions: dict[type[Any], Callable[..., Any]] = dict(functions)
         self.telling = frozenset(each for each in self.functions.values() if names_recorded(each))
         """Those that are told what was recorded of the event."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}

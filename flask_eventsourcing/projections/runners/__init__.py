@@ -28,7 +28,7 @@ from ..swap import settle
 from .claims import Turn
 from .pace import Backoff, Pace
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 STANDBY_PAUSE = 0.5
 """Seconds between the tries of a runner that stands by to take over."""
@@ -79,7 +79,7 @@ class Delivery:
     """
 
     def __init__(self, consumer: Consumer, stop: threading.Event, progress: Progress, pace: Pace) -> None:
-        self.applier = Applier(consumer, ends=self._is_over)
+        self.applier: Applier = Applier(consumer, ends=self._is_over)
         self.consumer = consumer
         self.stop = stop
         self.progress = progress
@@ -189,10 +189,10 @@ class Runner:
     ) -> None:
         self.consumer = consumer
         self.stop = stop
-        self.progress = Progress()
-        self.pace = Pace(consumer.batch_size, consumer.application.datastore.dialect.batch_seconds)
+        self.progress: Progress = Progress()
+        self.pace: Pace = Pace(consumer.batch_size, consumer.application.datastore.dialect.batch_seconds)
         self.goal: int | None = None
-        self.turn = Turn(consumer, lock)
+        self.turn: Turn = Turn(consumer, lock)
         self._session = session
 
     @property

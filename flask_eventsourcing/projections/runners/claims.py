@@ -15,7 +15,7 @@ from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Belonging, Mismatch
 from ..consumers.inline import Ranges, merge_ranges
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MERGE_EVERY = 20.0
 """Seconds between two times at which an idle worker merges what inline projections have noted."""
@@ -31,7 +31,7 @@ class Turn:
 
     def __init__(self, consumer: Consumer, lock: RunnerLock | None = None) -> None:
         self.consumer = consumer
-        self.lock = lock or consumer.lock()
+        self.lock: RunnerLock = lock or consumer.lock()
         self._owns_lock = lock is None
         self._watch = LeaseWatch()
         self._told: str | None = None

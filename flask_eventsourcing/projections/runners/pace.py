@@ -16,7 +16,8 @@ class Backoff:
     """
 
     def __init__(self, shortest: float, longest: float, growth: float = 2.0) -> None:
-        self.seconds = self._shortest = shortest
+        self.seconds: float = shortest
+        self._shortest = shortest
         self._longest = longest
         self._growth = growth
 
@@ -39,7 +40,7 @@ class Pace:
     def __init__(self, most: int, seconds: float) -> None:
         self.most = most
         self.seconds = seconds
-        self.limit = 1
+        self.limit: int = 1
 
         self._began = time.monotonic()
 
