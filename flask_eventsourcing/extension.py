@@ -21,9 +21,9 @@ from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
+from .metadata import event_metadata
 from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin
-from .projections import ModelProjection
-from .projections.definitions import check_projection
+from .projections.definitions import ModelProjection, check_projection
 from .projections.registry import Registrations
 from .projections.upkeep.following import Health, status_of, wait_for
 from .uow import check_times
@@ -62,6 +62,8 @@ class EventSourcing(Generic[First_co, Db_co]):
     One object serves any number of Flask apps. Your own record classes belong to the first application. For type
     checkers it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
     """
+
+    event_metadata = staticmethod(event_metadata)
 
     def __init__(
         self,

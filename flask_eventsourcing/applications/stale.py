@@ -21,6 +21,7 @@ from sqlalchemy import orm
 from .._patches import application_method
 from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
 from ..persistence import SQLAlchemyAggregateRecorder
+from ..persistence.describing import saving
 from ..uow import UnitOfWork
 
 UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
@@ -160,7 +161,8 @@ class Records:
                 refused.check(obj)
             if ids:
                 _note(unit, changed, ids)
-            return type(application)._record(application, processing_event)
+            with saving(processing_event.events):
+                return type(application)._record(application, processing_event)
         except BaseException as error:
             # Whatever it was, save() has taken the events away.
             for obj in changed:

@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
+from ..metadata import Recorded
+from ..persistence.describing import PLAIN_DESCRIPTION, Description
 from ..persistence.dialects.calls import Calls
 from ..persistence.dialects.event_tables import POSITION, EventTable
 
@@ -29,6 +31,12 @@ class Batch:
     table: EventTable
     events: Sequence[StoredEvent]
     positions: Sequence[int]
+    described: Description = PLAIN_DESCRIPTION
+
+    @property
+    def recorded(self) -> tuple[Recorded, ...]:
+        """What was recorded of each event beside its state; made only when somebody asks."""
+        return self.described.recorded(self.positions)
 
     @property
     def notifications(self) -> list[Notification]:
