@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Generic, ParamSpec, cast, overload
+from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -21,7 +21,7 @@ from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
-from .metadata import event_metadata
+from .metadata import MetadataBlock, event_metadata
 from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin
 from .projections.definitions import ModelProjection, check_projection
 from .projections.registry import Registrations
@@ -63,7 +63,7 @@ class EventSourcing(Generic[First_co, Db_co]):
     checkers it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
     """
 
-    event_metadata = staticmethod(event_metadata)
+    event_metadata: ClassVar[Callable[..., MetadataBlock]] = staticmethod(event_metadata)
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from .record_checks import KINDS
 
 Collect = Callable[[], Metadata]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 POSITIONS_AT_ONCE = 500
 

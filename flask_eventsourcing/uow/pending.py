@@ -227,11 +227,11 @@ class Following:
     def __init__(self) -> None:
         self.connection: Callable[[], Connection | None] = _no_connection
         self.rolled_back: list[Batch] = []
-        self.is_committing = False
-        self.is_prepared = False
+        self.is_committing: bool = False
+        self.is_prepared: bool = False
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
-        self._suspicion = 0
-        self.is_asking = False
+        self._suspicion: int = 0
+        self.is_asking: bool = False
         self.ends: int = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
         self.strays: int = 0

@@ -153,7 +153,9 @@ class Handlers:
 
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
         self.functions: dict[type[Any], Callable[..., Any]] = dict(functions)
-        self.telling = frozenset(each for each in self.functions.values() if names_recorded(each))
+        self.telling: frozenset[Callable[..., Any]] = frozenset(
+            each for each in self.functions.values() if names_recorded(each)
+        )
         """Those that are told what was recorded of the event."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
         self._topics: dict[str, bool] = {}
