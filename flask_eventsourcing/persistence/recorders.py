@@ -206,6 +206,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         After large events it looks at few at a time: a database may read a state to know its size.
 
         :param after: the position after which they begin; *stop* is the last one, if there is one.
+        :raises PersistenceError: when the database cannot be asked.
         """
         limit = min(limit, self._looks_at)
         c = self.events_table.table.c
@@ -228,7 +229,10 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             self._looks_at = 2 * fitting
             return fitting
 
-        found: int = self._read(count, join=False)
+        try:
+            found: int = self._read(count, join=False)
+        except sa.exc.SQLAlchemyError as error:
+            raise self.dialect.translate(error) from error
         return found
 
     def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:

@@ -159,6 +159,28 @@ def test_a_subscription_survives_lost_connections(recorder: SQLAlchemyApplicatio
         assert follower.wait_for(6) == first + second
 
 
+@pytest.mark.parametrize("recorder", REMOTE, indirect=True)
+def test_a_subscription_survives_a_connection_lost_at_any_statement(recorder: SQLAlchemyApplicationRecorder) -> None:
+    """Whichever statement of a reader that is behind finds its connection gone, nothing is missed, and nothing ends."""
+    engine = recorder.datastore.engine
+    recorder.insert_events([StoredEvent(uuid4(), 1, "topic", b"state") for _ in range(30)])
+    other = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    met: set[str] = set()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def lose(connection: sa.Connection, cursor: object, statement: str, *_: object) -> None:
+        if "followed_events" in statement and statement not in met:
+            met.add(statement)
+            with other.connect() as killer:
+                for kill in killer.exec_driver_sql(KILL[engine.dialect.name]).scalars().all():
+                    if isinstance(kill, str):
+                        killer.exec_driver_sql(kill)
+
+    with recorder.subscribe(gt=None) as subscription:
+        assert [next(subscription).id for _ in range(30)] == list(range(1, 31))
+    assert any("length(" in statement for statement in met)
+
+
 def test_a_subscription_survives_a_restart_of_the_server(server_folder: ServerFolder) -> None:
     """When the database server restarts, a subscription goes on where it was."""
     with (
