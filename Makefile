@@ -9,6 +9,7 @@ PORT ?= 5000
 EXTRAS ?= test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
+TYPES_STAMP := $(VENV)/.installed-types
 DOCS_STAMP := $(VENV)/.installed-docs
 BENCH_VENV ?= .venv-bench
 MINIMUM_VENV ?= .venv-minimum
@@ -34,6 +35,10 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(TYPES_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e '.[types]'
 	@touch $@
 
 $(DOCS_STAMP): pyproject.toml | $(BIN)/python
@@ -74,10 +79,14 @@ endif
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
-style: $(STAMP)
+# Pyright asks the network whether there is a newer version, unless it is told not to.
+style: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+style: $(STAMP) $(TYPES_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH="$(BIN):$$PATH" $(BIN)/pyright --verifytypes flask_eventsourcing --ignoreexternal
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(MINIMUM_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results

@@ -120,7 +120,7 @@ class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
 
 
 class InheritedDatabaseError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """The database file was open when this process was forked: close every connection to it before the fork."""
+    """The database file, or the connection, was open when this process was forked: close it before the fork."""
 
 
 class HandlerError(FlaskEventSourcingError):

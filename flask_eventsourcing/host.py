@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection
 
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
+from .failures import Logged
 from .lifecycle import ApplicationSlot
 from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
@@ -103,11 +104,9 @@ def send_recorded(
     """
     for receiver in events_recorded.receivers_for(sender):
         further = {RECORDED: find_recorded()} if names_recorded(receiver) else {}
-        try:
+        # The caller of commit() must not take that for a failure.
+        with Logged(logger, "A receiver of events_recorded failed."):
             receiver(sender, application=application, notifications=notifications, **further)
-        except Exception:
-            # The caller of commit() must not take that for a failure.
-            logger.exception("A receiver of events_recorded failed.")
 
 
 class PlainHost:

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -22,6 +23,7 @@ from .exceptions import (
     ApplicationInitializedError,
     ApplicationNotInitializedError,
 )
+from .failures import OnError
 
 T = TypeVar("T")
 
@@ -90,6 +92,7 @@ class ApplicationSlot(Generic[T]):
         self._lock = ProcessLock()
         self._held: _Held[T] | None = None
         self._constructing: int | None = None
+        self._failed = ""
         _slots.add(self)
 
     @property
@@ -107,14 +110,21 @@ class ApplicationSlot(Generic[T]):
         with self._lock:
             if self.constructed:
                 raise ApplicationInitializedError
-            if constructor is not None:
-                self._constructor = constructor
-            return self._construct()
+            if constructor is None:
+                return self._construct()
+            self._constructor, self._failed = constructor, ""
+            with OnError(self._note_failure):
+                return self._construct()
+
+    def _note_failure(self, error: BaseException) -> None:
+        made_by = self._constructor.func if isinstance(self._constructor, partial) else self._constructor
+        name = getattr(made_by, "__qualname__", repr(made_by))
+        self._constructor, self._failed = None, f"{name} failed with {type(error).__name__}: {error}"
 
     def get(self) -> T:
         """Return the application of this process; a lazy or a forked slot constructs it first.
 
-        :raises ApplicationNotInitializedError: when there is none and no constructor to make it.
+        :raises ApplicationNotInitializedError: when there is no constructor to make it, or :meth:`init` failed.
         """
         held = self._held
         if held is not None and held.pid == os.getpid():
@@ -128,7 +138,11 @@ class ApplicationSlot(Generic[T]):
     def _construct(self) -> T:
         pid = os.getpid()
         if self._constructor is None:
-            raise ApplicationNotInitializedError
+            raise ApplicationNotInitializedError(
+                f"This process has no application: {self._failed}. Call init_application(...) again."
+                if self._failed
+                else None
+            )
         if self._constructing == pid:
             raise ApplicationConstructingError
         self._constructing = pid
@@ -151,12 +165,12 @@ class ApplicationSlot(Generic[T]):
         with self._lock:
             if self.constructed and self._held is not None:
                 application, self._held = self._held.application, None
-                self._constructor = self._lazy
+                self._constructor, self._failed = self._lazy, ""
                 close = getattr(application, "close", None)
                 if close is not None:
                     close()
             elif self._held is None:
-                self._constructor = self._lazy
+                self._constructor, self._failed = self._lazy, ""
 
     def __enter__(self) -> Self:
         return self
@@ -184,14 +198,14 @@ def init_application(constructor: Callable[..., T], *args: Any, **kwargs: Any) -
 
     :raises ApplicationInitializedError: when it was constructed already in this process.
     """
-    application: T = _process_slot.init(lambda: constructor(*args, **kwargs))
+    application: T = _process_slot.init(partial(constructor, *args, **kwargs))
     return application
 
 
 def get_application() -> Any:
     """Return the application of this process; after a fork it is constructed again, with the arguments of the first.
 
-    :raises ApplicationNotInitializedError: before :func:`init_application`.
+    :raises ApplicationNotInitializedError: before :func:`init_application`, or after one that failed.
     """
     return _process_slot.get()
 

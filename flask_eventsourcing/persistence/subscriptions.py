@@ -22,6 +22,7 @@ from eventsourcing.persistence import (
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..failures import OnError
 from ..lifecycle import PerProcess, ProcessLock, keep_for_ever
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -120,12 +121,9 @@ class ListenWaiter(Waiter):
 
     def _listen(self) -> Any:
         driver = listening_connection(self._engine)
-        try:
+        # Nobody else knows of the connection, and no pool.
+        with OnError(lambda _: driver.close()):
             execute(driver, "LISTEN", self._channel)
-        except BaseException:
-            # Nobody else knows of the connection any more, and no pool.
-            driver.close()
-            raise
         return driver
 
     def rest(self) -> None:

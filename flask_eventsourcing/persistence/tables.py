@@ -197,9 +197,14 @@ class StoredEventMixin(_RecordMixin):
         """
         return {}
 
-    @orm.declared_attr.directive
-    def __table_args__(cls) -> Any:  # noqa: N805
-        return event_table_arguments(cls.__tablename__)  # type: ignore[attr-defined]
+    if TYPE_CHECKING:
+        # A class of the user's may have a tuple or a mapping in its place.
+        __table_args__: Any
+    else:
+
+        @orm.declared_attr.directive
+        def __table_args__(cls) -> Any:  # noqa: N805
+            return event_table_arguments(cls.__tablename__)
 
 
 class SnapshotMixin(_RecordMixin):

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
+from ..failures import OnError
 from ..host import Host
 from ..persistence.dialects import hide_values
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
@@ -237,14 +238,12 @@ class Worker:
         for thread in threads:
             thread.start()
         try:
-            while any(thread.is_alive() for thread in threads):
-                if tick is not None:
-                    tick()
-                for thread in threads:
-                    thread.join(period / len(threads))
-        except BaseException:
-            self.stop()
-            raise
+            with OnError(lambda _: self.stop()):
+                while any(thread.is_alive() for thread in threads):
+                    if tick is not None:
+                        tick()
+                    for thread in threads:
+                        thread.join(period / len(threads))
         finally:
             for thread in threads:
                 thread.join()

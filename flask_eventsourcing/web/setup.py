@@ -21,6 +21,7 @@ from .._patches import forget_class
 from ..applications import check_environment, construct
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
+from ..failures import OnError
 from ..lifecycle import ApplicationSlot
 from ..models import Models, ProjectionModels, check_models, index_correlation, make_models, make_projection_models
 from ..persistence import Datastore, DialectOptions
@@ -112,15 +113,16 @@ class RecordClasses:
         """Take back what was made if the block fails."""
         kinds: list[Mapping[Any, dict[str, Any]]] = [self._made, self._projections]
         before = [{base: set(made) for base, made in each.items()} for each in kinds]
-        try:
-            yield
-        except BaseException:
-            # Whatever it was, a later attempt makes them again.
+
+        def forget(_: BaseException) -> None:
             for each, names in zip(kinds, before, strict=True):
                 for base, made in each.items():
                     for name in set(made) - names.get(base, set()):
                         self._forget(made.pop(name))
-            raise
+
+        # A later attempt makes them again.
+        with OnError(forget):
+            yield
 
     def watch(self, application_name: str) -> None:
         """Note in :attr:`created` when a table of an application is created."""
@@ -363,13 +365,9 @@ def construct_now(state: EventSourcingState) -> None:
     """Construct the applications where ``EVENTSOURCING_CONSTRUCT`` says so, on engines that nobody has prepared yet."""
     if state.config.construct != "init":
         return
-    try:
-        with state.app.app_context():
-            state.construct()
-    except BaseException:
-        # Those that were constructed before the one that fails are of no use either.
-        state.close()
-        raise
+    # Those that were constructed before the one that fails are of no use either.
+    with OnError(lambda _: state.close()), state.app.app_context():
+        state.construct()
     state.release_connections()
 
 
@@ -386,10 +384,8 @@ def untouched_on_error(app: Flask) -> Iterator[None]:
     lists: list[list[Any]] = [app.teardown_appcontext_funcs, app.shell_context_processors]
     before = [dict(mapping) for mapping in mappings], [list(items) for items in lists]
     functions = {key: list(value) for key, value in app.after_request_funcs.items()}
-    try:
-        yield
-    except BaseException:
-        # An app that is half made is no use, whatever it was.
+
+    def restore(_: BaseException) -> None:
         for mapping, old in zip(mappings, before[0], strict=True):
             mapping.clear()
             mapping.update(old)
@@ -397,4 +393,7 @@ def untouched_on_error(app: Flask) -> Iterator[None]:
             items[:] = old_items
         for key, value in functions.items():
             app.after_request_funcs[key][:] = value
-        raise
+
+    # An app that is half made is no use.
+    with OnError(restore):
+        yield

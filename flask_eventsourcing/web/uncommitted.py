@@ -15,6 +15,7 @@ from werkzeug.exceptions import InternalServerError
 
 from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
+from ..failures import OnError
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, roll_back
 from .sessions import ENDED, LEFT
@@ -211,12 +212,9 @@ def _commit(state: EventSourcingState) -> None:
     session = state.host.database.open_session()
     if session is None:
         return
-    try:
+    # The worker may go on after any error, with this session's connection in its pool.
+    with OnError(lambda _: roll_back(session)):
         commit(state.host.unit_of(session))
-    except BaseException:
-        # The worker may go on after any error, with this session's connection in its pool.
-        roll_back(session)
-        raise
 
 
 def _tell(state: EventSourcingState, batches: Sequence[Batch], response: Response) -> str:

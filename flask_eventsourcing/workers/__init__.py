@@ -14,6 +14,7 @@ from flask import Flask, current_app, has_app_context
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
+from ..failures import Logged
 from ..lifecycle import ApplicationSlot
 from ..metadata import MetadataBlock, get_metadata_from_context, put_metadata_in_context, set_metadata_in_context
 from ..uow import Run
@@ -94,15 +95,14 @@ class Sending:
 
     def __call__(self) -> None:
         """Send it."""
-        try:
+        # The events are committed: the caller of commit() must not take that for a failure.
+        with Logged(
+            logger,
+            "The commit succeeded, and then %s could not be sent. It is not sent again: what must never be lost "
+            "belongs in a projection of the events, which goes on where it was.",
+            self.description,
+        ):
             self.send()
-        except Exception:
-            # The events are committed: the caller of commit() must not take that for a failure.
-            logger.exception(
-                "The commit succeeded, and then %s could not be sent. It is not sent again: what must never be lost "
-                "belongs in a projection of the events, which goes on where it was.",
-                self.description,
-            )
 
     def __repr__(self) -> str:
         return self.description

@@ -12,6 +12,7 @@ from typing import Any
 
 from flask import Flask
 
+from ..failures import Logged
 from ..web.state import state_of
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -50,10 +51,8 @@ def _chained(*functions: Callable[[], Any] | None) -> Callable[[], None]:
     def call() -> None:
         for function in functions:
             if function is not None:
-                try:
+                # uWSGI prints what a hook raises and goes on; the others are called as well.
+                with Logged(logger, "A hook of uWSGI failed."):
                     function()
-                except Exception:
-                    # uWSGI prints what a hook raises and goes on; the others are called as well.
-                    logger.exception("A hook of uWSGI failed.")
 
     return call

@@ -194,6 +194,37 @@ def test_failed_construction_can_be_tried_again() -> None:
     assert slot.get().closed == 0
 
 
+@pytest.mark.parametrize("slot", [ApplicationSlot[App](), ApplicationSlot(App)], ids=["empty", "lazy"])
+def test_get_after_an_init_that_failed_says_what_failed(slot: ApplicationSlot[App]) -> None:
+    """After an ``init`` that raised, ``get`` raises and names the error; it is initialised again, or closed."""
+    calls = []
+
+    def construct() -> App:
+        calls.append(1)
+        raise OSError("no database")
+
+    with pytest.raises(OSError, match="no database"):
+        slot.init(construct)
+    for _ in range(2):
+        with pytest.raises(ApplicationNotInitializedError, match=r"construct failed with OSError: no database.*again"):
+            slot.get()
+    assert len(calls) == 1
+    application = slot.init(App)
+    assert slot.get() is application
+    slot.close()
+
+
+def test_close_forgets_an_init_that_failed() -> None:
+    """``close_application`` after an initialisation that raised leaves a process as it was before."""
+    with pytest.raises(TypeError):
+        init_application(len)
+    with pytest.raises(ApplicationNotInitializedError, match="failed with TypeError"):
+        get_application()
+    close_application()
+    with pytest.raises(ApplicationNotInitializedError, match="no application yet"):
+        get_application()
+
+
 def test_slot_is_a_context_manager() -> None:
     """A slot closes its application at the end of a ``with`` block, on errors too."""
     slot = ApplicationSlot(App)

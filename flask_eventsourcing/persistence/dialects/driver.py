@@ -19,6 +19,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
+from ...failures import OnError
 from .calls import Calls, calls_of
 from .event_tables import EVENT_COLUMNS, PLAIN, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, Shape, is_key
 
@@ -147,17 +148,18 @@ class Driver:
         # One statement is all or nothing; several need a savepoint to be so.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
-        try:
+        # Half of a save must not be committed.
+        with OnError(lambda _: self._roll_back_chunks(connection)):
             for chunk in chunks:
                 last = self._insert_chunk(connection, statement, chunk, shared)
-        except BaseException:
-            # Whatever it was, half of a save must not be committed. An aborted transaction has no savepoint.
-            if not connection.invalidated and not self.is_aborted(connection):
-                self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
-                self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
-            raise
         self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
         return last
+
+    def _roll_back_chunks(self, connection: Connection) -> None:
+        # An aborted transaction has no savepoint.
+        if not connection.invalidated and not self.is_aborted(connection):
+            self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
+            self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
 
     def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
         """Return the rows by the statements that insert them."""

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
+from ...failures import OnError
 from ..subscriptions import Waiter
 from .event_tables import EventTable
 from .swapping import ForSwaps
@@ -196,19 +197,18 @@ class WriteQueue:
     def _wait(self, place: _Place, called: threading.Event, timeout: float) -> bool:
         """Wait, and leave when the time is over; returns whether the queue is acquired."""
         deadline = time.monotonic() + timeout
-        try:
+        with OnError(lambda _: self._give_up(place)):
             while not called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
                 # Nobody is told when an owner is collected.
                 self._call_next()
                 if time.monotonic() >= deadline:
                     break
-        except BaseException:
-            # Ctrl-C and the end of a greenlet too must leave nobody in the queue.
-            if not self._leave(place):
-                place.over = True
-                self._call_next()
-            raise
         return called.is_set() or not self._leave(place)
+
+    def _give_up(self, place: _Place) -> None:
+        if not self._leave(place):
+            place.over = True
+            self._call_next()
 
     def _leave(self, place: _Place) -> bool:
         """Leave those who wait; returns False for one who was called in the meantime."""

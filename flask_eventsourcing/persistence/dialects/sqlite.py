@@ -21,13 +21,13 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import UnsafeSequenceError
+from ...exceptions import ConfigurationError, UnsafeSequenceError
 from .base import Dialect
 from .calls import count_calls, count_cursors
 from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
 from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
-from .sqlite_files import JournalMode, path_of, refuse_inherited
+from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
 from .sqlite_swapping import SQLiteSwaps
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
@@ -43,6 +43,10 @@ WITHOUT_AUTOINCREMENT = (
     "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
 )
 MOST_PARAMETERS = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
+FILE_IN_MEMORY = (
+    "The engine's creator has opened {0}, and the engine's address is that of a database in memory, whose one "
+    "connection a forked process shares: make the address 'sqlite:///{0}'."
+)
 LONGEST_KNOWN = 1000
 """The characters of a statement whose kind is remembered, at most."""
 TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
@@ -96,6 +100,8 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     def guard_forks(cls, engine: Engine) -> bool:
         """Have a forked process refuse a file that was open at the fork, and connections closed before it."""
         sa.event.listen(engine, "do_connect", refuse_inherited, insert=True)
+        # There is no such event where the engine was made with a function that connects.
+        sa.event.listen(engine, "connect", refuse_opened, insert=True)
         return True
 
     def ended_past(self, connection: Connection) -> None:
@@ -122,6 +128,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
         @sa.event.listens_for(engine, "connect")
         def configure(driver: Any, record: Any) -> None:
+            if memory and isinstance(driver, sqlite3.Connection) and (path := file_of(driver)):
+                driver.close()
+                raise ConfigurationError(FILE_IN_MEMORY.format(path))
             self._configure(driver, name)
 
         sa.event.listen(engine, "before_cursor_execute", _before_statement)

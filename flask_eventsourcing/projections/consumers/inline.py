@@ -20,6 +20,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError
+from ...failures import OnError
 from ...metadata import RECORDED, Recorded, caused_by
 from ...persistence import Description, JoinedUnit
 from ...persistence.dialects import is_serialization_failure
@@ -72,15 +73,12 @@ class InlineApplier:
             return
         # What a host has for recorders to join is always a unit of work.
         unit = cast(UnitOfWork, joined)
-        try:
+        # A caller that catches the error must not commit the events without their read models.
+        with OnError(lambda _: unit.refuse("An inline projection failed")):
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
                 self._apply(unit.session, events, partial(described.recorded, positions))
             self._note(connection, positions)
-        except BaseException:
-            # A caller that catches the error must not commit the events without their read models.
-            unit.refuse("An inline projection failed")
-            raise
 
     def _apply(
         self, session: orm.Session, events: Sequence[StoredEvent], find: Callable[[], Sequence[Recorded]]
