@@ -442,3 +442,27 @@ def test_receivers_that_name_it_are_told_what_was_recorded(site: Site) -> None:
     assert [each.event_id for each in recorded] == [each.event_id for each in found]
     assert [each.position for each in recorded] == [each.notification_id for each in found]
     assert {each.correlation_id for each in recorded} == {"c"}
+
+
+@on_memory
+def test_user_of_flask_login(new_site: MakeSite) -> None:
+    """With ``"flask-login"`` the id of who is logged in is recorded, and nobody's where nobody is."""
+    login: Any = pytest.importorskip("flask_login")
+    site = new_site(EVENTSOURCING_METADATA_USER="flask-login", SECRET_KEY="key")
+    user = type("User", (login.UserMixin,), {"id": "ada"})
+    login.LoginManager(site.app).user_loader(lambda _: user())
+    send(site)
+    send(site, view=lambda: login.login_user(user()))
+    assert [each.event_metadata.get("user") for each in records(site)] == [None, "ada"]
+
+
+@on_memory
+def test_trace_of_the_current_span(site: Site) -> None:
+    """Where OpenTelemetry has a current span, its trace is recorded in the place of the header's."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    context = trace.SpanContext(7, 9, is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        send(site, {"traceparent": TRACE})
+    send(site, {"traceparent": TRACE})
+    found = [each.event_metadata["traceparent"] for each in records(site)]
+    assert found == [f"00-{7:032x}-{9:016x}-01", TRACE]
