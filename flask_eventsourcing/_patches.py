@@ -114,6 +114,15 @@ def leader_lead(leader_class: Any, lead: Callable[[Any, Any], None]) -> None:
     leader_class.lead = lead
 
 
+def follower_follow(follower_class: Any, follow: Callable[[Any, str, Any], None]) -> None:
+    """Have the library's ``Follower`` follow a log by another function, which notes whose events it processes.
+
+    A runner constructs followers by itself, and what they save is caused by what they process. It can go when the
+    library hands the notification to ``process_event()``.
+    """
+    follower_class.follow = follow
+
+
 def session_scope(registry: Any, scope: Callable[[], Any]) -> None:
     """Have Flask-SQLAlchemy's ``scoped_session`` tell processes apart.
 

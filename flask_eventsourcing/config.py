@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -91,6 +92,20 @@ def _binds(value: Any) -> str | None:
     return None
 
 
+def _providers(value: Any) -> str | None:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if value is False or (is_list and all(map(callable, value))):
+        return None
+    return "must be a list of functions without arguments that return a mapping of strings to strings, or False"
+
+
+def _user(value: Any) -> str | None:
+    if value == "flask-login":
+        found = importlib.util.find_spec("flask_login")
+        return None if found is not None else "is 'flask-login', which is not installed: run pip install Flask-Login"
+    return None if callable(value) else "must be 'flask-login', or a function without arguments that returns a string"
+
+
 def _type(value: Any) -> str:
     # Of a value that can be secret, such as a key of a cipher, not even a part is shown.
     return type(value).__name__
@@ -153,6 +168,11 @@ class Config:
     postgres_notify: bool = field(default=True, metadata=_checked(_boolean, shown=True))
     sqlite_wal: bool = field(default=True, metadata=_checked(_boolean, shown=True))
     stall_limit: float = field(default=60.0, metadata=_checked(_seconds, shown=True))
+    metadata: Literal[False] | Sequence[Callable[[], Mapping[str, str] | None]] = field(
+        default=(), metadata=_checked(_providers)
+    )
+    metadata_user: str | Callable[[], str | None] | None = field(default=None, metadata=_checked(_optional(_user)))
+    correlation_index: bool = field(default=False, metadata=_checked(_boolean, shown=True))
     projection_lock: ProjectionLock = field(
         default="database", metadata=_checked(_one_of("database", "lease"), shown=True)
     )
@@ -182,6 +202,8 @@ class Config:
                 raise ConfigurationError(f"Unknown configuration key {key}: {hint}")
             value = checked(known[key].name, given, key)
             values[known[key].name] = dict(value) if isinstance(value, Mapping) else value
+            if isinstance(value, list):
+                values[known[key].name] = list(value)
         return cls(**values)
 
 

@@ -75,6 +75,10 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
 
 
+class EventMetadataError(FlaskEventSourcingError, ValueError):
+    """The metadata of an event cannot be recorded, so that nothing was saved."""
+
+
 class IdentifierTypeError(FlaskEventSourcingError, TypeError):
     """The id of an aggregate is of another type than those of the application's tables: UUID or text."""
 
@@ -116,7 +120,7 @@ class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
 
 
 class InheritedDatabaseError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """The database file was open when this process was forked: close every connection to it before the fork."""
+    """The database file, or the connection, was open when this process was forked: close it before the fork."""
 
 
 class HandlerError(FlaskEventSourcingError):

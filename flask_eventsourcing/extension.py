@@ -21,9 +21,9 @@ from .applications.erasure import Erasure, erase
 from .cli import group
 from .config import Config
 from .exceptions import ConfigurationError
+from .metadata import MetadataBlock, event_metadata
 from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin
-from .projections import ModelProjection
-from .projections.definitions import check_projection
+from .projections.definitions import ModelProjection, check_projection
 from .projections.registry import Registrations
 from .projections.upkeep.following import Health, status_of, wait_for
 from .uow import check_times
@@ -188,8 +188,6 @@ class EventSourcing(Generic[First_co, Db_co]):
         followed: type[Application[Any]] = of
         return followed
 
-    # ------------------------------------------------------------------------------------------------- registering
-
     def init_app(self, app: Flask) -> None:
         """Register on a Flask app, after ``db.init_app(app)`` and after its configuration is complete.
 
@@ -224,8 +222,6 @@ class EventSourcing(Generic[First_co, Db_co]):
         self._made_db, self._constructors, self._stands_in = made_db or self._made_db, constructors, stands_in
         if stands_in:
             self._records.watch(Application.name)
-
-    # ---------------------------------------------------------------------------------------------------- using
 
     @property
     def application(self) -> First_co:
@@ -291,6 +287,11 @@ class EventSourcing(Generic[First_co, Db_co]):
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
         return current_state().current_host.transaction()
+
+    @staticmethod
+    def event_metadata(**metadata: str) -> MetadataBlock:
+        """See :func:`flask_eventsourcing.metadata.event_metadata`."""
+        return event_metadata(**metadata)
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
         """Within it, a session of your own is the current one, also as ``db.session``; afterwards the former is again.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import sqlalchemy as sa
 from eventsourcing.application import Application
@@ -24,6 +24,7 @@ from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
 from .failures import Logged
 from .lifecycle import ApplicationSlot
+from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
 from .persistence import Datastore, DialectOptions
 from .signals import events_recorded
@@ -86,12 +87,26 @@ def by_application(batches: Sequence[Batch]) -> dict[str, tuple[Notification, ..
     return {name: tuple(n for b in batches if b.application_name == name for n in b.notifications) for name in names}
 
 
-def send_recorded(sender: object, application: Any, notifications: Sequence[Notification]) -> None:
-    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed."""
+def recordings_of(batches: Sequence[Batch], name: str) -> tuple[Recorded, ...]:
+    """Return what was recorded of an application's events in batches beside their state, in the order of its log."""
+    return tuple(each for batch in batches if batch.application_name == name for each in batch.recorded)
+
+
+def send_recorded(
+    sender: object,
+    application: Any,
+    notifications: Sequence[Notification],
+    find_recorded: Callable[[], Sequence[Recorded]],
+) -> None:
+    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed.
+
+    :param find_recorded: returns what those receivers are told that name ``recorded``.
+    """
     for receiver in events_recorded.receivers_for(sender):
+        further = {RECORDED: find_recorded()} if names_recorded(receiver) else {}
         # The caller of commit() must not take that for a failure.
         with Logged(logger, "A receiver of events_recorded failed."):
-            receiver(sender, application=application, notifications=notifications)
+            receiver(sender, application=application, notifications=notifications, **further)
 
 
 class PlainHost:
@@ -103,6 +118,7 @@ class PlainHost:
         them.
     :param options: what there is to say about the database.
     :param env: what the library reads from the environment of an application.
+    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
     :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.
     """
 
@@ -113,11 +129,13 @@ class PlainHost:
         *,
         options: DialectOptions | None = None,
         env: Mapping[str, str] | None = None,
+        metadata: Sequence[Provider] | Literal[False] = (),
     ) -> None:
         self._factory = session
         check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
-        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get)
+        collector = None if metadata is False else Collector(metadata)
+        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get, metadata=collector)
         self._thread = threading.local()
         for each in models.values():
             plain.dialect.check_names(each.tables.values())
@@ -163,7 +181,7 @@ class PlainHost:
         applications = {application_class.name: slot for application_class, slot in self._slots.items()}
         for name, notifications in by_application(batches).items():
             application = applications[name].get() if name in applications else None
-            send_recorded(application, application, notifications)
+            send_recorded(application, application, notifications, partial(recordings_of, batches, name))
 
     # ------------------------------------------------------------------------------------------- the host
 

@@ -29,6 +29,7 @@ from .persistence.tables import (
     UUIDType,
     check_models,
     event_table_arguments,
+    index_correlation,
     make_models,
     table_of,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "UUIDType",
     "check_models",
     "event_table_arguments",
+    "index_correlation",
     "is_of_rebuild",
     "make_models",
     "make_projection_models",

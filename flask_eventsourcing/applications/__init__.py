@@ -49,6 +49,7 @@ from ..uow import UnitOfWork
 from .erasure import refusing_erased
 from .library_env import check_environment, environment
 from .stale import Saves, UsingSession, evict, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
+from .upstream import note_upstream
 
 __all__ = [
     "CheckedRepository",
@@ -393,3 +394,4 @@ def lead(self: Leader[Any], follower: RecordingEventReceiver[Any]) -> None:
 
 
 leader_lead(Leader, lead)
+note_upstream()

@@ -22,6 +22,7 @@ from .._patches import application_method
 from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
 from ..failures import OnError
 from ..persistence import SQLAlchemyAggregateRecorder
+from ..persistence.describing import saving
 from ..uow import UnitOfWork
 
 UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
@@ -162,7 +163,8 @@ class Records:
                 refused.check(obj)
             if ids:
                 _note(unit, changed, ids)
-            return type(application)._record(application, processing_event)
+            with saving(processing_event.events):
+                return type(application)._record(application, processing_event)
 
 
 def _give_up(application: Application[Any], changed: list[Any], error: BaseException) -> None:

@@ -6,6 +6,7 @@ The library looks for exactly one concrete factory class here.
 from __future__ import annotations
 
 from .datastore import Datastore, JoinedUnit
+from .describing import Description
 from .dialects import Dialect, DialectOptions
 from .factory import DCBFactory
 from .factory import SQLAlchemyFactory as Factory
@@ -19,6 +20,7 @@ from .recorders import (
 __all__ = [
     "DCBFactory",
     "Datastore",
+    "Description",
     "Dialect",
     "DialectOptions",
     "Factory",

@@ -15,6 +15,8 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
 from ..exceptions import WriteTimeoutError
+from ..metadata import Collector
+from .describing import Collect, Description
 from .dialects import Dialect, DialectOptions, dialect_for
 from .dialects.event_tables import EventTable
 from .dialects.event_values import shown_id
@@ -46,6 +48,7 @@ class JoinedUnit(Protocol):
         table: EventTable,
         events: Sequence[StoredEvent],
         positions: Sequence[int],
+        described: Description,
     ) -> None:
         """Told after events were written, which are not committed yet."""
 
@@ -65,7 +68,7 @@ class _InThread(threading.local):
 _in_thread = _InThread()
 
 
-AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent], Sequence[int]], None]
+AfterAppend = Callable[[Connection, JoinedUnit | None, Sequence[StoredEvent], Sequence[int], Description], None]
 Tables = Mapping[str, sa.Table]
 """The tables of an application by their use: ``events``, ``snapshots``, ``tracking``."""
 
@@ -87,6 +90,7 @@ class Datastore:
     :param tables: returns the tables of an application by its name, or None for one that it does not know.
     :param unit: returns the unit of work to join, or None where recorders are to commit on their own.
     :param after_append: by the application's name, what is called within the transaction of an append.
+    :param metadata: returns the metadata in force for a save, or None where none are to be stored.
     :raises ConfigurationError: when the database is not supported.
     """
 
@@ -95,6 +99,7 @@ class Datastore:
     tables: Callable[[str], Tables | None] = _no_tables
     unit: Callable[[], JoinedUnit | None] = _no_unit
     after_append: dict[str, AfterAppend] = field(default_factory=dict)
+    metadata: Collect | None = field(default_factory=Collector)
     dialect: Dialect = field(init=False)
     token: str = field(init=False)
 
@@ -110,7 +115,7 @@ class Datastore:
 
     def joining(self, unit: Callable[[], JoinedUnit | None]) -> Datastore:
         """Return the same database for recorders that join a unit of work."""
-        return Datastore(self.engine, self.options, self.tables, unit, self.after_append)
+        return Datastore(self.engine, self.options, self.tables, unit, self.after_append, self.metadata)
 
     def writing(self, *, in_autocommit: bool = False) -> Write:
         """Return a context manager with a connection to write with.
@@ -218,15 +223,20 @@ class Write:
             self.unit.conflicted(table, events)
 
     def recorded(
-        self, application_name: str, table: EventTable, events: Sequence[StoredEvent], positions: Sequence[int]
+        self,
+        application_name: str,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        positions: Sequence[int],
+        described: Description,
     ) -> None:
         """Told after events were written; what is to happen in their transaction happens now."""
         if self.unit is not None:
-            self.unit.recorded(self.connection, application_name, table, events, positions)
+            self.unit.recorded(self.connection, application_name, table, events, positions, described)
             _note_in_thread(self.unit)
         after_append = self._datastore.after_append.get(application_name)
         if after_append is not None:
-            after_append(self.connection, self.unit, events, positions)
+            after_append(self.connection, self.unit, events, positions, described)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

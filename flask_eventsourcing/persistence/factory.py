@@ -17,6 +17,7 @@ from eventsourcing.persistence import (
 from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
 from sqlalchemy import orm
 
+from ..metadata import Collector
 from .datastore import Datastore, Tables, find_datastore
 from .dialects import is_in_memory, readable_address_errors
 from .recorders import (
@@ -41,6 +42,8 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         The schema of the tables.
     ``ORIGINATOR_ID_TYPE``
         ``uuid``, the default, or ``text``.
+    ``EVENT_METADATA``
+        Whether metadata are stored with each event, by default yes.
     ``CREATE_TABLE``
         Whether missing tables are created when the recorders are made; unlike in the library, not by default.
 
@@ -52,6 +55,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
     SQLALCHEMY_SCHEMA = "SQLALCHEMY_SCHEMA"
     ORIGINATOR_ID_TYPE = "ORIGINATOR_ID_TYPE"
     CREATE_TABLE = "CREATE_TABLE"
+    EVENT_METADATA = "EVENT_METADATA"
 
     aggregate_recorder_class = SQLAlchemyAggregateRecorder
     application_recorder_class = SQLAlchemyApplicationRecorder
@@ -92,7 +96,8 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
                 # All threads are to share the one connection, which is the database.
                 options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
             engine = sa.create_engine(url, **options)
-        return Datastore(engine, tables=lambda _: models.tables)
+        wanted = strtobool(self.env.get(self.EVENT_METADATA) or "yes")
+        return Datastore(engine, tables=lambda _: models.tables, metadata=Collector() if wanted else None)
 
     @cached_property
     def tables(self) -> Tables:

@@ -26,8 +26,9 @@ from sqlalchemy.exc import DisconnectionError, InvalidRequestError
 from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool, StaticPool
 
 from .._patches import engine_pool, left_connection, pool_per_process
+from ..exceptions import InheritedDatabaseError
 from ..lifecycle import ProcessLock, keep_for_ever
-from .dialects import closing_threads, guard_forks, is_in_memory, note_inherited_files
+from .dialects import closing_threads, descriptor_id, guard_forks, is_in_memory, note_inherited_files, open_sockets
 
 PID = "flask_eventsourcing.pid"
 IDLE = "flask_eventsourcing.idle"
@@ -49,6 +50,8 @@ _forking: dict[int, float] = {}
 _entering: dict[int, None] = {}
 """The threads that are about to get a connection, which may have to be made."""
 _left_in = os.getpid()
+_inherited_sockets: set[tuple[int, int]] = set()
+"""The sockets that were open at the fork, where Python has forked: later, some may be this process's own."""
 
 
 def drop_inherited_connections(engine: Engine) -> None:
@@ -70,6 +73,7 @@ def drop_inherited_connections(engine: Engine) -> None:
     else:
         # Not when it is made: a connection may be older than this.
         sa.event.listen(engine, "checkout", _note_process)
+        sa.event.listen(engine, "connect", _refuse_inherited, insert=True)
     _watch(engine, engine.pool)
 
 
@@ -122,6 +126,27 @@ def _note_process(driver: Any, record: Any, proxy: Any) -> None:
     if PID not in record.info:
         record.info[PID] = os.getpid()
         _keep(_records, record)
+
+
+def _refuse_inherited(driver: Any, record: Any) -> None:
+    """Refuse a connection of the parent's, which the engine's own function to connect may return.
+
+    :raises InheritedDatabaseError: when it is one; nothing is sent on it.
+    """
+    if _inherited_sockets and hasattr(driver, "fileno") and descriptor_id(driver.fileno()) in _inherited_sockets:
+        keep_for_ever(driver)
+        left_connection(record, None, _Inherited())
+        raise InheritedDatabaseError(
+            "The engine's creator has returned a connection that was made before this process was forked, and two "
+            "processes would read each other's answers on it: have it connect, or make the driver's own pool in each "
+            "process, after the fork."
+        )
+
+
+def _forked_child() -> None:
+    leave_inherited_connections()
+    if _watched:
+        _inherited_sockets.update(open_sockets())
 
 
 def _leave(record: Any) -> None:
@@ -227,6 +252,6 @@ def _own_pool(engine: Engine, pool: Pool) -> Pool:
 
 
 # Sooner, where Python forks; not relied on but to close idle connections, as uWSGI runs no such hook.
-os.register_at_fork(before=_close_idle, after_in_parent=_forked, after_in_child=leave_inherited_connections)
+os.register_at_fork(before=_close_idle, after_in_parent=_forked, after_in_child=_forked_child)
 # A process that has used nothing must not close its parent's at its end either.
 atexit.register(leave_inherited_connections)

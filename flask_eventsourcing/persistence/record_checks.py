@@ -10,7 +10,7 @@ from sqlalchemy_utils import UUIDType as BaseUUIDType
 
 from ..config import OriginatorIdType
 from ..exceptions import ConfigurationError
-from .dialects.event_tables import POSITION
+from .dialects.event_tables import METADATA_COLUMNS, POSITION
 
 KINDS: Mapping[str, tuple[tuple[type[Any], ...], str]] = {
     POSITION: ((sa.Integer,), "an integer"),
@@ -21,6 +21,13 @@ KINDS: Mapping[str, tuple[tuple[type[Any], ...], str]] = {
     "application_name": ((sa.String,), "text"),
 }
 """The types of the columns that statements name, and what they are called."""
+METADATA_KINDS: Mapping[str, tuple[tuple[type[Any], ...], str]] = {
+    "event_id": ((sa.Uuid, BaseUUIDType), "a UUID (UUIDType)"),
+    "recorded_at": ((sa.DateTime,), "a time (DateTime)"),
+    "metadata": ((sa.JSON, sa.types.TypeDecorator), "a mapping (MetadataType)"),
+    "correlation_id": ((sa.String,), "text"),
+}
+"""The same of the columns that a record class may leave out."""
 
 
 def check_columns(model: Any, mixin: type[Any], expected: Sequence[str], unique: Iterable[str]) -> None:
@@ -64,6 +71,9 @@ def check_types(model: Any, mixin: type[Any], table: sa.Table, expected: Iterabl
                 f"Column {name!r} of record class {model.__name__} is {found!r}, and has to be {kind}: derive the "
                 f"class from flask_eventsourcing.{mixin.__name__}, which brings it."
             )
+    _check_metadata(model, mixin, table)
+    # Its columns are for the class to fill.
+    fills = is_filled(model)
     for column in table.columns:
         if column.name in KINDS or column.server_default is not None or column is table.autoincrement_column:
             continue
@@ -73,11 +83,28 @@ def check_types(model: Any, mixin: type[Any], table: sa.Table, expected: Iterabl
                 f"{what} has a default in Python, which would not be used, as events are inserted without the ORM: "
                 "give it a server_default, or leave the default out."
             )
-        if not column.nullable:
+        if not column.nullable and not fills:
             raise ConfigurationError(
                 f"{what} is NOT NULL and has no server_default, and events are inserted without it: make it nullable, "
                 "or give it a server_default."
             )
+
+
+def _check_metadata(model: Any, mixin: type[Any], table: sa.Table) -> None:
+    for name in (each for each in METADATA_COLUMNS if each in table.columns):
+        classes, kind = METADATA_KINDS[name]
+        if not isinstance(table.columns[name].type, classes):
+            raise ConfigurationError(
+                f"Column {name!r} of record class {model.__name__} is {table.columns[name].type!r}, and has to be "
+                f"{kind}: derive the class from flask_eventsourcing.{mixin.__name__}, which brings it, or call your "
+                "column otherwise."
+            )
+
+
+def is_filled(model: Any) -> bool:
+    """Whether a record class of events fills columns of its own, with a ``column_values()`` of the user's."""
+    found = getattr(model, "column_values", None)
+    return found is not None and found.__module__ != f"{__package__}.tables"
 
 
 def check_ids(models: Iterable[Any], application_name: str, id_type: OriginatorIdType | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
 from uuid import UUID
@@ -22,9 +23,11 @@ from eventsourcing.persistence import (
 )
 from sqlalchemy.engine import Connection
 
+from ..metadata import MetadataBlock, Recorded, caused_by
 from .datastore import Datastore, Read, Write
+from .describing import PLAIN_DESCRIPTION, Describer, read_recorded
 from .dialects.base import Dialect, FrozenSnapshotError
-from .dialects.event_tables import EventTable
+from .dialects.event_tables import Beside, EventTable
 from .dialects.event_values import DamagedPage, bounded
 from .dialects.looks import Use
 from .subscriptions import LogSubscription, Waiter
@@ -115,7 +118,13 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         """
         return self._append(stored_events) if stored_events else []
 
+    @cached_property
+    def _describe(self) -> Describer:
+        return Describer(self.dialect, self.events_table.table, self.datastore.metadata)
+
     def _append(self, events: Sequence[StoredEvent], tracking: Tracking | None = None) -> list[int]:
+        # Before a connection is taken: providers may read.
+        described = self._describe(events) if events else PLAIN_DESCRIPTION
         alone = tracking is None and self.application_name not in self.datastore.after_append
         with self.datastore.writing(in_autocommit=alone) as write:
             try:
@@ -123,17 +132,25 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                     write.check_thread(self.events_table, events)
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
-                    positions = self._write(write, events, tracking)
+                    if described.beside.shape.key:
+                        table = self._table(write.connection, "describe")
+                        described = self._describe.fitting(write.connection, table, described)
+                    positions = self._write(write, events, tracking, described.beside)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
                     write.conflicted(self.dialect.located(write.connection, self.events_table), events)
                 raise
             if events:
-                write.recorded(self.application_name, self.events_table, events, positions)
+                write.recorded(self.application_name, self.events_table, events, positions, described)
         return positions
 
-    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
-        return self.dialect.append(write.connection, self._table(write.connection, "append"), events)
+    def _write(
+        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+    ) -> list[int]:
+        return self._append_to(write.connection, events, beside)
+
+    def _append_to(self, connection: Connection, events: Sequence[StoredEvent], beside: Beside) -> list[int]:
+        return self.dialect.append(connection, self._table(connection, "append"), events, beside)
 
     def select_notifications(
         self,
@@ -213,6 +230,21 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
         found: int = self._read(count, join=False)
         return found
+
+    def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
+        """Return what was recorded of events beside their state, by position.
+
+        :param connection: what to read with, by default the session's or one of its own.
+        :raises UnsafeTableError: when the table lacks one of the columns.
+        """
+        if connection is None:
+            with self.datastore.reading() as read:
+                return self.find_recorded(positions, read.connection)
+        return read_recorded(self.dialect, connection, self._table(connection), positions)
+
+    def cause(self, position: int, is_over: Callable[[], bool] = bool) -> MetadataBlock:
+        """Return a block within which events are saved that one of this log has caused."""
+        return caused_by(lambda: self.find_recorded([position]).get(position), is_over)
 
     def max_notification_id(self) -> int | None:
         """Return the position of the last event, or None for an empty log."""
@@ -326,6 +358,8 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
             snapshots_table=snapshots_table,
         )
         self.tracking_table = tracking_table
+        self.upstream: dict[str, SQLAlchemyApplicationRecorder] = {}
+        """The recorders of the applications whose events are processed, by their names."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append events and record the position given as ``tracking``, both or neither.
@@ -333,16 +367,24 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         :raises IntegrityError: when another writer was first with either.
         """
         tracking: Tracking | None = kwargs.get("tracking")
-        return self._append(stored_events, tracking) if stored_events or tracking is not None else []
+        upstream = None if tracking is None else self.upstream.get(tracking.application_name)
+        if upstream is None or tracking is None:
+            return self._append(stored_events, tracking) if stored_events or tracking is not None else []
+        with upstream.cause(tracking.notification_id):
+            return self._append(stored_events, tracking)
 
-    def _write(self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None) -> list[int]:
+    def _write(
+        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+    ) -> list[int]:
         if tracking is None:
-            return super()._write(write, events, None)
+            return super()._write(write, events, None, beside)
         if write.unit is not None:
             with write.connection.begin_nested():
-                return self._write_both(write.connection, events, tracking)
-        return self._write_both(write.connection, events, tracking)
+                return self._write_both(write.connection, events, tracking, beside)
+        return self._write_both(write.connection, events, tracking, beside)
 
-    def _write_both(self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking) -> list[int]:
+    def _write_both(
+        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking, beside: Beside
+    ) -> list[int]:
         self.write_tracking(connection, tracking)
-        return self.dialect.append(connection, self._table(connection, "append"), events) if events else []
+        return self._append_to(connection, events, beside) if events else []

@@ -7,7 +7,9 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 from eventsourcing.persistence import (
@@ -198,6 +200,9 @@ class LogReader(Protocol):
     def waiter(self) -> Waiter:
         """Return what waits for news."""
 
+    def cause(self, position: int, is_over: Callable[[], bool]) -> AbstractContextManager[object]:
+        """Return a block within which events are saved that one of this log has caused."""
+
 
 class LogSubscription(Subscription[ApplicationRecorder]):
     """Reads the log in pages, and waits at its end as the database allows: for a notification, or polling.
@@ -214,9 +219,12 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         self._index = 0
         self._is_behind = False
         """Whether the last page was full."""
+        self._handled = ExitStack()
+        """The block of the event that was returned last: what is saved before the next one is caused by it."""
 
     def __exit__(self, *args: object, **kwargs: object) -> None:
         super().__exit__(*args, **kwargs)
+        self._handled.close()
         self._waiter.close()
 
     def stop(self) -> None:
@@ -226,6 +234,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
 
     def __next__(self) -> Notification:
         """Return the next event, waiting for it if need be."""
+        self._handled.close()
         if self._index == len(self._page) and not self._has_been_stopped:
             self._page, self._index = self._next_page(), 0
         if self._has_been_stopped:
@@ -234,6 +243,9 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         notification = self._page[self._index]
         self._index += 1
         self._last_notification_id = notification.id
+        # A loop may be left without a word.
+        living = weakref.ref(self)
+        self._handled.enter_context(self._reader.cause(notification.id, lambda: living() is None))
         return notification
 
     def _next_page(self) -> Sequence[Notification]:

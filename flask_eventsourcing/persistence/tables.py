@@ -21,10 +21,11 @@ from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from .._patches import forget_class
 from ..config import OriginatorIdType, is_plain
 from ..exceptions import ConfigurationError
+from ..metadata.values import to_json
 from .dialects import column_type, keep_transactions, table_options
 from .dialects.base import new_identity
-from .dialects.event_tables import EVENT_COLUMNS, POSITION, VERSION_KEY
-from .record_checks import check_columns, check_ids, check_types
+from .dialects.event_tables import COLUMN_VALUES, EVENT_COLUMNS, POSITION, VERSION_KEY
+from .record_checks import check_columns, check_ids, check_types, is_filled
 
 if TYPE_CHECKING:
     # What it is, for type checkers: the package has no types.
@@ -110,11 +111,13 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
         """Return the type of the column."""
         return column_type("metadata", sa.LargeBinary()).dialect_impl(dialect)
 
-    def process_bind_param(self, value: Any, dialect: SQLAlchemyDialect) -> Any:
-        """Return what the column's type takes."""
-        if value is None or isinstance(self.load_dialect_impl(dialect), sa.JSON):
-            return value
-        return json.dumps(value, separators=(",", ":")).encode()
+    def bind_processor(self, dialect: SQLAlchemyDialect) -> Callable[[Any], Any] | None:
+        """Return the function that makes a driver's value: what the database's JSON takes, or bytes."""
+        implementation: Any = self.load_dialect_impl(dialect)
+        if isinstance(implementation, sa.JSON):
+            found: Callable[[Any], Any] | None = implementation.bind_processor(dialect)  # type: ignore[no-untyped-call]
+            return found
+        return lambda value: None if value is None else to_json(value).encode()
 
     def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> dict[str, str] | None:
         """Return the mapping."""
@@ -182,6 +185,17 @@ class StoredEventMixin(_RecordMixin):
     originator_version = orm.mapped_column(POSITION_TYPE, nullable=False)  # type: orm.Mapped[int]
     recorded_at = orm.mapped_column(MOMENT, nullable=True)  # type: orm.Mapped[datetime | None]
     correlation_id = orm.mapped_column(CORRELATION, nullable=True)  # type: orm.Mapped[str | None]
+
+    @classmethod
+    def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Return the values of columns of your own, by the columns' names; NULL is stored where there is none.
+
+        It is called for each event, on every database, inside a session and outside. Override it in your class.
+
+        :param event: the domain event where an application saves it, else the library's ``StoredEvent``.
+        :param metadata: what is stored as its metadata.
+        """
+        return {}
 
     if TYPE_CHECKING:
         # A class of the user's may have a tuple or a mapping in its place.
@@ -292,6 +306,14 @@ def make_models(
     return models
 
 
+def index_correlation(models: Models) -> None:
+    """Give the column ``correlation_id`` of the events an index, by which the events of a request are found."""
+    table = models.tables["events"]
+    name = f"{table.name}_correlation_idx"
+    if "correlation_id" in table.c and name not in {index.name for index in table.indexes}:
+        sa.Index(name, table.c.correlation_id)
+
+
 def _finish(models: Models, own: Iterable[Any]) -> None:
     """Check what a base of the user's has added to the record classes that were made, and say how tables are made.
 
@@ -307,6 +329,8 @@ def _finish(models: Models, own: Iterable[Any]) -> None:
             forget_class(model)
         raise
     keep_transactions(models.tables.values())
+    if is_filled(models.StoredEvent):
+        models.tables["events"].info[COLUMN_VALUES] = models.StoredEvent.column_values
     if models.Tracking in made:
         # A record class of the user's may need more than that; its log gets an identity when somebody asks for it.
         sa.event.listen(models.tables["tracking"], "after_create", _identify)

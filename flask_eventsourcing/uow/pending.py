@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
+from ..metadata import Recorded
+from ..persistence.describing import PLAIN_DESCRIPTION, Description
 from ..persistence.dialects.calls import Calls
 from ..persistence.dialects.event_tables import POSITION, EventTable
 
@@ -29,6 +31,12 @@ class Batch:
     table: EventTable
     events: Sequence[StoredEvent]
     positions: Sequence[int]
+    described: Description = PLAIN_DESCRIPTION
+
+    @property
+    def recorded(self) -> tuple[Recorded, ...]:
+        """What was recorded of each event beside its state; made only when somebody asks."""
+        return self.described.recorded(self.positions)
 
     @property
     def notifications(self) -> list[Notification]:
@@ -219,11 +227,11 @@ class Following:
     def __init__(self) -> None:
         self.connection: Callable[[], Connection | None] = _no_connection
         self.rolled_back: list[Batch] = []
-        self.is_committing = False
-        self.is_prepared = False
+        self.is_committing: bool = False
+        self.is_prepared: bool = False
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
         self._suspicion = 0
-        self.is_asking = False
+        self.is_asking: bool = False
         self.ends: int = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
         self.strays: int = 0
@@ -254,7 +262,8 @@ class Following:
     def ended(self) -> None:
         """Note that the transaction has ended, and another may begin."""
         self._suspicion = 0
-        self.is_committing = self.is_prepared = False
+        self.is_committing = False
+        self.is_prepared = False
 
     @property
     def is_suspicious(self) -> bool:

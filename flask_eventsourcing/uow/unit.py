@@ -18,7 +18,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import SpanningTransactionError
-from ..persistence import Datastore, Dialect
+from ..persistence import Datastore, Description, Dialect
 from ..persistence.dialects.event_tables import EventTable
 from .commit_gate import CommitGate, Commits, Run, current_run
 from .contended import AggregateQueue, ContendedAggregates
@@ -218,9 +218,10 @@ class UnitOfWork:
         table: EventTable,
         events: Sequence[StoredEvent],
         positions: Sequence[int],
+        described: Description,
     ) -> None:
         """Note events that were written and are not committed yet."""
-        self._note(Batch(application_name, table, events, positions), connection)
+        self._note(Batch(application_name, table, events, positions, described), connection)
 
     def written(self) -> None:
         """After a write: commit, where each save is committed by itself and nobody has begun something around it."""

@@ -23,19 +23,20 @@ from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..failures import OnError
 from ..lifecycle import ApplicationSlot
-from ..models import Models, ProjectionModels, check_models, make_models, make_projection_models
+from ..models import Models, ProjectionModels, check_models, index_correlation, make_models, make_projection_models
 from ..persistence import Datastore, DialectOptions
 from ..persistence.datastore import Tables
 from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..uow import FIXED, SessionCommits, Units
+from .request_metadata import make_collector
 from .sessions import AppDatabase, FlaskHost, current_context, has_models
 from .state import EventSourcingState, publish
 from .uncommitted import lose
 
 FIXED_BINDS = FIXED | {FlaskSession.get_bind}
 
-Wanted = tuple[OriginatorIdType, str | None, str | None]
+Wanted = tuple[OriginatorIdType, str | None, str | None, bool]
 
 
 class RecordClasses:
@@ -62,7 +63,10 @@ class RecordClasses:
         """
         base = self._base(extension)
         made = self._made.setdefault(base, {})
-        wanted = {cls.name: (originator_id_type(cls, config), config.schema, _key(cls, config)) for cls in classes}
+        wanted = {
+            cls.name: (originator_id_type(cls, config), config.schema, _key(cls, config), config.correlation_index)
+            for cls in classes
+        }
         own = {cls.name: self._own_models if number == 0 else {} for number, cls in enumerate(classes)}
         place = {cls.name: _place(extension, cls, config) for cls in classes}
         for name, each in wanted.items():
@@ -71,12 +75,15 @@ class RecordClasses:
             elif made[name][0] != each:
                 raise ConfigurationError(
                     f"The models of {name} were made for another Flask app with other values of "
-                    "EVENTSOURCING_ORIGINATOR_ID_TYPE, EVENTSOURCING_SCHEMA, EVENTSOURCING_BIND_KEY or "
-                    "EVENTSOURCING_BINDS: use the same values, or another EventSourcing and db object."
+                    "EVENTSOURCING_ORIGINATOR_ID_TYPE, EVENTSOURCING_SCHEMA, EVENTSOURCING_BIND_KEY, "
+                    "EVENTSOURCING_BINDS or EVENTSOURCING_CORRELATION_INDEX: use the same values, or another "
+                    "EventSourcing and db object."
                 )
         for name, each in wanted.items():
             if name not in made:
                 made[name] = each, make_models(base, name, originator_id_type=each[0], **place[name], **own[name])
+                if config.correlation_index:
+                    index_correlation(made[name][1])
         return {name: made[name][1] for name in wanted}
 
     def make_for_projections(
@@ -276,12 +283,7 @@ def make_state(
     classes = list(constructors)
     check_settings(config, classes)
     database = AppDatabase(app, extension)
-    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
-    stores = {
-        key: Datastore(database.engine_of(key), options) for key in dict.fromkeys(_key(cls, config) for cls in classes)
-    }
-    for store in stores.values():
-        _check_schema(store, config)
+    stores = _make_stores(app, database, config, classes)
     for each in registrations.entries:
         database.check_models(each.projection_class, each.projection_class.models, _key(each.of, config))
     models = records.make(extension, classes, config)
@@ -300,6 +302,20 @@ def make_state(
     for registration in registrations.entries:
         projections.add(registration)
     return EventSourcingState(hosts, config, models, slots, projections)
+
+
+def _make_stores(
+    app: Flask, database: AppDatabase, config: Config, classes: Sequence[type[Application[Any]]]
+) -> dict[str | None, Datastore]:
+    """Make the datastore of each database, by its bind key."""
+    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
+    stores = {
+        key: Datastore(database.engine_of(key), options, metadata=make_collector(app, config))
+        for key in dict.fromkeys(_key(cls, config) for cls in classes)
+    }
+    for store in stores.values():
+        _check_schema(store, config)
+    return stores
 
 
 def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ from werkzeug.local import LocalProxy
 from ..applications import environment
 from ..config import Config
 from ..exceptions import ConfigurationError, NotInitializedError
-from ..host import by_application, send_recorded
+from ..host import by_application, recordings_of, send_recorded
 from ..lifecycle import ApplicationSlot
 from ..models import Models
 from ..persistence import Datastore
@@ -205,7 +206,8 @@ def publish(app: Flask, batches: Sequence[Batch]) -> None:
     if events_recorded.receivers:
         state = state_of(app)
         for name, notifications in by_application(batches).items():
-            send_recorded(app, _application(state, name), notifications)
+            find = partial(recordings_of, batches, name)
+            send_recorded(app, _application(state, name), notifications, find)
 
 
 def discard(state: EventSourcingState, batches: Sequence[Batch]) -> None:

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Flask
+from flask import Flask, current_app, has_app_context
 from sqlalchemy import orm
 
-from ..exceptions import ConfigurationError, NotInitializedError
+from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
 from ..failures import Logged
 from ..lifecycle import ApplicationSlot
+from ..metadata import MetadataBlock, get_metadata_from_context, put_metadata_in_context, set_metadata_in_context
 from ..uow import Run
-from ..web.state import EventSourcingState, current_state, state_of
+from ..web.request_metadata import metadata_to_carry
+from ..web.state import EXTENSION, EventSourcingState, current_state, state_of
 
 FlaskAppOrFactory = Flask | Callable[[], Flask]
 StateSlot = ApplicationSlot[EventSourcingState]
@@ -117,9 +119,31 @@ def after_commit(send: Callable[[], object], description: str) -> None:
     if unit is None:
         raise NotInitializedError
     if unit.awaits_commit:
-        unit.on_commit(Sending(description, send))
+        # What is in force now, as the commit may come when the event is handled no more that it belongs to.
+        with_metadata = set_metadata_in_context(carried())(send)
+        unit.on_commit(Sending(description, with_metadata))
     else:
         send()
+
+
+CARRIED = "flask_eventsourcing_metadata"
+"""Where a task has the metadata that were in force when it was sent."""
+
+
+def carried() -> dict[str, str]:
+    """Return the metadata that a task which is sent now is to have; none where none are stored."""
+    if not has_app_context() or EXTENSION not in current_app.extensions:
+        return get_metadata_from_context()
+    state = current_state()
+    return {} if state.config.metadata is False else metadata_to_carry(state.app)
+
+
+def received(found: Any) -> MetadataBlock:
+    """Return a block with the metadata that a task has brought; what is none is left out."""
+    try:
+        return put_metadata_in_context(found if isinstance(found, Mapping) else {})
+    except EventMetadataError:
+        return put_metadata_in_context({})
 
 
 def describe(name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from celery import Celery, Task, signals
+from celery import Celery, Task, current_task, signals
 from celery import current_app as current_celery_app
 from celery.app.registry import TaskRegistry
 from celery.canvas import Signature
@@ -19,16 +19,20 @@ from kombu.serialization import dumps
 
 from .._patches import task_attribute, task_registry_class
 from ..exceptions import ConfigurationError
+from ..metadata import CORRELATION_ID
 from ..uow import Run
 from ..web.state import EXTENSION, EventSourcingState, current_state
 from . import (
+    CARRIED,
     CONFLICT_RETRIES,
     FlaskAppOrFactory,
     StateSlot,
     after_commit,
+    carried,
     check_retries,
     describe,
     pause,
+    received,
     state_slot,
     task_unit,
 )
@@ -97,6 +101,7 @@ class _Worker:
         for task in tasks.values():
             self.wrap(task)
         task_registry_class(tasks, type("UnitTasks", (_UnitTasks, type(tasks)), {"worker": self}))
+        signals.before_task_publish.connect(carry)
         # The signals have weak references, and the registry's class keeps this object.
         signals.worker_process_init.connect(self.construct)
         signals.worker_process_shutdown.connect(self.close)
@@ -148,7 +153,7 @@ class _Worker:
                 return state.host.retry(body, retries, lenient=True)
         run = Run(lenient=True)
         try:
-            with task_unit(state, run):
+            with received(brought(request)), task_unit(state, run):
                 return body()
         except IntegrityError as error:
             if run.has_committed or request.retries >= retries:
@@ -163,6 +168,23 @@ class _Worker:
         if request.is_eager and has_app_context() and EXTENSION in current_app.extensions:
             return current_state()
         return self.slot.get()
+
+
+def carry(headers: Any = None, **_: Any) -> None:
+    """Give a task that is sent the metadata in force, in its headers."""
+    if not isinstance(headers, dict) or CARRIED in headers:
+        return
+    found = carried()
+    if CORRELATION_ID not in found and current_task:
+        # Sent by the worker itself, when a task has ended: the next of a chain.
+        found = brought(current_task.request) or found
+    if found:
+        headers[CARRIED] = found
+
+
+def brought(request: Any) -> Any:
+    """Return the metadata in the headers of a task that is run."""
+    return (getattr(request, "headers", None) or {}).get(CARRIED) or getattr(request, CARRIED, None)
 
 
 def _request(task: Any) -> Any:

@@ -17,7 +17,7 @@ from uuid import uuid4
 from eventsourcing.persistence import IntegrityError
 from flask import Flask
 from flask.cli import ScriptInfo
-from rq import Queue, Retry, SimpleWorker, Worker
+from rq import Queue, Retry, SimpleWorker, Worker, get_current_job
 from rq.job import Job
 from sqlalchemy import orm
 
@@ -26,13 +26,16 @@ from ..exceptions import ConfigurationError
 from ..uow import Run, roll_back
 from ..web.state import current_state
 from . import (
+    CARRIED,
     CONFLICT_RETRIES,
     FlaskAppOrFactory,
     StateSlot,
     after_commit,
+    carried,
     check_retries,
     describe,
     pause,
+    received,
     state_slot,
     task_unit,
 )
@@ -97,7 +100,7 @@ class EventSourcingWorkerMixin:
         retries = job.number_of_retries or 0
         run = Run(lenient=True)
         try:
-            with task_unit(self._slot.get(), run) as session:
+            with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run) as session:
                 result = perform()
                 if isinstance(result, Retry):
                     roll_back(session)
@@ -133,11 +136,20 @@ def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session
     """
     slot = state_slot(flask_app_or_factory, "job_context")
     try:
-        with task_unit(slot.get()) as session:
+        job = get_current_job()
+        with received(job.meta.get(CARRIED) if job is not None else None), task_unit(slot.get()) as session:
             yield session
     finally:
         if not isinstance(flask_app_or_factory, Flask):
             slot.close()
+
+
+class EventSourcingQueue(Queue):
+    """RQ's queue, whose jobs carry the metadata in force when they are enqueued, in ``job.meta``."""
+
+    def create_job(self, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> Job:
+        """Make a job, as RQ's queue does."""
+        return super().create_job(*args, meta={CARRIED: carried(), **(meta or {})}, **kwargs)
 
 
 def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> str:
@@ -162,6 +174,7 @@ def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *a
     name = function if isinstance(function, str) else f"{function.__module__}.{function.__qualname__}"
     description = "the job " + describe(name, function, job_args, job_kwargs)
     current_state()
+    kwargs["meta"] = {CARRIED: carried(), **(kwargs.get("meta") or {})}
     after_commit(partial(queue.enqueue, function, *args, **kwargs), description)
     return job_id
 

@@ -13,6 +13,7 @@ from eventsourcing.persistence import DatabaseError, IntegrityError, StoredEvent
 
 from flask_eventsourcing.exceptions import ConstraintError
 from tests.bank import Site
+from tests.integration.conftest import MakeSite
 
 SECRET = "4711-secret"
 
@@ -54,8 +55,9 @@ def test_unique_constraint_of_ones_own_is_no_conflict(site: Site, watched: bool)
         save(site, SECRET, SECRET)
 
 
-def test_not_null_of_ones_own_is_no_conflict(site: Site) -> None:
+def test_not_null_of_ones_own_is_no_conflict(new_site: MakeSite) -> None:
     """A NOT NULL on a column of the events' table stays an error of its own."""
+    site = new_site(EVENTSOURCING_METADATA=False)
     changes = {
         # The only way there: the text of the table itself, which connections read again.
         "sqlite": "UPDATE sqlite_master SET sql = replace(sql, 'correlation_id VARCHAR(128)', "

@@ -115,3 +115,49 @@ def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
     text = generated.read_text()
     assert "op.drop_table('somebody__old')" in text
     assert "bank_events" not in text
+
+
+@on_files
+def test_columns_of_metadata_are_added_to_a_table_with_events(uri: str, folder: Path) -> None:
+    """Autogenerate adds the columns to a table from before, with nothing else, and its events stay what they are."""
+    flask(folder, uri, "db", "init")
+    flask(folder, uri, "eventsourcing", "init-db")
+    engine = sa.create_engine(uri, poolclass=sa.NullPool)
+    columns = {"bank_events": ["event_id", "recorded_at", "metadata", "correlation_id"]}
+    columns["bank_snapshots"] = ["event_id", "metadata"]
+    with engine.begin() as connection:
+        for table, names in columns.items():
+            for name in names:
+                connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
+    save = (
+        "from uuid import uuid4; from eventsourcing.persistence import StoredEvent; from bank import app, db, es\n"
+        "with app.app_context(), es.event_metadata(a='1'):\n"
+        "    es.application.recorder.insert_events([StoredEvent(uuid4(), 1, 'topic', b'')]); db.session.commit()"
+    )
+    run(folder, uri, save)
+    indexed = {"FLASK_EVENTSOURCING_CORRELATION_INDEX": "true"}
+    flask(folder, uri, "db", "migrate", "-m", "first", **indexed)
+    (generated,) = (folder / "migrations" / "versions").glob("*_first.py")
+    text = generated.read_text().partition("def downgrade")[0]
+    assert (text.count(".add_column("), text.count(".create_index("), text.count(".alter_column(")) == (6, 1, 0)
+    assert "drop" not in text
+    flask(folder, uri, "db", "upgrade", **indexed)
+    flask(folder, uri, "db", "check", **indexed)
+    assert "is missing" not in flask(folder, uri, "eventsourcing", "check", **indexed)
+    run(folder, uri, save)
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SELECT notification_id, correlation_id FROM bank_events").all()
+        assert [row[0] for row in found] == [1, 2]
+        assert [row[1] is None for row in found] == [True, False]
+        if engine.dialect.name == "sqlite":
+            sql = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = 'bank_events'").scalar_one()
+            assert "AUTOINCREMENT" in sql
+
+
+def run(folder: Path, uri: str, code: str) -> None:
+    """Run a program beside the app."""
+    env = {**os.environ, "TEST_URI": uri, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

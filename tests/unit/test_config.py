@@ -27,6 +27,9 @@ GOOD: dict[str, list[Any]] = {
     "SQLITE_WAL": [True, False],
     "STALL_LIMIT": [1, 0.5, 86_399],
     "PROJECTION_LOCK": ["database", "lease"],
+    "METADATA": [(), [], [dict], False],
+    "METADATA_USER": [None, str],
+    "CORRELATION_INDEX": [True, False],
 }
 BAD: dict[str, list[Any]] = {
     "COMMIT": ["Explicit", "", None, True, ["save"]],
@@ -42,6 +45,9 @@ BAD: dict[str, list[Any]] = {
     "SQLITE_WAL": ["yes", 1, 0, None],
     "STALL_LIMIT": [0, -1, 86_400, "30", None, True, float("nan")],
     "PROJECTION_LOCK": ["advisory", None, True],
+    "METADATA": [True, None, "module:function", [1], dict, {"a": "b"}],
+    "METADATA_USER": ["basic", 1, True],
+    "CORRELATION_INDEX": ["yes", 1, 0, None],
 }
 
 

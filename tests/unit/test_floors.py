@@ -24,7 +24,9 @@ WINGS: dict[str, set[str]] = {"contrib": {"models"}, "cassandra": set()}
 """Rooms beside the floors, each with what it may import above floor 1."""
 FLASK = {"click", "flask", "flask_sqlalchemy", "flask_sqlalchemy_lite", "werkzeug"}
 SQLALCHEMY = {"sqlalchemy", "sqlalchemy_utils"}
-REQUIRED = FLASK | SQLALCHEMY | {"blinker", "eventsourcing", "typing_extensions"} - {"flask_sqlalchemy_lite"}
+REQUIRED = (
+    FLASK | SQLALCHEMY | {"blinker", "eventsourcing", "typing_extensions", "uuid_utils"} - {"flask_sqlalchemy_lite"}
+)
 FLASK_SIDE = {"cli", "extension", "web", "workers"}
 
 

@@ -17,7 +17,7 @@ from .mysql import MySQLDialect
 from .mysql_looks import ExactText
 from .postgresql import PostgreSQLDialect
 from .sqlite import SQLiteDialect
-from .sqlite_files import closing_threads, note_inherited_files
+from .sqlite_files import closing_threads, descriptor_id, note_inherited_files, open_sockets
 
 DIALECTS: dict[str, type[Dialect]] = {
     "mariadb": MySQLDialect,
@@ -261,6 +261,7 @@ __all__ = [
     "PassingError",
     "closing_threads",
     "column_type",
+    "descriptor_id",
     "dialect_for",
     "guard_forks",
     "has_waited",
@@ -271,6 +272,7 @@ __all__ = [
     "is_serialization_failure",
     "keep_transactions",
     "note_inherited_files",
+    "open_sockets",
     "readable_address_errors",
     "table_options",
     "without_values",

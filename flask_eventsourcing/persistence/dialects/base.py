@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from ...config import PostgresOrder, checked
 from ..subscriptions import Waiter
 from .driver import Driver, root_engine
-from .event_tables import EVENT_COLUMNS, OF_AGGREGATE, POSITION, EventTable, Processor, begins
+from .event_tables import EVENT_COLUMNS, NOTHING, OF_AGGREGATE, POSITION, Beside, EventTable, Processor, begins
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
 from .looks import Looks
@@ -172,7 +172,9 @@ class Dialect(Looks, Driver, ForProjections, ABC):
         return None if isinstance(implementation, sa.LargeBinary) else implementation.bind_processor(dialect)
 
     @abstractmethod
-    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+    def append(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
+    ) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
 
     def is_meant(self, connection: Connection, table: EventTable) -> str:

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection, Engine
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
 from ...failures import OnError
 from .calls import Calls, calls_of
-from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, is_key
+from .event_tables import EVENT_COLUMNS, PLAIN, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, Shape, is_key
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -135,18 +135,23 @@ class Driver:
             # Not from SQLAlchemy's, which has the parameters.
             raise self.own_error(connection, error.orig, statement) from error.orig
 
-    def insert_rows(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id."""
+    def insert_rows(
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()
+    ) -> Any:
+        """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id.
+
+        :param shared: values that all rows end with, where the database can name a parameter again.
+        """
         chunks = self.chunks(connection, rows)
         if len(chunks) == 1:
-            return self._insert_chunk(connection, statement, rows)
+            return self._insert_chunk(connection, statement, rows, shared)
         # One statement is all or nothing; several need a savepoint to be so.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         # Half of a save must not be committed.
         with OnError(lambda _: self._roll_back_chunks(connection)):
             for chunk in chunks:
-                last = self._insert_chunk(connection, statement, chunk)
+                last = self._insert_chunk(connection, statement, chunk, shared)
         self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
         return last
 
@@ -160,17 +165,23 @@ class Driver:
         """Return the rows by the statements that insert them."""
         return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
 
-    def _insert_chunk(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> Any:
-        marks = f", ({', '.join([self.mark] * len(rows[0]))})" * (len(rows) - 1)
-        return self.modify(connection, statement + marks, [item for row in rows for item in row]).lastrowid
+    def _insert_chunk(
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...]
+    ) -> Any:
+        own = len(rows[0])
+        again = [f"{self.mark}{own + number}" for number in range(1, len(shared) + 1)]
+        marks = f", ({', '.join([self.mark] * own + again)})" * (len(rows) - 1)
+        values = [*rows[0], *shared, *(item for row in rows[1:] for item in row)]
+        return self.modify(connection, statement + marks, values).lastrowid
 
-    def insert_statement(self, table: EventTable) -> str:
+    def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:
         """The statement that inserts one event."""
-        statement = table.statements.get("insert")
+        use = f"insert{shape.key}"
+        statement = table.statements.get(use)
         if statement is None:
-            marks = ", ".join([self.mark] * len(EVENT_COLUMNS))
-            statement = f"INSERT INTO {table.name} ({', '.join(EVENT_COLUMNS)}) VALUES ({marks})"
-            table.statements["insert"] = statement
+            marks = ", ".join([self.mark] * (len(EVENT_COLUMNS) + len(shape.kinds)))
+            statement = f"INSERT INTO {table.name} ({shape.columns}) VALUES ({marks})"
+            table.statements[use] = statement
         return statement
 
     def insert_or_replace(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:

@@ -28,11 +28,56 @@ VERSION = VERSION_KEY[1]
 """The columns that tell the events of an application from each other."""
 OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
 """Those that differ among the events of an aggregate."""
+METADATA_COLUMNS = ("event_id", "recorded_at", "metadata", "correlation_id")
+"""The columns of what is known of an event beside its state, each of which a record class may leave out."""
+COLUMN_VALUES = "flask_eventsourcing.column_values"
+"""Where a table has the function of its record class that fills further columns, in ``Table.info``."""
 
 Processor = Callable[[Any], Any]
 Snapshot = Callable[[str, str | None], str]
 
 _VALUES = attrgetter(*EVENT_COLUMNS)
+
+
+class Shape(NamedTuple):
+    """The columns that an append fills beside those of ``EVENT_COLUMNS``, by their quoted names."""
+
+    each: tuple[str, ...] = ()
+    """Those with a value of each event."""
+    shared: tuple[str, ...] = ()
+    """Those with one value for all events of the append."""
+    kinds: tuple[str, ...] = ()
+    """The types of both, as the database writes them."""
+    key: str = ""
+    """What tells its statements from others."""
+
+    @property
+    def columns(self) -> str:
+        """All columns of an event that has no position."""
+        return ", ".join((*EVENT_COLUMNS, *self.each, *self.shared))
+
+
+PLAIN = Shape()
+
+
+class Beside(NamedTuple):
+    """What is stored beside the events of an append, as the driver takes it."""
+
+    shape: Shape = PLAIN
+    rows: Sequence[tuple[Any, ...]] = ()
+    """The values of each event."""
+    shared: tuple[Any, ...] = ()
+
+    def joined(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+        """Return the rows of the events with the values of each beside them."""
+        return [(*row, *own) for row, own in zip(rows, self.rows, strict=True)] if self.shape.each else rows
+
+    def completed(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+        """Return the rows of the events with all that is beside them."""
+        return [(*row, *self.shared) for row in self.joined(rows)] if self.shape.shared else self.joined(rows)
+
+
+NOTHING = Beside()
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingTableError, UnsafeTableError
-from .event_tables import EVENT_COLUMNS, POSITION, VERSION, VERSION_KEY, EventTable
+from .event_tables import COLUMN_VALUES, EVENT_COLUMNS, METADATA_COLUMNS, POSITION, VERSION, VERSION_KEY, EventTable
 
-Use = Literal["read", "append"]
+Use = Literal["read", "append", "describe"]
+"""``describe`` is to append with what is stored beside an event's state, after ``append``."""
 USES: tuple[Use, Use] = ("read", "append")
 APPEND: tuple[Use] = ("append",)
+DESCRIBE: tuple[Use] = ("describe",)
 
 FAMILIES = {
     "text": "char character varchar nchar nvarchar text tinytext mediumtext longtext clob",
@@ -71,6 +73,8 @@ class Finding(NamedTuple):
     error: type[Exception] = UnsafeTableError
     is_fault: bool = True
     """Whether ``check`` fails for it; other differences are only named."""
+    leaves_out: bool = False
+    """Whether appends leave the columns of metadata out: the table is one of the library's, which has none of them."""
 
 
 class Kind(NamedTuple):
@@ -96,7 +100,7 @@ class Seen:
     KEY = "flask_eventsourcing.seen"
 
     def __init__(self, scope: Any = None) -> None:
-        self.names: dict[Use, set[str]] = {use: set() for use in USES}
+        self.names: dict[Use, set[str]] = {use: set() for use in (*USES, *DESCRIBE)}
         self.scope = scope
         """What the connection's names are names in: its database, or the version of its schema."""
         self.findings: list[Finding] = []
@@ -158,9 +162,9 @@ class Looks:
         seen = self._seen(connection)
         refuse(seen.findings, use)
         findings = self.looked_at.get((seen.scope, table.name))
-        if findings is None:
-            findings = self.findings_of(connection, table)
         # What is refused is looked at again each time, so that it is seen when it is as it should be.
+        if findings is None or any(use in each.refuses for each in findings):
+            findings = self.findings_of(connection, table)
         refuse(findings, use)
         self.looked_at[seen.scope, table.name] = findings
         seen.names[use].add(table.name)
@@ -172,6 +176,10 @@ class Looks:
             seen = Seen(self.scope(connection))
             seen.findings = list(self.found_settings(connection, seen))
         return seen
+
+    def leaves_out_metadata(self, connection: Connection, table: EventTable) -> bool:
+        """Whether the table has none of the columns of metadata, as its look has found."""
+        return any(each.leaves_out for each in self.looked_at.get((self._seen(connection).scope, table.name), ()))
 
     def look_again(self, connection: Connection, table: EventTable, use: Use) -> None:
         """Look at the tables of a log as if that had not been done."""
@@ -254,7 +262,7 @@ class Looks:
             if column.name not in found.columns:
                 lost = column.name in needed or not needed
                 text = f"{table.fullname}.{column.name} is missing: {self._remedy(column, found)}"
-                findings.append(Finding(text, refused if lost else (), is_fault=lost))
+                findings.append(Finding(text, refused, is_fault=True) if lost else _further(table, column, found, text))
         for column in table.columns:
             if column.name in found.columns:
                 findings += self._difference(table, column, found.columns[column.name], column.name in needed)
@@ -303,6 +311,17 @@ def needed_columns(table: sa.Table) -> frozenset[str]:
     if set(EVENT_COLUMNS) <= columns:
         return frozenset((*EVENT_COLUMNS, POSITION)) & columns
     return frozenset(("application_name", POSITION)) if {"application_name", POSITION} <= columns else frozenset()
+
+
+def _further(table: sa.Table, column: sa.Column[Any], found: FoundTable, text: str) -> Finding:
+    """Return what a missing column means that is none of those without which there is no event."""
+    if not {POSITION, *EVENT_COLUMNS} <= set(table.columns.keys()):
+        return Finding(text, is_fault=False)
+    if column.name in METADATA_COLUMNS:
+        is_of_library = found.columns.keys().isdisjoint(METADATA_COLUMNS)
+        return Finding(text, () if is_of_library else DESCRIBE, is_fault=not is_of_library, leaves_out=is_of_library)
+    is_written = COLUMN_VALUES in table.info
+    return Finding(text, DESCRIBE if is_written else (), is_fault=is_written)
 
 
 def keys_of(rows: Iterable[Sequence[Any]]) -> list[frozenset[str]]:

@@ -28,7 +28,7 @@ from ..._patches import dialect_rollback
 from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
 from .calls import count_calls
-from .event_tables import EVENT_COLUMNS, POSITION, ConflictError, EventTable, columns_of, gap, heads
+from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import NAMESPACE, RunnerLock
 from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
@@ -52,7 +52,6 @@ KEY = re.compile(r"for key '(.+)'", re.S)
 SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 DRIVER_MODULES = ("pymysql.connections", "MySQLdb.cursors", "MySQLdb.connections")
 ABORTED = "flask_eventsourcing.aborted"
-_COLUMNS = ", ".join(EVENT_COLUMNS)
 
 
 class MySQLDialect(MySQLSwaps, MySQLLooks):
@@ -130,9 +129,11 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         sa.event.listen(engine, "handle_error", _after_error)
         _tolerate_rolled_back(engine)
 
-    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+    def append(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
+    ) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
-        values = [table.row(event) for event in events]
+        values = beside.completed([table.row(event) for event in events])
         first = heads(events)
         self.refuse_padded(connection, table, [event.originator_id for event in events])
         last = self._draw(connection, table, len(events))
@@ -140,7 +141,8 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *row) for position, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
-        self.insert_rows(connection, f"INSERT INTO {table.name} ({POSITION}, {_COLUMNS}) VALUES ({marks})", rows)
+        columns = f"{POSITION}, {beside.shape.columns}"
+        self.insert_rows(connection, f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", rows)
         return positions
 
     def _check(self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int) -> None:

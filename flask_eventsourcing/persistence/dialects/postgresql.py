@@ -25,11 +25,15 @@ from .base import DialectOptions, FrozenSnapshotError
 from .calls import count_calls
 from .driver import AUTOCOMMIT
 from .event_tables import (
+    NOTHING,
+    PLAIN,
     VERSION_KEY,
+    Beside,
     ConflictError,
     EventTable,
     Known,
     KnownLog,
+    Shape,
     begins,
     columns_of,
     gap,
@@ -53,7 +57,8 @@ NOT_DRAWN = (
     "waiting: let all processes that write to it run the same version of this package, and try again."
 )
 
-_Rows = Sequence[tuple[Any, ...]]
+QUIET = " quiet!"
+"""The end of the uses of statements that notify nobody."""
 
 _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""
@@ -91,14 +96,16 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         ask_for_binary_values(engine)
         sa.event.listen(engine, "connect", count_calls)
 
-    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+    def append(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
+    ) -> list[int]:
         """Insert events with contiguous positions, having published a floor below them."""
         if self.options.postgres_order == "table-lock":
             self._lock_table(connection, table)
         floors = Known.of(connection).floors_of(connection)
         log = self._last_log(connection, table)
         # Before anything else is done with them: their values may be wrong.
-        values = [table.row(event) for event in events]
+        values = beside._replace(rows=beside.joined([table.row(event) for event in events]))
         while True:
             start = None
             if len(events) <= SMALL_BLOCK:
@@ -112,27 +119,29 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             log = self._log(connection, table, "append")
 
     def _append_small(
-        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: _Rows
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: Beside
     ) -> int | None:
         """Return the first position, or None if nothing was inserted, for whatever reason."""
         floor = Known.of(connection).floors_of(connection).get(log.identity)
         if len(events) == 1:
-            statement = self._append_statement(connection, table, log, "begin" if begins(events[0]) else "follow")
-            rows = self.fetch(connection, statement, (*values[0], log.identity, floor))
+            how = "begin" if begins(events[0]) else "follow"
+            statement = self._append_statement(connection, table, log, how, values.shape)
+            rows = self.fetch(connection, statement, (*values.rows[0], *values.shared, log.identity, floor))
         else:
-            statement = self._append_statement(connection, table, log, "block")
-            parameters = (floor, log.identity, *_keys(table, heads(events)), len(events), *transposed(values))
+            statement = self._append_statement(connection, table, log, "block", values.shape)
+            keys = _keys(table, heads(events))
+            parameters = (floor, log.identity, *keys, len(events), *values.shared, *transposed(values.rows))
             rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
     def _append_at_gate(
-        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: _Rows
+        self, connection: Connection, table: EventTable, log: KnownLog, events: Sequence[StoredEvent], values: Beside
     ) -> int | None:
         """Return the first position, or None where the table's name means another one now.
 
         :raises IntegrityError: for an event that would leave a gap.
         """
-        first, columns = heads(events), transposed(values)
+        first, columns = heads(events), [*values.shared, *transposed(values.rows)]
         # The floor is the transaction's. Should a statement fail, the pool's rollback ends one that is begun here.
         autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
         if autocommit:
@@ -145,7 +154,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             if rows[0][0] is not None:
                 raise self._refusal(connection, first[rows[0][0] - 1])
             self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
-            start = self.fetch(connection, self._append_statement(connection, table, log, "drawn"), columns)[0][0]
+            statement = self._append_statement(connection, table, log, "drawn", values.shape)
+            start = self.fetch(connection, statement, columns)[0][0]
             if start is None:
                 raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
         if autocommit:
@@ -166,16 +176,18 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Lock the table against writers; readers go on."""
         self._lock_table(connection, self.located(connection, table))
 
-    def _append_statement(self, connection: Connection, table: EventTable, log: KnownLog, how: str) -> str:
-        use = f"{how} quiet" if self._is_quiet(connection) else how
-        return log.statements.get(use) or self._make_statement(table, log, how, use)
+    def _append_statement(
+        self, connection: Connection, table: EventTable, log: KnownLog, how: str, shape: Shape = PLAIN
+    ) -> str:
+        use = f"{how}{shape.key}{QUIET}" if self._is_quiet(connection) else f"{how}{shape.key}"
+        return log.statements.get(use) or self._make_statement(table, log, how, use, shape)
 
     def _is_quiet(self, connection: Connection) -> bool:
         # The server prepares no transaction that has notified. Those who wait look again by themselves.
         return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
-    def _make_statement(self, table: EventTable, log: KnownLog, how: str, use: str) -> str:
-        made = make_statement(table, log, how, self._compiled, quiet=use.endswith("quiet"))
+    def _make_statement(self, table: EventTable, log: KnownLog, how: str, use: str, shape: Shape = PLAIN) -> str:
+        made = make_statement(table, log, how, self._compiled, shape, quiet=use.endswith(QUIET))
         log.statements[use] = made
         return made
 

@@ -16,6 +16,7 @@ from .event_tables import (
     VERSION_KEY,
     EventTable,
     KnownLog,
+    Shape,
     Snapshot,
     snapshot_in,
 )
@@ -61,7 +62,7 @@ WITH held AS MATERIALIZED (
     WHERE NOT CASE WHEN e.originator_version <= {{latest_first}} THEN {{follows_or_begins}} ELSE {{follows}} END LIMIT 1
 )"""
 
-_ROWS = """unnest({arrays}) WITH ORDINALITY AS e ({columns}, place)"""
+_ROWS = """unnest({arrays}) WITH ORDINALITY AS e ({each}, place)"""
 
 # The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
 # nothing is inserted and the caller goes to the gate: a gap in the positions does no harm. A gap in a stream does: ids
@@ -78,7 +79,7 @@ _APPEND_BLOCK = f"""{_HELD}, allowed AS MATERIALIZED (
     SELECT min(id) AS first FROM drawn HAVING max(id) - min(id) = count(*) - 1
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}})
-    SELECT block.first + e.place - 1, {{columns}} FROM block, {_ROWS}
+    SELECT block.first + e.place - 1, {{selected}} FROM block, {_ROWS}
 )
 SELECT (SELECT first FROM block), (SELECT place FROM gap) FROM held"""
 
@@ -123,7 +124,7 @@ WITH block AS MATERIALIZED (
     SELECT first FROM block WHERE CASE WHEN first IS NULL THEN false {{notify}} ELSE true END
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}})
-    SELECT allowed.first + e.place - 1, {{columns}} FROM allowed, {_ROWS}
+    SELECT allowed.first + e.place - 1, {{selected}} FROM allowed, {_ROWS}
 )
 SELECT first FROM block"""
 
@@ -171,24 +172,31 @@ _MADE = {
 }
 
 
-def make_statement(table: EventTable, log: KnownLog, how: str, compiled: Callable[[Any], str], *, quiet: bool) -> str:
+def make_statement(
+    table: EventTable, log: KnownLog, how: str, compiled: Callable[[Any], str], shape: Shape, *, quiet: bool
+) -> str:
     """Return the statement of a use: ``begin``, ``follow``, ``block``, ``gap``, ``drawn``, ``mark``, ``joined mark``,
     ``writer``.
 
     :param compiled: makes the name of a column's type.
+    :param shape: the columns that it fills beside those of an event; the values that all of its events have come first.
     :param quiet: whether nobody is notified.
     """
     snapshot = None
     if table.snapshots is not None:
         snapshot = snapshot_in(log.snapshots) if log.snapshots is not None else _snapshot_if_there(table.snapshots)
     kinds = {name: compiled(table.table.c[name].type) for name in EVENT_COLUMNS}
+    each = dict(zip(shape.each, shape.kinds, strict=False))
+    shared = dict(zip(shape.shared, shape.kinds[len(each) :], strict=True))
     event = ("e.originator_id", "e.originator_version")
     return _MADE[how].format(
         table=table.name,
         position=POSITION,
-        columns=", ".join(EVENT_COLUMNS),
-        values=", ".join(f"%s::{kind} AS {name}" for name, kind in kinds.items()),
-        arrays=", ".join(f"%s::{kind}[]" for kind in kinds.values()),
+        columns=shape.columns,
+        each=", ".join([*kinds, *each]),
+        selected=", ".join([*kinds, *each, *(f"%s::{kind}" for kind in shared.values())]),
+        values=", ".join(f"%s::{kind} AS {name}" for name, kind in {**kinds, **each, **shared}.items()),
+        arrays=", ".join(f"%s::{kind}[]" for kind in (*kinds.values(), *each.values())),
         key=", ".join(VERSION_KEY),
         key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
         latest_first=LATEST_FIRST_VERSION,

@@ -21,13 +21,13 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import UnsafeSequenceError
+from ...exceptions import ConfigurationError, UnsafeSequenceError
 from .base import Dialect
 from .calls import count_calls, count_cursors
-from .event_tables import EVENT_COLUMNS, POSITION, VERSION, EventTable, begins, gap, heads
+from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
 from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
-from .sqlite_files import JournalMode, path_of, refuse_inherited
+from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
 from .sqlite_swapping import SQLiteSwaps
 
 FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
@@ -42,6 +42,11 @@ WITHOUT_AUTOINCREMENT = (
     "could miss events: let a migration make the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
     "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
 )
+FILE_IN_MEMORY = (
+    "The engine's creator has opened {0}, and the engine's address is that of a database in memory, whose one "
+    "connection a forked process shares: make the address 'sqlite:///{0}'."
+)
+MOST_PARAMETERS = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 LONGEST_KNOWN = 1000
 """The characters of a statement whose kind is remembered, at most."""
 TAKES_LOCK = re.compile(r"\b(IMMEDIATE|EXCLUSIVE)\b", re.I)
@@ -84,7 +89,6 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     table_options: ClassVar[dict[str, Any]] = {"sqlite_autoincrement": True}
     has_schemas = False
     aborts_transactions = True
-    # SQLite before 3.32 takes 999 parameters.
     rows_at_once = 200
 
     @classmethod
@@ -96,6 +100,8 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     def guard_forks(cls, engine: Engine) -> bool:
         """Have a forked process refuse a file that was open at the fork, and connections closed before it."""
         sa.event.listen(engine, "do_connect", refuse_inherited, insert=True)
+        # There is no such event where the engine was made with a function that connects.
+        sa.event.listen(engine, "connect", refuse_opened, insert=True)
         return True
 
     def ended_past(self, connection: Connection) -> None:
@@ -122,6 +128,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
         @sa.event.listens_for(engine, "connect")
         def configure(driver: Any, record: Any) -> None:
+            if memory and isinstance(driver, sqlite3.Connection) and (path := file_of(driver)):
+                driver.close()
+                raise ConfigurationError(FILE_IN_MEMORY.format(path))
             self._configure(driver, name)
 
         sa.event.listen(engine, "before_cursor_execute", _before_statement)
@@ -141,12 +150,16 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         driver.configure(name, timeout)
         driver.execute(f"PRAGMA busy_timeout = {int(timeout * 1000)}").close()
 
-    def append(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> list[int]:
+    def append(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
+    ) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        rows = [table.row(event) for event in events]
+        rows = beside.joined([table.row(event) for event in events])
         first = heads(events)
         if len(events) == 1:
-            position = self._insert_next(connection, table, rows[0], begins=begins(first[0]))
+            position = self._insert_next(
+                connection, table, (*rows[0], *beside.shared), beside.shape, begins=begins(first[0])
+            )
             if position is not None:
                 return [position]
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
@@ -155,23 +168,23 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             missing = self.find_gap(connection, table, first)
             if missing is not None:
                 raise gap(missing)
-        last = int(self.insert_rows(connection, self.insert_statement(table), rows))
+        last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows, beside.shared))
         return list(range(last - len(events) + 1, last + 1))
 
     def _insert_next(
-        self, connection: Connection, table: EventTable, row: tuple[Any, ...], *, begins: bool
+        self, connection: Connection, table: EventTable, row: tuple[Any, ...], shape: Shape, *, begins: bool
     ) -> int | None:
         """Insert an event whose predecessor is among the events, or the first of its aggregate, or return None."""
         others = [table.snapshots] if begins and self.has_snapshots(connection, table) else []
-        use = f"first {others}" if begins else "next"
+        use = f"first {others}{shape.key}" if begins else f"next{shape.key}"
         statement = table.statements.get(use)
         if statement is None:
-            columns, marks = ", ".join(EVENT_COLUMNS), ", ".join("?" * len(EVENT_COLUMNS))
+            marks = ", ".join("?" * len(row))
             condition = f"EXISTS ({self._previous_statement(table)})"
             if begins:
                 names = [table.name, *others]
                 condition = " AND ".join(f"NOT EXISTS (SELECT 1 FROM {each} WHERE originator_id = ?)" for each in names)
-            statement = f"INSERT INTO {table.name} ({columns}) SELECT {marks} WHERE {condition}"
+            statement = f"INSERT INTO {table.name} ({shape.columns}) SELECT {marks} WHERE {condition}"
             table.statements[use] = statement
         known = [row[0]] * (1 + len(others)) if begins else [row[0], row[1] - 1]
         done = self.modify(connection, statement, (*row, *known))
@@ -183,6 +196,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     @staticmethod
     def _previous_statement(table: EventTable) -> str:
         return f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
+
+    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+        """Return the rows by the statements that insert them, with no more parameters than SQLite takes."""
+        size = max(1, min(self.rows_at_once, (MOST_PARAMETERS - len(METADATA_COLUMNS)) // len(rows[0])))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""

@@ -14,7 +14,7 @@ import resource
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,20 @@ def _descriptors() -> Iterator[int]:
 
 def _open_files() -> dict[int, FileId]:
     """Return the files that are open in this process, by their descriptors, no matter who has opened them."""
-    if os.getpid() == _begun_in:
-        return {}
+    return {} if os.getpid() == _begun_in else _open(stat.S_ISREG)
+
+
+def open_sockets() -> set[FileId]:
+    """Return the sockets that are open in this process."""
+    return set(_open(stat.S_ISSOCK).values())
+
+
+def _open(is_wanted: Callable[[int], bool]) -> dict[int, FileId]:
     found = {}
     for descriptor in _descriptors():
         with suppress(OSError):
             status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
+            if is_wanted(status.st_mode):
                 found[descriptor] = (status.st_dev, status.st_ino)
     return found
 
@@ -75,15 +82,36 @@ def refuse_inherited(dialect: Any, record: Any, arguments: Sequence[Any], parame
 
     :raises InheritedDatabaseError: when it was.
     """
+    if _inherited.get() and (path := path_of(arguments, parameters)) is not None:
+        _refuse_inherited(path)
+
+
+def refuse_opened(driver: Any, record: Any) -> None:
+    """Refuse a connection to such a file that a function of the user's has made: SQLAlchemy's event ``connect``.
+
+    :raises InheritedDatabaseError: when it was open; the connection is closed.
+    """
+    if _inherited.get() and isinstance(driver, sqlite3.Connection) and (path := file_of(driver)):
+        try:
+            _refuse_inherited(path)
+        except InheritedDatabaseError:
+            driver.close()
+            raise
+
+
+def file_of(driver: sqlite3.Connection) -> str:
+    """Return the path of a connection's file, or nothing where it has none; the file is not read."""
+    with closing(driver.execute("PRAGMA database_list")) as rows:
+        return next((str(path) for _, name, path in rows if name == "main"), "")
+
+
+def _refuse_inherited(path: str) -> None:
     inherited = _inherited.get()
-    path = path_of(arguments, parameters) if inherited else None
-    if path is None:
-        return
     wanted = {_file_id(f"{path}{companion}") for companion in _COMPANIONS}
     for descriptor, file in list(inherited.items()):
         if file not in wanted:
             continue
-        if _descriptor_id(descriptor) != file:
+        if descriptor_id(descriptor) != file:
             # It was closed since.
             inherited.pop(descriptor, None)
             continue
@@ -110,7 +138,8 @@ def _file_id(path: str) -> FileId | None:
     return None
 
 
-def _descriptor_id(descriptor: int) -> FileId | None:
+def descriptor_id(descriptor: int) -> FileId | None:
+    """Return what an open descriptor is of."""
     with suppress(OSError):
         status = os.fstat(descriptor)
         return status.st_dev, status.st_ino

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from eventsourcing import utils
@@ -21,6 +20,7 @@ from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
 from ..definitions import ModelProjection, call
 from .batches import Batches, ObservedError
+from .recordings import Recordings
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
@@ -72,9 +72,9 @@ class Applier:
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
         self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
-        self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
+        self._recordings = Recordings(consumer)
         self._has_letters: bool | None = None
         self.has_saved: bool = False
         """Whether a reaction has saved events."""
@@ -159,6 +159,8 @@ class Applier:
         with self.consumer.application.engine.connect() as connection:
             row = checkpoint.read(connection)
             blocked = self._blocked(connection, [notification])
+            # Here, so that the reaction begins without a transaction.
+            self._recordings.of(lambda: connection, notification.id)
         if row is None or row.state == PAUSED or (row.token, row.position) != (claimed.token, claimed.position):
             raise FencedError
         is_set_aside = str(notification.originator_id) in blocked
@@ -248,6 +250,7 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         blocked = self._blocked(connection, notifications)
+        self._recordings.begin(connection, notifications)
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
@@ -299,12 +302,11 @@ class Applier:
         handler = self._handlers.find(type(event))
         if handler is None:
             return
-        last = self.idempotency_key(notification) if self.consumer.kind == "reactions" else session
-        call(handler, self.projection, event, last)
-
-    def idempotency_key(self, notification: Notification) -> str:
-        """The same text for the same event whenever a reaction is called for it."""
-        # Not its position, where a restored log has another event.
-        event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
-        digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
-        return f"{self.consumer.application.name}/{self.consumer.projection_class.name}/{event}/{digest}"
+        connection, position, recorded = partial(self.connection, session), notification.id, None
+        if handler in self._handlers.telling:
+            recorded = self._recordings.of(connection, position)
+        last: Any = session
+        if self.consumer.kind == "reactions":
+            last = self._recordings.key(connection, notification)
+        with self._recordings.causing(connection, position):
+            call(handler, self.projection, event, last, recorded)

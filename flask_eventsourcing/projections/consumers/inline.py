@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,8 @@ from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError
 from ...failures import OnError
-from ...persistence import JoinedUnit
+from ...metadata import RECORDED, Recorded, caused_by
+from ...persistence import Description, JoinedUnit
 from ...persistence.dialects import is_serialization_failure
 from ...persistence.dialects.event_tables import ConflictError
 from ...uow import UnitOfWork
@@ -58,6 +60,7 @@ class InlineApplier:
         joined: JoinedUnit | None,
         events: Sequence[StoredEvent],
         positions: Sequence[int],
+        described: Description,
     ) -> None:
         """Apply the events of one append, and note that."""
         if joined is None:
@@ -65,7 +68,7 @@ class InlineApplier:
             self._refuse_old_snapshot(connection)
             with orm.Session(bind=connection) as session:
                 session.begin()
-                self._apply(session, events)
+                self._apply(session, events, partial(described.recorded, positions))
             self._note(connection, positions)
             return
         # What a host has for recorders to join is always a unit of work.
@@ -74,19 +77,24 @@ class InlineApplier:
         with OnError(lambda _: unit.refuse("An inline projection failed")):
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
-                self._apply(unit.session, events)
+                self._apply(unit.session, events, partial(described.recorded, positions))
             self._note(connection, positions)
 
-    def _apply(self, session: orm.Session, events: Sequence[StoredEvent]) -> None:
+    def _apply(
+        self, session: orm.Session, events: Sequence[StoredEvent], find: Callable[[], Sequence[Recorded]]
+    ) -> None:
+        recorded = cache(find)
         domain_events: list[Any] = [self.application.mapper.to_domain_event(event) for event in events]
         begun = session.get_transaction()
         for projection in self.projections:
-            for event in domain_events:
+            for number, event in enumerate(domain_events):
                 handler = projection.handlers.find(type(event))
                 if handler is not None:
                     session.flush()
                     self._forget_rows(session)
-                    handler(projection, event, session)
+                    told = {RECORDED: recorded()[number]} if handler in projection.handlers.telling else {}
+                    with caused_by(lambda number=number: recorded()[number]):  # type: ignore[misc]
+                        handler(projection, event, session, **told)
                 if session.get_transaction() is not begun:
                     raise HandlerError(INLINE_ENDED)
         session.flush()

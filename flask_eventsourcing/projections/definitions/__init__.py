@@ -15,6 +15,7 @@ from eventsourcing.domain import BaseAggregate
 from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError, HandlerError
+from ...metadata import RECORDED, Recorded, names_recorded
 from .fingerprints import note_sources
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +26,9 @@ E2 = TypeVar("E2")
 E3 = TypeVar("E3")
 E4 = TypeVar("E4")
 Last = TypeVar("Last")
+P_contra = TypeVar("P_contra", contravariant=True)
+E_contra = TypeVar("E_contra", contravariant=True)
+Last_contra = TypeVar("Last_contra", contravariant=True)
 
 OnFailure = Literal["halt", "dead-letter"]
 Start = Literal["beginning", "end"]
@@ -40,10 +44,21 @@ MOST_TOPICS = 100
 """More than this many are not worth a filter."""
 
 
+class Told(Protocol[P_contra, E_contra, Last_contra]):
+    """A method that is told what was recorded of the event, too."""
+
+    def __call__(self, projection: P_contra, event: E_contra, last: Last_contra, /, *, recorded: Recorded) -> object:
+        """Handle the event."""
+
+
 class Handles(Protocol[E, Last]):
     """A decorator of methods that take such an event, and the session or the key: what type checkers look at."""
 
-    def __call__(self, function: Callable[[P, E, Last], object], /) -> Callable[[P, E, Last], object]:
+    @overload
+    def __call__(self, function: Callable[[P, E, Last], object], /) -> Callable[[P, E, Last], object]: ...
+    @overload
+    def __call__(self, function: Told[P, E, Last], /) -> Told[P, E, Last]: ...
+    def __call__(self, function: Any, /) -> Any:
         """Return the method."""
 
 
@@ -61,7 +76,8 @@ def on(*event_classes: type[Any]) -> Any:
     """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
 
     The method takes the domain event and the session: ``def opened(self, event, session)``. The handler of the most
-    specific class is called, and only that one.
+    specific class is called, and only that one. If it names a parameter ``recorded`` more, it is given the position,
+    ``event_id``, time and metadata of the event, a ``flask_eventsourcing.metadata.Recorded``.
 
     :raises ConfigurationError: when something else than event classes is given.
     """
@@ -79,7 +95,8 @@ def reaction(*event_classes: type[Any], start: Start = "beginning") -> Handles[A
 def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
     """Mark a method of a :class:`ModelProjection` as a side effect of event classes, as a mail or an HTTP call.
 
-    The method takes the domain event and an idempotency key: ``def warn(self, event, key)``. It is called at least
+    The method takes the domain event and an idempotency key: ``def warn(self, event, key)``, and ``recorded`` as a
+    handler does. The key is the text of the event's ``event_id`` where it has one. It is called at least
     once, after the event was committed and after the projection's own models have it, and never during a rebuild. If
     it was called and the process is killed before that is noted, it is called again with the same key.
 
@@ -136,6 +153,10 @@ class Handlers:
 
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
         self.functions: dict[type[Any], Callable[..., Any]] = dict(functions)
+        self.telling: frozenset[Callable[..., Any]] = frozenset(
+            each for each in self.functions.values() if names_recorded(each)
+        )
+        """Those that are told what was recorded of the event."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
         self._topics: dict[str, bool] = {}
 
@@ -171,13 +192,18 @@ class Handlers:
             return None
 
 
-def call(handler: Callable[..., Any], projection: ModelProjection, event: Any, last: Any) -> None:
-    """Call a handler with an event, and the session or the key.
+def call(
+    handler: Callable[..., Any], projection: ModelProjection, event: Any, last: Any, recorded: Recorded | None = None
+) -> None:
+    """Call a handler with an event, and the session or the key, and with what was recorded of it if it names that.
 
     :raises HandlerError: when it would end the process, in which other projections run.
     """
     try:
-        handler(projection, event, last)
+        if recorded is None:
+            handler(projection, event, last)
+        else:
+            handler(projection, event, last, recorded=recorded)
     except SystemExit as error:
         raise HandlerError(EXITED.format(type(projection).__name__)) from error
 
@@ -298,6 +324,6 @@ def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], si
             "it a plain method."
         )
     try:
-        inspect.signature(function).bind(None, None, None)
+        inspect.signature(function).bind(None, None, None, **({RECORDED: None} if names_recorded(function) else {}))
     except TypeError:
         raise ConfigurationError(f"Handler {cls.__name__}.{name} must take {signature}.") from None

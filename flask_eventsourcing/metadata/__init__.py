@@ -1,0 +1,323 @@
+"""What is known of an event beside its state: who did it, in which request, caused by what; no host, no database.
+
+The functions for the context are called as in version 10 of the library. There an event takes the metadata in force
+when it is triggered; here it takes those in force at ``save()``.
+
+What was put is a chain in one ``ContextVar``. A ``with`` block takes its own link out again, wherever it ends: a
+generator that is closed late, in another context, neither fails nor takes away what others have put since.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from ..exceptions import EventMetadataError
+from .values import (
+    CAUSATION_ID,
+    CORRELATION_ID,
+    LONGEST_CORRELATION,
+    RECORDED,
+    TRACEPARENT,
+    USER,
+    Metadata,
+    Recorded,
+    check_size,
+    checked,
+    names_recorded,
+    new_id,
+    new_ids,
+)
+
+__all__ = [
+    "CAUSATION_ID",
+    "CORRELATION_ID",
+    "LONGEST_CORRELATION",
+    "RECORDED",
+    "TRACEPARENT",
+    "USER",
+    "Collector",
+    "Metadata",
+    "MetadataBlock",
+    "Recorded",
+    "caused_by",
+    "checked",
+    "event_metadata",
+    "get_metadata_from_context",
+    "names_recorded",
+    "new_id",
+    "new_ids",
+    "null_metadata_in_context",
+    "put_metadata_in_context",
+    "set_metadata_in_context",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Provider = Callable[[], Metadata | None]
+
+
+class _Link:
+    """What one block has put, before what was put around it."""
+
+    __slots__ = ("before", "find", "hides", "is_over", "values")
+
+    def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
+        self.before = before
+        self.values = block._values
+        self.find = block._find
+        self.hides = block._hides
+        self.is_over: Callable[[], bool] = block._is_over
+
+    def found(self) -> Metadata:
+        """Return the values, which are looked up at the first call."""
+        if self.find is not None:
+            self.values, self.find = self.find() or {}, None
+        return self.values
+
+
+def _never() -> bool:
+    return False
+
+
+def _always() -> bool:
+    return True
+
+
+_chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
+
+
+def get_metadata_from_context() -> dict[str, str]:
+    """Return what was put into the context, as a dict of its own; empty where there is nothing."""
+    links: list[_Link] = []
+    link = _chain.get()
+    while link is not None:
+        if not link.is_over():
+            links.append(link)
+            if link.hides:
+                break
+        link = link.before
+    found: dict[str, str] = {}
+    for each in reversed(links):
+        found.update(each.found())
+    return found
+
+
+class MetadataBlock:
+    """Puts metadata into the context: for a ``with`` block, or as a decorator for each call of a function.
+
+    A coroutine function has it until it returns, and a generator while it runs, with what was in force when it was
+    made; between its steps it is not in force. A ``with`` block within a generator is, for its caller too.
+
+    :raises EventMetadataError: for a key or a value that is no text.
+    """
+
+    def __init__(
+        self,
+        values: Metadata,
+        *,
+        hides: bool = False,
+        find: Provider | None = None,
+        is_over: Callable[[], bool] = _never,
+    ) -> None:
+        self._values = checked(values) if values else {}
+        self._hides = hides
+        self._find = find
+        self._is_over = is_over
+        self._link: _Link | None = None
+
+    def __enter__(self) -> Self:
+        if self._link is not None:
+            raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
+        self._link = _Link(_chain.get(), self)
+        _chain.set(self._link)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        link, self._link = self._link, None
+        if link is None:
+            return
+        if _chain.get() is link:
+            _chain.set(link.before)
+        else:
+            # Others have put something on top, or it is another context's.
+            link.is_over = _always
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function."""
+        return wraps(function)(self._decorated(function))  # type: ignore[return-value]
+
+    def _again(self) -> MetadataBlock:
+        return MetadataBlock(self._values, hides=self._hides, find=self._find, is_over=self._is_over)
+
+    def _decorated(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.iscoroutinefunction(function):
+
+            async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
+                with self._again():
+                    return await function(*args, **kwargs)
+
+            return run_coroutine
+        if inspect.isasyncgenfunction(function):
+            return lambda *args, **kwargs: _async_stepwise(_Steps(self._again()), function(*args, **kwargs))
+        if inspect.isgeneratorfunction(function):
+            return lambda *args, **kwargs: _stepwise(_Steps(self._again()), function(*args, **kwargs))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._again():
+                return function(*args, **kwargs)
+
+        return run
+
+
+class _Steps:
+    """The chain of a generator, in force while it runs: what it puts itself stays its own between its steps."""
+
+    def __init__(self, block: MetadataBlock) -> None:
+        with block:
+            self._own = _chain.get()
+        self._outer: _Link | None = None
+
+    def __enter__(self) -> None:
+        self._outer = _chain.get()
+        _chain.set(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = _chain.get()
+        _chain.set(self._outer)
+
+
+def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
+    step, value = generator.send, None
+    while True:
+        try:
+            with steps:
+                item = step(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            step, value = generator.send, (yield item)
+        except GeneratorExit:
+            with steps:
+                generator.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 (whatever it is, it is for the generator)
+            step, value = generator.throw, error
+
+
+async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
+    step, value = generator.asend, None
+    while True:
+        try:
+            with steps:
+                item = await step(value)
+        except StopAsyncIteration:
+            return
+        try:
+            step, value = generator.asend, (yield item)
+        except GeneratorExit:
+            with steps:
+                await generator.aclose()
+            raise
+        except BaseException as error:  # noqa: BLE001 (whatever it is, it is for the generator)
+            step, value = generator.athrow, error
+
+
+def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
+    """Add metadata to those in force, in whose place they are where the keys are the same.
+
+    :return: a context manager, which is a decorator too.
+    :raises EventMetadataError: for a key or a value that is no text.
+    """
+    return MetadataBlock(metadata)
+
+
+def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
+    """Take metadata in the place of all that was put into the context before.
+
+    :return: a context manager, which is a decorator too.
+    :raises EventMetadataError: for a key or a value that is no text.
+    """
+    return MetadataBlock(metadata, hides=True)
+
+
+def null_metadata_in_context() -> MetadataBlock:
+    """Hide all that was put into the context before; what is filled in by itself is not among that.
+
+    :return: a context manager, which is a decorator too.
+    """
+    return MetadataBlock({}, hides=True)
+
+
+def event_metadata(**metadata: str) -> MetadataBlock:
+    """Add metadata to those of the events that are saved within: ``with es.event_metadata(reason="import 7"):``.
+
+    It is the short form of :func:`put_metadata_in_context`, a context manager and a decorator.
+
+    :raises EventMetadataError: for a value that is no text.
+    """
+    return MetadataBlock(metadata)
+
+
+def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = _never) -> MetadataBlock:
+    """Let events that are saved have the correlation of another event, and that as their cause.
+
+    :param find: returns that event; called once, when something is saved.
+    :param is_over: whether the event is handled no more, be it that nobody has left the block.
+    """
+
+    def values() -> Metadata:
+        recorded = find()
+        if recorded is None:
+            return {}
+        # All that comes of it belongs together, be it that it has none itself.
+        found = {CORRELATION_ID: recorded.correlation_id or new_id()}
+        if recorded.event_id is not None:
+            found[CAUSATION_ID] = str(recorded.event_id)
+        return found
+
+    return MetadataBlock({}, find=values, is_over=is_over)
+
+
+@dataclass(frozen=True, eq=False)
+class Collector:
+    """Returns the metadata of a save: what providers give, what was put into the context, and a correlation.
+
+    :param providers: called without arguments, in their order; each returns a mapping of texts to texts, or None.
+    """
+
+    providers: Sequence[Provider] = ()
+
+    def __call__(self) -> dict[str, str]:
+        """Collect it.
+
+        :raises EventMetadataError: when a provider fails, something is no text, or it is too much.
+        """
+        found: dict[str, str] = {}
+        for provider in self.providers:
+            found.update(_provided(provider))
+        found.update(get_metadata_from_context())
+        if CORRELATION_ID not in found:
+            found[CORRELATION_ID] = new_id()
+        check_size(found)
+        return found
+
+
+def _provided(provider: Provider) -> Metadata:
+    try:
+        values = provider()
+    except Exception as error:
+        raise EventMetadataError(
+            f"The provider of metadata {_name(provider)} failed, so that nothing was saved: {type(error).__name__}."
+        ) from error
+    return {} if values is None else checked(values, f"what the provider {_name(provider)} returns")
+
+
+def _name(provider: Any) -> str:
+    return f"{provider.__module__}.{getattr(provider, '__qualname__', type(provider).__qualname__)}"

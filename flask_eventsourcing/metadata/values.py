@@ -1,0 +1,126 @@
+"""What metadata are: texts that every database takes, what was recorded of an event, and ids of version 7."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from ..config import is_plain
+from ..exceptions import EventMetadataError
+
+if sys.version_info >= (3, 14):
+    from uuid import uuid7
+else:
+    from uuid_utils import uuid7
+
+Metadata = Mapping[str, str]
+
+CORRELATION_ID = "correlation_id"
+CAUSATION_ID = "causation_id"
+TRACEPARENT = "traceparent"
+USER = "user"
+LONGEST_CORRELATION = 128
+"""Characters of a correlation id, as its column has them."""
+MOST_BYTES = 4096
+"""Bytes of an event's metadata as JSON."""
+
+
+class Recorded(NamedTuple):
+    """What was recorded of an event beside its state; None, or empty, where nothing was."""
+
+    position: int
+    """In the application's log."""
+    event_id: UUID | None
+    time: datetime | None
+    """In UTC, by the clock of the process that saved it; it is not the order of the log."""
+    metadata: Metadata
+
+    @property
+    def correlation_id(self) -> str | None:
+        """What the event belongs to, such as a request."""
+        return self.metadata.get(CORRELATION_ID)
+
+    @property
+    def causation_id(self) -> str | None:
+        """The ``event_id`` of the event that was being handled when this one was saved."""
+        return self.metadata.get(CAUSATION_ID)
+
+
+RECORDED = "recorded"
+
+
+def names_recorded(function: Callable[..., Any]) -> bool:
+    """Whether a function names the parameter by which it is told what was recorded of an event beside its state."""
+    try:
+        return RECORDED in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # it does not tell
+        return False
+
+
+def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
+    """Return metadata if they are a mapping of texts to texts that every database takes.
+
+    :raises EventMetadataError: naming the key.
+    """
+    if not isinstance(values, Mapping):
+        raise EventMetadataError(f"A mapping of strings to strings is expected; {what} is a {type(values).__name__}.")
+    for key, value in values.items():
+        if not isinstance(key, str) or not key or not is_plain(key):
+            raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
+        if not isinstance(value, str):
+            raise EventMetadataError(
+                f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
+            )
+        if "\0" in value or not _is_text(value):
+            raise EventMetadataError(f"In {what}, the value of {key!r} has NUL or halves of surrogate pairs.")
+    return values
+
+
+def _is_text(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_size(metadata: Mapping[str, str]) -> None:
+    """Check that the metadata of a save are not too much, and that their correlation fits its column.
+
+    :raises EventMetadataError: when it is not so.
+    """
+    # A character takes six bytes at most.
+    if sum(map(len, metadata.values())) + sum(map(len, metadata)) + 6 * len(metadata) > MOST_BYTES // 6:
+        size = len(to_json(metadata).encode())
+        if size > MOST_BYTES:
+            raise EventMetadataError(
+                f"The metadata of an event take {size} bytes as JSON, and {MOST_BYTES} are the most (keys: "
+                f"{', '.join(sorted(metadata))[:200]}): put what is long into the event."
+            )
+    correlation = metadata[CORRELATION_ID]
+    if not 0 < len(correlation) <= LONGEST_CORRELATION or not is_plain(correlation):
+        raise EventMetadataError(
+            f"A correlation_id has 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
+            f"found {len(correlation)}."
+        )
+
+
+to_json: Callable[[Metadata], str] = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""Returns metadata as JSON."""
+
+
+def new_id() -> str:
+    """Return a UUID of version 7 as text, for a correlation."""
+    return str(uuid7())
+
+
+def new_ids(count: int) -> list[Any]:
+    """Return UUIDs of version 7 in their order, of a class that has the attributes ``hex`` and ``int``."""
+    return [uuid7() for _ in range(count)]

@@ -1,0 +1,214 @@
+"""What is stored of an event beside its state: id, time, metadata, correlation, and the values of a user's columns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import sqlalchemy as sa
+from eventsourcing.persistence import StoredEvent
+from sqlalchemy.engine import Connection
+
+from ..exceptions import EventMetadataError
+from ..metadata import CORRELATION_ID, Metadata, Recorded, new_ids
+from .dialects import Dialect
+from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, EventTable, Shape
+from .record_checks import KINDS
+
+Collect = Callable[[], Metadata]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+POSITIONS_AT_ONCE = 500
+
+_saving: ContextVar[Sequence[Any]] = ContextVar("flask_eventsourcing.saving", default=())
+
+
+@contextmanager
+def saving(domain_events: Sequence[Any]) -> Iterator[None]:
+    """Within it, these are the events that an application saves."""
+    token = _saving.set(domain_events)
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
+class Description(NamedTuple):
+    """What is stored beside the events of one save."""
+
+    ids: Sequence[Any]
+    time: datetime | None
+    metadata: Metadata
+    beside: Beside
+
+    def recorded(self, positions: Sequence[int]) -> tuple[Recorded, ...]:
+        """Return it for each event."""
+        ids: list[UUID | None] = [UUID(int=each.int) for each in self.ids]
+        ids = ids or [None] * len(positions)
+        return tuple(Recorded(*each, self.time, self.metadata) for each in zip(positions, ids, strict=True))
+
+
+PLAIN_DESCRIPTION = Description((), None, {}, NOTHING)
+
+
+class Describer:
+    """Describes the events of each save for one table.
+
+    :param collect: returns the metadata in force, or None where none are to be stored.
+    """
+
+    def __init__(self, dialect: Dialect, table: sa.Table, collect: Collect | None) -> None:
+        self._dialect = dialect
+        self._table = table
+        names = [name for name in METADATA_COLUMNS if name in table.c] if collect is not None else []
+        self._collect = collect if names else None
+        self._shared = {name: self._encoder(name) for name in names if name != "event_id"}
+        self._id = self._id_encoder() if "event_id" in names else None
+        self._column_values: Callable[..., Mapping[str, Any]] | None = table.info.get(COLUMN_VALUES)
+        self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._leaves_out = False
+
+    def __call__(self, events: Sequence[StoredEvent]) -> Description:
+        """Describe the events of one save.
+
+        :raises EventMetadataError: when a provider fails, or there is something that cannot be stored.
+        """
+        if self._collect is None and self._column_values is None:
+            return PLAIN_DESCRIPTION
+        metadata = self._collect() if self._collect is not None else {}
+        time = datetime.now(UTC) if "recorded_at" in self._shared else None
+        values = {"recorded_at": time, "metadata": metadata, "correlation_id": metadata.get(CORRELATION_ID)}
+        shared = tuple(encode(values[name]) for name, encode in self._shared.items())
+        ids = new_ids(len(events)) if self._id is not None else ()
+        encode_id = self._id
+        rows: list[tuple[Any, ...]] = [(encode_id(each),) for each in ids] if encode_id else [()] * len(events)
+        own: tuple[str, ...] = ()
+        if self._column_values is not None:
+            own, further = self._own(self._column_values, events, metadata)
+            rows = [(*row, *more) for row, more in zip(rows, further, strict=True)]
+        return Description(ids, time, metadata, Beside(self._shape(own), rows, shared))
+
+    def fitting(self, connection: Connection, table: EventTable, described: Description) -> Description:
+        """Return what a table that was looked at has columns for."""
+        is_plain = self._dialect.leaves_out_metadata(connection, table)
+        return self._without_metadata(described) if is_plain else described
+
+    def _without_metadata(self, described: Description) -> Description:
+        """Return the user's columns alone, for a table that has none of those for metadata."""
+        if not self._leaves_out:
+            self._leaves_out = True
+            logger.warning(
+                "Table %s has none of the columns %s, so that the events of this process are recorded without. The "
+                "command 'check' says what a migration has to add; EVENTSOURCING_METADATA = False asks for none.",
+                self._table.fullname,
+                ", ".join(METADATA_COLUMNS),
+            )
+        shape, first = described.beside.shape, 0 if self._id is None else 1
+        own = shape.each[first:]
+        if not own:
+            return PLAIN_DESCRIPTION
+        kinds = shape.kinds[first : first + len(own)]
+        rows = [row[first:] for row in described.beside.rows]
+        return Description((), None, {}, Beside(Shape(own, (), kinds, f" {','.join(own)}"), rows, ()))
+
+    def _shape(self, own: tuple[str, ...]) -> Shape:
+        found = self._shapes.get(own)
+        if found is None:
+            each = ("event_id", *own) if self._id is not None else own
+            names = (*each, *self._shared)
+            compiled = [self._table.c[name].type.compile(self._dialect.engine.dialect) for name in names]
+            quoted = tuple(self._dialect.quote(self._table.c[name].name) for name in names)
+            found = Shape(quoted[: len(each)], quoted[len(each) :], tuple(compiled), f" {','.join(quoted)}")
+            self._shapes[own] = found if names else PLAIN
+        return self._shapes[own]
+
+    def _own(
+        self, column_values: Callable[..., Mapping[str, Any]], events: Sequence[StoredEvent], metadata: Metadata
+    ) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+        """Return the user's columns, and their values for each event."""
+        found = [column_values(event, metadata) for event in _domain_events(events)]
+        names = tuple(dict.fromkeys(name for each in found for name in each))
+        for name in names:
+            if name not in self._table.c or name in KINDS or name in METADATA_COLUMNS or name == POSITION:
+                raise EventMetadataError(
+                    f"column_values() of the record class of {self._table.fullname} returns {name!r}, which is no "
+                    "column of its own: give it the name of a column that the class adds to those of the mixin."
+                )
+        encoders = [self._encoder(name) for name in names]
+        return names, [
+            tuple(encode(each.get(name)) for name, encode in zip(names, encoders, strict=True)) for each in found
+        ]
+
+    def _encoder(self, name: str) -> Callable[[Any], Any]:
+        dialect = self._dialect.engine.dialect
+        column_type = self._table.c[name].type.dialect_impl(dialect)
+        bind: Callable[[Any], Any] = column_type.bind_processor(dialect) or _as_it_is
+        if name == "recorded_at" and not getattr(column_type, "timezone", False):
+            return lambda time: bind(time.replace(tzinfo=None))
+        return bind
+
+    def _id_encoder(self) -> Callable[[Any], Any]:
+        dialect = self._dialect.engine.dialect
+        column_type: Any = self._table.c["event_id"].type
+        bind = column_type.dialect_impl(dialect).bind_processor(dialect) or _as_it_is
+        example = UUID(int=7 << 76)
+        # As text, without a detour, which takes longer than all else.
+        for text in (str, _hexadecimal):
+            if bind(example) == text(example):
+                return text
+        return lambda found: bind(UUID(int=found.int))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _hexadecimal(value: Any) -> str:
+    found: str = value.hex
+    return found
+
+
+def _domain_events(events: Sequence[StoredEvent]) -> Sequence[Any]:
+    """Return the domain events of stored ones, where an application is saving them."""
+    found = _saving.get()
+    if len(found) == len(events) and all(map(_is_same, found, events)):
+        return found
+    return events
+
+
+def _is_same(domain_event: Any, stored: StoredEvent) -> bool:
+    return (domain_event.originator_id, domain_event.originator_version) == (
+        stored.originator_id,
+        stored.originator_version,
+    )
+
+
+def read_recorded(
+    dialect: Dialect, connection: Connection, table: EventTable, positions: Sequence[int]
+) -> dict[int, Recorded]:
+    """Return what was recorded of events beside their state, by position.
+
+    :raises UnsafeTableError: when the table lacks some of the columns.
+    """
+    dialect.look(connection, table, "describe")
+    if dialect.leaves_out_metadata(connection, table):
+        return {}
+    c = table.table.c
+    columns = [c[name] if name in c else sa.null().label(name) for name in METADATA_COLUMNS]
+    found: dict[int, Recorded] = {}
+    for start in range(0, len(positions), POSITIONS_AT_ONCE):
+        some = positions[start : start + POSITIONS_AT_ONCE]
+        query = sa.select(c[POSITION], *columns).where(c[POSITION].in_(some))
+        for position, event_id, time, metadata, correlation in connection.execute(query):
+            known = dict(metadata or {})
+            if correlation is not None:
+                known[CORRELATION_ID] = correlation
+            aware = time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
+            found[position] = Recorded(position, event_id, aware, known)
+    return found

@@ -1,0 +1,130 @@
+"""What is filled in by itself in Flask: the correlation of a request, its trace, and who is logged in if that is asked.
+
+What a client has sent is taken as it is or left out; nothing of it is logged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flask import Flask, current_app, g, has_app_context, has_request_context, request
+
+from ..config import Config
+from ..metadata import (
+    CORRELATION_ID,
+    LONGEST_CORRELATION,
+    TRACEPARENT,
+    USER,
+    Collector,
+    Provider,
+    get_metadata_from_context,
+    new_id,
+)
+
+CORRELATION_HEADERS = ("X-Correlation-ID", "X-Request-ID")
+KEPT = "flask_eventsourcing.metadata"
+"""Where the environment of a request has what was filled in for it, for all of its saves."""
+LONGEST_TRACE = 128
+_TRACE = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+
+
+def make_collector(app: Flask, config: Config) -> Collector | None:
+    """Return what collects the metadata of a save in an app, or None where none are to be stored."""
+    if config.metadata is False:
+        return None
+    providers: list[Provider] = [Carried(app)]
+    if config.metadata_user is not None:
+        providers.append(_User(app, config.metadata_user))
+    return Collector([*providers, *config.metadata])
+
+
+class Carried:
+    """Provides what belongs to the piece of work: the correlation of a request, or an app context, and its trace.
+
+    :param app: the Flask app whose work it is.
+    """
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+
+    def __call__(self) -> Mapping[str, str]:
+        """Return it; empty outside an application context of the app."""
+        if not is_current(self._app):
+            return {}
+        if has_request_context():
+            found: dict[str, str] | None = request.environ.get(KEPT)
+            if found is None:
+                found = request.environ[KEPT] = _of_headers(request.headers)
+        else:
+            found = g.get("_flask_eventsourcing_metadata")
+            if found is None:
+                found = g._flask_eventsourcing_metadata = {CORRELATION_ID: new_id()}
+        trace = _of_span()
+        return found if trace is None else {**found, TRACEPARENT: trace}
+
+
+def is_current(app: Flask) -> bool:
+    """Whether this is an application context of an app."""
+    return has_app_context() and current_app._get_current_object() is app  # type: ignore[attr-defined]
+
+
+def metadata_to_carry(app: Flask) -> dict[str, str]:
+    """Return what a task that is sent now is to have: what was filled in for the work, and what was put."""
+    return {**Carried(app)(), **get_metadata_from_context()}
+
+
+def _of_headers(headers: Any) -> dict[str, str]:
+    sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
+    found = {CORRELATION_ID: next(filter(_is_correlation, sent), None) or new_id()}
+    trace = headers.get(TRACEPARENT, "")
+    if is_trace(trace):
+        found[TRACEPARENT] = trace
+    return found
+
+
+def _is_correlation(value: str) -> bool:
+    return 0 < len(value) <= LONGEST_CORRELATION and value.isascii() and value.isprintable() and not value.isspace()
+
+
+def is_trace(value: str) -> bool:
+    """Whether a text is a ``traceparent`` as W3C has it."""
+    match = _TRACE.fullmatch(value) if len(value) <= LONGEST_TRACE else None
+    return match is not None and (match[1] != "00" or match[2] is None)
+
+
+def _of_span() -> str | None:
+    """Return the ``traceparent`` of OpenTelemetry's current span; where nobody has imported it, there is none."""
+    api: Any = sys.modules.get("opentelemetry.trace")
+    if api is None:
+        return None
+    context = api.get_current_span().get_span_context()
+    if not context.is_valid:
+        return None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+class _User:
+    """Provides the user, in an application context.
+
+    :param given: ``"flask-login"``, or a function that returns the user or None.
+    """
+
+    def __init__(self, app: Flask, given: str | Callable[[], str | None]) -> None:
+        self._app = app
+        self._find = _login_user if isinstance(given, str) else given
+        self.__module__, self.__qualname__ = self._find.__module__, getattr(self._find, "__qualname__", repr(given))
+
+    def __call__(self) -> Mapping[str, str] | None:
+        user: Any = self._find() if is_current(self._app) else None
+        return None if user is None else {USER: user}
+
+
+def _login_user() -> str | None:
+    if not has_request_context():
+        return None
+    user: Any = importlib.import_module("flask_login").current_user
+    return user.get_id() if user and user.is_authenticated else None

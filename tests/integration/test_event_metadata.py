@@ -1,0 +1,444 @@
+"""What is stored of an event beside its state: its id, time, metadata and correlation, on every database."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import orm
+
+from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
+from flask_eventsourcing.metadata import null_metadata_in_context
+from tests.bank import Site
+from tests.domain import Account, Bank
+from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_sqlite_file
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+on_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)
+
+
+def records(site: Site) -> list[Any]:
+    """Return the stored events in their order."""
+    with site.app.app_context():
+        query = sa.select(site.es.StoredEvent).order_by(site.es.StoredEvent.notification_id)
+        return list(site.db.session.scalars(query))
+
+
+def send(site: Site, headers: dict[str, str] | None = None, view: Callable[[], Any] | None = None) -> Any:
+    """Open an account in a request."""
+
+    def opened() -> str:
+        with site.es.transaction():
+            if view is not None:
+                view()
+            site.bank.open_account()
+        return "done"
+
+    return site.app.test_client().post("/", headers=headers, environ_overrides={"tests.view": opened})
+
+
+@pytest.mark.parametrize("count", [1, 2, 150])
+def test_every_event_has_an_id_a_time_and_a_correlation(site: Site, count: int) -> None:
+    """Each event of a save has an id of its own, and all have one time, in UTC with microseconds, and correlation."""
+    with site.app.app_context(), site.es.event_metadata(reason="import 7"):
+        before = datetime.now(UTC)
+        account = Account("Ada")
+        for _ in range(count - 1):
+            account.deposit(1)
+        site.bank.save(account)
+        site.db.session.commit()
+        after = datetime.now(UTC)
+    found = records(site)
+    assert len(found) == count
+    ids = [each.event_id for each in found]
+    assert ids == sorted(set(ids))
+    assert {each.version for each in ids} == {7}
+    (time,) = {each.recorded_at for each in found}
+    assert before <= time.replace(tzinfo=time.tzinfo or UTC) <= after
+    (correlation,) = {each.correlation_id for each in found}
+    assert UUID(correlation).version == 7
+    assert all(each.event_metadata == {"reason": "import 7", "correlation_id": correlation} for each in found)
+
+
+def test_events_outside_of_a_session_have_it_too(site: Site) -> None:
+    """What a thread saves without an application context is recorded with metadata as in a session."""
+    with site.app.app_context():
+        bank = site.bank
+    with ThreadPoolExecutor(1) as pool, site.es.event_metadata(reason="not in the thread"):
+
+        def save() -> None:
+            with site.es.event_metadata(reason="thread"):
+                bank.open_account()
+
+        pool.submit(save).result()
+    (found,) = records(site)
+    assert found.event_id.version == 7
+    assert found.event_metadata["reason"] == "thread"
+    assert found.recorded_at is not None
+
+
+def test_false_stores_nothing(new_site: MakeSite) -> None:
+    """With ``EVENTSOURCING_METADATA = False`` the columns are NULL."""
+    site = new_site(EVENTSOURCING_METADATA=False)
+    with site.es.event_metadata(reason="none"):
+        assert send(site, {"X-Correlation-ID": "c"}).status_code == 200
+    (found,) = records(site)
+    assert (found.event_id, found.recorded_at, found.event_metadata, found.correlation_id) == (None,) * 4
+
+
+def test_request_and_its_headers(site: Site) -> None:
+    """The events of a request have the correlation and the trace that it was sent with."""
+    send(site, {"X-Correlation-ID": "c 1", "X-Request-ID": "r", "traceparent": TRACE}, site_opens(site))
+    first, second = records(site)
+    assert {first.correlation_id, second.correlation_id} == {"c 1"}
+    assert first.event_metadata == {"correlation_id": "c 1", "traceparent": TRACE}
+    send(site, {"X-Request-ID": "r"})
+    assert records(site)[-1].correlation_id == "r"
+
+
+def site_opens(site: Site) -> Callable[[], Any]:
+    """Return what opens one account more, in an application context of its own."""
+
+    def opens() -> None:
+        site.bank.open_account()
+
+    return opens
+
+
+def test_each_request_has_a_correlation_of_its_own(site: Site) -> None:
+    """Without a header a request has a new correlation, which all of its saves have, and the next has another."""
+    for _ in range(3):
+        send(site, view=site_opens(site))
+    found = [each.correlation_id for each in records(site)]
+    assert found[0::2] == found[1::2]
+    assert len(set(found)) == 3
+
+
+HOSTILE = {
+    "long": {"X-Correlation-ID": "x" * 129},
+    "not ASCII": {"X-Correlation-ID": "caf\u00e9"},
+    "wrong UTF-8": {"X-Correlation-ID": b"\xff\xfe".decode("latin-1")},
+    "tab": {"X-Correlation-ID": "a\tb"},
+    "empty": {"X-Correlation-ID": ""},
+    "blank": {"X-Request-ID": "   "},
+    "no trace": {"traceparent": "x" * 55},
+    "zero trace": {"traceparent": f"00-{'0' * 32}-b7ad6b7169203331-01"},
+    "zero span": {"traceparent": f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01"},
+    "version ff": {"traceparent": "ff" + TRACE[2:]},
+    "capitals": {"traceparent": TRACE.upper()},
+    "more than version 00 has": {"traceparent": f"{TRACE}-more"},
+    "two": {"traceparent": f"{TRACE},{TRACE}"},
+    "ten megabytes": {"X-Correlation-ID": "x" * 10_000_000, "traceparent": TRACE * 100_000},
+}
+
+
+@on_memory
+@pytest.mark.parametrize("headers", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_headers_are_left_out(site: Site, headers: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """A header that is not as it should be is left out: the request works, and nothing of it is logged."""
+    with caplog.at_level(logging.DEBUG):
+        assert send(site, headers).status_code == 200
+    (found,) = records(site)
+    assert UUID(found.correlation_id).version == 7
+    assert found.event_metadata.keys() == {"correlation_id"}
+    assert not any(value and value in record.getMessage() for value in headers.values() for record in caplog.records)
+
+
+@on_memory
+@pytest.mark.parametrize("raw", ["a\nERROR forged", "a\r\nSet-Cookie: b", "\0", "\x1b[2J"])
+def test_line_breaks_forge_nothing(site: Site, raw: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that lets control characters through has no forged lines in its log, and none in the events."""
+    environment = {"HTTP_X_CORRELATION_ID": raw, "HTTP_X_REQUEST_ID": "good"}
+
+    def view() -> str:
+        with site.es.transaction():
+            site.bank.open_account()
+        return "done"
+
+    with caplog.at_level(logging.DEBUG):
+        site.app.test_client().post("/", environ_overrides={"tests.view": view, **environment})
+    assert records(site)[0].correlation_id == "good"
+    assert "forged" not in caplog.text
+
+
+@on_memory
+@pytest.mark.parametrize("trace", [TRACE, "01" + TRACE[2:], "01" + TRACE[2:] + "-what.will:be"])
+def test_traces_of_later_versions_are_kept(site: Site, trace: str) -> None:
+    """A trace of a version that is to come, with more behind it, is kept as it is."""
+    send(site, {"traceparent": trace})
+    assert records(site)[0].event_metadata["traceparent"] == trace
+
+
+def test_nothing_leaks_from_one_request_into_the_next(site: Site) -> None:
+    """What a view has put, be it in a block that it never left, is not there in another request."""
+    left = []
+
+    def view() -> None:
+        block = site.es.event_metadata(leak="yes")
+        left.append(block)
+        with block:
+            site.bank.open_account()
+
+    send(site, view=view)
+    send(site)
+    found = [each.event_metadata.get("leak") for each in records(site)]
+    assert found == ["yes", None, None]
+
+
+def test_sixteen_threads_at_once(new_site: MakeSite, uri: str) -> None:
+    """Sixteen requests at once with different metadata: each event has that of its own request."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={} if uri == "sqlite://" else {"pool_size": 20})
+    start = threading.Barrier(16)
+
+    def run(number: int) -> None:
+        def view() -> None:
+            with site.es.event_metadata(thread=str(number)):
+                start.wait()
+                site.bank.save(Account("Ada"))
+
+        send(site, {"X-Correlation-ID": f"c{number}"}, view)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(run, range(16)))
+    found = [each for each in records(site) if "thread" in each.event_metadata]
+    assert len(found) == 16
+    assert all(each.correlation_id == f"c{each.event_metadata['thread']}" for each in found)
+
+
+@on_memory
+def test_asynchronous_views(site: Site) -> None:
+    """Asynchronous views at once see their own metadata only."""
+    pytest.importorskip("asgiref")
+
+    async def view() -> str:
+        with site.es.event_metadata(view="async"):
+            site.bank.open_account()
+        site.db.session.commit()
+        return "done"
+
+    site.app.add_url_rule("/async", view_func=view)
+    assert site.app.test_client().get("/async", headers={"X-Correlation-ID": "c"}).status_code == 200
+    (found,) = records(site)
+    assert found.event_metadata == {"view": "async", "correlation_id": "c"}
+
+
+@on_memory
+def test_hidden_metadata(site: Site) -> None:
+    """Within ``null_metadata_in_context()`` only what is filled in by itself is recorded."""
+    with site.app.app_context(), site.es.event_metadata(a="1"), null_metadata_in_context():
+        site.bank.open_account()
+        site.db.session.commit()
+    assert records(site)[0].event_metadata.keys() == {"correlation_id"}
+
+
+def test_provider_that_fails_fails_the_save(new_site: MakeSite) -> None:
+    """A provider that raises is named by ``save()``, nothing is stored, and the unit of work can go on."""
+
+    def broken() -> Any:
+        raise LookupError("secret")
+
+    site = new_site(EVENTSOURCING_METADATA=[broken])
+    with site.app.app_context():
+        with pytest.raises(EventMetadataError, match=r"broken failed.*LookupError"):
+            site.bank.open_account()
+        site.note()
+        site.db.session.commit()
+    assert site.stored() == (0, 1)
+
+
+@on_memory
+def test_providers_and_the_user(new_site: MakeSite) -> None:
+    """Providers and the function for the user are called at each save; a user of None is none."""
+    users = iter(["ada", None])
+    site = new_site(
+        EVENTSOURCING_METADATA=[lambda: {"release": "1.2"}], EVENTSOURCING_METADATA_USER=lambda: next(users)
+    )
+    send(site)
+    send(site)
+    found = [each.event_metadata for each in records(site)]
+    assert [each.get("user") for each in found] == ["ada", None]
+    assert {each["release"] for each in found} == {"1.2"}
+
+
+@on_memory
+def test_user_that_is_no_text_is_refused(new_site: MakeSite) -> None:
+    """A user's id that is a number is refused with what to do."""
+    site = new_site(EVENTSOURCING_METADATA_USER=lambda: 7)
+    with site.app.app_context(), pytest.raises(EventMetadataError, match=r"'user' is of type int.*str"):
+        site.bank.open_account()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("METADATA", True),
+        ("METADATA", [1]),
+        ("METADATA", "module:function"),
+        ("METADATA", {"a": "b"}),
+        ("METADATA_USER", "basic"),
+        ("METADATA_USER", 1),
+        ("CORRELATION_INDEX", "yes"),
+    ],
+)
+def test_wrong_settings_are_refused(key: str, value: Any) -> None:
+    """A setting of a wrong type is refused by its name."""
+    app = Flask("wrong")
+    app.config[f"EVENTSOURCING_{key}"] = value
+    with pytest.raises(ConfigurationError, match=f"EVENTSOURCING_{key} must"):
+        EventSourcing(app)
+
+
+def test_correlation_index(new_site: MakeSite) -> None:
+    """``EVENTSOURCING_CORRELATION_INDEX`` indexes the correlation, which is not indexed otherwise."""
+    site = new_site(EVENTSOURCING_CORRELATION_INDEX=True)
+    send(site, {"X-Correlation-ID": "c"})
+    with site.app.app_context():
+        indexed = [each["column_names"] for each in sa.inspect(site.db.engine).get_indexes("bank_events")]
+        site.db.drop_all()
+    assert ["correlation_id"] in indexed
+    with (other := new_site()).app.app_context():
+        indexed = [each["column_names"] for each in sa.inspect(other.db.engine).get_indexes("bank_events")]
+    assert ["correlation_id"] not in indexed
+
+
+def test_snapshots_have_none(new_site: MakeSite) -> None:
+    """The id and the metadata of snapshots are always NULL."""
+    site = new_site(EVENTSOURCING_ENV={"IS_SNAPSHOTTING_ENABLED": "y"})
+    with site.app.app_context(), site.es.event_metadata(a="1"):
+        account = site.bank.open_account()
+        site.bank.take_snapshot(account)
+        site.db.session.commit()
+        (found,) = site.db.session.scalars(sa.select(site.es.Snapshot))
+        assert (found.event_id, found.event_metadata) == (None, None)
+
+
+def own_site(uri: str, **columns: Any) -> Site:
+    """Make a site with a record class of one's own."""
+    db = SQLAlchemy()
+    base: Any = db.Model
+    record = type(base)(
+        "Record", (*columns.pop("bases", (StoredEventMixin,)), base), {"__tablename__": "records"} | columns
+    )
+    app = Flask("own")
+    app.config["SQLALCHEMY_DATABASE_URI"] = uri
+    es = EventSourcing(db=db, application=Bank, stored_event_model=record)
+    db.init_app(app)
+    es.init_app(app)
+    with app.app_context():
+        db.drop_all()
+        db.create_all()
+    return Site(app, db, es, None)
+
+
+@pytest.mark.parametrize("count", [1, 3, 120])
+def test_columns_of_ones_own(uri: str, count: int) -> None:
+    """``column_values()`` fills columns of a record class from event and metadata, in a session and outside."""
+    calls: list[Any] = []
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> dict[str, Any]:
+        calls.append(event)
+        return {"tenant": metadata["tenant"], "kind": type(event).__name__, "day": event.timestamp.date()}
+
+    site = own_site(
+        uri,
+        tenant=orm.mapped_column(sa.String(20), nullable=False),
+        kind=orm.mapped_column(sa.String(20)),
+        day=orm.mapped_column(sa.Date),
+        column_values=column_values,
+    )
+
+    def save() -> None:
+        account = Account("Ada")
+        for _ in range(count - 1):
+            account.deposit(1)
+        bank.save(account)
+
+    with site.app.app_context(), site.es.event_metadata(tenant="acme"):
+        bank = site.bank
+        save()
+        site.db.session.commit()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(site.es.event_metadata(tenant="other")(save)).result()
+    found = records(site)
+    assert [each.tenant for each in found] == ["acme"] * count + ["other"] * count
+    assert {each.kind for each in found[1:count]} <= {"Deposited"}
+    assert found[0].kind == "Created"
+    assert abs(found[0].day - datetime.now(UTC).date()) <= timedelta(days=1)
+    assert len({each.event_id for each in found}) == 2 * count
+    site.close()
+
+
+@on_memory
+def test_columns_that_are_not_the_users_are_refused(uri: str) -> None:
+    """``column_values()`` that names a column which is not its own is refused by that name."""
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> dict[str, Any]:
+        return {"state": b""}
+
+    site = own_site("sqlite://", column_values=column_values)
+    with site.app.app_context(), pytest.raises(EventMetadataError, match="'state'"):
+        site.bank.open_account()
+
+
+def test_record_class_may_leave_the_columns_out(uri: str) -> None:
+    """A record class without the columns works, and nothing is recorded of metadata."""
+    left_out = dict.fromkeys(("event_id", "recorded_at", "event_metadata", "correlation_id"))
+    site = own_site(uri, **left_out)
+    assert "metadata" not in site.es.StoredEvent.__table__.c
+    with site.app.app_context(), site.es.event_metadata(a="1"):
+        site.bank.open_account()
+        site.db.session.commit()
+    assert len(records(site)) == 1
+    site.close()
+
+
+@on_memory
+def test_own_column_of_another_type_is_refused(uri: str) -> None:
+    """A record class whose column has the name of one of ours and another type is refused with what to do."""
+    with pytest.raises(ConfigurationError, match=r"'correlation_id'.*text"):
+        own_site("sqlite://", correlation_id=orm.mapped_column(sa.Integer))
+
+
+@on_sqlite_file
+def test_metadata_are_bytes_of_json_on_sqlite(site: Site) -> None:
+    """On SQLite the id is 32 hexadecimal characters and the metadata are JSON in a BLOB, as version 10 has them."""
+    send(site, {"X-Correlation-ID": "c"})
+    with site.app.app_context():
+        row = site.db.session.execute(sa.text("SELECT event_id, metadata, recorded_at FROM bank_events")).one()
+    assert len(row[0]) == 32
+    assert int(row[0], 16)
+    assert json.loads(row[1].decode()) == {"correlation_id": "c"}
+    assert "." in row[2]
+
+
+def test_receivers_that_name_it_are_told_what_was_recorded(site: Site) -> None:
+    """A receiver of ``events_recorded`` that names ``recorded`` is told it, and another is called as before."""
+    told: list[Any] = []
+
+    def telling(sender: Any, application: Any, notifications: Any, recorded: Any) -> None:
+        told.append(recorded)
+
+    def plain(sender: Any, application: Any, notifications: Any) -> None:
+        told.append(len(notifications))
+
+    with events_recorded.connected_to(telling, site.app), events_recorded.connected_to(plain, site.app):
+        send(site, {"X-Correlation-ID": "c"}, site_opens(site))
+    assert 2 in told
+    (recorded,) = [each for each in told if each != 2]
+    found = records(site)
+    assert [each.event_id for each in recorded] == [each.event_id for each in found]
+    assert [each.position for each in recorded] == [each.notification_id for each in found]
+    assert {each.correlation_id for each in recorded} == {"c"}

@@ -1,0 +1,220 @@
+"""What is saved while an event is handled: its correlation, its cause, and what handlers are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from flask_eventsourcing import ConfigurationError
+from flask_eventsourcing.metadata import Recorded
+from flask_eventsourcing.projections import ModelProjection, on, reaction
+from tests.projections.conftest import MakeDesk
+from tests.projections.desk import Created, Deposited, Desk
+
+
+def records(desk: Desk) -> Sequence[Any]:
+    """Return the stored events in their order."""
+    with desk.app.app_context():
+        return desk.db.session.scalars(
+            sa.select(desk.es.StoredEvent).order_by(desk.es.StoredEvent.notification_id)
+        ).all()
+
+
+def chained(desk: Desk, *, inline: bool = False) -> None:
+    """Register a projection whose handler and reaction save: an account of Ada's is answered by Bea's, and Cleo's."""
+    is_inline = inline
+
+    class Chain(ModelProjection):
+        inline = is_inline
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            if event.owner == "Ada":
+                desk.es.application.open_account("Bea")
+
+        @reaction(Created)
+        def answered(self, event: Any, key: str) -> None:
+            if event.owner == "Bea":
+                desk.es.application.open_account("Cleo")
+
+    desk.register(Chain)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_correlation_is_one_and_causation_a_tree(desk: Desk, inline: bool) -> None:
+    """What handlers and reactions save has the correlation of the event that they handle, and its id as its cause."""
+    chained(desk, inline=inline)
+    with desk.context() as bank, desk.es.event_metadata(correlation_id="c", reason="mine"):
+        bank.open_account("Ada")
+        desk.db.session.commit()
+    with desk.context() as bank:
+        bank.open_account("Ada")
+        desk.db.session.commit()
+    for _ in range(3):
+        assert not desk.run_once()
+    found = records(desk)
+    assert len(found) == 6
+    by_correlation: dict[str, list[Any]] = {}
+    for each in found:
+        by_correlation.setdefault(each.correlation_id, []).append(each)
+    assert sorted(map(len, by_correlation.values())) == [3, 3]
+    for chain in by_correlation.values():
+        causes = [each.event_metadata.get("causation_id") for each in chain]
+        assert causes == [None, str(chain[0].event_id), str(chain[1].event_id)]
+    # Inline, it is saved within what the user has put.
+    reasons = [each.event_metadata.get("reason") for each in by_correlation["c"]]
+    assert reasons == ["mine", "mine" if inline else None, None]
+
+
+def test_event_without_a_correlation_begins_one(desk: Desk) -> None:
+    """What an event from before has caused has a correlation, the same for all of it, and no cause."""
+
+    class Twice(ModelProjection):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            if event.owner == "Ada":
+                desk.es.application.open_account("Bea")
+                desk.es.application.open_account("Bea")
+
+    desk.register(Twice)
+    with desk.context() as bank:
+        bank.open_account("Ada")
+        bank.open_account("Ada")
+        desk.db.session.commit()
+        record = desk.es.StoredEvent
+        desk.db.session.execute(sa.update(record).values(event_id=None, correlation_id=None, event_metadata=None))
+        desk.db.session.commit()
+    assert not desk.run_once()
+    correlations = [each.correlation_id for each in records(desk)[2:]]
+    assert correlations[0] == correlations[1] != correlations[2] == correlations[3]
+    assert all("causation_id" not in each.event_metadata for each in records(desk)[2:])
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_handlers_that_name_it_are_told_what_was_recorded(desk: Desk, inline: bool) -> None:
+    """A handler or reaction that names ``recorded`` is told position, id, time and metadata; others are not."""
+    told: list[tuple[str, Recorded]] = []
+    is_inline = inline
+
+    class Told(ModelProjection):
+        inline = is_inline
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session, recorded: Recorded) -> None:
+            told.append(("handler", recorded))
+
+        @on(Deposited)
+        def deposited(self, event: Any, session: orm.Session) -> None:
+            told.append(("plain", Recorded(0, None, None, {})))
+
+        @reaction(Created)
+        def answered(self, event: Any, key: str, *, recorded: Recorded) -> None:
+            assert key == str(recorded.event_id)
+            told.append(("reaction", recorded))
+
+    desk.register(Told)
+    with desk.es.event_metadata(reason="r"):
+        desk.open(1)
+    assert not desk.run_once()
+    (first, _) = records(desk)
+    assert sorted(name for name, _ in told) == ["handler", "plain", "reaction"]
+    for recorded in (each for name, each in told if name != "plain"):
+        assert recorded.position == first.notification_id
+        assert recorded.event_id == first.event_id
+        assert recorded.correlation_id == first.correlation_id
+        assert recorded.metadata["reason"] == "r"
+        assert recorded.time is not None
+        assert recorded.time.utcoffset() is not None
+        assert recorded.time.replace(tzinfo=None) == first.recorded_at.replace(tzinfo=None)
+
+
+def test_many_events_are_read_at_once(desk: Desk) -> None:
+    """What was recorded of the events of a batch is read with one query, and not at all where nobody asks."""
+    told: list[UUID | None] = []
+
+    class Told(ModelProjection):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session, recorded: Recorded) -> None:
+            told.append(recorded.event_id)
+
+    desk.register(Told)
+    desk.balances()
+    with desk.context() as bank:
+        for _ in range(50):
+            bank.open_account()
+        desk.db.session.commit()
+        engine = desk.db.engine
+    statements: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "event_id" in statement:
+            statements.append(statement)
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        assert not desk.run_once("Balances")
+        assert statements == []
+        assert not desk.run_once("Told")
+        assert len(statements) < 50
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", note)
+    assert told == [each.event_id for each in records(desk)]
+
+
+def test_without_metadata_handlers_are_told_of_none(new_desk: MakeDesk) -> None:
+    """Where no metadata are stored, ``recorded`` has the position alone, and nothing is caused."""
+    desk = new_desk(EVENTSOURCING_METADATA=False)
+    told: list[Recorded] = []
+
+    class Told(ModelProjection):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session, recorded: Recorded) -> None:
+            told.append(recorded)
+
+    desk.register(Told)
+    chained(desk)
+    with desk.context() as bank:
+        bank.open_account("Ada")
+        desk.db.session.commit()
+    assert not desk.run_once()
+    assert told[0] == Recorded(1, None, None, {})
+    assert {each.correlation_id for each in records(desk)} == {None}
+
+
+def test_rebuild_tells_it_too(desk: Desk) -> None:
+    """A rebuild calls handlers with ``recorded`` as a worker does."""
+
+    class Told(ModelProjection):
+        models = (desk.Seen,)
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session, recorded: Recorded) -> None:
+            row = desk.Seen(
+                account_id=str(event.originator_id), version=recorded.position, text=recorded.metadata["why"]
+            )
+            session.add(row)
+
+    desk.register(Told)
+    with desk.es.event_metadata(why="because"):
+        desk.open()
+        desk.open()
+    assert not desk.run_once()
+    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "Told"])
+    assert result.exit_code == 0, result.output
+    with desk.app.app_context():
+        rows = desk.db.session.execute(sa.select(desk.Seen.version, desk.Seen.text).order_by(desk.Seen.version)).all()
+    assert [tuple(row) for row in rows] == [(1, "because"), (2, "because")]
+
+
+def test_a_further_parameter_of_another_name_is_refused() -> None:
+    """A handler that needs a parameter which nobody gives is refused where it is written."""
+    with pytest.raises(ConfigurationError, match="must take"):
+
+        class Wrong(ModelProjection):
+            @on(Created)  # type: ignore[arg-type]  # as type checkers say too
+            def opened(self, event: Any, session: orm.Session, metadata: Any) -> None: ...

@@ -1,0 +1,301 @@
+"""The metadata in force: put, replaced and hidden; in threads, greenlets, tasks and generators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from flask_eventsourcing import EventMetadataError
+from flask_eventsourcing.metadata import (
+    Collector,
+    Recorded,
+    caused_by,
+    event_metadata,
+    get_metadata_from_context,
+    new_ids,
+    null_metadata_in_context,
+    put_metadata_in_context,
+    set_metadata_in_context,
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    assert get_metadata_from_context() == {}
+    yield
+    assert get_metadata_from_context() == {}
+
+
+def test_put_merges_set_replaces_null_hides() -> None:
+    """Blocks within each other merge, replace or hide what is around them, and give it back."""
+    with put_metadata_in_context({"a": "1", "b": "1"}):
+        with put_metadata_in_context({"b": "2"}):
+            assert get_metadata_from_context() == {"a": "1", "b": "2"}
+        with set_metadata_in_context({"c": "3"}):
+            assert get_metadata_from_context() == {"c": "3"}
+        with null_metadata_in_context():
+            assert get_metadata_from_context() == {}
+            with event_metadata(d="4"):
+                assert get_metadata_from_context() == {"d": "4"}
+        assert get_metadata_from_context() == {"a": "1", "b": "1"}
+
+
+def test_what_is_got_is_a_copy() -> None:
+    """Who changes what he got changes nothing that is in force."""
+    with event_metadata(a="1"):
+        get_metadata_from_context()["b"] = "2"
+        assert get_metadata_from_context() == {"a": "1"}
+
+
+def test_block_gives_back_after_an_error() -> None:
+    """An error ends a block as its end does."""
+    with pytest.raises(KeyError), event_metadata(a="1"):
+        raise KeyError
+
+
+def test_decorator_of_a_function_may_be_reentered() -> None:
+    """A decorated function may call itself, and threads may call it at once."""
+
+    @event_metadata(a="1")
+    def again(depth: int) -> dict[str, str]:
+        return again(depth - 1) if depth else get_metadata_from_context()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(again, range(8))) == [{"a": "1"}] * 8
+    assert again.__name__ == "again"
+
+
+def test_block_is_used_once_at_a_time() -> None:
+    """A block within itself is refused, and can be used again afterwards."""
+    block = event_metadata(a="1")
+    with block, pytest.raises(RuntimeError, match="each 'with'"), block:
+        pass
+    with block:
+        assert get_metadata_from_context() == {"a": "1"}
+
+
+def test_decorated_generator_keeps_it_between_its_steps() -> None:
+    """What a decorated generator has is not in force for its caller, and the other way round, nor when it is closed."""
+    ended: list[dict[str, str]] = []
+
+    @event_metadata(a="1")
+    def steps() -> Iterator[Any]:
+        try:
+            with event_metadata(b="2"):
+                got = yield get_metadata_from_context()
+                yield got
+        finally:
+            ended.append(get_metadata_from_context())
+
+    with event_metadata(outer="1"):
+        generator: Any = steps()
+        assert next(generator) == {"outer": "1", "a": "1", "b": "2"}
+        assert get_metadata_from_context() == {"outer": "1"}
+        assert generator.send("sent") == "sent"
+        assert get_metadata_from_context() == {"outer": "1"}
+    generator.close()
+    assert ended == [{"outer": "1", "a": "1"}]
+
+
+def test_decorated_generator_returns_and_is_thrown_into() -> None:
+    """A decorated generator takes errors and returns a value as another does."""
+
+    @event_metadata(a="1")
+    def steps() -> Any:
+        try:
+            yield 1
+        except ValueError:
+            yield get_metadata_from_context()
+        return 3
+
+    generator = steps()
+    assert next(generator) == 1
+    assert generator.throw(ValueError()) == {"a": "1"}
+    with pytest.raises(StopIteration) as stop:
+        next(generator)
+    assert stop.value.value == 3
+
+
+def test_block_in_a_generator_may_end_elsewhere() -> None:
+    """A generator that is closed in another context, or after others have put more, takes away its own only."""
+
+    def steps() -> Generator[int, None, None]:
+        with event_metadata(a="1"):
+            yield 1
+
+    generator = steps()
+    next(generator)
+    with event_metadata(b="2"):
+        generator.close()
+        assert get_metadata_from_context() == {"b": "2"}
+    other = steps()
+    contextvars.copy_context().run(next, other)
+    assert get_metadata_from_context() == {}
+    other.close()
+    last = steps()
+    next(last)
+    del last
+    gc.collect()
+
+
+def test_coroutines_and_asynchronous_generators() -> None:
+    """Tasks have their own, a decorated coroutine has it to its end, an asynchronous generator while it runs."""
+
+    async def task(name: str) -> list[str]:
+        found = []
+        with event_metadata(task=name):
+            for _ in range(20):
+                await asyncio.sleep(0)
+                found.append(get_metadata_from_context()["task"])
+        return found
+
+    @event_metadata(a="1")
+    async def decorated() -> dict[str, str]:
+        await asyncio.sleep(0)
+        return get_metadata_from_context()
+
+    @event_metadata(a="1")
+    async def steps() -> AsyncIterator[dict[str, str]]:
+        yield get_metadata_from_context()
+        await asyncio.sleep(0)
+        yield get_metadata_from_context()
+
+    async def main() -> None:
+        names = [str(number) for number in range(50)]
+        assert await asyncio.gather(*map(task, names)) == [[name] * 20 for name in names]
+        assert await decorated() == {"a": "1"}
+        async for found in steps():
+            assert found == {"a": "1"}
+            assert get_metadata_from_context() == {}
+
+    asyncio.run(main())
+
+
+def test_threads_do_not_see_each_other() -> None:
+    """Sixteen threads at once with different metadata: none sees another's."""
+    start, wrong = threading.Barrier(16), []
+
+    def work(name: str) -> None:
+        start.wait()
+        for number in range(200):
+            with event_metadata(thread=name, number=str(number)):
+                time.sleep(0)
+                if get_metadata_from_context() != {"thread": name, "number": str(number)}:
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(16)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == []
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import gevent
+from flask_eventsourcing.metadata import event_metadata, get_metadata_from_context
+
+def work(name):
+    for number in range(20):
+        with event_metadata(name=name, number=str(number)):
+            gevent.sleep(0)
+            assert get_metadata_from_context() == {"name": name, "number": str(number)}
+    assert get_metadata_from_context() == {}
+
+gevent.joinall([gevent.spawn(work, str(number)) for number in range(100)], raise_error=True)
+"""
+
+
+def test_greenlets_do_not_see_each_other() -> None:
+    """A hundred greenlets at once with different metadata: none sees another's."""
+    pytest.importorskip("gevent")
+    done = subprocess.run([sys.executable, "-c", GREENLETS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "values", [{"a": 1}, {"a": None}, {1: "a"}, {"": "a"}, {"a": "\0"}, {"a": "\ud800"}, {"a\n": "b"}, [("a", "b")]]
+)
+def test_what_is_no_text_is_refused(values: Any) -> None:
+    """Keys and values are texts that every database takes; others are refused where they are put."""
+    with pytest.raises(EventMetadataError):
+        put_metadata_in_context(values)
+
+
+def test_collector_names_the_provider() -> None:
+    """A provider that fails, or returns what is none, is named, and what it said is not."""
+
+    def broken() -> Any:
+        raise LookupError("secret")
+
+    def wrong() -> Any:
+        return {"user": 7}
+
+    with pytest.raises(EventMetadataError, match=r"test_event_metadata.*broken.*LookupError") as found:
+        Collector([broken])()
+    assert "secret" not in str(found.value)
+    with pytest.raises(EventMetadataError, match=r"wrong.*'user' is of type int"):
+        Collector([wrong])()
+    assert Collector([lambda: None])().keys() == {"correlation_id"}
+
+
+def test_collector_takes_what_was_put_before_what_is_provided() -> None:
+    """What was put into the context is in the place of what providers give, and a correlation is always there."""
+    collect = Collector([lambda: {"a": "1", "b": "1"}, lambda: {"b": "2"}])
+    with event_metadata(a="put", correlation_id="mine"):
+        assert collect() == {"a": "put", "b": "2", "correlation_id": "mine"}
+    assert collect()["correlation_id"] != collect()["correlation_id"]
+
+
+@pytest.mark.parametrize("long", ["x" * 4100, "é" * 2100, '"' * 2100])
+def test_metadata_are_limited(long: str) -> None:
+    """More than 4 KiB of JSON is refused with the size, and less is not."""
+    with event_metadata(note=long), pytest.raises(EventMetadataError, match=r"\d+ bytes"):
+        Collector()()
+    with event_metadata(note=long[: len(long) // 2]):
+        Collector()()
+
+
+@pytest.mark.parametrize("correlation", ["", "x" * 129, "a\nb"])
+def test_correlation_fits_its_column(correlation: str) -> None:
+    """A correlation id that its column does not take is refused."""
+    with event_metadata(correlation_id=correlation), pytest.raises(EventMetadataError, match="128"):
+        Collector()()
+
+
+def test_cause_is_looked_up_once_and_late() -> None:
+    """The event that is handled is looked up when something is saved, once, and only then."""
+    calls: list[int] = []
+    event_id = UUID(int=7)
+
+    def find() -> Recorded:
+        calls.append(1)
+        return Recorded(1, event_id, None, {"correlation_id": "c", "user": "ada"})
+
+    with caused_by(find):
+        assert calls == []
+        assert Collector()() == {"correlation_id": "c", "causation_id": str(event_id)}
+        assert Collector()()["correlation_id"] == "c"
+    assert calls == [1]
+    with caused_by(lambda: None):
+        assert Collector()().keys() == {"correlation_id"}
+
+
+def test_ids_are_of_version_seven_and_in_order() -> None:
+    """The ids of events are UUIDs of version 7, all different and in their order."""
+    ids = [UUID(int=each.int) for each in new_ids(5000)]
+    assert {each.version for each in ids} == {7}
+    assert sorted(set(ids)) == ids
