@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
+from typing import Any, Generic, ParamSpec, cast, overload
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -62,8 +62,6 @@ class EventSourcing(Generic[First_co, Db_co]):
     One object serves any number of Flask apps. Your own record classes belong to the first application. For type
     checkers it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
     """
-
-    event_metadata: ClassVar[Callable[..., MetadataBlock]] = staticmethod(event_metadata)
 
     def __init__(
         self,
@@ -190,8 +188,6 @@ class EventSourcing(Generic[First_co, Db_co]):
         followed: type[Application[Any]] = of
         return followed
 
-    # ------------------------------------------------------------------------------------------------- registering
-
     def init_app(self, app: Flask) -> None:
         """Register on a Flask app, after ``db.init_app(app)`` and after its configuration is complete.
 
@@ -226,8 +222,6 @@ class EventSourcing(Generic[First_co, Db_co]):
         self._made_db, self._constructors, self._stands_in = made_db or self._made_db, constructors, stands_in
         if stands_in:
             self._records.watch(Application.name)
-
-    # ---------------------------------------------------------------------------------------------------- using
 
     @property
     def application(self) -> First_co:
@@ -293,6 +287,11 @@ class EventSourcing(Generic[First_co, Db_co]):
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
         return current_state().current_host.transaction()
+
+    @staticmethod
+    def event_metadata(**metadata: str) -> MetadataBlock:
+        """See :func:`flask_eventsourcing.metadata.event_metadata`."""
+        return event_metadata(**metadata)
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
         """Within it, a session of your own is the current one, also as ``db.session``; afterwards the former is again.

@@ -52,11 +52,14 @@ class Site:
 
         in_thread(run)
 
-    def opened(self) -> UUID:
-        """Open an account, commit, and return its id."""
+    def opened(self, *deposits: int) -> UUID:
+        """Open an account, with deposits, and return its id; each is committed."""
         with self.app.app_context():
             account_id = self.bank.open_account()
             self.db.session.commit()
+            for amount in deposits:
+                self.bank.deposit(account_id, amount)
+                self.db.session.commit()
         return account_id
 
     def note(self, text: str = "note") -> None:

@@ -20,6 +20,7 @@ from sqlalchemy import orm
 
 from .._patches import application_method
 from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
+from ..failures import OnError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..persistence.describing import saving
 from ..uow import UnitOfWork
@@ -154,7 +155,8 @@ class Records:
         aggregates = processing_event.aggregates
         ids = {each.originator_id for each in processing_event.events}
         changed = [obj for key, obj in aggregates.items() if key in ids]
-        try:
+        # Whatever it was, save() has taken the events away.
+        with OnError(lambda error: _give_up(application, changed, error)):
             if processing_event.saved_kwargs.get("session") is not None:
                 raise ConfigurationError(f"A session is given to save() of {application.name} itself: {SESSION}.")
             for obj in aggregates.values():
@@ -163,14 +165,14 @@ class Records:
                 _note(unit, changed, ids)
             with saving(processing_event.events):
                 return type(application)._record(application, processing_event)
-        except BaseException as error:
-            # Whatever it was, save() has taken the events away.
-            for obj in changed:
-                lose(obj, NOT_STORED)
-                if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
-                    # It was changed, or is older than what is stored and would stay so.
-                    evict(application.repository.cache, obj.id)
-            raise
+
+
+def _give_up(application: Application[Any], changed: list[Any], error: BaseException) -> None:
+    for obj in changed:
+        lose(obj, NOT_STORED)
+        if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
+            # It was changed, or is older than what is stored and would stay so.
+            evict(application.repository.cache, obj.id)
 
 
 def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateTable
 
 from ..exceptions import ProjectionBusyError, RebuildError
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import MAY_PASS, is_outage
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
 from .applying import Applier, EventError, may_be_its_own
@@ -208,7 +208,7 @@ class Rebuild:
         started = time.monotonic()
         try:
             applier.try_out(session, page)
-        except Exception as error:
+        except (EventError, *MAY_PASS) as error:
             # One by one it is seen which event it was, and whether the handler or the database failed.
             if not (isinstance(error, EventError) or is_outage(error)):
                 raise

@@ -262,7 +262,8 @@ class Following:
     def ended(self) -> None:
         """Note that the transaction has ended, and another may begin."""
         self._suspicion = 0
-        self.is_committing = self.is_prepared = False
+        self.is_committing = False
+        self.is_prepared = False
 
     @property
     def is_suspicious(self) -> bool:

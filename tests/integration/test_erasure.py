@@ -61,16 +61,6 @@ def erased(site: Site, account_id: UUID, *, redact: bool = False) -> Any:
     return done
 
 
-def deposited(site: Site, *amounts: int) -> UUID:
-    """Open an account with deposits, each committed."""
-    account_id = site.opened()
-    with site.app.app_context():
-        for amount in amounts:
-            site.bank.deposit(account_id, amount)
-            site.db.session.commit()
-    return account_id
-
-
 def all_events(_: Any, events: Any) -> Any:
     """Make no aggregate of events, but a list."""
     return list(events)
@@ -100,7 +90,7 @@ def snapshots(site: Site) -> int:
 def test_deleted_events_leave_a_tombstone(new_site: MakeSite) -> None:
     """Events and snapshots are gone, the log can be read, and its last event tells who was erased; others stay."""
     site = new_site(Branch)
-    kept, account_id = deposited(site, 1), deposited(site, 1, 2, 3)
+    kept, account_id = site.opened(1), site.opened(1, 2, 3)
     assert snapshots(site) == 3
     done = erased(site, account_id)
     assert (done.events, done.snapshots, done.dead_letters) == (4, 2, 0)
@@ -115,7 +105,7 @@ def test_deleted_events_leave_a_tombstone(new_site: MakeSite) -> None:
 def test_redacted_events_keep_their_positions(new_site: MakeSite) -> None:
     """Redacted events are at their positions, with their versions, and what they said is nowhere in the database."""
     site = new_site(Branch)
-    account_id = deposited(site, 1, 2, 3)
+    account_id = site.opened(1, 2, 3)
     with site.app.app_context():
         record: Any = site.es.StoredEvent
         values = {record.event_metadata: {"user": "ada"}, record.correlation_id: "ada"}
@@ -134,7 +124,7 @@ def test_redacted_events_keep_their_positions(new_site: MakeSite) -> None:
 
 def test_an_erased_aggregate_cannot_be_read(site: Site, redact: bool) -> None:
     """To read it, at any version, is one clear error, which is that of an aggregate that is not found."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     erased(site, account_id, redact=redact)
     with site.app.app_context():
         with pytest.raises(AggregateErasedError, match=f"{account_id} was erased"):
@@ -149,7 +139,7 @@ def test_an_erased_aggregate_cannot_be_read(site: Site, redact: bool) -> None:
 
 def test_nobody_brings_it_back(site: Site, redact: bool) -> None:
     """An object from before is refused when it is saved, then and later, and a new aggregate does not get its id."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     with site.app.app_context():
         stale = site.bank.account(account_id)
         site.db.session.commit()
@@ -171,7 +161,7 @@ def test_nobody_brings_it_back(site: Site, redact: bool) -> None:
 
 def test_erasure_is_part_of_the_transaction(site: Site, redact: bool) -> None:
     """Nothing is gone before the commit, and a rollback, of a savepoint too, brings all of it back."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     before = log(site)
     with site.app.app_context():
         site.note("kept")
@@ -191,7 +181,7 @@ def test_erasure_is_part_of_the_transaction(site: Site, redact: bool) -> None:
 def test_erasure_in_the_mode_save(new_site: MakeSite) -> None:
     """Where each save is committed, an erasure is too, as a whole; within a unit of work that commits it."""
     site = new_site(EVENTSOURCING_COMMIT="save")
-    one, other = deposited(site, 1), deposited(site, 1)
+    one, other = site.opened(1), site.opened(1)
     with site.app.app_context():
         site.es.erase(one)
         site.db.session.rollback()
@@ -204,7 +194,7 @@ def test_erasure_in_the_mode_save(new_site: MakeSite) -> None:
 
 def test_erasing_again(site: Site) -> None:
     """It may be erased again: what is left goes, such as redacted events, and there is no second tombstone."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     assert erased(site, account_id, redact=True).events == 2
     assert erased(site, account_id, redact=True).events == 0
     again = erased(site, account_id)
@@ -232,7 +222,7 @@ def test_what_cannot_be_erased(site: Site) -> None:
 @on_files
 def test_a_writer_meanwhile(site: Site, redact: bool) -> None:
     """Who saves an event of it at the same time is first, or is refused: none of its events is left behind."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     with site.app.app_context():
         assert site.bank.balance(account_id) == 1
         site.elsewhere(lambda: site.bank.deposit(account_id, 5))
@@ -250,7 +240,7 @@ def test_a_writer_meanwhile(site: Site, redact: bool) -> None:
 @on_files
 def test_many_writers_meanwhile(site: Site) -> None:
     """However many save events of it while it is erased: nothing is left but the tombstone, and each is told."""
-    account_id, other = deposited(site, 1), deposited(site, 1)
+    account_id, other = site.opened(1), site.opened(1)
     begun = threading.Barrier(4, timeout=30)
 
     def deposit() -> None:
@@ -277,7 +267,7 @@ def test_the_cache_of_this_process(new_site: MakeSite, fastforward: str) -> None
     """A cache serves an aggregate until the commit of its erasure, and after a rollback, and then never again."""
     env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
     site = new_site(EVENTSOURCING_ENV=env)
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     assert site.balance(account_id) == 1
     with site.app.app_context():
         site.es.erase(account_id)
@@ -296,7 +286,7 @@ def test_the_cache_of_this_process(new_site: MakeSite, fastforward: str) -> None
 def test_the_cache_of_another_process(new_site: MakeSite, uri: str) -> None:
     """A cache that is fast-forwarded comes upon the tombstone of others, and forgets the aggregate."""
     site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10"})
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     assert site.balance(account_id) == 1
     other = make_site(uri, create=False)
     erased(other, account_id)
@@ -361,7 +351,7 @@ def test_an_encrypted_log(new_site: MakeSite, redact: bool) -> None:
     """Where states are encrypted and compressed, those of tombstones and redacted events are, and can be read."""
     env = {"COMPRESSOR_TOPIC": "eventsourcing.compressor:ZlibCompressor"}
     site = new_site(EVENTSOURCING_ENV=env)
-    erased(site, deposited(site, 1), redact=redact)
+    erased(site, site.opened(1), redact=redact)
     assert len(log(site)) == (3 if redact else 1)
     with site.app.app_context():
         event: Any = site.bank.mapper.to_domain_event(site.bank.recorder.select_notifications(1, 10)[-1])
@@ -396,7 +386,7 @@ def test_a_tenant(site: Site, redact: bool) -> None:
 @on_postgresql
 def test_a_role_without_the_right_to_delete(site: Site, uri: str) -> None:
     """A role that may not delete is told so, and nothing is changed."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     role = f"web_{uuid4().hex}"
     with site.app.app_context():
         engine = site.db.engine
@@ -450,7 +440,7 @@ def run(site: Site, *arguments: str, answer: str = "") -> tuple[int, str]:
 
 def test_command(site: Site) -> None:
     """The command tells what there is, asks, and tells what it did; ``--yes`` does not ask; no does nothing."""
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     code, printed = run(site, "erase", str(account_id), answer="n\n")
     assert code == 1
     assert f"Bank {account_id}: 2 events, 0 snapshots." in printed

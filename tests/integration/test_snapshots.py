@@ -51,16 +51,6 @@ def run(site: Site, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def deposited(site: Site, *amounts: int) -> UUID:
-    """Open an account with deposits, each committed."""
-    account_id = site.opened()
-    with site.app.app_context():
-        for amount in amounts:
-            site.bank.deposit(account_id, amount)
-            site.db.session.commit()
-    return account_id
-
-
 def versions(site: Site) -> dict[UUID, list[int]]:
     """Return the versions of the snapshots of each aggregate."""
     with site.app.app_context():
@@ -76,7 +66,7 @@ def versions(site: Site) -> dict[UUID, list[int]]:
 
 def test_take_and_drop(branch: Site) -> None:
     """A snapshot is taken of an aggregate as it is now, again too, and all of its snapshots are dropped."""
-    account_id = deposited(branch, 1)
+    account_id = branch.opened(1)
     assert run(branch, "take", str(account_id)) == (0, f"Bank {account_id}: 1 snapshot taken.\n")
     assert run(branch, "take", str(account_id))[0] == 0
     with branch.app.app_context():
@@ -93,7 +83,7 @@ def test_take_and_drop(branch: Site) -> None:
 def test_all(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--all`` goes through every aggregate, page by page, and passes those by that were erased."""
     monkeypatch.setattr("flask_eventsourcing.commands.aggregates.AT_ONCE", 2)
-    accounts = [deposited(branch, 1) for _ in range(5)]
+    accounts = [branch.opened(1) for _ in range(5)]
     with branch.app.app_context():
         erase(branch.bank, accounts[0])
         erase(branch.bank, accounts[1], redact=True)
@@ -106,7 +96,7 @@ def test_all(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_needed_is_not_dropped(branch: Site) -> None:
     """A snapshot is kept where the events before it were archived, as the aggregate could not be read without it."""
-    account_id, other = deposited(branch, 1, 2), deposited(branch, 1)
+    account_id, other = branch.opened(1, 2), branch.opened(1)
     assert run(branch, "take", "--all")[0] == 0
     with branch.app.app_context():
         record: Any = branch.es.StoredEvent
@@ -127,7 +117,7 @@ def test_what_is_needed_is_not_dropped(branch: Site) -> None:
 def test_what_is_refused(new_site: MakeSite) -> None:
     """No id, an unknown one, an erased one, and an application without snapshots are one line each, with the remedy."""
     site = new_site(Branch)
-    account_id = deposited(site, 1)
+    account_id = site.opened(1)
     for arguments in (("take",), ("drop",), ("take", str(account_id), "--all")):
         code, printed = run(site, *arguments)
         assert (code, "Give the id of an aggregate, or --all." in printed) == (2, True)
@@ -263,7 +253,7 @@ def test_a_class_with_another_version(branch: Site, monkeypatch: pytest.MonkeyPa
 @on_sqlite_file
 def test_an_error_of_the_class_stays_what_it_is(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong with the events too is raised as it is; ``take --all`` names the aggregate, and goes on."""
-    account_id = deposited(branch, 1)
+    account_id = branch.opened(1)
     parcel_id, _ = grown(branch, {})
 
     class Broken:

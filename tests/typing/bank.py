@@ -178,7 +178,7 @@ def use(app: Flask) -> None:
         assert_type(row.notification_id, int)
         assert_type(row.originator_id, UUID | str)
     assert_type(db.session.scalars(sa.select(Journal.tenant)).first(), str | None)
-    with es.transaction() as session, es.using(session) as used:
+    with es.event_metadata(reason="import"), es.transaction() as session, es.using(session) as used:
         assert_type(used, Session)
     recordings = es.application.save(es.application.account(account_id))
     es.wait_for(Balances, recordings)

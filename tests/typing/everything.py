@@ -21,6 +21,7 @@ from flask_eventsourcing import (
     CommitOutcomeUnknownError,
     ConfigurationError,
     ConstraintError,
+    EventMetadataError,
     EventRedacted,
     EventValueError,
     FlaskEventSourcingError,
@@ -54,6 +55,7 @@ from flask_eventsourcing.models import event_table_arguments, make_models
 from flask_eventsourcing.persistence import (
     Datastore,
     DCBFactory,
+    Description,
     Dialect,
     DialectOptions,
     Factory,
@@ -74,6 +76,7 @@ ERRORS: list[type[FlaskEventSourcingError]] = [
     CommitOutcomeUnknownError,
     ConfigurationError,
     ConstraintError,
+    EventMetadataError,
     EventValueError,
     IdentifierTypeError,
     InheritedDatabaseError,
@@ -172,6 +175,8 @@ def lifecycle() -> None:
 def recorders(datastore: Datastore, table: sa.Table, env: dict[str, str]) -> None:
     """Use the recorders and what makes them."""
     assert_type(datastore.dialect, Dialect)
+    descriptions: list[Description] = []
+    print(descriptions)
     options = DialectOptions(lock_timeout=1.0)
     unit: JoinedUnit | None = datastore.unit()
     print(options, unit, flask_eventsourcing.__version__)

@@ -156,6 +156,10 @@ class PassingError(Exception):
     """An error of this package after which the same may be tried again."""
 
 
+MAY_PASS = (PassingError, sa.exc.SQLAlchemyError, persistence.OperationalError, persistence.InterfaceError)
+"""The classes of what :func:`is_outage` may be true of."""
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether an error passes by itself, so that the same is to be tried again, and nobody's statement is to blame."""
     if isinstance(error, PassingError | sa.exc.TimeoutError | sa.exc.DisconnectionError):

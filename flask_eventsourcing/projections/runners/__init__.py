@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
 from ...exceptions import HandlerError, ProjectionHaltedError
-from ...persistence.dialects import hide_values, is_outage, is_read_only
+from ...persistence.dialects import MAY_PASS, hide_values, is_outage, is_read_only
 from ...persistence.dialects.event_values import printable
 from ...persistence.dialects.locks import RunnerLock
 from ...persistence.subscriptions import Waiter
@@ -230,7 +230,7 @@ class Runner:
                 logger.error("%s", error)
             except FencedError:
                 logger.info("%s: another process moved its position; it goes on from there", self.name)
-            except Exception as error:
+            except MAY_PASS as error:
                 # An outage ends; anything else is raised.
                 if not is_outage(error):
                     raise

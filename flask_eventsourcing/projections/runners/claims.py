@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from ...persistence.dialects import is_outage
+from ...persistence.dialects import MAY_PASS, is_outage
 from ...persistence.dialects.locks import RunnerLock
 from ..checkpoint import CheckpointRow, FencedError, LeaseWatch
 from ..consumers import Consumer
@@ -135,7 +135,7 @@ class Turn:
             self.consumer.checkpoint.release(claimed)
         except FencedError:
             logger.debug("%s: its claim was lost before it was released", self.consumer.name)
-        except Exception as error:
+        except MAY_PASS as error:
             # What ended the run is more important, and another process that takes over does not need this.
             if not is_outage(error):
                 raise
