@@ -39,7 +39,7 @@ OTHER = "0" * 64
 
 def events(desk: Desk) -> sa.Table:
     """Return the table of the log."""
-    table: sa.Table = desk.es.StoredEvent.__table__
+    table: sa.Table = desk.events_table
     return table
 
 
@@ -83,23 +83,23 @@ def refused(desk: Desk, state: str, name: str = "Balances", position: int = 1) -
     status = desk.status(name)
     assert status.state == state
     assert status.problem
-    with desk.app.app_context():
-        assert not desk.es.health().ok
-    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+    with desk.context():
+        assert not desk.health().ok
+    done = desk.command("check")
     assert done.exit_code == 1
     assert status.problem in done.output
-    assert desk.app.test_cli_runner().invoke(args=["eventsourcing", "status", "--check"]).exit_code == 1
+    assert desk.command("status", "--check").exit_code == 1
     (error,) = desk.run_once(name)
     assert isinstance(error, CheckpointMismatchError)
     assert str(error) == status.problem
     if name == "Balances":
-        with desk.app.app_context(), pytest.raises(CheckpointMismatchError):
-            desk.es.wait_for(name, position, timeout=5)
+        with desk.context(), pytest.raises(CheckpointMismatchError):
+            desk.wait_for(name, position, timeout=5)
 
 
 def command(desk: Desk, *arguments: str) -> str:
     """Call a command that succeeds."""
-    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", *arguments])
+    done = desk.command(*arguments)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -178,7 +178,7 @@ def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
     desk.open(1)
     assert not desk.run_once()
     engine = desk.consumer().application.engine
-    tables = [events(desk), desk.es.Tracking.__table__]
+    tables = [events(desk), desk.models.tables["tracking"]]
     for table in tables:
         table.drop(engine)
         table.create(engine)
@@ -226,8 +226,8 @@ def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:
     desk.open(1)
     assert not desk.run_once()
     first.models = (desk.Balance, desk.Seen)
-    with desk.app.app_context():
-        desk.db.create_all()
+    with desk.context():
+        desk.create_all()
     vars(desk.consumer()).pop("tables", None)
     refused(desk, "tables made again")
     command(desk, "projections", "accept", "Balances")

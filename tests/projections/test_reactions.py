@@ -34,11 +34,11 @@ def killed_before_commit(desk: Desk) -> Iterator[None]:
     def kill(session: orm.Session) -> None:
         raise KilledError
 
-    sa.event.listen(desk.db.session, "before_commit", kill)
+    sa.event.listen(desk.sessions, "before_commit", kill)
     try:
         yield
     finally:
-        sa.event.remove(desk.db.session, "before_commit", kill)
+        sa.event.remove(desk.sessions, "before_commit", kill)
 
 
 def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
@@ -123,9 +123,9 @@ def test_reactions_of_an_inline_projection(desk: Desk) -> None:
     desk.register(Watch)
     with desk.context() as bank:
         bank.open_account()
-        desk.db.session.rollback()
+        desk.session.rollback()
         bank.open_account()
-        desk.db.session.commit()
+        desk.session.commit()
     assert not desk.run_once()
     assert len(told) == 1
 
@@ -217,8 +217,8 @@ def test_a_reaction_is_called_with_no_transaction_open(desk: Desk) -> None:
 
         @reaction(Created)
         def told(self, event: Any, key: str) -> None:
-            open_ones.append(desk.db.session().in_transaction())
-            row = desk.db.session.get(desk.Balance, event.originator_id)
+            open_ones.append(desk.session.in_transaction())
+            row = desk.session.get(desk.Balance, event.originator_id)
             assert row is not None
             row.amount = 7
 
