@@ -25,7 +25,7 @@ from .metadata import MetadataBlock, event_metadata
 from .models import Models, SnapshotMixin, StoredEventMixin, TrackingMixin
 from .projections.definitions import ModelProjection, check_projection
 from .projections.registry import Registrations
-from .projections.upkeep.following import Health, status_of, wait_for
+from .projections.upkeep.following import Health
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
@@ -360,16 +360,14 @@ class EventSourcing(Generic[First_co, Db_co]):
         :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
         :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
         """
-        bound = current_state().projections
-        consumer = bound.find(projection)
-        wait_for(consumer, recordings, timeout, bound.waiters_of(consumer))
+        current_state().projections.wait_for(projection, recordings, timeout)
 
     def health(self) -> Health:
         """Look at every projection of the current app: a few queries for each.
 
         :raises NotInitializedError: outside an application context.
         """
-        return Health(tuple(status_of(consumer) for consumer in current_state().projections))
+        return current_state().projections.health()
 
     def erase(
         self, aggregate_id: UUID | str, application: type[Application[Any]] | None = None, *, redact: bool = False

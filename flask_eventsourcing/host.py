@@ -132,6 +132,8 @@ class PlainHost:
         metadata: Sequence[Provider] | Literal[False] = (),
     ) -> None:
         self._factory = session
+        self.models = dict(models)
+        """The record classes of each application class."""
         check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         collector = None if metadata is False else Collector(metadata)
@@ -169,6 +171,11 @@ class PlainHost:
             names = ", ".join(cls.__qualname__ for cls in self._slots)
             raise ConfigurationError(f"{application_class!r} has no models here (there are some for: {names}).")
         return self._slots[application_class].get()  # type: ignore[return-value]
+
+    @property
+    def applications(self) -> Mapping[type[Application[Any]], Application[Any]]:
+        """The single instance of each application class in this process."""
+        return {application_class: slot.get() for application_class, slot in self._slots.items()}
 
     def close(self) -> None:
         """Close the applications of this process; it may be called again."""

@@ -1,4 +1,8 @@
-"""The ``flask eventsourcing`` commands: click's front of what stands in ``commands``."""
+"""The ``flask eventsourcing`` commands: click's front of what stands in ``commands``, for every host.
+
+They work on the current Flask app, or on the ``Subject`` that a program on another host calls them with:
+``group(obj=subject)``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 import click
-from flask.cli import AppGroup
+from flask.cli import with_appcontext
 
 from ..commands import Bar, CommandError, Output, Subject, UsageError, aggregates, checkpoints, letters, reports, work
 from ..web.state import current_state
 
 P = ParamSpec("P")
 
-group: AppGroup = AppGroup("eventsourcing", help="Event-sourced applications: their tables, events and projections.")
+
+def _given() -> Subject | None:
+    return click.get_current_context().find_object(Subject)
+
+
+group: click.Group = click.Group(
+    "eventsourcing", help="Event-sourced applications: their tables, events and projections."
+)
 
 
 class ClickOutput:
@@ -56,7 +67,10 @@ class ClickBar:
 
 
 def subject() -> Subject:
-    """Return what commands work on in the current app."""
+    """Return what commands were called with to work on, or the current app."""
+    given = _given()
+    if given is not None:
+        return given
     state = current_state()
     return Subject(
         program="flask eventsourcing",
@@ -70,9 +84,13 @@ def subject() -> Subject:
 
 
 def call(command: Callable[Concatenate[Subject, Output, P], int], *arguments: P.args, **options: P.kwargs) -> None:
-    """Call a command on the current app, and end with its exit status."""
+    """Call a command on what there is to work on, and end with its exit status."""
+
+    def called() -> int:
+        return command(subject(), ClickOutput(), *arguments, **options)
+
     try:
-        exit_status = command(subject(), ClickOutput(), *arguments, **options)
+        exit_status = called() if _given() is not None else with_appcontext(called)()
     except UsageError as error:
         raise click.UsageError(str(error)) from error
     except CommandError as error:
@@ -144,7 +162,7 @@ def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool
 
 # ------------------------------------------------------------------------------------------------------- dead letters
 
-dead_letters: AppGroup = AppGroup(
+dead_letters: click.Group = click.Group(
     "dead-letters", help="Events that projections have set aside, and those that wait behind them."
 )
 group.add_command(dead_letters)
@@ -192,7 +210,7 @@ def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> No
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
-projections: AppGroup = AppGroup(
+projections: click.Group = click.Group(
     "projections", help="Checkpoints of projections, also of those that are not registered."
 )
 group.add_command(projections)
@@ -264,7 +282,7 @@ def skip(name: str, position: int, reason: str, by: str | None) -> None:
     call(checkpoints.skip, name, position, by=by, reason=reason)
 
 
-reactions: AppGroup = AppGroup("reactions", help="What is done with reactions.")
+reactions: click.Group = click.Group("reactions", help="What is done with reactions.")
 group.add_command(reactions)
 
 
@@ -304,7 +322,7 @@ def erase(aggregate_id: str, redact: bool, yes: bool, application: str | None) -
     call(aggregates.erase_aggregate, aggregate_id, application=application, redact=redact, yes=yes)
 
 
-snapshots: AppGroup = AppGroup("snapshots", help="Snapshots of aggregates.")
+snapshots: click.Group = click.Group("snapshots", help="Snapshots of aggregates.")
 group.add_command(snapshots)
 
 _all_aggregates = click.option("--all", "everything", is_flag=True, help="Of every aggregate.")

@@ -20,7 +20,7 @@ from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
 from ..persistence.dialects import Dialect, dialect_for, hide_values, is_outage, without_values
 from ..projections.consumers import Consumer
-from ..projections.registry import BoundProjections
+from ..projections.registry import BoundProjections, PlainProjections
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class Subject:
     applications: Callable[[], Mapping[str, Application[Any]]]
     projections: BoundProjections
     elsewhere: Mapping[sa.Table, sa.Engine] = field(default_factory=dict)
+
+    @classmethod
+    def of_plain_host(cls, projections: PlainProjections, program: str) -> Subject:
+        """Return what commands work on in a program on a ``PlainHost``.
+
+        :param program: how its user calls the commands.
+        """
+        host = projections.host
+        models = {application_class.name: each for application_class, each in host.models.items()}
+        return cls(
+            program=program,
+            commit_mode="explicit",
+            datastore=host.datastore,
+            application_tables=[(name, table) for name, each in models.items() for table in each.tables.values()],
+            applications=lambda: {cls.name: application for cls, application in host.applications.items()},
+            projections=projections,
+        )
 
     def engine_of(self, table: sa.Table) -> sa.Engine:
         """Return the database that has a table."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,15 @@ from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
 from ..failures import OnError
-from ..host import Host
+from ..host import Host, PlainHost
+from ..models import ProjectionModels
 from ..persistence.dialects import hide_values
+from ..uow import same_database, writer_of
 from .consumers import Consumer, ProjectedApplication, consumers_of, tables_of
 from .consumers.inline import InlineApplier
 from .definitions import ModelProjection, check_projection
 from .runners import Runner
-from .upkeep.following import Waiters
+from .upkeep.following import Health, Waiters, status_of, wait_for
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -162,6 +164,29 @@ class BoundProjections:
         """Return the kept connections with which positions of a consumer are waited for."""
         return self.waiters[consumer.application]
 
+    def worker(self, *names: str, once: bool = False) -> Worker:
+        """Return what runs projections and reactions, by the names of their checkpoints, or all.
+
+        :param once: end as soon as each has reached the end of its log.
+        """
+        return Worker([each for each in self.runnable() if not names or each.name in names], once=once)
+
+    def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
+        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+
+        :param recordings: what ``Application.save()`` returned, or a position of the log.
+        :param timeout: in seconds.
+        :raises TimeoutError: when that takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
+        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        """
+        consumer = self.find(projection)
+        wait_for(consumer, recordings, timeout, self.waiters_of(consumer))
+
+    def health(self) -> Health:
+        """Look at every projection: a few queries for each."""
+        return Health(tuple(status_of(consumer) for consumer in self))
+
     def dead_letters_of(self, application_name: str) -> sa.Table | None:
         """Return the table of the dead letters of an application's projections, if it has any."""
         found = (each for each in self.applications.values() if each.name == application_name)
@@ -182,6 +207,66 @@ class BoundProjections:
         """Close the connections that wait for positions."""
         for waiters in self.waiters.values():
             waiters.close()
+
+
+class PlainProjections(BoundProjections):
+    """The projections of a ``PlainHost``.
+
+    :param host: the host.
+    :param models: the record classes for the projections of each application class, as
+        ``flask_eventsourcing.models.make_projection_models`` makes them.
+    :param lease: whether workers hold a lease rather than a lock of the server, which a pooler may take from them.
+    :raises ConfigurationError: when a table of *models* is named as the database cannot have it.
+    """
+
+    host: PlainHost
+
+    def __init__(
+        self, host: PlainHost, models: Mapping[type[Application[Any]], ProjectionModels], *, lease: bool = False
+    ) -> None:
+        for own in models.values():
+            host.datastore.dialect.check_names(own.tables.values())
+
+        def followed(of: type[Application[Any]]) -> ProjectedApplication:
+            return ProjectedApplication(host, of.name, lambda: host[of], models[of], lease=lease)
+
+        super().__init__(host, followed, self._check_database)
+        self._registrations = Registrations()
+        self._classes = list(models)
+
+    def register(
+        self, projection_class: type[ModelProjection], of: type[Application[Any]] | None = None
+    ) -> type[ModelProjection]:
+        """Register a projection, and return it; usable as a decorator where there is one application.
+
+        :param of: the application class whose events it follows; not needed where there is only one.
+        :raises ConfigurationError: when the class cannot be used; the message says why.
+        """
+        if of is None and len(self._classes) == 1:
+            of = self._classes[0]
+        if of not in self._classes:
+            names = ", ".join(cls.__qualname__ for cls in self._classes) or "none"
+            raise ConfigurationError(
+                f"Projection {projection_class!r}: of={of!r} has no models for projections here (there are some for: "
+                f"{names})."
+            )
+        # All is checked before anything is registered.
+        self.check(projection_class)
+        self.check_owner(projection_class, of)
+        self.add(self._registrations.add(projection_class, of))
+        return projection_class
+
+    def _check_database(self, projection_class: type[ModelProjection], table: sa.Table) -> None:
+        with self.host.session() as session:
+            try:
+                found = writer_of(session, table).engine
+            except sa.exc.UnboundExecutionError:
+                found = None
+        if found is None or not same_database(found, self.host.datastore.engine):
+            raise ConfigurationError(
+                f"Table {table.name!r} of {projection_class.__name__} is not in the database of the events: it must "
+                "be, as they are committed in one transaction."
+            )
 
 
 class Worker:

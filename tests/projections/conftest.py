@@ -9,15 +9,42 @@ from typing import Any, Protocol
 import pytest
 from eventsourcing.application import Application
 
-from tests.projections.desk import Desk, make_desk
+from tests.projections.desk import Desk, FlaskDesk, make_desk, make_plain_desk
 
 DATABASES = ("sqlite-file", "postgresql", "mariadb")
+HOSTS = ("flask", "plain")
+FOLDER = Path(__file__).parent
+ON_FLASK = ("test_locks", "test_many_letters")
+"""The modules of what no host has a part in: locks of the database, and long lists of letters."""
+ON_SERVERS = ("test_handlers", "test_reactions", "test_repair", "test_waiting")
+"""The modules whose tests run on a plain host on each database; the others on SQLite only, for their time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Choose what runs on the plain host."""
+    items[:] = [item for item in items if _is_wanted(item)]
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if parameters.get("host") != "plain" or item.path.parent != FOLDER:
+        return True
+    if str(parameters.get("uri", "sqlite")).startswith("sqlite"):
+        return item.path.stem not in ON_FLASK
+    return item.path.stem in ON_SERVERS
 
 
 class MakeDesk(Protocol):
     """Makes a desk on the test's database that is closed at the end of the test."""
 
     def __call__(self, *classes: type[Application[Any]], id_type: Any = None, **config: Any) -> Desk:
+        """Make it; keyword arguments are configuration keys."""
+
+
+class MakeFlaskDesk(Protocol):
+    """The same where there is Flask only."""
+
+    def __call__(self, *classes: type[Application[Any]], id_type: Any = None, **config: Any) -> FlaskDesk:
         """Make it; keyword arguments are configuration keys."""
 
 
@@ -32,13 +59,23 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
+@pytest.fixture(params=HOSTS)
+def host(request: pytest.FixtureRequest) -> str:
+    """The name of each host."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def new_desk(uri: str) -> Iterator[MakeDesk]:
-    """Makes desks that are closed at the end."""
+def new_desk(uri: str, host: str) -> Iterator[MakeDesk]:
+    """Makes desks on each host that are closed at the end."""
     made: list[Desk] = []
 
     def make(*classes: type[Application[Any]], id_type: Any = None, **config: Any) -> Desk:
-        made.append(make_desk(uri, *classes, id_type=id_type, **config))
+        if host == "plain":
+            made.append(make_plain_desk(uri, id_type=id_type, **config))
+        else:
+            made.append(make_desk(uri, *classes, id_type=id_type, **config))
         return made[-1]
 
     yield make

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
+import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner, Result
 from eventsourcing.application import Application
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
+from flask_eventsourcing.applications.erasure import Erasure, erase
+from flask_eventsourcing.cli import group
+from flask_eventsourcing.commands import Subject
+from flask_eventsourcing.config import Config
+from flask_eventsourcing.host import PlainHost
+from flask_eventsourcing.models import Models, make_projection_models
+from flask_eventsourcing.models import make_models as event_models
+from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
-from flask_eventsourcing.projections.registry import Worker
-from flask_eventsourcing.projections.upkeep.following import ProjectionStatus
+from flask_eventsourcing.projections.registry import BoundProjections, PlainProjections, Worker
+from flask_eventsourcing.projections.upkeep.following import Health, ProjectionStatus
 from tests.bank import make_app
 from tests.domain import Account, Bank
 
+R = TypeVar("R")
 PATIENCE = 30.0
+on_flask = pytest.mark.parametrize("host", ["flask"], indirect=True)
+"""For what is Flask's own."""
 Created: Any = Account.Created
 Deposited: Any = Account.Deposited  # type: ignore[attr-defined]
 
@@ -34,9 +48,8 @@ class PoisonError(Exception):
     """What the handlers of the tests fail with."""
 
 
-def make_models(db: SQLAlchemy, id_type: Any = None) -> tuple[Any, Any]:
+def make_models(base: Any, id_type: Any = None) -> tuple[Any, Any]:
     """Make the read models: the balance of each account, and a list of what happened."""
-    base: Any = db.Model
     balance = {
         "__tablename__": "balance",
         "account_id": orm.mapped_column(id_type or sa.Uuid(), primary_key=True),
@@ -53,23 +66,94 @@ def make_models(db: SQLAlchemy, id_type: Any = None) -> tuple[Any, Any]:
 
 
 @dataclass(eq=False)
-class Desk:
-    """A Flask app with a bank, its read models, and switches that make handlers fail."""
+class Desk(ABC):
+    """A bank on a host, its read models, and switches that make handlers fail."""
 
-    app: Flask
-    db: SQLAlchemy
-    es: EventSourcing[Bank]
+    program: ClassVar[str]
+    """How its user calls the commands."""
+    Model: Any
     Balance: Any
     Seen: Any
-    poison: set[int] = field(default_factory=set)
+    poison: set[int] = field(default_factory=set, kw_only=True)
     """Amounts whose deposits the handlers refuse."""
-    calls: list[tuple[UUID, int, str]] = field(default_factory=list)
+    calls: list[tuple[UUID, int, str]] = field(default_factory=list, kw_only=True)
     """What reactions were called with: aggregate, version and key."""
 
     @property
+    @abstractmethod
     def bank(self) -> Bank:
-        """The bank of the current app context."""
-        return self.es.application
+        """The bank of the current context."""
+
+    @property
+    @abstractmethod
+    def projections(self) -> BoundProjections:
+        """Those that are registered."""
+
+    @property
+    @abstractmethod
+    def session(self) -> orm.Session:
+        """The current session."""
+
+    @property
+    @abstractmethod
+    def sessions(self) -> Any:
+        """What makes the sessions, for who listens to all of them."""
+
+    @property
+    @abstractmethod
+    def models(self) -> Models:
+        """The record classes of the first application."""
+
+    @property
+    def events_table(self) -> sa.Table:
+        """The table of the log."""
+        return self.models.tables["events"]
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The database."""
+        return self.projections.host.datastore.engine
+
+    @abstractmethod
+    def _working(self) -> AbstractContextManager[object]:
+        """What is around a piece of work with a session of its own."""
+
+    @abstractmethod
+    def projection(self, projection_class: Any) -> Any:
+        """Register a projection, and make no table."""
+
+    @abstractmethod
+    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Have another session be the current one."""
+
+    @abstractmethod
+    def retry(self, function: Callable[[], R], times: int = 3) -> R:
+        """Run a unit of work, and again after a conflict."""
+
+    @abstractmethod
+    def erase(self, aggregate_id: Any, *, redact: bool = False) -> Erasure:
+        """Erase an aggregate with the next commit."""
+
+    @abstractmethod
+    def command(self, *arguments: str, input: str | None = None) -> Result:
+        """Call a command."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the applications and every connection."""
+
+    def create_all(self) -> None:
+        """Make the tables that are missing."""
+        self.Model.metadata.create_all(self.engine)
+
+    def health(self) -> Health:
+        """Look at every projection."""
+        with self._working():
+            return self.projections.health()
+
+    def wait_for(self, projection: Any, recordings: Any, timeout: float = 5.0) -> None:
+        """Wait until a projection has dealt with events."""
+        self.projections.wait_for(projection, recordings, timeout)
 
     def balances(self, **attributes: Any) -> type[ModelProjection]:
         """Register the projection of balances, with class attributes of its own."""
@@ -106,22 +190,21 @@ class Desk:
 
     def register(self, projection_class: Any) -> type[ModelProjection]:
         """Register a projection on the bank."""
-        registered: type[ModelProjection] = self.es.projection(projection_class)
-        with self.app.app_context():
-            self.db.create_all()
+        registered: type[ModelProjection] = self.projection(projection_class)
+        self.create_all()
         return registered
 
     @contextmanager
     def context(self) -> Iterator[Bank]:
-        """An application context, with the bank."""
-        with self.app.app_context():
+        """What is around a piece of work, with the bank."""
+        with self._working():
             yield self.bank
 
     def open(self, *amounts: int) -> UUID:
         """Open an account, make deposits, each in a transaction of its own, and return the account's id."""
         with self.context() as bank:
             account_id = bank.open_account()
-            self.db.session.commit()
+            self.session.commit()
         self.deposit(account_id, *amounts)
         return account_id
 
@@ -130,12 +213,11 @@ class Desk:
         with self.context() as bank:
             for amount in amounts:
                 bank.deposit(account_id, amount)
-                self.db.session.commit()
+                self.session.commit()
 
     def worker(self, *names: str, once: bool = False) -> Worker:
         """Return a worker for some consumers, or for all."""
-        found = self.app.extensions["eventsourcing"].projections.runnable()
-        return Worker([each for each in found if not names or each.name in names], once=once)
+        return self.projections.worker(*names, once=once)
 
     def run_once(self, *names: str) -> Sequence[Exception]:
         """Run to the head, and return the errors that ended consumers."""
@@ -156,12 +238,12 @@ class Desk:
 
     def consumer(self, name: str = "Balances") -> Consumer:
         """Find a consumer."""
-        found: Consumer = self.app.extensions["eventsourcing"].projections.find(name)
+        found: Consumer = self.projections.find(name)
         return found
 
     def any_consumer(self) -> Consumer:
         """Find the first consumer, whatever it is."""
-        found: Consumer = next(iter(self.app.extensions["eventsourcing"].projections))
+        found: Consumer = next(iter(self.projections))
         return found
 
     def row(self, name: str = "Balances") -> CheckpointRow:
@@ -177,18 +259,91 @@ class Desk:
 
     def status(self, name: str = "Balances") -> ProjectionStatus:
         """Return what is known of a consumer."""
-        with self.app.app_context():
-            return next(each for each in self.es.health().projections if each.name == name)
+        return next(each for each in self.health().projections if each.name == name)
 
     def amounts(self) -> dict[Any, int]:
         """Return the read model, from a new transaction."""
-        with self.app.app_context():
-            return {row.account_id: row.amount for row in self.db.session.scalars(sa.select(self.Balance))}
+        with self._working(), orm.Session(self.engine) as session:
+            return {row.account_id: row.amount for row in session.scalars(sa.select(self.Balance))}
 
     def head(self) -> int:
         """Return the last position of the log."""
         with self.context() as bank:
             return bank.recorder.max_notification_id() or 0
+
+
+@dataclass(eq=False)
+class FlaskDesk(Desk):
+    """The bank in a Flask app."""
+
+    program = "flask eventsourcing"
+    app: Flask
+    db: SQLAlchemy
+    es: EventSourcing[Bank]
+
+    @property
+    def bank(self) -> Bank:
+        """The bank of the current app context."""
+        return self.es.application
+
+    @property
+    def projections(self) -> BoundProjections:
+        """Those of the app."""
+        found: BoundProjections = self.app.extensions["eventsourcing"].projections
+        return found
+
+    @property
+    def session(self) -> orm.Session:
+        """The session of the current app context."""
+        return self.db.session()
+
+    @property
+    def sessions(self) -> Any:
+        """Flask-SQLAlchemy's."""
+        return self.db.session
+
+    @property
+    def models(self) -> Models:
+        """Those of the extension object."""
+        return next(iter(self.es.models.values()))
+
+    def _working(self) -> AbstractContextManager[object]:
+        return self.app.app_context()
+
+    def projection(self, projection_class: Any) -> Any:
+        """Register a projection."""
+        return self.es.projection(projection_class)
+
+    def create_all(self) -> None:
+        """Make the tables that are missing, in each database."""
+        with self.app.app_context():
+            self.db.create_all()
+
+    def health(self) -> Health:
+        """Look at every projection."""
+        with self.app.app_context():
+            return self.es.health()
+
+    def wait_for(self, projection: Any, recordings: Any, timeout: float = 5.0) -> None:
+        """Wait until a projection has dealt with events."""
+        self.es.wait_for(projection, recordings, timeout)
+
+    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Have another session be the current one."""
+        return self.es.using(session)
+
+    def retry(self, function: Callable[[], R], times: int = 3) -> R:
+        """Run a unit of work, and again after a conflict."""
+        done: R = self.es.retry_on_conflict(times=times)(function)()
+        return done
+
+    def erase(self, aggregate_id: Any, *, redact: bool = False) -> Erasure:
+        """Erase an aggregate with the next commit."""
+        return self.es.erase(aggregate_id, redact=redact)
+
+    def command(self, *arguments: str, input: str | None = None) -> Result:
+        """Call a command of ``flask eventsourcing``."""
+        return self.app.test_cli_runner().invoke(args=["eventsourcing", *arguments], input=input)
 
     def close(self) -> None:
         """Close the applications and every connection."""
@@ -198,15 +353,101 @@ class Desk:
                 engine.dispose()
 
 
-def make_desk(uri: str, *classes: type[Application[Any]], id_type: Any = None, **config: Any) -> Desk:
-    """Make a desk, whose tables are created with its first projection; keyword arguments are configuration keys."""
+@dataclass(eq=False)
+class PlainDesk(Desk):
+    """The bank on SQLAlchemy alone."""
+
+    program = "bank events"
+    host: PlainHost
+    maker: orm.sessionmaker[orm.Session]
+    registered: PlainProjections
+
+    @property
+    def bank(self) -> Bank:
+        """The bank of the host."""
+        return self.host[Bank]
+
+    @property
+    def projections(self) -> PlainProjections:
+        """Those of the host."""
+        return self.registered
+
+    @property
+    def session(self) -> orm.Session:
+        """The session of the unit of work, or the one that was opened."""
+        unit = self.host.unit()
+        assert unit is not None, "there is no session here"
+        return unit.session
+
+    @property
+    def sessions(self) -> Any:
+        """The user's own factory."""
+        return self.maker
+
+    @property
+    def models(self) -> Models:
+        """Those on the user's own base."""
+        return self.host.models[Bank]
+
+    def _working(self) -> AbstractContextManager[object]:
+        return self.host.session()
+
+    def projection(self, projection_class: Any) -> Any:
+        """Register a projection."""
+        return self.registered.register(projection_class)
+
+    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Have another session be the current one."""
+        return self.host.using_session(session)
+
+    def retry(self, function: Callable[[], R], times: int = 3) -> R:
+        """Run a unit of work, and again after a conflict."""
+        return self.host.retry(function, times)
+
+    def erase(self, aggregate_id: Any, *, redact: bool = False) -> Erasure:
+        """Erase an aggregate with the next commit."""
+        letters = self.registered.dead_letters_of(Bank.name)
+        return erase(self.bank, aggregate_id, redact=redact, dead_letters=letters)
+
+    def command(self, *arguments: str, input: str | None = None) -> Result:
+        """Call a command on the host's subject."""
+        subject = Subject.of_plain_host(self.registered, self.program)
+        return CliRunner().invoke(group, arguments, obj=subject, input=input)
+
+    def close(self) -> None:
+        """Close the application and every connection."""
+        self.registered.close()
+        self.host.close()
+        self.host.datastore.engine.dispose()
+
+
+def make_desk(uri: str, *classes: type[Application[Any]], id_type: Any = None, **config: Any) -> FlaskDesk:
+    """Make a desk in a Flask app, whose tables are created with its first projection.
+
+    Keyword arguments are configuration keys.
+    """
     app = make_app(uri, **config)
     db = SQLAlchemy()
-    balance, seen = make_models(db, id_type)
+    balance, seen = make_models(db.Model, id_type)
     es = EventSourcing[Bank](db=db, applications=classes or (Bank,))
     db.init_app(app)
     es.init_app(app)
-    return Desk(app, db, es, balance, seen)
+    return FlaskDesk(db.Model, balance, seen, app, db, es)
+
+
+def make_plain_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDesk:
+    """Make a desk without Flask; keyword arguments are the configuration keys of one with Flask."""
+    base = orm.declarative_base()
+    engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
+    settings = Config.from_mapping(config)
+    options = DialectOptions(**{each.name: getattr(settings, each.name) for each in fields(DialectOptions)})
+    balance, seen = make_models(base, id_type)
+    models = event_models(base, "Bank", schema=settings.schema)
+    maker = orm.sessionmaker(engine)
+    host = PlainHost(maker, {Bank: models}, options=options, env=settings.env)
+    own = make_projection_models(base, "Bank", schema=settings.schema)
+    projections = PlainProjections(host, {Bank: own}, lease=settings.projection_lock == "lease")
+    return PlainDesk(base, balance, seen, host, maker, projections)
 
 
 def until(condition: Callable[[], Any], what: str = "it", patience: float = PATIENCE) -> None:

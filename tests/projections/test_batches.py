@@ -39,7 +39,7 @@ class Models:
 
 def make_models(desk: Desk) -> Models:
     """Make the models."""
-    base: Any = desk.db.Model
+    base: Any = desk.Model
 
     def model(name: str, **attributes: Any) -> Any:
         return type(base)(name, (base,), {"__tablename__": name.lower(), **attributes})
@@ -251,7 +251,7 @@ class Case:
             for amount in amounts:
                 account.deposit(amount)
             bank.save(account)
-            self.desk.db.session.commit()
+            self.desk.session.commit()
         with self.desk.context():
             return self.consumer.application.read_log(begin, len(amounts), None, ())
 
@@ -272,7 +272,7 @@ class Case:
 
     def found(self) -> list[Any]:
         """Return all rows."""
-        with self.desk.app.app_context(), self.desk.db.engine.connect() as connection:
+        with self.desk.context(), self.desk.engine.connect() as connection:
             return [connection.execute(sa.select(t).order_by(*t.primary_key)).all() for t in self.tables()]
 
     def tables(self) -> list[Any]:
@@ -283,7 +283,7 @@ class Case:
 
     def empty(self) -> None:
         """Delete all rows."""
-        with self.desk.app.app_context(), self.desk.db.engine.begin() as connection:
+        with self.desk.context(), self.desk.engine.begin() as connection:
             for table in self.tables():
                 connection.execute(sa.delete(table))
 

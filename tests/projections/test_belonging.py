@@ -29,7 +29,7 @@ from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of, note_sources
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner, claims
-from tests.domain import Account, Bank
+from tests.domain import Account
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
@@ -39,7 +39,7 @@ OTHER = "0" * 64
 
 def events(desk: Desk) -> sa.Table:
     """Return the table of the log."""
-    return desk.es.models[Bank].tables["events"]
+    return desk.events_table
 
 
 def execute(desk: Desk, *statements: Any) -> None:
@@ -82,23 +82,23 @@ def refused(desk: Desk, state: str, name: str = "Balances", position: int = 1) -
     status = desk.status(name)
     assert status.state == state
     assert status.problem
-    with desk.app.app_context():
-        assert not desk.es.health().ok
-    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+    with desk.context():
+        assert not desk.health().ok
+    done = desk.command("check")
     assert done.exit_code == 1
     assert status.problem in done.output
-    assert desk.app.test_cli_runner().invoke(args=["eventsourcing", "status", "--check"]).exit_code == 1
+    assert desk.command("status", "--check").exit_code == 1
     (error,) = desk.run_once(name)
     assert isinstance(error, CheckpointMismatchError)
     assert str(error) == status.problem
     if name == "Balances":
-        with desk.app.app_context(), pytest.raises(CheckpointMismatchError):
-            desk.es.wait_for(name, position, timeout=5)
+        with desk.context(), pytest.raises(CheckpointMismatchError):
+            desk.wait_for(name, position, timeout=5)
 
 
 def command(desk: Desk, *arguments: str) -> str:
     """Call a command that succeeds."""
-    done = desk.app.test_cli_runner().invoke(args=["eventsourcing", *arguments])
+    done = desk.command(*arguments)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -177,7 +177,7 @@ def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
     desk.open(1)
     assert not desk.run_once()
     engine = desk.consumer().application.engine
-    tables = [events(desk), desk.es.models[Bank].tables["tracking"]]
+    tables = [events(desk), desk.models.tables["tracking"]]
     for table in tables:
         table.drop(engine)
         table.create(engine)
@@ -225,8 +225,8 @@ def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:
     desk.open(1)
     assert not desk.run_once()
     first.models = (desk.Balance, desk.Seen)
-    with desk.app.app_context():
-        desk.db.create_all()
+    with desk.context():
+        desk.create_all()
     vars(desk.consumer()).pop("tables", None)
     refused(desk, "tables made again")
     command(desk, "projections", "accept", "Balances")

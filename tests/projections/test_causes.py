@@ -13,11 +13,17 @@ from sqlalchemy import orm
 from flask_eventsourcing import ConfigurationError
 from flask_eventsourcing.metadata import Recorded
 from flask_eventsourcing.projections import ModelProjection, on, reaction
-from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk
+from tests.projections.conftest import MakeFlaskDesk
+from tests.projections.desk import Created, Deposited, FlaskDesk
 
 
-def records(desk: Desk) -> Sequence[Any]:
+@pytest.fixture
+def host() -> str:
+    """Flask, whose contexts have metadata of their own."""
+    return "flask"
+
+
+def records(desk: FlaskDesk) -> Sequence[Any]:
     """Return the stored events in their order."""
     with desk.app.app_context():
         return desk.db.session.scalars(
@@ -25,7 +31,7 @@ def records(desk: Desk) -> Sequence[Any]:
         ).all()
 
 
-def chained(desk: Desk, *, inline: bool = False) -> None:
+def chained(desk: FlaskDesk, *, inline: bool = False) -> None:
     """Register a projection whose handler and reaction save: an account of Ada's is answered by Bea's, and Cleo's."""
     is_inline = inline
 
@@ -46,7 +52,7 @@ def chained(desk: Desk, *, inline: bool = False) -> None:
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_correlation_is_one_and_causation_a_tree(desk: Desk, inline: bool) -> None:
+def test_correlation_is_one_and_causation_a_tree(desk: FlaskDesk, inline: bool) -> None:
     """What handlers and reactions save has the correlation of the event that they handle, and its id as its cause."""
     chained(desk, inline=inline)
     with desk.context() as bank, desk.es.event_metadata(correlation_id="c", reason="mine"):
@@ -71,7 +77,7 @@ def test_correlation_is_one_and_causation_a_tree(desk: Desk, inline: bool) -> No
     assert reasons == ["mine", "mine" if inline else None, None]
 
 
-def test_event_without_a_correlation_begins_one(desk: Desk) -> None:
+def test_event_without_a_correlation_begins_one(desk: FlaskDesk) -> None:
     """What an event from before has caused has a correlation, the same for all of it, and no cause."""
 
     class Twice(ModelProjection):
@@ -96,7 +102,7 @@ def test_event_without_a_correlation_begins_one(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_handlers_that_name_it_are_told_what_was_recorded(desk: Desk, inline: bool) -> None:
+def test_handlers_that_name_it_are_told_what_was_recorded(desk: FlaskDesk, inline: bool) -> None:
     """A handler or reaction that names ``recorded`` is told position, id, time and metadata; others are not."""
     told: list[tuple[str, Recorded]] = []
     is_inline = inline
@@ -133,7 +139,7 @@ def test_handlers_that_name_it_are_told_what_was_recorded(desk: Desk, inline: bo
         assert recorded.time.replace(tzinfo=None) == first.recorded_at.replace(tzinfo=None)
 
 
-def test_many_events_are_read_at_once(desk: Desk) -> None:
+def test_many_events_are_read_at_once(desk: FlaskDesk) -> None:
     """What was recorded of the events of a batch is read with one query, and not at all where nobody asks."""
     told: list[UUID | None] = []
 
@@ -166,7 +172,7 @@ def test_many_events_are_read_at_once(desk: Desk) -> None:
     assert told == [each.event_id for each in records(desk)]
 
 
-def test_without_metadata_handlers_are_told_of_none(new_desk: MakeDesk) -> None:
+def test_without_metadata_handlers_are_told_of_none(new_desk: MakeFlaskDesk) -> None:
     """Where no metadata are stored, ``recorded`` has the position alone, and nothing is caused."""
     desk = new_desk(EVENTSOURCING_METADATA=False)
     told: list[Recorded] = []
@@ -186,7 +192,7 @@ def test_without_metadata_handlers_are_told_of_none(new_desk: MakeDesk) -> None:
     assert {each.correlation_id for each in records(desk)} == {None}
 
 
-def test_rebuild_tells_it_too(desk: Desk) -> None:
+def test_rebuild_tells_it_too(desk: FlaskDesk) -> None:
     """A rebuild calls handlers with ``recorded`` as a worker does."""
 
     class Told(ModelProjection):

@@ -65,7 +65,7 @@ def test_a_handler_that_exits_makes_the_command_fail(desk: Desk) -> None:
     desk.register(Told)
     desk.open(13)
     for name in ("Leaving", "Told"):
-        result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "run", name, "--once"])
+        result = desk.command("run", name, "--once")
         assert result.exit_code == 1
         assert f"A handler of {name} raised SystemExit" in result.output
 
@@ -147,9 +147,9 @@ def test_a_run_ends_although_others_write(desk: Desk) -> None:
         @reaction(Deposited)
         def told(self, event: Any, key: str) -> None:
             # As another process would, in a transaction of its own.
-            with desk.app.app_context():
+            with desk.context():
                 desk.bank.deposit(account_id, 1)
-                desk.db.session.commit()
+                desk.session.commit()
             saved.append(1)
 
     desk.register(Busy)
@@ -187,10 +187,10 @@ def test_a_rebuild_tells_what_it_has_set_aside(desk: Desk) -> None:
     rebuilt = Rebuild(desk.consumer()).run()
     assert rebuilt is not None
     assert (rebuilt.dead_letters, rebuilt.waiting) == (2, 1)
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "Balances"])
-    told = "It has set aside 2 dead letters, 1 waiting behind: see 'flask eventsourcing dead-letters list'.\n"
+    result = desk.command("rebuild", "Balances")
+    told = f"It has set aside 2 dead letters, 1 waiting behind: see '{desk.program} dead-letters list'.\n"
     assert told in result.output
     desk.poison = set()
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "Balances"])
+    result = desk.command("rebuild", "Balances")
     assert "set aside" not in result.output
     assert (desk.status().dead_letters, desk.status().waiting) == (0, 0)

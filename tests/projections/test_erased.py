@@ -23,9 +23,9 @@ def redact(request: pytest.FixtureRequest) -> bool:
 
 def erase(desk: Desk, account_id: UUID, *, redact: bool = False) -> Any:
     """Erase an account, and commit."""
-    with desk.app.app_context():
-        done = desk.es.erase(account_id, redact=redact)
-        desk.db.session.commit()
+    with desk.context():
+        done = desk.erase(account_id, redact=redact)
+        desk.session.commit()
     return done
 
 
@@ -103,12 +103,12 @@ def test_a_running_worker_is_told(desk: Desk) -> None:
     """A worker that waits for news is woken by an erasure."""
     obeying(desk)
     account_id = desk.open(2)
-    with desk.running("Balances"), desk.app.app_context():
-        desk.es.wait_for("Balances", 2, timeout=30)
-        done = desk.es.erase(account_id)
-        desk.db.session.commit()
+    with desk.running("Balances"), desk.context():
+        desk.wait_for("Balances", 2, timeout=30)
+        done = desk.erase(account_id)
+        desk.session.commit()
         assert done.position is not None
-        desk.es.wait_for("Balances", done.position, timeout=30)
+        desk.wait_for("Balances", done.position, timeout=30)
     assert desk.amounts() == {}
 
 
@@ -125,9 +125,9 @@ def test_an_inline_projection(desk: Desk, redact: bool) -> None:
     """An inline projection forgets with the erasure's commit, and not if that is rolled back."""
     obeying(desk, inline=True)
     account_id = desk.open(2)
-    with desk.app.app_context():
-        desk.es.erase(account_id, redact=redact)
-        desk.db.session.rollback()
+    with desk.context():
+        desk.erase(account_id, redact=redact)
+        desk.session.rollback()
     assert desk.amounts() == {account_id: 2}
     erase(desk, account_id, redact=redact)
     assert desk.amounts() == {}
@@ -142,7 +142,7 @@ def test_a_rebuild(desk: Desk, redact: bool) -> None:
     erase(desk, account_id, redact=redact)
     desk.deposit(kept, 3)
     assert not desk.run_once()
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "Balances"])
+    result = desk.command("rebuild", "Balances")
     assert result.exit_code == 0, result.output
     assert desk.amounts() == {kept: 4}
 

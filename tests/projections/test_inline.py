@@ -18,7 +18,7 @@ from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.domain import Account, in_thread
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Desk, PoisonError, make_desk
+from tests.projections.desk import Created, Desk, FlaskDesk, PoisonError, make_desk, on_flask
 
 
 def test_a_read_model_in_the_same_transaction(desk: Desk) -> None:
@@ -27,10 +27,10 @@ def test_a_read_model_in_the_same_transaction(desk: Desk) -> None:
     with desk.context() as bank:
         account_id = bank.open_account()
         bank.deposit(account_id, 5)
-        assert desk.db.session.get_one(desk.Balance, account_id).amount == 5
-        desk.db.session.commit()
+        assert desk.session.get_one(desk.Balance, account_id).amount == 5
+        desk.session.commit()
         bank.deposit(account_id, 10)
-        desk.db.session.rollback()
+        desk.session.rollback()
     assert desk.amounts() == {account_id: 5}
     assert desk.head() == 2
 
@@ -44,7 +44,7 @@ def test_several_events_of_one_save(desk: Desk) -> None:
             one.deposit(amount)
             two.deposit(amount * 10)
         bank.save(one, two)
-        desk.db.session.commit()
+        desk.session.commit()
     assert desk.amounts() == {one.id: 3, two.id: 30}
 
 
@@ -53,12 +53,12 @@ def test_a_savepoint(desk: Desk) -> None:
     desk.balances(inline=True)
     with desk.context() as bank:
         account_id = bank.open_account()
-        with suppress(RuntimeError), desk.db.session.begin_nested():
+        with suppress(RuntimeError), desk.session.begin_nested():
             bank.deposit(account_id, 5)
             raise RuntimeError
-        with desk.db.session.begin_nested():
+        with desk.session.begin_nested():
             bank.deposit(account_id, 7)
-        desk.db.session.commit()
+        desk.session.commit()
         assert bank.balance(account_id) == 7
     assert desk.amounts() == {account_id: 7}
 
@@ -72,10 +72,10 @@ def test_a_failing_handler_fails_the_save(desk: Desk) -> None:
         with pytest.raises(PoisonError):
             bank.deposit(account_id, 13)
         with pytest.raises(AbortedTransactionError, match="An inline projection failed"):
-            desk.db.session.commit()
-        desk.db.session.rollback()
+            desk.session.commit()
+        desk.session.rollback()
         bank.deposit(account_id, 2)
-        desk.db.session.commit()
+        desk.session.commit()
         assert bank.balance(account_id) == 3
     assert desk.amounts() == {account_id: 3}
 
@@ -86,9 +86,9 @@ def test_a_failure_in_a_savepoint_ends_with_it(desk: Desk) -> None:
     desk.poison.add(13)
     with desk.context() as bank:
         account_id = bank.open_account()
-        with suppress(PoisonError), desk.db.session.begin_nested():
+        with suppress(PoisonError), desk.session.begin_nested():
             bank.deposit(account_id, 13)
-        desk.db.session.commit()
+        desk.session.commit()
         assert bank.balance(account_id) == 0
     assert desk.amounts() == {account_id: 0}
 
@@ -101,11 +101,11 @@ def test_a_failure_outlasts_a_later_one_in_a_savepoint(desk: Desk) -> None:
     with desk.context() as bank:
         with suppress(PoisonError):
             bank.deposit(account_id, 13)
-        with suppress(PoisonError), desk.db.session.begin_nested():
+        with suppress(PoisonError), desk.session.begin_nested():
             bank.deposit(account_id, 13)
         with pytest.raises(AbortedTransactionError):
-            desk.db.session.commit()
-        desk.db.session.rollback()
+            desk.session.commit()
+        desk.session.rollback()
     assert desk.head() == 1
 
 
@@ -129,7 +129,7 @@ def test_a_handler_that_ends_the_transaction(desk: Desk, ending: str, inside: bo
         if inside:
             with pytest.raises(HandlerError, match="ended the transaction"):
                 bank.open_account()
-            desk.db.session.rollback()
+            desk.session.rollback()
     if not inside:
         with pytest.raises(HandlerError, match="ended the transaction"):
             bank.open_account()
@@ -151,6 +151,7 @@ def test_outside_an_application_context(desk: Desk) -> None:
     assert bank.balance(account_id) == 5
 
 
+@on_flask
 def test_in_the_mode_save(new_desk: MakeDesk) -> None:
     """Where save() commits, the read model is committed with it; after a failure nothing is."""
     desk = new_desk(EVENTSOURCING_COMMIT="save")
@@ -161,14 +162,16 @@ def test_in_the_mode_save(new_desk: MakeDesk) -> None:
         bank.deposit(account_id, 5)
         with pytest.raises(PoisonError):
             bank.deposit(account_id, 13)
-        desk.db.session.rollback()
+        desk.session.rollback()
     assert desk.amounts() == {account_id: 5}
     assert desk.head() == 2
 
 
+@on_flask
 def test_in_the_mode_request(new_desk: MakeDesk) -> None:
     """Where the request commits, a view that ignores a failed save is answered with an error, not with success."""
     desk = new_desk(EVENTSOURCING_COMMIT="request")
+    assert isinstance(desk, FlaskDesk)
     desk.balances(inline=True)
     desk.poison.add(13)
     client = desk.app.test_client()
@@ -196,7 +199,6 @@ def test_a_conflict_is_retried_with_its_read_model(desk: Desk) -> None:
     account_id = desk.open()
     tries: list[int] = []
 
-    @desk.es.retry_on_conflict
     def unit() -> None:
         account = desk.bank.account(account_id)
         if not tries:
@@ -205,8 +207,8 @@ def test_a_conflict_is_retried_with_its_read_model(desk: Desk) -> None:
         account.deposit(1)
         desk.bank.save(account)
 
-    with desk.app.app_context():
-        unit()
+    with desk.context():
+        desk.retry(unit)
     assert len(tries) == 2
     assert desk.amounts() == {account_id: 101}
 
@@ -216,16 +218,16 @@ def test_rows_that_the_session_had_loaded_before_are_read_anew(desk: Desk) -> No
     desk.balances(inline=True)
     account_id = desk.open(1)
     with desk.context() as bank:
-        shown = desk.db.session.get_one(desk.Balance, account_id)
+        shown = desk.session.get_one(desk.Balance, account_id)
         assert shown.amount == 1
         in_thread(lambda: desk.deposit(account_id, 100))
         try:
             bank.deposit(account_id, 10)
-            desk.db.session.commit()
+            desk.session.commit()
             expected = 111
         except IntegrityError:
             # MariaDB's snapshot of the log is as old as the row, so that it is a conflict there.
-            desk.db.session.rollback()
+            desk.session.rollback()
             expected = 101
     assert desk.amounts() == {account_id: expected}
 
@@ -240,9 +242,9 @@ def test_status_and_waiting(desk: Desk) -> None:
         account = bank.account(account_id)
         account.deposit(1)
         recordings = bank.save(account)
-        desk.db.session.commit()
-        desk.es.wait_for("Balances", recordings, timeout=0)
-    assert not desk.app.extensions["eventsourcing"].projections.runnable()
+        desk.session.commit()
+        desk.wait_for("Balances", recordings, timeout=0)
+    assert not desk.projections.runnable()
 
 
 def test_in_memory() -> None:
@@ -269,18 +271,18 @@ def test_tables_that_were_made_again(desk: Desk) -> None:
     application = desk.consumer().application
     merge_ranges(application)
     assert desk.status().healthy
-    with desk.app.app_context():
-        if desk.db.engine.dialect.name == "mysql":
+    with desk.context():
+        if desk.engine.dialect.name == "mysql":
             # It knows tables by the second in which they were made.
             time.sleep(1.1)
         table = desk.Balance.__table__
-        table.drop(desk.db.engine)
-        table.create(desk.db.engine)
+        table.drop(desk.engine)
+        table.create(desk.engine)
     merge_ranges(application)
     status = desk.status()
     assert (status.state, status.healthy) == ("tables made again", False)
     with desk.context(), pytest.raises(CheckpointMismatchError, match="was made again"):
-        desk.es.wait_for("Balances", 1)
+        desk.wait_for("Balances", 1)
     Rebuild(desk.consumer(), threading.Event()).run()
     merge_ranges(application)
     assert desk.status().healthy

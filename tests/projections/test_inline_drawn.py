@@ -58,8 +58,8 @@ class History:
         self.inline, self.worker = new_desk(), new_desk()
         note(self.inline, inline=True)
         note(self.worker, inline=False)
-        with self.inline.app.app_context():
-            address = self.inline.db.engine.url.render_as_string(hide_password=False)
+        with self.inline.context():
+            address = self.inline.engine.url.render_as_string(hide_password=False)
         env = {"PERSISTENCE_MODULE": "flask_eventsourcing.persistence", "SQLALCHEMY_DATABASE_URI": address}
         self.alone = Bank(env=env)
         self.saved: list[tuple[str, int]] = []
@@ -70,11 +70,10 @@ class History:
 
     def begin(self) -> None:
         """Empty every table."""
-        with self.inline.app.app_context():
-            db = self.inline.db
-            for table in reversed(db.metadata.sorted_tables):
-                db.session.execute(sa.delete(table))
-            db.session.commit()
+        with self.inline.context():
+            for table in reversed(self.inline.Model.metadata.sorted_tables):
+                self.inline.session.execute(sa.delete(table))
+            self.inline.session.commit()
         self.saved, self.base, self.ranges, self.applied = [], 0, set(), []
 
     def save(self, kind: str, count: int) -> None:
@@ -89,9 +88,9 @@ class History:
             with desk.context() as bank:
                 bank.save(account)
                 if kind == "rolled back":
-                    desk.db.session.rollback()
+                    desk.session.rollback()
                     return
-                desk.db.session.commit()
+                desk.session.commit()
         new = range(len(self.saved), len(self.saved) + count)
         self.saved += [(str(account.id), version) for version in range(1, count + 1)]
         if kind == "inline":
@@ -112,7 +111,7 @@ class History:
         head = len(self.saved)
         consumer = self.inline.consumer(NAME)
         if kind == "merge":
-            with self.inline.app.app_context():
+            with self.inline.context():
                 merge_ranges(consumer.application)
         elif kind == "accept":
             if self.lacks(head):
@@ -131,16 +130,14 @@ class History:
 
     def count_ranges(self) -> int:
         """Return how many rows there are of what was applied inline."""
-        with self.inline.app.app_context():
+        with self.inline.context():
             table = self.inline.consumer(NAME).application.models.tables["inline_ranges"]
-            return self.inline.db.session.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+            return self.inline.session.scalar(sa.select(sa.func.count()).select_from(table)) or 0
 
     def check(self) -> None:
         """Compare the read model and both states with what is right."""
-        with self.inline.app.app_context():
-            found = [
-                (row.account_id, row.version) for row in self.inline.db.session.scalars(sa.select(self.inline.Seen))
-            ]
+        with self.inline.context():
+            found = [(row.account_id, row.version) for row in self.inline.session.scalars(sa.select(self.inline.Seen))]
         assert sorted(found) == sorted(self.saved[number] for number in self.applied)
         status = self.inline.status(NAME)
         missing = self.lacks(len(self.saved))
@@ -191,12 +188,12 @@ def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
                 bank.open_account()
                 bank.open_account()
                 if number % 5 == 4:
-                    desk.db.session.rollback()
-                desk.db.session.commit()
+                    desk.session.rollback()
+                desk.session.commit()
 
     def merge() -> None:
         while writing.is_set():
-            with desk.app.app_context():
+            with desk.context():
                 merge_ranges(application)
 
     def look() -> None:
@@ -213,8 +210,8 @@ def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
         for thread in others:
             thread.join(PATIENCE)
     merge_ranges(application)
-    with desk.app.app_context():
-        assert desk.db.session.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 4 * 20 * 2
+    with desk.context():
+        assert desk.session.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 4 * 20 * 2
         ranges = application.models.tables["inline_ranges"]
-        assert desk.db.session.scalar(sa.select(sa.func.count()).select_from(ranges)) == 1
+        assert desk.session.scalar(sa.select(sa.func.count()).select_from(ranges)) == 1
     assert set(states) == {"inline"}

@@ -66,7 +66,7 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
     one.open(1, 2)
     consumer = one.consumer()
     consumer.checkpoint.ensure()
-    with one.app.app_context():
+    with one.context():
         old = consumer.checkpoint.claim(lease=False)
         new = consumer.checkpoint.claim(lease=False)
         assert old is not None
@@ -113,9 +113,9 @@ def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
     other.release()
 
 
-def end_locks(desk: Desk) -> int:
+def end_locks(desk: Desk, consumer_name: str = "Balances") -> int:
     """End the connections that hold locks, from the server; return how many."""
-    engine = desk.consumer().application.engine
+    engine = desk.engine
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             query = (
@@ -123,7 +123,7 @@ def end_locks(desk: Desk) -> int:
                 "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
             )
             return len(connection.execute(sa.text(query)).all())
-        name: Any = desk.consumer().lock()
+        name: Any = desk.consumer(consumer_name).lock()
         holder = connection.scalar(sa.text("SELECT IS_USED_LOCK(:name)"), name.parameters())
         if holder is not None:
             connection.exec_driver_sql(f"KILL {int(holder)}")
@@ -315,11 +315,11 @@ def many_projections(desk: Desk, count: int) -> list[str]:
             "account_id": orm.mapped_column(sa.Uuid(), primary_key=True),
             "amount": orm.mapped_column(sa.Integer, nullable=False),
         }
-        base: Any = desk.db.Model
-        desk.es.projection(_adding(f"Amounts{number}", type(base)(f"Amount{number}", (base,), columns), desk))
+        base: Any = desk.Model
+        desk.projection(_adding(f"Amounts{number}", type(base)(f"Amount{number}", (base,), columns), desk))
         names += [f"Amounts{number}", f"Amounts{number}:reactions"]
-    with desk.app.app_context():
-        desk.db.create_all()
+    with desk.context():
+        desk.create_all()
     return names
 
 
@@ -377,7 +377,7 @@ def test_check_finds_a_pooler(postgres_url: str, pgbouncer_url: str) -> None:
         options = {"connect_args": {"prepare_threshold": None}}
         desk = make_desk(url, EVENTSOURCING_PROJECTION_LOCK=lock, SQLALCHEMY_ENGINE_OPTIONS=options)
         desk.balances()
-        result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+        result = desk.command("check")
         assert result.exit_code == faults, result.output
         assert ("EVENTSOURCING_PROJECTION_LOCK = 'lease'" in result.output) == bool(faults)
         desk.close()

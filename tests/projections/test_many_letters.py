@@ -57,14 +57,14 @@ def put(desk: Desk, number: int, aggregates: int, text: str = "PoisonError: no")
         }
         for position in range(1, number + 1)
     ]
-    with desk.app.app_context(), desk.db.engine.begin() as connection:
+    with desk.context(), desk.engine.begin() as connection:
         for start in range(0, number, 5000):
             connection.execute(sa.insert(table), rows[start : start + 5000])
 
 
 def command(desk: Desk, *arguments: str) -> tuple[int, str]:
     """Run a command on dead letters; returns the exit status and what it prints."""
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "dead-letters", *arguments])
+    result = desk.command("dead-letters", *arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.output
 
@@ -122,7 +122,7 @@ def test_a_list_of_one_aggregate(picky: Desk) -> None:
 def test_one_letter_is_no_plural(picky: Desk, number: int, text: str) -> None:
     """The status says "1 dead letter" and "2 dead letters"."""
     put(picky, number, number)
-    result = picky.app.test_cli_runner().invoke(args=["eventsourcing", "status"])
+    result = picky.command("status")
     assert f"Balances: {text} 'flask eventsourcing dead-letters list'" in result.output
 
 

@@ -30,7 +30,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(desk: Desk, *arguments: str) -> tuple[int, str]:
     """Run a command; returns the exit status and what it prints."""
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", *arguments])
+    result = desk.command(*arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.output
 
@@ -70,10 +70,10 @@ def test_a_pause_is_not_ok(desk: Desk) -> None:
     assert "paused" in output
     assert "'flask eventsourcing projections resume Balances' lets it go on" in output
     assert command(desk, "check")[0] == 1
-    with desk.app.app_context():
-        assert not desk.es.health().ok
+    with desk.context():
+        assert not desk.health().ok
         with pytest.raises(ProjectionHaltedError, match="Balances is paused by"):
-            desk.es.wait_for("Balances", 1, timeout=30)
+            desk.wait_for("Balances", 1, timeout=30)
     code, output = command(desk, "run", "Balances", "--once")
     assert (code, "Error: Balances is paused by" in output) == (1, True)
     # The start of a worker lets halted projections try again, and no paused ones.

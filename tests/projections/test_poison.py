@@ -30,7 +30,7 @@ POOL_OF_ONE = {"poolclass": sa.pool.QueuePool, "pool_size": 1, "max_overflow": 0
 
 def lose_connection(desk: Desk, session: orm.Session) -> None:
     """End the connection of a session, where the database is a server; elsewhere, wait for a lock of its own."""
-    statement = KILLS.get(desk.db.engine.dialect.name)
+    statement = KILLS.get(desk.engine.dialect.name)
     if statement is None:
         write_on_another_connection(desk, session)
         return
@@ -41,7 +41,7 @@ def lose_connection(desk: Desk, session: orm.Session) -> None:
 def write_on_another_connection(desk: Desk, session: orm.Session) -> None:
     """Change a row that the session has changed, which it keeps locked."""
     session.execute(sa.update(desk.Balance).values(amount=desk.Balance.amount + 1))
-    with desk.db.engine.begin() as connection:
+    with desk.engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL lock_timeout = '100ms'")
         elif connection.dialect.name != "sqlite":
@@ -51,7 +51,7 @@ def write_on_another_connection(desk: Desk, session: orm.Session) -> None:
 
 def take_second_connection(desk: Desk, session: orm.Session) -> None:
     """Ask for a connection of the pool beside that of the session."""
-    with desk.db.engine.connect() as connection:
+    with desk.engine.connect() as connection:
         connection.execute(sa.text("SELECT 1"))
 
 
@@ -136,9 +136,9 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
     """After a failover to a server that is not writable yet, a worker goes on as soon as it is."""
     desk.balances()
     account_id = desk.open(1)
-    with desk.app.app_context():
-        name = desk.db.engine.url.database
-        admin = sa.create_engine(desk.db.engine.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with desk.context():
+        name = desk.engine.url.database
+        admin = sa.create_engine(desk.engine.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
 
     def fail_over(setting: str) -> None:
         with admin.connect() as connection:

@@ -34,11 +34,11 @@ def killed_before_commit(desk: Desk) -> Iterator[None]:
     def kill(session: orm.Session) -> None:
         raise KilledError
 
-    sa.event.listen(desk.db.session, "before_commit", kill)
+    sa.event.listen(desk.sessions, "before_commit", kill)
     try:
         yield
     finally:
-        sa.event.remove(desk.db.session, "before_commit", kill)
+        sa.event.remove(desk.sessions, "before_commit", kill)
 
 
 def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
@@ -50,10 +50,10 @@ def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
     assert not desk.run_once()
     assert not desk.run_once()
     assert [call[:2] for call in desk.calls] == [(account_id, version) for version in (2, 3, 4)]
-    with desk.app.app_context():
-        record = desk.es.StoredEvent
-        query = sa.select(record.event_id).where(record.originator_version > 1).order_by(record.notification_id)
-        assert [key for _, _, key in desk.calls] == [str(each) for each in desk.db.session.scalars(query)]
+    with desk.context():
+        c = desk.events_table.c
+        query = sa.select(c.event_id).where(c.originator_version > 1).order_by(c.notification_id)
+        assert [key for _, _, key in desk.calls] == [str(each) for each in desk.session.scalars(query)]
     assert len({key for _, _, key in desk.calls}) == 3
 
 
@@ -61,8 +61,8 @@ def test_an_event_without_an_id_has_a_key_too(desk: Desk) -> None:
     """Where an event has no id, as one from before, its key is made of what tells it from every other."""
     desk.reacting()
     account_id = desk.open(1, 2)
-    with desk.app.app_context(), desk.db.engine.begin() as connection:
-        connection.execute(sa.update(desk.es.StoredEvent).values(event_id=None, correlation_id=None))
+    with desk.engine.begin() as connection:
+        connection.execute(sa.update(desk.events_table).values(event_id=None, correlation_id=None))
     assert not desk.run_once()
     log = desk.any_consumer().application.log_identity()
     for _, version, key in desk.calls:
@@ -137,9 +137,9 @@ def test_reactions_of_an_inline_projection(desk: Desk) -> None:
     desk.register(Watch)
     with desk.context() as bank:
         bank.open_account()
-        desk.db.session.rollback()
+        desk.session.rollback()
         bank.open_account()
-        desk.db.session.commit()
+        desk.session.commit()
     assert not desk.run_once()
     assert len(told) == 1
 
@@ -231,8 +231,8 @@ def test_a_reaction_is_called_with_no_transaction_open(desk: Desk) -> None:
 
         @reaction(Created)
         def told(self, event: Any, key: str) -> None:
-            open_ones.append(desk.db.session().in_transaction())
-            row = desk.db.session.get(desk.Balance, event.originator_id)
+            open_ones.append(desk.session.in_transaction())
+            row = desk.session.get(desk.Balance, event.originator_id)
             assert row is not None
             row.amount = 7
 

@@ -72,9 +72,9 @@ def test_rebuild_replaces_wrong_rows(desk: Desk) -> None:
     first, second = desk.open(1, 2), desk.open(10)
     desk.run_once()
     before = names(desk)
-    with desk.app.app_context():
-        desk.db.session.execute(sa.update(desk.Balance).values(amount=-1))
-        desk.db.session.commit()
+    with desk.context():
+        desk.session.execute(sa.update(desk.Balance).values(amount=-1))
+        desk.session.commit()
     result = rebuild(desk)
     assert desk.amounts() == {first: 3, second: 10}
     assert (result.events, result.rows, result.resumed) == (5, {"balance": (2, 2)}, False)
@@ -110,8 +110,8 @@ def test_rebuild_again_and_again(desk: Desk) -> None:
         assert indexes(desk, "seen") == before
     desk.deposit(account_id, 3)
     desk.run_once()
-    with desk.app.app_context():
-        texts = desk.db.session.scalars(sa.select(desk.Seen.text).order_by(desk.Seen.id)).all()
+    with desk.context():
+        texts = desk.session.scalars(sa.select(desk.Seen.text).order_by(desk.Seen.id)).all()
     assert texts == ["Created", "Deposited", "Deposited", "Deposited"]
 
 
@@ -124,9 +124,9 @@ def test_readers_and_writers_go_on(desk: Desk) -> None:
     seen: list[tuple[int, int]] = []
 
     def read() -> None:
-        with desk.app.app_context():
+        with desk.context():
             query = sa.select(sa.func.count(), sa.func.min(desk.Balance.amount)).select_from(desk.Balance)
-            seen.append(tuple(desk.db.session.execute(query).one()))
+            seen.append(tuple(desk.session.execute(query).one()))
 
     with desk.running():
         with repeating(read, lambda: desk.deposit(ids[0], 1), lambda: desk.deposit(ids[1], 1)):
@@ -198,9 +198,9 @@ def test_counts_are_verified(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Non
     desk.balances()
     account_id = desk.open(1, 2)
     desk.run_once()
-    with desk.app.app_context():
-        desk.db.session.execute(sa.update(desk.Balance).values(amount=77))
-        desk.db.session.commit()
+    with desk.context():
+        desk.session.execute(sa.update(desk.Balance).values(amount=77))
+        desk.session.commit()
     monkeypatch.setattr(Consumer, "count_events", lambda *args: 4711)
     with pytest.raises(RebuildError, match=r"applied 3 events.*log has 4711"):
         rebuild(desk)
@@ -268,9 +268,9 @@ def test_inline_projection_is_rebuilt_under_load(desk: Desk) -> None:
     ids = [desk.open(1) for _ in range(5)]
 
     def deposit(account_id: Any) -> None:
-        with desk.app.app_context():
+        with desk.context():
             # On MariaDB, a transaction that began before the end of a rebuild is told to try again.
-            desk.es.retry_on_conflict(times=10)(lambda: desk.bank.deposit(account_id, 1))()
+            desk.retry(lambda: desk.bank.deposit(account_id, 1), 10)
 
     with repeating(*(lambda account_id=account_id: deposit(account_id) for account_id in ids[:3])):
         for _ in range(3):
@@ -366,7 +366,7 @@ def test_handlers_that_commit_are_refused(desk: Desk) -> None:
 
 def test_foreign_keys(desk: Desk) -> None:
     """Tables of one projection may refer to each other; a table of somebody else's that refers to one is named."""
-    base: Any = desk.db.Model
+    base: Any = desk.Model
     entry = {
         "__tablename__": "entry",
         "id": orm.mapped_column(sa.Integer, primary_key=True),
@@ -438,7 +438,7 @@ def test_rebuild_in_a_schema(new_desk: MakeDesk, uri: str) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE SCHEMA ledger")
     desk = new_desk(EVENTSOURCING_SCHEMA="ledger")
-    base: Any = desk.db.Model
+    base: Any = desk.Model
     body = {
         "__tablename__": "sums",
         "__table_args__": {"schema": "ledger"},

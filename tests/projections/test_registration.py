@@ -22,10 +22,16 @@ from flask_eventsourcing.projections.registry import Worker
 from tests.bank import make_app
 from tests.domain import Bank, Shop
 from tests.integration.test_databases import Club, TextId
-from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk, make_desk, make_models
+from tests.projections.conftest import MakeFlaskDesk
+from tests.projections.desk import Created, Deposited, FlaskDesk, make_desk, make_models
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
+
+
+@pytest.fixture
+def host() -> str:
+    """Registration on Flask apps."""
+    return "flask"
 
 
 def dispose(es: EventSourcing[Any, Any], app: Flask, db: Any) -> None:
@@ -83,7 +89,7 @@ def test_without_projections_there_are_no_tables_for_them() -> None:
 def test_a_factory_that_runs_twice_defines_its_projection_twice(tmp_path: Path) -> None:
     """An application factory that defines projections may run again; either app finds its own by class and name."""
     db = SQLAlchemy()
-    balance, _ = make_models(db)
+    balance, _ = make_models(db.Model)
     es = EventSourcing(db=db, application=Bank)
 
     def create_app(number: int) -> tuple[Flask, type[ModelProjection]]:
@@ -167,7 +173,7 @@ def test_the_application_must_be_registered() -> None:
 
 
 @on_sqlite
-def test_names_are_unique_in_an_application(desk: Desk) -> None:
+def test_names_are_unique_in_an_application(desk: FlaskDesk) -> None:
     """Two projections of one name would share their position; a second name helps."""
     desk.register(Idle)
     with pytest.raises(ConfigurationError, match="Two projections of Bank are called 'Idle'"):
@@ -180,7 +186,7 @@ def test_names_are_unique_in_an_application(desk: Desk) -> None:
     assert registered(desk.app) == ["Idle", "Idle too"]
 
 
-def test_several_applications_on_one_database(new_desk: MakeDesk) -> None:
+def test_several_applications_on_one_database(new_desk: MakeFlaskDesk) -> None:
     """Projections of two applications have tables and positions of their own, also under one name."""
     desk = new_desk(Bank, Shop)
     for application in (Bank, Shop):
@@ -198,7 +204,7 @@ def test_several_applications_on_one_database(new_desk: MakeDesk) -> None:
             desk.es.wait_for("Openings", 1)
 
 
-def test_two_apps_on_one_database(new_desk: MakeDesk) -> None:
+def test_two_apps_on_one_database(new_desk: MakeFlaskDesk) -> None:
     """What a worker of one app has done is seen by another app on the same database."""
     one, two = new_desk(), new_desk()
     for desk in (one, two):
@@ -303,7 +309,7 @@ def test_flask_sqlalchemy_lite(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
-def test_a_schema_on_postgresql(new_desk: MakeDesk) -> None:
+def test_a_schema_on_postgresql(new_desk: MakeFlaskDesk) -> None:
     """With a schema the projections' tables are in it, and waiting for a position works there."""
     desk = new_desk(EVENTSOURCING_SCHEMA="Old Money")
     with desk.app.app_context(), desk.db.engine.begin() as connection:
@@ -318,7 +324,7 @@ def test_a_schema_on_postgresql(new_desk: MakeDesk) -> None:
     assert desk.amounts() == {account_id: 5}
 
 
-def test_text_ids(new_desk: MakeDesk) -> None:
+def test_text_ids(new_desk: MakeFlaskDesk) -> None:
     """Aggregates with text ids are applied, and set aside, as others are."""
     desk = new_desk(Club, id_type=sa.String(50))
     visited: Any = TextId.Visited  # type: ignore[attr-defined]
@@ -351,7 +357,7 @@ def test_text_ids(new_desk: MakeDesk) -> None:
     assert (desk.status("Visits").dead_letters, desk.status("Visits").waiting) == (1, 1)
 
 
-def test_missing_tables_are_named_with_the_remedy(desk: Desk) -> None:
+def test_missing_tables_are_named_with_the_remedy(desk: FlaskDesk) -> None:
     """Without the tables, worker, status and waiting say how they are created."""
     desk.balances()
     desk.open()
@@ -374,7 +380,7 @@ def test_missing_tables_are_named_with_the_remedy(desk: Desk) -> None:
         ("ALTER TABLE balance DROP COLUMN amount", "balance.amount is missing"),
     ],
 )
-def test_check_names_what_the_tables_of_projections_lack(desk: Desk, change: str, message: str) -> None:
+def test_check_names_what_the_tables_of_projections_lack(desk: FlaskDesk, change: str, message: str) -> None:
     """``check`` names a table or a column that a projection needs and the database lacks, and exits with 1."""
     desk.balances()
     with desk.app.app_context(), desk.db.engine.begin() as connection:

@@ -15,7 +15,6 @@ from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, on, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.dead_letters import DeadLetter
-from tests.domain import Bank
 from tests.projections.desk import Deposited, Desk, PoisonError, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -47,15 +46,15 @@ def test_position_and_models_are_committed_together(desk: Desk) -> None:
             raise KilledError
 
     consumer = desk.consumer()
-    with desk.app.app_context():
+    with desk.context():
         consumer.checkpoint.ensure()
         claimed = consumer.checkpoint.claim(lease=consumer.leased)
         assert claimed is not None
         page = consumer.application.read_log(0, 10, None, ())
-        sa.event.listen(desk.db.session, "before_commit", kill)
+        sa.event.listen(desk.sessions, "before_commit", kill)
         with pytest.raises(KilledError):
             Applier(consumer).apply(claimed, page, page[-1].id)
-        sa.event.remove(desk.db.session, "before_commit", kill)
+        sa.event.remove(desk.sessions, "before_commit", kill)
         consumer.checkpoint.release(claimed)
     assert desk.row().position == 0
     assert desk.amounts() == {}
@@ -72,7 +71,7 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
         for _ in range(4000):
             account.deposit(1)
         bank.save(account)
-        desk.db.session.commit()
+        desk.session.commit()
     moved: list[int] = []
     consumer = desk.consumer()
     # What a test machine needs for 1,000 events is not the point here.
@@ -283,10 +282,10 @@ def test_events_that_cannot_be_read(desk: Desk, on_failure: str, change: dict[st
     desk.register(type("Everything", (Everything,), {"on_failure": on_failure}))
     desk.open(1, 2)
     desk.open(3)
-    with desk.app.app_context():
-        table = desk.es.models[Bank].tables["events"]
-        desk.db.session.execute(sa.update(table).where(table.c.notification_id == 2).values(**change))
-        desk.db.session.commit()
+    with desk.context():
+        table = desk.events_table
+        desk.session.execute(sa.update(table).where(table.c.notification_id == 2).values(**change))
+        desk.session.commit()
     errors = desk.run_once()
     status = desk.status("Everything")
     if on_failure == "halt":
@@ -312,7 +311,7 @@ def test_a_serialisation_failure_is_not_the_handlers_fault(desk: Desk) -> None:
             failures[0] += 1
             raise sa.exc.OperationalError("UPDATE", {}, DriverError())
 
-    sa.event.listen(desk.db.session, "after_flush", fail)
+    sa.event.listen(desk.sessions, "after_flush", fail)
     assert not desk.run_once()
     assert failures == [2]
     assert desk.amounts() == {account_id: 6}

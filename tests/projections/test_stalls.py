@@ -21,8 +21,8 @@ LIMIT = 0.001
 @contextmanager
 def left_open(desk: Desk) -> Iterator[orm.Session]:
     """Within it, a transaction that has appended an event stays open, and another event is committed after it."""
-    with desk.app.app_context(), orm.Session(desk.db.engine) as session:
-        with desk.es.using(session):
+    with desk.context(), orm.Session(desk.engine) as session:
+        with desk.using(session):
             desk.bank.open_account()
             yield session
         session.rollback()
@@ -44,10 +44,10 @@ def test_a_transaction_left_open(new_desk: MakeDesk) -> None:
         assert f"process {pid}" in status.writer
         assert status.writer_seconds is not None
         assert f"pg_terminate_backend({pid})" in str(status.problem)
-        result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "status", "--check"])
+        result = desk.command("status", "--check")
         assert result.exit_code == 1
         assert f"process {pid}" in result.output
-        result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "check"])
+        result = desk.command("check")
         assert result.exit_code == 1
         assert f"process {pid}" in result.output
     desk.run_once()
@@ -62,7 +62,7 @@ def test_a_transaction_below_the_limit(desk: Desk) -> None:
         desk.open()
         with desk.running():
             status = desk.status()
-            result = desk.app.test_cli_runner().invoke(args=["eventsourcing", "status"])
+            result = desk.command("status")
         assert status.problem is None
         assert status.lag_events == 1
         assert status.writer is not None
@@ -85,9 +85,9 @@ def test_an_orphaned_prepared_transaction(server_folder: ServerFolder) -> None:
     with servers.postgres_database(server.url) as url:
         desk = make_desk(url, EVENTSOURCING_STALL_LIMIT=LIMIT)
         desk.balances()
-        with desk.app.app_context():
-            engine = desk.db.engine
-            with orm.Session(engine, twophase=True) as session, desk.es.using(session):
+        with desk.context():
+            engine = desk.engine
+            with orm.Session(engine, twophase=True) as session, desk.using(session):
                 desk.bank.open_account()
                 transaction: Any = session.connection().get_transaction()
                 xid = transaction.xid
@@ -99,8 +99,8 @@ def test_an_orphaned_prepared_transaction(server_folder: ServerFolder) -> None:
         assert status.state == "held back"
         assert status.writer == f"prepared transaction '{xid}'"
         assert f"ROLLBACK PREPARED '{xid}'" in str(status.problem)
-        with pytest.raises(TimeoutError, match="prepared transaction"), desk.app.app_context():
-            desk.es.wait_for("Balances", status.head, timeout=0.01)
+        with pytest.raises(TimeoutError, match="prepared transaction"), desk.context():
+            desk.wait_for("Balances", status.head, timeout=0.01)
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql(f"ROLLBACK PREPARED '{xid}'")
         desk.run_once()

@@ -109,7 +109,7 @@ def test_what_the_live_tables_have_stays(desk: Desk) -> None:
 
 def test_names_of_constraints_stay(desk: Desk) -> None:
     """Keys and foreign keys are called after one rebuild, and after two, what they were called before."""
-    base: Any = desk.db.Model
+    base: Any = desk.Model
     entry = {
         "__tablename__": "entry",
         "id": orm.mapped_column(sa.Integer, primary_key=True),
@@ -197,15 +197,15 @@ def test_generated_keys_go_on(desk: Desk) -> None:
         assert rebuild(desk).rows["seen"][1] == 2 + number
         desk.deposit(account_id, 3)
         assert desk.run_once() == []
-    with desk.app.app_context():
-        texts = desk.db.session.scalars(sa.select(desk.Seen.text).order_by(desk.Seen.id)).all()
+    with desk.context():
+        texts = desk.session.scalars(sa.select(desk.Seen.text).order_by(desk.Seen.id)).all()
     assert texts == ["Created", *["Deposited"] * 5]
 
 
 @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
 def test_identity_and_computed_columns(desk: Desk) -> None:
     """Columns whose values the database alone gives are rebuilt too, renamed or replaced, and go on."""
-    base: Any = desk.db.Model
+    base: Any = desk.Model
     body = {
         "__tablename__": "line",
         "id": orm.mapped_column(sa.Integer, sa.Identity(always=True), primary_key=True),
@@ -230,8 +230,8 @@ def test_identity_and_computed_columns(desk: Desk) -> None:
         rebuild(desk)
         desk.deposit(account_id, 3)
         assert desk.run_once() == []
-    with desk.app.app_context():
-        rows = desk.db.session.execute(sa.select(line.id, line.amount, line.double).order_by(line.id)).all()
+    with desk.context():
+        rows = desk.session.execute(sa.select(line.id, line.amount, line.double).order_by(line.id)).all()
     assert [tuple(row) for row in rows] == [(1, 1, 2), (2, 2, 4), (3, 3, 6), (4, 3, 6)]
 
 
@@ -245,12 +245,12 @@ def test_readers_see_old_rows_until_they_are_replaced(desk: Desk, inline: bool) 
     seen: list[int] = []
 
     def read() -> None:
-        with desk.app.app_context():
-            seen.append(desk.db.session.execute(sa.select(sa.func.count()).select_from(desk.Balance)).scalar_one())
+        with desk.context():
+            seen.append(desk.session.execute(sa.select(sa.func.count()).select_from(desk.Balance)).scalar_one())
 
     def deposit() -> None:
-        with desk.app.app_context():
-            desk.es.retry_on_conflict(times=10)(lambda: desk.bank.deposit(ids[0], 1))()
+        with desk.context():
+            desk.retry(lambda: desk.bank.deposit(ids[0], 1), 10)
 
     with repeating(read, deposit):
         for _ in range(3):
@@ -374,8 +374,8 @@ def test_no_other_table_is_written(desk: Desk, how: str, caplog: pytest.LogCaptu
     assert len(told) == 1
     with pytest.raises(ProjectionHaltedError, match="writes table 'seen', which is not among the projection's models"):
         rebuild(desk)
-    with desk.app.app_context():
-        assert desk.db.session.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 3
+    with desk.context():
+        assert desk.session.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 3
 
 
 def test_what_is_refused_is_not_set_aside(desk: Desk) -> None:
@@ -414,7 +414,7 @@ def test_two_projections_of_one_table(desk: Desk) -> None:
 
     with pytest.raises(ConfigurationError, match=r"'Balances' of Bank and 'Others' of Bank both have table 'balance'"):
         desk.register(Others)
-    assert [consumer.name for consumer in desk.app.extensions["eventsourcing"].projections] == ["Balances"]
+    assert [consumer.name for consumer in desk.projections] == ["Balances"]
     desk.balances()
 
 

@@ -12,7 +12,6 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError, UnreadableEventError
 from flask_eventsourcing.projections import ModelProjection, on, runners
-from tests.domain import Bank
 from tests.projections.desk import Deposited, Desk
 
 DAMAGE = {
@@ -37,16 +36,16 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(desk: Desk, position: int, damage: str) -> None:
     """Write past the package into a row of the log."""
     column, value = DAMAGE[damage]
-    with desk.app.app_context():
-        name = desk.es.models[Bank].tables["events"].name
+    with desk.context():
+        name = desk.events_table.name
         statement = sa.text(f"UPDATE {name} SET {column} = :value WHERE notification_id = :position")
-        desk.db.session.execute(statement, {"value": value, "position": position})
-        desk.db.session.commit()
+        desk.session.execute(statement, {"value": value, "position": position})
+        desk.session.commit()
 
 
 def command(desk: Desk, *arguments: str) -> str:
     """Run a command, which ends without a traceback, and return what it prints."""
-    result = desk.app.test_cli_runner().invoke(args=["eventsourcing", *arguments])
+    result = desk.command(*arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.output
 
@@ -99,7 +98,7 @@ def test_log_is_read_up_to_the_row(desk: Desk, damage: str) -> None:
     desk.balances()
     desk.open(1, 2)
     write(desk, 3, damage)
-    with desk.app.app_context():
+    with desk.context():
         recorder = desk.bank.recorder
         assert [each.id for each in recorder.select_notifications(None, 10)] == [1, 2]
         with pytest.raises(UnreadableEventError, match="at position 3 of") as raised:
@@ -107,7 +106,7 @@ def test_log_is_read_up_to_the_row(desk: Desk, damage: str) -> None:
         assert isinstance(raised.value, DataError)
         assert "\n" not in str(raised.value)
         assert recorder.max_notification_id() == 3
-        desk.db.session.rollback()
+        desk.session.rollback()
 
 
 @pytest.mark.parametrize("on_failure", ["halt", "dead-letter"])

@@ -29,21 +29,21 @@ def test_what_was_committed_can_be_read(desk: Desk) -> None:
         account = Account("Ada")
         account.deposit(5)
         recordings = bank.save(account)
-        desk.db.session.commit()
-        desk.es.wait_for(balances, recordings, timeout=20)
-        assert desk.db.session.get_one(desk.Balance, account.id).amount == 5
-        desk.es.wait_for("Balances", recordings[-1].notification.id, timeout=0)
-        desk.es.wait_for("Balances", [])
+        desk.session.commit()
+        desk.wait_for(balances, recordings, timeout=20)
+        assert desk.session.get_one(desk.Balance, account.id).amount == 5
+        desk.wait_for("Balances", recordings[-1].notification.id, timeout=0)
+        desk.wait_for("Balances", [])
 
 
 def test_a_projection_that_nobody_runs(desk: Desk) -> None:
     """Without a worker there is a TimeoutError that asks for it; a connection is not used up by that."""
     desk.balances()
     desk.open()
-    with desk.app.app_context():
+    with desk.context():
         for _ in range(20):
             with pytest.raises(TimeoutError, match=r"Balances has not reached position 1 within 0.01 s: is 'flask"):
-                desk.es.wait_for("Balances", 1, timeout=0.01)
+                desk.wait_for("Balances", 1, timeout=0.01)
 
 
 @on_sqlite
@@ -54,8 +54,8 @@ def test_uncommitted_events(desk: Desk) -> None:
         account = Account("Ada")
         recordings = bank.save(account)
         with pytest.raises(UncommittedEventsError, match=r"call db.session.commit\(\) before it"):
-            desk.es.wait_for("Balances", recordings)
-        desk.db.session.rollback()
+            desk.wait_for("Balances", recordings)
+        desk.session.rollback()
 
 
 def test_a_halted_projection(desk: Desk) -> None:
@@ -64,10 +64,10 @@ def test_a_halted_projection(desk: Desk) -> None:
     desk.poison.add(13)
     desk.open(1, 13)
     assert desk.run_once()
-    with desk.app.app_context():
-        desk.es.wait_for("Balances", 2)
+    with desk.context():
+        desk.wait_for("Balances", 2)
         with pytest.raises(ProjectionHaltedError, match="halted before position 3"):
-            desk.es.wait_for("Balances", 3, timeout=20)
+            desk.wait_for("Balances", 3, timeout=20)
 
 
 @on_sqlite
@@ -75,16 +75,16 @@ def test_a_halted_projection(desk: Desk) -> None:
 def test_what_cannot_be_waited_for(desk: Desk, recordings: Any) -> None:
     """Something else than recordings or positions is a TypeError."""
     desk.balances()
-    with desk.app.app_context(), pytest.raises(TypeError, match="takes the recordings that save"):
-        desk.es.wait_for("Balances", recordings)
+    with desk.context(), pytest.raises(TypeError, match="takes the recordings that save"):
+        desk.wait_for("Balances", recordings)
 
 
 @on_sqlite
 def test_an_unknown_projection(desk: Desk) -> None:
     """A projection that is not registered is named, with those that are."""
     desk.balances()
-    with desk.app.app_context(), pytest.raises(ConfigurationError, match=r"no projection 'Nobody' \(registered: Bal"):
-        desk.es.wait_for("Nobody", 1)
+    with desk.context(), pytest.raises(ConfigurationError, match=r"no projection 'Nobody' \(registered: Bal"):
+        desk.wait_for("Nobody", 1)
 
 
 @on_postgresql
@@ -97,8 +97,8 @@ def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPa
     done: list[bool] = []
 
     def wait() -> None:
-        with desk.app.app_context():
-            desk.es.wait_for("Balances", 2, timeout=900)
+        with desk.context():
+            desk.wait_for("Balances", 2, timeout=900)
             done.append(True)
 
     thread = threading.Thread(target=wait)
@@ -116,15 +116,15 @@ def test_who_has_waited_does_not_hold_up_the_servers_queue(desk: Desk) -> None:
     """The connection that is kept for the next one listens to nothing, as the server keeps what it has not read."""
     desk.balances()
     desk.open(1)
-    with desk.app.app_context():
+    with desk.context():
         with pytest.raises(TimeoutError):
-            desk.es.wait_for("Balances", 2, timeout=0.2)
-        waiters = desk.app.extensions["eventsourcing"].projections.waiters_of(desk.consumer())
+            desk.wait_for("Balances", 2, timeout=0.2)
+        waiters = desk.projections.waiters_of(desk.consumer())
         ((_, kept),) = waiters._idle
         assert isinstance(kept, ListenWaiter)
         assert kept._driver.execute("SELECT count(*) FROM pg_listening_channels()").fetchone() == (0,)
         assert not desk.run_once()
-        desk.es.wait_for("Balances", 2, timeout=20)
+        desk.wait_for("Balances", 2, timeout=20)
 
 
 @on_postgresql
@@ -133,8 +133,8 @@ def test_without_notifications(new_desk: MakeDesk) -> None:
     desk = new_desk(EVENTSOURCING_POSTGRES_NOTIFY=False)
     desk.balances()
     account_id = desk.open(1)
-    with desk.running(), desk.app.app_context():
-        desk.es.wait_for("Balances", 2, timeout=20)
+    with desk.running(), desk.context():
+        desk.wait_for("Balances", 2, timeout=20)
         assert not listeners(desk)
     assert desk.amounts() == {account_id: 1}
 
@@ -157,8 +157,8 @@ def test_many_wait_at_a_time(desk: Desk) -> None:
 
     def wait(number: int) -> Callable[[], None]:
         def run() -> None:
-            with desk.app.app_context():
-                desk.es.wait_for("Balances", 2, timeout=25)
+            with desk.context():
+                desk.wait_for("Balances", 2, timeout=25)
                 done.append(number)
 
         return run
@@ -178,13 +178,13 @@ def test_transaction_with_an_older_snapshot_is_told(desk: Desk) -> None:
     """A session that has read before would read the old rows again, whatever it waits for: that is an error."""
     desk.balances()
     account_id = desk.open(1)
-    with desk.app.app_context():
-        assert desk.db.session.scalars(sa.select(desk.Balance.amount)).all() == []
+    with desk.context():
+        assert desk.session.scalars(sa.select(desk.Balance.amount)).all() == []
         assert not desk.run_once()
         with pytest.raises(OldSnapshotError, match="rollback"):
-            desk.es.wait_for("Balances", 2, timeout=20)
-        desk.db.session.rollback()
-        assert desk.db.session.scalars(sa.select(desk.Balance.amount)).all() == [1]
-        desk.es.wait_for("Balances", 2, timeout=20)
-        desk.db.session.rollback()
+            desk.wait_for("Balances", 2, timeout=20)
+        desk.session.rollback()
+        assert desk.session.scalars(sa.select(desk.Balance.amount)).all() == [1]
+        desk.wait_for("Balances", 2, timeout=20)
+        desk.session.rollback()
     assert desk.amounts() == {account_id: 1}

@@ -177,6 +177,9 @@ class Batch:
             del self._session.info[_KEY]
             for target in targets:
                 sa.event.remove(*target)
+            # The last batch is known until the next one, which may be long.
+            self._kept.clear()
+            self._added.clear()
 
     @property
     def has_failed(self) -> bool:

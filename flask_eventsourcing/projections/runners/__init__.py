@@ -329,16 +329,20 @@ class Runner:
                     progress.state = "up to date"
                     self._wait(waiter, claimed, heartbeat)
                     continue
-                mark, limit = progress.high_water_mark, self.pace.limit
-                page = pages.read(claimed.position, limit, mark)
-                progress.state = "catching up" if page.full else "up to date"
-                if not page.events and page.position == mark:
-                    self.stop.wait(0 if once else SKIP_PAUSE)
-                claimed = delivery.deliver(claimed, page)
+                claimed = self._move(claimed, once, pages, delivery)
             return False
         finally:
             waiter.close()
             self.turn.topics = pages.notes()
+
+    def _move(self, claimed: CheckpointRow, once: bool, pages: LogPages, delivery: Delivery) -> CheckpointRow:
+        """Apply one page, which nobody keeps after that: the next wait may be long."""
+        mark = self.progress.high_water_mark
+        page = pages.read(claimed.position, self.pace.limit, mark)
+        self.progress.state = "catching up" if page.full else "up to date"
+        if not page.events and page.position == mark:
+            self.stop.wait(0 if once else SKIP_PAUSE)
+        return delivery.deliver(claimed, page)
 
     def _find_goal(self) -> int:
         """Where a run that is to happen once ends: what is saved in the meantime is left to the next one."""

@@ -1,0 +1,105 @@
+"""What a worker keeps of the claims that it has lost: nothing."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy import orm
+
+from flask_eventsourcing.projections import ModelProjection, checkpoint, on, runners
+from tests.domain import Account
+from tests.projections.desk import Created, Deposited, Desk, until
+from tests.projections.test_locks import end_locks
+
+LOST = 20
+EVENTS = 40
+"""What is saved between two losses."""
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let tests wait for pauses between tries."""
+    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.02)
+    monkeypatch.setattr(checkpoint, "BEAT", 0.05)
+    monkeypatch.setattr(checkpoint, "LEASE", 0.3)
+
+
+def listing(desk: Desk) -> None:
+    """Register a projection with a row for each event."""
+
+    class Listing(ModelProjection):
+        models = (desk.Seen,)
+
+        @on(Created, Deposited)
+        def happened(self, event: Any, session: orm.Session) -> None:
+            version = event.originator_version
+            session.add(desk.Seen(account_id=str(event.originator_id), version=version, text="applied"))
+
+    desk.register(Listing)
+
+
+def save(desk: Desk) -> None:
+    """Save events in one transaction."""
+    with desk.context() as bank:
+        account = Account("Ada")
+        for _ in range(EVENTS - 1):
+            account.deposit(1)
+        bank.save(account)
+        desk.session.commit()
+
+
+def kept(desk: Desk) -> Counter[str]:
+    """Count what the process has of the package's and of the read model's objects, and of listeners at SQLAlchemy."""
+    gc.collect()
+    found = Counter[str]()
+    for each in gc.get_objects():
+        kind = type(each)
+        module = str(kind.__module__)
+        if kind is desk.Seen or module.startswith(("flask_eventsourcing.", "eventsourcing.persistence")):
+            found[f"{module}.{kind.__qualname__}"] += 1
+    found["listeners"] = len(sqlalchemy_event.registry._key_to_collection)
+    return found
+
+
+def save_and_wait(desk: Desk, after: str | None = None) -> None:
+    """Save, and wait until that is applied, under another claim than the one before."""
+    save(desk)
+    head = desk.head()
+    until(lambda: (row := desk.row("Listing")).position == head and row.token not in (None, after))
+
+
+def lose(desk: Desk, lose_claim: Callable[[], Any]) -> Counter[str]:
+    """Have a worker lose its claim again and again while events come; return of what it has more in the end."""
+    listing(desk)
+    save(desk)
+    assert desk.run_once() == []
+    with desk.running():
+        save_and_wait(desk)
+        before = kept(desk)
+        for _ in range(LOST):
+            token = desk.row("Listing").token
+            lose_claim()
+            save_and_wait(desk, token)
+        after = kept(desk)
+    assert desk.position("Listing") == (2 + LOST) * EVENTS
+    # The worker is not in the midst of the same thing both times.
+    return Counter({name: number for name, number in (after - before).items() if number >= LOST})
+
+
+def test_claims_that_others_took(desk: Desk) -> None:
+    """A worker that is overtaken twenty times while events come keeps no row, listener or other object of that."""
+    assert lose(desk, lambda: desk.consumer("Listing").checkpoint.claim(lease=False)) == {}
+
+
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+def test_claims_whose_connection_was_lost(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """The same where the connection with the lock ends, and the worker takes it again."""
+    caplog.set_level(logging.CRITICAL, logger="flask_eventsourcing")
+    assert lose(desk, lambda: end_locks(desk, "Listing")) == {}
