@@ -95,18 +95,20 @@ class Entries(Pagination):
 
 def entries(statement: Statement, *, latest_first: bool = False) -> Pagination:
     """Return the page of a statement's entries that the request asks for."""
-    return Entries(**_page_arguments(), statement=statement, latest_first=latest_first)
+    page, per_page = _page()
+    return Entries(page, per_page, MOST_PER_PAGE, statement=statement, latest_first=latest_first)
 
 
 def _paged(query: Select[Any]) -> Pagination:
-    return db.paginate(query, **_page_arguments())
+    page, per_page = _page()
+    return db.paginate(query, page=page, per_page=per_page, max_per_page=MOST_PER_PAGE)
 
 
-def _page_arguments() -> dict[str, int]:
+def _page() -> tuple[int, int]:
     page, per_page = _whole_number("page", 1), _whole_number("per_page", 20)
     if not 1 <= page <= LAST_PAGE or per_page < 1:
         abort(404, "There is no such page of the list.")
-    return {"page": page, "per_page": per_page, "max_per_page": MOST_PER_PAGE}
+    return page, per_page
 
 
 def _whole_number(name: str, default: int) -> int:

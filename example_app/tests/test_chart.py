@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree as ET
 
 from example_app.chart import WIDTH, balance_chart
 from example_app.domain import Bank
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
 
 def line(image: str) -> list[tuple[float, float]]:
     """Return the points of the image's line."""
-    (path,) = ET.fromstring(image).iter("{http://www.w3.org/2000/svg}path")
-    numbers = [float(number) for number in re.findall(r"[0-9.]+(?:E-[0-9]+)?", path.attrib["d"])]
+    (path,) = re.findall(r'<path [^>]*\bd="([^"]+)"', image)
+    numbers = [float(number) for number in re.findall(r"[0-9.]+(?:E-[0-9]+)?", path)]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
