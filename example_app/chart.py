@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 CONTENT_SECURITY_POLICY = "default-src 'none'; frame-ancestors 'none'"
 """For the image alone: it has neither styles nor scripts."""
 
-WIDTH, HEIGHT = 960, 240
+HEIGHT = 240
+WIDTH, NARROW = 960, 440
 LINE = "#14857b"
 
 # Colours that can be read on light and on dark ground.
@@ -28,23 +29,24 @@ theme.tick_font_family = "system-ui, sans-serif"
 theme.margin = 0.015
 
 
-def balance_chart(statement: Statement) -> str:
+def balance_chart(statement: Statement, width: int = WIDTH) -> str:
     """Draw a staircase: each balance lasts until the next version. What came later stays blank on the right."""
+    latest = statement.latest_version
     points: list[tuple[int, int]] = []
     for entry in statement.entries:
         points += [(entry.version, entry.balance), (entry.version + 1, entry.balance)]
     highest = max(balance for _, balance in points)
     chart = Chart()
-    chart.add_x_scale(1, statement.latest_version + 1)
+    chart.add_x_scale(1, latest + 1)
     chart.add_y_scale(0, highest or 100)
-    chart.add_x_axis(tick_formatter=_version_text)
+    chart.add_x_axis(tick_formatter=lambda version, *_: _version_text(version, latest))
     chart.add_y_axis(tick_formatter=_amount_text)
     chart.add_line(points, stroke_color=LINE, width=2.5)
-    return str(chart.to_svg(width=WIDTH, height=HEIGHT))
+    return str(chart.to_svg(width=width, height=HEIGHT))
 
 
-def _version_text(version: Decimal, number: int, count: int) -> str:
-    return f"{version:.0f}" if version >= 1 and version == int(version) else ""
+def _version_text(version: Decimal, latest: int) -> str:
+    return f"{version:.0f}" if 1 <= version <= latest and version == int(version) else ""
 
 
 def _amount_text(cents: Decimal, number: int, count: int) -> str:

@@ -8,7 +8,7 @@ from uuid import UUID
 from flask import Blueprint, Response, abort, flash, redirect, render_template, request, url_for
 
 from example_app import inputs, queries, services
-from example_app.chart import CONTENT_SECURITY_POLICY, balance_chart
+from example_app.chart import CONTENT_SECURITY_POLICY, NARROW, WIDTH, balance_chart
 from example_app.domain import Bank
 from example_app.errors import AccountNotFound, BankError
 from example_app.extensions import es
@@ -114,10 +114,11 @@ def statement(account_id: UUID) -> ResponseReturnValue:
 
 @pages.get("/accounts/<uuid:account_id>/statement.svg")
 def chart(account_id: UUID) -> ResponseReturnValue:
-    """Draw the balance up to a version."""
+    """Draw the balance up to a version, ``?size=narrow`` for a phone."""
     statement = es[Bank].statement(account_id, _version())
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
-    return Response(balance_chart(statement), mimetype="image/svg+xml", headers=headers)
+    width = NARROW if request.args.get("size") == "narrow" else WIDTH
+    return Response(balance_chart(statement, width), mimetype="image/svg+xml", headers=headers)
 
 
 def _version() -> int | None:

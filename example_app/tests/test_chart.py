@@ -50,4 +50,6 @@ def test_the_chart_is_an_image_that_runs_nothing(client: FlaskClient, accounts: 
     assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert "script" not in answer.text
     assert "style" not in answer.text
+    assert 'width="960"' in answer.text
+    assert 'width="440"' in client.get(f"{path}.svg?size=narrow").text
     assert client.get(f"{path}.svg?version=9").status_code == 404
