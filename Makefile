@@ -10,6 +10,7 @@ EXTRAS ?= test
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRAS)
 TYPES_STAMP := $(VENV)/.installed-types
+DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 BENCH_VENV ?= .venv-bench
 MINIMUM_VENV ?= .venv-minimum
@@ -41,16 +42,18 @@ $(TYPES_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) -e '.[types]'
 	@touch $@
 
+$(DEMO_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
 $(DOCS_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) -e '.[docs,migrate]'
 	@touch $@
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 ifeq ($(DEMO_CHECK),1)
 	$(BIN)/python -m example_app.demo_check
 else
-	$(BIN)/flask --app example_app db upgrade
-	@echo 'The bank is open at http://127.0.0.1:$(PORT)/ (Ctrl-C closes it)'
 	@$(BIN)/python -m example_app.demo $(PORT)
 endif
 

@@ -11,7 +11,7 @@ from flask import Flask
 
 from example_app import models, problems, projections
 from example_app.api import api
-from example_app.extensions import db, es, migrate
+from example_app.extensions import csrf, db, es, migrate
 from example_app.pages import pages
 from example_app.reports import reports
 
@@ -43,6 +43,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         SESSION_COOKIE_SAMESITE="Lax",
         SQLALCHEMY_DATABASE_URI=os.environ.get("DATABASE_URL", "sqlite:///bank.db"),
         STATEMENT_QUEUE=os.environ.get("STATEMENT_QUEUE"),
+        # A form may stay open for as long as its session lasts.
+        WTF_CSRF_TIME_LIMIT=None,
     )
     app.config.from_mapping(config or {})
     if not app.config["SECRET_KEY"]:
@@ -50,6 +52,8 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
     db.init_app(app)
     migrate.init_app(app, db)
     es.init_app(app)
+    csrf.init_app(app)
+    csrf.exempt(api)
     app.register_blueprint(api)
     app.register_blueprint(pages)
     app.register_blueprint(reports)

@@ -77,12 +77,13 @@ def close_account(account_id: UUID) -> ResponseReturnValue:
 
 @api.get("/accounts/<uuid:account_id>/statement")
 def statement(account_id: UUID) -> ResponseReturnValue:
-    """Return the account's entries as of a version, ``?version=3``, or as of now."""
+    """Return the account as of a version or as of now with a page of its entries, ``?version=3&page=1&per_page=20``."""
     try:
         version = int(request.args["version"]) if "version" in request.args else None
     except ValueError:
         abort(422, "A version is a whole number.")
-    found = es[Bank].statement(account_id, version)
+    found = es[Bank].summary(account_id, version)
+    entries = queries.entries(found)
     return {
         "account_id": str(found.account_id),
         "owner": found.owner,
@@ -91,7 +92,10 @@ def statement(account_id: UUID) -> ResponseReturnValue:
         "balance": decimal_text(found.balance),
         "currency": CURRENCY,
         "closed": found.closed,
-        "entries": [_entry_json(entry) for entry in found.entries],
+        "entries": [_entry_json(entry) for entry in entries.items],
+        "page": entries.page,
+        "pages": entries.pages,
+        "total": entries.total,
     }
 
 

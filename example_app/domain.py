@@ -5,12 +5,15 @@ Every amount in this module is a whole number of cents.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 from eventsourcing.application import AggregateNotFoundError, Application
-from eventsourcing.domain import Aggregate, event
+from eventsourcing.domain import Aggregate, datetime_now_with_tzinfo, event
 
 from example_app.errors import (
     AccountClosed,
@@ -26,7 +29,6 @@ from example_app.money import money_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from datetime import datetime
 
     from eventsourcing.domain import DomainEventProtocol
 
@@ -53,18 +55,40 @@ def checked_text(text: str, what: str, *, required: bool = False) -> str:
     return text
 
 
+_time: ContextVar[datetime | None] = ContextVar("time", default=None)
+
+
+@contextmanager
+def happening_at(time: datetime) -> Iterator[None]:
+    """Let what is done within have happened at another time than now; it must have a time zone."""
+    token = _time.set(time)
+    try:
+        yield
+    finally:
+        _time.reset(token)
+
+
+class Dated:
+    """An event that gets its time from ``happening_at()``, or from the clock."""
+
+    @staticmethod
+    def create_timestamp() -> datetime:
+        """Return the time of a new event."""
+        return _time.get() or datetime_now_with_tzinfo()
+
+
 class Account(Aggregate):
     """One account: commands check the rules and trigger events, events change the state and check nothing.
 
     Rules change over the years, the past does not: an event that was right when it happened is applied for ever.
     """
 
-    class Opened(Aggregate.Created):
+    class Opened(Dated, Aggregate.Created):
         """The account was opened."""
 
         owner: str
 
-    class Deposited(Aggregate.Event):
+    class Deposited(Dated, Aggregate.Event):
         """Money was paid in."""
 
         amount: int
@@ -74,7 +98,7 @@ class Account(Aggregate):
             """Add the amount."""
             aggregate.balance += self.amount
 
-    class Withdrawn(Aggregate.Event):
+    class Withdrawn(Dated, Aggregate.Event):
         """Money was paid out."""
 
         amount: int
@@ -84,7 +108,7 @@ class Account(Aggregate):
             """Take the amount off."""
             aggregate.balance -= self.amount
 
-    class TransferSent(Aggregate.Event):
+    class TransferSent(Dated, Aggregate.Event):
         """Money went to another account."""
 
         amount: int
@@ -96,7 +120,7 @@ class Account(Aggregate):
             """Take the amount off."""
             aggregate.balance -= self.amount
 
-    class TransferReceived(Aggregate.Event):
+    class TransferReceived(Dated, Aggregate.Event):
         """Money came from another account."""
 
         amount: int
@@ -108,7 +132,7 @@ class Account(Aggregate):
             """Add the amount."""
             aggregate.balance += self.amount
 
-    class Closed(Aggregate.Event):
+    class Closed(Dated, Aggregate.Event):
         """The account was closed."""
 
         def apply(self, aggregate: Account) -> None:
@@ -183,12 +207,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Statement:
-    """What an account's history said at one of its versions."""
+    """What an account's history said at one of its versions, with some of its entries or all of them."""
 
     account_id: UUID
     owner: str
     version: int
     latest_version: int
+    changed_at: datetime
     balance: int
     closed: bool
     entries: tuple[Entry, ...]
@@ -248,7 +273,12 @@ class Bank(Application[UUID]):
         return account
 
     def statement(self, account_id: UUID, version: int | None = None) -> Statement:
-        """Return the account's entries up to a version, the latest unless told otherwise."""
+        """Return the account as of a version, the latest unless told otherwise, with all entries up to then."""
+        summary = self.summary(account_id, version)
+        return replace(summary, entries=self.entries(account_id, 1, summary.version))
+
+    def summary(self, account_id: UUID, version: int | None = None) -> Statement:
+        """Return the statement as of a version without its entries."""
         last = next(iter(self.events.get(account_id, desc=True, limit=1)), None)
         if last is None:
             raise AccountNotFound(account_id)
@@ -258,12 +288,19 @@ class Bank(Application[UUID]):
         if not 1 <= version <= latest:
             raise VersionNotFound(version, latest)
         account: Account = self.repository.get(account_id, version=version)
-        entries = tuple(_entries(self.events.get(account_id, lte=version)))
-        return Statement(account_id, account.owner, version, latest, account.balance, account.closed, entries)
+        changed_at = account.modified_on
+        return Statement(account_id, account.owner, version, latest, changed_at, account.balance, account.closed, ())
+
+    def entries(self, account_id: UUID, first: int, last: int) -> tuple[Entry, ...]:
+        """Return the entries of an account from one version to another, each with the balance after it."""
+        balance = 0
+        if first > 1:
+            before: Account = self.repository.get(account_id, version=first - 1)
+            balance = before.balance
+        return tuple(_entries(self.events.get(account_id, gt=first - 1, lte=last), balance))
 
 
-def _entries(events: Iterable[DomainEventProtocol[UUID]]) -> Iterator[Entry]:
-    balance = 0
+def _entries(events: Iterable[DomainEventProtocol[UUID]], balance: int) -> Iterator[Entry]:
     for happened in events:
         entry = _entry(happened)
         balance += entry.amount

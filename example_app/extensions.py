@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
+from flask_wtf.csrf import CSRFProtect
 from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase
 
@@ -47,3 +48,4 @@ def render_item(kind: str, item: Any, context: AutogenContext) -> str | Literal[
 db = SQLAlchemy(model_class=Base)
 migrate = Migrate(directory=str(Path(__file__).parent / "migrations"), render_item=render_item)
 es = EventSourcing(db=db, application=Bank)
+csrf = CSRFProtect()

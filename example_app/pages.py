@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, Response, abort, flash, redirect, render_template, request, url_for
 
 from example_app import inputs, queries, services
-from example_app.chart import balance_chart
-from example_app.csrf import check_csrf, csrf_field
-from example_app.domain import Bank, Statement
+from example_app.chart import CONTENT_SECURITY_POLICY, NARROW, WIDTH, balance_chart
+from example_app.domain import Bank
 from example_app.errors import AccountNotFound, BankError
 from example_app.extensions import es
 from example_app.money import change_text, money_text
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
 
 NEWEST_ENTRIES = 7
-ENTRIES_PER_PAGE = 100
 
 pages = Blueprint("pages", __name__)
-pages.before_request(check_csrf)
 
 
 @pages.get("/")
@@ -109,19 +106,26 @@ def close(account_id: UUID) -> ResponseReturnValue:
 @pages.get("/accounts/<uuid:account_id>/statement")
 def statement(account_id: UUID) -> ResponseReturnValue:
     """Show what the account's history said at any of its versions."""
+    statement = es[Bank].summary(account_id, _version())
+    found = queries.entries(statement, latest_first=True)
+    owners = queries.owners(entry.counterparty_id for entry in found.items)
+    return render_template("statement.html", statement=statement, found=found, owners=owners)
+
+
+@pages.get("/accounts/<uuid:account_id>/statement.svg")
+def chart(account_id: UUID) -> ResponseReturnValue:
+    """Draw the balance up to a version, ``?size=narrow`` for a phone."""
+    statement = es[Bank].statement(account_id, _version())
+    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    width = NARROW if request.args.get("size") == "narrow" else WIDTH
+    return Response(balance_chart(statement, width), mimetype="image/svg+xml", headers=headers)
+
+
+def _version() -> int | None:
     try:
-        version = int(request.args["version"]) if "version" in request.args else None
+        return int(request.args["version"]) if "version" in request.args else None
     except ValueError:
         abort(404, "A version is a whole number.")
-    found = es[Bank].statement(account_id, version)
-    shown = found.entries[-ENTRIES_PER_PAGE:]
-    return render_template(
-        "statement.html",
-        statement=found,
-        shown=shown[::-1],
-        chart=balance_chart(found),
-        owners=queries.owners(entry.counterparty_id for entry in shown),
-    )
 
 
 @pages.errorhandler(BankError)
@@ -144,8 +148,9 @@ def refused(error: BankError) -> ResponseReturnValue:
 
 
 def _account_page(account_id: UUID, problem: Problem | None = None) -> str:
-    latest: Statement = es[Bank].statement(account_id)
-    newest = latest.entries[-NEWEST_ENTRIES:][::-1]
+    latest = es[Bank].summary(account_id)
+    first = max(1, latest.version - NEWEST_ENTRIES + 1)
+    newest = es[Bank].entries(account_id, first, latest.version)[::-1]
     return render_template(
         "account.html",
         account=latest,
@@ -175,4 +180,3 @@ def hue(account_id: UUID) -> int:
 
 pages.add_app_template_filter(money_text, "money")
 pages.add_app_template_filter(change_text, "change")
-pages.add_app_template_global(csrf_field)

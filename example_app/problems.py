@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eventsourcing.persistence import IntegrityError, PersistenceError
 from flask import current_app, make_response, render_template, request
+from flask_wtf.csrf import CSRFError
 from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
@@ -100,6 +101,11 @@ def init_app(app: Flask) -> None:
         response = respond(Problem(503, "The database does not answer", detail))
         response.headers["Retry-After"] = "5"
         return response
+
+    @app.errorhandler(CSRFError)
+    def _form_from_elsewhere(error: CSRFError) -> Response:
+        detail = "This form is too old or comes from elsewhere. Nothing was changed; go back, reload and try again."
+        return respond(Problem(400, "Bad Request", detail))
 
     @app.errorhandler(HTTPException)
     def _http_error(error: HTTPException) -> Response:

@@ -59,6 +59,33 @@ def test_a_page_that_is_not_there_is_not_found(client: FlaskClient, page: str) -
     assert_problem(client.get(f"/api/accounts?page={page}"), 404)
 
 
+@pytest.mark.parametrize("page", ["x", "", "1.5", "1e3", "\N{ARABIC-INDIC DIGIT TWO}", "1_0"])
+def test_a_page_that_is_no_number_is_a_bad_request(client: FlaskClient, accounts: Accounts, page: str) -> None:
+    """A page or a size that is not a whole number answers 400, in every list."""
+    statement = f"/api/accounts/{accounts.open()}/statement"
+    for path in ("/api/accounts", statement):
+        assert_problem(client.get(path, query_string={"page": page}), 400)
+        assert_problem(client.get(path, query_string={"per_page": page}), 400)
+
+
+def test_a_statement_has_pages(client: FlaskClient, accounts: Accounts) -> None:
+    """The entries come page by page, the first one first, each with the balance after it, and nothing is left out."""
+    account_id = accounts.open("Ada", "10.00")
+    for _ in range(5):
+        client.post(f"/api/accounts/{account_id}/deposits", json={"amount": "1.00"})
+    path = f"/api/accounts/{account_id}/statement"
+    found = [client.get(f"{path}?per_page=3&page={page}").get_json() for page in (1, 2, 3)]
+    assert [(each["page"], each["pages"], each["total"], each["balance"]) for each in found] == [
+        (page, 3, 7, "15.00") for page in (1, 2, 3)
+    ]
+    entries = [entry for each in found for entry in each["entries"]]
+    assert entries == client.get(path).get_json()["entries"]
+    assert [entry["balance"] for entry in entries] == ["0.00", "10.00", "11.00", "12.00", "13.00", "14.00", "15.00"]
+    assert client.get(f"{path}?version=2&per_page=3").get_json()["total"] == 2
+    for page in ("0", "4", "99999999999999999999999"):
+        assert_problem(client.get(f"{path}?per_page=3&page={page}"), 404)
+
+
 def test_deposits_and_withdrawals_change_the_balance(client: FlaskClient, accounts: Accounts) -> None:
     """Each answers 201 with the account as it then is."""
     path = f"/api/accounts/{accounts.open()}"

@@ -141,13 +141,30 @@ def test_the_past_can_be_seen(client: FlaskClient, accounts: Accounts) -> None:
 
 
 def test_a_long_statement_is_shown_in_parts(client: FlaskClient, accounts: Accounts) -> None:
-    """A statement shows its newest hundred entries and leads to the earlier ones."""
+    """A statement shows its latest entries first, twenty a page, and each page leads to its neighbours as of then."""
     account_id = accounts.open()
-    for _ in range(100):
-        client.post(f"/api/accounts/{account_id}/deposits", json={"amount": "1.00"})
-    text = client.get(f"/accounts/{account_id}/statement").text
-    assert text.count('<li class="entry') == 100
-    assert f'href="/accounts/{account_id}/statement?version=1">Earlier entries' in text
+    for number in range(25):
+        client.post(f"/api/accounts/{account_id}/deposits", json={"amount": "1.00", "note": f"note {number}."})
+    path = f"/accounts/{account_id}/statement?version=25"
+    first, second = client.get(path).text, client.get(f"{path}&page=2").text
+    assert first.count('<li class="entry') == 20
+    assert second.count('<li class="entry') == 5
+    assert 'href="?version=25&amp;page=2">Older' in first
+    assert 'href="?version=25&amp;page=1">Newer' in second
+    assert "note 24." not in first
+    assert "note 23." in first
+    assert "note 3." in second
+    assert "note 4." not in second
+    assert client.get(f"{path}&page=3").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/transfers", "/balances", "/alerts"])
+def test_a_page_number_that_is_no_number_is_a_bad_request(client: FlaskClient, path: str) -> None:
+    """``page=x`` answers 400 with a page that says so; a number without a page is not found."""
+    answer = client.get(f"{path}?page=x")
+    assert (answer.status_code, answer.mimetype) == (400, "text/html")
+    assert "The page is not a whole number." in answer.text
+    assert client.get(f"{path}?page=0").status_code == 404
 
 
 def test_the_list_is_searched_and_paged(client: FlaskClient, accounts: Accounts) -> None:

@@ -17,7 +17,6 @@ from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
-from flask_migrate import upgrade
 
 from example_app import create_app
 from example_app.domain import Account
@@ -165,10 +164,6 @@ def test_health_without_a_database(config: dict[str, object]) -> None:
 def demo(config: dict[str, object], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """Run the demonstration on a free port."""
     uri = str(config["SQLALCHEMY_DATABASE_URI"])
-    app = create_app(config)
-    with app.app_context():
-        upgrade()
-        db.engine.dispose()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     log = folder / "demo.log"

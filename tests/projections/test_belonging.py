@@ -198,9 +198,11 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
     assert "identity" in command(desk, "new-identity")
     assert desk.consumer().application.log_identity() != before
     desk.deposit(account_id, 1)
+    with desk.engine.begin() as connection:
+        # Only the key of an event from before there were ids has the identity.
+        connection.execute(sa.update(desk.events_table).values(event_id=None))
     assert not desk.run_once()
-    first, second = (key.split("/")[2] for _, _, key in desk.calls)
-    assert first != second
+    assert desk.calls[-1][2].split("/")[2] == str(desk.consumer().application.log_identity())
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

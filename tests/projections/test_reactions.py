@@ -53,7 +53,7 @@ def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
     with desk.context():
         c = desk.events_table.c
         query = sa.select(c.event_id).where(c.originator_version > 1).order_by(c.notification_id)
-        assert [key for _, _, key in desk.calls] == [str(each) for each in desk.session.scalars(query)]
+        assert [key for _, _, key in desk.calls] == [f"Bank/Reacting/{each}" for each in desk.session.scalars(query)]
     assert len({key for _, _, key in desk.calls}) == 3
 
 

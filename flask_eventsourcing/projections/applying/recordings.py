@@ -43,13 +43,15 @@ class Recordings:
 
     def key(self, connection: Callable[[], Connection], notification: Notification) -> str:
         """Return the same text for the same event whenever a reaction is called for it."""
+        # Another reaction to the event may use the same service.
+        reaction = f"{self._consumer.application.name}/{self._consumer.projection_class.name}"
         recorded = self.of(connection, notification.id)
         if recorded.event_id is not None:
-            return str(recorded.event_id)
+            return f"{reaction}/{recorded.event_id}"
         # Not its position, where a restored log has another event.
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
-        return f"{self._consumer.application.name}/{self._consumer.projection_class.name}/{event}/{digest}"
+        return f"{reaction}/{event}/{digest}"
 
     def causing(self, connection: Callable[[], Connection], position: int) -> MetadataBlock:
         """Return a block within which events are saved that the event at a position has caused."""

@@ -96,7 +96,7 @@ def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
     """Mark a method of a :class:`ModelProjection` as a side effect of event classes, as a mail or an HTTP call.
 
     The method takes the domain event and an idempotency key: ``def warn(self, event, key)``, and ``recorded`` as a
-    handler does. The key is the text of the event's ``event_id`` where it has one. It is called at least
+    handler does. The key has the event's ``event_id`` where there is one. It is called at least
     once, after the event was committed and after the projection's own models have it, and never during a rebuild. If
     it was called and the process is killed before that is noted, it is called again with the same key.
 
