@@ -125,7 +125,7 @@ def test_an_alert_is_mailed_once(app: Flask, tmp_path: Path) -> None:
     (mail,) = (tmp_path / "outbox").iterdir()
     message = message_from_bytes(mail.read_bytes())
     assert message["Subject"] == f"Please look at account {account_id}"
-    number = message["Message-ID"]
+    number = message["Message-ID"].strip()
     assert number.startswith("<Bank-FraudWatch-")
     assert number.endswith("@alerts.invalid>")
     assert app.test_cli_runner().invoke(args=["eventsourcing", "rebuild", "FraudWatch"]).exit_code == 0
