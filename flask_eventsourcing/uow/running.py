@@ -98,9 +98,18 @@ class UnitRunner:
                 if conflict is None:
                     raise
                 if not again or tries == times or run.has_committed:
+                    conflict.add_note(_reason(again=again, has_committed=run.has_committed, tries=tries + 1))
                     raise conflict from conflict.__cause__
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
         raise IntegrityError
+
+
+def _reason(*, again: bool, has_committed: bool, tries: int) -> str:
+    if not again:
+        return "Not tried again, as the session had changes, or was in a unit of work, before this one began."
+    if has_committed:
+        return "Not tried again, as something was committed within the unit of work."
+    return f"Tried {tries} times."
 
 
 def as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:

@@ -56,10 +56,11 @@ def test_whole_unit_is_run_again(site: Site, conflicts: int) -> None:
 
 @pytest.mark.parametrize("times", [0, 1, 2])
 def test_gives_up_with_the_conflict(site: Site, times: int) -> None:
-    """After so many retries the last conflict is raised, and nothing of the unit is stored."""
+    """After so many retries the last conflict is raised, with their number, and nothing of the unit is stored."""
     work = Unlucky(site, 10)
-    with site.app.app_context(), pytest.raises(IntegrityError):
+    with site.app.app_context(), pytest.raises(IntegrityError) as raised:
         site.es.retry_on_conflict(times=times)(work)()
+    assert raised.value.__notes__ == [f"Tried {times + 1} times."]
     assert work.tries == times + 1
     assert notes(site) == []
     assert site.balance(work.account_id) == times + 1
@@ -132,9 +133,10 @@ def test_work_before_the_unit_is_never_lost(site: Site, before: str) -> None:
             tries.append(1)
             site.bank.save(stale)
 
-        with pytest.raises(IntegrityError):
+        with pytest.raises(IntegrityError) as raised:
             unit()
         assert len(tries) == 1
+        assert raised.value.__notes__[0].startswith("Not tried again, as the session had changes")
     assert site.stored() == (2, 0)
 
 
