@@ -140,7 +140,7 @@ class CheckpointMismatchError(ProjectionHaltedError):
 
 
 class ProjectionBusyError(FlaskEventSourcingError):
-    """Another process has the projection in its hands now."""
+    """Another process is rebuilding the projection, or works on it, now."""
 
 
 class CheckpointError(FlaskEventSourcingError):

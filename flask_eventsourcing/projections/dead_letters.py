@@ -57,7 +57,7 @@ def describe(error: BaseException) -> str:
         text = str(error)
     except Exception as failure:  # noqa: BLE001
         # An error that cannot even be printed must not keep the projection from being halted.
-        text = f"(its text cannot be had: {type(failure).__name__})"
+        text = f"(its text cannot be made: {type(failure).__name__})"
     return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
 

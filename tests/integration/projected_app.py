@@ -1,7 +1,7 @@
 """A Flask app with projections, for tests that run commands as processes.
 
 ``DATABASE_URL`` names the database. A deposit of 13 is one that the handler of ``Picky`` and ``Fragile`` cannot take,
-unless ``MENDED`` is set. With ``PAUSE`` the handlers of deposits take that many seconds.
+unless ``CORRECTED`` is set. With ``PAUSE`` the handlers of deposits take that many seconds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pause() -> None:
 def note(by: str, event: Any, session: Any) -> None:
     """Note a deposit."""
     pause()
-    if event.amount == POISON and not os.environ.get("MENDED"):
+    if event.amount == POISON and not os.environ.get("CORRECTED"):
         raise ValueError("thirteen is not an amount")
     session.add(
         Deposit(noted_by=by, account_id=event.originator_id, version=event.originator_version, amount=event.amount)

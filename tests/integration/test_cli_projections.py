@@ -260,7 +260,7 @@ def test_a_halted_projection_does_not_stop_the_others(ledger: Ledger) -> None:
     code, output = ledger.run("status", "--check")
     assert code == 1
     assert "Fragile: halted at event 3 (" in output
-    assert ledger.run("run", "Fragile", "--once", MENDED="1")[0] == 0
+    assert ledger.run("run", "Fragile", "--once", CORRECTED="1")[0] == 0
     assert ledger.noted("fragile") == [5, POISON, 5, 1]
 
 
@@ -271,7 +271,7 @@ def test_a_restarted_worker_tries_again(sqlite_ledger: Ledger) -> None:
         code, output = sqlite_ledger.run("run", "Fragile", "--once")
         assert code == 1
         assert "thirteen is not an amount" in output
-    assert sqlite_ledger.run("run", "Fragile", "--once", MENDED="1")[0] == 0
+    assert sqlite_ledger.run("run", "Fragile", "--once", CORRECTED="1")[0] == 0
     assert sqlite_ledger.status()["Fragile"]["state"] == "stopped"
 
 
@@ -380,7 +380,7 @@ def test_dead_letters(ledger: Ledger) -> None:
     code, output = ledger.run("dead-letters", "retry", "--all")
     assert code == 1
     assert f"{failed['id']} failed: Picky, event 3" in output
-    code, output = ledger.run("dead-letters", "retry", str(failed["id"]), MENDED="1")
+    code, output = ledger.run("dead-letters", "retry", str(failed["id"]), CORRECTED="1")
     assert code == 0
     assert [line.split()[1] for line in output.splitlines()] == ["applied:", "applied:"]
     assert ledger.run("dead-letters", "list") == (0, "There are no dead letters.\n")

@@ -365,7 +365,7 @@ def test_closing_at_a_fork_and_using_race(tmp_path: Path) -> None:
     engine = safe_engine(str(tmp_path / "numbers.db"))
     with engine.connect() as connection:
         record: Any = connection.connection._connection_record
-    # As a fork does it when the thread has the connection in its hands already.
+    # As a fork does it when the thread is using the connection already.
     assert record.info.pop(forks.IDLE)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE number (value INTEGER)")

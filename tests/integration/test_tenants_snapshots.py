@@ -123,7 +123,7 @@ def tenants(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tenants]
 
 @pytest.mark.parametrize("first", [WITH, WITHOUT])
 def test_each_tenant_appends(tenants: Tenants, first: str) -> None:
-    """Whoever comes first, each tenant begins streams and goes on with them, and no statement fails."""
+    """Whichever comes first, each tenant begins streams and goes on with them, and no statement fails."""
     second = WITHOUT if first == WITH else WITH
     accounts = {tenant: uuid4() for tenant in (first, second)}
     for version in (1, 2):

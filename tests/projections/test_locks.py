@@ -90,7 +90,7 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
 
 @locks
 def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
-    """A lock that is taken is not to be had, is seen from elsewhere, and is free again after its release."""
+    """A lock that is taken cannot be taken again, is seen from elsewhere, and is free again after its release."""
     one, two = desks
     one.consumer().checkpoint.ensure()
     mine, other = one.consumer().lock(), two.consumer().lock()

@@ -132,5 +132,5 @@ else:
 if os.environ.get("EAGER"):
     init_uwsgi(app)
 if os.environ.get("MIDDLEWARE"):
-    # As users wrap it; gunicorn then has no Flask app in its hands.
+    # As users wrap it; gunicorn is then given no Flask app.
     application = import_module("werkzeug.middleware.proxy_fix").ProxyFix(app)

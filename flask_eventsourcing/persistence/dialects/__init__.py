@@ -238,7 +238,7 @@ def is_serialization_failure(error: BaseException) -> bool:
 
 
 def has_waited(error: BaseException) -> bool:
-    """Whether a lock was not to be had in time."""
+    """Whether a lock was not obtained in time."""
     driver_error = _driver_error(error)
     by_code = driver_error is not None and any(each.passes(driver_error) for each in DIALECTS.values())
     return by_code or isinstance(error, WriteTimeoutError)

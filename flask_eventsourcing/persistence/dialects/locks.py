@@ -277,7 +277,7 @@ class ForProjections(ForSwaps):
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether a driver's error says that a lock was not to be had in time, so that the same may be tried again."""
+        """Whether a driver's error says that a lock was not obtained in time, so that the same may be tried again."""
         return False
 
     @staticmethod

@@ -283,7 +283,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         return not status & SERVER_STATUS_IN_TRANS
 
     def own_error(self, connection: Connection, error: Any, statement: str) -> PersistenceError:
-        """Return the library's exception; one that names the setting for a lock that was not to be had in time."""
+        """Return the library's exception; one that names the setting for a lock that was not obtained in time."""
         if self.code(error) == LOCK_WAIT_TIMEOUT:
             return WriteTimeoutError(
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
@@ -303,7 +303,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether a lock was not to be had in time."""
+        """Whether a lock was not obtained in time."""
         return MySQLDialect.code(driver_error) == LOCK_WAIT_TIMEOUT
 
     @staticmethod

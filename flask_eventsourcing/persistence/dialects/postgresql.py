@@ -367,7 +367,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether a lock was not to be had in time."""
+        """Whether a lock was not obtained in time."""
         return PostgreSQLDialect.code(driver_error) == LOCK_NOT_AVAILABLE
 
     @staticmethod

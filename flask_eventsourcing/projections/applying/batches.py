@@ -1,7 +1,7 @@
 """Batches that handlers cannot observe: each event finds the session as if it were the only one of its transaction.
 
 At the beginning of each event, whatever the session has loaded is what the database would answer. That holds when the
-session is flushed and what it has is expired after each event, and at that price it always can be had. Where models are
+session is flushed and what it has is expired after each event, and at that price it always holds. Where models are
 plain, both can wait: a value that goes to the database and comes back as it went need not be read again, and a flush
 that nobody has asked for can come later, before the next statement. Plain is decided by class, and by each value that
 is set: what is not known to be plain is flushed and expired.
