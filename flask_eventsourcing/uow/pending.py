@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
+from ..failures import Logged
 from ..metadata import Recorded
 from ..persistence.describing import PLAIN_DESCRIPTION, Description
 from ..persistence.dialects.calls import Calls
@@ -145,12 +146,10 @@ class Pending:
 def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
     """Call every function, whatever comes of another: its transaction has ended, and the caller has to be told so."""
     for item in items:
-        try:
+        what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
+        # The caller of commit() must not take that for a failure, nor try again.
+        with Logged(logger, "The %s, and then %r failed.", what, item.function):
             item.function()
-        except Exception:
-            # The caller of commit() must not take that for a failure, nor try again.
-            what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
-            logger.exception("The %s, and then %r failed.", what, item.function)
 
 
 def log_lost(batches: Sequence[Batch]) -> None:

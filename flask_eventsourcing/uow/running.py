@@ -14,6 +14,7 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, RollbackOnlyError
+from ..failures import OnError
 from .commit_gate import Run, running
 from .unit import UnitOfWork
 
@@ -54,26 +55,27 @@ class UnitRunner:
         with running(run, unit.shared.scope):
             unit.queue.active = queueing
             try:
-                if session.in_transaction():
-                    with unit.dialect.translated:
-                        unit.begun(unit.connection())
-                if unit.queue.has_conflicts:
-                    with unit.dialect.translated:
-                        unit.queue.join_conflicting(unit.connection())
-                yield session
-                if run.rollback_only is not None:
-                    raise RollbackOnlyError(run.rollback_only or None)
-                run.is_ending = True
-                commit(self._current())
-            except BaseException:
                 # Ctrl-C and the end of a greenlet too must leave no transaction open.
-                run.is_ending = True
-                self._roll_back(unit, session)
-                raise
+                with OnError(lambda _: self._roll_back(run, unit, session)):
+                    self._begin(unit, session)
+                    yield session
+                    if run.rollback_only is not None:
+                        raise RollbackOnlyError(run.rollback_only or None)
+                    run.is_ending = True
+                    commit(self._current())
             finally:
                 unit.queue.active = False
 
-    def _roll_back(self, unit: UnitOfWork, session: orm.Session) -> None:
+    def _begin(self, unit: UnitOfWork, session: orm.Session) -> None:
+        if session.in_transaction():
+            with unit.dialect.translated:
+                unit.begun(unit.connection())
+        if unit.queue.has_conflicts:
+            with unit.dialect.translated:
+                unit.queue.join_conflicting(unit.connection())
+
+    def _roll_back(self, run: Run, unit: UnitOfWork, session: orm.Session) -> None:
+        run.is_ending = True
         unit.units.commits.rollback(session)
         current = self._current()
         if current is not unit:
@@ -180,12 +182,14 @@ class SessionCommits:
 
 @contextmanager
 def _joined(run: Run) -> Iterator[None]:
+    def fail(error: BaseException) -> None:
+        # The default message says so.
+        run.rollback_only = run.rollback_only or ""
+
     run.depth += 1
     try:
-        yield
-    except BaseException:
-        # Whatever it was, the outer unit must not commit half of this one. The default message says so.
-        run.rollback_only = run.rollback_only or ""
-        raise
+        # Whatever it was, the outer unit must not commit half of this one.
+        with OnError(fail):
+            yield
     finally:
         run.depth -= 1

@@ -155,8 +155,8 @@ LONGEST_WAIT = 5.0
 class JournalMode:
     """Sees to the journal mode of the files of one engine, before it connects.
 
-    It is done on a connection of its own. Where a file's shared memory cannot be used, a connection that has found it in
-    the mode WAL can neither use it nor let another one take the mode back.
+    It is done on a connection of its own. Where a file's shared memory cannot be used, a connection that has found it
+    in the mode WAL can neither use it nor let another one take the mode back.
 
     :param wal: whether files are to be switched to WAL.
     :param timeout: for how many seconds to wait for others, up to ``LONGEST_WAIT``.
