@@ -9,7 +9,16 @@ from functools import partial
 from typing import Any
 
 from eventsourcing.persistence import Notification
-from flask import Flask, Response, appcontext_pushed, appcontext_tearing_down, g, request, request_started
+from flask import (
+    Flask,
+    Response,
+    appcontext_pushed,
+    appcontext_tearing_down,
+    g,
+    request,
+    request_started,
+    request_tearing_down,
+)
 from sqlalchemy import orm
 from werkzeug.exceptions import InternalServerError
 
@@ -101,6 +110,7 @@ def connect(state: EventSourcingState) -> None:
     app = state.app
     request_started.connect(_begin_request, app)
     request_started.connect(_begin_answer, app)
+    request_tearing_down.connect(_end_request, app)
     appcontext_pushed.connect(_begin_context, app)
     appcontext_tearing_down.connect(_end_context, app)
     finalize_request(app, partial(_finalize, app, app.finalize_request))
@@ -121,6 +131,13 @@ def _begin_answer(app: Flask, **_: object) -> None:
     if alone:
         g._flask_eventsourcing_answer = answer
     _answers.set(answer)
+
+
+def _end_request(_: Flask, **__: object) -> None:
+    """A request whose error is raised to a test client has no answer, and is none that others are within."""
+    answer: Answer | None = request.environ.get(ENVIRON)
+    if answer is not None:
+        answer.over = True
 
 
 def _begin_context(_: Flask, **__: object) -> None:

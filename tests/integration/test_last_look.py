@@ -388,3 +388,19 @@ class TestNoAnswerToChange:
                 explicit.db.session.commit()
         assert caplog.records == []
         assert explicit.stored() == (2, 0)
+
+
+def test_request_whose_error_was_raised_is_over(explicit: Site) -> None:
+    """In an open application context, a 404 rolls back what was saved, also after a request that raised its error."""
+    explicit.app.testing = True
+
+    def fails() -> str:
+        raise KeyError
+
+    with explicit.app.app_context():
+        with pytest.raises(KeyError):
+            explicit.answer(fails)
+        account_id = explicit.bank.open_account()
+        assert explicit.answer(lambda: ("", 404)).status_code == 404
+        explicit.db.session.commit()
+        assert explicit.bank.recorder.select_events(account_id) == []
