@@ -19,7 +19,9 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
 def test_oldest_versions_that_are_tested_are_those_admitted() -> None:
     """The oldest versions that the metadata admits are the ones that the tests are run on."""
     extras = PROJECT["optional-dependencies"]
-    admitted = lower_bounds([*PROJECT["dependencies"], *extras["postgres"], *extras["mysql"], *extras["migrate"]])
+    admitted = lower_bounds(
+        [*PROJECT["dependencies"], *extras["postgres"], *extras["mysql"], *extras["migrate"], *extras["demo"]]
+    )
     lines = (ROOT / "tests" / "minimum.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line)
     assert admitted.items() <= tested.items()

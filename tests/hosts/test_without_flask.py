@@ -31,6 +31,8 @@ def test_without_flask(file: str) -> None:
         "-q",
         "-p",
         "tests.hosts.no_flask",
+        "-p",
+        "pytest_timeout",
         "-o",
         "addopts=",
         "-k",

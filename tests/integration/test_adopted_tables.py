@@ -91,10 +91,12 @@ def test_migrated_tables(url: str) -> None:
     """After the migration old aggregates go on, and a version that is there is a conflict."""
     engine = sa.create_engine(url)
     account_id, _ = make_theirs(engine, position="notification_id")
-    with engine.begin() as connection:
-        for column in ("recorded_at", "correlation_id", "event_id", "metadata"):
-            connection.exec_driver_sql(f"ALTER TABLE bank_events ADD COLUMN {column} VARCHAR(10)")
     app, db, es = adopting(url)
+    added = es.models[Bank].tables["events"].c
+    with engine.begin() as connection:
+        for name in ("recorded_at", "correlation_id", "event_id", "metadata"):
+            kind = added[name].type.compile(engine.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE bank_events ADD COLUMN {name} {kind}")
     with app.app_context():
         db.create_all()
         es.application.deposit(account_id, 5)

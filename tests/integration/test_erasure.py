@@ -118,7 +118,7 @@ def test_redacted_events_keep_their_positions(new_site: MakeSite) -> None:
     assert snapshots(site) == 0
     with site.app.app_context():
         rows = site.db.session.scalars(sa.select(record).order_by(record.notification_id)).all()
-        assert {(row.event_metadata, row.correlation_id) for row in rows} == {(None, None)}
+        assert [(row.event_metadata, row.correlation_id) for row in rows[:-1]] == [(None, None)] * 4
         assert {row.state for row in rows[:-1]} == {b"{}"}
 
 

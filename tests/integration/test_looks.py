@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from flask_eventsourcing import (
     UnsafeTableError,
 )
 from flask_eventsourcing.exceptions import EventValueError
+from flask_eventsourcing.persistence.dialects.sqlite import SCHEMA_HOLDS_FOR
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files, on_mariadb, on_postgresql, on_sqlite_file
@@ -216,6 +218,8 @@ def test_lost_autoincrement_is_refused(new_site: MakeSite, used: bool) -> None:
     site.opened()
     other = site if used else new_site()
     lose_autoincrement(site)
+    # For so long nobody looks again.
+    time.sleep(SCHEMA_HOLDS_FOR)
     refused(other, UnsafeSequenceError, "AUTOINCREMENT.*sqlite_autoincrement")
     with other.app.app_context():
         assert len(other.bank.recorder.select_notifications(None, 10)) == 1

@@ -120,7 +120,7 @@ def test_handlers_that_name_it_are_told_what_was_recorded(desk: FlaskDesk, inlin
 
         @reaction(Created)
         def answered(self, event: Any, key: str, *, recorded: Recorded) -> None:
-            assert key == str(recorded.event_id)
+            assert key == f"Bank/Told/{recorded.event_id}"
             told.append(("reaction", recorded))
 
     desk.register(Told)

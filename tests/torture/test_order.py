@@ -31,7 +31,7 @@ def without_protection(es: EventSourcing) -> None:
     dialect.high_water_mark = lambda *args, **kwargs: None
     if dialect.engine.dialect.name == "mysql":
 
-        def append(connection: Any, table: Any, events: Sequence[StoredEvent]) -> list[int]:
+        def append(connection: Any, table: Any, events: Sequence[StoredEvent], beside: Any) -> list[int]:
             statement = dialect.insert_statement(table)
             return [int(dialect.modify(connection, statement, table.row(event)).lastrowid) for event in events]
 
