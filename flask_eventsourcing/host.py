@@ -132,7 +132,7 @@ class PlainHost:
         metadata: Sequence[Provider] | Literal[False] = (),
     ) -> None:
         self._factory = session
-        self.models = dict(models)
+        self.models: dict[type[Application[Any]], Models] = dict(models)
         """The record classes of each application class."""
         check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}

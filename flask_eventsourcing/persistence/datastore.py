@@ -55,8 +55,11 @@ class JoinedUnit(Protocol):
     def written(self) -> None:
         """Told after a write that succeeded, at its very end."""
 
-    def pending_events(self) -> Iterable[tuple[EventTable, Sequence[StoredEvent]]]:
-        """Return the events that were written and whose transaction has not ended, with their table."""
+    def pending_events(self) -> Iterable[tuple[Connection, EventTable, Sequence[StoredEvent]]]:
+        """Return the events that were written and whose transaction has not ended, with its connection, and the table.
+
+        No connection is taken for it.
+        """
 
 
 class _InThread(threading.local):
@@ -205,11 +208,10 @@ class Write:
         dialect = self._datastore.dialect
         found = other.pending_events()
         ids = {event.originator_id for event in events} if found and not dialect.appends_one_by_one else None
-        for known, pending in found:
+        for connection, known, pending in found:
             before = next((event for event in pending if ids is None or event.originator_id in ids), None)
             if before is None or known.name != table.name:
                 continue
-            connection = other.connection()
             # An aborted transaction keeps nobody waiting.
             if not dialect.is_aborted(connection) and dialect.is_same_table(connection, self.connection, table):
                 raise WriteTimeoutError(

@@ -288,6 +288,11 @@ class Following:
         finally:
             self.is_asking = False
 
+    def open_connection(self) -> Connection | None:
+        """Return the connection that is followed, unless it is closed or lost."""
+        connection = self.connection()
+        return None if connection is None or connection.closed or connection.invalidated else connection
+
     @property
     def is_busy(self) -> bool:
         """Whether the database cannot be asked now."""

@@ -231,10 +231,11 @@ class UnitOfWork:
             if transaction is not None and transaction.origin is orm.SessionTransactionOrigin.AUTOBEGIN:
                 session.commit()
 
-    def pending_events(self) -> list[tuple[EventTable, Sequence[StoredEvent]]]:
-        """Return the events whose transaction has not ended, with their table."""
+    def pending_events(self) -> list[tuple[Connection, EventTable, Sequence[StoredEvent]]]:
+        """Return the events whose transaction has not ended, with its connection and their table."""
         self.look()
-        return [(batch.table, batch.events) for batch in self.pending.all(Batch)]
+        connection = self.following.open_connection()
+        return [] if connection is None else [(connection, each.table, each.events) for each in self.pending.all(Batch)]
 
     # -------------------------------------------------------------------------------- what others ask
 
@@ -296,8 +297,8 @@ class UnitOfWork:
         """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
         if not (self.pending or self.following.is_committing):
             return
-        connection = self.following.connection()
-        if connection is None or connection.closed or connection.invalidated or self.following.is_busy:
+        connection = self.following.open_connection()
+        if connection is None or self.following.is_busy:
             return
         if self.following.is_committing and not connection.in_transaction():
             self.committed()

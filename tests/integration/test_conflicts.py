@@ -234,3 +234,18 @@ def test_same_aggregate_of_two_tenants_in_one_thread(new_site: MakeSite) -> None
                 site.bank.recorder.insert_events([events])
             second.commit()
             first.commit()
+
+
+@on_postgresql
+def test_session_that_has_lost_its_connection_is_no_other_session(new_site: MakeSite) -> None:
+    """A session whose connection is gone takes none from the pool, and keeps no other session of its thread waiting."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"pool_size": 1, "max_overflow": 0, "pool_timeout": 1})
+    account_id = site.opened()
+    with site.app.app_context():
+        site.bank.deposit(account_id, 1)
+        site.db.session.connection().invalidate()
+        with site.app.app_context():
+            site.bank.deposit(account_id, 2)
+            site.db.session.commit()
+        site.db.session.rollback()
+    assert site.balance(account_id) == 2
