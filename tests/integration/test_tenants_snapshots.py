@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from flask_eventsourcing.models import make_models
 from flask_eventsourcing.persistence import Datastore, SQLAlchemyApplicationRecorder
 
 WAYS = ["postgresql-path", "postgresql-map", "mariadb-use", "mariadb-map", "sqlite-files", "sqlite-map"]
-WITH, WITHOUT = "tenant_with", "tenant_without"
+# On MariaDB a schema is the server's, which the processes of a parallel run share.
+WITH, WITHOUT = f"tenant_with_{os.getpid()}", f"tenant_without_{os.getpid()}"
 
 
 class Tenants:
@@ -121,7 +123,7 @@ def tenants(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tenants]
     made.engine.dispose()
 
 
-@pytest.mark.parametrize("first", [WITH, WITHOUT])
+@pytest.mark.parametrize("first", [WITH, WITHOUT], ids=["with", "without"])
 def test_each_tenant_appends(tenants: Tenants, first: str) -> None:
     """Whichever comes first, each tenant begins streams and goes on with them, and no statement fails."""
     second = WITHOUT if first == WITH else WITH
