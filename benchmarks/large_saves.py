@@ -183,9 +183,10 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
     return f"{median(values):,.{digits}f} ({min(values):,.{digits}f}..{max(values):,.{digits}f})"
 
 
-def _publish(text: str) -> None:
+def publish(heading: str, text: str) -> None:
+    """Put a section into the page, in the place of the one with its heading, or at the end."""
     page = PAGE.read_text()
-    before, _, rest = page.partition(HEADING)
+    before, _, rest = page.partition(heading)
     # What other sections follow is kept.
     _, mark, after = rest.partition("\n## ")
     PAGE.write_text(before.rstrip("\n") + "\n\n" + text + (mark + after if mark else ""))
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
             text = to_markdown(database.version(), found, rounds)
     print(text, flush=True)
     if options.publish:
-        _publish(text)
+        publish(HEADING, text)
 
 
 if __name__ == "__main__":

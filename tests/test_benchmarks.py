@@ -75,3 +75,11 @@ def test_large_saves_are_measured_beside_small_writers() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "| 1,000 |" in result.stdout
+
+
+def test_metadata_are_measured_on_a_database() -> None:
+    """The benchmark of metadata prints the speed with metadata beside that with NULLs."""
+    command = [sys.executable, "-m", "benchmarks.metadata", "--quick", "--databases", "sqlite"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| commit of 100 events | SQLite" in result.stdout

@@ -107,20 +107,38 @@ def _row(letter: DeadLetter) -> list[str]:
 def show_letter(
     subject: Subject, output: Output, letter_id: int, *, projection: str | None = None, as_json: bool = False
 ) -> int:
-    """Show a dead letter with its traceback."""
+    """Show a dead letter with its traceback, and what was recorded of its event beside the state."""
     (consumer,) = owners_of(subject, [letter_id], projection)
     found = Found(consumer, _read(consumer, letter_id))
+    values = {**found.to_dict(), **_recorded(found)}
     if as_json:
-        output.write(json.dumps(found.to_dict(), indent=2))
+        output.write(json.dumps(values, indent=2))
         return 0
-    for key, value in found.to_dict().items():
+    for key, value in values.items():
         if key != "traceback" and value is not None:
-            output.write(f"{key.replace('_', ' ')}: {value}")
+            # As JSON, a value with the end of a line in it stays on its own.
+            output.write(
+                f"{key.replace('_', ' ')}: {json.dumps(value, sort_keys=True) if key == 'metadata' else value}"
+            )
     if found.letter.error is None:
         output.write("It waits for an earlier event of the same aggregate, which failed.")
     else:
         output.write(f"\n{found.letter.traceback or ''}".rstrip())
     return 0
+
+
+def _recorded(found: Found) -> dict[str, Any]:
+    """Return what was recorded of the letter's event as what JSON can hold; empty where the log has it no more."""
+    application, position = found.consumer.application, found.letter.position
+    with clear_errors(), application.engine.connect() as connection:
+        recorded = application.recorder.find_recorded([position], connection).get(position)
+    if recorded is None:
+        return {}
+    return {
+        "event_id": None if recorded.event_id is None else str(recorded.event_id),
+        "recorded_at": None if recorded.time is None else recorded.time.isoformat(),
+        "metadata": dict(recorded.metadata) or None,
+    }
 
 
 def retry_letters(

@@ -290,19 +290,22 @@ class Collector:
     """Returns the metadata of a save: what providers give, what was put into the context, and a correlation.
 
     :param providers: called without arguments, in their order; each returns a mapping of texts to texts, or None.
+    :param carried: returns what belongs to the piece of work, in whose place all others are; it is not checked again.
     """
 
     providers: Sequence[Provider] = ()
+    carried: Callable[[], Metadata] | None = None
 
     def __call__(self) -> dict[str, str]:
         """Collect it.
 
         :raises EventMetadataError: when a provider fails, something is no text, or it is too much.
         """
-        found: dict[str, str] = {}
+        found: dict[str, str] = dict(self.carried()) if self.carried is not None else {}
         for provider in self.providers:
             found.update(_provided(provider))
-        found.update(get_metadata_from_context())
+        if _chain.get() is not None:
+            found.update(get_metadata_from_context())
         if CORRELATION_ID not in found:
             found[CORRELATION_ID] = new_id()
         check_size(found)

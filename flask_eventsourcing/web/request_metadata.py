@@ -36,10 +36,10 @@ def make_collector(app: Flask, config: Config) -> Collector | None:
     """Return what collects the metadata of a save in an app, or None where none are to be stored."""
     if config.metadata is False:
         return None
-    providers: list[Provider] = [Carried(app)]
+    providers: list[Provider] = []
     if config.metadata_user is not None:
         providers.append(_User(app, config.metadata_user))
-    return Collector([*providers, *config.metadata])
+    return Collector([*providers, *config.metadata], Carried(app))
 
 
 class Carried:

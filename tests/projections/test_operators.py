@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointError, ProjectionHaltedError
+from flask_eventsourcing.metadata import put_metadata_in_context
 from flask_eventsourcing.projections import ModelProjection, on, reaction, runners, upkeep
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.rebuilding import Rebuild
@@ -227,6 +228,26 @@ def test_a_skipped_event_is_a_dead_letter(desk: Desk) -> None:
     desk.deposit(ada, 1)
     assert not desk.run_once()
     assert desk.amounts() == {ada: 17, bob: 5}
+
+
+def test_a_letter_tells_where_its_event_came_from(desk: Desk) -> None:
+    """``dead-letters show`` has id, time and metadata of the event, each on one line whatever is in them."""
+    desk.balances(retries=0, on_failure="dead-letter")
+    desk.poison = {13}
+    with put_metadata_in_context({"user": "eve\nerror: none", "correlation_id": "request-7"}):
+        desk.open(1, 13)
+    desk.run_once()
+    with desk.context():
+        recorded = desk.consumer().application.recorder.find_recorded([3])[3]
+    code, text = command(desk, "dead-letters", "show", "1")
+    assert code == 0
+    assert f"event id: {recorded.event_id}\n" in text
+    assert recorded.time is not None
+    assert f"recorded at: {recorded.time.isoformat()}\n" in text
+    assert r'metadata: {"correlation_id": "request-7", "user": "eve\nerror: none"}' in text
+    shown = json.loads(command(desk, "dead-letters", "show", "1", "--json")[1])
+    assert shown["event_id"] == str(recorded.event_id)
+    assert shown["metadata"] == {"user": "eve\nerror: none", "correlation_id": "request-7"}
 
 
 def test_a_reaction_is_skipped(desk: Desk) -> None:
