@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from eventsourcing.application import Application
-from eventsourcing.persistence import DataError, StoredEvent
+from eventsourcing.persistence import DataError, PersistenceError, StoredEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -197,6 +198,45 @@ def test_table_of_the_library_needs_no_column_more(new_site: MakeSite, caplog: p
     code, output = run_check(site)
     assert code == 0, output
     assert "bank_events.event_id is missing" in output
+
+
+def saved_after_a_look(site: Site) -> int:
+    """Let a process look at its tables as after an error, save, and return how many events have an id."""
+    time.sleep(2 * SCHEMA_HOLDS_FOR)
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        recorder.dialect.forget_looks(site.db.session.connection())
+        site.bank.open_account()
+        site.db.session.commit()
+        names = {column["name"] for column in sa.inspect(site.db.engine).get_columns("bank_events")}
+        if "event_id" not in names:
+            return 0
+        return len(site.db.session.execute(sa.text("SELECT 1 FROM bank_events WHERE event_id IS NOT NULL")).all())
+
+
+@pytest.mark.parametrize("seed", range(2))
+@on_files
+def test_columns_are_added_one_by_one(new_site: MakeSite, seed: int) -> None:
+    """A process on a table without the columns saves while a migration adds them, and fills them after the last."""
+    site = new_site()
+    names = ["event_id", "recorded_at", "metadata", "correlation_id"]
+    change(site, *(f"ALTER TABLE bank_events DROP COLUMN {name}" for name in names))
+    assert saved_after_a_look(site) == 0
+    random.Random(seed).shuffle(names)
+    with site.app.app_context():
+        types = {name: site.es.StoredEvent.__table__.c[name].type.compile(site.db.engine.dialect) for name in names}
+    for number, name in enumerate(names, 1):
+        change(site, f"ALTER TABLE bank_events ADD COLUMN {name} {types[name]}")
+        if number == 2:
+            # A process that finds them so cannot know that more will come.
+            refused(new_site(create=False), UnsafeTableError, "is missing: let a migration add it")
+        assert saved_after_a_look(site) == (1 if number == len(names) else 0)
+    change(site, f"ALTER TABLE bank_events DROP COLUMN {names[0]}")
+    time.sleep(SCHEMA_HOLDS_FOR)
+    with site.app.app_context(), pytest.raises(PersistenceError):
+        site.bank.open_account()
+    with site.app.app_context(), pytest.raises(UnsafeTableError, match=f"bank_events.{names[0]} is missing"):
+        site.bank.open_account()
 
 
 # ------------------------------------------------------------------------------------------- positions

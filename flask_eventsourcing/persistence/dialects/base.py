@@ -206,13 +206,13 @@ class Dialect(Looks, Driver, ForProjections, ABC):
         self.modify_many(connection, self.insert_statement(table), [table.row(event) for event in events])
 
     def find_gap(
-        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str = ""
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], lock: str, *, snapshots: bool
     ) -> StoredEvent | None:
         """Return one of the events that would leave a gap in its stream, or None.
 
         :param lock: what makes the reads locking ones.
+        :param snapshots: what :meth:`needs_snapshots` has returned.
         """
-        snapshots = any(map(begins, events)) and self.has_snapshots(connection, table)
         missing = self._find_gap(connection, table, events, lock, snapshots=snapshots)
         if missing is not None and not snapshots and self.has_snapshots(connection, table):
             missing = self._find_gap(connection, table, events, lock, snapshots=True)
@@ -227,6 +227,10 @@ class Dialect(Looks, Driver, ForProjections, ABC):
             if rows:
                 return some[int(rows[0][0])]
         return None
+
+    def needs_snapshots(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> bool:
+        """Whether the snapshots are read before some of the events are appended."""
+        return any(map(begins, events)) and self.has_snapshots(connection, table)
 
     def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
         """Whether there is a table of snapshots: the library makes none for an application that takes none.

@@ -75,6 +75,8 @@ class Finding(NamedTuple):
     """Whether ``check`` fails for it; other differences are only named."""
     leaves_out: bool = False
     """Whether appends leave the columns of metadata out: the table is one of the library's, which has none of them."""
+    may_grow: bool = False
+    """Whether a migration that is adding these columns to such a table may be under way."""
 
 
 class Kind(NamedTuple):
@@ -129,6 +131,11 @@ class Looks:
         """What was found, by what a name was a name in and the name."""
         return {}
 
+    @cached_property
+    def _had_none(self) -> set[tuple[Any, str]]:
+        """The tables in which this process has seen none of the columns of metadata, and not all of them since."""
+        return set()
+
     # ------------------------------------------------------------------------------------------ what dialects say
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
@@ -147,6 +154,10 @@ class Looks:
         """Return what the connection's names are names in."""
         return None
 
+    def lasting(self, scope: Any) -> Any:
+        """Return what of a scope stays the same when the schema changes."""
+        return scope
+
     # ------------------------------------------------------------------------------------------------- the looks
 
     def look(self, connection: Connection, table: EventTable, use: Use) -> None:
@@ -164,11 +175,21 @@ class Looks:
         findings = self.looked_at.get((seen.scope, table.name))
         # What is refused is looked at again each time, so that it is seen when it is as it should be.
         if findings is None or any(use in each.refuses for each in findings):
-            findings = self.findings_of(connection, table)
+            findings = self._growing((self.lasting(seen.scope), table.name), self.findings_of(connection, table))
         refuse(findings, use)
         self.looked_at[seen.scope, table.name] = findings
         seen.names[use].add(table.name)
         connection.info[Seen.KEY] = seen
+
+    def _growing(self, key: tuple[Any, str], findings: list[Finding]) -> list[Finding]:
+        """Go on without the columns of metadata until a table that had none of them has all."""
+        if any(each.leaves_out for each in findings):
+            self._had_none.add(key)
+        elif not any(each.may_grow for each in findings):
+            self._had_none.discard(key)
+        elif key in self._had_none:
+            return [each._replace(refuses=(), leaves_out=True) if each.may_grow else each for each in findings]
+        return findings
 
     def _seen(self, connection: Connection) -> Seen:
         seen: Seen | None = connection.info.get(Seen.KEY)
@@ -319,7 +340,9 @@ def _further(table: sa.Table, column: sa.Column[Any], found: FoundTable, text: s
         return Finding(text, is_fault=False)
     if column.name in METADATA_COLUMNS:
         is_of_library = found.columns.keys().isdisjoint(METADATA_COLUMNS)
-        return Finding(text, () if is_of_library else DESCRIBE, is_fault=not is_of_library, leaves_out=is_of_library)
+        if is_of_library:
+            return Finding(text, is_fault=False, leaves_out=True)
+        return Finding(text, DESCRIBE, may_grow=True)
     is_written = COLUMN_VALUES in table.info
     return Finding(text, DESCRIBE if is_written else (), is_fault=is_written)
 

@@ -136,8 +136,9 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         values = beside.completed([table.row(event) for event in events])
         first = heads(events)
         self.refuse_padded(connection, table, [event.originator_id for event in events])
-        last = self._draw(connection, table, len(events))
-        self._check(connection, table, first, len(events))
+        snapshots = self.needs_snapshots(connection, table, first)
+        last = self._draw(connection, table, len(events), snapshots=snapshots)
+        self._check(connection, table, first, len(events), snapshots=snapshots)
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(position, *row) for position, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
@@ -145,13 +146,15 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         self.insert_rows(connection, f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", rows)
         return positions
 
-    def _check(self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int) -> None:
+    def _check(
+        self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int, *, snapshots: bool
+    ) -> None:
         # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
         # would find there what it must not see. A snapshot that is older than what others have stored since may lack
         # the predecessor, which a locking read finds.
-        missing = self.find_gap(connection, table, first)
+        missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
         if missing is not None:
-            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE")
+            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE", snapshots=snapshots)
         if missing is not None:
             # The row is locked, so nobody has seen the positions.
             back = "SET notification_id = notification_id - %s WHERE application_name = %s"
@@ -173,13 +176,13 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             return False
         return True
 
-    def _draw(self, connection: Connection, table: EventTable, count: int) -> int:
+    def _draw(self, connection: Connection, table: EventTable, count: int, *, snapshots: bool) -> int:
         counter = self.counter_of(table)
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         update = (
-            f"{self._latest(connection)}UPDATE {counter} SET notification_id = LAST_INSERT_ID(notification_id + %s) "
-            "WHERE application_name = %s"
+            f"{self._latest(connection)}UPDATE {counter} AS c{self.opening(table, snapshots=snapshots)} "
+            "SET c.notification_id = LAST_INSERT_ID(c.notification_id + %s) WHERE c.application_name = %s"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
@@ -252,7 +255,8 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         table = self.located(connection, table)
         counter = self.counter_of(table)
         self._ensure_counter(connection, table, counter)
-        lock = f"{self._latest(connection)}SELECT 1 FROM {counter} WHERE application_name = %s FOR UPDATE"
+        opened = f"{counter} AS c{self.opening(table, snapshots=False)}"
+        lock = f"{self._latest(connection)}SELECT 1 FROM {opened} WHERE c.application_name = %s FOR UPDATE"
         self.fetch(connection, lock, (ORDER,))
 
     def commits_implicitly(self, statement: str) -> bool:

@@ -146,6 +146,17 @@ class MySQLLooks(Dialect):
             raise MissingTableError(f"The recorder of {table.name} was made without a tracking table, which counts.")
         return table.counter
 
+    @staticmethod
+    def opening(table: EventTable, *, snapshots: bool) -> str:
+        """Return what lets a statement on the counting row open the tables first that are read or written after it.
+
+        Without it, a writer has the row and waits for a table that a migration is about to change, the migration for
+        a transaction that has read the table, and that for the row: nobody sees this deadlock, and all of them wait
+        for the end of a timeout. The condition is one that no row meets, so that none is read or locked.
+        """
+        opened = f" LEFT JOIN {table.name} AS e ON e.{POSITION} = NULL"
+        return f"{opened} LEFT JOIN {table.snapshots} AS s ON s.{VERSION} = NULL" if snapshots else opened
+
     def check_log(self, connection: Connection, table: EventTable) -> list[Finding]:
         """Compare the counting row with the table."""
         table = self.located(connection, table)

@@ -165,7 +165,8 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
             # With the lock to write: nothing is to come between the look and the rows.
             self.queue_for(connection, table, first[0].originator_id, wait=True)
-            missing = self.find_gap(connection, table, first)
+            snapshots = self.needs_snapshots(connection, table, first)
+            missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
             if missing is not None:
                 raise gap(missing)
         last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows, beside.shared))
@@ -246,7 +247,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     def look(self, connection: Connection, table: EventTable, use: Use) -> None:
         """Look again, too, when the schema has changed; that is asked once in a while, as it reads the file."""
-        if use == "append":
+        if use != "read":
             seen: Seen | None = connection.info.get(Seen.KEY)
             if seen is not None and seen.until < time.monotonic():
                 seen.until = time.monotonic() + SCHEMA_HOLDS_FOR
@@ -257,6 +258,10 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     def scope(self, connection: Connection) -> Any:
         """Return the version of the schema, and the files: an engine of the user's may have several."""
         return tuple(self.fetch(connection, SCOPE))
+
+    def lasting(self, scope: Any) -> Any:
+        """Return the files."""
+        return tuple((name, file) for _, name, file in scope)
 
     def is_there(self, connection: Connection, table: sa.Table) -> bool:
         """Remember one that is, for as long as the schema has not changed."""
