@@ -68,7 +68,7 @@ def test_a_pause_is_not_ok(desk: Desk) -> None:
     code, output = command(desk, "status", "--check")
     assert code == 1
     assert "paused" in output
-    assert "'flask eventsourcing projections resume Balances' lets it go on" in output
+    assert f"Let it go on with '{desk.program} projections resume Balances'" in output
     assert command(desk, "check")[0] == 1
     with desk.context():
         assert not desk.health().ok

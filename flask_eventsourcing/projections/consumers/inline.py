@@ -212,8 +212,8 @@ class Ranges:
             NOT_APPLIED,
             f"{events} not applied by the inline projection {name}, from position {missing.first} on: another program "
             "or an older release has saved them without it, or it was not inline, or not there, before. Run "
-            f"'flask eventsourcing rebuild {name}'; or, if its tables are as they should be, "
-            f"'flask eventsourcing projections accept {name}'.",
+            f"{self.consumer.command('rebuild')}; or, if its tables are as they should be, "
+            f"{self.consumer.command('projections accept')}.",
         )
 
     def ahead(self, last: int, end: int) -> Mismatch:
@@ -222,7 +222,7 @@ class Ranges:
         return Mismatch(
             AHEAD,
             f"The inline projection {name} is ahead of its log: it has applied events up to position {last}, and the "
-            f"log ends at {end}. If that was restored to an earlier point, run 'flask eventsourcing rebuild {name}'.",
+            f"log ends at {end}. If that was restored to an earlier point, run {self.consumer.command('rebuild')}.",
         )
 
     # ----------------------------------------------------------------------------------------- a change to a worker
