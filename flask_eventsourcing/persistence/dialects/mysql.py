@@ -238,13 +238,16 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             raise IntegrityError(f"Position {position} of {application_name} is not above the recorded one.") from error
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
-        """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
+        """Lock its second event; a locking read makes no snapshot, so what follows reads the latest.
+
+        It locks the gap before a row of a key too. Before the first event, that is where others append to another
+        aggregate: they have the counting row that this unit will want, and of the two it would be ended each time.
+        Where there is no second event nothing is queued for, but a conflict has just made one.
+        """
         if not wait:
             return
         table = self.located(connection, table)
-        statement = (
-            f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
-        )
+        statement = f"SELECT 1 FROM {table.name} WHERE originator_id = %s AND originator_version = 2 FOR UPDATE"
         self.fetch(connection, statement, (table.encode_id(originator_id),))
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
