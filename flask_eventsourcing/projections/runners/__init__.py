@@ -24,7 +24,7 @@ from ..checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, H
 from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Mismatch
 from ..dead_letters import describe
-from ..swap import settle
+from ..swap import is_rebuilding, settle
 from .claims import Turn
 from .pace import Backoff, Pace
 
@@ -282,7 +282,7 @@ class Runner:
         self.progress.state = "standing by"
         lock = self.consumer.of_kind("rebuild").lock()
         try:
-            if lock.acquire():
+            if lock.acquire() and not (lock.leased and is_rebuilding(self.consumer)):
                 settle(self.consumer)
         finally:
             lock.release()
