@@ -74,11 +74,16 @@ class InlineApplier:
         # What a host has for recorders to join is always a unit of work.
         unit = cast(UnitOfWork, joined)
         # A caller that catches the error must not commit the events without their read models.
-        with OnError(lambda _: unit.refuse("An inline projection failed")):
+        with OnError(lambda _: unit.refuse("An inline projection failed", self._left(connection))):
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
                 self._apply(unit.session, events, partial(described.recorded, positions))
             self._note(connection, positions)
+
+    @staticmethod
+    def _left(connection: Connection) -> Connection | None:
+        """Return the connection if it is in use: a session whose flush has failed gives none."""
+        return None if connection.closed else connection
 
     def _apply(
         self, session: orm.Session, events: Sequence[StoredEvent], find: Callable[[], Sequence[Recorded]]
