@@ -72,7 +72,7 @@ class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalEr
 
 
 class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """A table is missing: run 'flask eventsourcing init-db', db.create_all() or the migrations."""
+    """A table is missing: run the command 'init-db' or the migrations."""
 
 
 class EventMetadataError(FlaskEventSourcingError, ValueError):

@@ -116,7 +116,7 @@ class PlainHost:
         they join the one that :meth:`transaction` opens, and commit on their own outside of it.
     :param models: the record classes of each application class, as ``flask_eventsourcing.models.make_models`` makes
         them.
-    :param options: what there is to say about the database.
+    :param options: what there is to say about the database, and how your users call the commands.
     :param env: what the library reads from the environment of an application.
     :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
     :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import servers
+from tests.galera import galera_cluster
 from tests.servers import ServerFolder, require
 
 if TYPE_CHECKING:
@@ -108,6 +109,13 @@ def mariadb_url(mariadb_server_url: str) -> Iterator[str]:
     """A new MariaDB database, for this test only."""
     with servers.mariadb_database(mariadb_server_url) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def galera_urls(server_folder: ServerFolder) -> Iterator[list[str]]:
+    """The URLs of three nodes of a Galera cluster; what asks for it is to be of the group ``galera``."""
+    with galera_cluster(server_folder) as urls:
+        yield urls
 
 
 @pytest.fixture

@@ -86,3 +86,11 @@ def _wait_until_synced(url: str) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"The node at {url} is {state!r} after {PATIENCE} s, and not in step with its cluster.")
+
+
+def catch_up(url: str) -> None:
+    """Wait until a node has applied all that the cluster has committed."""
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET SESSION wsrep_sync_wait = 15")
+        connection.exec_driver_sql("SELECT 1")

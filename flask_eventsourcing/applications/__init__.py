@@ -176,10 +176,11 @@ class CheckedRepository(Repository[Any]):
             _warned.add(type(aggregate))
             logger.warning(
                 "The snapshot of %s %s at version %d does not fit its class any more, so that it is read from its "
-                "events, as others may be: take them again, 'flask eventsourcing snapshots take --all'. %s: %s",
+                "events, as others may be: take them again with %s. %s: %s",
                 type(aggregate).__qualname__,
                 aggregate_id,
                 snapshots[0].originator_version,
+                recorder.dialect.command("snapshots take --all"),
                 type(error).__name__,
                 error,
             )

@@ -73,7 +73,6 @@ def subject() -> Subject:
         return given
     state = current_state()
     return Subject(
-        program="flask eventsourcing",
         commit_mode=state.config.commit,
         datastore=state.datastore,
         application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],

@@ -27,14 +27,12 @@ from ..projections.registry import BoundProjections, PlainProjections
 class Subject:
     """What commands work on.
 
-    :param program: how the user calls the commands, as messages name it: ``flask eventsourcing``.
     :param commit_mode: who commits, as ``check`` tells it.
     :param application_tables: the tables of applications, each with the application's name.
     :param applications: returns the applications of this process by their names; may construct them.
     :param elsewhere: the tables that are in another database than the datastore's, with that.
     """
 
-    program: str
     commit_mode: str
     datastore: Datastore
     application_tables: Sequence[tuple[str, sa.Table]]
@@ -43,21 +41,21 @@ class Subject:
     elsewhere: Mapping[sa.Table, sa.Engine] = field(default_factory=dict)
 
     @classmethod
-    def of_plain_host(cls, projections: PlainProjections, program: str) -> Subject:
-        """Return what commands work on in a program on a ``PlainHost``.
-
-        :param program: how its user calls the commands.
-        """
+    def of_plain_host(cls, projections: PlainProjections) -> Subject:
+        """Return what commands work on in a program on a ``PlainHost``."""
         host = projections.host
         models = {application_class.name: each for application_class, each in host.models.items()}
         return cls(
-            program=program,
             commit_mode="explicit",
             datastore=host.datastore,
             application_tables=[(name, table) for name, each in models.items() for table in each.tables.values()],
             applications=lambda: {cls.name: application for cls, application in host.applications.items()},
             projections=projections,
         )
+
+    def command(self, words: str) -> str:
+        """Return how messages name a command."""
+        return self.datastore.dialect.command(words)
 
     def engine_of(self, table: sa.Table) -> sa.Engine:
         """Return the database that has a table."""
@@ -173,7 +171,7 @@ def require_tables(subject: Subject) -> None:
 
 def remedy_of_missing(subject: Subject) -> str:
     """Return what is to be done when tables are missing."""
-    return f"run '{subject.program} init-db' or your migrations"
+    return f"run {subject.command('init-db')} or your migrations"
 
 
 @contextmanager
@@ -225,7 +223,7 @@ def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:
 def registered(consumers: Sequence[Consumer]) -> str:
     """Return a sentence with the names that can be given."""
     if not consumers:
-        return "No projection is registered: decorate a class with @es.projection(of=…)."
+        return "No projection is registered: register its class, in a Flask app with @es.projection(of=…)."
     names = [consumer.name for consumer in consumers]
     shown = [qualified(each) if names.count(each.name) > 1 else each.name for each in consumers]
     return f"Registered: {', '.join(shown)}."

@@ -19,6 +19,7 @@ from . import (
     counted,
     named,
     qualified,
+    registered,
     require_tables,
 )
 
@@ -88,7 +89,7 @@ def pause(subject: Subject, output: Output, name: str, *, by: str | None = None,
     for consumer in _called(subject, name):
         with clear_errors():
             upkeep.pause(consumer, by=by or _user(), reason=reason)
-        resumed = f"'{subject.program} projections resume {consumer.name}' lets it go on."
+        resumed = f"{subject.command(f'projections resume {consumer.name}')} lets it go on."
         output.write(f"{consumer.name} is paused. {resumed}")
     return 0
 
@@ -205,7 +206,7 @@ def new_identity(subject: Subject, output: Output, *, application: str | None = 
 def _applications(subject: Subject) -> list[ProjectedApplication]:
     found = list(subject.projections.applications.values())
     if not found:
-        raise CommandError("No projection is registered: decorate a class with @es.projection(of=…).")
+        raise CommandError(registered([]))
     return found
 
 

@@ -236,7 +236,7 @@ def owners_of(subject: Subject, ids: Sequence[int], projection: str | None = Non
     found: dict[Consumer, list[int]] = {}
     for letter_id, consumers in owners.items():
         if not consumers:
-            raise CommandError(f"There is no dead letter {letter_id}: see '{subject.program} dead-letters list'.")
+            raise CommandError(f"There is no dead letter {letter_id}: see {subject.command('dead-letters list')}.")
         if len(consumers) > 1:
             names = " or ".join(each.name for each in consumers)
             raise CommandError(f"Several applications have a dead letter {letter_id}: say --projection {names}.")

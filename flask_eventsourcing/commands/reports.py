@@ -197,16 +197,17 @@ def _left_over(subject: Subject) -> Iterator[str]:
             continue
         with clear_errors():
             left = leftovers(consumer)
-        command = f"'{subject.program} rebuild {consumer.name}"
+        give_up = consumer.command("rebuild", "--give-up")
         if left.position is not None:
             yield (
                 f"{consumer.name}: a rebuild is at position {left.position}: unless it is running, go on with "
-                f"{command}' or give it up with {command} --give-up'"
+                f"{consumer.command('rebuild')} or give it up with {give_up}"
             )
         elif left.unfinished:
-            yield f"{consumer.name}: {', '.join(left.unfinished)} left of a rebuild: drop with {command} --give-up'"
+            yield f"{consumer.name}: {', '.join(left.unfinished)} left of a rebuild: drop with {give_up}"
         if left.replaced:
-            yield f"{consumer.name}: {', '.join(left.replaced)} replaced by a rebuild: drop with {command} --clean'"
+            clean = consumer.command("rebuild", "--clean")
+            yield f"{consumer.name}: {', '.join(left.replaced)} replaced by a rebuild: drop with {clean}"
 
 
 def _row(each: ProjectionStatus) -> list[str]:
@@ -227,7 +228,7 @@ def _row(each: ProjectionStatus) -> list[str]:
 def _trouble(subject: Subject, each: ProjectionStatus) -> str:
     parts = [each.problem.rstrip(".")] if each.problem else []
     if each.code_changed and each.state != OLD_CODE:
-        parts.append(f"its code has changed since the last rebuild: see '{subject.program} rebuild'")
+        parts.append(f"its code has changed since the last rebuild: see {subject.command('rebuild')}")
     if each.writer and each.state != HELD_BACK:
         age = "an unknown time" if each.writer_seconds is None else f"{each.writer_seconds:.0f} s"
         parts.append(f"readers wait for {each.writer}, whose transaction is open for {age}")
@@ -236,7 +237,7 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
     if each.dead_letters:
         waiting = f", {each.waiting} waiting behind" if each.waiting else ""
         dead = counted(each.dead_letters, "dead letter")
-        parts.append(f"{dead}{waiting}: see '{subject.program} dead-letters list'")
+        parts.append(f"{dead}{waiting}: see {subject.command('dead-letters list')}")
     return "; ".join(parts)
 
 

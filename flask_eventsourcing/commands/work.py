@@ -269,7 +269,7 @@ def rebuild(
     if done.dead_letters:
         waiting = f", {done.waiting} waiting behind" if done.waiting else ""
         letters = counted(done.dead_letters, "dead letter")
-        output.write(f"It has set aside {letters}{waiting}: see '{subject.program} dead-letters list'.")
+        output.write(f"It has set aside {letters}{waiting}: see {subject.command('dead-letters list')}.")
     if drop_old:
         with clear_errors():
             for table in building.drop_old():

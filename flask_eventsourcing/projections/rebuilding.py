@@ -33,10 +33,14 @@ from .consumers.belonging import Belonging
 from .consumers.shadows import ShadowTables, shadows_of
 from .dead_letters import describe
 from .runners import Runner, event_name
-from .swap import NEAR, Swap, settle
+from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000
 BUSY = "Another process rebuilds {} now."
+SEVERAL = (
+    "{} is inline, and the database server is one of several that take writes: those on the others could not be kept "
+    "out while the tables are swapped. Let a worker run it, with inline = False, rebuild it, and make it inline again."
+)
 LOOK = 0.1
 """Seconds between two looks whether another process renews its lease."""
 
@@ -112,6 +116,8 @@ class Rebuild:
         :raises RebuildError: when it cannot be rebuilt, or the counts differ.
         """
         self.new.check()
+        if self.live.projection_class.inline and self.application.datastore.dialect.is_node():
+            raise RebuildError(SEVERAL.format(self.live.name))
         with self._alone() as confirm:
             swap = Swap(self.live, self.stop, confirm)
             with self.application.host.context():
@@ -149,7 +155,7 @@ class Rebuild:
     @contextmanager
     def _leased(self) -> Iterator[Callable[[Connection], None]]:
         # A row of its own: that of the rebuild is claimed, and given back, by its runner.
-        checkpoint = self.application.checkpoint(f"{self.live.name}:rebuilding")
+        checkpoint = lease_of_rebuild(self.live)
         claimed = self._claim(checkpoint)
 
         def confirm(connection: Connection) -> None:

@@ -154,7 +154,7 @@ class BoundProjections:
             names = ", ".join(consumer.name for consumer in self) or "none"
             raise ConfigurationError(
                 f"There is no projection {projection!r} "
-                f"(registered: {names}): decorate its class with @es.projection(of=…)."
+                f"(registered: {names}): register its class, in a Flask app with @es.projection(of=…)."
             )
         if len({consumer.application for consumer in found}) > 1:
             raise ConfigurationError(f"Several applications have a projection {projection!r}: give one another name.")

@@ -26,7 +26,7 @@ from ..persistence.dialects import is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
 from .applying.pages import LogPages
-from .checkpoint import ACTIVE, PAUSED, SWAPPING, CheckpointRow
+from .checkpoint import ACTIVE, PAUSED, SWAPPING, Checkpoint, CheckpointRow
 from .consumers import Consumer, ProjectedApplication
 from .consumers.shadows import REFERS, ShadowTables, shadows_of
 
@@ -114,11 +114,24 @@ class Swap:
 
     def _swap(self) -> Swapped:
         replacing = self.check()
+        if self.application.datastore.dialect.is_node():
+            self._hold_live()
         if not replacing and not self.application.datastore.dialect.swaps_in_transaction:
             with self._log_locked():
                 return self._in_steps()
         with self._log_locked():
             return self._at_once(replacing)
+
+    def _hold_live(self) -> None:
+        """Have the live projection stand still, also on other servers: they know nothing of the lock on its row.
+
+        Whoever runs it would move it again and again, and each time this swap would be the one that is ended.
+        """
+        with self.application.engine.begin() as connection:
+            self.confirm(connection)
+            if self.live.checkpoint.lock(connection).state != PAUSED:
+                held = {"state": SWAPPING, "token": None, "leased_until": None}
+                self.live.checkpoint.set_values(connection, **held)
 
     def _drop_built(self) -> None:
         """Drop the tables whose rows were copied."""
@@ -332,6 +345,18 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
 def _is_paused(consumer: Consumer, connection: Connection) -> bool:
     row = consumer.checkpoint.read(connection)
     return row is not None and row.state == PAUSED
+
+
+def lease_of_rebuild(live: Consumer) -> Checkpoint:
+    """Return the row with the lease of the process that rebuilds a projection, where that is no lock of the server."""
+    return live.application.checkpoint(f"{live.name}:rebuilding")
+
+
+def is_rebuilding(live: Consumer) -> bool:
+    """Whether a process has that lease."""
+    with live.application.engine.connect() as connection:
+        row = lease_of_rebuild(live).read(connection)
+        return row is not None and row.token is not None and live.lock().is_held(connection, row.leased_until)
 
 
 def settle(live: Consumer) -> None:

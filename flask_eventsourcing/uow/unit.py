@@ -265,9 +265,9 @@ class UnitOfWork:
         """Call a function if what was done so far is rolled back, or nobody knows; forget it at the commit."""
         self._note(AfterRollback(function))
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, connection: Connection | None = None) -> None:
         """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
-        self._note(Refusal(reason))
+        self._note(Refusal(reason), connection)
 
     def _note(self, item: Item, connection: Connection | None = None) -> None:
         self.resolve(asked=True)

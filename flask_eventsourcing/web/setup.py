@@ -31,7 +31,7 @@ from ..projections.registry import BoundProjections, Registrations
 from ..uow import FIXED, SessionCommits, Units
 from .request_metadata import make_collector
 from .sessions import AppDatabase, FlaskHost, current_context, has_models
-from .state import EventSourcingState, publish
+from .state import PROGRAM, EventSourcingState, publish
 from .uncommitted import lose
 
 FIXED_BINDS = FIXED | {FlaskSession.get_bind}
@@ -308,7 +308,7 @@ def _make_stores(
     app: Flask, database: AppDatabase, config: Config, classes: Sequence[type[Application[Any]]]
 ) -> dict[str | None, Datastore]:
     """Make the datastore of each database, by its bind key."""
-    options = DialectOptions(**{each.name: getattr(config, each.name) for each in fields(DialectOptions)})
+    options = DialectOptions(program=PROGRAM, **{name: getattr(config, name) for name in DialectOptions.settings()})
     stores = {
         key: Datastore(database.engine_of(key), options, metadata=make_collector(app, config))
         for key in dict.fromkeys(_key(cls, config) for cls in classes)

@@ -28,6 +28,8 @@ from ..uow import LENT, Batch, UnitOfWork
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
+PROGRAM = "flask eventsourcing"
+"""How the commands are called in a Flask app, as messages name them."""
 Slots: TypeAlias = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
 _states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
 

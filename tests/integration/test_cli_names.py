@@ -46,7 +46,7 @@ def test_no_projection(site: Site) -> None:
     for arguments in (("run",), ("run", "--all"), ("run", "Balances")):
         code, output = run(site, *arguments)
         assert code == 1
-        assert "No projection is registered: decorate a class with @es.projection" in output
+        assert "No projection is registered: register its class, in a Flask app with @es.projection" in output
     assert run(site, "status", "--check") == (0, "No projection is registered.\n")
 
 

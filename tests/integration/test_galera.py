@@ -16,20 +16,12 @@ from flask_eventsourcing import AbortedTransactionError
 from tests import servers
 from tests.bank import Site, make_site
 from tests.domain import in_threads
-from tests.galera import galera_cluster
-from tests.servers import ServerFolder
+from tests.galera import catch_up
 
 pytestmark = pytest.mark.xdist_group("galera")
 
 THREADS = 6
 UNITS = 15
-
-
-@pytest.fixture(scope="module")
-def galera_urls(server_folder: ServerFolder) -> Iterator[list[str]]:
-    """The URLs of three nodes."""
-    with galera_cluster(server_folder) as urls:
-        yield urls
 
 
 @pytest.fixture
@@ -44,20 +36,12 @@ def make_sites(galera_urls: list[str]) -> Iterator[Callable[..., list[Site]]]:
             for node in galera_urls:
                 uri = sa.make_url(node).set(database=database).render_as_string(hide_password=False)
                 made.append(make_site(uri, create=not made, **config))
-                _catch_up(made[-1])
+                catch_up(uri)
             return made
 
         yield make
         for site in made:
             site.close()
-
-
-def _catch_up(site: Site) -> None:
-    """Wait until a node has applied all that the cluster has committed."""
-    with site.app.app_context(), site.db.engine.connect() as connection:
-        connection.exec_driver_sql("SET SESSION wsrep_sync_wait = 15")
-        connection.exec_driver_sql("SELECT 1")
-        connection.exec_driver_sql("SET SESSION wsrep_sync_wait = 0")
 
 
 def answers_conflicts(site: Site) -> None:
@@ -67,7 +51,7 @@ def answers_conflicts(site: Site) -> None:
 
 def positions(site: Site) -> list[int]:
     """Return every position that a node has."""
-    _catch_up(site)
+    catch_up(site.app.config["SQLALCHEMY_DATABASE_URI"])
     with site.app.app_context():
         order = site.es.StoredEvent.notification_id
         return list(site.db.session.scalars(sa.select(order).order_by(order)))
@@ -101,7 +85,7 @@ def test_unit_that_goes_on_after_the_conflict_is_told(make_sites: Callable[..., 
     def overtaken() -> None:
         here.bank.open_account("lost")
         there.elsewhere(lambda: there.bank.open_account("kept"))
-        _catch_up(here)
+        catch_up(here.app.config["SQLALCHEMY_DATABASE_URI"])
         try:
             here.bank.open_account("lost, too")
         except IntegrityError:
@@ -120,7 +104,7 @@ def test_caught_error_of_an_overtaken_unit_cannot_be_committed(make_sites: Calla
     with here.app.app_context():
         here.bank.open_account("lost")
         there.elsewhere(lambda: there.bank.open_account("kept"))
-        _catch_up(here)
+        catch_up(here.app.config["SQLALCHEMY_DATABASE_URI"])
         with pytest.raises(sa.exc.OperationalError, match="1213"):
             here.db.session.execute(sa.text("SELECT 1"))
         with pytest.raises(AbortedTransactionError):
@@ -141,7 +125,7 @@ def test_overtaken_unit_can_be_rolled_back(
         here.note("lost")
         here.bank.open_account("lost")
         there.elsewhere(lambda: there.bank.open_account("kept"))
-        _catch_up(here)
+        catch_up(here.app.config["SQLALCHEMY_DATABASE_URI"])
         if end == "error":
             raise KeyError
 
@@ -222,7 +206,7 @@ def test_writers_on_all_nodes_lose_nothing(
     sites = make_sites(EVENTSOURCING_COMMIT=mode)
     account_ids = [sites[0].opened() for _ in range(accounts)]
     for site in sites:
-        _catch_up(site)
+        catch_up(site.app.config["SQLALCHEMY_DATABASE_URI"])
     seen: list[int] = []
     done = threading.Event()
 
@@ -230,7 +214,7 @@ def test_writers_on_all_nodes_lose_nothing(
         while True:
             last_round = done.is_set()
             if last_round:
-                _catch_up(sites[2])
+                catch_up(sites[2].app.config["SQLALCHEMY_DATABASE_URI"])
             with sites[2].app.app_context():
                 recorder: Any = sites[2].bank.recorder
             page = recorder.read_log(seen[-1] if seen else None, 10, inclusive_of_start=False)

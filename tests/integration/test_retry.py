@@ -184,6 +184,29 @@ def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
     assert queued == [0, 1]
 
 
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_queue_for_one_aggregate_keeps_no_other_waiting(new_site: MakeSite, number: int) -> None:
+    """Whoever saves another aggregate, whatever its id, or a new one, does not wait for a unit in the queue of one."""
+    site = new_site(EVENTSOURCING_LOCK_TIMEOUT=1)
+    ids = sorted(site.opened(1) for _ in range(3))
+    host = site.app.extensions["eventsourcing"].host
+
+    @site.es.retry_on_conflict
+    def unit() -> None:
+        host.unit().units.contended.add((cast(Any, site.bank.recorder).events_table.name, ids[number]))
+        site.bank.account(ids[number])
+        assert host.unit().queue._queued
+        for other in ids:
+            if other != ids[number]:
+                site.elsewhere(lambda other=other: site.bank.deposit(other, 1))  # type: ignore[misc]
+        for _ in range(5):
+            site.elsewhere(site.bank.open_account)
+
+    with site.app.app_context():
+        unit()
+
+
 @on_files
 def test_contended_aggregate_loses_no_update(site: Site) -> None:
     """Many clients on one account all succeed with few retries, because after a conflict they queue."""

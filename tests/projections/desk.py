@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
@@ -411,8 +411,10 @@ class PlainDesk(Desk):
 
     def command(self, *arguments: str, input: str | None = None) -> Result:
         """Call a command on the host's subject."""
-        subject = Subject.of_plain_host(self.registered, self.program)
-        return CliRunner().invoke(group, arguments, obj=subject, input=input)
+        subject = Subject.of_plain_host(self.registered)
+        result = CliRunner().invoke(group, arguments, obj=subject, input=input)
+        assert FlaskDesk.program not in result.output, result.output
+        return result
 
     def close(self) -> None:
         """Close the application and every connection."""
@@ -440,7 +442,8 @@ def make_plain_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDes
     base = orm.declarative_base()
     engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
     settings = Config.from_mapping(config)
-    options = DialectOptions(**{each.name: getattr(settings, each.name) for each in fields(DialectOptions)})
+    given = {name: getattr(settings, name) for name in DialectOptions.settings()}
+    options = DialectOptions(program=PlainDesk.program, **given)
     balance, seen = make_models(base, id_type)
     models = event_models(base, "Bank", schema=settings.schema)
     maker = orm.sessionmaker(engine)

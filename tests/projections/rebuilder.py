@@ -1,4 +1,4 @@
-"""A process that rebuilds, to be killed."""
+"""A process that rebuilds, or runs projections, to be killed."""
 
 from __future__ import annotations
 
@@ -18,5 +18,8 @@ def make(uri: str) -> Desk:
 if __name__ == "__main__":
     DESK = make(sys.argv[1])
     print("begun", flush=True)  # noqa: T201
-    Rebuild(DESK.consumer()).run()
+    if "run" in sys.argv:
+        DESK.worker().run()
+    else:
+        Rebuild(DESK.consumer()).run()
     print("ended", flush=True)  # noqa: T201

@@ -6,8 +6,10 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
@@ -78,6 +80,21 @@ def test_a_failing_handler_fails_the_save(desk: Desk) -> None:
         desk.session.commit()
         assert bank.balance(account_id) == 3
     assert desk.amounts() == {account_id: 3}
+
+
+def test_a_row_that_is_refused_is_named(desk: Desk) -> None:
+    """Where the database refuses rows of an inline projection, save() raises that error, and none that hides it."""
+    desk.balances(inline=True)
+    account_id = desk.open(1)
+    with desk.context() as bank:
+        bank.open_account()
+        desk.session.add(desk.Balance(account_id=uuid4(), amount=None))
+        with pytest.raises(sa.exc.IntegrityError, match=r"balance|amount"):
+            bank.deposit(account_id, 1)
+        desk.session.rollback()
+        bank.deposit(account_id, 5)
+        desk.session.commit()
+    assert desk.amounts() == {account_id: 6}
 
 
 def test_a_failure_in_a_savepoint_ends_with_it(desk: Desk) -> None:

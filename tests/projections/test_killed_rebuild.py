@@ -18,9 +18,9 @@ from tests.projections.rebuilder import make
 ROOT = Path(__file__).parents[2]
 
 
-def start(uri: str) -> subprocess.Popen[str]:
-    """Start a rebuild in a process of its own, and wait until it has begun."""
-    command = [sys.executable, "-m", "tests.projections.rebuilder", uri]
+def start(uri: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a rebuild, or a worker, in a process of its own, and wait until it has begun."""
+    command = [sys.executable, "-m", "tests.projections.rebuilder", uri, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"

@@ -9,9 +9,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from flask_eventsourcing.exceptions import ConfigurationError
+from flask_eventsourcing.exceptions import ConfigurationError, MissingTableError, ProjectionHaltedError
+from flask_eventsourcing.host import PlainHost
+from flask_eventsourcing.models import make_models
 from flask_eventsourcing.projections import ModelProjection, on
-from tests.domain import Shop
+from tests.domain import Bank, Shop
 from tests.projections.desk import Created, PlainDesk, make_plain_desk
 
 
@@ -60,6 +62,35 @@ def test_a_name_is_taken(desk: PlainDesk) -> None:
     desk.projections.register(Idle)
     with pytest.raises(ConfigurationError, match="Two projections of Bank are called 'Idle'"):
         desk.projections.register(type("Second", (Idle,), {"name": "Idle"}))
+
+
+def test_remedies_are_those_of_the_program(desk: PlainDesk) -> None:
+    """What a worker, a status and who waits say of a projection names the program's own commands."""
+    desk.balances()
+    desk.poison = {5}
+    desk.open(5)
+    said = [str(error) for error in desk.run_once()]
+    assert desk.command("projections", "pause", "Balances").exit_code == 0
+    said += [desk.command("status").output, desk.command("check").output, desk.command("run", "--once").output]
+    with pytest.raises(ProjectionHaltedError) as raised:
+        desk.wait_for("Balances", 2)
+    assert "'bank events projections skip Balances 2'" in said[0]
+    for each in (*said[1:], str(raised.value)):
+        assert "Let it go on with 'bank events projections resume Balances'" in each
+    desk.Model.metadata.drop_all(desk.engine)
+    with pytest.raises(MissingTableError, match=r"run 'bank events init-db' or your migrations\.$"):
+        desk.open(1)
+
+
+def test_a_host_that_names_no_program(tmp_path: Path) -> None:
+    """Where a host does not say how its commands are called, messages name the command alone."""
+    base = orm.declarative_base()
+    models = make_models(base, "Bank")
+    host = PlainHost(orm.sessionmaker(sa.create_engine(f"sqlite:///{tmp_path}/empty.db")), {Bank: models})
+    with pytest.raises(MissingTableError, match=r"does not exist: run the command 'init-db' or your migrations\.$"):
+        host[Bank].open_account()
+    host.close()
+    host.datastore.engine.dispose()
 
 
 def test_commands_are_called_as_the_program_says(desk: PlainDesk) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import click
 import pytest
 import sqlalchemy as sa
 from eventsourcing import persistence
 from eventsourcing.application import Application
 
 from flask_eventsourcing import commands
+from flask_eventsourcing.cli import group
 from flask_eventsourcing.commands import (
     CommandError,
     PlainOutput,
@@ -31,9 +33,10 @@ from flask_eventsourcing.commands import (
 )
 from flask_eventsourcing.commands.reports import Reporter
 from flask_eventsourcing.exceptions import RebuildError
-from flask_eventsourcing.persistence import Datastore
+from flask_eventsourcing.persistence import Datastore, DialectOptions
 from flask_eventsourcing.projections.registry import BoundProjections
 from flask_eventsourcing.projections.runners import Progress
+from tests.source import MODULES, parse
 
 FOLDER = Path(commands.__file__).parent
 FRONTS = {"click", "flask", "flask_sqlalchemy", "werkzeug"}
@@ -71,9 +74,8 @@ def engine() -> Iterator[sa.Engine]:
 def subject(engine: sa.Engine) -> Subject:
     """What commands work on, on a host that is not Flask."""
     return Subject(
-        program="manage.py events",
         commit_mode="explicit",
-        datastore=Datastore(engine),
+        datastore=Datastore(engine, DialectOptions(program="manage.py events")),
         application_tables=[("Bank", EVENTS)],
         applications=lambda: {"Bank": Application[UUID]()},
         projections=cast(BoundProjections, NoProjections()),
@@ -139,6 +141,45 @@ def test_messages_name_the_program(subject: Subject, output: PlainOutput, printe
     METADATA.create_all(subject.datastore.engine)
     with pytest.raises(CommandError, match=r"^There is no dead letter 7: see 'manage\.py events dead-letters list'\.$"):
         letters.show_letter(subject, output, 7)
+
+
+def words_of(call: ast.Call) -> str:
+    """Return the words with which a message names a command, with X for what is filled in."""
+    given = call.args[0]
+    parts = given.values if isinstance(given, ast.JoinedStr) else [given]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
+
+
+def command_of(words: str) -> click.Command | None:
+    """Return the command that words call."""
+    found: click.Command | None = group
+    for word in words.split():
+        if not isinstance(found, click.Group):
+            break
+        found = found.get_command(click.Context(found), word)
+    return found
+
+
+def test_every_remedy_is_a_command() -> None:
+    """Each command that a message names exists, and is named as the host says; none has a host's way of its own."""
+    calls = [
+        node
+        for name in MODULES
+        if name != "cli"
+        for node in ast.walk(parse(name))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "command"
+    ]
+    named = {words for call in calls if (words := words_of(call)) != "X"}
+    assert {"rebuild", "projections accept", "dead-letters list", "init-db"} <= named
+    assert {words for words in named if type(command_of(words)) is not click.Command} == set()
+    texts = {
+        f"{name}:{node.lineno}"
+        for name in MODULES
+        for node in ast.walk(parse(name))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "flask eventsourcing" in node.value
+    }
+    spoken = {each for each in texts if not each.endswith(":1")}
+    assert {each.partition(":")[0] for each in spoken} == {"web.state"}, spoken
 
 
 def test_status_without_projections(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:

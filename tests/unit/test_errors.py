@@ -32,7 +32,7 @@ class DriverError(Exception):
 
 def dialect_of(name: str = "sqlite") -> Dialect:
     """Return a database's dialect, without the database."""
-    return dialect_for(sa.create_engine(URLS[name]), DialectOptions())
+    return dialect_for(sa.create_engine(URLS[name]), DialectOptions(program="flask eventsourcing"))
 
 
 def with_sqlstate(error: Any, sqlstate: str) -> Any:

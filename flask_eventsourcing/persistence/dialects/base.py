@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ...config import PostgresOrder, checked
 from ..subscriptions import Waiter
-from .driver import Driver, root_engine
+from .driver import root_engine
 from .event_tables import EVENT_COLUMNS, NOTHING, OF_AGGREGATE, POSITION, Beside, EventTable, Processor, begins
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
@@ -29,6 +29,7 @@ from .looks import Looks
 class DialectOptions:
     """What the configuration says about databases; ``lock_timeout`` and ``stall_limit`` in seconds.
 
+    :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
     :raises ConfigurationError: for a value that the setting of that name refuses.
     """
 
@@ -37,11 +38,17 @@ class DialectOptions:
     postgres_notify: bool = True
     sqlite_wal: bool = True
     stall_limit: float = 60.0
+    program: str | None = None
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = checked(each.name, getattr(self, each.name), f"DialectOptions({each.name}=…)")
-            object.__setattr__(self, each.name, value)
+        for name in self.settings():
+            value = checked(name, getattr(self, name), f"DialectOptions({name}=…)")
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def settings(cls) -> Sequence[str]:
+        """Return the names of those that are settings too; the host knows the other one."""
+        return [each.name for each in fields(cls) if each.name != "program"]
 
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -80,7 +87,7 @@ class _Page(NamedTuple):
     inclusive_of_start: bool
 
 
-class Dialect(Looks, Driver, ForProjections, ABC):
+class Dialect(Looks, ForProjections, ABC):
     """How one database appends events in order and reads them."""
 
     title: ClassVar[str] = ""
@@ -99,7 +106,7 @@ class Dialect(Looks, Driver, ForProjections, ABC):
     """Whether reads outside a session are to run without a transaction."""
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
-        super().__init__(engine)
+        super().__init__(engine, options.program)
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
         self._located: dict[str, EventTable] = {}

@@ -86,13 +86,22 @@ class Driver:
     rows_at_once = 1
     """The rows of one statement of :meth:`insert_rows`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, program: str | None = None) -> None:
         self.engine = engine
+        self._program = program
         dbapi: Any = engine.dialect.dbapi
         self.driver_error: type[Exception] = dbapi.Error
         self.translated: Translated = Translated(self)
         self.tables: dict[str, sa.Table] = {}
         """The tables of events, snapshots and positions by their quoted names."""
+
+    def command(self, words: str) -> str:
+        """Return how messages name a command: as the host's user calls it, if the host says how."""
+        return f"the command '{words}'" if self._program is None else f"'{self._program} {words}'"
+
+    def missing(self, name: str) -> MissingTableError:
+        """Return the error that names a table that is not there."""
+        return MissingTableError(f"Table {name!r} does not exist: run {self.command('init-db')} or your migrations.")
 
     def quote(self, name: str) -> str:
         """Quote a name where the database needs it."""
@@ -332,10 +341,7 @@ class Driver:
     def _special(self, driver_error: Any, text: str) -> persistence.PersistenceError | None:
         missing = None if self.missing_table is None else self.missing_table.search(text)
         if missing:
-            return MissingTableError(
-                f"Table {missing['name']!r} does not exist: run 'flask eventsourcing init-db', "
-                "db.create_all() or your migrations."
-            )
+            return self.missing(missing["name"])
         if self.is_serialization_failure(driver_error):
             return ConflictError(f"Another writer was first: {text}")
         if self.code(driver_error) in self.rights_lacking:

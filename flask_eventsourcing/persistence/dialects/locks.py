@@ -52,12 +52,14 @@ class RunnerLock(ABC):
     :param name: of the table and the projection.
     """
 
-    leased = False
-    """Whether the right is a lease, kept in the projection's row, rather than a lock of the server."""
-
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
+
+    @property
+    def leased(self) -> bool:
+        """Whether the right is a lease, kept in the projection's row, rather than a lock of the server."""
+        return False
 
     @abstractmethod
     def acquire(self) -> bool:
@@ -87,7 +89,10 @@ FARTHEST = timedelta(minutes=1)
 class Lease(RunnerLock):
     """No lock: the claim in the projection's row holds until its time is over."""
 
-    leased = True
+    @property
+    def leased(self) -> bool:
+        """It is."""
+        return True
 
     def acquire(self) -> bool:
         """Nothing to take: the claim decides."""
@@ -271,6 +276,13 @@ class ForProjections(ForSwaps):
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
     keeps_microseconds = False
     """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
+
+    def is_node(self, connection: Connection | None = None) -> bool:
+        """Whether the server is one of several that take writes, each with locks of its own.
+
+        :param connection: to ask on, instead of one from the pool.
+        """
+        return False
 
     has_one_writer = False
     """Whether one who has written keeps all others from it, so that a handler that waits is waiting for itself."""

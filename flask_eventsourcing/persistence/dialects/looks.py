@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from ...exceptions import MissingTableError, UnsafeTableError
+from ...exceptions import UnsafeTableError
+from .driver import Driver
 from .event_tables import COLUMN_VALUES, EVENT_COLUMNS, METADATA_COLUMNS, POSITION, VERSION, VERSION_KEY, EventTable
 
 Use = Literal["read", "append", "describe"]
@@ -114,7 +115,7 @@ class Seen:
         """How many bytes a statement may have, or 0 where there is no limit."""
 
 
-class Looks:
+class Looks(Driver):
     """Looks at settings and tables; part of every dialect."""
 
     equal_families: ClassVar[frozenset[frozenset[str]]] = frozenset()
@@ -122,9 +123,6 @@ class Looks:
     compares_lengths: ClassVar[bool] = True
     every_table_options: ClassVar[Mapping[str, Any]] = {}
     """Keyword arguments of each ``Table``."""
-
-    engine: sa.Engine
-    tables: dict[str, sa.Table]
 
     @cached_property
     def looked_at(self) -> dict[tuple[Any, str], list[Finding]]:
@@ -220,7 +218,7 @@ class Looks:
         """
         found = self.found_table(connection, table.table)
         if found is None:
-            raise missing_table(table.table.fullname)
+            raise self.missing(table.table.fullname)
         findings = [*self.differences(table.table, found), *self.found_more(connection, table.table, found)]
         for other in self.others_of(table):
             there = self.found_table(connection, other)
@@ -362,13 +360,6 @@ def keyless(table: sa.Table, found: FoundTable, needed: Collection[str]) -> Iter
         key = f"UNIQUE ({', '.join(VERSION_KEY)})"
         text = f"Table {table.fullname} has no key {key}, so that a conflict of two writers would not be noticed"
         yield Finding(f"{text}: let a migration add it.", APPEND)
-
-
-def missing_table(name: str) -> MissingTableError:
-    """Return the error that names a table that is not there."""
-    return MissingTableError(
-        f"Table {name!r} does not exist: run 'flask eventsourcing init-db', db.create_all() or your migrations."
-    )
 
 
 def refuse(findings: Iterable[Finding], use: Use) -> None:

@@ -10,11 +10,10 @@ told to try again.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import weakref
 from collections.abc import Collection, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from traceback import walk_tb
 from typing import Any, ClassVar
 from uuid import UUID
@@ -30,10 +29,10 @@ from .base import DialectOptions
 from .calls import count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
-from .locks import NAMESPACE, RunnerLock
+from .locks import RunnerLock
 from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
 from .mysql_swapping import MySQLSwaps
-from .session_locks import SessionLock
+from .session_locks import NamedLock
 
 LOCK_WAIT_TIMEOUT = 1205
 OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE = 1290, 1836
@@ -241,13 +240,16 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             raise IntegrityError(f"Position {position} of {application_name} is not above the recorded one.") from error
 
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
-        """Lock the first event of the aggregate; a locking read makes no snapshot, so what follows reads the latest."""
+        """Lock its second event; a locking read makes no snapshot, so what follows reads the latest.
+
+        It locks the gap before a row of a key too. Before the first event, that is where others append to another
+        aggregate: they have the counting row that this unit will want, and of the two it would be ended each time.
+        Where there is no second event nothing is queued for, but a conflict has just made one.
+        """
         if not wait:
             return
         table = self.located(connection, table)
-        statement = (
-            f"SELECT 1 FROM {table.name} WHERE originator_id = %s ORDER BY originator_version LIMIT 1 FOR UPDATE"
-        )
+        statement = f"SELECT 1 FROM {table.name} WHERE originator_id = %s AND originator_version = 2 FOR UPDATE"
         self.fetch(connection, statement, (table.encode_id(originator_id),))
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
@@ -323,7 +325,19 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
-        return NamedLock(self.engine, name)
+        return NamedLock(self.engine, name, self.is_node)
+
+    def is_node(self, connection: Connection | None = None) -> bool:
+        """Ask the server, once for each engine, whether it replicates with Galera."""
+        found = _nodes.get(self.engine)
+        if found is None:
+            with nullcontext(connection) if connection is not None else self.engine.connect() as used:
+                answer = self.fetch(used, "SHOW VARIABLES LIKE 'wsrep_on'")
+            found = _nodes[self.engine] = bool(answer) and answer[0][1] == "ON"
+        return found
+
+
+_nodes: weakref.WeakKeyDictionary[Engine, bool] = weakref.WeakKeyDictionary()
 
 
 def _after_error(context: Any) -> None:
@@ -385,16 +399,3 @@ def _tolerate_rolled_back(engine: Engine) -> None:
             rollback(driver_connection)
 
     dialect_rollback(engine.dialect, do_rollback)
-
-
-class NamedLock(SessionLock):
-    """``GET_LOCK``, whose names are the whole server's and have at most 64 characters."""
-
-    take = "SELECT GET_LOCK(:name, 0) = 1"
-    give = "SELECT RELEASE_LOCK(:name)"
-    look = "SELECT IS_USED_LOCK(:name) IS NOT NULL"
-
-    def parameters(self) -> dict[str, Any]:
-        """The name is a hash that has the database in it."""
-        unique = f"{self.engine.url.database}/{self.name}"
-        return {"name": f"{NAMESPACE}:{hashlib.sha1(unique.encode(), usedforsecurity=False).hexdigest()}"}

@@ -42,7 +42,7 @@ from .event_tables import (
 )
 from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
-from .looks import Use, missing_table
+from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, literal, make_draw, make_statement, regclass
@@ -211,7 +211,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         parameters = (table.snapshots and as_parameter(table.snapshots), *self.place(connection, table.table))
         identity, name, short, is_found, snapshots = self.fetch(connection, LOOK, parameters)[0]
         if identity is None:
-            raise missing_table(table.table.fullname)
+            raise self.missing(table.table.fullname)
         log = self._logs.get((table.name, identity))
         if log is None:
             if (table.name, 0) in self._logs:

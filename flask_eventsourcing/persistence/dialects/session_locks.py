@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DisconnectionError
 
-from .locks import NAMESPACE, RunnerLock
+from .locks import NAMESPACE, Lease, RunnerLock
 
 
 class LostLockError(DisconnectionError):
@@ -147,6 +149,46 @@ class SessionLock(RunnerLock):
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Ask the server whether somebody has the lock."""
         return bool(connection.execute(sa.text(self.look), self.parameters()).scalar())
+
+
+class NamedLock(SessionLock):
+    """``GET_LOCK``, whose names are the whole server's and have at most 64 characters; in a cluster, a lease.
+
+    :param is_node: whether there are other servers that take writes, where nobody knows of this one's locks.
+    """
+
+    take = "SELECT GET_LOCK(:name, 0) = 1"
+    give = "SELECT RELEASE_LOCK(:name)"
+    look = "SELECT IS_USED_LOCK(:name) IS NOT NULL"
+
+    def __init__(self, engine: Engine, name: str, is_node: Callable[[Connection | None], bool]) -> None:
+        super().__init__(engine, name)
+        self._is_node = is_node
+
+    @property
+    def leased(self) -> bool:
+        """Whether it is a node of a cluster."""
+        return self._is_node(None)
+
+    def acquire(self) -> bool:
+        """Take the lock if nobody has it; a lease is taken with the claim."""
+        return self.leased or super().acquire()
+
+    def check(self) -> None:
+        """See whether the connection with the lock still lives."""
+        if not self.leased:
+            super().check()
+
+    def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
+        """Ask the server whether somebody has the lock, or look at the lease."""
+        if self._is_node(connection):
+            return Lease(self.engine, self.name).is_held(connection, leased_until)
+        return super().is_held(connection, leased_until)
+
+    def parameters(self) -> dict[str, Any]:
+        """The name is a hash that has the database in it."""
+        unique = f"{self.engine.url.database}/{self.name}"
+        return {"name": f"{NAMESPACE}:{hashlib.sha1(unique.encode(), usedforsecurity=False).hexdigest()}"}
 
 
 class AdvisoryLock(SessionLock):

@@ -65,6 +65,10 @@ class ProjectedApplication:
         """The recorder of the application, from which the log is read."""
         return cast(SQLAlchemyApplicationRecorder, self.find().recorder)
 
+    def command(self, words: str) -> str:
+        """Return how messages name a command."""
+        return self.host.datastore.dialect.command(words)
+
     @property
     def tracking_table(self) -> sa.Table | None:
         """The table that has the identity of the log, unless the host has none."""
@@ -144,6 +148,10 @@ class Consumer:
     def name(self) -> str:
         """The name of its row."""
         return self.projection_class.name + SUFFIXES[self.kind]
+
+    def command(self, words: str, *further: object) -> str:
+        """Return how messages name a command that is about it."""
+        return self.application.command(" ".join(map(str, (words, self.name, *further))))
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -69,7 +69,7 @@ class Belonging:
         return Mismatch(
             OLD_CODE,
             f"{self.name} is not run by this process, which has old code: its tables were rebuilt by other code since. "
-            f"If that release was taken back, run 'flask eventsourcing projections accept {self.name}', or rebuild "
+            f"If that release was taken back, run {self.consumer.command('projections accept')}, or rebuild "
             "the projection.",
         )
 
@@ -89,8 +89,9 @@ class Belonging:
         return Mismatch(
             ORPHAN,
             f"{self.name} would begin at the start of the log, and there is {orphans[0]}, which is not registered: if "
-            f"the projection was renamed, run 'flask eventsourcing projections rename {old} {projection.name}'; if "
-            f"not, 'flask eventsourcing projections accept {self.name}'.",
+            f"the projection was renamed, run "
+            f"{self.consumer.application.command(f'projections rename {old} {projection.name}')}; if "
+            f"not, {self.consumer.command('projections accept')}.",
         )
 
     def has_changed_code(self, row: CheckpointRow) -> bool:
@@ -144,10 +145,10 @@ class Belonging:
 
     def _remedy(self, what: str) -> str:
         rest = "to let it go on from the end of the log"
-        accept = f"'flask eventsourcing projections accept {self.name}'"
+        accept = self.consumer.command("projections accept")
         if self.consumer.kind == "reactions" or not self.consumer.tables:
             return f"If the log {what}, run {accept} {rest}."
-        return f"If the log {what}, run 'flask eventsourcing rebuild {self.name}'; or {accept}, {rest}."
+        return f"If the log {what}, run {self.consumer.command('rebuild')}; or {accept}, {rest}."
 
     def _look_at_log(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
         """Return the identity of the log, and the aggregate and version of the event at a position."""
@@ -189,8 +190,8 @@ class Belonging:
                 return Mismatch(
                     MADE_AGAIN,
                     f"Table {table.name} of {self.name} {what} since the events up to position {row.position} were "
-                    f"applied, so that it lacks them. Run 'flask eventsourcing rebuild {self.name}'; or, if it is as "
-                    f"it should be, 'flask eventsourcing projections accept {self.name}'.",
+                    f"applied, so that it lacks them. Run {self.consumer.command('rebuild')}; or, if it is as "
+                    f"it should be, {self.consumer.command('projections accept')}.",
                 )
         return None
 

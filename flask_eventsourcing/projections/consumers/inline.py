@@ -74,11 +74,16 @@ class InlineApplier:
         # What a host has for recorders to join is always a unit of work.
         unit = cast(UnitOfWork, joined)
         # A caller that catches the error must not commit the events without their read models.
-        with OnError(lambda _: unit.refuse("An inline projection failed")):
+        with OnError(lambda _: unit.refuse("An inline projection failed", self._left(connection))):
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
                 self._apply(unit.session, events, partial(described.recorded, positions))
             self._note(connection, positions)
+
+    @staticmethod
+    def _left(connection: Connection) -> Connection | None:
+        """Return the connection if it is in use: a session whose flush has failed gives none."""
+        return None if connection.closed else connection
 
     def _apply(
         self, session: orm.Session, events: Sequence[StoredEvent], find: Callable[[], Sequence[Recorded]]
@@ -212,8 +217,8 @@ class Ranges:
             NOT_APPLIED,
             f"{events} not applied by the inline projection {name}, from position {missing.first} on: another program "
             "or an older release has saved them without it, or it was not inline, or not there, before. Run "
-            f"'flask eventsourcing rebuild {name}'; or, if its tables are as they should be, "
-            f"'flask eventsourcing projections accept {name}'.",
+            f"{self.consumer.command('rebuild')}; or, if its tables are as they should be, "
+            f"{self.consumer.command('projections accept')}.",
         )
 
     def ahead(self, last: int, end: int) -> Mismatch:
@@ -222,7 +227,7 @@ class Ranges:
         return Mismatch(
             AHEAD,
             f"The inline projection {name} is ahead of its log: it has applied events up to position {last}, and the "
-            f"log ends at {end}. If that was restored to an earlier point, run 'flask eventsourcing rebuild {name}'.",
+            f"log ends at {end}. If that was restored to an earlier point, run {self.consumer.command('rebuild')}.",
         )
 
     # ----------------------------------------------------------------------------------------- a change to a worker

@@ -24,7 +24,7 @@ from ..checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, H
 from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Mismatch
 from ..dead_letters import describe
-from ..swap import settle
+from ..swap import is_rebuilding, settle
 from .claims import Turn
 from .pace import Backoff, Pace
 
@@ -168,7 +168,7 @@ class Delivery:
         text = f"{event_name(notification)}: {describe(error)}"
         self.consumer.checkpoint.halt(claimed, notification.id, text)
         self.progress.state = "halted"
-        raise ProjectionHaltedError(halted_message(claimed.name, notification.id, text)) from error
+        raise ProjectionHaltedError(halted_message(self.consumer, notification.id, text)) from error
 
 
 class Runner:
@@ -282,7 +282,7 @@ class Runner:
         self.progress.state = "standing by"
         lock = self.consumer.of_kind("rebuild").lock()
         try:
-            if lock.acquire():
+            if lock.acquire() and not (lock.leased and is_rebuilding(self.consumer)):
                 settle(self.consumer)
         finally:
             lock.release()
@@ -292,9 +292,9 @@ class Runner:
         """Wait until somebody resumes it."""
         self.turn.give_up()
         if once:
-            raise ProjectionHaltedError(stopped_message(row))
+            raise ProjectionHaltedError(stopped_message(self.consumer, row))
         if row.state == PAUSED and self.progress.state != "paused":
-            logger.info("%s", stopped_message(row))
+            logger.info("%s", stopped_message(self.consumer, row))
         if row.state == PAUSED:
             self.progress.state, self.progress.halted, self.progress.position = "paused", None, row.position
         else:
@@ -380,19 +380,19 @@ def event_name(notification: Notification) -> str:
     )
 
 
-def halted_message(name: str, position: int | None, error: str | None) -> str:
+def halted_message(consumer: Consumer, position: int | None, error: str | None) -> str:
     """Return what is said of a halted projection."""
     return (
-        f"{name} is halted before position {position}: {error}. Correct its handler and run it again, "
-        "or let it set such events aside with on_failure = 'dead-letter', or this one with 'flask eventsourcing "
-        f"projections skip {name} {position}'."
+        f"{consumer.name} is halted before position {position}: {error}. Correct its handler and run it again, "
+        "or let it set such events aside with on_failure = 'dead-letter', or this one with "
+        f"{consumer.command('projections skip', position)}."
     )
 
 
-def stopped_message(row: CheckpointRow) -> str:
+def stopped_message(consumer: Consumer, row: CheckpointRow) -> str:
     """Return what is said of a consumer that is halted or paused."""
     if row.state != PAUSED:
-        return halted_message(row.name, row.failed_position, row.error)
+        return halted_message(consumer, row.failed_position, row.error)
     by = f" by {row.changed_by}" if row.changed_by else ""
     reason = f": {row.reason}" if row.reason else ""
-    return f"{row.name} is paused{by}{reason}. 'flask eventsourcing projections resume {row.name}' lets it go on."
+    return f"{row.name} is paused{by}{reason}. Let it go on with {consumer.command('projections resume')}."

@@ -110,7 +110,7 @@ def _lock_all(application: ProjectedApplication, connection: Connection, name: s
             raise CheckpointError(f"{row.name} is run by {row.runner}: stop that first.")
         found.append(row.name)
     if not found:
-        raise CheckpointError(f"There is no checkpoint of {name!r}: see 'flask eventsourcing projections list'.")
+        raise CheckpointError(f"There is no checkpoint of {name!r}: see {application.command('projections list')}.")
     return found
 
 
@@ -204,13 +204,13 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
     """
     _refuse_inline(consumer)
     application, letters = consumer.application, consumer.application.dead_letters
-    _check_halted(consumer.checkpoint.read(), consumer.name, position)
+    _check_halted(consumer, consumer.checkpoint.read(), position)
     found = application.read_log(position - 1, 1, position, ())
     if not found:
         raise CheckpointError(f"Event {position} is not in the log any more.")
     name = event_name(found[0])
     with application.engine.begin() as connection:
-        row = _check_halted(_locked(consumer, connection), consumer.name, position)
+        row = _check_halted(consumer, _locked(consumer, connection), position)
         mismatch = Belonging(consumer).find_mismatch(connection, row)
         if mismatch is not None:
             raise mismatch.error
@@ -228,13 +228,14 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
     return name
 
 
-def _check_halted(row: CheckpointRow | None, name: str, position: int) -> CheckpointRow:
+def _check_halted(consumer: Consumer, row: CheckpointRow | None, position: int) -> CheckpointRow:
     if row is not None and row.state == HALTED and row.failed_position == position:
         return row
     state = "is not halted"
     if row is not None and row.state in (HALTED, PAUSED):
-        state = stopped_message(row)
-    raise CheckpointError(f"{name} does not stand before position {position}, and only that can be skipped: {state}.")
+        state = stopped_message(consumer, row)
+    text = f"{consumer.name} does not stand before position {position}, and only that can be skipped"
+    raise CheckpointError(f"{text}: {state}.")
 
 
 def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str = "") -> None:

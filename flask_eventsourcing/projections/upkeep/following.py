@@ -112,7 +112,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         mismatch = mismatch or not_applied
     if mismatch is None and not inline:
         mismatch = _problem(belonging, row, running, mark, end, writer)
-    mismatch = _paused(row, mismatch)
+    mismatch = _paused(consumer, row, mismatch)
     state = _state(row, inline=inline, running=running)
     return ProjectionStatus(
         name=consumer.name,
@@ -158,10 +158,10 @@ def _problem(
     return found if found is not None or row.state == HALTED else belonging.find_stall(mark, end, writer)
 
 
-def _paused(row: CheckpointRow, mismatch: Mismatch | None) -> Mismatch | None:
+def _paused(consumer: Consumer, row: CheckpointRow, mismatch: Mismatch | None) -> Mismatch | None:
     if row.state != PAUSED:
         return mismatch
-    text = stopped_message(row)
+    text = stopped_message(consumer, row)
     return Mismatch(PAUSED, text if mismatch is None else f"{text} {mismatch.text}")
 
 
@@ -308,7 +308,8 @@ def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
 
 def _why_not(consumer: Consumer) -> str:
     writer = status_of(consumer).writer
-    return "is 'flask eventsourcing run' running?" if writer is None else f"readers wait for {writer}."
+    run = consumer.application.command("run")
+    return f"is {run} running?" if writer is None else f"readers wait for {writer}."
 
 
 class _Goal:
@@ -336,5 +337,5 @@ class _Goal:
                 if mismatch is not None:
                     raise mismatch.error
         if row.state in (HALTED, PAUSED) and row.position < self.position:
-            raise ProjectionHaltedError(stopped_message(row))
+            raise ProjectionHaltedError(stopped_message(self.consumer, row))
         return row.position >= self.position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from eventsourcing.persistence import Notification
@@ -13,6 +14,9 @@ from ...persistence.dialects import is_outage
 from ..applying import Applier, may_be_its_own
 from ..consumers import Consumer
 from ..dead_letters import PAGE, Aggregate, DeadLetter
+
+TRIES = 20
+"""How often a letter is tried again where another writer was first."""
 
 Outcome = Literal["applied", "discarded", "failed"]
 
@@ -67,6 +71,8 @@ class _Repairer:
         self.letters = self.applier.letters
         self.result = Repair()
         self.tell = tell or self.result.add
+        self.handling = False
+        """Whether the handler of the letter in progress was called."""
         self.tried: set[int] = set()
         """The positions of those that have failed in this run."""
 
@@ -110,13 +116,16 @@ class _Repairer:
                 f"Dead letter {letter_id} only waits for an earlier one of {letter.originator_id}: "
                 "discard or retry that one."
             )
+        self.consumer.application.host.retry(partial(self._remove, letter_id), TRIES)
+        self.tell("discarded", letter)
+        self._apply_page(self._left([letter.originator_id]), up_to_failed=True)
+        return self.result
+
+    def _remove(self, letter_id: int) -> None:
         with self.consumer.application.host.transaction() as session:
             connection = self.applier.connection(session)
             self.consumer.checkpoint.lock(connection)
             self.letters.remove(connection, letter_id)
-        self.tell("discarded", letter)
-        self._apply_page(self._left([letter.originator_id]), up_to_failed=True)
-        return self.result
 
     def _left(self, originator_ids: Sequence[str]) -> Sequence[Aggregate]:
         with self.engine.connect() as connection:
@@ -141,21 +150,13 @@ class _Repairer:
         return True
 
     def _apply(self, letter: DeadLetter) -> bool:
-        handling = False
+        self.handling = False
         try:
-            with self.consumer.application.host.transaction() as session:
-                connection = self.applier.connection(session)
-                # Keeps the runner out: what it adds behind this letter comes before or after, not in between.
-                self.consumer.checkpoint.lock(connection)
-                if not self.letters.select(connection, [self.consumer.name], ids=[letter.id]):
-                    return True
-                notification, handling = self._notification(letter), True
-                self.applier.handle(session, notification)
-                session.flush()
-                self.letters.remove(connection, letter.id)
+            if not self.consumer.application.host.retry(partial(self._apply_once, letter), TRIES):
+                return True
         except Exception as error:
             # A handler may raise anything; the letter says what.
-            if is_outage(error) and not (handling and may_be_its_own(error)):
+            if is_outage(error) and not (self.handling and may_be_its_own(error)):
                 raise
             self.tried.add(letter.position)
             # An outage is raised from here.
@@ -164,6 +165,21 @@ class _Repairer:
             self.tell("failed", self._read(ids=[letter.id]) or letter)
             return False
         self.tell("applied", letter)
+        return True
+
+    def _apply_once(self, letter: DeadLetter) -> bool:
+        """Apply one that is still there; returns False for one that is not."""
+        self.handling = False
+        with self.consumer.application.host.transaction() as session:
+            connection = self.applier.connection(session)
+            # Keeps the runner out: what it adds behind this letter comes before or after, not in between.
+            self.consumer.checkpoint.lock(connection)
+            if not self.letters.select(connection, [self.consumer.name], ids=[letter.id]):
+                return False
+            notification, self.handling = self._notification(letter), True
+            self.applier.handle(session, notification)
+            session.flush()
+            self.letters.remove(connection, letter.id)
         return True
 
     def _notification(self, letter: DeadLetter) -> Notification:
