@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.integration.marks import on_files
+from tests.integration.marks import on_a_file_first, on_files
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "flask_eventsourcing.contrib.alembic"
@@ -79,7 +79,7 @@ def test_autogenerate_creates_the_tables_and_then_finds_nothing(uri: str, folder
     assert inspect(uri) == set()
 
 
-@on_files
+@on_a_file_first
 def test_tables_of_init_db_need_no_migration(uri: str, folder: Path) -> None:
     """Tables that ``flask eventsourcing init-db`` created are those that the migration would create."""
     flask(folder, uri, "db", "init")
@@ -88,7 +88,7 @@ def test_tables_of_init_db_need_no_migration(uri: str, folder: Path) -> None:
     assert "No changes in schema detected" in output
 
 
-@on_files
+@on_a_file_first
 def test_text_ids_settle_too(uri: str, folder: Path) -> None:
     """With text ids, too, the second autogenerate finds nothing."""
     text_ids = {"FLASK_EVENTSOURCING_ORIGINATOR_ID_TYPE": '"text"'}
@@ -99,7 +99,7 @@ def test_text_ids_settle_too(uri: str, folder: Path) -> None:
     assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second", **text_ids)
 
 
-@on_files
+@on_a_file_first
 def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
     """What a rebuild has replaced, or is building, is no removed table: autogenerate does not drop it."""
     flask(folder, uri, "db", "init")
@@ -117,7 +117,7 @@ def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
     assert "bank_events" not in text
 
 
-@on_files
+@on_a_file_first
 def test_columns_of_metadata_are_added_to_a_table_with_events(uri: str, folder: Path) -> None:
     """Autogenerate adds the columns to a table from before, with nothing else, and its events stay what they are."""
     flask(folder, uri, "db", "init")

@@ -116,6 +116,15 @@ def test_rebuild_again_and_again(desk: Desk) -> None:
 
 
 @pytest.mark.xdist_group("rebuild")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        pytest.param("sqlite-file", marks=pytest.mark.long),
+        "postgresql",
+        pytest.param("mariadb", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 def test_readers_and_writers_go_on(desk: Desk) -> None:
     """No reader ever sees an empty or half-built table, writers and the live projection go on, the result is whole."""
     desk.balances()
