@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.integration.unit_driver import Driver
 from tests.integration.unit_stages import CACHES, Setting, Stages
 from tests.integration.unit_steps import BLOCKS, KINDS, Step, Violation
-from tests.length import examples
+from tests.length import IS_LONG, examples
 
 WAITING: frozenset[str] = frozenset()
 """What is not drawn yet."""
@@ -101,6 +101,12 @@ SETTINGS_OF_FLASK = (
 )
 
 
+def settings_of(host: str) -> Sequence[Setting]:
+    """Return what is around each of the shortest programs."""
+    found = SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain"))
+    return found if IS_LONG else found[:2]
+
+
 def steps(drawn: Collection[str], depth: int = 2, most: int = 9) -> Any:
     """Draw lists of steps, with blocks in blocks."""
     numbers, caught = st.sampled_from(NUMBERS), st.booleans()
@@ -152,7 +158,7 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
     """The same holds for the shortest programs for which it once did not."""
     failed = []
     for program in SHORTEST:
-        for setting in SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain")):
+        for setting in settings_of(host):
             try:
                 take(stages, program, setting)
             except Violation as violation:
