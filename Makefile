@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` opens the example, `make test` runs every test.
+# Two commands do everything: `make demo` opens the example, `make test` runs the tests.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test minimum torture bench run-bench docs style clean
@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo 'make demo     open the example bank at http://127.0.0.1:$(PORT)/ (PORT=... for another port)'
-	@echo 'make test     run every test (ARGS=... goes to pytest)'
+	@echo 'make test     run the tests, in some minutes (LONG=1 for every one; ARGS=... goes to pytest)'
 	@echo 'make minimum  run some of them on the oldest versions that are admitted'
 	@echo 'make torture  run the long tests under load'
 	@echo 'make bench    measure, beside other packages (ARGS=--quick to see that it works)'

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +13,16 @@ import pytest
 
 from tests import servers
 from tests.galera import galera_cluster
+from tests.length import IS_LONG
 from tests.servers import ServerFolder, require
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 FOLDER = pytest.StashKey[ServerFolder]()
+LEFT_OUT = pytest.StashKey[int]()
 WORKER_KEY = "server_folder"
+COUNT_KEY = "left_out"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +35,36 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: WorkerController) -> None:
     """Tell a worker of pytest-xdist the run's folder."""
     node.workerinput[WORKER_KEY] = str(node.config.stash[FOLDER].path)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked ``long``, but in a long run."""
+    if IS_LONG:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.stash[LEFT_OUT] = len(long)
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the controller how many tests a worker has left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[COUNT_KEY] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Take the number from a worker: each has collected the same tests."""
+    stash = node.config.stash
+    stash[LEFT_OUT] = max(stash.get(LEFT_OUT, 0), getattr(node, "workeroutput", {}).get(COUNT_KEY, 0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many tests were left out, and how they are run."""
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} long tests were left out: 'make test LONG=1' runs them too.")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -76,10 +111,18 @@ def postgres_server_url(server_folder: ServerFolder) -> str:
     return os.environ.get("TEST_POSTGRES_URL") or server_folder.shared("postgres", servers.start_postgres).url
 
 
+@pytest.fixture(scope="session")
+def postgres_databases(postgres_server_url: str) -> Callable[[], AbstractContextManager[str]]:
+    """Lends empty PostgreSQL databases."""
+    if "TEST_POSTGRES_URL" in os.environ:
+        return partial(servers.postgres_database, postgres_server_url)
+    return servers.PostgresDatabases(postgres_server_url).lend
+
+
 @pytest.fixture
-def postgres_url(postgres_server_url: str) -> Iterator[str]:
-    """A new PostgreSQL database, for this test only."""
-    with servers.postgres_database(postgres_server_url) as url:
+def postgres_url(postgres_databases: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """An empty PostgreSQL database, for this test only."""
+    with postgres_databases() as url:
         yield url
 
 

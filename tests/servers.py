@@ -318,6 +318,73 @@ def redis_command(port: int, *words: str) -> str:
         return stream.readline().decode().rstrip()
 
 
+class PostgresDatabases:
+    """Databases on a server of this run's own: one that was emptied is used again, as a new one takes far longer.
+
+    Those that are left at the end go with the server's folder.
+    """
+
+    def __init__(self, server_url: str) -> None:
+        self._server_url = server_url
+        self._empty: list[str] = []
+
+    @contextmanager
+    def lend(self) -> Iterator[str]:
+        """Give an empty database, and empty it afterwards."""
+        url = self._empty.pop() if self._empty else _create_database(self._server_url)
+        try:
+            yield url
+        finally:
+            if _is_emptied(url):
+                self._empty.append(url)
+            else:
+                _drop_database(self._server_url, url, "WITH (FORCE)")
+
+
+_EMPTY = """
+DO $$
+DECLARE name text;
+BEGIN
+    FOR name IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+        EXECUTE 'DROP SCHEMA ' || quote_ident(name) || ' CASCADE';
+    END LOOP;
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO PUBLIC;
+END $$
+"""
+# What the server came with has smaller ids.
+_IS_LIKE_NEW = """
+SELECT NOT EXISTS (SELECT FROM pg_namespace WHERE oid >= 16384 AND nspname !~ '^pg_' AND nspname <> 'public')
+    AND NOT EXISTS (SELECT FROM pg_class WHERE oid >= 16384)
+    AND NOT EXISTS (SELECT FROM pg_proc WHERE oid >= 16384)
+    AND NOT EXISTS (SELECT FROM pg_type WHERE oid >= 16384)
+    AND NOT EXISTS (SELECT FROM pg_extension WHERE oid >= 16384)
+    AND NOT EXISTS (SELECT FROM pg_event_trigger)
+    AND NOT EXISTS (SELECT FROM pg_publication)
+    AND NOT EXISTS (SELECT FROM pg_largeobject_metadata)
+    AND NOT EXISTS (SELECT FROM pg_default_acl)
+    AND NOT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = current_database())
+    AND NOT EXISTS (SELECT FROM pg_db_role_setting AS s WHERE s.setdatabase = d.oid)
+    AND d.datacl IS NULL AND d.datconnlimit = -1
+FROM pg_database AS d WHERE datname = current_database()
+"""
+
+
+def _is_emptied(url: str) -> bool:
+    """End the connections to a database and empty it; tells whether it is like a new one then."""
+    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT set_config('statement_timeout', '20s', false), pg_terminate_backend(pid, 10000) "
+                "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            connection.exec_driver_sql(_EMPTY)
+            return bool(connection.exec_driver_sql(_IS_LIKE_NEW).scalar_one())
+    except sa.exc.OperationalError:
+        return False  # It takes too long.
+
+
 def postgres_database(server_url: str) -> AbstractContextManager[str]:
     """Make a new database on a PostgreSQL server and drop it afterwards, with its connections."""
     return _database(_with_driver(server_url, "postgresql+psycopg"), "", "WITH (FORCE)")
@@ -330,17 +397,30 @@ def mariadb_database(server_url: str) -> AbstractContextManager[str]:
 
 @contextmanager
 def _database(server_url: str, create_option: str, drop_option: str) -> Iterator[str]:
-    name = f"test_{uuid4().hex}"
-    engine = sa.create_engine(server_url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} {create_option}")
+    url = _create_database(server_url, create_option)
     try:
-        yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+        yield url
     finally:
-        with engine.connect() as connection:
-            if connection.dialect.name == "mysql":
-                _end_connections(connection, name)
-            connection.exec_driver_sql(f"DROP DATABASE {name} {drop_option}")
+        _drop_database(server_url, url, drop_option)
+
+
+def _create_database(server_url: str, option: str = "") -> str:
+    name = f"test_{uuid4().hex}"
+    with _server(server_url).connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name} {option}")
+    return sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+
+
+def _drop_database(server_url: str, url: str, option: str) -> None:
+    name = sa.make_url(url).database
+    with _server(server_url).connect() as connection:
+        if connection.dialect.name == "mysql":
+            _end_connections(connection, str(name))
+        connection.exec_driver_sql(f"DROP DATABASE {name} {option}")
+
+
+def _server(url: str) -> sa.Engine:
+    return sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
 
 
 def _end_connections(connection: sa.Connection, database: str) -> None:

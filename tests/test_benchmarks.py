@@ -38,6 +38,7 @@ def test_a_quick_run_measures_every_contender_that_is_installed(tmp_path: Path) 
     assert all(value > 0 for each in series.values() for value in each["values"])
 
 
+@pytest.mark.long
 def test_the_memory_of_a_reader_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The memory workload reads the whole log in another process."""
     assert "memory for a log" in run(tmp_path, "--databases", "sqlite", "--only", "memory")
@@ -60,6 +61,7 @@ def test_a_ratio_is_the_median_of_the_ratios_of_each_round() -> None:
     assert "5 (3..10, 3 failed)" in to_markdown(results)
 
 
+@pytest.mark.long
 def test_projections_are_measured_on_a_database() -> None:
     """The benchmark of projections prints the rate of catching up and the latency."""
     command = [sys.executable, "-m", "benchmarks.projections", "--quick", "--databases", "sqlite"]
@@ -69,6 +71,7 @@ def test_projections_are_measured_on_a_database() -> None:
     assert "| latency under 200 commits/s, ms | median |" in result.stdout
 
 
+@pytest.mark.long
 def test_large_saves_are_measured_beside_small_writers() -> None:
     """The benchmark of large saves prints how long small writers waited, and that few positions were lost."""
     command = [sys.executable, "-m", "benchmarks.large_saves", "--quick"]

@@ -50,6 +50,46 @@ def test_database_is_dropped_with_an_open_transaction(
         sa.create_engine(url, poolclass=sa.NullPool).connect()
 
 
+LEFT = (
+    "CREATE TABLE t (id SERIAL PRIMARY KEY)",
+    'CREATE SCHEMA "another one" CREATE TABLE t (id INTEGER)',
+    "CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE TYPE mood AS ENUM ('sad')",
+    "CREATE TEMPORARY TABLE of_this_session (id INTEGER)",
+    "SET search_path TO pg_catalog",
+)
+NOT_EMPTIED = ("ALTER DATABASE {name} SET work_mem = '5MB'", "REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
+
+
+@pytest.mark.parametrize("left", [*LEFT, *NOT_EMPTIED])
+def test_nothing_is_left_for_the_next_test(server_folder: servers.ServerFolder, left: str) -> None:
+    """A test finds nothing in its database that another test has left, be it a connection or a setting."""
+    databases = servers.PostgresDatabases(server_folder.shared("postgres", servers.start_postgres).url)
+    with databases.lend() as url:
+        name = sa.make_url(url).database
+        engine = sa.create_engine(url)
+        connection = engine.connect()
+        connection.exec_driver_sql(left.format(name=name))
+        connection.commit()
+        connection.exec_driver_sql("SELECT 1")
+    connection.invalidate()
+    connection.close()
+    engine.dispose()
+    with databases.lend() as url:
+        assert (sa.make_url(url).database == name) == (left in LEFT)
+        engine = sa.create_engine(url, poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            assert sa.inspect(connection).get_schema_names() == ["information_schema", "public"]
+            assert sa.inspect(connection).get_table_names() == []
+            others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            assert connection.exec_driver_sql(f"SELECT count(*) {others}").scalar_one() == 0
+            assert connection.exec_driver_sql("SHOW work_mem").scalar_one() == "4MB"
+            connection.exec_driver_sql("CREATE TABLE t (id SERIAL PRIMARY KEY)")
+            connection.exec_driver_sql("CREATE TYPE mood AS ENUM ('sad')")
+            connection.exec_driver_sql("CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+    servers.forget_killed_connections()
+
+
 def test_redis_answers_and_is_empty(redis_url: str) -> None:
     """A test that asks for Redis gets an empty one that answers."""
     address = urlsplit(redis_url)

@@ -179,7 +179,7 @@ def demo(config: dict[str, object], folder: Path) -> Iterator[tuple[subprocess.P
             process.wait(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_demonstration_runs_the_worker(config: dict[str, object], tmp_path: Path, number: int) -> None:
     """``make demo`` runs server and worker, so that ``/healthz`` answers 200; Ctrl-C and SIGTERM end both."""
     opener = build_opener(ProxyHandler({}))

@@ -20,6 +20,8 @@ from flask_eventsourcing.persistence import Datastore
 from tests.servers import require
 
 BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb", "mariadb-mysqlclient")
+FURTHER = ("sqlite-memory", "postgresql-psycopg2", "mariadb-mysqlclient")
+"""Those that differ from another by the driver or the pool only: for long runs."""
 
 
 def url_for(backend: str, folder: Path, request: pytest.FixtureRequest) -> str:
@@ -86,4 +88,6 @@ def on_each_backend(namespace: dict[str, Any], *cases: type[TestCase], **attribu
         for backend in BACKENDS:
             name = f"Test{case.__name__.removesuffix('TestCase')}On{backend.title().replace('-', '')}"
             body = {"backend": backend, "__module__": namespace["__name__"], "__test__": True, **attributes}
+            if backend in FURTHER:
+                body["pytestmark"] = pytest.mark.long
             namespace[name] = type(name, (case,) if issubclass(case, OnBackend) else (OnBackend, case), body)

@@ -71,6 +71,7 @@ def run(folder: Path, page: Path, marks: set[str], **variables: str) -> None:
     assert done.returncode == 0, f"{page.name} (line numbers are those of the page)\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", with_mark("run"), ids=name)
 def test_examples_run(page: Path, tmp_path: Path) -> None:
     """The examples of a page, run one after the other in an empty folder beside ``bank.py``, do what the page says."""

@@ -20,7 +20,10 @@ def exists(name: str) -> bool:
     for length in range(len(parts), 0, -1):
         try:
             found = import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name is not None and not error.name.startswith("flask_eventsourcing"):
+                # The module is there, and needs an extra that is not installed.
+                return True
             continue
         for part in parts[length:]:
             if not hasattr(found, part):

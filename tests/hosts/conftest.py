@@ -10,7 +10,17 @@ import pytest
 from tests.contract.backends import url_for
 from tests.hosts.sites import HOSTS, HostSite, make_host_site
 
-DATABASES = ("sqlite-file", "sqlite-memory", "postgresql", "mariadb")
+FOLDER = Path(__file__).parent
+DATABASES = ("sqlite-file", pytest.param("sqlite-memory", marks=pytest.mark.long), "postgresql", "mariadb")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the other hosts on servers to long runs: what a host does differs by host, not by database."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        is_sqlite = str(parameters.get("url", "sqlite")).startswith("sqlite")
+        if item.path.parent == FOLDER and not is_sqlite and parameters.get("site", "flask") != "flask":
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(params=DATABASES)

@@ -11,7 +11,7 @@ from eventsourcing.application import Application
 
 from tests.bank import Site, make_site
 
-DATABASES = ("sqlite-file", "sqlite-memory", "postgresql", "mariadb")
+DATABASES = ("sqlite-file", pytest.param("sqlite-memory", marks=pytest.mark.long), "postgresql", "mariadb")
 
 
 class MakeSite(Protocol):

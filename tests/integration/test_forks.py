@@ -374,9 +374,24 @@ assert site.bank.balance(account_id) == 0
 """
 
 
-@pytest.mark.parametrize("fork", ["python", "c"])
-@pytest.mark.parametrize("use", ["use", "nothing"])
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pymysql", "mysqldb"])
+@pytest.mark.parametrize(
+    ("use", "fork"),
+    [
+        ("use", "python"),
+        pytest.param("use", "c", marks=pytest.mark.long),
+        pytest.param("nothing", "python", marks=pytest.mark.long),
+        ("nothing", "c"),
+    ],
+)
+@pytest.mark.parametrize(
+    "driver",
+    [
+        "psycopg",
+        pytest.param("psycopg2", marks=pytest.mark.long),
+        pytest.param("pymysql", marks=pytest.mark.long),
+        pytest.param("mysqldb", marks=pytest.mark.long),
+    ],
+)
 def test_the_end_of_a_forked_process(driver: str, use: str, fork: str, request: pytest.FixtureRequest) -> None:
     """A forked process that ends leaves its parent's sessions on the server as they are, with each driver."""
     if driver.startswith("psycopg"):

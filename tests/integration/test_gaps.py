@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.bank import Site
 from tests.domain import Account, Bank
 from tests.integration.marks import on_postgresql
+from tests.length import examples
 
 FEW = settings(
-    max_examples=40,
+    max_examples=examples(40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -30,6 +30,7 @@ from flask_eventsourcing.persistence.dialects.sqlite import SCHEMA_HOLDS_FOR
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files, on_mariadb, on_postgresql, on_sqlite_file
+from tests.length import examples
 
 MEGABYTE = 1024 * 1024
 
@@ -462,7 +463,7 @@ BOTH.append(("mariadb", "SET default_storage_engine = 'Aria'"))
 
 
 @pytest.mark.parametrize(("uri", "site_of_texts"), BOTH, indirect=True)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(IDS, min_size=1, max_size=6, unique=True), data=st.data())
 def test_what_is_accepted_is_read_back_equal(site_of_texts: Site, ids: list[str], data: st.DataObject) -> None:
     """Each event that is accepted is read back equal through recorder, ORM and log; two ids are never one."""

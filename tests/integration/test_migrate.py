@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.integration.marks import on_files
+from tests.integration.marks import on_a_file_first, on_files
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "flask_eventsourcing.contrib.alembic"
@@ -32,13 +32,28 @@ db = SQLAlchemy(app)
 es = EventSourcing(app, db=db, application=Bank)
 migrate = Migrate(app, db)
 """
+COMMANDS = """
+import sys
+from bank import app
+
+for command in sys.argv[1:]:
+    result = app.test_cli_runner().invoke(args=command.split(), catch_exceptions=False)
+    print(result.output)
+    if result.exit_code:
+        sys.exit(result.exit_code)
+"""
 TABLES = {"bank_events", "bank_snapshots", "bank_tracking"}
 
 
-def flask(folder: Path, uri: str, *arguments: str, **environment: str) -> str:
-    """Run a command of the app in a folder and return what it prints."""
+def flask(folder: Path, uri: str, *commands: str, **environment: str) -> str:
+    """Run commands of the app in a folder, one after another in one process, and return what they print."""
+    return python(folder, uri, COMMANDS, *commands, **environment)
+
+
+def python(folder: Path, uri: str, code: str, *arguments: str, **environment: str) -> str:
+    """Run a program beside the app and return what it prints."""
     env = {**os.environ, "TEST_URI": uri, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "flask", "--app", "bank", *arguments]
+    command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -62,66 +77,58 @@ def inspect(uri: str, schema: str | None = None) -> set[str]:
 @on_files
 def test_autogenerate_creates_the_tables_and_then_finds_nothing(uri: str, folder: Path) -> None:
     """The first autogenerate creates the three tables, runs as it was generated, and the second finds nothing."""
-    flask(folder, uri, "db", "init")
-    flask(folder, uri, "db", "migrate", "-m", "first")
+    flask(folder, uri, "db init", "db migrate -m first")
     versions = folder / "migrations" / "versions"
     (generated,) = versions.glob("*_first.py")
     text = generated.read_text()
     assert text.count("op.create_table(") == 3
     assert inspect(uri) == set()
-    flask(folder, uri, "db", "upgrade")
+    flask(folder, uri, "db upgrade")
     assert inspect(uri) == TABLES
-    assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second")
+    output = flask(folder, uri, "db check", "eventsourcing check", "db migrate -m second")
+    assert "No changes in schema detected" in output
     assert list(versions.glob("*.py")) == [generated]
-    assert "ok" in flask(folder, uri, "eventsourcing", "check")
-    flask(folder, uri, "db", "check")
-    flask(folder, uri, "db", "downgrade", "base")
+    flask(folder, uri, "db downgrade base")
     assert inspect(uri) == set()
 
 
-@on_files
+@on_a_file_first
 def test_tables_of_init_db_need_no_migration(uri: str, folder: Path) -> None:
     """Tables that ``flask eventsourcing init-db`` created are those that the migration would create."""
-    flask(folder, uri, "db", "init")
-    flask(folder, uri, "eventsourcing", "init-db")
-    output = flask(folder, uri, "db", "migrate", "-m", "first")
+    output = flask(folder, uri, "db init", "eventsourcing init-db", "db migrate -m first")
     assert "No changes in schema detected" in output
 
 
-@on_files
+@on_a_file_first
 def test_text_ids_settle_too(uri: str, folder: Path) -> None:
     """With text ids, too, the second autogenerate finds nothing."""
     text_ids = {"FLASK_EVENTSOURCING_ORIGINATOR_ID_TYPE": '"text"'}
-    flask(folder, uri, "db", "init")
-    flask(folder, uri, "db", "migrate", "-m", "first", **text_ids)
-    flask(folder, uri, "db", "upgrade", **text_ids)
+    output = flask(folder, uri, "db init", "db migrate -m first", "db upgrade", "db migrate -m second", **text_ids)
     assert inspect(uri) == TABLES
-    assert "No changes in schema detected" in flask(folder, uri, "db", "migrate", "-m", "second", **text_ids)
+    assert "No changes in schema detected" in output
 
 
-@on_files
+@on_a_file_first
 def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
     """What a rebuild has replaced, or is building, is no removed table: autogenerate does not drop it."""
-    flask(folder, uri, "db", "init")
-    flask(folder, uri, "eventsourcing", "init-db")
+    flask(folder, uri, "db init", "eventsourcing init-db")
     engine = sa.create_engine(uri, poolclass=sa.NullPool)
     with engine.begin() as connection:
         for suffix in ("__old", "__new", "__trial0a1b"):
             connection.exec_driver_sql(f"CREATE TABLE bank_events{suffix} (id INTEGER PRIMARY KEY)")
             connection.exec_driver_sql(f"CREATE INDEX by_id{suffix} ON bank_events{suffix} (id)")
         connection.exec_driver_sql("CREATE TABLE somebody__old (id INTEGER PRIMARY KEY)")
-    flask(folder, uri, "db", "migrate", "-m", "first")
+    flask(folder, uri, "db migrate -m first")
     (generated,) = (folder / "migrations" / "versions").glob("*_first.py")
     text = generated.read_text()
     assert "op.drop_table('somebody__old')" in text
     assert "bank_events" not in text
 
 
-@on_files
+@on_a_file_first
 def test_columns_of_metadata_are_added_to_a_table_with_events(uri: str, folder: Path) -> None:
     """Autogenerate adds the columns to a table from before, with nothing else, and its events stay what they are."""
-    flask(folder, uri, "db", "init")
-    flask(folder, uri, "eventsourcing", "init-db")
+    flask(folder, uri, "db init", "eventsourcing init-db")
     engine = sa.create_engine(uri, poolclass=sa.NullPool)
     columns = {"bank_events": ["event_id", "recorded_at", "metadata", "correlation_id"]}
     columns["bank_snapshots"] = ["event_id", "metadata"]
@@ -134,17 +141,15 @@ def test_columns_of_metadata_are_added_to_a_table_with_events(uri: str, folder: 
         "with app.app_context(), es.event_metadata(a='1'):\n"
         "    es.application.recorder.insert_events([StoredEvent(uuid4(), 1, 'topic', b'')]); db.session.commit()"
     )
-    run(folder, uri, save)
+    python(folder, uri, save)
     indexed = {"FLASK_EVENTSOURCING_CORRELATION_INDEX": "true"}
-    flask(folder, uri, "db", "migrate", "-m", "first", **indexed)
+    flask(folder, uri, "db migrate -m first", **indexed)
     (generated,) = (folder / "migrations" / "versions").glob("*_first.py")
     text = generated.read_text().partition("def downgrade")[0]
     assert (text.count(".add_column("), text.count(".create_index("), text.count(".alter_column(")) == (6, 1, 0)
     assert "drop" not in text
-    flask(folder, uri, "db", "upgrade", **indexed)
-    flask(folder, uri, "db", "check", **indexed)
-    assert "is missing" not in flask(folder, uri, "eventsourcing", "check", **indexed)
-    run(folder, uri, save)
+    assert "is missing" not in flask(folder, uri, "db upgrade", "db check", "eventsourcing check", **indexed)
+    python(folder, uri, save)
     with engine.connect() as connection:
         found = connection.exec_driver_sql("SELECT notification_id, correlation_id FROM bank_events").all()
         assert [row[0] for row in found] == [1, 2]
@@ -152,12 +157,3 @@ def test_columns_of_metadata_are_added_to_a_table_with_events(uri: str, folder: 
         if engine.dialect.name == "sqlite":
             sql = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = 'bank_events'").scalar_one()
             assert "AUTOINCREMENT" in sql
-
-
-def run(folder: Path, uri: str, code: str) -> None:
-    """Run a program beside the app."""
-    env = {**os.environ, "TEST_URI": uri, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from eventsourcing.persistence import IntegrityError, StoredEvent
 
 from flask_eventsourcing import ConfigurationError
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_files
+from tests.integration.marks import on_a_file_first
 from tests.source import ROOT
 
 NAMES = [
@@ -131,7 +131,7 @@ sys.exit(result.exit_code)
 """
 
 
-@on_files
+@on_a_file_first
 def test_init_db_in_several_processes_at_once(uri: str, tmp_path: Path) -> None:
     """Each of several processes that create the tables at once ends well, and the tables are there."""
     command = [sys.executable, "-c", INIT_DB, uri]

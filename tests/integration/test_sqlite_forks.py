@@ -32,6 +32,7 @@ from tests.integration.sqlite_processes import (
     look_in_and_leave,
     safe_engine,
 )
+from tests.length import examples
 from tests.unit.test_lifecycle_fork import fork_in_c, in_child
 
 KINDS = (
@@ -120,7 +121,7 @@ class Run:
                 self.told.append(number)
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=examples(25), deadline=None, database=None)
 @given(steps=STEPS, links=st.sampled_from(["file", "symbolic", "relative"]))
 @example(steps=LOST, links="file")
 @example(

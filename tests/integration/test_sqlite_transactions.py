@@ -23,6 +23,7 @@ from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.persistence.dialects.sqlite import SQLiteDialect
 from tests.domain import in_thread, in_threads
 from tests.integration.sqlite_steps import KINDS, Model, Stage, Step, insert, numbers, sqlite_database, stored
+from tests.length import examples
 
 THREADS, CONNECTIONS = 3, 3
 STEPS = st.lists(
@@ -37,7 +38,7 @@ STEPS = st.lists(
     min_size=3,
     max_size=20,
 )
-SETTINGS = settings(max_examples=60, deadline=None, database=None)
+SETTINGS = settings(max_examples=examples(60), deadline=None, database=None)
 DATABASES = pytest.mark.parametrize("kind", ["file", "memory"])
 
 

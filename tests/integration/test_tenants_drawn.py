@@ -15,10 +15,11 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.models import make_models
 from flask_eventsourcing.persistence import Datastore, SQLAlchemyApplicationRecorder
+from tests.length import examples
 
 TENANTS = ("tenant_a", "tenant_b", "tenant_c")
 FEW = settings(
-    max_examples=15,
+    max_examples=examples(15),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

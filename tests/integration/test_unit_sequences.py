@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.integration.unit_driver import Driver
 from tests.integration.unit_stages import CACHES, Setting, Stages
 from tests.integration.unit_steps import BLOCKS, KINDS, Step, Violation
+from tests.length import IS_LONG, examples
 
 WAITING: frozenset[str] = frozenset()
 """What is not drawn yet."""
@@ -29,7 +30,11 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 PREFIXES = count(1)
-HOSTS = ("flask", "plain scoped_session", "plain sessionmaker")
+HOSTS = (
+    "flask",
+    pytest.param("plain scoped_session", marks=pytest.mark.long),
+    pytest.param("plain sessionmaker", marks=pytest.mark.long),
+)
 
 
 SAVE, AGAIN, UNCHANGED, OTHER = Step("save", 3), Step("save", 3), Step("save", 0), Step("save", 4)
@@ -96,6 +101,12 @@ SETTINGS_OF_FLASK = (
 )
 
 
+def settings_of(host: str) -> Sequence[Setting]:
+    """Return what is around each of the shortest programs."""
+    found = SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain"))
+    return found if IS_LONG else found[:2]
+
+
 def steps(drawn: Collection[str], depth: int = 2, most: int = 9) -> Any:
     """Draw lists of steps, with blocks in blocks."""
     numbers, caught = st.sampled_from(NUMBERS), st.booleans()
@@ -123,10 +134,10 @@ def take(stages: Stages, program: Sequence[Step], setting: Setting) -> None:
     Driver(stages[setting], f"{next(PREFIXES)} ").run(program, setting)
 
 
-def check(stages: Stages, host: str, drawn: Collection[str], examples: int, *, always_the_same: bool) -> None:
+def check(stages: Stages, host: str, drawn: Collection[str], number: int, *, always_the_same: bool) -> None:
     """Run drawn programs."""
 
-    @settings(SETTINGS, max_examples=examples, derandomize=always_the_same)
+    @settings(SETTINGS, max_examples=number, derandomize=always_the_same)
     @given(steps(drawn), situations(host))
     def run(program: list[Step], setting: Setting) -> None:
         take(stages, program, setting)
@@ -147,7 +158,7 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
     """The same holds for the shortest programs for which it once did not."""
     failed = []
     for program in SHORTEST:
-        for setting in SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain")):
+        for setting in settings_of(host):
             try:
                 take(stages, program, setting)
             except Violation as violation:
@@ -158,7 +169,7 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_drawn_programs(stages: Stages, host: str) -> None:
     """What is said to be stored is stored and nothing else is, streams can be read, stale objects are refused."""
-    check(stages, host, DRAWN, 40 if host == "flask" else 15, always_the_same=True)
+    check(stages, host, DRAWN, examples(40 if host == "flask" else 15), always_the_same=True)
 
 
 @pytest.mark.torture

@@ -18,9 +18,10 @@ from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import Site
 from tests.domain import Bank
 from tests.integration.conftest import MakeSite
+from tests.length import examples
 
 drawn = settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     # Each example has an aggregate of its own.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

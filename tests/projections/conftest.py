@@ -21,12 +21,21 @@ ON_SERVERS = ("test_handlers", "test_reactions", "test_repair", "test_waiting")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Choose what runs on the plain host."""
+    """Choose what runs on the plain host, and what of that in long runs only."""
     items[:] = [item for item in items if _is_wanted(item)]
+    for item in items:
+        if item.path.parent == FOLDER and _parameters(item).get("host") == "plain":
+            is_sqlite = str(_parameters(item).get("uri", "sqlite")).startswith("sqlite")
+            if item.path.stem not in ON_SERVERS or not is_sqlite:
+                item.add_marker(pytest.mark.long)
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 def _is_wanted(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    parameters = _parameters(item)
     if parameters.get("host") != "plain" or item.path.parent != FOLDER:
         return True
     if str(parameters.get("uri", "sqlite")).startswith("sqlite"):

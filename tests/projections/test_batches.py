@@ -21,6 +21,7 @@ from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.applying import Applier, EventError
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner
+from tests.length import examples
 from tests.projections.desk import Deposited, Desk, PoisonError
 
 ACCOUNTS = 3
@@ -300,7 +301,13 @@ AMOUNTS = st.lists(st.integers(0, len(OPERATIONS) * ACCOUNTS - 1), min_size=2, m
 def test_batch_sizes_cannot_be_observed(case: Case) -> None:
     """One log gives the same rows in batches of one event, of seven and of all, whatever handlers do."""
 
-    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples(25),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(AMOUNTS)
     def compare(amounts: list[int]) -> None:
         events = case.log(amounts)
@@ -376,7 +383,13 @@ def test_ways_to_the_same_rows(case: Case) -> None:
             assert done.resumed
         return case.found()
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples(8),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(AMOUNTS.map(without_text), st.integers(1, 20))
     def compare(amounts: list[int], after: int) -> None:
         case.log(amounts)

@@ -18,6 +18,7 @@ from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.upkeep import accept
 from tests.domain import Account, Bank, in_threads
+from tests.length import examples
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import PATIENCE, Created, Deposited, Desk
 
@@ -31,7 +32,7 @@ STEPS = st.lists(
     max_size=14,
 )
 FEW = settings(
-    max_examples=20,
+    max_examples=examples(20),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

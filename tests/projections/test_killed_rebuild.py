@@ -55,6 +55,15 @@ def survive(uri: str, kills: int) -> None:
 
 
 @pytest.mark.xdist_group("rebuild")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite-file",
+        pytest.param("postgresql", marks=pytest.mark.long),
+        pytest.param("mariadb", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 def test_killed_rebuild_is_taken_up_or_begun_anew(uri: str) -> None:
     """A rebuild that is killed again and again never shows half of its work, ends at last and leaves nothing behind."""
     survive(uri, 3)

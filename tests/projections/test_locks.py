@@ -342,6 +342,7 @@ def _adding(name: str, model: Any, desk: Desk) -> type[ModelProjection]:
     return type(name, (Amounts,), {})
 
 
+@pytest.mark.long
 def test_eighty_projections_on_a_small_server(server_folder: ServerFolder, caplog: pytest.LogCaptureFixture) -> None:
     """A server with 30 connections is enough for a worker with 80 projections and their reactions, and for the web."""
     with server_folder.private(

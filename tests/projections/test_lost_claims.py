@@ -93,11 +93,21 @@ def lose(desk: Desk, lose_claim: Callable[[], Any]) -> Counter[str]:
     return Counter({name: number for name, number in (after - before).items() if number >= LOST})
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite-file",
+        pytest.param("postgresql", marks=pytest.mark.long),
+        pytest.param("mariadb", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 def test_claims_that_others_took(desk: Desk) -> None:
     """A worker that is overtaken twenty times while events come keeps no row, listener or other object of that."""
     assert lose(desk, lambda: desk.consumer("Listing").checkpoint.claim(lease=False)) == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_claims_whose_connection_was_lost(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """The same where the connection with the lock ends, and the worker takes it again."""

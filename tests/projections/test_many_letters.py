@@ -173,6 +173,7 @@ def test_retry_of_many_ids(picky: Desk) -> None:
     assert picky.status().dead_letters == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
 def test_seventy_thousand_letters(picky: Desk) -> None:
     """With 70,000 letters the list, the status, the worker and a retry hold a few of them in memory at a time."""

@@ -21,6 +21,17 @@ from flask_eventsourcing.projections.rebuilding import Rebuild, Rebuilt
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk, until
 
+on_a_server_first = pytest.mark.parametrize(
+    "uri",
+    [
+        pytest.param("sqlite-file", marks=pytest.mark.long),
+        "postgresql",
+        pytest.param("mariadb", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
+"""Where writers wait for nobody, and elsewhere in long runs only: what keeps every core busy."""
+
 
 def names(desk: Desk) -> set[str]:
     """Return the tables that are there."""
@@ -116,6 +127,7 @@ def test_rebuild_again_and_again(desk: Desk) -> None:
 
 
 @pytest.mark.xdist_group("rebuild")
+@on_a_server_first
 def test_readers_and_writers_go_on(desk: Desk) -> None:
     """No reader ever sees an empty or half-built table, writers and the live projection go on, the result is whole."""
     desk.balances()
@@ -262,6 +274,7 @@ def test_dead_letters_are_replaced(desk: Desk) -> None:
     assert (desk.status().dead_letters, desk.status().waiting) == (1, 0)
 
 
+@on_a_server_first
 def test_inline_projection_is_rebuilt_under_load(desk: Desk) -> None:
     """The read model of an inline projection misses no event that is saved while it is rebuilt."""
     desk.balances(inline=True)

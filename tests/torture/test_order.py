@@ -63,6 +63,7 @@ def test_nothing_is_skipped_in_a_minute(database: str, request: pytest.FixtureRe
         check(storm.run())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("database", DATABASES)
 def test_the_storm_finds_skips_without_protection(database: str, request: pytest.FixtureRequest) -> None:
     """With the protection switched off the same storm makes readers skip events, so its silence means something."""

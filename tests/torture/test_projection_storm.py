@@ -194,7 +194,9 @@ def rage(url: str, lock: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -
     assert not storm.troubles, storm.troubles
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.torture)])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(6, marks=pytest.mark.long), pytest.param(60, marks=pytest.mark.torture)]
+)
 @pytest.mark.parametrize(
     ("database", "lock"),
     [("postgres_url", "database"), ("postgres_url", "lease"), ("mariadb_url", "database"), ("sqlite", "database")],

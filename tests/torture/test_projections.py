@@ -270,11 +270,16 @@ def url_of(database: str, request: pytest.FixtureRequest, tmp_path: Path) -> str
 
 @pytest.mark.parametrize(
     ("database", "lock"),
-    [("postgres_url", "database"), ("postgres_url", "lease"), ("mariadb_url", "database"), ("sqlite", "database")],
+    [
+        ("postgres_url", "database"),
+        pytest.param("postgres_url", "lease", marks=pytest.mark.long),
+        pytest.param("mariadb_url", "database", marks=pytest.mark.long),
+        pytest.param("sqlite", "database", marks=pytest.mark.long),
+    ],
 )
 def test_killed_workers(database: str, lock: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Others take over from workers that are killed or cut off, and every event is applied once."""
-    check(run(url_of(database, request, tmp_path), lock, seconds=5, period=1.0))
+    check(run(url_of(database, request, tmp_path), lock, seconds=3, period=1.0))
 
 
 @pytest.mark.torture
@@ -285,6 +290,7 @@ def test_workers_killed_for_a_minute(database: str, lock: str, request: pytest.F
     check(run(url_of(database, request, tmp_path), lock, seconds=60))
 
 
+@pytest.mark.long
 def test_without_the_fence_events_are_applied_twice(postgres_url: str) -> None:
     """With the fence taken away the same torture finds events applied twice, so its silence means something."""
     with torture(postgres_url, "database", "unfenced") as tortured:

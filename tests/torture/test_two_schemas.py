@@ -175,6 +175,7 @@ def check(storms: dict[str, Storm]) -> None:
     assert storms[TENANTS[0]].counts["kills"] > 0
 
 
+@pytest.mark.long
 def test_nothing_is_skipped_in_two_schemas(postgres_url: str) -> None:
     """Readers of two tenants see every event of theirs once and in order, and none of the other's."""
     with schemas(postgres_url, seconds=5) as made:

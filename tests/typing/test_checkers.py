@@ -47,6 +47,7 @@ def wrong_lines() -> set[int]:
 
 
 @pytest.mark.xdist_group("checkers")
+@pytest.mark.long
 def test_mypy(tmp_path: Path) -> None:
     """``mypy --strict`` finds nothing in a program that uses each public name, and every wrong use in another."""
     configuration = tmp_path / "mypy.ini"

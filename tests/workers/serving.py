@@ -283,7 +283,7 @@ def shared(*found: dict[int, set[int]]) -> dict[int, set[int]]:
     return {backend: pids for each in found for backend, pids in each.items() if len(pids) > 1}
 
 
-def check(served: Served, database: Database, count: int = 2000) -> Answers:
+def check(served: Served, database: Database, count: int = 800) -> Answers:
     """Send requests from 16 clients and check what the promise of one application in every process comes to."""
     accounts = database.opened(16)
     seen: list[dict[int, set[int]]] = []

@@ -23,7 +23,7 @@ def test_one_application_in_every_process(database: Database, tmp_path: Path) ->
     module = tmp_path / "edited.py"
     module.write_text("from tests.workers.served import app\n")
     with serving(line, tmp_path, database) as served:
-        before = check(served, database)
+        before = check(served, database, 200)
         assert len(before.pids) == 1
         module.write_text("from tests.workers.served import app  # edited\n")
         pid = _restarted(served, before.pids)
