@@ -1,0 +1,240 @@
+"""Who commits on this host: the transaction manager; and what takes part in its transactions for the events."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import sqlalchemy as sa
+from eventsourcing.persistence import IntegrityError
+from sqlalchemy import orm
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, TransientError
+from zope.interface import implementer
+
+from ...exceptions import ConfigurationError
+from ...persistence.dialects.event_tables import ConflictError
+from ...uow import LENT, UnitOfWork, roll_back
+from .registered import REGISTER, check_registration, current_transaction, has_owner, of_thread, registration_of
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+NO_SAVEPOINTS = "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
+
+
+class TransientConflictError(ConflictError, TransientError):  # type: ignore[misc]
+    """Another writer was first: the same may succeed when it is run again as a whole."""
+
+
+@implementer(IDataManagerSavepoint)
+class _Savepoint:
+    """The part of the events in a savepoint: zope.sqlalchemy's rolls back, and the unit of work hears of it."""
+
+    def rollback(self) -> None:
+        """Do nothing."""
+
+
+@implementer(ISavepointDataManager)
+class Participant:
+    """Takes part in a transaction for the events of one session, beside zope.sqlalchemy, which commits them.
+
+    :param unit: the session's unit of work.
+    :param manager: the transaction manager.
+    :param transaction: its transaction.
+    :param done: called when the transaction was committed.
+    """
+
+    def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, done: Callable[[], object]) -> None:
+        self.transaction_manager = manager
+        self.transaction: Any = weakref.ref(transaction)
+        self._unit = unit
+        self._done = done
+        self._durable = False
+
+    def follow(self) -> None:
+        """Hear of the database's own commit, which the status of the transaction does not tell."""
+        self._unit.on_commit(self._stored)
+
+    def _stored(self) -> None:
+        self._durable = True
+
+    def expect_end(self) -> None:
+        """From here on somebody has asked for the end of the session's transaction, or is told by an error."""
+        if self._unit.pending:
+            self._unit.shared.asked = True
+
+    def abort(self, transaction: Any) -> None:
+        """Told that the transaction is aborted."""
+        self.expect_end()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        """Told that the transaction is about to be committed."""
+        self.expect_end()
+
+    def commit(self, transaction: Any) -> None:
+        """Do nothing: zope.sqlalchemy commits."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        """Agree."""
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """Told that everybody has agreed."""
+        self._done()
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """Told that the transaction failed: in one phase, the events may be committed all the same."""
+        if self._durable:
+            logger.error(
+                "The transaction failed after its events were committed, as a session that commits in one phase does "
+                "so before others have ended: %s failed. The events are stored, and events_recorded was sent.",
+                _failed_participant(self),
+            )
+
+    def sortKey(self) -> str:  # noqa: N802
+        """Come before the database."""
+        return "flask_eventsourcing"
+
+    @property
+    def savepoint(self) -> Callable[[], _Savepoint]:
+        """What makes a savepoint.
+
+        :raises AttributeError: where zope.sqlalchemy has none, which says so to the transaction.
+        """
+        name = self._unit.units.datastore.engine.dialect.name
+        if name in _no_savepoint_support():
+            raise AttributeError(NO_SAVEPOINTS.format(name=name))
+        return _Savepoint
+
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether the transaction may be tried again after an error."""
+        return self._unit.dialect.is_conflict(error)
+
+    def __repr__(self) -> str:
+        name = self._unit.units.datastore.engine.dialect.name
+        note = f": {NO_SAVEPOINTS.format(name=name)}" if name in _no_savepoint_support() else ""
+        return f"<the events of a session{note}>"
+
+
+def _no_savepoint_support() -> set[str]:
+    from zope.sqlalchemy import datamanager
+
+    found: set[str] = datamanager.NO_SAVEPOINT_SUPPORT
+    return found
+
+
+def _failed_participant(own: Participant) -> str:
+    """Name the data manager in which the error that is being handled came up."""
+    traceback = sys.exc_info()[2]
+    while traceback is not None:
+        found = traceback.tb_frame.f_locals.get("self")
+        if found is not own and hasattr(found, "tpc_finish"):
+            return repr(found)
+        traceback = traceback.tb_next
+    return "another participant"
+
+
+class ManagerCommits:
+    """The ``Commits`` of a host whose sessions are committed by a transaction manager.
+
+    A session that is not registered with zope.sqlalchemy, as a worker's, commits by itself.
+
+    :param unit_of: returns the unit of work of a session.
+    :param expected: returns the manager that has to be that of the session, or None where any will do.
+    :param memory: returns where the conflicts of a transaction are kept until it is committed, by its manager.
+    """
+
+    at_save = False
+
+    def __init__(
+        self,
+        unit_of: Callable[[orm.Session], UnitOfWork],
+        expected: Callable[[], Any],
+        memory: Callable[[Any], dict[Any, Any]],
+    ) -> None:
+        self._unit_of = unit_of
+        self._expected = expected
+        self._memory = memory
+        self._participants: weakref.WeakKeyDictionary[orm.Session, Participant] = weakref.WeakKeyDictionary()
+        self._own: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The managers of threads whose transaction was begun here, for a unit of work."""
+
+    def begin(self, session: orm.Session) -> None:
+        """Begin a transaction for a unit of work, unless somebody else has begun one, which ends it then."""
+        registered = registration_of(session)
+        if registered is None:
+            return
+        manager = registered.transaction_manager
+        if not has_owner(session, manager):
+            self._own.add(of_thread(manager))
+            if current_transaction(manager) is None:
+                manager.begin()
+
+    def joining(self, session: orm.Session) -> None:
+        """Have the end of the manager's transaction commit what is about to be done in a session.
+
+        :raises ConfigurationError: when that would not be so.
+        """
+        registered = registration_of(session)
+        if registered is None:
+            if LENT in session.info:
+                return
+            raise ConfigurationError(
+                f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
+            )
+        manager = registered.transaction_manager
+        transaction = manager.get()
+        known = self._participants.get(session)
+        if known is None or known.transaction() is not transaction:
+            check_registration(session, registered, None if LENT in session.info else self._expected())
+            unit = self._unit_of(session)
+            known = Participant(unit, manager, transaction, self._memory(manager).clear)
+            transaction.join(known)
+            transaction.addBeforeAbortHook(known.expect_end)
+            self._participants[session] = known
+            # With its own settings, which joins it if nothing has done so.
+            registered.mark_changed(session)
+            known.follow()
+        else:
+            registered.mark_changed(session)
+
+    def commit(self, session: orm.Session) -> None:
+        """Commit the transaction that was begun here; that of somebody else is left to its owner."""
+        registered = registration_of(session)
+        if registered is None:
+            session.commit()
+            return
+        if session.in_transaction():
+            registered.mark_changed(session)
+        manager = registered.transaction_manager
+        if of_thread(manager) in self._own:
+            manager.commit()
+            self._own.discard(of_thread(manager))
+
+    def rollback(self, session: orm.Session) -> None:
+        """Abort the transaction that was begun here; doom that of somebody else, which cannot be committed then."""
+        registered = registration_of(session)
+        if registered is None:
+            roll_back(session)
+            return
+        manager = registered.transaction_manager
+        if current_transaction(manager) is None:
+            self._own.discard(of_thread(manager))
+        elif of_thread(manager) in self._own:
+            self._own.discard(of_thread(manager))
+            try:
+                manager.abort()
+            except sa.exc.SQLAlchemyError as error:
+                logger.warning("An abort failed, the session's connection is closed: %s", error)
+                session.invalidate()
+        else:
+            # One whose commit has failed cannot be committed anyway.
+            with suppress(ValueError):
+                manager.doom()
+
+    def is_to_come(self, session: orm.Session) -> bool:
+        """Whether somebody is going to commit the transaction that there is."""
+        registered = registration_of(session)
+        return registered is not None and current_transaction(registered.transaction_manager) is not None
