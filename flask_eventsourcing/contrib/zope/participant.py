@@ -51,28 +51,39 @@ class Participant:
         self.transaction_manager = manager
         self.transaction: Any = weakref.ref(transaction)
         self._unit = unit
+        self._session = weakref.ref(unit.session)
         self._done = done
         self._durable = False
+        self.is_following: bool = False
+        """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
 
     def follow(self) -> None:
-        """Hear of the database's own commit, which the status of the transaction does not tell."""
-        self._unit.on_commit(self._stored)
+        """Hear of the database's own commit from now on."""
+        if not self.is_following:
+            self.is_following = True
+            self._unit.on_commit(self._stored)
 
     def _stored(self) -> None:
         self._durable = True
 
-    def expect_end(self) -> None:
-        """From here on somebody has asked for the end of the session's transaction, or is told by an error."""
-        if self._unit.pending:
-            self._unit.shared.asked = True
+    def roll_back(self) -> None:
+        """Roll the session back, as somebody has asked for it: zope.sqlalchemy only closes it."""
+        session = self._session()
+        if session is not None and session.in_transaction():
+            roll_back(session)
 
     def abort(self, transaction: Any) -> None:
-        """Told that the transaction is aborted."""
-        self.expect_end()
+        """Told that the transaction is aborted, or that its commit has failed by now."""
+        self.roll_back()
 
     def tpc_begin(self, transaction: Any) -> None:
-        """Told that the transaction is about to be committed."""
-        self.expect_end()
+        """Told that the transaction is about to be committed.
+
+        :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
+        """
+        self._unit.gate.check()
+        # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
+        self._unit.shared.asked = bool(self._unit.pending)
 
     def commit(self, transaction: Any) -> None:
         """Do nothing: zope.sqlalchemy commits."""
@@ -171,6 +182,7 @@ class ManagerCommits:
             self._own.add(of_thread(manager))
             if current_transaction(manager) is None:
                 manager.begin()
+        self._participant(session, manager)
 
     def joining(self, session: orm.Session) -> None:
         """Have the end of the manager's transaction commit what is about to be done in a session.
@@ -184,21 +196,23 @@ class ManagerCommits:
             raise ConfigurationError(
                 f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
             )
-        manager = registered.transaction_manager
+        participant = self._participant(session, registered.transaction_manager)
+        if not participant.is_following:
+            check_registration(session, registered, None if LENT in session.info else self._expected())
+        # With its own settings, which joins it if nothing has done so.
+        registered.mark_changed(session)
+        participant.follow()
+
+    def _participant(self, session: orm.Session, manager: Any) -> Participant:
+        """Return what takes part in the manager's transaction for a session, which joins it at the first call."""
         transaction = manager.get()
         known = self._participants.get(session)
         if known is None or known.transaction() is not transaction:
-            check_registration(session, registered, None if LENT in session.info else self._expected())
-            unit = self._unit_of(session)
-            known = Participant(unit, manager, transaction, self._memory(manager).clear)
+            known = Participant(self._unit_of(session), manager, transaction, self._memory(manager).clear)
             transaction.join(known)
-            transaction.addBeforeAbortHook(known.expect_end)
+            transaction.addBeforeAbortHook(known.roll_back)
             self._participants[session] = known
-            # With its own settings, which joins it if nothing has done so.
-            registered.mark_changed(session)
-            known.follow()
-        else:
-            registered.mark_changed(session)
+        return known
 
     def commit(self, session: orm.Session) -> None:
         """Commit the transaction that was begun here; that of somebody else is left to its owner."""
@@ -222,8 +236,9 @@ class ManagerCommits:
         manager = registered.transaction_manager
         if current_transaction(manager) is None:
             self._own.discard(of_thread(manager))
-        elif of_thread(manager) in self._own:
+        elif of_thread(manager) in self._own or not has_owner(session, manager):
             self._own.discard(of_thread(manager))
+            roll_back(session)
             try:
                 manager.abort()
             except sa.exc.SQLAlchemyError as error:
@@ -233,6 +248,7 @@ class ManagerCommits:
             # One whose commit has failed cannot be committed anyway.
             with suppress(ValueError):
                 manager.doom()
+            roll_back(session)
 
     def is_to_come(self, session: orm.Session) -> bool:
         """Whether somebody is going to commit the transaction that there is."""
