@@ -66,7 +66,7 @@ class Ending(Saving):
     # ------------------------------------------------------------------------------------------- ends
 
     def _orm_commit(self, step: Step) -> Exception | None:
-        return self._commit("orm", self.stage.session.commit)
+        return self._commit("orm", self.stage.commit)
 
     def _connection_commit(self, step: Step) -> Exception | None:
         return self._commit("connection", self.stage.session.connection().commit)
@@ -124,7 +124,7 @@ class Ending(Saving):
         self.truth.odd = odd
 
     def _orm_rollback(self, step: Step) -> None:
-        self._rollback("orm", self.stage.session.rollback)
+        self._rollback("orm", self.stage.rollback)
 
     def _connection_rollback(self, step: Step) -> None:
         self._rollback("connection", self.stage.session.connection().rollback)

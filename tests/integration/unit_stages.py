@@ -79,6 +79,14 @@ class Stage(ABC):
     def working(self) -> AbstractContextManager[object]:
         """A context with a session."""
 
+    def commit(self) -> None:
+        """Commit as a user of the host does."""
+        self.session.commit()
+
+    def rollback(self) -> None:
+        """Roll back as a user of the host does."""
+        self.session.rollback()
+
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
         """A unit of work."""
@@ -243,7 +251,7 @@ class PlainStage(Stage):
 class Stages:
     """The stages of one database, made when they are needed.
 
-    :param host: ``flask``, or one of the kinds of ``PlainSite``.
+    :param host: ``flask``, one of the kinds of ``PlainSite``, or one of ``ZopeSite``.
     """
 
     def __init__(self, uri: str, host: str) -> None:

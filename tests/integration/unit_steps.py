@@ -153,7 +153,7 @@ class Saving:
         """Do what a program does after an error that it did not expect."""
         with suppress(ReferenceError):
             try:
-                self.stage.session.rollback()
+                self.stage.rollback()
             except TOLD:
                 self.stage.session.invalidate()
         self.truth.rollback()

@@ -143,7 +143,7 @@ class EventSourcing(Generic[A]):
         metadata: Sequence[Provider] | Literal[False] = (),
         lease: bool = False,
     ) -> None:
-        by_class = {application: models} if isinstance(models, EventModels) else dict(models)
+        by_class = dict(models) if isinstance(models, Mapping) else {application: models}
         check_models_of(application, by_class)
         self._application_class = application
         events = {each: own.events for each, own in by_class.items()}
