@@ -72,14 +72,17 @@ class ZopeSite(HostSite):
         self.manager.abort()
 
     def working(self) -> AbstractContextManager[object]:
-        """A transaction that is aborted at the end unless it was committed."""
-        return self._aborted()
+        """A session that is closed at the end, and a transaction that is aborted unless it was committed."""
+        return self._closed()
 
     @contextmanager
-    def _aborted(self) -> Iterator[None]:
+    def _closed(self) -> Iterator[None]:
         try:
             yield
         finally:
+            unit = self.host.open_unit()
+            if unit is not None:
+                unit.session.close()
             self.manager.abort()
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 PREFIXES = count(1)
-HOSTS = ("flask", "plain scoped_session", "plain sessionmaker")
+HOSTS = ("flask", "plain scoped_session", "plain sessionmaker", "zope scoped_session", "zope sessionmaker")
 
 
 SAVE, AGAIN, UNCHANGED, OTHER = Step("save", 3), Step("save", 3), Step("save", 0), Step("save", 4)

@@ -16,6 +16,7 @@ from flask_eventsourcing.web.state import state_of
 from tests.bank import Site, make_site
 from tests.domain import Bank
 from tests.hosts.sites import PlainSite
+from tests.hosts.zope_site import ZopeSite
 
 R = TypeVar("R")
 CACHES = {
@@ -188,12 +189,12 @@ class FlaskStage(Stage):
 
 
 class PlainStage(Stage):
-    """SQLAlchemy alone."""
+    """SQLAlchemy alone, or with transactions of Zope's."""
 
     tells_by_log = True
 
-    def __init__(self, url: str, *, scoped: bool, cache: str) -> None:
-        self.site = PlainSite(url, scoped=scoped, env=CACHES[cache])
+    def __init__(self, site: PlainSite | ZopeSite) -> None:
+        self.site = site
         self.Note = self.site.Note
         self.StoredEvent = self.site.StoredEvent
         self.memory = self.engine.url.database in (None, "", ":memory:")
@@ -212,6 +213,14 @@ class PlainStage(Stage):
     def engine(self) -> sa.Engine:
         """The engine of the host."""
         return self.site.engine
+
+    def commit(self) -> None:
+        """Commit as a user of the host does."""
+        self.site.commit()
+
+    def rollback(self) -> None:
+        """Roll back as a user of the host does."""
+        self.site.rollback()
 
     def working(self) -> AbstractContextManager[object]:
         """The scope's session, or one of the factory's."""
@@ -269,7 +278,8 @@ class Stages:
 
     def _make(self, mode: str, cache: str) -> Stage:
         if self._host != "flask":
-            return PlainStage(self._uri, scoped=self._host == "plain scoped_session", cache=cache)
+            made = ZopeSite if self._host.startswith("zope") else PlainSite
+            return PlainStage(made(self._uri, scoped=self._host.endswith("scoped_session"), env=CACHES[cache]))
         site = make_site(
             self._uri,
             EVENTSOURCING_COMMIT=mode,

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
-from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, TransientError
 from zope.interface import implementer
 
 from ...exceptions import ConfigurationError
 from ...persistence.dialects.event_tables import ConflictError
-from ...uow import LENT, UnitOfWork, roll_back
+from ...uow import LENT, Batch, UnitOfWork, roll_back
 from .registered import REGISTER, check_registration, current_transaction, has_owner, of_thread, registration_of
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -27,6 +26,25 @@ NO_SAVEPOINTS = "zope.sqlalchemy has no savepoints on {name}: leave transaction.
 
 class TransientConflictError(ConflictError, TransientError):  # type: ignore[misc]
     """Another writer was first: the same may succeed when it is run again as a whole."""
+
+
+class Managed(Protocol):
+    """What a host says of the transactions of its sessions, and is told of them."""
+
+    def unit_of(self, session: orm.Session) -> UnitOfWork:
+        """The unit of work of a session."""
+
+    def expected_manager(self) -> Any:
+        """Return the manager that has to be that of the session, or None where any will do."""
+
+    def memory(self, manager: Any) -> dict[Any, Any]:
+        """Return where the conflicts of a manager's transactions are kept until one is committed."""
+
+    def doomed(self) -> None:
+        """Told that a unit of work which failed has doomed the transaction around it."""
+
+    def dropped(self, batches: Sequence[Batch]) -> None:
+        """Told of events that are rolled back, as a transaction is aborted that was not doomed."""
 
 
 @implementer(IDataManagerSavepoint)
@@ -44,15 +62,15 @@ class Participant:
     :param unit: the session's unit of work.
     :param manager: the transaction manager.
     :param transaction: its transaction.
-    :param done: called when the transaction was committed.
+    :param host: is told what becomes of it.
     """
 
-    def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, done: Callable[[], object]) -> None:
+    def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, host: Managed) -> None:
         self.transaction_manager = manager
         self.transaction: Any = weakref.ref(transaction)
         self._unit = unit
         self._session = weakref.ref(unit.session)
-        self._done = done
+        self._host = host
         self._durable = False
         self.is_following: bool = False
         """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
@@ -69,8 +87,12 @@ class Participant:
     def roll_back(self) -> None:
         """Roll the session back, as somebody has asked for it: zope.sqlalchemy only closes it."""
         session = self._session()
-        if session is not None and session.in_transaction():
-            roll_back(session)
+        if session is None or not session.in_transaction():
+            return
+        transaction = self.transaction()
+        if transaction is not None and not transaction.isDoomed() and self._unit.pending.has(Batch):
+            self._host.dropped(self._unit.pending.all(Batch))
+        roll_back(session)
 
     def abort(self, transaction: Any) -> None:
         """Told that the transaction is aborted, or that its commit has failed by now."""
@@ -93,7 +115,7 @@ class Participant:
 
     def tpc_finish(self, transaction: Any) -> None:
         """Told that everybody has agreed."""
-        self._done()
+        self._host.memory(self.transaction_manager).clear()
 
     def tpc_abort(self, transaction: Any) -> None:
         """Told that the transaction failed: in one phase, the events may be committed all the same."""
@@ -152,22 +174,13 @@ class ManagerCommits:
 
     A session that is not registered with zope.sqlalchemy, as a worker's, commits by itself.
 
-    :param unit_of: returns the unit of work of a session.
-    :param expected: returns the manager that has to be that of the session, or None where any will do.
-    :param memory: returns where the conflicts of a transaction are kept until it is committed, by its manager.
+    :param host: whose sessions they are.
     """
 
     at_save = False
 
-    def __init__(
-        self,
-        unit_of: Callable[[orm.Session], UnitOfWork],
-        expected: Callable[[], Any],
-        memory: Callable[[Any], dict[Any, Any]],
-    ) -> None:
-        self._unit_of = unit_of
-        self._expected = expected
-        self._memory = memory
+    def __init__(self, host: Managed) -> None:
+        self._host = host
         self._participants: weakref.WeakKeyDictionary[orm.Session, Participant] = weakref.WeakKeyDictionary()
         self._own: weakref.WeakSet[Any] = weakref.WeakSet()
         """The managers of threads whose transaction was begun here, for a unit of work."""
@@ -198,7 +211,7 @@ class ManagerCommits:
             )
         participant = self._participant(session, registered.transaction_manager)
         if not participant.is_following:
-            check_registration(session, registered, None if LENT in session.info else self._expected())
+            check_registration(session, registered, None if LENT in session.info else self._host.expected_manager())
         # With its own settings, which joins it if nothing has done so.
         registered.mark_changed(session)
         participant.follow()
@@ -208,7 +221,7 @@ class ManagerCommits:
         transaction = manager.get()
         known = self._participants.get(session)
         if known is None or known.transaction() is not transaction:
-            known = Participant(self._unit_of(session), manager, transaction, self._memory(manager).clear)
+            known = Participant(self._host.unit_of(session), manager, transaction, self._host)
             transaction.join(known)
             transaction.addBeforeAbortHook(known.roll_back)
             self._participants[session] = known
@@ -248,6 +261,7 @@ class ManagerCommits:
             # One whose commit has failed cannot be committed anyway.
             with suppress(ValueError):
                 manager.doom()
+            self._host.doomed()
             roll_back(session)
 
     def is_to_come(self, session: orm.Session) -> bool:

@@ -16,7 +16,7 @@ from ...host import PlainHost, redirected_session
 from ...metadata import Provider
 from ...models import Models
 from ...persistence import DialectOptions
-from ...uow import Run, UnitOfWork
+from ...uow import Batch, Run, UnitOfWork
 from .participant import ManagerCommits, TransientConflictError
 from .registered import IMPLICIT, REGISTER, current_transaction, has_owner, of_thread, registration_of, watch
 
@@ -61,7 +61,7 @@ class ZopeHost(PlainHost):
             options=options,
             env=env,
             metadata=metadata,
-            commits=ManagerCommits(self.unit_of, self._expected_manager, self._memory),
+            commits=ManagerCommits(self),
             conflict_error=TransientConflictError,
         )
         for each in (session, factory):
@@ -157,12 +157,19 @@ class ZopeHost(PlainHost):
             return found
         return _session_of(transaction, session, make=make)
 
-    def _expected_manager(self) -> Any:
+    # ------------------------------------------------------------------------------------------- transactions
+
+    def expected_manager(self) -> Any:
+        """Return the manager that has to be that of the session, or None where any will do."""
         return None
 
-    # ------------------------------------------------------------------------------------------- conflicts
+    def doomed(self) -> None:
+        """Told that a unit of work which failed has doomed the transaction around it."""
 
-    def _memory(self, manager: Any) -> dict[Any, Any]:
+    def dropped(self, batches: Sequence[Batch]) -> None:
+        """Told of events that are rolled back, as a transaction is aborted that was not doomed."""
+
+    def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
         return self._conflicts.setdefault(of_thread(manager), {})
 
@@ -174,7 +181,7 @@ class ZopeHost(PlainHost):
         registered = registration_of(unit.session)
         if registered is None or unit.shared.depth:
             return
-        memory, queue = self._memory(registered.transaction_manager), unit.queue
+        memory, queue = self.memory(registered.transaction_manager), unit.queue
         queue.remembers = True
         if queue.conflicts is not memory:
             queue.conflicts = memory
