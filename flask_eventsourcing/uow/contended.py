@@ -101,6 +101,11 @@ class AggregateQueue:
             if self.active or self.remembers:
                 self.conflicts[key] = table
 
+    def forget_old(self) -> None:
+        """Forget conflicts that were so long ago that nobody tries again for them."""
+        for key in [key for key in self.conflicts if key not in self._contended]:
+            del self.conflicts[key]
+
     @property
     def has_joined(self) -> bool:
         """Whether the transaction has queued for an aggregate."""

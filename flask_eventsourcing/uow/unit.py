@@ -334,7 +334,7 @@ class UnitOfWork:
         gone = self._find_gone(connection)
         if self.pending.has(Batch):
             self._committed_past()
-            self.following.rolled_back += of_kind(gone, Batch)
+        self.following.rolled_back += of_kind(gone, Batch)
 
     def _committed_past(self) -> None:
         run = self.shared.run()

@@ -59,6 +59,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_each(ROLLBACKS, Step("open"), Step("save", 2), None, Step("save", 5), READ, COMMIT),
     *_each(ROLLBACKS, SAVE, None),
     *_each(ROLLBACKS, SAVE, None, READ, SAVE, COMMIT, READ),
+    *_each(BEGIN, SAVE, None),
     *_each(BEGIN, None, SAVE, BACK),
     *_each(BEGIN, None, SAVE, BACK, COMMIT),
     *_each(BEGIN, SAVE, None, SAVE, BACK, AGAIN, COMMIT),

@@ -55,6 +55,8 @@ class Stage(ABC):
     """A bank on a database."""
 
     mode = "explicit"
+    begins = True
+    """Whether a user may write ``with session.begin():``, which commits the session at its end."""
     tells_by_log = False
     """Whether a warning in the log will do where another host has a signal for what is discarded."""
     memory: bool
@@ -87,6 +89,9 @@ class Stage(ABC):
     def rollback(self) -> None:
         """Roll back as a user of the host does."""
         self.session.rollback()
+
+    def after_leaving(self) -> None:
+        """Do what a user of the host does who has closed a session with everything in it."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
@@ -195,6 +200,7 @@ class PlainStage(Stage):
 
     def __init__(self, site: PlainSite | ZopeSite) -> None:
         self.site = site
+        self.begins = not isinstance(site, ZopeSite)
         self.Note = self.site.Note
         self.StoredEvent = self.site.StoredEvent
         self.memory = self.engine.url.database in (None, "", ":memory:")
@@ -221,6 +227,11 @@ class PlainStage(Stage):
     def rollback(self) -> None:
         """Roll back as a user of the host does."""
         self.site.rollback()
+
+    def after_leaving(self) -> None:
+        """Abort the transaction of a manager, which cannot commit a session any more that was closed."""
+        if not self.begins:
+            self.site.rollback()
 
     def working(self) -> AbstractContextManager[object]:
         """The scope's session, or one of the factory's."""
@@ -250,6 +261,9 @@ class PlainStage(Stage):
         outcome = super().perform(program, setting)
         with suppress(sa.exc.SQLAlchemyError):
             self.remove()
+        if isinstance(self.site, ZopeSite):
+            # Nobody tries again what had a conflict.
+            self.site.host.memory(self.site.manager).clear()
         return outcome
 
     def close(self) -> None:

@@ -185,6 +185,7 @@ class ZopeHost(PlainHost):
         queue.remembers = True
         if queue.conflicts is not memory:
             queue.conflicts = memory
+        queue.forget_old()
         queue.active = bool(memory) or self._may_be_repeated()
         if memory and not unit.pending and not queue.has_joined:
             with unit.dialect.translated:
