@@ -154,8 +154,7 @@ class PlainHost:
         check_environment(env or {}, list(models), "env")
         by_name = {application_class.name: each.tables for application_class, each in models.items()}
         collector = None if metadata is False else Collector(metadata)
-        own = {"metadata": collector, "conflict_error": conflict_error}
-        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get, **own)
+        plain = Datastore(_engine_of(session, models), options or DialectOptions(), by_name.get, metadata=collector)
         self._thread = threading.local()
         for each in models.values():
             plain.dialect.check_names(each.tables.values())
@@ -164,6 +163,8 @@ class PlainHost:
         self._units = Units(plain, commits or SessionCommits(), self._publish, arguments, scope=self._scope)
         self._runner = UnitRunner(self._required)
         self._datastore = plain.joining(self.unit)
+        for store in (plain, self._datastore):
+            store.dialect.conflict_error = conflict_error
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
             application_class: ApplicationSlot(
                 partial(construct, application_class, self._datastore, dict(env or {}), self.unit, self.using_session)

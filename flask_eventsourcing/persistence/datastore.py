@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 from uuid import UUID, uuid4
@@ -18,7 +18,7 @@ from ..exceptions import WriteTimeoutError
 from ..metadata import Collector
 from .describing import Collect, Description
 from .dialects import Dialect, DialectOptions, dialect_for
-from .dialects.event_tables import ConflictError, EventTable
+from .dialects.event_tables import EventTable
 from .dialects.event_values import shown_id
 from .forks import drop_inherited_connections
 
@@ -94,7 +94,6 @@ class Datastore:
     :param unit: returns the unit of work to join, or None where recorders are to commit on their own.
     :param after_append: by the application's name, what is called within the transaction of an append.
     :param metadata: returns the metadata in force for a save, or None where none are to be stored.
-    :param conflict_error: what is raised when another writer was first; a host may have a class of its own.
     :raises ConfigurationError: when the database is not supported.
     """
 
@@ -104,13 +103,11 @@ class Datastore:
     unit: Callable[[], JoinedUnit | None] = _no_unit
     after_append: dict[str, AfterAppend] = field(default_factory=dict)
     metadata: Collect | None = field(default_factory=Collector)
-    conflict_error: type[ConflictError] = ConflictError
     dialect: Dialect = field(init=False)
     token: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dialect", dialect_for(self.engine, self.options))
-        self.dialect.conflict_error = self.conflict_error
         object.__setattr__(self, "token", uuid4().hex)
         _datastores[self.token] = self
 
@@ -121,7 +118,7 @@ class Datastore:
 
     def joining(self, unit: Callable[[], JoinedUnit | None]) -> Datastore:
         """Return the same database for recorders that join a unit of work."""
-        return replace(self, unit=unit)
+        return Datastore(self.engine, self.options, self.tables, unit, self.after_append, self.metadata)
 
     def writing(self, *, in_autocommit: bool = False) -> Write:
         """Return a context manager with a connection to write with.

@@ -10,24 +10,22 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import zope.sqlalchemy
 from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
+from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
 
-zope_sqlalchemy = pytest.importorskip("zope.sqlalchemy", reason="pip install Flask-EventSourcing[zope]")
+from flask_eventsourcing.contrib.zope import EventSourcing, event_models
+from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
+from tests import servers
+from tests.domain import Bank, conflict_with, in_threads
+from tests.hosts.test_units_of_work import recorded
+from tests.hosts.zope_site import ExplicitManager, ZopeSite
+from tests.servers import ServerFolder
+from tests.source import ROOT
 
-from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError  # noqa: E402
-
-from flask_eventsourcing.contrib.zope import EventSourcing, event_models  # noqa: E402
-from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError  # noqa: E402
-from flask_eventsourcing.persistence.dialects.event_tables import ConflictError  # noqa: E402
-from tests import servers  # noqa: E402
-from tests.domain import Bank, conflict_with, in_threads  # noqa: E402
-from tests.hosts.test_units_of_work import recorded  # noqa: E402
-from tests.hosts.zope_site import ExplicitManager, ZopeSite  # noqa: E402
-from tests.servers import ServerFolder  # noqa: E402
-from tests.source import ROOT  # noqa: E402
-
-SCRIPT = '''
+SCRIPT = """
 import sys
 import sqlalchemy as sa
 import transaction
@@ -52,7 +50,7 @@ with transaction.manager:
 assert not [name for name in sys.modules if name.partition(".")[0] in ("click", "flask", "pyramid", "werkzeug")]
 with transaction.manager:
     assert Session.scalar(sa.select(sa.func.count()).select_from(BankRecords.StoredEvent)) == 1
-'''
+"""
 
 
 class Voter:
@@ -193,7 +191,7 @@ def test_unit_that_fails_within_a_transaction_dooms_it(zope_site: ZopeSite) -> N
 
 
 def test_unit_after_work_without_a_transaction_commits(zope_site: ZopeSite) -> None:
-    """A transaction that nobody has begun, as the session itself did when it was used first, is the unit's to commit."""
+    """A transaction that nobody has begun, as the session did when it was used first, is the unit's to commit."""
     zope_site.session.execute(sa.select(zope_site.Note.id)).all()
     zope_site.note()
     with zope_site.es.transaction():
@@ -223,7 +221,7 @@ def test_commit_within_a_unit_is_refused(zope_site: ZopeSite) -> None:
 
 
 def test_decorated_function(zope_site: ZopeSite) -> None:
-    """``transactional`` and ``retry_on_conflict`` run a function in a unit of work, the latter again after a conflict."""
+    """``transactional`` and ``retry_on_conflict`` run a function in a unit, the latter again after a conflict."""
     account_id = zope_site.opened()
     zope_site.es.transactional(zope_site.bank.deposit)(account_id, 1)
     tries: list[int] = []
@@ -302,7 +300,7 @@ def test_what_waits_for_a_commit_comes_after_a_transaction_that_has_only_read(zo
 
 
 def test_statement_past_the_orm_is_committed_with_a_unit(zope_site: ZopeSite) -> None:
-    """A unit of work commits what was written with a plain statement, for which zope.sqlalchemy alone would roll back."""
+    """A unit of work commits what was written with a plain statement, where zope.sqlalchemy alone rolls back."""
     with zope_site.es.transaction() as session:
         session.connection().execute(sa.insert(zope_site.Note.__table__).values(text="note"))
     assert zope_site.stored() == (0, 1)
@@ -321,7 +319,7 @@ def test_session_that_would_lose_events_is_refused(tmp_path: Path, options: Any,
     session = orm.scoped_session(orm.sessionmaker(engine))
     manager = ExplicitManager()
     if options is not None:
-        zope_sqlalchemy.register(session, transaction_manager=manager, **options)
+        zope.sqlalchemy.register(session, transaction_manager=manager, **options)
     es = EventSourcing(Bank, models=models, session=session)
     with pytest.raises(ConfigurationError, match=message), manager:
         es.application.open_account()
@@ -356,7 +354,7 @@ def test_database_with_one_phase_is_told_so(tmp_path: Path) -> None:
 def test_events_of_a_session_with_one_phase_may_be_stored_although_the_transaction_failed(
     zope_site: ZopeSite, fails_in: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a later participant fails, the events that the database has committed are announced, and the log says who."""
+    """Where a later participant fails, the events that were committed are announced, and the log says who."""
 
     def transfer() -> None:
         with zope_site.manager:

@@ -91,7 +91,8 @@ class Stage(ABC):
         self.session.rollback()
 
     def after_leaving(self) -> None:
-        """Do what a user of the host does who has closed a session with everything in it."""
+        """Do what a user of the host does who has closed a session with everything in it; mostly nothing."""
+        return
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
@@ -263,7 +264,7 @@ class PlainStage(Stage):
             self.remove()
         if isinstance(self.site, ZopeSite):
             # Nobody tries again what had a conflict.
-            self.site.host.memory(self.site.manager).clear()
+            self.site.es.host.memory(self.site.manager).clear()
         return outcome
 
     def close(self) -> None:

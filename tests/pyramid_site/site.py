@@ -58,11 +58,11 @@ class PyramidSite:
             for each in includes:
                 config.include(each)
             config.registry["dbsession_factory"] = self.factory
-            config.add_request_method(self._dbsession, "dbsession", reify=True)
+            config.add_request_method(self.session_of, "dbsession", reify=True)
             config.include("flask_eventsourcing.contrib.pyramid")
             config.add_eventsourcing(Bank, models=self.models, session=session)
             config.add_route("bank", "/")
-            config.add_view(lambda request: self.view(request), route_name="bank", renderer="json")
+            config.add_view(self._answer, route_name="bank", renderer="json")
             if catching is not None:
                 config.add_exception_view(lambda _: Response("caught", catching), context=UsersError)
             if configure is not None:
@@ -71,7 +71,11 @@ class PyramidSite:
         self.app = config.make_wsgi_app()
         self.es = config.registry["flask_eventsourcing"]
 
-    def _dbsession(self, request: Any) -> orm.Session:
+    def _answer(self, request: Any) -> Any:
+        return self.view(request)
+
+    def session_of(self, request: Any) -> orm.Session:
+        """Make the session of a request."""
         session: orm.Session = self.factory()
         if self.registered:
             zope.sqlalchemy.register(session, transaction_manager=request.tm)
@@ -99,7 +103,8 @@ class PyramidSite:
 
     def balance(self, account_id: UUID) -> int | None:
         """Return what a new transaction sees in an account."""
-        return self.es[Bank].balance(account_id)
+        bank: Bank = self.es[Bank]
+        return bank.balance(account_id)
 
     def stored(self) -> tuple[int, int]:
         """Count the events and the notes that a new transaction sees."""

@@ -71,7 +71,9 @@ def add_eventsourcing(
     entry = Entry(application, models, config.maybe_dotted(session) if _is_dotted(session) else session,
                   session_factory, dict(env or {}), metadata)  # fmt: skip
     name = application.name
-    introspectable = config.introspectable("event sourcing", name, config.object_description(application), "application")
+    introspectable = config.introspectable(
+        "event sourcing", name, config.object_description(application), "application"
+    )
     introspectable["models"] = models
     config.action(("eventsourcing", name.lower()), state.add, (entry,), introspectables=(introspectable,))
     if not config.autocommit:

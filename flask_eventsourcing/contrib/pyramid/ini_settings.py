@@ -44,7 +44,7 @@ class IniSettings:
         found: dict[str, Any] = {}
         env: dict[str, str] = {}
         for key, given in settings.items():
-            if not isinstance(key, str) or not key.startswith(PREFIX):
+            if not key.startswith(PREFIX):
                 continue
             name = key.removeprefix(PREFIX)
             if name.startswith(ENV):

@@ -1,4 +1,4 @@
-"""What one Pyramid application has: its applications, hosts and projections, made when its configuration is complete."""
+"""What one Pyramid application has: applications, hosts and projections, made when its configuration is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 KEY = "flask_eventsourcing"
 """Where a registry has its state."""
 NO_VETO = (
-    "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as it does its rows: set "
+    "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as its rows: set "
     "tm.commit_veto = pyramid_tm.default_commit_veto, unless that is meant."
 )
 

@@ -21,7 +21,9 @@ from .registered import REGISTER, check_registration, current_transaction, has_o
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-NO_SAVEPOINTS = "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
+NO_SAVEPOINTS = (
+    "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
+)
 
 
 class TransientConflictError(ConflictError, TransientError):  # type: ignore[misc]
