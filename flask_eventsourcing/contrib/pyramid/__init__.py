@@ -126,7 +126,8 @@ def projection(projection_class: Any = None, /, *, of: type[Application[Any]] | 
         def register(scanner: Any, name: str, found: type[J]) -> None:
             scanner.config.with_package(info.module).add_projection(found, of=of)
 
-        info = venusian.attach(decorated, register, category="pyramid")
+        # Seen from the module in which the class stands.
+        info = venusian.attach(decorated, register, category="pyramid", depth=1 if projection_class is None else 2)
         return decorated
 
     return decorate if projection_class is None else decorate(projection_class)

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging(given.ini)
     state = state_of(get_app(given.ini).registry)
     try:
-        return given.command(given)(subject_of(state, f"{PROGRAM} {given.ini}"), PlainOutput())
+        exit_status: int = given.command(given)(subject_of(state, f"{PROGRAM} {given.ini}"), PlainOutput())
     except UsageError as error:
         parser.error(str(error))
     except CommandError as error:
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     finally:
         state.close()
+    return exit_status
 
 
 def make_parser() -> argparse.ArgumentParser:
