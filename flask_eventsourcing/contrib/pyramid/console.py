@@ -245,6 +245,10 @@ def _add_projections(group: Any) -> None:
         lambda g: partial(checkpoints.accept, name=g.name),
         NAME,
     )
+    _add_turns(group)
+
+
+def _add_turns(group: Any) -> None:
     for name, text, command in (
         ("pause", "Keep every worker from running NAME until it is resumed.", checkpoints.pause),
         ("resume", "Let NAME go on that is paused, or try again what it has halted at.", checkpoints.resume),
