@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import sqlalchemy as sa
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
 from sqlalchemy import orm
 
-from flask_eventsourcing.cli import group
 from flask_eventsourcing.contrib.pyramid import event_models, projection
-from flask_eventsourcing.contrib.pyramid.console import main, make_parser
+from flask_eventsourcing.contrib.pyramid.console import main
 from flask_eventsourcing.contrib.pyramid.ini_settings import IniSettings
 from flask_eventsourcing.exceptions import ConfigurationError
 from flask_eventsourcing.persistence import DialectOptions
@@ -182,32 +178,6 @@ def test_error_of_a_command(ini: str, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as caught:
         main([ini, "rebuild", "Totals", "--clean", "--dry-run"])
     assert caught.value.code == 2
-
-
-def options_of_click(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], set[str]]]:
-    """Iterate over the commands of a group, each with its options."""
-    if isinstance(command, click.Group):
-        for name, each in command.commands.items():
-            yield from options_of_click(each, (*path, name))
-    else:
-        yield path, {opt for p in command.params for opt in p.opts if opt.startswith("--")}
-
-
-def options_of_parser(
-    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], set[str]]]:
-    """Iterate over the commands of a parser, each with its options."""
-    groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
-    for each in groups:
-        for name, found in each.choices.items():
-            yield from options_of_parser(found, (*path, name))
-    if not groups:
-        yield path, {o for a in parser._actions for o in a.option_strings if o.startswith("--") and o != "--help"}
-
-
-def test_commands_are_those_of_flask() -> None:
-    """The command has the names and the options of ``flask eventsourcing``."""
-    assert dict(options_of_parser(make_parser())) == dict(options_of_click(group))
 
 
 def test_projection_of_one_of_several_applications(new_site: MakePyramidSite) -> None:
