@@ -77,6 +77,7 @@ run-bench: $(STAMP)
 ifeq ($(filter-out --quick,$(ARGS)),)
 	$(BIN)/python -m benchmarks.projections $(ARGS)
 	$(BIN)/python -m benchmarks.large_saves $(ARGS)
+	$(BIN)/python -m benchmarks.zope_sessions $(ARGS)
 endif
 
 docs: $(DOCS_STAMP)
