@@ -111,7 +111,8 @@ def check(storm: Storm, done: int) -> None:
     for each in notifications:
         streams.setdefault(each.originator_id, []).append(each.originator_version)  # type: ignore[arg-type]
     assert all(versions == list(range(1, len(versions) + 1)) for versions in streams.values())
-    balances = {each: storm.ledger.repository.get(each).balance for each in storm.accounts}  # type: ignore[attr-defined]
+    ledger: Any = storm.ledger
+    balances: dict[UUID, int] = {each: ledger.repository.get(each).balance for each in storm.accounts}
     assert sum(balances.values()) == 0
     assert storm.es.projections.worker(once=True).run() == []
     assert {row.account_id: row.amount for row in storm.rows("total")} == balances

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from eventsourcing.application import Application
 from pyramid.registry import Registry
+from pyramid.threadlocal import get_current_request
 from sqlalchemy import orm
 
+from ...applications.known_sites import add_kind
 from ...exceptions import ConfigurationError
 from ...host import by_application
 from ...metadata import Provider
@@ -63,6 +65,7 @@ class EventSourcing(Facade):
     """
 
     def __init__(self, registry: Registry) -> None:
+        super().__init__()
         self.settings: IniSettings = IniSettings.from_mapping(registry.settings or {})
         """The settings ``eventsourcing.…``."""
         self._registry = registry
@@ -107,6 +110,14 @@ class EventSourcing(Facade):
             if self._built is None:
                 self._built = self._make()
             return self._built
+
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        return {**of_request(), **super().metadata_to_carry()} if self.settings.metadata else {}
+
+    def is_at_work(self) -> bool:
+        """Return False: the current request tells it."""
+        return False
 
     def construct(self) -> None:
         """Construct the applications of this process now, so that its first request does not pay for it."""
@@ -196,3 +207,23 @@ def state_of(registry: Registry) -> EventSourcing:
     if found is None:
         found = registry[KEY] = EventSourcing(registry)
     return found
+
+
+class PyramidSites:
+    """Finds the states of Pyramid applications."""
+
+    def current(self) -> EventSourcing | None:
+        """Return that of the current request."""
+        found: EventSourcing | None = getattr(get_current_request(), "registry", {}).get(KEY)
+        return found
+
+    def of(self, given: object) -> EventSourcing | None:
+        """Return that of a registry, or of the application that a configurator has made."""
+        registry = getattr(given, "registry", given)
+        return registry.get(KEY) if isinstance(registry, Registry) else None
+
+    def refuse(self) -> None:
+        """Do nothing: the general message says it."""
+
+
+add_kind(PyramidSites())

@@ -53,6 +53,7 @@ class EventSourcing(Facade, Generic[A]):
         metadata: Sequence[Provider] | Literal[False] = (),
         lease: bool = False,
     ) -> None:
+        super().__init__()
         by_class = dict(models) if isinstance(models, Mapping) else {application: models}
         check_models_of(application, by_class)
         self._application_class = application

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial, wraps
@@ -11,8 +12,9 @@ from eventsourcing.application import Application
 from sqlalchemy import orm
 
 from ...applications.erasure import Erasure, erase
+from ...applications.known_sites import add_kind
 from ...exceptions import ConfigurationError
-from ...metadata import MetadataBlock, event_metadata
+from ...metadata import MetadataBlock, event_metadata, get_metadata_from_context
 from ...projections.definitions import ModelProjection
 from ...projections.registry import PlainProjections
 from ...projections.upkeep.following import Health
@@ -26,6 +28,9 @@ R = TypeVar("R")
 
 class Facade:
     """The applications of one or more hosts, and what there is to do with them."""
+
+    def __init__(self) -> None:
+        _known.add(self)
 
     @property
     def hosts(self) -> Mapping[type[Application[Any]], ZopeHost]:
@@ -135,8 +140,38 @@ class Facade:
         letters = self.projections.dead_letters_of(application_class.name)
         return erase(self[application_class], aggregate_id, redact=redact, dead_letters=letters)
 
+    def is_at_work(self) -> bool:
+        """Whether a transaction of its sessions' manager has begun in this thread."""
+        return any(host.is_at_work() for host in set(self.hosts.values()))
+
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have."""
+        return get_metadata_from_context()
+
     def close(self) -> None:
         """Close the applications of this process; it may be called again, and they are constructed again when used."""
         self.projections.close()
         for host in set(self.hosts.values()):
             host.close()
+
+
+_known: weakref.WeakSet[Facade] = weakref.WeakSet()
+
+
+class FacadeSites:
+    """Finds the object of a script, in a transaction."""
+
+    def current(self) -> Facade | None:
+        """Return the one whose transaction manager is at work here, if it is one only."""
+        found = [each for each in list(_known) if each.is_at_work()]
+        return found[0] if len(found) == 1 else None
+
+    def of(self, given: object) -> Facade | None:
+        """Return what is given, if it is one."""
+        return given if isinstance(given, Facade) else None
+
+    def refuse(self) -> None:
+        """Do nothing: the general message says it."""
+
+
+add_kind(FacadeSites())

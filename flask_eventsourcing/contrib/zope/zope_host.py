@@ -70,6 +70,11 @@ class ZopeHost(PlainHost):
 
     # ------------------------------------------------------------------------------------------- the host
 
+    def is_at_work(self) -> bool:
+        """Whether a transaction of the sessions' manager has begun in this thread."""
+        manager = manager_of(self._session)
+        return manager is not None and current_transaction(manager) is not None
+
     @contextmanager
     def context(self) -> Iterator[None]:
         """A piece of work that begins without a transaction leaves none behind that nobody would end."""
