@@ -27,8 +27,21 @@ from .lifecycle import ApplicationSlot
 from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
 from .persistence import Datastore, DialectOptions
+from .persistence.dialects.event_tables import ConflictError
 from .signals import events_recorded
-from .uow import LENT, Batch, Run, SessionCommits, UnitOfWork, UnitRunner, Units, follow, same_database, writer_of
+from .uow import (
+    LENT,
+    Batch,
+    Commits,
+    Run,
+    SessionCommits,
+    UnitOfWork,
+    UnitRunner,
+    Units,
+    follow,
+    same_database,
+    writer_of,
+)
 
 R = TypeVar("R")
 A = TypeVar("A", bound=Application[Any])
@@ -119,6 +132,8 @@ class PlainHost:
     :param options: what there is to say about the database, and how your users call the commands.
     :param env: what the library reads from the environment of an application.
     :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
+    :param commits: who commits; by default the sessions do by themselves.
+    :param conflict_error: what is raised when another writer was first.
     :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.
     """
 
@@ -130,6 +145,8 @@ class PlainHost:
         options: DialectOptions | None = None,
         env: Mapping[str, str] | None = None,
         metadata: Sequence[Provider] | Literal[False] = (),
+        commits: Commits | None = None,
+        conflict_error: type[ConflictError] = ConflictError,
     ) -> None:
         self._factory = session
         self.models: dict[type[Application[Any]], Models] = dict(models)
@@ -143,9 +160,11 @@ class PlainHost:
             plain.dialect.check_names(each.tables.values())
         self._current: ContextVar[list[orm.Session] | None] = ContextVar("current session", default=None)
         arguments = {"clause": _events_table(models)}
-        self._units = Units(plain, SessionCommits(), self._publish, arguments, scope=self._scope)
+        self._units = Units(plain, commits or SessionCommits(), self._publish, arguments, scope=self._scope)
         self._runner = UnitRunner(self._required)
         self._datastore = plain.joining(self.unit)
+        for store in (plain, self._datastore):
+            store.dialect.conflict_error = conflict_error
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
             application_class: ApplicationSlot(
                 partial(construct, application_class, self._datastore, dict(env or {}), self.unit, self.using_session)
@@ -208,10 +227,7 @@ class PlainHost:
 
     def open_unit(self) -> UnitOfWork | None:
         """The unit of work of the current session, if a recorder has joined it already."""
-        session = self._made()
-        if session is None and isinstance(self._factory, orm.scoped_session) and self._factory.registry.has():
-            session = self._factory()
-        return self._units.open(session)
+        return self._units.open(self._made() or self._used_session())
 
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session."""
@@ -220,8 +236,7 @@ class PlainHost:
     @contextmanager
     def session(self) -> Iterator[orm.Session]:
         """A session of the factory as the current one, which recorders join and the caller commits."""
-        maker: Any = self._factory
-        with self._made_current(maker() if isinstance(maker, orm.sessionmaker) else maker.session_factory()) as made:
+        with self._made_current(self._maker()()) as made:
             yield made
 
     @contextmanager
@@ -241,9 +256,7 @@ class PlainHost:
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:
         """Within it, the current session is one of its own on *connection*."""
-        factory = self._factory
-        maker: Any = factory.session_factory if isinstance(factory, orm.scoped_session) else factory
-        with self._made_current(redirected_session(maker, self._datastore.engine, connection)) as session:
+        with self._made_current(redirected_session(self._maker(), self._datastore.engine, connection)) as session:
             self._units.of(session).route.bind_arguments = {"bind": connection}
             yield session
 
@@ -269,10 +282,21 @@ class PlainHost:
         return next(iter(self._current.get() or ()), None)
 
     def _joined(self) -> orm.Session | None:
-        session = self._made()
-        if session is None and isinstance(self._factory, orm.scoped_session):
-            session = self._factory()
-        return session
+        return self._made() or self._current_session()
+
+    def _current_session(self) -> orm.Session | None:
+        """Return the session to join where nobody has made another one current, or None where there is none."""
+        return self._factory() if isinstance(self._factory, orm.scoped_session) else None
+
+    def _maker(self) -> orm.sessionmaker[Any]:
+        factory: Any = self._factory
+        maker: orm.sessionmaker[Any] = factory.session_factory if isinstance(factory, orm.scoped_session) else factory
+        return maker
+
+    def _used_session(self) -> orm.Session | None:
+        """Return the same, but make none."""
+        scoped = self._factory if isinstance(self._factory, orm.scoped_session) else None
+        return None if scoped is None or not scoped.registry.has() else scoped()
 
     def _scope(self) -> object:
         """What tells a scope's session, and those that take its place, from those of other scopes."""

@@ -216,19 +216,27 @@ class PlainProjections(BoundProjections):
     :param models: the record classes for the projections of each application class, as
         ``flask_eventsourcing.models.make_projection_models`` makes them.
     :param lease: whether workers hold a lease rather than a lock of the server, which a pooler may take from them.
+    :param hosts: the host of each application, where there are several.
     :raises ConfigurationError: when a table of *models* is named as the database cannot have it.
     """
 
     host: PlainHost
 
     def __init__(
-        self, host: PlainHost, models: Mapping[type[Application[Any]], ProjectionModels], *, lease: bool = False
+        self,
+        host: PlainHost,
+        models: Mapping[type[Application[Any]], ProjectionModels],
+        *,
+        lease: bool = False,
+        hosts: Mapping[type[Application[Any]], PlainHost] | None = None,
     ) -> None:
-        for own in models.values():
-            host.datastore.dialect.check_names(own.tables.values())
+        self.hosts: Mapping[type[Application[Any]], PlainHost] = hosts or dict.fromkeys(models, host)
+        for of, own in models.items():
+            self.hosts[of].datastore.dialect.check_names(own.tables.values())
 
         def followed(of: type[Application[Any]]) -> ProjectedApplication:
-            return ProjectedApplication(host, of.name, lambda: host[of], models[of], lease=lease)
+            own = self.hosts[of]
+            return ProjectedApplication(own, of.name, lambda: own[of], models[of], lease=lease)
 
         super().__init__(host, followed, self._check_database)
         self._registrations = Registrations()
@@ -257,16 +265,21 @@ class PlainProjections(BoundProjections):
         return projection_class
 
     def _check_database(self, projection_class: type[ModelProjection], table: sa.Table) -> None:
-        with self.host.session() as session:
-            try:
-                found = writer_of(session, table).engine
-            except sa.exc.UnboundExecutionError:
-                found = None
-        if found is None or not same_database(found, self.host.datastore.engine):
+        if not any(_has_table(host, table) for host in set(self.hosts.values())):
             raise ConfigurationError(
                 f"Table {table.name!r} of {projection_class.__name__} is not in the database of the events: it must "
                 "be, as they are committed in one transaction."
             )
+
+
+def _has_table(host: PlainHost, table: sa.Table) -> bool:
+    """Whether the sessions of a host write a table to the database of its events."""
+    with host.session() as session:
+        try:
+            found = writer_of(session, table).engine
+        except sa.exc.UnboundExecutionError:
+            return False
+    return same_database(found, host.datastore.engine)
 
 
 class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .commit_gate import Commits, Run
 from .listeners import follow
-from .pending import AfterCommit, Batch, log_lost
+from .pending import AfterCommit, Batch, describe, log_lost
 from .routes import FIXED, same_database, writer_of
 from .running import SessionCommits, UnitRunner, check_times, commit, roll_back
 from .unit import LENT, UnitOfWork, Units
@@ -22,6 +22,7 @@ __all__ = [
     "Units",
     "check_times",
     "commit",
+    "describe",
     "follow",
     "log_lost",
     "roll_back",

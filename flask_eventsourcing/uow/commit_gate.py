@@ -30,6 +30,12 @@ class Commits(Protocol):
     def at_save(self) -> bool:
         """Whether each ``save()`` outside of a unit of work is committed at once."""
 
+    def begin(self, session: orm.Session) -> None:
+        """Told before an outermost unit of work begins on a session."""
+
+    def joining(self, session: orm.Session) -> None:
+        """Told before something is written, or noted for the end, in a session's transaction; it may refuse."""
+
     def commit(self, session: orm.Session) -> None:
         """Commit a session at the end of a unit of work."""
 

@@ -64,11 +64,14 @@ class AggregateQueue:
 
     active = False
     """Whether the unit can be run again, so that it queues at all."""
+    remembers = False
+    """Whether somebody else may run it again, so that its conflicts are kept for that."""
 
     def __init__(self, dialect: Dialect, contended: ContendedAggregates) -> None:
         self._dialect = dialect
         self._contended = contended
-        self._conflicts: dict[Key, EventTable] = {}
+        self.conflicts: dict[Key, EventTable] = {}
+        """Those of the last try; a host may put a dictionary of its own in the place of this one, which it keeps."""
         self._queued: set[Key] = set()
         self._considered: set[Key] = set()
 
@@ -95,18 +98,29 @@ class AggregateQueue:
         for event in events:
             key = (table.name, event.originator_id)
             self._contended.add(key)
-            if self.active:
-                self._conflicts[key] = table
+            if self.active or self.remembers:
+                self.conflicts[key] = table
+
+    def forget_old(self) -> None:
+        """Forget conflicts that were so long ago that nobody tries again for them."""
+        for key in [key for key in self.conflicts if key not in self._contended]:
+            del self.conflicts[key]
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether the transaction has queued for an aggregate."""
+        return bool(self._queued)
 
     @property
     def has_conflicts(self) -> bool:
         """Whether the last try had conflicts for whose aggregates the next one has to queue."""
-        return bool(self._conflicts)
+        return bool(self.conflicts)
 
     def join_conflicting(self, connection: Connection) -> None:
         """Queue for the aggregates with which the last try had a conflict."""
-        conflicts = sorted(self._conflicts.items(), key=lambda item: sort_key(item[0]))
-        self._conflicts.clear()
+        conflicts = sorted(self.conflicts.items(), key=lambda item: sort_key(item[0]))
+        if not self.remembers:
+            self.conflicts.clear()
         for (_, originator_id), table in conflicts:
             self._join(connection, table, originator_id, wait=True)
 

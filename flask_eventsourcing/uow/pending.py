@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+NAMED = 5
+"""The events that a message names."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -156,6 +159,21 @@ def log_lost(batches: Sequence[Batch]) -> None:
     """Log that events were dropped although nobody asked for it."""
     count = sum(len(batch.events) for batch in batches)
     logger.error("%d events were saved and are not stored: their session was closed before a commit.", count)
+
+
+def describe(batches: Sequence[Batch]) -> str:
+    """Return what messages say of events: ``2 events of Bank (…) were``."""
+    notifications = [notification for batch in batches for notification in batch.notifications]
+    names = ", ".join(_name(notification) for notification in notifications[:NAMED])
+    more = f" and {len(notifications) - NAMED} more" if len(notifications) > NAMED else ""
+    applications = ", ".join(dict.fromkeys(batch.application_name for batch in batches))
+    count = f"{len(notifications)} event{'s' if len(notifications) > 1 else ''}"
+    return f"{count} of {applications} ({names}{more}) {'were' if len(notifications) > 1 else 'was'}"
+
+
+def _name(notification: Notification) -> str:
+    event_class = notification.topic.partition(":")[2]
+    return f"{event_class} {notification.originator_id} version {notification.originator_version}"
 
 
 class ConnectionState:

@@ -67,6 +67,7 @@ class UnitRunner:
                 unit.queue.active = False
 
     def _begin(self, unit: UnitOfWork, session: orm.Session) -> None:
+        unit.units.commits.begin(session)
         if session.in_transaction():
             with unit.dialect.translated:
                 unit.begun(unit.connection())
@@ -166,6 +167,12 @@ class SessionCommits:
     def __init__(self, *, at_save: bool = False, is_to_come: Callable[[], bool] = bool) -> None:
         self.at_save = at_save
         self._is_to_come = is_to_come
+
+    def begin(self, session: orm.Session) -> None:
+        """Do nothing: a session begins by itself."""
+
+    def joining(self, session: orm.Session) -> None:
+        """Do nothing: a session commits whatever was done in it."""
 
     def commit(self, session: orm.Session) -> None:
         """Commit the session."""

@@ -181,6 +181,7 @@ class UnitOfWork:
         """
         self.look()
         session = self.session
+        self.units.commits.joining(session)
         connection = self.route.connection(session)
         if not self.pending.has(Batch):
             self.route.check(session, connection)
@@ -199,8 +200,7 @@ class UnitOfWork:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
         self.look()
         if self.queue.active:
-            has_written = self.pending.has(Batch)
-            self.queue.before_read(connection, table, originator_id, has_written=has_written)
+            self.queue.before_read(connection, table, originator_id, has_written=self.pending.has(Batch))
 
     def failed(self, connection: Connection) -> None:
         """Note a write that failed."""
@@ -273,6 +273,7 @@ class UnitOfWork:
         self.resolve(asked=True)
         if connection is None:
             # A rollback of nothing would not be noticed, so there is a transaction from here on.
+            self.units.commits.joining(self.session)
             connection = self.connection()
         self._follow(connection)
         state = state_of(connection)
@@ -333,7 +334,7 @@ class UnitOfWork:
         gone = self._find_gone(connection)
         if self.pending.has(Batch):
             self._committed_past()
-            self.following.rolled_back += of_kind(gone, Batch)
+        self.following.rolled_back += of_kind(gone, Batch)
 
     def _committed_past(self) -> None:
         run = self.shared.run()
@@ -395,6 +396,5 @@ class UnitOfWork:
 
     def unknown(self) -> None:
         """The connection was lost during the commit: nothing is said of the events, and their objects are stale."""
-        gone = self.pending.rolled_back(0)
         self.following.is_committing = self.following.is_prepared = False
-        call_all(of_kind(gone, AfterRollback))
+        call_all(of_kind(self.pending.rolled_back(0), AfterRollback))

@@ -6,8 +6,6 @@ What a client has sent is taken as it is or left out; nothing of it is logged.
 from __future__ import annotations
 
 import importlib
-import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +14,6 @@ from flask import Flask, current_app, g, has_app_context, has_request_context, r
 from ..config import Config
 from ..metadata import (
     CORRELATION_ID,
-    LONGEST_CORRELATION,
     TRACEPARENT,
     USER,
     Collector,
@@ -24,12 +21,10 @@ from ..metadata import (
     get_metadata_from_context,
     new_id,
 )
+from ..metadata.headers import metadata_of_headers, trace_of_span
 
-CORRELATION_HEADERS = ("X-Correlation-ID", "X-Request-ID")
 KEPT = "flask_eventsourcing.metadata"
 """Where the environment of a request has what was filled in for it, for all of its saves."""
-LONGEST_TRACE = 128
-_TRACE = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
 
 
 def make_collector(app: Flask, config: Config) -> Collector | None:
@@ -58,12 +53,12 @@ class Carried:
         if has_request_context():
             found: dict[str, str] | None = request.environ.get(KEPT)
             if found is None:
-                found = request.environ[KEPT] = _of_headers(request.headers)
+                found = request.environ[KEPT] = metadata_of_headers(request.headers)
         else:
             found = g.get("_flask_eventsourcing_metadata")
             if found is None:
                 found = g._flask_eventsourcing_metadata = {CORRELATION_ID: new_id()}
-        trace = _of_span()
+        trace = trace_of_span()
         return found if trace is None else {**found, TRACEPARENT: trace}
 
 
@@ -75,36 +70,6 @@ def is_current(app: Flask) -> bool:
 def metadata_to_carry(app: Flask) -> dict[str, str]:
     """Return what a task that is sent now is to have: what was filled in for the work, and what was put."""
     return {**Carried(app)(), **get_metadata_from_context()}
-
-
-def _of_headers(headers: Any) -> dict[str, str]:
-    sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
-    found = {CORRELATION_ID: next(filter(_is_correlation, sent), None) or new_id()}
-    trace = headers.get(TRACEPARENT, "")
-    if is_trace(trace):
-        found[TRACEPARENT] = trace
-    return found
-
-
-def _is_correlation(value: str) -> bool:
-    return 0 < len(value) <= LONGEST_CORRELATION and value.isascii() and value.isprintable() and not value.isspace()
-
-
-def is_trace(value: str) -> bool:
-    """Whether a text is a ``traceparent`` as W3C has it."""
-    match = _TRACE.fullmatch(value) if len(value) <= LONGEST_TRACE else None
-    return match is not None and (match[1] != "00" or match[2] is None)
-
-
-def _of_span() -> str | None:
-    """Return the ``traceparent`` of OpenTelemetry's current span; where nobody has imported it, there is none."""
-    api: Any = sys.modules.get("opentelemetry.trace")
-    if api is None:
-        return None
-    context = api.get_current_span().get_span_context()
-    if not context.is_valid:
-        return None
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 class _User:

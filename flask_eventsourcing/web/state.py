@@ -15,6 +15,7 @@ from sqlalchemy import orm
 from werkzeug.local import LocalProxy
 
 from ..applications import environment
+from ..applications.known_sites import add_kind
 from ..config import Config
 from ..exceptions import ConfigurationError, NotInitializedError
 from ..host import by_application, recordings_of, send_recorded
@@ -25,6 +26,7 @@ from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
 from ..uow import LENT, Batch, UnitOfWork
+from .request_metadata import metadata_to_carry
 from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
@@ -169,6 +171,10 @@ class EventSourcingState:
             tables |= dict.fromkeys([*projected.models.tables.values(), *own], host)
         return {table: host.datastore.engine for table, host in tables.items() if host is not self.host}
 
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        return {} if self.config.metadata is False else metadata_to_carry(self.app)
+
     def construct(self) -> None:
         """Construct the applications of this process now, so that its first request does not pay for it."""
         for slot in self.slots.values():
@@ -246,6 +252,24 @@ def current_state() -> EventSourcingState:
         )
     return state_of(current_app._get_current_object())  # type: ignore[attr-defined]
 
+
+class FlaskSites:
+    """Finds the states of Flask apps."""
+
+    def current(self) -> EventSourcingState | None:
+        """Return that of the current app, if it has one."""
+        return current_state() if has_app_context() and EXTENSION in current_app.extensions else None
+
+    def of(self, given: object) -> EventSourcingState | None:
+        """Return that of a Flask app."""
+        return state_of(given) if isinstance(given, Flask) else None
+
+    def refuse(self) -> None:
+        """Say what is missing."""
+        current_state()
+
+
+add_kind(FlaskSites())
 
 current_application: Application[Any] = cast(Application[Any], LocalProxy(lambda: current_state().application))
 """The application of the current Flask app, for views."""

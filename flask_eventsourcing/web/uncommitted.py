@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from eventsourcing.persistence import Notification
 from flask import (
     Flask,
     Response,
@@ -26,13 +25,12 @@ from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
 from ..failures import OnError
 from ..persistence.forks import leave_inherited_connections
-from ..uow import AfterCommit, Batch, UnitOfWork, commit, roll_back
+from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
 from .sessions import ENDED, LEFT
 from .state import EventSourcingState, discard, state_of
 
 FAILURE = 400
 """The lowest HTTP status that tells the client that the request was not carried out."""
-NAMED = 5
 ENVIRON = "flask_eventsourcing.answer"
 """Where a request has its :class:`Answer`, in its WSGI environment."""
 CONTEXT = "_flask_eventsourcing_answer"
@@ -211,7 +209,7 @@ def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
     batches = [batch for unit in state.open_units() for batch in unit.batches]
     if answer is not None and batches:
         answer.rolled_back.append(
-            f"{_describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
+            f"{describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
             "with status=False."
         )
 
@@ -236,7 +234,7 @@ def _commit(state: EventSourcingState) -> None:
 
 def _tell(state: EventSourcingState, batches: Sequence[Batch], response: Response) -> str:
     remedy = IN_ANSWER[state.config.commit]
-    message = f"{_describe(batches)} neither committed nor rolled back when the view answered: {remedy}."
+    message = f"{describe(batches)} neither committed nor rolled back when the view answered: {remedy}."
     if response.status_code < FAILURE:
         state.app.logger.error("%s The client is told 500 instead of %s.", message, response.status)
     else:
@@ -267,7 +265,7 @@ def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None
 
     The log and the signal do, and in a request that is not answered yet, its answer.
     """
-    message = f"{_describe(batches)} neither committed nor rolled back {when}, and nothing is stored"
+    message = f"{describe(batches)} neither committed nor rolled back {when}, and nothing is stored"
     state.app.logger.error("%s: %s.", message, AT_END[state.config.commit])
     discard(state, batches)
     answer = unanswered()
@@ -310,17 +308,3 @@ def _drop(units: Iterable[UnitOfWork]) -> list[Batch]:
         if batches:
             roll_back(unit.session)
     return [batch for _, batches in found for batch in batches]
-
-
-def _describe(batches: Sequence[Batch]) -> str:
-    notifications = [notification for batch in batches for notification in batch.notifications]
-    names = ", ".join(_name(notification) for notification in notifications[:NAMED])
-    more = f" and {len(notifications) - NAMED} more" if len(notifications) > NAMED else ""
-    applications = ", ".join(dict.fromkeys(batch.application_name for batch in batches))
-    count = f"{len(notifications)} event{'s' if len(notifications) > 1 else ''}"
-    return f"{count} of {applications} ({names}{more}) {'were' if len(notifications) > 1 else 'was'}"
-
-
-def _name(notification: Notification) -> str:
-    event_class = notification.topic.partition(":")[2]
-    return f"{event_class} {notification.originator_id} version {notification.originator_version}"

@@ -8,21 +8,23 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flask import Flask, current_app, has_app_context
 from sqlalchemy import orm
 
+from ..applications.known_sites import SiteState, current_site, find_current_site, site_of, working_for
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
 from ..failures import Logged
 from ..lifecycle import ApplicationSlot
 from ..metadata import MetadataBlock, get_metadata_from_context, put_metadata_in_context, set_metadata_in_context
 from ..uow import Run
-from ..web.request_metadata import metadata_to_carry
-from ..web.state import EXTENSION, EventSourcingState, current_state, state_of
 
-FlaskAppOrFactory = Flask | Callable[[], Flask]
-StateSlot = ApplicationSlot[EventSourcingState]
+if TYPE_CHECKING:
+    from flask import Flask
+
+FlaskAppOrFactory: TypeAlias = "Flask | SiteState | Callable[..., Any]"
+"""A Flask app, a Pyramid application, or what ``EventSourcing`` of ``contrib.zope`` makes; or a function for one."""
+StateSlot = ApplicationSlot[SiteState]
 
 CONFLICT_RETRIES = 10
 """How often a task is sent again after a conflict, unless told otherwise."""
@@ -31,32 +33,33 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
-    """Return the slot of a Flask app's state, made at the first use in each process.
+    """Return the slot of a site's state, made at the first use in each process.
 
-    :param flask_app_or_factory: a Flask app, or a function without arguments that makes one.
+    :param flask_app_or_factory: a Flask app or another site, or a function without arguments that makes one.
     :param user: who wants it, for messages.
     :raises ConfigurationError: when it is neither.
     :raises NotInitializedError: when it is an app without ``es.init_app(app)``.
     """
-    if isinstance(flask_app_or_factory, Flask):
-        state = state_of(flask_app_or_factory)
+    state = site_of(flask_app_or_factory)
+    if state is not None:
         return ApplicationSlot(lambda: state)
     if not callable(flask_app_or_factory):
         raise ConfigurationError(
             f"{user} takes a Flask app or a function that makes one; found {flask_app_or_factory!r}."
         )
-    return ApplicationSlot(lambda: state_of(made_app(flask_app_or_factory, user)))
+    return ApplicationSlot(lambda: made_state(flask_app_or_factory, user))
 
 
-def made_app(factory: Callable[[], Any], user: str) -> Flask:
-    """Call an application factory.
+def made_state(factory: Callable[[], Any], user: str) -> SiteState:
+    """Call an application factory, and return the state of what it makes.
 
-    :raises ConfigurationError: when what it returns is no Flask app.
+    :raises ConfigurationError: when what it returns is no Flask app, nor another site.
     """
     app = factory()
-    if not isinstance(app, Flask):
+    state = site_of(app)
+    if state is None:
         raise ConfigurationError(f"{user} takes a function that returns a Flask app; {factory!r} returned {app!r}.")
-    return app
+    return state
 
 
 def check_retries(retries: Any) -> None:
@@ -74,15 +77,15 @@ def pause(retries: int, longest: float) -> float:
 
 
 @contextmanager
-def task_unit(state: EventSourcingState, run: Run | None = None) -> Iterator[orm.Session]:
-    """An application context and a unit of work of its own for one task.
+def task_unit(state: SiteState, run: Run | None = None) -> Iterator[orm.Session]:
+    """What is around a piece of work, an application context in Flask, and a unit of work of its own for one task.
 
     It is committed at the end, and rolled back on an error. The task may commit and roll back itself.
 
     :param run: tells whether the task has committed itself, so that it must not be run again as a whole.
     """
     run = run or Run(lenient=True)
-    with state.host.context(), state.host.transaction(queueing=True, run=run) as session:
+    with working_for(state), state.host.context(), state.host.transaction(queueing=True, run=run) as session:
         yield session
 
 
@@ -115,7 +118,7 @@ def after_commit(send: Callable[[], object], description: str) -> None:
 
     :raises NotInitializedError: outside an application context.
     """
-    unit = current_state().host.unit()
+    unit = current_site().host.unit()
     if unit is None:
         raise NotInitializedError
     if unit.awaits_commit:
@@ -132,10 +135,8 @@ CARRIED = "flask_eventsourcing_metadata"
 
 def carried() -> dict[str, str]:
     """Return the metadata that a task which is sent now is to have; none where none are stored."""
-    if not has_app_context() or EXTENSION not in current_app.extensions:
-        return get_metadata_from_context()
-    state = current_state()
-    return {} if state.config.metadata is False else metadata_to_carry(state.app)
+    state = find_current_site()
+    return get_metadata_from_context() if state is None else state.metadata_to_carry()
 
 
 def received(found: Any) -> MetadataBlock:

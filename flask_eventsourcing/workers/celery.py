@@ -14,14 +14,13 @@ from celery.app.registry import TaskRegistry
 from celery.canvas import Signature
 from celery.result import AsyncResult, GroupResult
 from eventsourcing.persistence import IntegrityError
-from flask import current_app, has_app_context
 from kombu.serialization import dumps
 
 from .._patches import task_attribute, task_registry_class
+from ..applications.known_sites import SiteState, current_site, find_current_site
 from ..exceptions import ConfigurationError
 from ..metadata import CORRELATION_ID
 from ..uow import Run
-from ..web.state import EXTENSION, EventSourcingState, current_state
 from . import (
     CARRIED,
     CONFLICT_RETRIES,
@@ -56,7 +55,7 @@ def init_celery(
 
     :param celery_app: the Celery app.
     :param flask_app_or_factory: the Flask app, or a function that makes it, which is called once in each process that
-        runs tasks.
+        runs tasks; instead of a Flask app also a Pyramid application, or an ``EventSourcing`` of ``contrib.zope``.
     :param conflict_retries: after an optimistic conflict a task is retried by Celery's own means as long as
         ``request.retries`` is below this number; ``@celery_app.task(conflict_retries=…)`` sets it for one task.
     :raises ConfigurationError: when an argument cannot be used, or the Celery app has been initialised already.
@@ -164,10 +163,9 @@ class _Worker:
                 # retry() leaves it behind for Celery's autoretry, which has a limit of its own.
                 vars(task).pop("override_max_retries", None)
 
-    def _state(self, request: Any) -> EventSourcingState:
-        if request.is_eager and has_app_context() and EXTENSION in current_app.extensions:
-            return current_state()
-        return self.slot.get()
+    def _state(self, request: Any) -> SiteState:
+        current = find_current_site() if request.is_eager else None
+        return self.slot.get() if current is None else current
 
 
 def carry(headers: Any = None, **_: Any) -> None:
@@ -214,7 +212,7 @@ def send_after_commit(task: Any, /, *args: Any, **kwargs: Any) -> AsyncResult | 
     else:
         raise TypeError(f"send_after_commit takes a Celery task or a signature; found {task!r}.")
     description = _checked(signature)
-    current_state()
+    current_site()
     result = signature.freeze()
     after_commit(signature.apply_async, description)
     return result

@@ -15,16 +15,14 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 from eventsourcing.persistence import IntegrityError
-from flask import Flask
-from flask.cli import ScriptInfo
 from rq import Queue, Retry, SimpleWorker, Worker, get_current_job
 from rq.job import Job
 from sqlalchemy import orm
 
 from .._patches import job_perform
+from ..applications.known_sites import current_site, site_of
 from ..exceptions import ConfigurationError
 from ..uow import Run, roll_back
-from ..web.state import current_state
 from . import (
     CARRIED,
     CONFLICT_RETRIES,
@@ -54,7 +52,8 @@ class EventSourcingWorkerMixin:
     """
 
     flask_app: ClassVar[FlaskAppOrFactory | None] = None
-    """The Flask app, or a function that makes it, which is called in each work-horse. Without it, the environment's
+    """The Flask app, or a function that makes it, which is called in each work-horse; instead of a Flask app also a
+    Pyramid application, or an ``EventSourcing`` of ``contrib.zope``. Without it, the environment's
     ``FLASK_APP`` says which app it is, as for the command ``flask``."""
 
     conflict_retries: ClassVar[int] = CONFLICT_RETRIES
@@ -120,7 +119,9 @@ class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
     """RQ's worker that performs jobs in its own process, for tests."""
 
 
-def _app_of_environment() -> Flask:
+def _app_of_environment() -> Any:
+    from flask.cli import ScriptInfo
+
     return ScriptInfo(app_import_path=os.environ[FLASK_APP]).load_app()
 
 
@@ -140,7 +141,7 @@ def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session
         with received(job.meta.get(CARRIED) if job is not None else None), task_unit(slot.get()) as session:
             yield session
     finally:
-        if not isinstance(flask_app_or_factory, Flask):
+        if site_of(flask_app_or_factory) is None:
             slot.close()
 
 
@@ -173,7 +174,7 @@ def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *a
     job_args, job_kwargs = _checked(queue, function, args, kwargs)
     name = function if isinstance(function, str) else f"{function.__module__}.{function.__qualname__}"
     description = "the job " + describe(name, function, job_args, job_kwargs)
-    current_state()
+    current_site()
     kwargs["meta"] = {CARRIED: carried(), **(kwargs.get("meta") or {})}
     after_commit(partial(queue.enqueue, function, *args, **kwargs), description)
     return job_id

@@ -20,15 +20,21 @@ from flask_eventsourcing.persistence.dialects import is_in_memory
 from tests.domain import Bank, in_thread
 
 
-def has_flask() -> bool:
-    """Whether Flask can be imported in this process."""
+def can_import(name: str) -> bool:
+    """Whether a module can be imported in this process."""
     try:
-        return find_spec("flask") is not None
+        return find_spec(name) is not None
     except ImportError:
         return False
 
 
-HOSTS = ("plain scoped_session", "plain sessionmaker", *(["flask"] if has_flask() else []))
+ZOPE = ("zope scoped_session", "zope sessionmaker")
+HOSTS = (
+    "plain scoped_session",
+    "plain sessionmaker",
+    *(["flask"] if can_import("flask") else []),
+    *(ZOPE if can_import("zope.sqlalchemy") else []),
+)
 
 
 class HostSite(ABC):
@@ -55,6 +61,14 @@ class HostSite(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the application and every connection."""
+
+    def commit(self) -> None:
+        """Commit the current session, as a user of the host does."""
+        self.session.commit()
+
+    def rollback(self) -> None:
+        """Roll the current session back, as a user of the host does."""
+        self.session.rollback()
 
     def note(self, text: str = "note") -> None:
         """Add a row of the ORM to the current session."""
@@ -89,11 +103,10 @@ class PlainSite(HostSite):
 
     def __init__(self, url: str, *, scoped: bool, env: Mapping[str, str] | None = None) -> None:
         base = orm.declarative_base()
-        memory = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
-        self.engine = sa.create_engine(url, **(memory if is_in_memory(sa.make_url(url)) else {}))
+        self.engine = engine_for(url)
         models = make_models(base, "Bank")
         self.StoredEvent = models.StoredEvent
-        self.Note = _note(base)
+        self.Note = make_note(base)
         base.metadata.create_all(self.engine)
         factory = orm.sessionmaker(self.engine)
         self.scoped = orm.scoped_session(factory) if scoped else None
@@ -124,7 +137,14 @@ class PlainSite(HostSite):
         self.engine.dispose()
 
 
-def _note(base: Any) -> Any:
+def engine_for(url: str) -> sa.Engine:
+    """Make an engine; a database in memory is one for all threads."""
+    memory = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+    return sa.create_engine(url, **(memory if is_in_memory(sa.make_url(url)) else {}))
+
+
+def make_note(base: Any) -> Any:
+    """Make a model that has nothing to do with events."""
     body = {
         "__tablename__": "note",
         "id": orm.mapped_column(sa.Integer, primary_key=True),
@@ -138,4 +158,7 @@ def make_host_site(kind: str, url: str) -> HostSite:
     if kind == "flask":
         made: HostSite = importlib.import_module("tests.hosts.flask_site").FlaskSite(url)
         return made
+    if kind in ZOPE:
+        on_zope: HostSite = importlib.import_module("tests.hosts.zope_site").ZopeSite(url, scoped=kind == ZOPE[0])
+        return on_zope
     return PlainSite(url, scoped=kind == "plain scoped_session")

@@ -13,6 +13,7 @@ from sqlalchemy import orm
 from flask_eventsourcing.applications import construct
 from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError
 from flask_eventsourcing.persistence.dialects import is_in_memory
+from flask_eventsourcing.uow import LENT
 from tests.domain import Account, Bank
 from tests.hosts.sites import HostSite
 
@@ -45,6 +46,7 @@ class OnSessions:
     @contextmanager
     def using_session(self, session: orm.Session) -> Iterator[None]:
         """Make a session the current one."""
+        session.info[LENT] = True
         self.current.append(session)
         yield
         self.current.pop()

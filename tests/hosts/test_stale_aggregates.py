@@ -28,13 +28,13 @@ def test_object_whose_events_were_rolled_back_is_refused(site: HostSite) -> None
         account = site.bank.account(account_id)
         account.deposit(1)
         site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
         account.deposit(2)
         with pytest.raises(StaleAggregateError, match=f"Account {account_id} .*rolled back.*read it again"):
             site.bank.save(account)
-        site.session.commit()
+        site.commit()
         assert versions(site, account_id) == [1]
-        site.session.rollback()
+        site.rollback()
 
 
 def test_object_without_a_further_change_is_refused_too(site: HostSite) -> None:
@@ -42,10 +42,10 @@ def test_object_without_a_further_change_is_refused_too(site: HostSite) -> None:
     with site.working():
         account = Account("Ada")
         site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
         with pytest.raises(StaleAggregateError):
             site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
     assert site.stored() == (0, 0)
 
 
@@ -65,9 +65,9 @@ def test_object_of_a_failed_savepoint_is_refused(site: HostSite) -> None:
         lost.deposit(1)
         with pytest.raises(StaleAggregateError):
             site.bank.save(lost)
-        site.session.commit()
+        site.commit()
         assert (versions(site, other_id), versions(site, account_id)) == ([1, 2, 3], [1])
-        site.session.rollback()
+        site.rollback()
 
 
 def test_released_savepoint_stands_or_falls_with_the_transaction(site: HostSite) -> None:
@@ -80,10 +80,10 @@ def test_released_savepoint_stands_or_falls_with_the_transaction(site: HostSite)
             site.bank.save(account)
         account.deposit(1)
         site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
         with pytest.raises(StaleAggregateError):
             site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
 
 
 @pytest.mark.parametrize("end", ["close", "rollback", "reset"])
@@ -97,7 +97,7 @@ def test_object_is_refused_whatever_ended_the_transaction(site: HostSite, end: s
         getattr(site.session, end)()
         with pytest.raises(StaleAggregateError):
             site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
 
 
 def test_object_that_was_read_before_a_retried_function_is_refused(site: HostSite) -> None:
@@ -144,15 +144,15 @@ def test_object_that_was_read_uncommitted_is_refused(site: HostSite) -> None:
         site.bank.deposit(account_id, 5)
         account = site.bank.account(account_id)
         assert account.balance == 5
-        site.session.rollback()
+        site.rollback()
         account.deposit(1)
         with pytest.raises(StaleAggregateError, match="was read with events"):
             site.bank.save(account)
-        site.session.rollback()
+        site.rollback()
         site.bank.deposit(account_id, 1)
-        site.session.commit()
+        site.commit()
         assert versions(site, account_id) == [1, 2]
-        site.session.rollback()
+        site.rollback()
 
 
 def test_all_objects_of_a_refused_save_are_refused(site: HostSite) -> None:
@@ -162,13 +162,13 @@ def test_all_objects_of_a_refused_save_are_refused(site: HostSite) -> None:
         lost, other = site.bank.account(account_id), Account("Bob")
         lost.deposit(1)
         site.bank.save(lost)
-        site.session.rollback()
+        site.rollback()
         for _ in range(2):
             with pytest.raises(StaleAggregateError):
                 site.bank.save(other, lost)
         with pytest.raises(StaleAggregateError):
             site.bank.save(other)
-        site.session.rollback()
+        site.rollback()
 
 
 def test_object_may_be_used_on_as_long_as_its_events_are_there(site: HostSite) -> None:
@@ -182,16 +182,16 @@ def test_object_may_be_used_on_as_long_as_its_events_are_there(site: HostSite) -
             again = site.bank.account(account.id)
             again.deposit(1)
             site.bank.save(again)
-            site.session.commit()
+            site.commit()
             account = again
         with suppress(KeyError), site.session.begin_nested():
             site.bank.save(Account("Bob"))
             raise KeyError
         account.deposit(1)
         site.bank.save(account)
-        site.session.commit()
+        site.commit()
         assert versions(site, account.id) == list(range(1, 9))
-        site.session.rollback()
+        site.rollback()
 
 
 def test_object_that_was_only_looked_at_is_not_refused(site: HostSite) -> None:
@@ -201,12 +201,12 @@ def test_object_that_was_only_looked_at_is_not_refused(site: HostSite) -> None:
         account, other = site.bank.account(account_id), site.bank.account(other_id)
         other.deposit(1)
         site.bank.save(other, account)
-        site.session.rollback()
+        site.rollback()
         account.deposit(1)
         site.bank.save(account)
-        site.session.commit()
+        site.commit()
         assert (versions(site, account_id), versions(site, other_id)) == ([1, 2], [1])
-        site.session.rollback()
+        site.rollback()
 
 
 def test_events_without_an_object_are_saved(site: HostSite) -> None:
@@ -219,14 +219,14 @@ def test_events_without_an_object_are_saved(site: HostSite) -> None:
         for _ in range(2):
             site.bank.save(event)
             seen = site.bank.account(account_id)
-            site.session.rollback()
+            site.rollback()
             with pytest.raises(StaleAggregateError):
                 site.bank.save(seen)
-            site.session.rollback()
+            site.rollback()
         site.bank.save(event)
-        site.session.commit()
+        site.commit()
         assert versions(site, account_id) == [1, 2]
-        site.session.rollback()
+        site.rollback()
 
 
 def test_conflict_outside_of_a_session_is_known(site: HostSite) -> None:
@@ -261,9 +261,9 @@ def test_two_changed_objects_of_one_aggregate_are_refused(site: HostSite) -> Non
         with pytest.raises(StaleAggregateError, match=f"Two objects of Account {account_id}"):
             site.bank.save(one, other)
         site.bank.save(one)
-        site.session.commit()
+        site.commit()
         assert versions(site, account_id) == [1, 2]
-        site.session.rollback()
+        site.rollback()
 
 
 def test_changed_object_beside_an_unchanged_one_is_followed(site: HostSite) -> None:
@@ -274,11 +274,11 @@ def test_changed_object_beside_an_unchanged_one_is_followed(site: HostSite) -> N
             one, other = site.bank.account(account_id), site.bank.account(account_id)
             one.deposit(1)
             site.bank.save(*(one, other) if first else (other, one))
-            site.session.rollback()
+            site.rollback()
             with pytest.raises(StaleAggregateError):
                 site.bank.save(one)
             other.deposit(2)
             site.bank.save(other)
-            site.session.commit()
+            site.commit()
         assert versions(site, account_id) == [1, 2, 3]
-        site.session.rollback()
+        site.rollback()

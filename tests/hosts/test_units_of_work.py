@@ -60,9 +60,9 @@ def test_session_commits_and_rolls_back_what_was_saved(site: HostSite) -> None:
     with site.working():
         site.bank.open_account()
         site.note()
-        site.session.rollback()
+        site.rollback()
         site.bank.open_account()
-        site.session.commit()
+        site.commit()
     assert site.stored() == (1, 0)
 
 
@@ -225,7 +225,7 @@ def test_function_waits_for_the_rollback(site: HostSite) -> None:
 
     with site.working():
         call_after("rolled back")
-        site.session.rollback()
+        site.rollback()
         call_after("transaction")
         with site.session.begin_nested():
             call_after("released")
@@ -234,10 +234,11 @@ def test_function_waits_for_the_rollback(site: HostSite) -> None:
             raise KeyError
         assert called == ["rolled back", "savepoint"]
         site.session.close()
+        site.rollback()
         assert called == ["rolled back", "savepoint", "transaction", "released"]
         call_after("committed")
-        site.session.commit()
-        site.session.rollback()
+        site.commit()
+        site.rollback()
     assert len(called) == 4
 
 

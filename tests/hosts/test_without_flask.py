@@ -14,6 +14,8 @@ LEFT_OUT = "not postgres and not mariadb and not without_flask"
 """What needs a server, and this module itself."""
 FILES = (
     "tests/hosts",
+    "tests/pyramid_site",
+    "examples/pyramid_site",
     "tests/contract/test_recorders.py",
     "tests/contract/test_factory.py",
     "tests/unit/test_lifecycle.py",
@@ -23,7 +25,7 @@ FILES = (
 
 @pytest.mark.parametrize("file", FILES)
 def test_without_flask(file: str) -> None:
-    """A script with SQLAlchemy alone gets the recorders, the units of work and the lifecycle that a Flask app gets."""
+    """Scripts, Zope's transactions and Pyramid get recorders, units of work and a lifecycle as a Flask app does."""
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     # What needs a server has run in this process; there is no second one in that.

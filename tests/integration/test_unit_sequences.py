@@ -34,6 +34,8 @@ HOSTS = (
     "flask",
     pytest.param("plain scoped_session", marks=pytest.mark.long),
     pytest.param("plain sessionmaker", marks=pytest.mark.long),
+    pytest.param("zope scoped_session", marks=pytest.mark.long),
+    pytest.param("zope sessionmaker", marks=pytest.mark.long),
 )
 
 
@@ -64,6 +66,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_each(ROLLBACKS, Step("open"), Step("save", 2), None, Step("save", 5), READ, COMMIT),
     *_each(ROLLBACKS, SAVE, None),
     *_each(ROLLBACKS, SAVE, None, READ, SAVE, COMMIT, READ),
+    *_each(BEGIN, SAVE, None),
     *_each(BEGIN, None, SAVE, BACK),
     *_each(BEGIN, None, SAVE, BACK, COMMIT),
     *_each(BEGIN, SAVE, None, SAVE, BACK, AGAIN, COMMIT),

@@ -66,7 +66,7 @@ class Ending(Saving):
     # ------------------------------------------------------------------------------------------- ends
 
     def _orm_commit(self, step: Step) -> Exception | None:
-        return self._commit("orm", self.stage.session.commit)
+        return self._commit("orm", self.stage.commit)
 
     def _connection_commit(self, step: Step) -> Exception | None:
         return self._commit("connection", self.stage.session.connection().commit)
@@ -124,7 +124,7 @@ class Ending(Saving):
         self.truth.odd = odd
 
     def _orm_rollback(self, step: Step) -> None:
-        self._rollback("orm", self.stage.session.rollback)
+        self._rollback("orm", self.stage.rollback)
 
     def _connection_rollback(self, step: Step) -> None:
         self._rollback("connection", self.stage.session.connection().rollback)
@@ -191,6 +191,7 @@ class Ending(Saving):
         if self._units.begun:
             raise Skip
         leave()
+        self.stage.after_leaving()
         self._units.lost(self.truth.pending_events)
         self.truth.rollback(told=bool(self._units.depth))
         self.truth.odd = False
@@ -247,7 +248,7 @@ class Ending(Saving):
         return self._outermost(lambda: self.stage.retry(work, 2))
 
     def _begin(self, step: Step) -> Exception | None:
-        if self._units.within or self.stage.session.in_transaction():
+        if not self.stage.begins or self._units.within or self.stage.session.in_transaction():
             raise Skip
         self._units.begun += 1
         try:

@@ -16,6 +16,7 @@ from flask_eventsourcing.web.state import state_of
 from tests.bank import Site, make_site
 from tests.domain import Bank
 from tests.hosts.sites import PlainSite
+from tests.hosts.zope_site import ZopeSite
 
 R = TypeVar("R")
 CACHES = {
@@ -54,6 +55,8 @@ class Stage(ABC):
     """A bank on a database."""
 
     mode = "explicit"
+    begins = True
+    """Whether a user may write ``with session.begin():``, which commits the session at its end."""
     tells_by_log = False
     """Whether a warning in the log will do where another host has a signal for what is discarded."""
     memory: bool
@@ -78,6 +81,18 @@ class Stage(ABC):
     @abstractmethod
     def working(self) -> AbstractContextManager[object]:
         """A context with a session."""
+
+    def commit(self) -> None:
+        """Commit as a user of the host does."""
+        self.session.commit()
+
+    def rollback(self) -> None:
+        """Roll back as a user of the host does."""
+        self.session.rollback()
+
+    def after_leaving(self) -> None:
+        """Do what a user of the host does who has closed a session with everything in it; mostly nothing."""
+        return
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
@@ -180,12 +195,13 @@ class FlaskStage(Stage):
 
 
 class PlainStage(Stage):
-    """SQLAlchemy alone."""
+    """SQLAlchemy alone, or with transactions of Zope's."""
 
     tells_by_log = True
 
-    def __init__(self, url: str, *, scoped: bool, cache: str) -> None:
-        self.site = PlainSite(url, scoped=scoped, env=CACHES[cache])
+    def __init__(self, site: PlainSite | ZopeSite) -> None:
+        self.site = site
+        self.begins = not isinstance(site, ZopeSite)
         self.Note = self.site.Note
         self.StoredEvent = self.site.StoredEvent
         self.memory = self.engine.url.database in (None, "", ":memory:")
@@ -204,6 +220,19 @@ class PlainStage(Stage):
     def engine(self) -> sa.Engine:
         """The engine of the host."""
         return self.site.engine
+
+    def commit(self) -> None:
+        """Commit as a user of the host does."""
+        self.site.commit()
+
+    def rollback(self) -> None:
+        """Roll back as a user of the host does."""
+        self.site.rollback()
+
+    def after_leaving(self) -> None:
+        """Abort the transaction of a manager, which cannot commit a session any more that was closed."""
+        if not self.begins:
+            self.site.rollback()
 
     def working(self) -> AbstractContextManager[object]:
         """The scope's session, or one of the factory's."""
@@ -233,6 +262,9 @@ class PlainStage(Stage):
         outcome = super().perform(program, setting)
         with suppress(sa.exc.SQLAlchemyError):
             self.remove()
+        if isinstance(self.site, ZopeSite):
+            # Nobody tries again what had a conflict.
+            self.site.es.host.memory(self.site.manager).clear()
         return outcome
 
     def close(self) -> None:
@@ -243,7 +275,7 @@ class PlainStage(Stage):
 class Stages:
     """The stages of one database, made when they are needed.
 
-    :param host: ``flask``, or one of the kinds of ``PlainSite``.
+    :param host: ``flask``, one of the kinds of ``PlainSite``, or one of ``ZopeSite``.
     """
 
     def __init__(self, uri: str, host: str) -> None:
@@ -261,7 +293,8 @@ class Stages:
 
     def _make(self, mode: str, cache: str) -> Stage:
         if self._host != "flask":
-            return PlainStage(self._uri, scoped=self._host == "plain scoped_session", cache=cache)
+            made = ZopeSite if self._host.startswith("zope") else PlainSite
+            return PlainStage(made(self._uri, scoped=self._host.endswith("scoped_session"), env=CACHES[cache]))
         site = make_site(
             self._uri,
             EVENTSOURCING_COMMIT=mode,

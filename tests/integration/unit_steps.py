@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from eventsourcing.application import AggregateNotFoundError
 from eventsourcing.persistence import IntegrityError, PersistenceError
 from sqlalchemy.orm import SessionTransactionOrigin
+from transaction.interfaces import TransactionError
 
 from flask_eventsourcing import exceptions
 from tests.domain import Account
@@ -39,7 +40,7 @@ KINDS = frozenset(
 )
 TOLD = (
     *(sa.exc.SQLAlchemyError, PersistenceError, exceptions.FlaskEventSourcingError, AggregateNotFoundError, UsersError),
-    *(sqlite3.Error, psycopg.Error, pymysql.Error),
+    *(sqlite3.Error, psycopg.Error, pymysql.Error, TransactionError),
 )
 """What a program may be told by, and may catch."""
 
@@ -153,7 +154,7 @@ class Saving:
         """Do what a program does after an error that it did not expect."""
         with suppress(ReferenceError):
             try:
-                self.stage.session.rollback()
+                self.stage.rollback()
             except TOLD:
                 self.stage.session.invalidate()
         self.truth.rollback()

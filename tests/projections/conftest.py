@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import pytest
 from eventsourcing.application import Application
 
-from tests.projections.desk import Desk, FlaskDesk, make_desk, make_plain_desk
+from tests.projections.desk import Desk, FlaskDesk, make_desk, make_plain_desk, make_zope_desk
 
 DATABASES = ("sqlite-file", "postgresql", "mariadb")
-HOSTS = ("flask", "plain")
+HOSTS = ("flask", "plain", "zope")
 FOLDER = Path(__file__).parent
 ON_FLASK = ("test_locks", "test_many_letters")
 """The modules of what no host has a part in: locks of the database, and long lists of letters."""
@@ -21,10 +21,10 @@ ON_SERVERS = ("test_handlers", "test_reactions", "test_repair", "test_waiting")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Choose what runs on the plain host, and what of that in long runs only."""
+    """Choose what runs on the hosts without Flask, and what of that in long runs only."""
     items[:] = [item for item in items if _is_wanted(item)]
     for item in items:
-        if item.path.parent == FOLDER and _parameters(item).get("host") == "plain":
+        if item.path.parent == FOLDER and _parameters(item).get("host") in ("plain", "zope"):
             is_sqlite = str(_parameters(item).get("uri", "sqlite")).startswith("sqlite")
             if item.path.stem not in ON_SERVERS or not is_sqlite:
                 item.add_marker(pytest.mark.long)
@@ -36,11 +36,11 @@ def _parameters(item: pytest.Item) -> dict[str, object]:
 
 def _is_wanted(item: pytest.Item) -> bool:
     parameters = _parameters(item)
-    if parameters.get("host") != "plain" or item.path.parent != FOLDER:
+    if parameters.get("host") not in ("plain", "zope") or item.path.parent != FOLDER:
         return True
     if str(parameters.get("uri", "sqlite")).startswith("sqlite"):
         return item.path.stem not in ON_FLASK
-    return item.path.stem in ON_SERVERS
+    return parameters["host"] == "plain" and item.path.stem in ON_SERVERS
 
 
 class MakeDesk(Protocol):
@@ -83,6 +83,8 @@ def new_desk(uri: str, host: str, caplog: pytest.LogCaptureFixture) -> Iterator[
     def make(*classes: type[Application[Any]], id_type: Any = None, **config: Any) -> Desk:
         if host == "plain":
             made.append(make_plain_desk(uri, id_type=id_type, **config))
+        elif host == "zope":
+            made.append(make_zope_desk(uri, id_type=id_type, **config))
         else:
             made.append(make_desk(uri, *classes, id_type=id_type, **config))
         return made[-1]

@@ -13,6 +13,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
+import zope.sqlalchemy
 from click.testing import CliRunner, Result
 from eventsourcing.application import Application
 from flask import Flask
@@ -24,6 +25,8 @@ from flask_eventsourcing.applications.erasure import Erasure, erase
 from flask_eventsourcing.cli import group
 from flask_eventsourcing.commands import Subject
 from flask_eventsourcing.config import Config
+from flask_eventsourcing.contrib.zope import EventSourcing as ZopeEventSourcing
+from flask_eventsourcing.contrib.zope import event_models as zope_models
 from flask_eventsourcing.host import PlainHost
 from flask_eventsourcing.models import Models, make_projection_models
 from flask_eventsourcing.models import make_models as event_models
@@ -35,6 +38,7 @@ from flask_eventsourcing.projections.registry import BoundProjections, PlainProj
 from flask_eventsourcing.projections.upkeep.following import Health, ProjectionStatus
 from tests.bank import make_app
 from tests.domain import Account, Bank
+from tests.hosts.zope_site import ExplicitManager
 
 R = TypeVar("R")
 PATIENCE = 30.0
@@ -451,6 +455,24 @@ def make_plain_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDes
     own = make_projection_models(base, "Bank", schema=settings.schema)
     projections = PlainProjections(host, {Bank: own}, lease=settings.projection_lock == "lease")
     return PlainDesk(base, balance, seen, host, maker, projections)
+
+
+def make_zope_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDesk:
+    """Make a desk whose sessions a transaction manager commits; keyword arguments are those of one with Flask."""
+    base = orm.declarative_base()
+    engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
+    settings = Config.from_mapping(config)
+    options = DialectOptions(**{each.name: getattr(settings, each.name) for each in fields(DialectOptions)})
+    balance, seen = make_models(base, id_type)
+    models = zope_models(base, "Bank", schema=settings.schema)
+    maker = orm.sessionmaker(engine)
+    # As Pyramid's cookiecutter has it: the sessions of workers are those of the factory, and take part in nothing.
+    session = orm.sessionmaker(engine)
+    zope.sqlalchemy.register(session, transaction_manager=ExplicitManager())
+    lease = settings.projection_lock == "lease"
+    further: dict[str, Any] = {"options": options, "env": settings.env, "lease": lease}
+    es = ZopeEventSourcing(Bank, models=models, session=session, session_factory=maker, **further)
+    return PlainDesk(base, balance, seen, es.host, maker, es.projections)
 
 
 def until(condition: Callable[[], Any], what: str = "it", patience: float = PATIENCE) -> None:

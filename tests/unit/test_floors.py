@@ -20,8 +20,17 @@ FLOORS: list[set[str]] = [
     {"cli", "testing", "workers"},
     {"extension", "pytest_plugin"},
 ]
-WINGS: dict[str, set[str]] = {"contrib": {"models"}, "cassandra": set()}
-"""Rooms beside the floors, each with what it may import above floor 1."""
+WINGS = {"contrib", "cassandra"}
+"""Rooms beside the floors."""
+HOST_SIDE = {"applications", "commands", "host", "models", "persistence", "projections", "uow"}
+ADAPTERS: dict[str, set[str]] = {
+    "contrib": set(),
+    "contrib.alembic": {"models"},
+    "contrib.pyramid": HOST_SIDE,
+    "contrib.zope": HOST_SIDE,
+    "cassandra": set(),
+}
+"""What stands in a wing, each with what it may import above floor 1; Pyramid's is built on Zope's."""
 FLASK = {"click", "flask", "flask_sqlalchemy", "flask_sqlalchemy_lite", "werkzeug"}
 SQLALCHEMY = {"sqlalchemy", "sqlalchemy_utils"}
 REQUIRED = (
@@ -33,6 +42,11 @@ FLASK_SIDE = {"cli", "extension", "web", "workers"}
 def room(name: str) -> str:
     """Return the module or package at the top level to which a module belongs."""
     return name.partition(".")[0]
+
+
+def adapter(name: str) -> str:
+    """Return the part of a wing to which a module belongs."""
+    return ".".join(name.split(".")[:2])
 
 
 def floor(name: str) -> int:
@@ -71,7 +85,7 @@ def import_blocked(names: list[str], inside: list[str], outside: set[str]) -> No
 def test_every_module_has_a_floor() -> None:
     """No module stands outside of the floors and wings."""
     assert len(MODULES) > 20
-    assert {room(name) for name in MODULES if name} <= set.union(*FLOORS, set(WINGS))
+    assert {room(name) for name in MODULES if name} <= set.union(*FLOORS, WINGS)
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -86,7 +100,9 @@ def test_module_imports_only_what_stands_below(name: str) -> None:
 def test_wing_imports_only_what_it_may(name: str) -> None:
     """An adapter imports the two lowest floors, and what it is there to adapt."""
     others = {room(other) for other in inner(name) - {""} if room(other) != room(name)}
-    assert {other for other in others if floor(other) > 1} <= WINGS[room(name)]
+    assert {other for other in others if floor(other) > 1} <= ADAPTERS[adapter(name)]
+    within = {adapter(other) for other in inner(name) - {""} if room(other) == room(name)}
+    assert within - {room(name), adapter(name)} <= ({"contrib.zope"} if adapter(name) == "contrib.pyramid" else set())
 
 
 def test_no_circle() -> None:
@@ -133,8 +149,9 @@ def test_optional_dependency_is_imported_in_one_place() -> None:
     rooms: dict[str, set[str]] = {}
     for name in MODULES:
         for project in outer(name) - REQUIRED:
-            # Within a wing or ``workers``, each module is an adapter of its own.
-            rooms.setdefault(project, set()).add(name if room(name) in {*WINGS, "workers"} else room(name))
+            # Within ``workers`` each module is an adapter of its own, within a wing each package too.
+            known = adapter(name) if room(name) in WINGS else name if room(name) == "workers" else room(name)
+            rooms.setdefault(project, set()).add(known)
     assert {project: names for project, names in rooms.items() if len(names) > 1} == {}
     assert rooms["alembic"] == {"contrib.alembic"}
 
@@ -166,3 +183,17 @@ def test_rooms_of_projections() -> None:
     }
     graphlib.TopologicalSorter({one: {b for a, b in arrows if a == one} for one, _ in arrows}).prepare()
     assert 0 < len(arrows) < 35
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if adapter(name) in ("contrib.pyramid", "contrib.zope")])
+def test_host_without_flask_names_no_flask(name: str) -> None:
+    """The hosts for Zope's transactions and for Pyramid do not even import Flask for its types."""
+    assert outer(name) & FLASK == set()
+
+
+def test_hosts_run_without_flask() -> None:
+    """They can be imported where Flask and everything of its side is missing, Zope's without Pyramid."""
+    flask_side = [f"{PACKAGE}.{each}" for each in sorted(FLASK_SIDE)]
+    names = {each: [f"{PACKAGE}.{n}" for n in MODULES if adapter(n) == each] for each in ADAPTERS}
+    import_blocked(names["contrib.zope"], flask_side, FLASK | {"pyramid", "webob"})
+    import_blocked(names["contrib.pyramid"], flask_side, FLASK)

@@ -85,6 +85,8 @@ class Driver:
     """SQLAlchemy's names of the drivers that can be used, each with what to install for it; the first is proposed."""
     rows_at_once = 1
     """The rows of one statement of :meth:`insert_rows`."""
+    conflict_error: type[ConflictError] = ConflictError
+    """What is raised when another writer was first."""
 
     def __init__(self, engine: Engine, program: str | None = None) -> None:
         self.engine = engine
@@ -310,7 +312,7 @@ class Driver:
         if POSITION not in table.c or VERSION not in table.c:
             return persistence.IntegrityError(f"Another writer was first: {found}")
         if list(columns) != [POSITION]:
-            return ConflictError(f"Another writer was first: {found}")
+            return self.conflict_error(f"Another writer was first: {found}")
         self.forget_looks(connection)
         return UnsafeSequenceError(
             f"A position of table {table.fullname} was given twice: what gives positions is behind the table, as after "
@@ -343,7 +345,7 @@ class Driver:
         if missing:
             return self.missing(missing["name"])
         if self.is_serialization_failure(driver_error):
-            return ConflictError(f"Another writer was first: {text}")
+            return self.conflict_error(f"Another writer was first: {text}")
         if self.code(driver_error) in self.rights_lacking:
             return MissingRightError(f"{text}: grant what the role needs, as the page on deployment lists it.")
         return persistence.IntegrityError(text) if self.code(driver_error) in self.duplicates else None

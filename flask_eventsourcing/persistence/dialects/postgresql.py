@@ -29,7 +29,6 @@ from .event_tables import (
     PLAIN,
     VERSION_KEY,
     Beside,
-    ConflictError,
     EventTable,
     Known,
     KnownLog,
@@ -165,7 +164,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def _refusal(self, connection: Connection, event: StoredEvent) -> IntegrityError:
         isolation = self.fetch(connection, "SELECT current_setting('transaction_isolation')")[0][0]
         # A frozen snapshot may lack what others have stored since.
-        return gap(event) if isolation in _LATEST else ConflictError(str(gap(event)))
+        return gap(event) if isolation in _LATEST else self.conflict_error(str(gap(event)))
 
     def _lock_table(self, connection: Connection, table: EventTable) -> None:
         milliseconds = int(self.options.lock_timeout * 1000)

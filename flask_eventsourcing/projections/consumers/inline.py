@@ -24,7 +24,6 @@ from ...failures import OnError
 from ...metadata import RECORDED, Recorded, caused_by
 from ...persistence import Description, JoinedUnit
 from ...persistence.dialects import is_serialization_failure
-from ...persistence.dialects.event_tables import ConflictError
 from ...uow import UnitOfWork
 from ..checkpoint import SWAPPING, CheckpointRow
 from ..definitions import ModelProjection
@@ -136,7 +135,7 @@ class InlineApplier:
         for projection in self.projections:
             checkpoint = self.application.checkpoint(projection.name)
             if _reached(checkpoint.read(connection)) != _reached(checkpoint.read(connection, latest=True)):
-                raise ConflictError(
+                raise self.application.datastore.dialect.conflict_error(
                     f"Projection {projection.name} was rebuilt since this transaction began: try again."
                 )
 

@@ -1,0 +1,96 @@
+"""Finds the Flask app, Pyramid application or script whose work this is, for task queues, which serve all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from eventsourcing.application import Application
+
+from ..exceptions import NotInitializedError
+
+
+class SiteState(Protocol):
+    """What a Flask app, a Pyramid application or a script has, as far as task queues use it."""
+
+    @property
+    def host(self) -> Any:
+        """The ``flask_eventsourcing.host.Host`` of its units of work."""
+
+    @property
+    def applications(self) -> Mapping[type[Application[Any]], Application[Any]]:
+        """The single instance of each application class in this process; asking constructs them."""
+
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have."""
+
+    def close(self) -> None:
+        """Close the applications of this process."""
+
+
+class KindOfSite(Protocol):
+    """Finds the states of one kind of site."""
+
+    def current(self) -> SiteState | None:
+        """Return the state of the site whose work this is, or None where it is of another kind."""
+
+    def of(self, given: object) -> SiteState | None:
+        """Return the state of a site, or None where that is of another kind.
+
+        :raises NotInitializedError: when it is one of this kind and has none.
+        """
+
+    def refuse(self) -> None:
+        """Say why there is no current one.
+
+        :raises NotInitializedError: where that can be said.
+        """
+
+
+_kinds: list[KindOfSite] = []
+_working_for: ContextVar[SiteState | None] = ContextVar("flask_eventsourcing.working_for", default=None)
+
+
+def add_kind(kind: KindOfSite) -> None:
+    """Have sites of a kind found, before those that were added earlier."""
+    _kinds.insert(0, kind)
+
+
+def find_current_site() -> SiteState | None:
+    """Return the state of the site whose work this is, or None."""
+    return next((found for kind in _kinds if (found := kind.current()) is not None), _working_for.get())
+
+
+@contextmanager
+def working_for(state: SiteState) -> Iterator[None]:
+    """Within it, a task is run for a site, which is the current one where nothing else says so."""
+    token = _working_for.set(state)
+    try:
+        yield
+    finally:
+        _working_for.reset(token)
+
+
+def current_site() -> SiteState:
+    """Return the state of the site whose work this is.
+
+    :raises NotInitializedError: when there is none.
+    """
+    found = find_current_site()
+    if found is None:
+        for kind in _kinds:
+            kind.refuse()
+        raise NotInitializedError(
+            "This needs a Flask app context, a request of Pyramid, or a transaction of a transaction manager."
+        )
+    return found
+
+
+def site_of(given: object) -> SiteState | None:
+    """Return the state of a site, or None where it is none.
+
+    :raises NotInitializedError: when it is one that has no state.
+    """
+    return next((found for kind in _kinds if (found := kind.of(given)) is not None), None)

@@ -1,0 +1,129 @@
+"""A Pyramid application as the host of applications: its requests, their sessions and transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyramid.threadlocal import get_current_request
+from sqlalchemy import orm
+
+from ...exceptions import ConfigurationError
+from ...metadata import TRACEPARENT, USER
+from ...metadata.headers import metadata_of_headers, trace_of_span
+from ...uow import Batch
+from ..zope.zope_host import ZopeHost
+
+CONFLICTS = "flask_eventsourcing.conflicts"
+"""Where a request has the conflicts of its earlier tries, in its WSGI environment."""
+DOOMED = "flask_eventsourcing.doomed"
+"""Where a request notes that a unit of work which failed has doomed its transaction."""
+DROPPED = "flask_eventsourcing.dropped"
+"""Where a request has the events that were rolled back when it had been answered."""
+SESSIONS = "flask_eventsourcing.sessions"
+"""Where a request has the sessions that were found for it."""
+KEPT = "flask_eventsourcing.metadata"
+"""Where a request has what was filled in for it, for all of its saves."""
+SAFE = ("GET", "HEAD", "OPTIONS")
+"""Methods of requests that change nothing, and so need not queue for contended aggregates."""
+
+
+class PyramidHost(ZopeHost):
+    """A Pyramid application, whose current request has the session and the transaction manager.
+
+    Without a request, recorders commit by themselves, and units of work have sessions of the factory.
+
+    :param session: the name of a request's attribute, a ``scoped_session``, or a function that takes the request.
+    :param arguments: those of :class:`ZopeHost`.
+    """
+
+    def __init__(self, session: Any, *arguments: Any, **further: Any) -> None:
+        if not isinstance(session, str | orm.scoped_session) and not callable(session):
+            raise ConfigurationError(
+                f"session={session!r} must be the name of a request's attribute, a scoped_session, or a function that "
+                "takes the request."
+            )
+        super().__init__(session, *arguments, **further)
+
+    def expected_manager(self) -> Any:
+        """Return the manager of the current request."""
+        return getattr(get_current_request(), "tm", None)
+
+    def memory(self, manager: Any) -> dict[Any, Any]:
+        """Return where the conflicts of a request are kept for its next try."""
+        request = get_current_request()
+        if request is None:
+            return super().memory(manager)
+        found: dict[Any, Any] = request.environ.setdefault(CONFLICTS, {})
+        return found
+
+    def doomed(self) -> None:
+        """Note that the answer must be no success."""
+        request = get_current_request()
+        if request is not None:
+            request.environ[DOOMED] = True
+
+    def dropped(self, batches: Sequence[Batch]) -> None:
+        """Note events that are rolled back as the request was answered, rather than by its view."""
+        request = get_current_request()
+        if request is not None and not is_managed(request):
+            request.environ.setdefault(DROPPED, []).extend(batches)
+
+    def _may_be_repeated(self) -> bool:
+        request = get_current_request()
+        return request is not None and request.method not in SAFE and request.environ.get("retry.attempts", 1) > 1
+
+    def _find(self, *, make: bool) -> orm.Session | None:
+        if isinstance(self._session, orm.scoped_session):
+            return super()._find(make=make)
+        request = get_current_request()
+        if request is None:
+            return None
+        sessions: dict[PyramidHost, orm.Session] = request.environ.setdefault(SESSIONS, {})
+        if not make:
+            return sessions.get(self)
+        found = self._session_of(request)
+        sessions[self] = found
+        return found
+
+    def _session_of(self, request: Any) -> orm.Session:
+        session: Any = self._session
+        if not isinstance(session, str):
+            made: orm.Session = session(request)
+            return made
+        found: Any = getattr(request, session, None)
+        if not isinstance(found, orm.Session):
+            raise ConfigurationError(
+                f"request.{session} is {found!r} and no session: include what makes it, or name another attribute in "
+                "config.add_eventsourcing(…, session=…)."
+            )
+        return found
+
+    def _scope(self) -> object:
+        if isinstance(self._session, orm.scoped_session):
+            return super()._scope()
+        return get_current_request()
+
+
+def is_managed(request: Any) -> bool:
+    """Whether somebody is going to commit or abort the request's transaction."""
+    return "tm.active" in request.environ or "repoze.tm.active" in request.environ
+
+
+def of_request() -> Mapping[str, str]:
+    """Provide the correlation of the current request, and its trace."""
+    request = get_current_request()
+    if request is None:
+        return {}
+    found: dict[str, str] | None = request.environ.get(KEPT)
+    if found is None:
+        found = request.environ[KEPT] = metadata_of_headers(request.headers)
+    trace = trace_of_span()
+    return found if trace is None else {**found, TRACEPARENT: trace}
+
+
+def of_user() -> Mapping[str, str] | None:
+    """Provide the user of the current request."""
+    request = get_current_request()
+    user = None if request is None else request.authenticated_userid
+    return None if user is None else {USER: str(user)}

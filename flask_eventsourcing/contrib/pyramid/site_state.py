@@ -1,0 +1,229 @@
+"""What one Pyramid application has: applications, hosts and projections, made when its configuration is complete."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eventsourcing.application import Application
+from pyramid.registry import Registry
+from pyramid.threadlocal import get_current_request
+from sqlalchemy import orm
+
+from ...applications.known_sites import add_kind
+from ...exceptions import ConfigurationError
+from ...host import by_application
+from ...metadata import Provider
+from ...projections.registry import PlainProjections
+from ...signals import events_discarded
+from ...uow import Batch, roll_back
+from ..zope.facade import Facade
+from ..zope.record_models import EventModels
+from ..zope.registered import current_transaction, registration_of
+from ..zope.zope_host import ZopeHost
+from .ini_settings import IniSettings
+from .pyramid_host import PyramidHost, of_request, of_user
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+KEY = "flask_eventsourcing"
+"""Where a registry has its state."""
+NO_VETO = (
+    "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as its rows: set "
+    "tm.commit_veto = pyramid_tm.default_commit_veto, unless that is meant."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What one call of ``config.add_eventsourcing`` has said."""
+
+    application: type[Application[Any]]
+    models: EventModels
+    session: Any
+    session_factory: Any
+    env: Mapping[str, str]
+    metadata: Sequence[Provider] | Literal[False]
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """The hosts and projections of a complete configuration."""
+
+    hosts: Mapping[type[Application[Any]], PyramidHost]
+    projections: PlainProjections
+
+
+class EventSourcing(Facade):
+    """The event sourcing of one Pyramid application, ``request.eventsourcing``.
+
+    :param registry: of the application.
+    :raises ConfigurationError: for a setting that cannot be used.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__()
+        self.settings: IniSettings = IniSettings.from_mapping(registry.settings or {})
+        """The settings ``eventsourcing.…``."""
+        self._registry = registry
+        self._entries: dict[type[Application[Any]], Entry] = {}
+        self._projections: dict[tuple[Any, str], tuple[Any, Any]] = {}
+        self._built: Built | None = None
+        self._lock = threading.Lock()
+        self.is_finished: bool = False
+        """Whether the configuration was complete once."""
+
+    def add(self, entry: Entry) -> None:
+        """Add an application."""
+        self._entries[entry.application] = entry
+        self._built = None
+
+    def add_projection(self, projection_class: Any, of: type[Application[Any]] | None) -> None:
+        """Add a projection."""
+        self._projections[of, projection_class.name] = projection_class, of
+        self._built = None
+
+    @property
+    def application(self) -> Any:
+        """The single application of this process, the first one where there are several."""
+        return self[next(iter(self.hosts))]
+
+    @property
+    def hosts(self) -> Mapping[type[Application[Any]], ZopeHost]:
+        """The host of each application class; those with the same sessions have one."""
+        return self.build().hosts
+
+    @property
+    def projections(self) -> PlainProjections:
+        """The projections that are registered, and what there is to do with them."""
+        return self.build().projections
+
+    def build(self) -> Built:
+        """Make the hosts and projections, once.
+
+        :raises ConfigurationError: when the configuration cannot be used.
+        """
+        with self._lock:
+            if self._built is None:
+                self._built = self._make()
+            return self._built
+
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        return {**of_request(), **super().metadata_to_carry()} if self.settings.metadata else {}
+
+    def is_at_work(self) -> bool:
+        """Return False: the current request tells it."""
+        return False
+
+    def construct(self) -> None:
+        """Construct the applications of this process now, so that its first request does not pay for it."""
+        for application_class in self.hosts:
+            self[application_class]
+
+    def _make(self) -> Built:
+        if not self._entries:
+            raise ConfigurationError("There is no application: call config.add_eventsourcing(Bank, models=…).")
+        groups: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in self._entries.values():
+            given = None if entry.metadata is False else tuple(entry.metadata)
+            key = (_key(entry.session), id(entry.session_factory), given, tuple(sorted(entry.env.items())))
+            groups.setdefault(key, []).append(entry)
+        hosts: dict[type[Application[Any]], PyramidHost] = {}
+        for entries in groups.values():
+            hosts |= dict.fromkeys([entry.application for entry in entries], self._make_host(entries))
+        models = {each: entry.models.projections for each, entry in self._entries.items()}
+        lease = self.settings.projection_lock == "lease"
+        projections = PlainProjections(next(iter(hosts.values())), models, lease=lease, hosts=hosts)
+        for projection_class, of in self._projections.values():
+            projections.register(projection_class, of)
+        return Built(hosts, projections)
+
+    def _make_host(self, entries: Sequence[Entry]) -> PyramidHost:
+        first = entries[0]
+        factory = first.session_factory
+        if factory is None and not isinstance(first.session, orm.scoped_session):
+            factory = self._registry.get("dbsession_factory")
+            if factory is None:
+                raise ConfigurationError(
+                    'There is no registry["dbsession_factory"], which makes the sessions of workers: set it, or give '
+                    "config.add_eventsourcing(…, session_factory=…) a sessionmaker."
+                )
+        metadata: Sequence[Provider] | Literal[False] = False
+        if self.settings.metadata and first.metadata is not False:
+            metadata = [of_request, *([of_user] if self.settings.metadata_user else []), *first.metadata]
+        return PyramidHost(
+            first.session,
+            {entry.application: entry.models.events for entry in entries},
+            session_factory=factory,
+            options=self.settings.options,
+            env={**self.settings.env, **first.env},
+            metadata=metadata,
+        )
+
+    def warn_of_missing_veto(self) -> None:
+        """Log that a returned failure commits, where it does."""
+        settings = self._registry.settings or {}
+        if not (settings.get("tm.commit_veto") or settings.get("pyramid_tm.commit_veto")):
+            logger.warning(NO_VETO)
+
+    def drop_pending(self) -> list[Batch]:
+        """Roll back what the current request has saved with nobody to commit it, and return that."""
+        batches: list[Batch] = []
+        built = self._built
+        for host in set(built.hosts.values()) if built is not None else ():
+            unit = host.open_unit()
+            pending = [] if unit is None else unit.batches
+            if unit is None or not pending:
+                continue
+            batches += pending
+            registered = registration_of(unit.session)
+            roll_back(unit.session)
+            if registered is not None and current_transaction(registered.transaction_manager) is not None:
+                registered.transaction_manager.abort()
+        return batches
+
+    def discard(self, batches: Sequence[Batch]) -> None:
+        """Send ``events_discarded``."""
+        by_name = {application_class.name: application_class for application_class in self.hosts}
+        for name, notifications in by_application(batches).items():
+            application = self[by_name[name]]
+            events_discarded.send(application, application=application, notifications=notifications)
+
+
+def _key(session: Any) -> Any:
+    return session if isinstance(session, str) else id(session)
+
+
+def state_of(registry: Registry) -> EventSourcing:
+    """Return the state of a registry, made at the first call.
+
+    :raises ConfigurationError: for a setting that cannot be used.
+    """
+    found: EventSourcing | None = registry.get(KEY)
+    if found is None:
+        found = registry[KEY] = EventSourcing(registry)
+    return found
+
+
+class PyramidSites:
+    """Finds the states of Pyramid applications."""
+
+    def current(self) -> EventSourcing | None:
+        """Return that of the current request."""
+        found: EventSourcing | None = getattr(get_current_request(), "registry", {}).get(KEY)
+        return found
+
+    def of(self, given: object) -> EventSourcing | None:
+        """Return that of a registry, or of the application that a configurator has made."""
+        registry = getattr(given, "registry", given)
+        return registry.get(KEY) if isinstance(registry, Registry) else None
+
+    def refuse(self) -> None:
+        """Do nothing: the general message says it."""
+
+
+add_kind(PyramidSites())

@@ -1,0 +1,177 @@
+"""What a user has in hands: the applications of hosts, their units of work and projections."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+from eventsourcing.application import Application
+from sqlalchemy import orm
+
+from ...applications.erasure import Erasure, erase
+from ...applications.known_sites import add_kind
+from ...exceptions import ConfigurationError
+from ...metadata import MetadataBlock, event_metadata, get_metadata_from_context
+from ...projections.definitions import ModelProjection
+from ...projections.registry import PlainProjections
+from ...projections.upkeep.following import Health
+from ...uow import check_times
+from .zope_host import ZopeHost
+
+A = TypeVar("A", bound=Application[Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Facade:
+    """The applications of one or more hosts, and what there is to do with them."""
+
+    def __init__(self) -> None:
+        _known.add(self)
+
+    @property
+    def hosts(self) -> Mapping[type[Application[Any]], ZopeHost]:
+        """The host of each application class."""
+        raise NotImplementedError
+
+    @property
+    def projections(self) -> PlainProjections:
+        """The projections that are registered, and what there is to do with them."""
+        raise NotImplementedError
+
+    @property
+    def host(self) -> ZopeHost:
+        """What the first application, projections and commands run in."""
+        return next(iter(self.hosts.values()))
+
+    def __getitem__(self, application_class: type[A]) -> A:
+        """Return the single instance of an application class in this process.
+
+        :raises ConfigurationError: when there are no models for the class.
+        """
+        if application_class not in self.hosts:
+            names = ", ".join(cls.__qualname__ for cls in self.hosts) or "none"
+            raise ConfigurationError(f"{application_class!r} has no models here (there are some for: {names}).")
+        return self.hosts[application_class][application_class]
+
+    @property
+    def applications(self) -> dict[type[Application[Any]], Application[Any]]:
+        """The single instance of each application class in this process."""
+        return {application_class: self[application_class] for application_class in self.hosts}
+
+    def transaction(self) -> AbstractContextManager[orm.Session]:
+        """A unit of work: commits the manager's transaction on success, aborts it on error.
+
+        Within a transaction that somebody has begun it joins that, whose owner commits; on error it dooms it.
+
+        :raises RollbackOnlyError: from the outermost, when an inner one had failed.
+        """
+        return self.host.transaction()
+
+    def transactional(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Run a function in :meth:`transaction`."""
+
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.host.transaction():
+                return function(*args, **kwargs)
+
+        return run
+
+    def retry_on_conflict(self, times: int = 3) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Run a function in :meth:`transaction`, and again as a whole after a conflict.
+
+        Within a transaction that somebody has begun, its owner has to try again: ``transaction.attempts()`` or
+        pyramid_retry.
+
+        :param times: how often it is run again, at most.
+        :raises ConfigurationError: when that is no whole number from 0 up.
+        """
+        check_times(times)
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            @wraps(function)
+            def run(*args: P.args, **kwargs: P.kwargs) -> R:
+                return self.host.retry(partial(function, *args, **kwargs), times)
+
+            return run
+
+        return decorate
+
+    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Within it, a session of your own is the current one; you commit and close it.
+
+        :raises ConfigurationError: when it is for another database than that of the events.
+        """
+        return self.host.using_session(session)
+
+    @staticmethod
+    def event_metadata(**metadata: str) -> MetadataBlock:
+        """See :func:`flask_eventsourcing.metadata.event_metadata`."""
+        return event_metadata(**metadata)
+
+    def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
+        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+
+        :param recordings: what ``Application.save()`` returned, or a position of the log.
+        :param timeout: in seconds.
+        :raises TimeoutError: when that takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
+        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        """
+        self.projections.wait_for(projection, recordings, timeout)
+
+    def health(self) -> Health:
+        """Look at every projection: a few queries for each."""
+        return self.projections.health()
+
+    def erase(
+        self, aggregate_id: Any, *, application: type[Application[Any]] | None = None, redact: bool = False
+    ) -> Erasure:
+        """Erase an aggregate with the next commit: its events, snapshots and dead letters.
+
+        :param application: the application class, where there are several.
+        :param redact: empty the events, rather than delete their rows.
+        """
+        application_class = application or next(iter(self.hosts))
+        letters = self.projections.dead_letters_of(application_class.name)
+        return erase(self[application_class], aggregate_id, redact=redact, dead_letters=letters)
+
+    def is_at_work(self) -> bool:
+        """Whether a transaction of its sessions' manager has begun in this thread."""
+        return any(host.is_at_work() for host in set(self.hosts.values()))
+
+    def metadata_to_carry(self) -> dict[str, str]:
+        """Return the metadata that a task which is sent now is to have."""
+        return get_metadata_from_context()
+
+    def close(self) -> None:
+        """Close the applications of this process; it may be called again, and they are constructed again when used."""
+        self.projections.close()
+        for host in set(self.hosts.values()):
+            host.close()
+
+
+_known: weakref.WeakSet[Facade] = weakref.WeakSet()
+
+
+class FacadeSites:
+    """Finds the object of a script, in a transaction."""
+
+    def current(self) -> Facade | None:
+        """Return the one whose transaction manager is at work here, if it is one only."""
+        found = [each for each in list(_known) if each.is_at_work()]
+        return found[0] if len(found) == 1 else None
+
+    def of(self, given: object) -> Facade | None:
+        """Return what is given, if it is one."""
+        return given if isinstance(given, Facade) else None
+
+    def refuse(self) -> None:
+        """Do nothing: the general message says it."""
+
+
+add_kind(FacadeSites())

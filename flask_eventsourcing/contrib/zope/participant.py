@@ -1,0 +1,272 @@
+"""Who commits on this host: the transaction manager; and what takes part in its transactions for the events."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, TransientError
+from zope.interface import implementer
+
+from ...exceptions import ConfigurationError
+from ...persistence.dialects.event_tables import ConflictError
+from ...uow import LENT, Batch, UnitOfWork, roll_back
+from .registered import REGISTER, check_registration, current_transaction, has_owner, of_thread, registration_of
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+NO_SAVEPOINTS = (
+    "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
+)
+
+
+class TransientConflictError(ConflictError, TransientError):  # type: ignore[misc]
+    """Another writer was first: the same may succeed when it is run again as a whole."""
+
+
+class Managed(Protocol):
+    """What a host says of the transactions of its sessions, and is told of them."""
+
+    def unit_of(self, session: orm.Session) -> UnitOfWork:
+        """The unit of work of a session."""
+
+    def expected_manager(self) -> Any:
+        """Return the manager that has to be that of the session, or None where any will do."""
+
+    def memory(self, manager: Any) -> dict[Any, Any]:
+        """Return where the conflicts of a manager's transactions are kept until one is committed."""
+
+    def doomed(self) -> None:
+        """Told that a unit of work which failed has doomed the transaction around it."""
+
+    def dropped(self, batches: Sequence[Batch]) -> None:
+        """Told of events that are rolled back, as a transaction is aborted that was not doomed."""
+
+
+@implementer(IDataManagerSavepoint)
+class _Savepoint:
+    """The part of the events in a savepoint: zope.sqlalchemy's rolls back, and the unit of work hears of it."""
+
+    def rollback(self) -> None:
+        """Do nothing."""
+
+
+@implementer(ISavepointDataManager)
+class Participant:
+    """Takes part in a transaction for the events of one session, beside zope.sqlalchemy, which commits them.
+
+    :param unit: the session's unit of work.
+    :param manager: the transaction manager.
+    :param transaction: its transaction.
+    :param host: is told what becomes of it.
+    """
+
+    def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, host: Managed) -> None:
+        self.transaction_manager = manager
+        self.transaction: Any = weakref.ref(transaction)
+        self._unit = unit
+        self._session = weakref.ref(unit.session)
+        self._host = host
+        self._durable = False
+        self.is_following: bool = False
+        """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
+
+    def follow(self) -> None:
+        """Hear of the database's own commit from now on."""
+        if not self.is_following:
+            self.is_following = True
+            self._unit.on_commit(self._stored)
+
+    def _stored(self) -> None:
+        self._durable = True
+
+    def roll_back(self) -> None:
+        """Roll the session back, as somebody has asked for it: zope.sqlalchemy only closes it."""
+        session = self._session()
+        if session is None or not session.in_transaction():
+            return
+        transaction = self.transaction()
+        if transaction is not None and not transaction.isDoomed() and self._unit.pending.has(Batch):
+            self._host.dropped(self._unit.pending.all(Batch))
+        roll_back(session)
+
+    def abort(self, transaction: Any) -> None:
+        """Told that the transaction is aborted, or that its commit has failed by now."""
+        self.roll_back()
+
+    def tpc_begin(self, transaction: Any) -> None:
+        """Told that the transaction is about to be committed.
+
+        :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
+        """
+        self._unit.gate.check()
+        # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
+        self._unit.shared.asked = bool(self._unit.pending)
+
+    def commit(self, transaction: Any) -> None:
+        """Do nothing: zope.sqlalchemy commits."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        """Agree."""
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """Told that everybody has agreed."""
+        self._host.memory(self.transaction_manager).clear()
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """Told that the transaction failed: in one phase, the events may be committed all the same."""
+        if self._durable:
+            logger.error(
+                "The transaction failed after its events were committed, as a session that commits in one phase does "
+                "so before others have ended: %s failed. The events are stored, and events_recorded was sent.",
+                _failed_participant(self),
+            )
+
+    def sortKey(self) -> str:  # noqa: N802
+        """Come before the database."""
+        return "flask_eventsourcing"
+
+    @property
+    def savepoint(self) -> Callable[[], _Savepoint]:
+        """What makes a savepoint.
+
+        :raises AttributeError: where zope.sqlalchemy has none, which says so to the transaction.
+        """
+        name = self._unit.units.datastore.engine.dialect.name
+        if name in _no_savepoint_support():
+            raise AttributeError(NO_SAVEPOINTS.format(name=name))
+        return _Savepoint
+
+    def should_retry(self, error: BaseException) -> bool:
+        """Whether the transaction may be tried again after an error."""
+        return self._unit.dialect.is_conflict(error)
+
+    def __repr__(self) -> str:
+        name = self._unit.units.datastore.engine.dialect.name
+        note = f": {NO_SAVEPOINTS.format(name=name)}" if name in _no_savepoint_support() else ""
+        return f"<the events of a session{note}>"
+
+
+def _no_savepoint_support() -> set[str]:
+    from zope.sqlalchemy import datamanager
+
+    found: set[str] = datamanager.NO_SAVEPOINT_SUPPORT
+    return found
+
+
+def _failed_participant(own: Participant) -> str:
+    """Name the data manager in which the error that is being handled came up."""
+    traceback = sys.exc_info()[2]
+    while traceback is not None:
+        found = traceback.tb_frame.f_locals.get("self")
+        if found is not own and hasattr(found, "tpc_finish"):
+            return repr(found)
+        traceback = traceback.tb_next
+    return "another participant"
+
+
+class ManagerCommits:
+    """The ``Commits`` of a host whose sessions are committed by a transaction manager.
+
+    A session that is not registered with zope.sqlalchemy, as a worker's, commits by itself.
+
+    :param host: whose sessions they are.
+    """
+
+    at_save = False
+
+    def __init__(self, host: Managed) -> None:
+        self._host = host
+        self._participants: weakref.WeakKeyDictionary[orm.Session, Participant] = weakref.WeakKeyDictionary()
+        self._own: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The managers of threads whose transaction was begun here, for a unit of work."""
+
+    def begin(self, session: orm.Session) -> None:
+        """Begin a transaction for a unit of work, unless somebody else has begun one, which ends it then."""
+        registered = registration_of(session)
+        if registered is None:
+            return
+        manager = registered.transaction_manager
+        if not has_owner(session, manager):
+            self._own.add(of_thread(manager))
+            if current_transaction(manager) is None:
+                manager.begin()
+        self._participant(session, manager)
+
+    def joining(self, session: orm.Session) -> None:
+        """Have the end of the manager's transaction commit what is about to be done in a session.
+
+        :raises ConfigurationError: when that would not be so.
+        """
+        registered = registration_of(session)
+        if registered is None:
+            if LENT in session.info:
+                return
+            raise ConfigurationError(
+                f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
+            )
+        participant = self._participant(session, registered.transaction_manager)
+        if not participant.is_following:
+            check_registration(session, registered, None if LENT in session.info else self._host.expected_manager())
+        # With its own settings, which joins it if nothing has done so.
+        registered.mark_changed(session)
+        participant.follow()
+
+    def _participant(self, session: orm.Session, manager: Any) -> Participant:
+        """Return what takes part in the manager's transaction for a session, which joins it at the first call."""
+        transaction = manager.get()
+        known = self._participants.get(session)
+        if known is None or known.transaction() is not transaction:
+            known = Participant(self._host.unit_of(session), manager, transaction, self._host)
+            transaction.join(known)
+            transaction.addBeforeAbortHook(known.roll_back)
+            self._participants[session] = known
+        return known
+
+    def commit(self, session: orm.Session) -> None:
+        """Commit the transaction that was begun here; that of somebody else is left to its owner."""
+        registered = registration_of(session)
+        if registered is None:
+            session.commit()
+            return
+        if session.in_transaction():
+            registered.mark_changed(session)
+        manager = registered.transaction_manager
+        if of_thread(manager) in self._own:
+            manager.commit()
+            self._own.discard(of_thread(manager))
+
+    def rollback(self, session: orm.Session) -> None:
+        """Abort the transaction that was begun here; doom that of somebody else, which cannot be committed then."""
+        registered = registration_of(session)
+        if registered is None:
+            roll_back(session)
+            return
+        manager = registered.transaction_manager
+        if current_transaction(manager) is None:
+            self._own.discard(of_thread(manager))
+        elif of_thread(manager) in self._own or not has_owner(session, manager):
+            self._own.discard(of_thread(manager))
+            roll_back(session)
+            try:
+                manager.abort()
+            except sa.exc.SQLAlchemyError as error:
+                logger.warning("An abort failed, the session's connection is closed: %s", error)
+                session.invalidate()
+        else:
+            # One whose commit has failed cannot be committed anyway.
+            with suppress(ValueError):
+                manager.doom()
+            self._host.doomed()
+            roll_back(session)
+
+    def is_to_come(self, session: orm.Session) -> bool:
+        """Whether somebody is going to commit the transaction that there is."""
+        registered = registration_of(session)
+        return registered is not None and current_transaction(registered.transaction_manager) is not None

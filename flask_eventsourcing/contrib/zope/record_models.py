@@ -1,0 +1,112 @@
+"""The record classes of an application and of its projections, for the user's own models module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from eventsourcing.application import Application
+
+from ...exceptions import ConfigurationError
+from ...models import (
+    CheckpointMixin,
+    DeadLetterMixin,
+    InlineRangeMixin,
+    Models,
+    ProjectionModels,
+    SnapshotMixin,
+    StoredEventMixin,
+    TrackingMixin,
+    index_correlation,
+    make_models,
+    make_projection_models,
+)
+
+
+@dataclass(frozen=True)
+class EventModels:
+    """The record classes of an application and of its projections, on the declarative base in use."""
+
+    events: Models
+    projections: ProjectionModels
+
+    @property
+    def StoredEvent(self) -> type[StoredEventMixin]:  # noqa: N802
+        """The record class of events."""
+        return self.events.StoredEvent
+
+    @property
+    def Snapshot(self) -> type[SnapshotMixin]:  # noqa: N802
+        """The record class of snapshots."""
+        return self.events.Snapshot
+
+    @property
+    def Tracking(self) -> type[TrackingMixin]:  # noqa: N802
+        """The record class of positions in the logs of others."""
+        return self.events.Tracking
+
+    @property
+    def Projection(self) -> type[CheckpointMixin]:  # noqa: N802
+        """The record class of the positions of projections."""
+        return self.projections.Projection
+
+    @property
+    def DeadLetter(self) -> type[DeadLetterMixin]:  # noqa: N802
+        """The record class of events that projections have set aside."""
+        return self.projections.DeadLetter
+
+    @property
+    def InlineRange(self) -> type[InlineRangeMixin]:  # noqa: N802
+        """The record class of what inline projections have applied."""
+        return self.projections.InlineRange
+
+    @property
+    def tables(self) -> dict[str, sa.Table]:
+        """The tables by their use."""
+        return {**self.events.tables, **self.projections.tables}
+
+
+def event_models(
+    base: Any,
+    application_name: str,
+    *,
+    originator_id_type: Literal["uuid", "text"] = "uuid",
+    schema: str | None = None,
+    correlation_index: bool = False,
+) -> EventModels:
+    """Make the record classes of an application, and of its projections, on a declarative base.
+
+    Call it in the module of your models: what exists in the database then depends on no setting, and Alembic's
+    ``env.py``, which imports only the base, sees it.
+
+    :param base: the declarative base.
+    :param application_name: the name of the application class, after which the tables are called.
+    :param originator_id_type: whether the ids of aggregates are UUIDs or texts.
+    :param schema: the schema of the tables, where the database has such a thing.
+    :param correlation_index: whether events are found by their correlation with an index.
+    :raises ConfigurationError: when a table name is taken.
+    """
+    place = {"schema": schema, "bind_key": None}
+    events = make_models(base, application_name, originator_id_type=originator_id_type, **place)
+    if correlation_index:
+        index_correlation(events)
+    return EventModels(events, make_projection_models(base, application_name, schema=schema))
+
+
+def check_models_of(application: Any, by_class: Mapping[Any, Any]) -> None:
+    """Check what is given as applications with their models.
+
+    :raises ConfigurationError: when one is none.
+    """
+    if application not in by_class:
+        raise ConfigurationError(f"models has none for {application!r}: give event_models(Base, …) for it.")
+    for each, own in by_class.items():
+        if not (isinstance(each, type) and issubclass(each, Application)):
+            raise ConfigurationError(f"{each!r} is no application class, a subclass of {Application.__qualname__}.")
+        if not isinstance(own, EventModels):
+            raise ConfigurationError(
+                f"The models of {each.__name__} are {own!r}: make them with event_models(Base, {each.name!r}) in the "
+                "module of your models."
+            )

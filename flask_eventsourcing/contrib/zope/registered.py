@@ -1,0 +1,113 @@
+"""What zope.sqlalchemy knows of a session: whether it takes part in transactions, of which manager, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.engine.default import DefaultDialect
+from transaction import ThreadTransactionManager
+from zope.sqlalchemy import ZopeTransactionEvents
+from zope.sqlalchemy.datamanager import STATUS_READONLY
+
+from ...exceptions import ConfigurationError
+
+IMPLICIT = "flask_eventsourcing.implicit"
+"""Whether the session has begun its manager's transaction itself, which nobody else had begun, in ``Session.info``."""
+REGISTERED = "flask_eventsourcing.registered"
+"""Where a session has the listeners of zope.sqlalchemy, in ``Session.info``."""
+REGISTER = "call zope.sqlalchemy.register(session, transaction_manager=…) on its factory or on itself"
+
+
+def registration_of(session: orm.Session) -> ZopeTransactionEvents | None:
+    """Return the listeners with which a session was registered, or None."""
+    found: ZopeTransactionEvents | None = session.info.get(REGISTERED)
+    if found is None:
+        listeners: Any = session.dispatch
+        owners = (getattr(function, "__self__", None) for function in listeners.after_begin)
+        found = next((each for each in owners if isinstance(each, ZopeTransactionEvents)), None)
+        if found is not None:
+            session.info[REGISTERED] = found
+    return found
+
+
+def check_registration(session: orm.Session, registered: ZopeTransactionEvents, expected: Any) -> None:
+    """Check that the events that are saved in a session are stored when its transaction is committed.
+
+    :param expected: the manager that is going to commit, or None where any will do.
+    :raises ConfigurationError: saying what is to be changed.
+    """
+    if expected is not None and of_thread(registered.transaction_manager) is not of_thread(expected):
+        raise ConfigurationError(
+            "This session was registered with another transaction manager than the one that commits the request, "
+            "request.tm: give that to zope.sqlalchemy.register(session, transaction_manager=request.tm)."
+        )
+    if registered.keep_session:
+        raise ConfigurationError(
+            "This session was registered with keep_session=True, with which an abort rolls nothing back, and the next "
+            "transaction would commit the events: leave keep_session out."
+        )
+    if registered.initial_state == STATUS_READONLY:
+        raise ConfigurationError(
+            "This session was registered as read only, so that events which are saved in it would never be committed: "
+            "register it without initial_state."
+        )
+    if session.twophase and not has_two_phases(session.get_bind().dialect):
+        raise ConfigurationError(
+            f"This session has twophase=True, and {session.get_bind().dialect.name} commits in one phase only: "
+            "leave twophase out."
+        )
+
+
+def has_two_phases(dialect: sa.Dialect) -> bool:
+    """Whether SQLAlchemy can commit in two phases on a database."""
+    return getattr(type(dialect), "do_prepare_twophase", None) is not DefaultDialect.do_prepare_twophase
+
+
+def of_thread(manager: Any) -> Any:
+    """Return the transaction manager of this thread."""
+    return manager.manager if isinstance(manager, ThreadTransactionManager) else manager
+
+
+class _Probe:
+    """A synchronizer that hears of the transaction that there is."""
+
+    transaction: Any = None
+
+    def newTransaction(self, transaction: Any) -> None:  # noqa: N802
+        """Told when it is registered within a transaction."""
+        self.transaction = transaction
+
+
+def current_transaction(manager: Any) -> Any:
+    """Return a manager's current transaction, or None; other than its ``get()``, this begins none."""
+    probe = _Probe()
+    manager.registerSynch(probe)
+    manager.unregisterSynch(probe)
+    return probe.transaction
+
+
+def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
+    """Note of each session whether it is in a transaction that somebody has begun, before it joins one."""
+    for name in ("after_begin", "after_attach"):
+        sa.event.listen(factory, name, _note, insert=True)
+    sa.event.listen(factory, "after_transaction_end", _forget)
+
+
+def _note(session: orm.Session, *_: object) -> None:
+    if IMPLICIT in session.info:
+        return
+    registered = registration_of(session)
+    if registered is not None:
+        session.info[IMPLICIT] = current_transaction(registered.transaction_manager) is None
+
+
+def _forget(session: orm.Session, ended: orm.SessionTransaction) -> None:
+    if ended.parent is None:
+        session.info.pop(IMPLICIT, None)
+
+
+def has_owner(session: orm.Session, manager: Any) -> bool:
+    """Whether somebody has begun the manager's transaction, and is going to end it."""
+    return current_transaction(manager) is not None and not session.info.get(IMPLICIT, False)

@@ -1,0 +1,438 @@
+"""What holds for sessions that zope.sqlalchemy has registered, beside what holds on every host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import zope.sqlalchemy
+from eventsourcing.persistence import IntegrityError
+from sqlalchemy import orm
+from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
+
+from flask_eventsourcing.contrib.zope import EventSourcing, event_models
+from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
+from tests import servers
+from tests.domain import Bank, conflict_with, in_threads
+from tests.hosts.test_units_of_work import recorded
+from tests.hosts.zope_site import ExplicitManager, ZopeSite
+from tests.servers import ServerFolder
+from tests.source import ROOT
+
+SCRIPT = """
+import sys
+import sqlalchemy as sa
+import transaction
+import zope.sqlalchemy
+from sqlalchemy import orm
+from flask_eventsourcing.contrib.zope import EventSourcing, event_models
+from tests.domain import Bank
+
+class Base(orm.DeclarativeBase):
+    pass
+
+BankRecords = event_models(Base, "Bank")
+engine = sa.create_engine(sys.argv[1])
+Base.metadata.create_all(engine)
+Session = orm.scoped_session(orm.sessionmaker(engine))
+zope.sqlalchemy.register(Session)
+
+es = EventSourcing(Bank, models=BankRecords, session=Session)
+with transaction.manager:
+    es.application.open_account("ada")
+
+assert not [name for name in sys.modules if name.partition(".")[0] in ("click", "flask", "pyramid", "werkzeug")]
+with transaction.manager:
+    assert Session.scalar(sa.select(sa.func.count()).select_from(BankRecords.StoredEvent)) == 1
+"""
+
+
+class Voter:
+    """A participant that votes no, or fails when everybody has agreed."""
+
+    def __init__(self, manager: Any, *, key: str, fails_in: str) -> None:
+        self.transaction_manager = manager
+        self.key = key
+        self.fails_in = fails_in
+
+    def __repr__(self) -> str:
+        return "<the mailer>"
+
+    def _fail(self, where: str) -> None:
+        if where == self.fails_in:
+            raise KeyError(where)
+
+    def abort(self, transaction: Any) -> None:
+        """Do nothing."""
+
+    def tpc_begin(self, transaction: Any) -> None:
+        """Do nothing."""
+
+    def commit(self, transaction: Any) -> None:
+        """Do nothing."""
+
+    def tpc_vote(self, transaction: Any) -> None:
+        """Vote no."""
+        self._fail("vote")
+
+    def tpc_finish(self, transaction: Any) -> None:
+        """Fail when it is too late."""
+        self._fail("finish")
+
+    def tpc_abort(self, transaction: Any) -> None:
+        """Do nothing."""
+
+    def sortKey(self) -> str:  # noqa: N802
+        """Say when it votes."""
+        return self.key
+
+
+@pytest.fixture
+def zope_site(tmp_path: Path) -> Any:
+    """A site on SQLite."""
+    made = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def zope_on_postgres(server_folder: ServerFolder) -> Any:
+    """A site on PostgreSQL whose sessions commit in two phases."""
+    settings = "max_prepared_transactions = 20\n"
+    server = server_folder.shared("postgres-two-phases", lambda folder: servers.start_postgres(folder, settings))
+    with servers.postgres_database(server.url) as url:
+        made = ZopeSite(url, scoped=True, twophase=True)
+        yield made
+        made.close()
+
+
+def test_a_script_works_as_it_is_written(tmp_path: Path) -> None:
+    """The script of the documentation stores its events, and neither Flask nor Pyramid is imported for it."""
+    command = [sys.executable, "-c", SCRIPT, f"sqlite:///{tmp_path}/bank.db"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transaction_of_the_manager_commits_and_aborts(zope_site: ZopeSite) -> None:
+    """Events are stored when the manager commits, with the rows beside them, and gone when it aborts."""
+    with zope_site.manager:
+        zope_site.bank.open_account()
+        zope_site.note()
+    with suppress(KeyError), zope_site.manager:
+        zope_site.bank.open_account()
+        raise KeyError
+    assert zope_site.stored() == (1, 1)
+
+
+def test_abort_is_no_loss(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is warned of events that an abort takes away, nor of those of a commit that fails."""
+    with suppress(KeyError), zope_site.manager:
+        zope_site.bank.open_account()
+        raise KeyError
+    with suppress(sa.exc.IntegrityError), zope_site.manager:
+        zope_site.bank.open_account()
+        zope_site.session.add(zope_site.Note(text=None))
+    zope_site.manager.abort()
+    assert caplog.records == []
+    assert zope_site.stored() == (0, 0)
+
+
+def test_explicit_manager_of_a_sessionmaker(tmp_path: Path) -> None:
+    """Each transaction of an explicit manager has a session of its own; outside of it a save commits by itself."""
+    site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=False, explicit=True)
+    with site.manager:
+        account_id = site.bank.open_account()
+        assert site.bank.balance(account_id) == 0
+        assert site.stored() == (0, 0)
+    site.bank.deposit(account_id)
+    assert site.stored() == (2, 0)
+    with pytest.raises(NoTransaction):
+        site.manager.get()
+    with site.es.transaction():
+        site.bank.deposit(account_id)
+        site.note()
+    assert site.stored() == (3, 1)
+    site.manager.begin()
+    site.close()
+
+
+def test_unit_within_a_transaction_joins_it(zope_site: ZopeSite) -> None:
+    """Within a transaction that somebody has begun, a unit of work leaves the commit to its owner."""
+    with suppress(KeyError), zope_site.manager:
+        with zope_site.es.transaction():
+            zope_site.bank.open_account()
+        assert zope_site.stored() == (0, 0)
+        raise KeyError
+    assert zope_site.stored() == (0, 0)
+    with zope_site.manager, zope_site.es.transaction():
+        zope_site.bank.open_account()
+    assert zope_site.stored() == (1, 0)
+
+
+def test_unit_that_fails_within_a_transaction_dooms_it(zope_site: ZopeSite) -> None:
+    """What is around a unit of work that failed cannot be committed, even if its error is caught."""
+
+    def go_on_after_an_error() -> None:
+        with zope_site.manager:
+            zope_site.bank.open_account()
+            with suppress(KeyError), zope_site.es.transaction():
+                raise KeyError
+
+    with pytest.raises(DoomedTransaction):
+        go_on_after_an_error()
+    zope_site.manager.abort()
+    assert zope_site.stored() == (0, 0)
+
+
+def test_unit_after_work_without_a_transaction_commits(zope_site: ZopeSite) -> None:
+    """A transaction that nobody has begun, as the session did when it was used first, is the unit's to commit."""
+    zope_site.session.execute(sa.select(zope_site.Note.id)).all()
+    zope_site.note()
+    with zope_site.es.transaction():
+        zope_site.bank.open_account()
+    assert zope_site.stored() == (1, 1)
+
+
+def test_commit_within_a_unit_is_refused(zope_site: ZopeSite) -> None:
+    """Inside a unit of work the manager must not commit, and nothing of the unit is stored."""
+
+    def commit() -> None:
+        with zope_site.es.transaction() as session, session.begin_nested():
+            zope_site.bank.open_account()
+            zope_site.manager.commit()
+
+    def abort() -> None:
+        with zope_site.es.transaction():
+            zope_site.bank.open_account()
+            zope_site.manager.abort()
+            zope_site.bank.open_account()
+
+    with pytest.raises(CommitInsideUnitError):
+        commit()
+    with pytest.raises(RollbackOnlyError):
+        abort()
+    assert zope_site.stored() == (0, 0)
+
+
+def test_decorated_function(zope_site: ZopeSite) -> None:
+    """``transactional`` and ``retry_on_conflict`` run a function in a unit, the latter again after a conflict."""
+    account_id = zope_site.opened()
+    zope_site.es.transactional(zope_site.bank.deposit)(account_id, 1)
+    tries: list[int] = []
+
+    @zope_site.es.retry_on_conflict(times=2)
+    def deposit() -> None:
+        zope_site.bank.deposit(account_id, 10)
+        tries.append(1)
+        if len(tries) < 3:
+            raise ConflictError
+
+    deposit()
+    with zope_site.manager:
+        assert zope_site.bank.balance(account_id) == 11
+    with pytest.raises(ConfigurationError):
+        zope_site.es.retry_on_conflict(times=-1)
+
+
+def test_conflict_is_transient(zope_site: ZopeSite) -> None:
+    """A conflict is the library's error and one after which ``attempts()`` tries again, up to its limit."""
+    account_id = zope_site.opened()
+    with zope_site.manager:
+        save = conflict_with(zope_site.bank, account_id)
+    zope_site.elsewhere(lambda: zope_site.bank.deposit(account_id))
+    with pytest.raises(IntegrityError) as caught, zope_site.manager:
+        save()
+    assert isinstance(caught.value, TransientError)
+    tries: list[int] = []
+
+    def conflict() -> None:
+        tries.append(1)
+        account = zope_site.bank.account(account_id)
+        zope_site.manager.abort()
+        zope_site.manager.begin()
+        zope_site.elsewhere(lambda: zope_site.bank.deposit(account_id))
+        account.deposit(1)
+        zope_site.bank.save(account)
+
+    def attempt() -> None:
+        for each in zope_site.manager.attempts(3):
+            with each:
+                conflict()
+
+    with pytest.raises(TransientError):
+        attempt()
+    assert len(tries) == 3
+
+
+def test_attempts_of_many_threads_all_succeed(postgres_url: str) -> None:
+    """Threads that change one aggregate under ``attempts()`` queue for it after a conflict, and lose no update."""
+    site = ZopeSite(postgres_url, scoped=True)
+    account_id = site.opened()
+
+    def pay_in() -> None:
+        for _ in range(5):
+            for attempt in site.manager.attempts(20):
+                with attempt:
+                    site.bank.deposit(account_id)
+
+    in_threads([pay_in] * 4)
+    with site.manager:
+        assert site.bank.balance(account_id) == 20
+    site.close()
+
+
+def test_what_waits_for_a_commit_comes_after_a_transaction_that_has_only_read(zope_site: ZopeSite) -> None:
+    """zope.sqlalchemy commits a session that has only read, if something waits for that."""
+    called: list[str] = []
+    with zope_site.manager:
+        unit = zope_site.host.unit()
+        assert unit is not None
+        zope_site.session.execute(sa.select(zope_site.Note.id)).all()
+        assert unit.awaits_commit
+        unit.on_commit(lambda: called.append("committed"))
+    assert called == ["committed"]
+
+
+def test_statement_past_the_orm_is_committed_with_a_unit(zope_site: ZopeSite) -> None:
+    """A unit of work commits what was written with a plain statement, where zope.sqlalchemy alone rolls back."""
+    with zope_site.es.transaction() as session:
+        session.connection().execute(sa.insert(zope_site.Note.__table__).values(text="note"))
+    assert zope_site.stored() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"keep_session": True}, "keep_session"), ({"initial_state": "readonly"}, "read only"), (None, "no transaction")],
+)
+def test_session_that_would_lose_events_is_refused(tmp_path: Path, options: Any, message: str) -> None:
+    """A session whose registration cannot keep the promise of a commit is refused at the first save."""
+    base = orm.declarative_base()
+    models = event_models(base, "Bank")
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/bank.db")
+    base.metadata.create_all(engine)
+    session = orm.scoped_session(orm.sessionmaker(engine))
+    manager = ExplicitManager()
+    if options is not None:
+        zope.sqlalchemy.register(session, transaction_manager=manager, **options)
+    es = EventSourcing(Bank, models=models, session=session)
+    with pytest.raises(ConfigurationError, match=message), manager:
+        es.application.open_account()
+    session.remove()
+    es.close()
+    engine.dispose()
+
+
+def test_database_with_one_phase_is_told_so(tmp_path: Path) -> None:
+    """On SQLite, a session that wants two phases and a savepoint of the manager are refused with one clear error."""
+    site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=True, twophase=True)
+    with pytest.raises(ConfigurationError, match="twophase"), site.manager:
+        site.bank.open_account()
+    site.close()
+    site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=True)
+
+    def savepoint(*, optimistic: bool) -> None:
+        with site.manager:
+            site.bank.open_account()
+            site.manager.savepoint(optimistic=optimistic)
+
+    with pytest.raises(TypeError, match=r"zope\.sqlalchemy has no savepoints"):
+        savepoint(optimistic=False)
+    site.manager.abort()
+    assert site.stored() == (0, 0)
+    savepoint(optimistic=True)
+    assert site.stored() == (1, 0)
+    site.close()
+
+
+@pytest.mark.parametrize("fails_in", ["vote", "finish"])
+def test_events_of_a_session_with_one_phase_may_be_stored_although_the_transaction_failed(
+    zope_site: ZopeSite, fails_in: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a later participant fails, the events that were committed are announced, and the log says who."""
+
+    def transfer() -> None:
+        with zope_site.manager:
+            zope_site.bank.open_account()
+            zope_site.manager.get().join(Voter(zope_site.manager, key="~~later", fails_in=fails_in))
+
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            transfer()
+        zope_site.manager.abort()
+        assert [count for _, count in heard] == [1]
+    assert zope_site.stored() == (1, 0)
+    assert "<the mailer> failed. The events are stored" in caplog.text
+
+
+def test_participant_that_votes_no_before_the_database(zope_site: ZopeSite) -> None:
+    """Nothing is stored nor announced where a participant votes no that comes before the database."""
+
+    def transfer() -> None:
+        with zope_site.manager:
+            zope_site.bank.open_account()
+            zope_site.manager.get().join(Voter(zope_site.manager, key="earlier", fails_in="vote"))
+
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            transfer()
+        zope_site.manager.abort()
+        assert heard == []
+    assert zope_site.stored() == (0, 0)
+
+
+def test_two_phases_on_postgresql(zope_on_postgres: ZopeSite) -> None:
+    """With ``twophase``, one that votes no takes the events along; otherwise they are committed and announced."""
+    site = zope_on_postgres
+
+    def transfer(key: str) -> None:
+        with site.manager:
+            site.bank.open_account()
+            site.note()
+            site.manager.get().join(Voter(site.manager, key=key, fails_in="vote"))
+
+    with recorded() as heard:
+        for key in ("earlier", "~~later"):
+            with pytest.raises(KeyError):
+                transfer(key)
+            site.manager.abort()
+            assert site.stored() == (0, 0)
+        assert heard == []
+        with site.manager:
+            site.bank.open_account()
+            site.note()
+        assert [count for _, count in heard] == [1]
+    assert site.stored() == (1, 1)
+
+
+def test_savepoint_of_the_manager(postgres_url: str) -> None:
+    """What was saved since ``transaction.savepoint()`` is gone when that is rolled back, and the rest is stored."""
+    site = ZopeSite(postgres_url, scoped=True)
+    with recorded() as heard:
+        with site.manager:
+            account_id = site.bank.open_account()
+            savepoint = site.manager.savepoint()
+            site.bank.deposit(account_id)
+            savepoint.rollback()
+            assert site.bank.balance(account_id) == 0
+        assert [count for _, count in heard] == [1]
+    with site.manager:
+        savepoint = site.manager.savepoint()
+        site.bank.deposit(account_id)
+        savepoint.rollback()
+    assert site.stored() == (1, 0)
+    site.close()
+
+
+def test_models_are_checked(zope_site: ZopeSite) -> None:
+    """What is no application, or has no models, is refused with what to do."""
+    for models in (object(), {Bank: object()}, {}):
+        with pytest.raises(ConfigurationError):
+            EventSourcing(Bank, models=models, session=zope_site.scoped)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="session_factory"):
+        EventSourcing(Bank, models=event_models(orm.declarative_base(), "Bank"), session=lambda: zope_site.session)

@@ -1,0 +1,345 @@
+"""Requests of a Pyramid application: its rules are those for rows, and no client is told what is not true."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from eventsourcing.persistence import IntegrityError
+from pyramid import testing
+from pyramid.httpexceptions import HTTPConflict, HTTPFound
+from pyramid.request import Request
+from pyramid.scripting import prepare
+from transaction import TransactionManager
+from webtest import TestApp
+
+from flask_eventsourcing.exceptions import ConfigurationError, RollbackOnlyError, UncommittedEventsError
+from tests.domain import Bank, conflict_with, in_threads
+from tests.hosts.test_units_of_work import recorded
+from tests.pyramid_site.conftest import MakePyramidSite
+from tests.pyramid_site.site import VETO, PyramidSite, UsersError, bank_of
+
+DATABASES = pytest.mark.parametrize("url", ["sqlite-file", "postgresql", "mariadb"], indirect=True)
+
+
+def save(request: Any) -> Any:
+    """Save an event and a row."""
+    bank_of(request).open_account()
+    request.dbsession.add(request.registry["note"](text="note"))
+    return {"done": True}
+
+
+def with_note(site: PyramidSite) -> PyramidSite:
+    """Tell the views the model of notes."""
+    site.config.registry["note"] = site.Note
+    return site
+
+
+@DATABASES
+def test_events_and_rows_commit_together(site: PyramidSite) -> None:
+    """A view that returns commits its events and its rows, and the signal is sent after that."""
+    with recorded() as heard:
+        assert with_note(site).answer(save).json == {"done": True}
+        assert [count for _, count in heard] == [1]
+    assert site.stored() == (1, 1)
+
+
+def test_error_aborts(site: PyramidSite) -> None:
+    """What a view raises aborts the transaction."""
+
+    def view(request: Any) -> Any:
+        save(request)
+        raise KeyError
+
+    with_note(site)
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            site.answer(view)
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize(("veto", "stored"), [(True, (0, 0)), (False, (1, 1))])
+def test_returned_failure_is_the_commit_vetos(new_site: MakePyramidSite, veto: bool, stored: Any) -> None:
+    """Whether a returned 4xx commits is what ``tm.commit_veto`` says, for events exactly as for rows."""
+    site = with_note(new_site(**(VETO if veto else {})))
+
+    def view(request: Any) -> Any:
+        save(request)
+        return HTTPConflict()
+
+    assert site.answer(view).status_code == 409
+    assert site.stored() == stored
+
+
+def test_missing_veto_is_logged_once(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:
+    """The start says once that a returned failure commits, where nobody has set a veto."""
+    new_site()
+    assert [each.name for each in caplog.records].count("flask_eventsourcing.contrib.pyramid.site_state") == 1
+    assert "tm.commit_veto" in caplog.text
+    caplog.clear()
+    new_site(**VETO)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("way", ["doom", "abort", "X-Tm"])
+def test_view_may_abort(site: PyramidSite, way: str) -> None:
+    """A view that dooms or aborts its transaction, or says so in a header, answers as it likes."""
+
+    def view(request: Any) -> Any:
+        save(request)
+        if way == "X-Tm":
+            request.response.headers["X-Tm"] = "abort"
+        else:
+            getattr(request.tm, way)()
+            if way == "abort":
+                request.tm.begin()
+        return {}
+
+    assert with_note(site).answer(view).status_code == 200
+    assert site.stored() == (0, 0)
+
+
+def test_exception_view_does_not_tell_of_a_success(new_site: MakePyramidSite) -> None:
+    """An exception view that answers 2xx for dropped events is overruled: the error goes by the exception views."""
+    site = with_note(new_site(catching=200))
+
+    def view(request: Any) -> Any:
+        save(request)
+        raise UsersError
+
+    with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* rolled back, as the view raised UsersError"):
+        site.answer(view)
+    assert site.stored() == (0, 0)
+
+    def fail(_: Any) -> Any:
+        raise UsersError
+
+    assert site.answer(fail).status_code == 200
+    failing = with_note(new_site(catching=409))
+    assert failing.answer(view).status_code == 409
+
+
+def test_error_of_the_guard_goes_by_the_exception_views(new_site: MakePyramidSite) -> None:
+    """A user's exception view answers for what the guard refuses."""
+
+    def configure(config: Any) -> None:
+        config.add_exception_view(lambda error, _: HTTPConflict(str(error)), context=UncommittedEventsError)
+
+    site = with_note(new_site(catching=200, configure=configure))
+
+    def view(request: Any) -> Any:
+        save(request)
+        raise UsersError
+
+    answer = site.answer(view)
+    assert answer.status_code == 409
+    assert "UsersError" in answer.text
+
+
+def test_exception_view_with_a_veto_is_as_for_rows(new_site: MakePyramidSite) -> None:
+    """With a commit veto, pyramid_tm commits what an exception view has answered 2xx for, events as rows."""
+    site = with_note(new_site(catching=200, **VETO))
+
+    def view(request: Any) -> Any:
+        save(request)
+        raise UsersError
+
+    assert site.answer(view).status_code == 200
+    assert site.stored() == (1, 1)
+
+
+def test_raised_redirect_is_as_for_rows(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:
+    """A redirect that is raised aborts without a veto, and the log says so."""
+    site = with_note(new_site())
+
+    def view(request: Any) -> Any:
+        save(request)
+        raise HTTPFound("/")
+
+    assert site.answer(view).status_code == 302
+    assert "return the redirect" in caplog.text
+    assert site.stored() == (0, 0)
+
+
+def test_events_without_a_manager_are_refused(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:
+    """A request that no manager is active for is answered 500 when it leaves events that nobody commits."""
+    site = with_note(
+        new_site(**{"tm.activate_hook": lambda request: False, "tm.manager_hook": lambda request: TransactionManager()})
+    )
+    with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* no active transaction manager"):
+        site.answer(save)
+    assert "The client is told 500" in caplog.text
+
+    def fail(request: Any) -> Any:
+        save(request)
+        return HTTPConflict()
+
+    assert site.answer(fail).status_code == 409
+
+    def commit(request: Any) -> Any:
+        with request.tm:
+            save(request)
+        return {}
+
+    def unit(request: Any) -> Any:
+        with request.eventsourcing.transaction():
+            save(request)
+        return {}
+
+    assert site.answer(commit).status_code == 200
+    assert site.answer(unit).status_code == 200
+    assert site.stored() == (2, 2)
+
+
+def test_decorators_keep_their_promise(site: PyramidSite) -> None:
+    """A unit of work in a view joins the request's transaction; one that failed keeps the view from a success."""
+
+    def view(request: Any) -> Any:
+        request.eventsourcing.transactional(save)(request)
+        assert site.stored() == (0, 0)
+        return {}
+
+    def caught(request: Any) -> Any:
+        save(request)
+        with pytest.raises(KeyError), request.eventsourcing.transaction():
+            raise KeyError
+        return {}
+
+    assert with_note(site).answer(view).status_code == 200
+    assert site.stored() == (1, 1)
+    with pytest.raises(RollbackOnlyError):
+        site.answer(caught)
+    assert site.stored() == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["unregistered", "another manager"])
+def test_session_that_nobody_commits_is_refused(new_site: MakePyramidSite, kind: str) -> None:
+    """A session that takes part in no transaction, or in another manager's, is refused at the first save."""
+    sessions: list[Any] = []
+    further = {} if kind == "unregistered" else {"session": lambda request: sessions[0]}
+    site = with_note(new_site(registered=kind != "unregistered", **further, **VETO))
+    sessions.append(site.session_of(testing.DummyRequest(tm=TransactionManager())))
+    with pytest.raises(ConfigurationError, match=r"manager|no transaction"):
+        site.answer(lambda request: bank_of(request).open_account())
+    assert site.stored() == (0, 0)
+    sessions[0].close()
+
+
+def test_request_is_tried_again_after_a_conflict(site: PyramidSite) -> None:
+    """pyramid_retry runs a request again that had a conflict, without further code, up to its limit."""
+    account_id = site.opened()
+    tries: list[int] = []
+
+    def view(request: Any) -> Any:
+        tries.append(1)
+        again = conflict_with(bank_of(request), account_id)
+        if len(tries) < limit:
+            request.tm.abort()
+            site.elsewhere(lambda bank: bank.deposit(account_id))
+            request.tm.begin()
+        again()
+        return {"tries": len(tries)}
+
+    limit = 3
+    assert site.answer(view).json == {"tries": 3}
+    limit = 9
+    tries.clear()
+    with pytest.raises(IntegrityError):
+        site.answer(view)
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mariadb"], indirect=True)
+def test_eight_clients_on_one_account(site: PyramidSite) -> None:
+    """Within three attempts each, eight clients that change one account all succeed, and no update is lost."""
+    account_id = site.opened()
+    site.view = lambda request: bank_of(request).deposit(account_id)
+
+    def pay_in() -> None:
+        client = TestApp(site.app)
+        for _ in range(20):
+            assert client.post("/").status_code == 200
+
+    in_threads([pay_in] * 8)
+    assert site.balance(account_id) == 160
+
+
+def test_functional_tests_decide_themselves(site: PyramidSite) -> None:
+    """Where a functional test has begun the transaction, requests leave it to the test."""
+    manager = TransactionManager(explicit=True)
+    manager.begin()
+    site.view = save
+    client = TestApp(with_note(site).app, extra_environ={"tm.active": True, "tm.manager": manager})
+    assert client.post("/").status_code == 200
+    assert site.stored() == (0, 0)
+    manager.abort()
+    assert site.stored() == (0, 0)
+
+
+def test_script_and_shell(site: PyramidSite) -> None:
+    """In ``prepare()``, as in ``pshell`` and ``bootstrap``, the request's session and manager are those in use."""
+    with_note(site)
+    with prepare(Request.blank("/"), site.config.registry) as env:
+        request = env["request"]
+        with request.tm:
+            save(request)
+        with request.eventsourcing.transaction():
+            save(request)
+        with request.tm:
+            assert len(bank_of(request).recorder.select_notifications(None, 10)) == 2
+    assert site.stored() == (2, 2)
+
+
+def test_test_config(site: PyramidSite) -> None:
+    """A view can be called in ``testConfig`` with a dummy request that has the session."""
+    manager = TransactionManager(explicit=True)
+    request = testing.DummyRequest(tm=manager)
+    with testing.testConfig(request=request) as config:
+        config.registry["dbsession_factory"] = site.factory
+        config.registry["note"] = site.Note
+        config.include("flask_eventsourcing.contrib.pyramid")
+        config.add_eventsourcing(Bank, models=site.models)
+        request.dbsession = site.session_of(request)
+        with manager:
+            request.eventsourcing = config.registry["flask_eventsourcing"]
+            save(request)
+        config.registry["flask_eventsourcing"].close()
+    assert site.stored() == (1, 1)
+
+
+def test_metadata(new_site: MakePyramidSite) -> None:
+    """Events have the request's id, its trace, and the user where that is asked for; a retry has the same."""
+
+    class Policy:
+        def authenticated_userid(self, request: Any) -> str:
+            return "ada"
+
+        def identity(self, request: Any) -> str:
+            return "ada"
+
+    site = new_site(
+        configure=lambda config: config.set_security_policy(Policy()), **VETO, **{"eventsourcing.metadata_user": "true"}
+    )
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    site.answer(
+        lambda request: str(bank_of(request).open_account()), headers={"X-Request-ID": "r1", "traceparent": trace}
+    )
+    with site.engine.connect() as connection:
+        row = connection.execute(site.models.StoredEvent.__table__.select()).mappings().one()
+    assert row["correlation_id"] == "r1"
+    assert row["metadata"]["user"] == "ada"
+    assert row["metadata"]["traceparent"] == trace
+
+
+def test_log_of_a_worker_thread(site: PyramidSite, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a request, each save commits by itself, and units of work have sessions of the factory."""
+    caplog.set_level(logging.WARNING)
+    account_id = site.opened()
+    with site.es.transaction() as session:
+        site.es[Bank].deposit(account_id, 5)
+        session.add(site.Note(text="note"))
+    assert site.stored() == (2, 1)
+    assert site.balance(account_id) == 5
+    assert caplog.records == []

@@ -1,0 +1,163 @@
+"""A Flask site under uWSGI and a Pyramid site under waitress, on one database: one log, one projection."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification
+
+from tests.servers import postgres_database
+from tests.torture.two_sites import Ledger, make_pyramid_app
+from tests.workers.serving import ROOT, Answers, Served, serving, uwsgi
+
+ACCOUNTS = 6
+CLIENTS = 4
+PATIENCE = 60.0
+
+
+def pyramid_line(port: int) -> list[str]:
+    """Return the line that starts waitress."""
+    return [sys.executable, "-m", "tests.torture.two_sites", str(port)]
+
+
+class Storm:
+    """Transfers among the same accounts, asked of both sites, while workers take turns.
+
+    :param url: the database.
+    :param seconds: how long it lasts.
+    """
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.seconds = seconds
+        self.es: Any = make_pyramid_app().registry["flask_eventsourcing"]
+        self.engine: sa.Engine = self.es.host.datastore.engine
+        self.es._registry["base"].metadata.create_all(self.engine)
+        self.ledger: Ledger = self.es[Ledger]
+        self.accounts = [self.ledger.open() for _ in range(ACCOUNTS)]
+        self.seen: list[int] = []
+        self.over = threading.Event()
+        self.url = url
+
+    def paths(self, seed: int) -> list[str]:
+        """Draw transfers, more than there is time for."""
+        chance = random.Random(seed)
+        drawn = (chance.sample(self.accounts, 2) for _ in range(int(self.seconds * 1000)))
+        return [f"/transfer/{one}_{other}_{chance.randint(1, 9)}" for one, other in drawn]
+
+    def load(self, served: Served, seed: int, found: list[Answers]) -> None:
+        """Send transfers to a site until the storm is over."""
+        deadline = time.monotonic() + self.seconds
+        paths = iter(self.paths(seed))
+        while time.monotonic() < deadline:
+            found.append(served.load([next(paths) for _ in range(CLIENTS * 5)], clients=CLIENTS))
+
+    def read(self) -> None:
+        """Follow the log until everything is read."""
+        while True:
+            last_round = self.over.is_set()
+            page = self.ledger.recorder.select_notifications(self.seen[-1] if self.seen else None, 200,
+                                                             inclusive_of_start=False)  # fmt: skip
+            self.seen.extend(each.id for each in page)
+            if last_round and not page:
+                return
+
+    def work(self, log: Path) -> None:
+        """Run the projection in turns in each of the sites."""
+        kinds = ("flask", "pyramid")
+        number = 0
+        while not self.over.is_set():
+            command = [sys.executable, "-m", "tests.torture.two_sites", "worker", kinds[number % 2]]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "DATABASE_URL": self.url}
+            with log.open("ab") as output:
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=output)
+            assert process.stdout is not None
+            with process.stdout as ready:
+                assert ready.readline() == b"ready\n", log.read_text()
+            self.over.wait(max(2.0, self.seconds / 6))
+            process.terminate()
+            assert process.wait(PATIENCE) == 0, log.read_text()
+            number += 1
+
+    def log(self) -> list[Notification]:
+        """Return the whole log."""
+        return list(self.ledger.recorder.select_notifications(None, 1_000_000))
+
+    def rows(self, table: str) -> list[Any]:
+        """Return the rows of a read model."""
+        tables = self.es._registry["base"].metadata.tables
+        with self.engine.connect() as connection:
+            return list(connection.execute(sa.select(tables[table])))
+
+
+def check(storm: Storm, done: int) -> None:
+    """Check that no update was lost, that the log is complete and in order, and that the projection is right."""
+    notifications = storm.log()
+    positions = [each.id for each in notifications]
+    assert storm.seen == positions
+    assert len(positions) == ACCOUNTS + 2 * done
+    streams: dict[UUID, list[int]] = {}
+    for each in notifications:
+        streams.setdefault(each.originator_id, []).append(each.originator_version)  # type: ignore[arg-type]
+    assert all(versions == list(range(1, len(versions) + 1)) for versions in streams.values())
+    ledger: Any = storm.ledger
+    balances: dict[UUID, int] = {each: ledger.repository.get(each).balance for each in storm.accounts}
+    assert sum(balances.values()) == 0
+    assert storm.es.projections.worker(once=True).run() == []
+    assert {row.account_id: row.amount for row in storm.rows("total")} == balances
+    assert len(storm.rows("line")) == 2 * done
+
+
+def run_storm(url: str, folder: Path, seconds: float) -> None:
+    """Let both sites transfer among the same accounts, and check what came of it."""
+    storm = Storm(url, seconds)
+    flask_line = partial(uwsgi, "prefork-threads", "tests.torture.two_sites_flask:app")
+    answers: list[Answers] = []
+    with ExitStack() as stack:
+        for name in ("flask", "pyramid"):
+            (folder / name).mkdir()
+        served = [
+            stack.enter_context(serving(flask_line, folder / "flask", DATABASE_URL=url)),
+            stack.enter_context(serving(pyramid_line, folder / "pyramid", DATABASE_URL=url)),
+        ]
+        threads = [threading.Thread(target=storm.load, args=(each, n, answers)) for n, each in enumerate(served)]
+        reader = threading.Thread(target=storm.read)
+        worker = threading.Thread(target=storm.work, args=(folder / "worker",))
+        for thread in [*threads, reader, worker]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        storm.over.set()
+        worker.join()
+        reader.join()
+        logs = [each.log.read_text(errors="replace")[-3000:] for each in served]
+    assert {path: why for each in answers for path, why in each.failed.items()} == {}, "\n".join(logs)
+    check(storm, sum(len(each.all) for each in answers))
+    storm.es.close()
+    storm.engine.dispose()
+
+
+@pytest.mark.xdist_group("web-servers-uwsgi")
+def test_two_sites(postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sites transfer among the same accounts: no update is lost, and one projection is right, whoever runs it."""
+    monkeypatch.setenv("DATABASE_URL", postgres_url)
+    run_storm(postgres_url, tmp_path, 6)
+
+
+@pytest.mark.torture
+def test_two_sites_for_a_minute(postgres_server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same holds for a minute."""
+    with postgres_database(postgres_server_url) as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        run_storm(url, tmp_path, 60)

@@ -1,0 +1,163 @@
+"""Celery and RQ on hosts other than Flask: the same modules, and tasks that are sent after the commit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from celery import Celery, signals
+from pyramid.request import Request
+from pyramid.scripting import prepare
+
+from flask_eventsourcing.exceptions import ConfigurationError, NotInitializedError
+from flask_eventsourcing.metadata import CORRELATION_ID
+from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
+from flask_eventsourcing.workers.celery import init_celery, send_after_commit
+from tests.domain import Bank
+from tests.hosts.zope_site import ZopeSite
+from tests.pyramid_site.site import VETO, PyramidSite, bank_of
+from tests.source import ROOT
+
+
+@pytest.fixture
+def zope_site(tmp_path: Path) -> Iterator[ZopeSite]:
+    """A script's bank."""
+    made = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pyramid_site(tmp_path: Path) -> Iterator[PyramidSite]:
+    """A Pyramid application."""
+    made = PyramidSite(f"sqlite:///{tmp_path}/bank.db", **VETO)
+    yield made
+    made.close()
+
+
+def make_celery(site: Any, *, eager: bool = False) -> Any:
+    """Make a Celery app, and return a task of it that pays into an account."""
+    celery_app = Celery("other", set_as_current=False)
+    celery_app.conf.update(broker_url="memory://", task_always_eager=eager, task_eager_propagates=True)
+    init_celery(celery_app, site)
+    es = site if hasattr(site, "host") else site.registry["flask_eventsourcing"]
+
+    @celery_app.task(name=f"pay_in_{uuid4().hex}", shared=False)
+    def pay_in(account_id: str) -> None:
+        es[Bank].deposit(UUID(account_id), 5)
+
+    return pay_in
+
+
+@contextmanager
+def published() -> Iterator[list[dict[str, Any]]]:
+    """Note the headers of the tasks that are sent."""
+    found: list[dict[str, Any]] = []
+
+    def note(headers: Any = None, **_: Any) -> None:
+        found.append(headers)
+
+    signals.before_task_publish.connect(note)
+    try:
+        yield found
+    finally:
+        signals.before_task_publish.disconnect(note)
+
+
+def test_task_of_a_script_is_sent_after_the_commit(zope_site: ZopeSite) -> None:
+    """A task that was sent in a transaction goes out when that is committed, and never after an abort."""
+    account_id = str(zope_site.opened())
+    pay_in = make_celery(zope_site.es)
+    with published() as sent:
+        with zope_site.manager:
+            zope_site.bank.deposit(UUID(account_id))
+            send_after_commit(pay_in, account_id)
+            assert sent == []
+        assert len(sent) == 1
+        with suppress(KeyError), zope_site.manager:
+            zope_site.bank.deposit(UUID(account_id))
+            send_after_commit(pay_in, account_id)
+            raise KeyError
+        with zope_site.manager:
+            # Of a transaction that has only read, zope.sqlalchemy would make a rollback.
+            zope_site.bank.balance(UUID(account_id))
+            send_after_commit(pay_in, account_id)
+        assert len(sent) == 2
+
+
+def test_task_has_a_unit_of_work(zope_site: ZopeSite, pyramid_site: PyramidSite) -> None:
+    """A task's events are committed at its end on each host."""
+    for site, opened, balance in (
+        (zope_site.es, zope_site.opened, None),
+        (pyramid_site.app, pyramid_site.opened, pyramid_site.balance),
+    ):
+        account_id = opened()
+        make_celery(site, eager=True).delay(str(account_id))
+        if balance is not None:
+            assert balance(account_id) == 5
+        else:
+            with zope_site.manager:
+                assert zope_site.bank.balance(account_id) == 5
+
+
+def test_task_of_a_request_is_sent_after_the_commit(pyramid_site: PyramidSite) -> None:
+    """A task that a view has sent goes out after the request's commit, with its correlation; not after an abort."""
+    account_id = str(pyramid_site.opened())
+    pay_in = make_celery(pyramid_site.app)
+    with published() as sent:
+        for status, count in ((409, 0), (200, 1)):
+
+            def view(request: Any, status: int = status) -> Any:
+                bank_of(request).deposit(UUID(account_id))
+                send_after_commit(pay_in, account_id)
+                request.response.status_code = status
+                return {}
+
+            pyramid_site.answer(view, headers={"X-Request-ID": "r1"})
+            assert len(sent) == count
+        assert sent[0][CARRIED][CORRELATION_ID] == "r1"
+
+
+def test_job_context_takes_a_pyramid_application(pyramid_site: PyramidSite) -> None:
+    """RQ's job functions run in a unit of work of a Pyramid application too."""
+    account_id = pyramid_site.opened()
+    with rq.job_context(pyramid_site.app) as session:
+        pyramid_site.es[Bank].deposit(account_id, 2)
+        session.add(pyramid_site.Note(text="note"))
+    assert pyramid_site.balance(account_id) == 2
+    assert pyramid_site.stored() == (2, 1)
+
+
+def test_metadata_are_carried_from_a_request(pyramid_site: PyramidSite) -> None:
+    """What a task carries is the correlation of the request that has sent it."""
+    with prepare(Request.blank("/", headers={"X-Request-ID": "r1"}), pyramid_site.config.registry):
+        assert carried()[CORRELATION_ID] == "r1"
+
+
+def test_no_site(zope_site: ZopeSite) -> None:
+    """Without a current site nothing can be sent, and what is no site is refused."""
+    pay_in = make_celery(zope_site.es)
+    with pytest.raises(NotInitializedError):
+        send_after_commit(pay_in, "1")
+    with pytest.raises(ConfigurationError):
+        init_celery(Celery("third", set_as_current=False), 5)  # type: ignore[arg-type]
+    with task_unit(zope_site.es):
+        zope_site.note()
+    assert zope_site.stored() == (0, 1)
+
+
+def test_workers_run_without_flask() -> None:
+    """The modules for Celery and RQ can be imported where Flask is missing."""
+    # Both need click themselves.
+    code = (
+        "from tests.hosts import no_flask; no_flask.BLOCKED.discard('click'); "
+        "import flask_eventsourcing.workers.celery, flask_eventsourcing.workers.rq"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
