@@ -62,7 +62,7 @@ def test_settings_of_the_ini_file_are_read() -> None:
             "pyramid.reload_templates": "true",
         }
     )
-    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False)
+    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False, program="pyramid-eventsourcing INI")
     assert (found.projection_lock, found.metadata, found.env) == ("lease", False, {"AGGREGATE_CACHE_MAXSIZE": "10"})
 
 
@@ -174,7 +174,7 @@ def test_projection_is_found_by_a_scan(ini: str, capsys: pytest.CaptureFixture[s
 def test_error_of_a_command(ini: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A command that fails says why on standard error, and how it is called; a wrong call is told with the usage."""
     assert main([ini, "run", "--all"]) == 1
-    assert f"run 'pyramid-eventsourcing {ini} init-db' or your migrations" in capsys.readouterr().err
+    assert "run 'pyramid-eventsourcing INI init-db' or your migrations" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main([ini, "rebuild", "Totals", "--clean", "--dry-run"])
     assert caught.value.code == 2

@@ -11,17 +11,14 @@ from typing import Any
 from pyramid.paster import get_app, setup_logging
 
 from ...commands import CommandError, PlainOutput, Subject, UsageError, aggregates, checkpoints, letters, reports, work
+from .ini_settings import PROGRAM
 from .site_state import EventSourcing, state_of
 
-PROGRAM = "pyramid-eventsourcing"
 Command = Callable[[argparse.Namespace], Callable[[Subject, PlainOutput], int]]
 
 
-def subject_of(state: EventSourcing, program: str) -> Subject:
-    """Return what commands work on in a Pyramid application.
-
-    :param program: how its user calls the commands.
-    """
+def subject_of(state: EventSourcing) -> Subject:
+    """Return what commands work on in a Pyramid application."""
     hosts = state.hosts
     models = {of.name: host.models[of] for of, host in hosts.items()}
     tables = [(name, table) for name, each in models.items() for table in each.tables.values()]
@@ -33,7 +30,6 @@ def subject_of(state: EventSourcing, program: str) -> Subject:
         for table in host.models[of].tables.values()
     }
     return Subject(
-        program=program,
         commit_mode="explicit",
         datastore=first.datastore,
         application_tables=tables,
@@ -53,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging(given.ini)
     state = state_of(get_app(given.ini).registry)
     try:
-        exit_status: int = given.command(given)(subject_of(state, f"{PROGRAM} {given.ini}"), PlainOutput())
+        exit_status: int = given.command(given)(subject_of(state), PlainOutput())
     except UsageError as error:
         parser.error(str(error))
     except CommandError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyramid.settings import asbool
@@ -14,6 +14,7 @@ from ...exceptions import ConfigurationError
 from ...persistence import DialectOptions
 
 PREFIX = "eventsourcing."
+PROGRAM = "pyramid-eventsourcing"
 ENV = "env."
 """What comes before the names of what the library reads from the environment: ``eventsourcing.env.CIPHER_KEY``."""
 
@@ -40,7 +41,7 @@ class IniSettings:
         :raises ConfigurationError: for an unknown key or a value that cannot be used; the message names the key.
         """
         plain = {"metadata": True, "metadata_user": False, "projection_lock": "database"}
-        options = {each.name: getattr(DialectOptions(), each.name) for each in fields(DialectOptions)}
+        options = {each: getattr(DialectOptions(), each) for each in DialectOptions.settings()}
         found: dict[str, Any] = {}
         env: dict[str, str] = {}
         for key, given in settings.items():
@@ -55,7 +56,8 @@ class IniSettings:
                 close = difflib.get_close_matches(name, plain | options, n=1)
                 known = f"did you mean {PREFIX}{close[0]}?" if close else f"known are {', '.join(plain | options)}"
                 raise ConfigurationError(f"Unknown setting {key}: {known}")
-        chosen = DialectOptions(**{name: value for name, value in found.items() if name in options})
+        given_options = {name: value for name, value in found.items() if name in options}
+        chosen = DialectOptions(program=f"{PROGRAM} INI", **given_options)
         checked("env", env, f"{PREFIX}{ENV}…")
         return cls(**{name: value for name, value in found.items() if name in plain}, options=chosen, env=env)
 

@@ -246,10 +246,6 @@ class Dialect(Looks, ForProjections, ABC):
         """
         return table.snapshots is not None and self.is_there(connection, self.tables[table.snapshots])
 
-    def is_there(self, connection: Connection, table: sa.Table) -> bool:
-        """Whether a table's name means one on a connection."""
-        return self.found_table(connection, table) is not None
-
     def select_events(
         self,
         connection: Connection,

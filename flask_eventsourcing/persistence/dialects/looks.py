@@ -140,6 +140,10 @@ class Looks(Driver):
         """Return a table as it is in the database, or None where there is none of that name."""
         raise NotImplementedError
 
+    def is_there(self, connection: Connection, table: sa.Table) -> bool:
+        """Whether a table's name means one on a connection."""
+        return self.found_table(connection, table) is not None
+
     def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
         """Look at the settings of the server, or the session, and return what would lose events."""
         return ()

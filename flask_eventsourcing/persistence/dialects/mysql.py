@@ -37,13 +37,12 @@ from .session_locks import NamedLock
 LOCK_WAIT_TIMEOUT = 1205
 OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE = 1290, 1836
 SERVER_STATUS_IN_TRANS = 1
-DEADLOCK = 1213
+DEADLOCK, CHANGED_SINCE_SNAPSHOT = 1213, 1020
 IMPLICIT = re.compile(
     r"\s*(ALTER|ANALYZE|CREATE(?!\s+TEMPORARY)|DROP(?!\s+TEMPORARY)|FLUSH|GRANT|LOCK|OPTIMIZE|RENAME|REVOKE|TRUNCATE)\b",
-    re.IGNORECASE,
+    re.I,
 )
 """What commits a transaction that is open."""
-CHANGED_SINCE_SNAPSHOT = 1020
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 NEAR = re.compile(r"(near|value:) '.*'", re.S)
 """Where a message has a part of the statement, in which the driver has put the parameters."""
@@ -139,7 +138,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         last = self._draw(connection, table, len(events), snapshots=snapshots)
         self._check(connection, table, first, len(events), snapshots=snapshots)
         positions = list(range(last - len(events) + 1, last + 1))
-        rows = [(position, *row) for position, row in zip(positions, values, strict=True)]
+        rows = [(each, *row) for each, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         columns = f"{POSITION}, {beside.shape.columns}"
         self.insert_rows(connection, f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", rows)
