@@ -17,7 +17,7 @@ from flask_eventsourcing.contrib.pyramid import event_models
 from tests.domain import Bank, in_thread
 from tests.hosts.sites import engine_for, make_note
 
-VETO = {"tm.commit_veto": "pyramid_tm.default_commit_veto"}
+VETO: dict[str, Any] = {"tm.commit_veto": "pyramid_tm.default_commit_veto"}
 SETTINGS = {"tm.manager_hook": "pyramid_tm.explicit_manager", "retry.attempts": "3"}
 View = Callable[[Any], Any]
 
