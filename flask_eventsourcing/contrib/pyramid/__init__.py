@@ -25,7 +25,7 @@ __all__ = ["EventSourcing", "event_models", "guard_tween_factory", "includeme", 
 
 J = TypeVar("J", bound=ModelProjection)
 
-LAST = PHASE3_CONFIG + 1000
+LAST: int = PHASE3_CONFIG + 1000
 """When everything is known that a configuration says."""
 
 

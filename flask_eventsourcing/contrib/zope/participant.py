@@ -7,17 +7,25 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import orm
-from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, TransientError
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
 from ...exceptions import ConfigurationError
 from ...persistence.dialects.event_tables import ConflictError
 from ...uow import LENT, Batch, UnitOfWork, roll_back
 from .registered import REGISTER, check_registration, current_transaction, has_owner, of_thread, registration_of
+
+if TYPE_CHECKING:
+
+    class TransientError(Exception):
+        """The package's own, which has no types."""
+
+else:
+    from transaction.interfaces import TransientError
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -26,7 +34,7 @@ NO_SAVEPOINTS = (
 )
 
 
-class TransientConflictError(ConflictError, TransientError):  # type: ignore[misc]
+class TransientConflictError(ConflictError, TransientError):
     """Another writer was first: the same may succeed when it is run again as a whole."""
 
 
