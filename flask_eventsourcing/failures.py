@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from types import TracebackType
+from typing import Self
 
 
 class OnError:
@@ -26,6 +27,29 @@ class OnError:
     ) -> None:
         if error is not None:
             self._undo(error)
+
+
+class Kept:
+    """Keeps what fails in the block, and goes on: for calls that may raise anything, where the caller has an answer.
+
+    What is no ``Exception``, as Ctrl-C, goes on.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.error = error
+        return True
 
 
 class Logged:

@@ -14,6 +14,7 @@ from eventsourcing.application import Application
 from eventsourcing.utils import Environment, resolve_topic, strtobool
 
 from ..exceptions import ConfigurationError
+from ..failures import Kept
 from ..persistence import Datastore, Factory
 from ..persistence.dialects import LIBRARY_SETTINGS
 
@@ -157,16 +158,14 @@ def _is_accepted(convert: Callable[[str], Any], value: str) -> bool:
 
 
 def _why_unresolved(topic: str) -> str | None:
-    try:
+    # A module may raise anything while it is imported, and this is where that is said.
+    with Kept() as kept:
         resolve_topic(topic)
-    except Exception as error:  # noqa: BLE001
-        # A module may raise anything while it is imported, and this is where that is said.
-        module = sys.modules.get(topic.partition(":")[0])
-        if getattr(getattr(module, "__spec__", None), "_initializing", False):
-            # The module that makes the app is being imported, and the class may stand below.
-            return None
-        return str(error.__cause__ or error) or type(error).__name__
-    return None
+    module = sys.modules.get(topic.partition(":")[0])
+    if kept.error is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
+        # The module that makes the app is being imported, and the class may stand below.
+        return None
+    return str(kept.error.__cause__ or kept.error) or type(kept.error).__name__
 
 
 def _cipher_problems(env: Environment) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from types import FrameType
 
 import sqlalchemy as sa
 
+from ..failures import Kept
 from ..projections.consumers import Consumer
 from ..projections.rebuilding import Estimate, Rebuild, Rebuilt
 from ..projections.registry import Worker
@@ -311,14 +312,12 @@ def _find(subject: Subject, name: str, stopping: threading.Event) -> Rebuild:
 def _build(building: Rebuild, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
     """Build in a thread, as the main thread is the one that signals interrupt."""
     results: list[Rebuilt | None] = []
-    errors: list[Exception] = []
+    kept = Kept()
 
     def build() -> None:
-        try:
+        # Raised below, in the main thread.
+        with kept:
             results.append(building.run(restart=restart))
-        except Exception as error:  # noqa: BLE001
-            # Raised below, in the main thread.
-            errors.append(error)
 
     thread = threading.Thread(target=build, name=f"rebuild {building.live.name}")
     signals = Signals()
@@ -333,8 +332,8 @@ def _build(building: Rebuild, stopping: threading.Event, output: Output, restart
             stopping.set()
             thread.join()
             reporter.finish_bar()
-    if errors:
-        raise errors[0]
+    if kept.error is not None:
+        raise kept.error
     return results[0]
 
 

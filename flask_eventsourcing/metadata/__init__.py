@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ..exceptions import EventMetadataError
+from ..failures import Kept
 from .values import (
     CAUSATION_ID,
     CORRELATION_ID,
@@ -193,40 +194,58 @@ class _Steps:
         _chain.set(self._outer)
 
 
+class _Answer:
+    """What a generator is given for the item that it yielded: a value, or what was thrown into the one around it."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        self.value = self.error = None
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        # Whatever it is, it is for the generator; but an end is not thrown, it closes.
+        if error is None or isinstance(error, GeneratorExit):
+            return False
+        self.error = error
+        return True
+
+
 def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
-    step, value = generator.send, None
+    answer = _Answer()
     while True:
         try:
             with steps:
-                item = step(value)
+                item = generator.send(answer.value) if answer.error is None else generator.throw(answer.error)
         except StopIteration as stop:
             return stop.value
         try:
-            step, value = generator.send, (yield item)
+            with answer:
+                answer.value = yield item
         except GeneratorExit:
             with steps:
                 generator.close()
             raise
-        except BaseException as error:  # noqa: BLE001 (whatever it is, it is for the generator)
-            step, value = generator.throw, error
 
 
 async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
-    step, value = generator.asend, None
+    answer = _Answer()
     while True:
         try:
             with steps:
-                item = await step(value)
+                step = generator.asend(answer.value) if answer.error is None else generator.athrow(answer.error)
+                item = await step
         except StopAsyncIteration:
             return
         try:
-            step, value = generator.asend, (yield item)
+            with answer:
+                answer.value = yield item
         except GeneratorExit:
             with steps:
                 await generator.aclose()
             raise
-        except BaseException as error:  # noqa: BLE001 (whatever it is, it is for the generator)
-            step, value = generator.athrow, error
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
@@ -313,12 +332,12 @@ class Collector:
 
 
 def _provided(provider: Provider) -> Metadata:
-    try:
+    values: Metadata | None = None
+    with Kept() as kept:
         values = provider()
-    except Exception as error:
-        raise EventMetadataError(
-            f"The provider of metadata {_name(provider)} failed, so that nothing was saved: {type(error).__name__}."
-        ) from error
+    if kept.error is not None:
+        failed = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
+        raise EventMetadataError(f"{failed}: {type(kept.error).__name__}.") from kept.error
     return {} if values is None else checked(values, f"what the provider {_name(provider)} returns")
 
 

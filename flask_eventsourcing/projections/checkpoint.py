@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from ..exceptions import MissingTableError
+from ..failures import Kept
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
 from ..persistence.dialects.locks import RunnerLock, utc_now
@@ -371,17 +372,17 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT):
-            try:
+            with Kept() as kept:
                 if self._lock.leased:
                     self._control.renew(self._claimed)
                 else:
                     self._lock.check()
                 self._look()
-            except Exception as error:  # noqa: BLE001
+            error = kept.error
+            if error and self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
+                logger.info("%s: its lease could not be renewed in time: %s", self._control.name, error)
+            elif error:
                 # Raised in the runner's thread by check().
-                if self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
-                    logger.info("%s: its lease could not be renewed in time: %s", self._control.name, error)
-                    continue
                 self._error = error
                 return
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection, Engine
 
+from ..failures import Kept
 from ..persistence.dialects import hide_values
 from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import utc_now
@@ -53,11 +54,12 @@ class Aggregate(NamedTuple):
 def describe(error: BaseException) -> str:
     """Return an error in one line that every database can store, without the values of a statement."""
     hide_values(error)
-    try:
+    text = ""
+    # An error that cannot even be printed must not keep the projection from being halted.
+    with Kept() as kept:
         text = str(error)
-    except Exception as failure:  # noqa: BLE001
-        # An error that cannot even be printed must not keep the projection from being halted.
-        text = f"(its text cannot be made: {type(failure).__name__})"
+    if kept.error is not None:
+        text = f"(its text cannot be made: {type(kept.error).__name__})"
     return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
 

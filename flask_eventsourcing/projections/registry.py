@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
-from ..failures import OnError
+from ..failures import Kept, OnError
 from ..host import Host, PlainHost
 from ..models import ProjectionModels
 from ..persistence.dialects import hide_values
@@ -348,19 +348,22 @@ class Worker:
 
     def _run_one(self, runner: Runner) -> None:
         try:
-            runner.run(once=self.once)
-        except Exception as error:
-            # Reported by run(); the other consumers go on.
-            hide_values(error)
-            # The traceback of a handler was logged with its first try.
-            logger.error("%s", error, exc_info=None if isinstance(error, ProjectionHaltedError) else error.__cause__)
-            self._note(runner, error)
+            with Kept() as kept:
+                runner.run(once=self.once)
         except BaseException as error:
             # It ends no more than this thread, and nobody must take that for an end in order.
             logger.exception("%s has ended", runner.name)
             ended = HandlerError(f"{runner.name} was ended by {type(error).__name__}.")
             ended.__cause__ = error
             self._note(runner, ended)
+            return
+        if (failure := kept.error) is not None:
+            # Reported by run(); the other consumers go on.
+            hide_values(failure)
+            # The traceback of a handler was logged with its first try.
+            cause = None if isinstance(failure, ProjectionHaltedError) else failure.__cause__
+            logger.error("%s", failure, exc_info=cause)
+            self._note(runner, failure)
 
     def _note(self, runner: Runner, error: Exception) -> None:
         self._failed.add(runner)

@@ -230,7 +230,7 @@ def test_a_conflict_is_retried_with_its_read_model(desk: Desk) -> None:
     assert desk.amounts() == {account_id: 101}
 
 
-def test_rows_that_the_session_had_loaded_before_are_read_anew(desk: Desk) -> None:
+def test_rows_that_the_session_had_loaded_before_are_read_again(desk: Desk) -> None:
     """A view that has shown the balance before it deposits does not overwrite what others deposited meanwhile."""
     desk.balances(inline=True)
     account_id = desk.open(1)

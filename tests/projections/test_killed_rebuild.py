@@ -64,7 +64,7 @@ def survive(uri: str, kills: int) -> None:
     ],
     indirect=True,
 )
-def test_killed_rebuild_is_taken_up_or_begun_anew(uri: str) -> None:
+def test_killed_rebuild_is_taken_up_or_begun_again(uri: str) -> None:
     """A rebuild that is killed again and again never shows half of its work, ends at last and leaves nothing behind."""
     survive(uri, 3)
 

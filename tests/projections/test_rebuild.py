@@ -173,7 +173,7 @@ def test_stopped_rebuild_is_taken_up(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert not rebuild(desk).resumed
 
 
-def test_restart_begins_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_begins_at_the_first_event(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """With restart, or when the code of the handlers has changed, an earlier rebuild is thrown away."""
     desk.balances(batch_size=2)
     account_id = desk.open(*range(1, 12))

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from flask_eventsourcing.failures import Logged, OnError
+from flask_eventsourcing.failures import Kept, Logged, OnError
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), GeneratorExit()])
@@ -24,6 +24,24 @@ def test_nothing_is_undone_without_an_error() -> None:
     with OnError(seen.append):
         pass
     assert seen == []
+
+
+def test_failure_is_kept() -> None:
+    """An error of the block is kept for the caller, who goes on; without one there is none."""
+    error = ValueError("x")
+    with Kept() as kept:
+        raise error
+    assert kept.error is error
+    with Kept() as kept:
+        pass
+    assert kept.error is None
+
+
+def test_end_of_the_program_is_not_kept() -> None:
+    """Ctrl-C goes on, as if nothing kept errors."""
+    with pytest.raises(KeyboardInterrupt), Kept() as kept:
+        raise KeyboardInterrupt
+    assert kept.error is None
 
 
 def test_failure_is_logged_and_passes(caplog: pytest.LogCaptureFixture) -> None:

@@ -99,6 +99,18 @@ def test_module_and_its_functions_are_short(name: str) -> None:
     assert {function: number for function, number in complexity.items() if number > 12} == {}
 
 
+def test_broad_excepts_are_few() -> None:
+    """Fewer than ten places of the package catch every error themselves; the others use ``failures``."""
+    broad = {
+        f"{name}:{node.lineno}"
+        for name in MODULES
+        for node in ast.walk(parse(name))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or {"Exception", "BaseException"} & set(ast.unparse(node.type).strip("()").split(", ")))
+    }
+    assert len(broad) < 10, sorted(broad)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_class_has_few_fields(name: str) -> None:
     """A class keeps at most eight things; only rows have as many as their table."""

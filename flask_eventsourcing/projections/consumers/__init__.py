@@ -14,6 +14,7 @@ from eventsourcing.application import Application
 from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy.engine import Connection, Engine
 
+from ...failures import Kept
 from ...host import Host
 from ...models import ProjectionModels
 from ...persistence import Datastore, SQLAlchemyApplicationRecorder
@@ -108,11 +109,10 @@ class ProjectedApplication:
 
     def time_of(self, notification: Notification) -> datetime | None:
         """Return the timestamp of an event, None where it has none or cannot be read."""
-        try:
+        event: Any = None
+        # An event that cannot be read is what a projection halts at; its time is not known.
+        with Kept():
             event = self.mapper.to_domain_event(notification)
-        except Exception:  # noqa: BLE001
-            # An event that cannot be read is what a projection halts at; its time is not known.
-            return None
         timestamp = getattr(event, "timestamp", None)
         if not isinstance(timestamp, datetime):
             return None

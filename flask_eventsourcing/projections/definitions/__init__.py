@@ -15,6 +15,7 @@ from eventsourcing.domain import BaseAggregate
 from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError, HandlerError
+from ...failures import Kept
 from ...metadata import RECORDED, Recorded, names_recorded
 from .fingerprints import note_sources
 
@@ -185,11 +186,10 @@ class Handlers:
     @staticmethod
     def resolve(topic: str) -> Any:
         """Return what a topic stands for, or None where that cannot be found."""
-        try:
+        # A module that is imported for it may raise anything.
+        with Kept():
             return utils.resolve_topic(topic)
-        except Exception:  # noqa: BLE001
-            # A module that is imported for it may raise anything.
-            return None
+        return None
 
 
 def call(
