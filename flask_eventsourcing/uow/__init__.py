@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .base import Unit
 from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, log_lost
@@ -17,6 +18,7 @@ __all__ = [
     "Commits",
     "Run",
     "SessionCommits",
+    "Unit",
     "UnitOfWork",
     "UnitRunner",
     "Units",
