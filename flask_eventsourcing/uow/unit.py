@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Description, Dialect
 from ..persistence.dialects.event_tables import EventTable
-from .base import Unit
+from .abstract import Unit
 from .commit_gate import CommitGate, Commits, Run, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import (

@@ -77,6 +77,14 @@ class Finding(NamedTuple):
     """Whether appends leave the columns of metadata out: the table is one of the library's, which has none of them."""
 
 
+class MissingOptions(NamedTuple):
+    """What a connection lacks that another framework makes by its own settings."""
+
+    text: str
+    lines: str
+    """To be pasted."""
+
+
 class Kind(NamedTuple):
     """A type of the database, taken apart."""
 
@@ -123,6 +131,8 @@ class Looks:
 
     engine: sa.Engine
     tables: dict[str, sa.Table]
+    looks_again: bool = True
+    """Whether what was looked at may be looked at again after a time, so that the number of statements differs."""
 
     @cached_property
     def looked_at(self) -> dict[tuple[Any, str], list[Finding]]:
@@ -130,6 +140,14 @@ class Looks:
         return {}
 
     # ------------------------------------------------------------------------------------------ what dialects say
+
+    @classmethod
+    def missing_options(cls, name: str, options: Mapping[str, Any]) -> Iterable[MissingOptions]:
+        """Return what is to be set where another framework makes the connections.
+
+        :param name: of the database, and the *options* of its connections as that framework takes them.
+        """
+        return ()
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as it is in the database, or None where there is none of that name."""

@@ -1,0 +1,82 @@
+"""The record classes of the project's applications, by the names of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from ...exceptions import ConfigurationError
+from ...models import ProjectionModels, make_models, make_projection_models
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """The record classes of one application, as Django's models and as SQLAlchemy's tables."""
+
+    name: str
+    StoredEvent: Any
+    Snapshot: Any
+    Tracking: Any
+    Projection: Any
+    DeadLetter: Any
+    tables: Mapping[str, sa.Table]
+    """SQLAlchemy's tables by their use: ``events``, ``snapshots``, ``tracking``."""
+    projections: ProjectionModels
+    """SQLAlchemy's classes for what projections need."""
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """Django's models."""
+        return self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter
+
+    def projection_tables(self) -> list[sa.Table]:
+        """Return SQLAlchemy's tables of what projections need, as far as they have a model here."""
+        found = self.projections.tables
+        return [found["projections"], found["dead_letters"]]
+
+
+_records: dict[str, Records] = {}
+_modules: dict[str, str] = {}
+"""Where the record classes of each application were declared."""
+
+
+def add_records(name: str, module: str, models: Mapping[str, Any]) -> Records:
+    """Note the record classes of an application.
+
+    :param models: Django's.
+    :raises ConfigurationError: when another module has some for that name.
+    """
+    known = _modules.get(name)
+    if known not in (None, module):
+        raise ConfigurationError(
+            f"event_models(…, {name!r}) was called in {known} and in {module}: the events of an application "
+            "have one table."
+        )
+    base: Any = orm.declarative_base()
+    tables = make_models(base, name).tables
+    projections = make_projection_models(base, name)
+    made = _records[name] = Records(name, **models, tables=tables, projections=projections)
+    _modules[name] = module
+    return made
+
+
+def records_of(name: str) -> Records:
+    """Return the record classes of an application.
+
+    :raises ConfigurationError: when there are none.
+    """
+    if name not in _records:
+        raise ConfigurationError(
+            f"Application {name!r} has no tables: write {name}Records = event_models(__name__, {name!r}) in the "
+            "models.py of an app, with 'from flask_eventsourcing.contrib.django.models import event_models'."
+        )
+    return _records[name]
+
+
+def all_records() -> Mapping[str, Records]:
+    """Return the record classes of all applications."""
+    return dict(_records)
