@@ -21,7 +21,7 @@ from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
 from ...uow import Batch
 from .configuring import SETTING, Configured, configured
-from .lending import make_engine
+from .lending import is_shared, make_engine
 from .records import Records, records_of
 from .transactions import DjangoUnit, DjangoUnits
 
@@ -58,8 +58,7 @@ class DjangoDatastore(Datastore):
 
 
 def _has_own_transaction(unit: DjangoUnit) -> bool:
-    blocks = unit.wrapper.atomic_blocks
-    return unit.in_transaction and not (blocks and blocks[0]._from_testcase)
+    return unit.in_transaction and not is_shared(unit.wrapper)
 
 
 class Database:
@@ -69,7 +68,7 @@ class Database:
         self.alias = alias
         self.records: dict[str, Records] = {each.name: records_of(each.name) for each in found}
         engine = make_engine(alias)
-        tables = {name: records.tables for name, records in self.records.items()}
+        tables = {name: records.mirror.tables for name, records in self.records.items()}
         plain = DjangoDatastore(engine, DialectOptions(), tables.get, metadata=Collector(()))
         for each in tables.values():
             plain.dialect.check_names(each.values())

@@ -11,7 +11,6 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from django.db import Error, connections
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from ...exceptions import ConfigurationError
 from ...persistence.dialects import DIALECTS
@@ -29,7 +28,6 @@ MARK = "?"
 _QUOTED_OR_MARK = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\?(\d*)|%")
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
-_lent: ContextVar[Any] = ContextVar("flask_eventsourcing.django.lent", default=None)
 
 
 @contextmanager
@@ -300,12 +298,85 @@ def make_engine(alias: str) -> Engine:
     # A type that SQLAlchemy would have the connection know.
     dialect.use_native_hstore = False
 
-    def connect() -> LentConnection:
-        lent = _lent.get()
-        return OwnConnection(connections[alias]) if lent is None else LentConnection(lent)
-
     # SQLAlchemy's own function would set up each connection, which Django has done.
-    return Engine(NullPool(connect, reset_on_return=None, dialect=dialect), dialect, url)
+    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect)
+    return LentEngine(alias, pool, dialect, url)
+
+
+def _lend(engine: Engine, wrapper: Any) -> Connection:
+    """Return a SQLAlchemy connection on a connection of Django's."""
+    pool = NullPool(lambda: LentConnection(wrapper), reset_on_return=None, dialect=engine.dialect)
+    connection = Connection(engine, pool.connect())
+    initialize(engine, connection)
+    return connection
+
+
+def initialize(engine: Engine, connection: Connection) -> None:
+    """Have a dialect ask the server what it has to know, as SQLAlchemy's own function has it done at first."""
+    if engine not in _initialized:
+        engine.dialect.initialize(connection)
+        _initialized.add(engine)
+
+
+class LentEngine(Engine):
+    """Has connections of its own, with Django's settings, for what must not be in a thread's transaction.
+
+    Where others could not see what the thread does, in the transaction of a test case or in memory, it lends the
+    thread's.
+    """
+
+    def __init__(self, alias: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._alias = alias
+
+    def connect(self) -> Connection:
+        """Return a connection."""
+        wrapper: Any = connections[self._alias]
+        if is_shared(wrapper):
+            with driver_errors():
+                wrapper.ensure_connection()
+            return _lend(self, wrapper)
+        connection = super().connect()
+        initialize(self, connection)
+        return connection
+
+
+def is_shared(wrapper: Any) -> bool:
+    """Whether a connection of Django's is the only one that sees what it does."""
+    blocks = wrapper.atomic_blocks
+    in_memory = getattr(wrapper, "is_in_memory_db", None)
+    return bool(blocks and blocks[0]._from_testcase) or (in_memory is not None and bool(in_memory()))
+
+
+def refresh(wrapper: Any) -> None:
+    """Close a connection of Django's that is lost, as Django does it between two requests."""
+    if wrapper.connection is not None and wrapper.errors_occurred and not wrapper.in_atomic_block:
+        if wrapper.is_usable():
+            wrapper.errors_occurred = False
+        else:
+            wrapper.close()
+
+
+@contextmanager
+def sqlalchemy_errors(engine: Engine) -> Iterator[None]:
+    """Raise SQLAlchemy's error in the place of the one that Django has made of a driver's."""
+    found: BaseException | None = None
+    try:
+        with driver_errors():
+            yield
+    except engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
+        found = error
+    if found is not None:
+        dialect = engine.dialect
+        is_lost = dialect.is_disconnect(found, None, None)  # type: ignore[arg-type]
+        raise sa.exc.DBAPIError.instance(
+            None,
+            None,
+            found,
+            dialect.dbapi.Error,  # type: ignore[union-attr]
+            connection_invalidated=is_lost,
+            dialect=dialect,
+        ) from found
 
 
 class Borrowed:
@@ -329,24 +400,14 @@ class Borrowed:
     def connection(self) -> Connection:
         """Return SQLAlchemy's connection; Django connects if it has to."""
         wrapper = self.wrapper
+        if self.known is not None and self.known.invalidated:
+            refresh(wrapper)
         with driver_errors():
             wrapper.ensure_connection()
         if self.known is None or self._driver is not wrapper.connection or self.known.invalidated:
-            self.known = self._lend(wrapper)
+            self.known = _lend(self._engine, wrapper)
             self._driver = wrapper.connection
         return self.known
-
-    def _lend(self, wrapper: Any) -> Connection:
-        token = _lent.set(wrapper)
-        try:
-            connection = self._engine.connect()
-        finally:
-            _lent.reset(token)
-        if self._engine not in _initialized:
-            # As SQLAlchemy's own function has it done with the first connection.
-            self._engine.dialect.initialize(connection)
-            _initialized.add(self._engine)
-        return connection
 
     def end(self) -> None:
         """Tell SQLAlchemy, and nobody else, that the transaction has ended."""

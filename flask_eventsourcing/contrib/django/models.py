@@ -136,6 +136,21 @@ class AbstractDeadLetter(models.Model):
         return f"{self.projection} at {self.position}"
 
 
+class AbstractInlineRange(models.Model):
+    """Columns of what projections have applied that run within ``save()``, as they do on other hosts."""
+
+    id = models.BigAutoField(primary_key=True)
+    projection = RecordTextField(kind="text id")
+    first_position = models.BigIntegerField()
+    last_position = models.BigIntegerField()
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.projection}: {self.first_position} to {self.last_position}"
+
+
 def event_models(module: str, name: str) -> Records:
     """Declare the events, snapshots, positions, checkpoints and dead letters of an application as models of your app.
 
@@ -158,6 +173,7 @@ def event_models(module: str, name: str) -> Records:
         "Tracking": _model(module, name, AbstractTracking, names.tracking, "tracking"),
         "Projection": _model(module, name, AbstractProjection, f"{prefix}_projections", "projection"),
         "DeadLetter": _model(module, name, AbstractDeadLetter, letters, "dead letter", letters_key),
+        "InlineRange": _model(module, name, AbstractInlineRange, f"{prefix}_inline_ranges", "inline range"),
     }
     return add_records(name, module, made)
 

@@ -14,8 +14,22 @@ from ...models import ProjectionModels, make_models, make_projection_models
 
 
 @dataclass(frozen=True, eq=False)
+class Mirror:
+    """The tables of one application as SQLAlchemy has them."""
+
+    tables: Mapping[str, sa.Table]
+    """By their use: ``events``, ``snapshots``, ``tracking``."""
+    projections: ProjectionModels
+    """The classes for what projections need."""
+
+    def all(self) -> list[sa.Table]:
+        """Return every table."""
+        return [*self.tables.values(), *self.projections.tables.values()]
+
+
+@dataclass(frozen=True, eq=False)
 class Records:
-    """The record classes of one application, as Django's models and as SQLAlchemy's tables."""
+    """The record classes of one application, which are models of Django's."""
 
     name: str
     StoredEvent: Any
@@ -23,20 +37,14 @@ class Records:
     Tracking: Any
     Projection: Any
     DeadLetter: Any
-    tables: Mapping[str, sa.Table]
-    """SQLAlchemy's tables by their use: ``events``, ``snapshots``, ``tracking``."""
-    projections: ProjectionModels
-    """SQLAlchemy's classes for what projections need."""
+    InlineRange: Any
+    mirror: Mirror
+    """The same for SQLAlchemy."""
 
     @property
     def models(self) -> tuple[Any, ...]:
         """Django's models."""
-        return self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter
-
-    def projection_tables(self) -> list[sa.Table]:
-        """Return SQLAlchemy's tables of what projections need, as far as they have a model here."""
-        found = self.projections.tables
-        return [found["projections"], found["dead_letters"]]
+        return self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter, self.InlineRange
 
 
 _records: dict[str, Records] = {}
@@ -57,9 +65,8 @@ def add_records(name: str, module: str, models: Mapping[str, Any]) -> Records:
             "have one table."
         )
     base: Any = orm.declarative_base()
-    tables = make_models(base, name).tables
-    projections = make_projection_models(base, name)
-    made = _records[name] = Records(name, **models, tables=tables, projections=projections)
+    mirror = Mirror(make_models(base, name).tables, make_projection_models(base, name))
+    made = _records[name] = Records(name, **models, mirror=mirror)
     _modules[name] = module
     return made
 

@@ -49,7 +49,7 @@ def retry_on_conflict(
     def decorate(decorated: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(decorated)
         def run(*args: Any, **kwargs: Any) -> Any:
-            return _run(lambda: decorated(*args, **kwargs), times, using)
+            return run_again(lambda: decorated(*args, **kwargs), times, using)
 
         # Django looks for it on what the URL is for, and the setting is not to be read when views are imported.
         run._non_atomic_requests = _Aliases(using)  # type: ignore[attr-defined]
@@ -80,7 +80,8 @@ def _alias(using: str | None) -> str:
     return using
 
 
-def _run(function: Callable[[], Any], times: int, using: str | None) -> Any:
+def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any:
+    """Call a function in a block, and again after a conflict, *times* times at most."""
     alias = _alias(using)
     blocks: Any = connections[alias].atomic_blocks
     if blocks and not blocks[-1]._from_testcase:

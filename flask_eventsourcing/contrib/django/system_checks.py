@@ -115,7 +115,7 @@ def _check_tables(database: Any) -> list[CheckMessage]:
         settings_hint = "The documentation's page on Django has the settings."
         messages += [_message(each, each.text, settings_hint) for each in dialect.check_settings(connection)]
         for records in database.records.values():
-            for table in (*records.tables.values(), *records.projection_tables()):
+            for table in records.mirror.all():
                 findings = dialect.check_table(connection, table) or ()
                 messages += [_message(each, f"{records.name}: {each.text}", hint) for each in findings]
     except PersistenceError as error:

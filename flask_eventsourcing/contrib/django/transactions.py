@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -21,6 +21,14 @@ from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all
 from .lending import Borrowed, driver_errors
 from .marks import Announce, Losses, Marked
+
+
+class Gate:
+    """Keeps others from committing, which is Django's own affair."""
+
+    def hold(self, reason: str) -> AbstractContextManager[object]:
+        """Return a block within which nobody commits."""
+        return nullcontext()
 
 
 class Transaction:
@@ -53,6 +61,11 @@ class DjangoUnit(Unit):
     def wrapper(self) -> Any:
         """The connection, ``django.db.connections[alias]``."""
         return self._borrowed.wrapper
+
+    @property
+    def gate(self) -> Gate:
+        """Who may commit: Django lets nobody do it inside a block."""
+        return Gate()
 
     @property
     def losses(self) -> Losses:

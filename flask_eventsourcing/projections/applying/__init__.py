@@ -308,5 +308,5 @@ class Applier:
         last, named = self.projection.arguments_of(handler, session)
         if self.consumer.kind == "reactions":
             last, named = (self._recordings.key(connection, notification),), {}
-        with self._recordings.causing(connection, position):
+        with self._recordings.causing(connection, position), self.projection.told_errors():
             call(handler, self.projection, event, last, recorded, **named)

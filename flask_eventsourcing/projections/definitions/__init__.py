@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
@@ -252,6 +253,10 @@ class ModelProjection:
     def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return what a handler is called with after the event: by position, and by name."""
         return (session,), {}
+
+    def told_errors(self) -> AbstractContextManager[object]:
+        """Return a block within which a handler is called, whose errors are those of SQLAlchemy."""
+        return nullcontext()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
