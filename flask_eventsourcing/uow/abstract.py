@@ -91,6 +91,11 @@ class Unit(JoinedUnit, ABC):
         if transaction is not None:
             self._saved.setdefault(transaction, set()).update(originator_ids)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a transaction."""
+        return self._transaction(begin=False) is not None
+
     def has_saved(self, originator_id: Any) -> bool:
         """Whether an aggregate was saved in the transaction, be it that its savepoint was rolled back."""
         transaction = self._transaction(begin=False)

@@ -11,7 +11,9 @@ import pytest
 from tests.source import MODULES, PACKAGE, ROOT, parse
 
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.BoolOp, ast.IfExp, ast.comprehension, ast.match_case)
-DJANGO_NAMES = {f"contrib.django.{each}" for each in ("admin", "apps", "management.commands", "models", "projections", "testing")}
+DJANGO_NAMES = {
+    f"contrib.django.{each}" for each in ("admin", "apps", "management.commands", "models", "projections", "testing")
+}
 TOP_LEVEL = {
     "",
     "_patches",

@@ -154,6 +154,8 @@ class Site:
         for database in self.databases.values():
             for slot in database.slots.values():
                 slot.close()
+            # What it has beside Django's own connections.
+            database.datastore.engine.dispose()
 
     def units(self) -> Mapping[str, DjangoUnit]:
         """Return the units of work of this thread, by the alias of the database."""

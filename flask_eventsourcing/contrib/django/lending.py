@@ -67,20 +67,24 @@ class LentCursor:
 
     :param cursor: the one of ``connection.cursor()``.
     :param marks: whether statements come with marks that Django does not take.
+    :param before: called with each statement before it is run.
     """
 
     format: Any = None
     """Set by who wants binary values; Django's cursor decides by itself."""
 
-    def __init__(self, cursor: Any, *, marks: bool) -> None:
+    def __init__(self, cursor: Any, *, marks: bool, before: Callable[[str], None] | None = None) -> None:
         self._cursor = cursor
         self._marks = marks
+        self._before = before
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """Run a statement.
 
         :raises TransactionManagementError: where Django refuses one.
         """
+        if self._before is not None:
+            self._before(statement)
         if self._marks:
             statement, order = formatted(statement)
             parameters = tuple(parameters[number] for number in order)
@@ -89,6 +93,8 @@ class LentCursor:
 
     def executemany(self, statement: str, rows: Sequence[Any]) -> Any:
         """Run a statement for each row of parameters."""
+        if self._before is not None:
+            self._before(statement)
         if self._marks:
             statement, order = formatted(statement)
             rows = [tuple(row[number] for number in order) for row in rows]
@@ -169,17 +175,27 @@ class OwnConnection(LentConnection):
         # It may be held for others, as that with the locks of runners is.
         self._copy.inc_thread_sharing()
         super().__init__(self._copy)
-        self._commits_each = False
+        self._commits_each = self._is_begun = False
+        self._needs_transaction = DIALECTS[wrapper.vendor].needs_transaction
         with driver_errors():
             self._copy.ensure_connection()
+
+    def cursor(self, *_: Any, **__: Any) -> LentCursor:
+        """Return a cursor, whose first statement begins the transaction if it has to be in one."""
+        with driver_errors():
+            return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
 
     def isolate(self, level: str | None) -> None:
         """Commit each statement, or not."""
         self._commits_each = level == "AUTOCOMMIT"
 
     def begin(self) -> None:
-        """Begin a transaction."""
-        if not self._commits_each and self._copy.get_autocommit():
+        """Begin a transaction with the first statement."""
+        self._is_begun = not self._commits_each
+
+    def _begin(self, statement: str) -> None:
+        if self._is_begun and self._needs_transaction(statement) and self._copy.get_autocommit():
+            self._is_begun = False
             with driver_errors():
                 self._copy.set_autocommit(False, force_begin_transaction_with_broken_autocommit=True)
 
@@ -192,6 +208,7 @@ class OwnConnection(LentConnection):
         self._end(self._copy.rollback)
 
     def _end(self, end: Callable[[], None]) -> None:
+        self._is_begun = False
         if self._copy.connection is not None and not self._copy.get_autocommit():
             with driver_errors():
                 end()
@@ -252,6 +269,8 @@ def _converted(known: Any) -> dict[Any, Any]:
         class Converted(own):
             def result_processor(self, dialect: Any, coltype: Any) -> Any:
                 read: Any = super().result_processor(dialect, coltype)
+                if read is None:
+                    return None
                 return lambda value: value.replace(tzinfo=None) if isinstance(value, datetime) else read(value)
 
         kinds[sa.DateTime] = Converted

@@ -27,17 +27,32 @@ from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError
 from ...projections.definitions import ModelProjection as PlainProjection
-from ...projections.definitions import Start, on, reaction
+from ...projections.definitions import Start, reaction
+from ...projections.definitions import on as plain_on
 from .configuring import SETTING
 from .lending import sqlalchemy_errors
 
 __all__ = ["ModelProjection", "Start", "on", "projection", "reaction"]
 
+F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound=type["ModelProjection"])
 USING = "using"
 
 registered: list[tuple[type[ModelProjection], type[Application[Any]] | str | None]] = []
 """The projections of the project, each with the application that it was declared for."""
+
+
+def on(*event_classes: type[Any]) -> Callable[[F], F]:
+    """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
+
+    The method takes the domain event: ``def opened(self, event)``; and ``using`` and ``recorded`` if it names them. The
+    handler of the most specific class is called, and only that one.
+
+    :raises ConfigurationError: when something else than event classes is given.
+    """
+    marked: Any = plain_on(*event_classes)
+    found: Callable[[F], F] = marked
+    return found
 
 
 class ModelProjection(PlainProjection):

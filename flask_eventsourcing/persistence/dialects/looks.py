@@ -149,6 +149,11 @@ class Looks:
         """
         return ()
 
+    @classmethod
+    def needs_transaction(cls, statement: str) -> bool:
+        """Whether a statement is to be in a transaction; what only reads may not be, where that would lock."""
+        return True
+
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as it is in the database, or None where there is none of that name."""
         raise NotImplementedError

@@ -249,6 +249,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     compares_lengths = False
 
     @classmethod
+    def needs_transaction(cls, statement: str) -> bool:
+        """Whether it may write: a transaction may have to begin with the lock to write."""
+        return kind_of(statement) != "read"
+
+    @classmethod
     def missing_options(cls, name: str, options: Mapping[str, Any]) -> list[MissingOptions]:
         """Look whether transactions begin with the lock to write, in the journal mode WAL."""
         if not name or ":memory:" in name or "mode=memory" in name:

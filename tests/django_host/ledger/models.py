@@ -10,6 +10,19 @@ BankRecords = event_models(__name__, "Bank")
 ShopRecords = event_models(__name__, "Shop")
 
 
+class Balance(models.Model):
+    """What a projection writes."""
+
+    account_id = models.UUIDField(primary_key=True)
+    amount = models.IntegerField()
+
+    class Meta:
+        app_label = "ledger"
+
+    def __str__(self) -> str:
+        return f"{self.account_id}: {self.amount}"
+
+
 class Note(models.Model):
     """A model of the user's beside the events."""
 

@@ -1,4 +1,4 @@
-"""``manage.py eventsourcing …``: the commands of ``flask eventsourcing``, by the same names and with the same output."""
+"""``manage.py eventsourcing …``: the commands of ``flask eventsourcing``, by the same names, with the same output."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Command(BaseCommand):
             given["everything"] = given["everything"] or not given["names"]
         try:
             subject = projections().subject(_alias(database))
-            exit_status = called(subject, PlainOutput(self.stdout._out), **given)
+            exit_status = called(subject, PlainOutput(self.stdout), **given)
         except (ConfigurationError, UsageError, CommandError) as error:
             status = error.exit_status if isinstance(error, CommandError) else 1
             raise DjangoCommandError(str(error), returncode=status) from error
