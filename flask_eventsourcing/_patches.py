@@ -210,3 +210,12 @@ def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
         del vars(job)["perform"]
     else:
         vars(job)["perform"] = perform
+
+
+def django_set_rollback(connection: Any, set_rollback: Callable[[bool], None]) -> None:
+    """Have a connection of Django's tell that somebody asks for a rollback.
+
+    A block that rolls back without an exception does it because somebody has asked, or because an error was swallowed
+    in it, of which Django keeps one and the same flag. It can go when Django tells the two apart.
+    """
+    connection.set_rollback = set_rollback

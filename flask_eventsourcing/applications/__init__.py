@@ -45,10 +45,10 @@ from .._patches import application_method, leader_lead, repository_cache, reposi
 from ..exceptions import AggregateErasedError, SnapshotError
 from ..persistence import Datastore, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
 from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION, EventTable
-from ..uow import UnitOfWork
+from ..uow import Unit
 from .erasure import refusing_erased
 from .library_env import check_environment, environment
-from .stale import Saves, UsingSession, evict, is_uncommitted, refuse_stale_aggregates, share, unit_of, watch
+from .stale import Saves, UsingSession, evict, refuse_stale_aggregates, share, unit_of, watch
 from .upstream import note_upstream
 
 __all__ = [
@@ -77,7 +77,7 @@ def construct(
     application_class: type[A],
     datastore: Datastore,
     env: Mapping[str, str],
-    unit: Callable[[], UnitOfWork | None],
+    unit: Callable[[], Unit | None],
     using_session: UsingSession | None = None,
 ) -> A:
     """Construct an application whose recorders use a datastore.
@@ -252,7 +252,7 @@ class CommittedCache(Cache[Any, Any]):
     :param events_table: the table of the aggregates' events.
     """
 
-    def __init__(self, inner: Cache[Any, Any], unit: Callable[[], UnitOfWork | None], events_table: EventTable) -> None:
+    def __init__(self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable) -> None:
         super().__init__()
         self.inner = inner
         self.cache: dict[Any, Any] = inner.cache
@@ -299,7 +299,7 @@ class CommittedCache(Cache[Any, Any]):
                 self.inner.put(key, kept)
 
 
-def install_cache(application: Application[Any], unit: Callable[[], UnitOfWork | None]) -> None:
+def install_cache(application: Application[Any], unit: Callable[[], Unit | None]) -> None:
     """Wrap the cache of an application's repository, if it has one."""
     cache = application.repository.cache
     recorder = application.recorder
@@ -328,7 +328,7 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
         """Told by the leader within ``save()``."""
         unit = unit_of(self._recorder)
         first = new_recording_event.recordings[0].notification
-        if unit is not None and is_uncommitted(unit, first.originator_id):
+        if unit is not None and unit.has_saved(first.originator_id):
             unit.on_commit(partial(self._committed, new_recording_event))
         else:
             self._committed(new_recording_event)

@@ -23,7 +23,7 @@ from ..exceptions import AggregateErasedError, ConfigurationError, NotInitialize
 from ..persistence import SQLAlchemyApplicationRecorder
 from ..persistence.dialects import Dialect
 from ..persistence.dialects.event_tables import EVENT_COLUMNS, LATEST_FIRST_VERSION, POSITION
-from ..uow import UnitOfWork
+from ..uow import Unit
 from .stale import evict, unit_of
 
 KEPT = {POSITION, *EVENT_COLUMNS, "event_id", "recorded_at"}
@@ -266,7 +266,7 @@ def erase(
     """
     recorder = recorder_of(application)
     unit = _unit(application, recorder, aggregate_id)
-    with recorder.datastore.writing() as write, unit.session.begin_nested():
+    with recorder.datastore.writing() as write, unit.savepoint():
         table = recorder.dialect.located(write.connection, recorder.events_table)
         recorder.dialect.look(write.connection, table, "append")
         stored = Stored(application, write.connection, aggregate_id)
@@ -283,7 +283,7 @@ def erase(
         return Erasure(events, stored.delete_snapshots(), stored.delete_dead_letters(dead_letters), position)
 
 
-def _unit(application: Application[Any], recorder: SQLAlchemyApplicationRecorder, aggregate_id: Any) -> UnitOfWork:
+def _unit(application: Application[Any], recorder: SQLAlchemyApplicationRecorder, aggregate_id: Any) -> Unit:
     unit = unit_of(recorder)
     if unit is None:
         raise NotInitializedError(

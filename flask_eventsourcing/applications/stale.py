@@ -23,7 +23,7 @@ from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggr
 from ..failures import OnError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..persistence.describing import saving
-from ..uow import UnitOfWork
+from ..uow import Unit
 
 UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
 
@@ -80,8 +80,6 @@ class RefusedObjects:
 
 
 refused: RefusedObjects = RefusedObjects()
-_saved: weakref.WeakKeyDictionary[orm.SessionTransaction, set[Any]] = weakref.WeakKeyDictionary()
-"""The ids of the aggregates that were saved in each transaction of a session."""
 
 
 def lose(obj: Any, reason: str) -> None:
@@ -95,7 +93,7 @@ def share(obj: Any) -> None:
     refused.add(obj, SharedAggregateError, SHARED)
 
 
-def lost_with(unit: UnitOfWork, objects: Iterable[Any], reason: str) -> None:
+def lost_with(unit: Unit, objects: Iterable[Any], reason: str) -> None:
     """Refuse objects if what is done now is rolled back."""
     for obj in objects:
         unit.on_rollback(partial(_lose_referenced, _reference(obj), reason))
@@ -114,22 +112,16 @@ def _lose_referenced(reference: Callable[[], Any], reason: str) -> None:
         lose(obj, reason)
 
 
-def unit_of(recorder: Any) -> UnitOfWork | None:
+def unit_of(recorder: Any) -> Unit | None:
     """Return the unit of work that a recorder joins now."""
     unit = recorder.datastore.unit() if isinstance(recorder, SQLAlchemyAggregateRecorder) else None
-    return unit if isinstance(unit, UnitOfWork) else None
-
-
-def is_uncommitted(unit: UnitOfWork, originator_id: Any) -> bool:
-    """Whether an aggregate was saved in the transaction of a unit, be it that its savepoint was rolled back."""
-    transaction = unit.session.get_transaction()
-    return transaction is not None and originator_id in _saved.get(transaction, ())
+    return unit if isinstance(unit, Unit) else None
 
 
 def watch(recorder: Any, aggregate: Any, aggregate_id: Any) -> None:
     """Refuse an aggregate that was read with uncommitted events, if they are rolled back."""
     unit = unit_of(recorder)
-    if unit is not None and is_uncommitted(unit, aggregate_id) and unit.pending.has_events_of(aggregate_id):
+    if unit is not None and unit.has_saved(aggregate_id) and unit.pending.has_events_of(aggregate_id):
         lost_with(unit, (aggregate,), READ_UNCOMMITTED)
 
 
@@ -175,11 +167,10 @@ def _give_up(application: Application[Any], changed: list[Any], error: BaseExcep
             evict(application.repository.cache, obj.id)
 
 
-def _note(unit: UnitOfWork | None, changed: list[Any], ids: set[Any]) -> None:
+def _note(unit: Unit | None, changed: list[Any], ids: set[Any]) -> None:
     if unit is not None:
         lost_with(unit, changed, ROLLED_BACK)
-        session = unit.session
-        _saved.setdefault(session.get_transaction() or session.begin(), set()).update(ids)
+        unit.note_saved(ids)
 
 
 def evict(cache: Any, key: Any) -> None:

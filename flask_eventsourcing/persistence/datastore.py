@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 from uuid import UUID, uuid4
@@ -116,9 +116,9 @@ class Datastore:
         self.dialect.prepare_engine()
         drop_inherited_connections(self.engine)
 
-    def joining(self, unit: Callable[[], JoinedUnit | None]) -> Datastore:
+    def joining(self, unit: Callable[[], JoinedUnit | None]) -> Self:
         """Return the same database for recorders that join a unit of work."""
-        return Datastore(self.engine, self.options, self.tables, unit, self.after_append, self.metadata)
+        return replace(self, unit=unit)
 
     def writing(self, *, in_autocommit: bool = False) -> Write:
         """Return a context manager with a connection to write with.

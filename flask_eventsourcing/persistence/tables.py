@@ -123,7 +123,8 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
         """Return the mapping."""
         if value is None or isinstance(value, dict):
             return value
-        found: dict[str, str] = json.loads(bytes(value))
+        # A driver whose connection another framework has made may give JSON as text.
+        found: dict[str, str] = json.loads(value if isinstance(value, str) else bytes(value))
         return found
 
     def __repr__(self) -> str:

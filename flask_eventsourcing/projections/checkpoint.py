@@ -382,8 +382,7 @@ class Heartbeat:
             if error and self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
                 logger.info("%s: its lease could not be renewed in time: %s", self._control.name, error)
             elif error:
-                # Raised in the runner's thread by check().
-                self._error = error
+                self._error = error  # Raised in the runner's thread by check().
                 return
 
     def _look(self) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from .abstract import Unit
 from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, describe, log_lost
 from .routes import FIXED, same_database, writer_of
-from .running import SessionCommits, UnitRunner, check_times, commit, roll_back
+from .running import LONGEST_PAUSE, SessionCommits, UnitRunner, check_times, commit, roll_back
 from .unit import LENT, UnitOfWork, Units
 
 __all__ = [
     "FIXED",
     "LENT",
+    "LONGEST_PAUSE",
     "AfterCommit",
     "Batch",
     "Commits",
     "Run",
     "SessionCommits",
+    "Unit",
     "UnitOfWork",
     "UnitRunner",
     "Units",

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection
 from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Description, Dialect
 from ..persistence.dialects.event_tables import EventTable
+from .abstract import Unit
 from .commit_gate import CommitGate, Commits, Run, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import (
@@ -29,7 +30,6 @@ from .pending import (
     Following,
     Item,
     Pending,
-    Refusal,
     call_all,
     log_lost,
     of_kind,
@@ -127,10 +127,8 @@ class SessionUnits:
         return current_run(self.scope)
 
 
-class UnitOfWork:
+class UnitOfWork(Unit):
     """What one session has recorded in one datastore and not yet committed; recorders join the session through it.
-
-    It is the ``JoinedUnit`` of ``flask_eventsourcing.persistence``.
 
     :param shared: what it has in common with the session's other units.
     :param units: what made it.
@@ -141,10 +139,11 @@ class UnitOfWork:
         self.shared = shared
         self.units = units
         self.route: Route = Route(units.datastore.engine, bind_arguments, units.fixed)
-        self.pending: Pending = Pending()
+        self._pending = Pending()
+        self._saved = weakref.WeakKeyDictionary()
         self.queue: AggregateQueue = AggregateQueue(units.datastore.dialect, units.contended)
         self.following: Following = Following()
-        self.gate: CommitGate = CommitGate(shared.run, units.datastore.dialect, self.pending, self.following)
+        self.gate: CommitGate = CommitGate(shared.run, units.datastore.dialect, self._pending, self.following)
 
     @property
     def session(self) -> orm.Session:
@@ -155,6 +154,11 @@ class UnitOfWork:
     def dialect(self) -> Dialect:
         """How the database of the events is written and read."""
         return self.units.datastore.dialect
+
+    @property
+    def pending(self) -> Pending:
+        """What was noted in the transaction."""
+        return self._pending
 
     @property
     def batches(self) -> list[Batch]:
@@ -170,6 +174,14 @@ class UnitOfWork:
     def connection(self) -> Connection:
         """The session's connection to the database of the events."""
         return self.route.connection(self.session)
+
+    def savepoint(self) -> orm.SessionTransaction:
+        """A savepoint of the session."""
+        return self.session.begin_nested()
+
+    def _transaction(self, *, begin: bool) -> object | None:
+        session = self.session
+        return session.get_transaction() or (session.begin() if begin else None)
 
     # -------------------------------------------------------------------------------- what recorders tell
 
@@ -256,18 +268,6 @@ class UnitOfWork:
         if self.units.commits.at_save:
             return False
         return self.session.in_transaction() or self.units.commits.is_to_come(self.session)
-
-    def on_commit(self, function: Callable[[], None]) -> None:
-        """Call a function once what was done so far is committed; forget it if that is rolled back."""
-        self._note(AfterCommit(function))
-
-    def on_rollback(self, function: Callable[[], None]) -> None:
-        """Call a function if what was done so far is rolled back, or nobody knows; forget it at the commit."""
-        self._note(AfterRollback(function))
-
-    def refuse(self, reason: str, connection: Connection | None = None) -> None:
-        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
-        self._note(Refusal(reason), connection)
 
     def _note(self, item: Item, connection: Connection | None = None) -> None:
         self.resolve(asked=True)

@@ -26,6 +26,7 @@ HOST_SIDE = {"applications", "commands", "host", "models", "persistence", "proje
 ADAPTERS: dict[str, set[str]] = {
     "contrib": set(),
     "contrib.alembic": {"models"},
+    "contrib.django": HOST_SIDE,
     "contrib.pyramid": HOST_SIDE,
     "contrib.zope": HOST_SIDE,
     "cassandra": set(),

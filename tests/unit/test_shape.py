@@ -11,6 +11,9 @@ import pytest
 from tests.source import MODULES, PACKAGE, ROOT, parse
 
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.BoolOp, ast.IfExp, ast.comprehension, ast.match_case)
+DJANGO_NAMES = {
+    f"contrib.django.{each}" for each in ("admin", "apps", "management.commands", "models", "projections", "testing")
+}
 TOP_LEVEL = {
     "",
     "_patches",
@@ -32,6 +35,8 @@ DATABASE = re.compile(
 NAMES_A_DATABASE = {
     # Configuration keys, with what they are passed on to.
     "config": {"postgres_order", "postgres_notify", "sqlite_wal", "PostgresOrder", "POSTGRES_ORDER"},
+    # An attribute of Django's.
+    "contrib.django.record_fields": {"mysql_is_mariadb", "is_mariadb"},
     "web.sessions": {"sqlite:///eventsourcing.db"},
     "web.setup": {"postgres_order", "postgres_notify", "sqlite_wal"},
 }
@@ -66,14 +71,16 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 115 modules."""
+    """The package has at most 135 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 115
+    assert len(MODULES) <= 135
 
 
 def test_no_two_modules_have_one_name() -> None:
     """A module's name says which one it is."""
-    counted = Counter(name.rpartition(".")[2] for name in MODULES)
+    # Django looks for some by their names, which are those of its own habits.
+    found = [name for name in MODULES if name not in DJANGO_NAMES]
+    counted = Counter(name.rpartition(".")[2] for name in found)
     assert {name: count for name, count in counted.items() if count > 1} == {}
 
 

@@ -80,6 +80,14 @@ class Finding(NamedTuple):
     """Whether a migration that is adding these columns to such a table may be under way."""
 
 
+class MissingOptions(NamedTuple):
+    """What a connection lacks that another framework makes by its own settings."""
+
+    text: str
+    lines: str
+    """To be pasted."""
+
+
 class Kind(NamedTuple):
     """A type of the database, taken apart."""
 
@@ -124,6 +132,9 @@ class Looks(Driver):
     every_table_options: ClassVar[Mapping[str, Any]] = {}
     """Keyword arguments of each ``Table``."""
 
+    looks_again: bool = True
+    """Whether what was looked at may be looked at again after a time, so that the number of statements differs."""
+
     @cached_property
     def looked_at(self) -> dict[tuple[Any, str], list[Finding]]:
         """What was found, by what a name was a name in and the name."""
@@ -135,6 +146,19 @@ class Looks(Driver):
         return set()
 
     # ------------------------------------------------------------------------------------------ what dialects say
+
+    @classmethod
+    def missing_options(cls, name: str, options: Mapping[str, Any]) -> Iterable[MissingOptions]:
+        """Return what is to be set where another framework makes the connections.
+
+        :param name: of the database, and the *options* of its connections as that framework takes them.
+        """
+        return ()
+
+    @classmethod
+    def needs_transaction(cls, statement: str) -> bool:
+        """Whether a statement is to be in a transaction; what only reads may not be, where that would lock."""
+        return True
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as it is in the database, or None where there is none of that name."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from ...exceptions import ConfigurationError, UnsafeSequenceError
 from .base import Dialect
 from .calls import count_calls, count_cursors
 from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
-from .looks import APPEND, Finding, FoundColumn, FoundTable, Seen, Use, keys_of
+from .looks import APPEND, Finding, FoundColumn, FoundTable, MissingOptions, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
 from .sqlite_swapping import SQLiteSwaps
@@ -45,6 +45,10 @@ WITHOUT_AUTOINCREMENT = (
 FILE_IN_MEMORY = (
     "The engine's creator has opened {0}, and the engine's address is that of a database in memory, whose one "
     "connection a forked process shares: make the address 'sqlite:///{0}'."
+)
+DEFERRED = (
+    'of several that read and then write at once, most end with "database is locked", as transactions begin without '
+    "the lock to write; and in another journal mode than WAL, readers keep writers waiting."
 )
 MOST_PARAMETERS = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 LONGEST_KNOWN = 1000
@@ -245,9 +249,26 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     compares_lengths = False
 
+    @classmethod
+    def needs_transaction(cls, statement: str) -> bool:
+        """Whether it may write: a transaction may have to begin with the lock to write."""
+        return kind_of(statement) != "read"
+
+    @classmethod
+    def missing_options(cls, name: str, options: Mapping[str, Any]) -> list[MissingOptions]:
+        """Look whether transactions begin with the lock to write, in the journal mode WAL."""
+        if not name or ":memory:" in name or "mode=memory" in name:
+            return []
+        mode, command = str(options.get("transaction_mode")).upper(), str(options.get("init_command")).lower()
+        lines = [] if mode in ("IMMEDIATE", "EXCLUSIVE") else ['"transaction_mode": "IMMEDIATE",']
+        lines += (
+            [] if "journal_mode=wal" in command.replace(" ", "") else ['"init_command": "PRAGMA journal_mode=WAL;",']
+        )
+        return [MissingOptions(DEFERRED, " ".join(lines))] if lines else []
+
     def look(self, connection: Connection, table: EventTable, use: Use) -> None:
         """Look again, too, when the schema has changed; that is asked once in a while, as it reads the file."""
-        if use != "read":
+        if use != "read" and self.looks_again:
             seen: Seen | None = connection.info.get(Seen.KEY)
             if seen is not None and seen.until < time.monotonic():
                 seen.until = time.monotonic() + SCHEMA_HOLDS_FOR

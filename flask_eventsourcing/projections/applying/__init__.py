@@ -305,8 +305,8 @@ class Applier:
         connection, position, recorded = partial(self.connection, session), notification.id, None
         if handler in self._handlers.telling:
             recorded = self._recordings.of(connection, position)
-        last: Any = session
+        last, named = self.projection.arguments_of(handler, session)
         if self.consumer.kind == "reactions":
-            last = self._recordings.key(connection, notification)
-        with self._recordings.causing(connection, position):
-            call(handler, self.projection, event, last, recorded)
+            last, named = (self._recordings.key(connection, notification),), {}
+        with self._recordings.causing(connection, position), self.projection.told_errors():
+            call(handler, self.projection, event, last, recorded, **named)

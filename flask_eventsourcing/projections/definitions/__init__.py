@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
@@ -193,17 +194,24 @@ class Handlers:
 
 
 def call(
-    handler: Callable[..., Any], projection: ModelProjection, event: Any, last: Any, recorded: Recorded | None = None
+    handler: Callable[..., Any],
+    projection: ModelProjection,
+    event: Any,
+    last: Sequence[Any],
+    recorded: Recorded | None = None,
+    **named: Any,
 ) -> None:
     """Call a handler with an event, and the session or the key, and with what was recorded of it if it names that.
+
+    :param last: what follows the event, by position; and what the handler names, as *named*.
 
     :raises HandlerError: when it would end the process, in which other projections run.
     """
     try:
         if recorded is None:
-            handler(projection, event, last)
+            handler(projection, event, *last, **named)
         else:
-            handler(projection, event, last, recorded=recorded)
+            handler(projection, event, *last, recorded=recorded, **named)
     except SystemExit as error:
         raise HandlerError(EXITED.format(type(projection).__name__)) from error
 
@@ -233,13 +241,29 @@ class ModelProjection:
     handlers: ClassVar[Handlers] = Handlers({})
     reactions: ClassVar[Handlers] = Handlers({})
     reactions_start: ClassVar[Start] = "beginning"
+    handled_with: ClassVar[Sequence[str]] = ("session",)
+    """What a handler takes after the event; and what it is given if it names that, in *offered*."""
+    offered: ClassVar[Sequence[str]] = ()
+
+    @classmethod
+    def is_model(cls, model: Any) -> bool:
+        """Whether something is a model of the host's, with a table."""
+        return _maps(model)
+
+    def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return what a handler is called with after the event: by position, and by name."""
+        return (session,), {}
+
+    def told_errors(self) -> AbstractContextManager[object]:
+        """Return a block within which a handler is called, whose errors are those of SQLAlchemy."""
+        return nullcontext()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
-        cls.handlers = Handlers(_collect(cls, _ON, "(self, event, session)"))
-        cls.reactions = Handlers(_collect(cls, _REACTION, "(self, event, key)"))
+        cls.handlers = Handlers(_collect(cls, _ON, cls.handled_with, cls.offered))
+        cls.reactions = Handlers(_collect(cls, _REACTION, ("key",), ()))
         starts = {start for _, function in _functions(cls) if (start := function.__dict__.get(f"{_REACTION}_start"))}
         if len(starts) > 1:
             raise ConfigurationError(f"The reactions of {cls.__name__} share one position: give them the same start=….")
@@ -271,7 +295,9 @@ def _problems(cls: Any) -> Iterable[str]:
         yield f"retries is a whole number from 0 up; found {cls.retries!r}."
     if not _is_whole(cls.batch_size, 1, MOST_EVENTS):
         yield f"batch_size is a whole number from 1 to {MOST_EVENTS}; found {cls.batch_size!r}."
-    yield from (f"{model!r} in models is not a mapped class with a table." for model in cls.models if not _maps(model))
+    yield from (
+        f"{model!r} in models is not a mapped class with a table." for model in cls.models if not cls.is_model(model)
+    )
     if cls.inline and cls.on_failure != "halt":
         yield "inline projections fail with the save() itself, so on_failure cannot be set."
 
@@ -285,7 +311,9 @@ def _maps(model: Any) -> bool:
     return isinstance(model, type) and mapper is not None and isinstance(mapper.local_table, sa.Table)
 
 
-def _collect(cls: type[Any], attribute: str, signature: str) -> dict[type[Any], Callable[..., Any]]:
+def _collect(
+    cls: type[Any], attribute: str, last: Sequence[str], offered: Sequence[str]
+) -> dict[type[Any], Callable[..., Any]]:
     functions: dict[type[Any], Callable[..., Any]] = {}
     for name, function in _functions(cls):
         for event_class in function.__dict__.get(attribute, ()):
@@ -294,7 +322,7 @@ def _collect(cls: type[Any], attribute: str, signature: str) -> dict[type[Any], 
                     f"Projection {cls.__name__} has two handlers for {event_class.__qualname__}: "
                     f"{functions[event_class].__name__} and {name}."
                 )
-            _check_signature(cls, name, function, signature)
+            _check_signature(cls, name, function, last, offered)
             functions[event_class] = function
     return functions
 
@@ -316,7 +344,9 @@ def _functions(cls: type[Any]) -> list[tuple[str, Callable[..., Any]]]:
     return found
 
 
-def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], signature: str) -> None:
+def _check_signature(
+    cls: type[Any], name: str, function: Callable[..., Any], last: Sequence[str], offered: Sequence[str]
+) -> None:
     kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(is_kind(function) for is_kind in kinds):
         raise ConfigurationError(
@@ -324,6 +354,10 @@ def _check_signature(cls: type[Any], name: str, function: Callable[..., Any], si
             "it a plain method."
         )
     try:
-        inspect.signature(function).bind(None, None, None, **({RECORDED: None} if names_recorded(function) else {}))
+        signature = inspect.signature(function)
+        named = [each for each in offered if each in signature.parameters]
+        named += [RECORDED] if names_recorded(function) else []
+        signature.bind(None, None, *last, **dict.fromkeys(named))
     except TypeError:
-        raise ConfigurationError(f"Handler {cls.__name__}.{name} must take {signature}.") from None
+        expected = ", ".join(("self", "event", *last))
+        raise ConfigurationError(f"Handler {cls.__name__}.{name} must take ({expected}).") from None

@@ -265,7 +265,7 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
         _wait(goal, timeout, waiters)
     # The caller is going to read in its session, which may have a snapshot from before.
     unit = consumer.application.host.unit()
-    if unit is not None and unit.session.in_transaction():
+    if unit is not None and unit.has_begun:
         seen = consumer.checkpoint.read(unit.connection())
         if seen is None or seen.position < position:
             raise OldSnapshotError

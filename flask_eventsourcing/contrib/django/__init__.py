@@ -1,0 +1,29 @@
+"""Event sourcing in a Django project: events are rows of the transaction that ``atomic()`` has begun.
+
+Add ``"flask_eventsourcing.contrib.django"`` to ``INSTALLED_APPS``; ``docs/django.md`` has the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hosting import close_application, get_application, init_application
+    from .retrying import retry_on_conflict
+
+__all__ = ["close_application", "get_application", "init_application", "retry_on_conflict"]
+
+_PLACES = {
+    "close_application": "hosting",
+    "get_application": "hosting",
+    "init_application": "hosting",
+    "retry_on_conflict": "retrying",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Django imports this before there are settings.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)

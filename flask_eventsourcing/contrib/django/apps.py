@@ -1,0 +1,24 @@
+"""The app of the package, for ``INSTALLED_APPS``; it has no models of its own, and writes no migration."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+from django.core import checks
+from django.core.signals import setting_changed
+
+
+class EventSourcingConfig(AppConfig):
+    """Registers the system checks."""
+
+    name = "flask_eventsourcing.contrib.django"
+    label = "eventsourcing"
+    verbose_name = "Event sourcing"
+
+    def ready(self) -> None:
+        """Register the system checks; nothing is constructed, and no database is asked."""
+        from .hosting import reset
+        from .system_checks import check_databases, check_setting
+
+        checks.register(check_setting, "eventsourcing")
+        checks.register(check_databases, checks.Tags.database)
+        setting_changed.connect(reset, dispatch_uid="flask_eventsourcing")

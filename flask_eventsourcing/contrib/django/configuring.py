@@ -1,0 +1,92 @@
+"""The setting ``EVENTSOURCING``: one mapping from the name of an application to what there is to say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.utils.module_loading import import_string
+from eventsourcing.application import Application
+
+from ...exceptions import ConfigurationError
+
+SETTING = "EVENTSOURCING"
+KEYS = ("APPLICATION", "DATABASE", "ENV")
+EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What the setting says of one application."""
+
+    name: str
+    path: Any
+    """Of the class: ``APPLICATION``."""
+    alias: str
+    """Of the database with the events: ``DATABASE``."""
+    env: Mapping[str, str]
+    """What the library reads: ``ENV``."""
+
+    def application_class(self) -> type[Application[Any]]:
+        """Import the class.
+
+        :raises ConfigurationError: when there is none of that name, or it is no application of the library's, or has
+            another name than the tables.
+        """
+        where = f"{SETTING}[{self.name!r}]['APPLICATION']"
+        try:
+            found = import_string(self.path)
+        except ImportError as error:
+            raise ConfigurationError(f"{where} is {self.path!r}, which cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Application)):
+            raise ConfigurationError(f"{where} is {self.path!r}, which is no application class: {found!r}.")
+        if found.name != self.name:
+            raise ConfigurationError(
+                f"{where} is {self.path!r}, whose application is called {found.name!r}: write {SETTING}[{found.name!r}]"
+                f", and event_models(__name__, {found.name!r})."
+            )
+        return found
+
+
+def configured() -> dict[str, Configured]:
+    """Return what the setting says, by the names of the applications.
+
+    :raises ConfigurationError: naming what is of no use.
+    """
+    found = getattr(settings, SETTING, None)
+    if found is None:
+        raise ConfigurationError(f"{SETTING} is not set: write for example {EXAMPLE}.")
+    if not isinstance(found, Mapping):
+        raise ConfigurationError(f"{SETTING} must be a mapping such as {EXAMPLE}; found {found!r}.")
+    return {name: _read(name, value) for name, value in found.items()}
+
+
+def _read(name: Any, value: Any) -> Configured:
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(f"{SETTING} has the key {name!r}, which is no name of an application.")
+    where = f"{SETTING}[{name!r}]"
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{where} must be a mapping with the key 'APPLICATION'; found {value!r}.")
+    unknown = [key for key in value if key not in KEYS]
+    if unknown:
+        raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
+    found = Configured(name, value.get("APPLICATION"), value.get("DATABASE", DEFAULT_DB_ALIAS), value.get("ENV", {}))
+    _check_values(where, found)
+    return found
+
+
+def _check_values(where: str, found: Configured) -> None:
+    if not isinstance(found.path, str) or "." not in found.path:
+        raise ConfigurationError(
+            f"{where}['APPLICATION'] must be the dotted path of a class, such as 'bank.domain.Bank'; found "
+            f"{found.path!r}."
+        )
+    if found.alias not in connections:
+        known = ", ".join(map(repr, connections))
+        raise ConfigurationError(f"{where}['DATABASE'] is {found.alias!r}, and DATABASES has {known}.")
+    env: Any = found.env
+    if not isinstance(env, Mapping) or not all(isinstance(item, str) for pair in env.items() for item in pair):
+        raise ConfigurationError(f"{where}['ENV'] must be a mapping of strings to strings.")

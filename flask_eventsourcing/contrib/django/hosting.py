@@ -1,0 +1,217 @@
+"""The applications of a Django project: one object of each in a process, on the connections of Django."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, overload
+
+from eventsourcing.application import Application
+
+from ...applications import check_environment, construct
+from ...exceptions import ApplicationInitializedError, ConfigurationError
+from ...failures import Logged
+from ...host import by_application, recordings_of, send_recorded
+from ...lifecycle import ApplicationSlot
+from ...metadata import Collector
+from ...persistence import Datastore, DialectOptions
+from ...persistence.datastore import Read
+from ...signals import events_discarded, events_recorded
+from ...uow import Batch
+from .configuring import SETTING, Configured, configured
+from .lending import is_shared, make_engine
+from .records import Records, records_of
+from .transactions import DjangoUnit, DjangoUnits
+
+A = TypeVar("A", bound=Application[Any])
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+PROGRAM = "manage.py eventsourcing"
+NAMED = 5
+REMEDY = (
+    "let an error leave its atomic() block, put what may fail into one of its own, and commit where you have switched "
+    "autocommit off"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class DjangoDatastore(Datastore):
+    """A database whose connections are Django's: there is always one to join, and nothing to prepare."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Tests of the user's count statements.
+        self.dialect.looks_again = False
+
+    def prepare(self) -> None:
+        """Leave the connections as Django has made them."""
+
+    def reading(self, *, join: bool = True) -> Read:
+        """Return a connection to read with: the thread's, unless that has a transaction that is not to be seen.
+
+        That of a test case is the whole database of the test.
+        """
+        unit: Any = self.unit()
+        return Read(self, unit if join or not _has_own_transaction(unit) else None)
+
+
+def _has_own_transaction(unit: DjangoUnit) -> bool:
+    return unit.in_transaction and not is_shared(unit.wrapper)
+
+
+class Database:
+    """The applications whose events are in one of Django's databases."""
+
+    def __init__(self, alias: str, found: Sequence[Configured]) -> None:
+        self.alias = alias
+        self.records: dict[str, Records] = {each.name: records_of(each.name) for each in found}
+        engine = make_engine(alias)
+        tables = {name: records.mirror.tables for name, records in self.records.items()}
+        plain = DjangoDatastore(engine, DialectOptions(program=PROGRAM), tables.get, metadata=Collector(()))
+        for each in tables.values():
+            plain.dialect.check_names(each.values())
+        self.units = DjangoUnits(alias, plain, self._publish, self.lose)
+        self.datastore = plain.joining(self.units.current)
+        self.slots: dict[str, ApplicationSlot[Application[Any]]] = {
+            each.name: ApplicationSlot(partial(self._construct, each)) for each in found
+        }
+
+    def _construct(self, one: Configured) -> Application[Any]:
+        application_class = one.application_class()
+        check_environment(one.env, [application_class], f"{SETTING}[{one.name!r}]['ENV']")
+        return construct(application_class, self.datastore, dict(one.env), self.units.current)
+
+    def _publish(self, batches: Sequence[Batch]) -> None:
+        if events_recorded.receivers:
+            for name, notifications in by_application(batches).items():
+                application = self.slots[name].get()
+                send_recorded(application, application, notifications, partial(recordings_of, batches, name))
+
+    def lose(self, batches: Sequence[Batch]) -> None:
+        """Log, and tell with ``events_discarded``, that events are gone although nobody asked for it."""
+        logger.error("%s", lost_text(batches))
+        for name, notifications in by_application(batches).items():
+            application = self.slots[name].get()
+            # The caller is in the middle of the end of a transaction.
+            with Logged(logger, "A receiver of events_discarded failed."):
+                events_discarded.send(application, application=application, notifications=notifications)
+
+
+def lost_text(batches: Sequence[Batch]) -> str:
+    """Return what is said of events that were saved and are not stored."""
+    events = [f"{each.originator_id} version {each.originator_version}" for batch in batches for each in batch.events]
+    named = ", ".join(events[:NAMED]) + (", …" if len(events) > NAMED else "")
+    return (
+        f"{len(events)} events were saved and are not stored, although nobody has rolled them back ({named}): {REMEDY}."
+    )
+
+
+class Site:
+    """All applications of the project.
+
+    :raises ConfigurationError: when the setting is of no use.
+    """
+
+    def __init__(self) -> None:
+        self.configured = configured()
+        by_alias: dict[str, list[Configured]] = {}
+        for each in self.configured.values():
+            by_alias.setdefault(each.alias, []).append(each)
+        self.databases = {alias: Database(alias, found) for alias, found in by_alias.items()}
+
+    def database(self, name: str) -> Database:
+        """Return the database of an application."""
+        return self.databases[self.configured[name].alias]
+
+    def slot(self, name: str) -> ApplicationSlot[Application[Any]]:
+        """Return what has the one object of an application."""
+        return self.database(name).slots[name]
+
+    def name_of(self, application: type[Application[Any]] | str | None) -> str:
+        """Return the name of an application by its class or name; of the only one by nothing.
+
+        :raises ConfigurationError: when the setting does not have it.
+        """
+        known = ", ".join(map(repr, self.configured)) or "none"
+        if application is None:
+            if len(self.configured) == 1:
+                return next(iter(self.configured))
+            raise ConfigurationError(f"{SETTING} has several applications ({known}): say which one.")
+        name = application if isinstance(application, str) else application.name
+        if name not in self.configured:
+            raise ConfigurationError(f"{SETTING} has no application {name!r} (there are: {known}).")
+        if not isinstance(application, str) and self.configured[name].application_class() is not application:
+            raise ConfigurationError(
+                f"{SETTING}[{name!r}] is {self.configured[name].path!r}, and not {application.__module__}."
+                f"{application.__qualname__}."
+            )
+        return name
+
+    def close(self) -> None:
+        """Close the applications of this process."""
+        for database in self.databases.values():
+            for slot in database.slots.values():
+                slot.close()
+            # What it has beside Django's own connections.
+            database.datastore.engine.dispose()
+
+    def units(self) -> Mapping[str, DjangoUnit]:
+        """Return the units of work of this thread, by the alias of the database."""
+        return {alias: database.units.current() for alias, database in self.databases.items()}
+
+
+_site: ApplicationSlot[Site] = ApplicationSlot(Site)
+
+
+def site() -> Site:
+    """Return the applications of the project; made at the first call in a process.
+
+    :raises ConfigurationError: when the setting is of no use.
+    """
+    return _site.get()
+
+
+def reset(*, setting: str = SETTING, **_: Any) -> None:
+    """Close the applications and read the setting again, after it was changed, as tests do."""
+    if setting in (SETTING, "DATABASES"):
+        _site.close()
+
+
+def init_application() -> Application[Any]:
+    """Construct all applications of the project, and return the first one.
+
+    It need not be called: :func:`get_application` constructs what was not constructed.
+
+    :raises ApplicationInitializedError: when one was constructed already in this process.
+    """
+    found = site()
+    slots = [found.slot(name) for name in found.configured]
+    if any(slot.constructed for slot in slots):
+        raise ApplicationInitializedError
+    made = [slot.init() for slot in slots]
+    if not made:
+        raise ConfigurationError(f"{SETTING} has no application.")
+    return made[0]
+
+
+@overload
+def get_application(application: type[A]) -> A: ...
+@overload
+def get_application(application: str | None = None) -> Any: ...
+def get_application(application: type[Application[Any]] | str | None = None) -> Any:
+    """Return the one object of an application in this process; it is constructed at the first call.
+
+    :param application: its class, or its name; not needed where there is only one.
+    :raises ConfigurationError: when the setting has no such application, or is of no use.
+    """
+    found = site()
+    return found.slot(found.name_of(application)).get()
+
+
+def close_application() -> None:
+    """Close the applications of this process; they are constructed again when somebody asks for one."""
+    if _site.constructed:
+        _site.get().close()

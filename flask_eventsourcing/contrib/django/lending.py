@@ -1,0 +1,434 @@
+"""Django's connections, lent to a SQLAlchemy engine that neither begins, commits nor closes them.
+
+Every statement runs on a cursor of Django's own wrappers, so that it is one of Django's: logged, counted, wrapped,
+refused in a broken transaction, in an event loop and where a test case forbids it. What goes the other way are the
+driver's errors, as SQLAlchemy and the dialects know them; Django has taken note of each before.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+from django.db import Error, connections
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import NullPool, QueuePool
+
+from ...exceptions import ConfigurationError
+from ...persistence.dialects import DIALECTS
+
+MARK = "?"
+"""That of the one database whose statements Django converts."""
+_QUOTED_OR_MARK = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\?(\d*)|%")
+
+_initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Raise the driver's error in the place of the one that Django has made of it."""
+    found: BaseException | None = None
+    try:
+        yield
+    except Error as error:
+        found = error.__cause__
+        if found is None:
+            # Django's own, as in a broken transaction.
+            raise
+    if found is not None:
+        # Out of the handler, so that no error refers to itself.
+        raise found
+
+
+@lru_cache(500)
+def formatted(statement: str) -> tuple[str, Sequence[int]]:
+    """Return a statement with the marks that Django's cursors take, and which parameter belongs to each."""
+    order: list[int] = []
+
+    def replace(found: re.Match[str]) -> str:
+        text = found[0]
+        if not text.startswith("?"):
+            return text.replace("%", "%%")
+        # As the database counts: one more than the largest so far.
+        order.append(int(found[1]) - 1 if found[1] else max(order, default=-1) + 1)
+        return "%s"
+
+    return _QUOTED_OR_MARK.sub(replace, statement), order
+
+
+class LentCursor:
+    """A cursor of Django's, with what SQLAlchemy calls.
+
+    :param cursor: the one of ``connection.cursor()``.
+    :param marks: whether statements come with marks that Django does not take.
+    :param before: called with each statement before it is run.
+    """
+
+    format: Any = None
+    """Set by who wants binary values; Django's cursor decides by itself."""
+
+    def __init__(self, cursor: Any, *, marks: bool, before: Callable[[str], None] | None = None) -> None:
+        self._cursor = cursor
+        self._marks = marks
+        self._before = before
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """Run a statement.
+
+        :raises TransactionManagementError: where Django refuses one.
+        """
+        if self._before is not None:
+            self._before(statement)
+        if self._marks:
+            statement, order = formatted(statement)
+            parameters = tuple(parameters[number] for number in order)
+        with driver_errors():
+            return self._cursor.execute(statement, parameters)
+
+    def executemany(self, statement: str, rows: Sequence[Any]) -> Any:
+        """Run a statement for each row of parameters."""
+        if self._before is not None:
+            self._before(statement)
+        if self._marks:
+            statement, order = formatted(statement)
+            rows = [tuple(row[number] for number in order) for row in rows]
+        with driver_errors():
+            return self._cursor.executemany(statement, rows)
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        with driver_errors():
+            return self._cursor.fetchone()
+
+    def fetchmany(self, *size: int) -> Any:
+        """Return the next rows."""
+        with driver_errors():
+            return self._cursor.fetchmany(*size)
+
+    def fetchall(self) -> Any:
+        """Return the rows that are left."""
+        with driver_errors():
+            return self._cursor.fetchall()
+
+    def close(self) -> None:
+        """Close the cursor."""
+        with driver_errors():
+            self._cursor.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+class LentConnection:
+    """A thread's connection of Django's, in the place of a driver's; its transactions are Django's.
+
+    :param wrapper: ``django.db.connections[alias]``.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = weakref.ref(wrapper)
+        self._marks = DIALECTS[wrapper.vendor].mark == MARK
+
+    @property
+    def wrapper(self) -> Any:
+        """The connection of Django's."""
+        wrapper = self._wrapper()
+        if wrapper is None:
+            raise ReferenceError("The thread or the task is gone whose connection this was.")
+        return wrapper
+
+    def cursor(self, *_: Any, **__: Any) -> LentCursor:
+        """Return a cursor, made by Django."""
+        with driver_errors():
+            return LentCursor(self.wrapper.cursor(), marks=self._marks)
+
+    def begin(self) -> None:
+        """Leave that to Django."""
+
+    def commit(self) -> None:
+        """Leave that to Django."""
+
+    def rollback(self) -> None:
+        """Leave that to Django."""
+
+    def close(self) -> None:
+        """Leave that to Django."""
+
+    def isolate(self, level: str | None) -> None:
+        """Leave that to Django."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapper.connection, name)
+
+
+class OwnConnection(LentConnection):
+    """Another connection with the settings of a thread's: for what must not be in the thread's transaction."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._copy = wrapper.copy()
+        # It may be held for others, as that with the locks of runners is.
+        self._copy.inc_thread_sharing()
+        super().__init__(self._copy)
+        self._commits_each = self._is_begun = False
+        self._needs_transaction = DIALECTS[wrapper.vendor].needs_transaction
+        with driver_errors():
+            self._copy.ensure_connection()
+
+    def cursor(self, *_: Any, **__: Any) -> LentCursor:
+        """Return a cursor, whose first statement begins the transaction if it has to be in one."""
+        with driver_errors():
+            return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
+
+    def isolate(self, level: str | None) -> None:
+        """Commit each statement, or not."""
+        self._commits_each = level == "AUTOCOMMIT"
+
+    def begin(self) -> None:
+        """Begin a transaction with the first statement."""
+        self._is_begun = not self._commits_each
+
+    def _begin(self, statement: str) -> None:
+        if self._is_begun and self._needs_transaction(statement) and self._copy.get_autocommit():
+            self._is_begun = False
+            with driver_errors():
+                self._copy.set_autocommit(False, force_begin_transaction_with_broken_autocommit=True)
+
+    def commit(self) -> None:
+        """Commit, if there is a transaction."""
+        self._end(self._copy.commit)
+
+    def rollback(self) -> None:
+        """Roll back, if there is a transaction."""
+        self._end(self._copy.rollback)
+
+    def _end(self, end: Callable[[], None]) -> None:
+        self._is_begun = False
+        if self._copy.connection is not None and not self._copy.get_autocommit():
+            with driver_errors():
+                end()
+                self._copy.set_autocommit(True)
+
+    def close(self) -> None:
+        """Close it."""
+        with driver_errors():
+            self._copy.close()
+
+
+class LentDialect:
+    """What a SQLAlchemy dialect leaves to Django, of whose connections it has one."""
+
+    supports_statement_cache = True
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        """Begin where the connection is not a thread's."""
+        dbapi_connection.begin()
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        """Commit where the connection is not a thread's."""
+        dbapi_connection.commit()
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        """Roll back where the connection is not a thread's."""
+        dbapi_connection.rollback()
+
+    def do_close(self, dbapi_connection: Any) -> None:
+        """Close what is not a thread's."""
+        dbapi_connection.close()
+
+    do_terminate = do_close
+
+    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
+        """Keep the isolation level that Django has set, but for connections that are not a thread's."""
+        dbapi_connection.isolate(level)
+
+    def reset_isolation_level(self, dbapi_connection: Any) -> None:
+        """Go back to transactions."""
+        dbapi_connection.isolate(None)
+
+    def get_default_isolation_level(self, dbapi_connection: Any) -> Any:
+        """There is none that could be set again."""
+        raise NotImplementedError
+
+    def detect_autocommit_setting(self, dbapi_connection: Any) -> bool:
+        """Whether SQLAlchemy is to roll nothing back."""
+        return False
+
+
+def _converted(known: Any) -> dict[Any, Any]:
+    """Return the types of a dialect's columns, but for times, which Django may have the driver convert."""
+    kinds: dict[Any, Any] = dict(known.colspecs)
+    own: Any = kinds.get(sa.DateTime)
+    if own is not None:
+
+        class Converted(own):
+            def result_processor(self, dialect: Any, coltype: Any) -> Any:
+                read: Any = super().result_processor(dialect, coltype)
+                if read is None:
+                    return None
+                return lambda value: value.replace(tzinfo=None) if isinstance(value, datetime) else read(value)
+
+        kinds[sa.DateTime] = Converted
+    return kinds
+
+
+def drivername(wrapper: Any) -> str:
+    """Return SQLAlchemy's name of the database and the driver of a connection of Django's.
+
+    :raises ConfigurationError: for a database, or a driver, that is not supported.
+    """
+    known = DIALECTS.get(wrapper.vendor)
+    for driver in () if known is None else known.drivers:
+        found = f"{wrapper.vendor}+{driver}"
+        with suppress(ImportError):
+            if sa.make_url(f"{found}://").get_dialect().import_dbapi() is wrapper.Database:
+                return found
+    raise ConfigurationError(
+        f"DATABASES[{wrapper.alias!r}] is a database of {wrapper.vendor!r} with the driver "
+        f"{wrapper.Database.__name__!r}, where the order of events is not known to be safe: use one of "
+        f"{', '.join(sorted(DIALECTS))} for them."
+    )
+
+
+def address(wrapper: Any) -> sa.URL:
+    """Return what tells a database from others, without user and password."""
+    settings = wrapper.settings_dict
+    host, port, name = (settings.get(key) or None for key in ("HOST", "PORT", "NAME"))
+    return sa.URL.create(
+        drivername(wrapper), host=host, port=int(port) if port else None, database=None if name is None else str(name)
+    )
+
+
+def make_engine(alias: str) -> Engine:
+    """Return an engine on the connections of one of Django's databases; nothing is connected for it.
+
+    :raises ConfigurationError: for a database that is not supported.
+    """
+    wrapper: Any = connections[alias]
+    url = address(wrapper)
+    known: Any = url.get_dialect()
+    body: dict[str, Any] = {"supports_statement_cache": True, "colspecs": _converted(known)}
+    dialect: Any = type(f"Lent{known.__name__}", (LentDialect, known), body)(dbapi=wrapper.Database)
+    # A type that SQLAlchemy would have the connection know.
+    dialect.use_native_hstore = False
+
+    # SQLAlchemy's own function would set up each connection, which Django has done.
+    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect)
+    return LentEngine(alias, pool, dialect, url)
+
+
+def _lend(engine: Engine, wrapper: Any) -> Connection:
+    """Return a SQLAlchemy connection on a connection of Django's."""
+    pool = NullPool(lambda: LentConnection(wrapper), reset_on_return=None, dialect=engine.dialect)
+    connection = Connection(engine, pool.connect())
+    initialize(engine, connection)
+    return connection
+
+
+def initialize(engine: Engine, connection: Connection) -> None:
+    """Have a dialect ask the server what it has to know, as SQLAlchemy's own function has it done at first."""
+    if engine not in _initialized:
+        engine.dialect.initialize(connection)
+        _initialized.add(engine)
+
+
+class LentEngine(Engine):
+    """Has connections of its own, with Django's settings, for what must not be in a thread's transaction.
+
+    Where others could not see what the thread does, in the transaction of a test case or in memory, it lends the
+    thread's.
+    """
+
+    def __init__(self, alias: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._alias = alias
+
+    def connect(self) -> Connection:
+        """Return a connection."""
+        wrapper: Any = connections[self._alias]
+        if is_shared(wrapper):
+            with driver_errors():
+                wrapper.ensure_connection()
+            return _lend(self, wrapper)
+        connection = super().connect()
+        initialize(self, connection)
+        return connection
+
+
+def is_shared(wrapper: Any) -> bool:
+    """Whether a connection of Django's is the only one that sees what it does."""
+    blocks = wrapper.atomic_blocks
+    in_memory = getattr(wrapper, "is_in_memory_db", None)
+    return bool(blocks and blocks[0]._from_testcase) or (in_memory is not None and bool(in_memory()))
+
+
+def refresh(wrapper: Any) -> None:
+    """Close a connection of Django's that is lost, as Django does it between two requests."""
+    if wrapper.connection is not None and wrapper.errors_occurred and not wrapper.in_atomic_block:
+        if wrapper.is_usable():
+            wrapper.errors_occurred = False
+        else:
+            wrapper.close()
+
+
+@contextmanager
+def sqlalchemy_errors(engine: Engine) -> Iterator[None]:
+    """Raise SQLAlchemy's error in the place of the one that Django has made of a driver's."""
+    found: BaseException | None = None
+    try:
+        with driver_errors():
+            yield
+    except engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
+        found = error
+    if found is not None:
+        dialect = engine.dialect
+        is_lost = dialect.is_disconnect(found, None, None)  # type: ignore[arg-type]
+        raise sa.exc.DBAPIError.instance(
+            None,
+            None,
+            found,
+            dialect.dbapi.Error,  # type: ignore[union-attr]
+            connection_invalidated=is_lost,
+            dialect=dialect,
+        ) from found
+
+
+class Borrowed:
+    """A connection of Django's, with SQLAlchemy's on the driver's that it has now.
+
+    :param wrapper: ``django.db.connections[alias]``.
+    """
+
+    def __init__(self, engine: Engine, wrapper: Any) -> None:
+        self._engine = engine
+        self._wrapper = weakref.ref(wrapper)
+        self._driver: Any = None
+        self.known: Connection | None = None
+        """SQLAlchemy's, if it was asked for."""
+
+    @property
+    def wrapper(self) -> Any:
+        """The connection of Django's."""
+        return self._wrapper()
+
+    def connection(self) -> Connection:
+        """Return SQLAlchemy's connection; Django connects if it has to."""
+        wrapper = self.wrapper
+        if self.known is not None and self.known.invalidated:
+            refresh(wrapper)
+        with driver_errors():
+            wrapper.ensure_connection()
+        if self.known is None or self._driver is not wrapper.connection or self.known.invalidated:
+            self.known = _lend(self._engine, wrapper)
+            self._driver = wrapper.connection
+        return self.known
+
+    def end(self) -> None:
+        """Tell SQLAlchemy, and nobody else, that the transaction has ended."""
+        if self.known is not None and self.known.in_transaction():
+            self.known.rollback()

@@ -1,0 +1,189 @@
+"""Record classes as ordinary models of your app: ``BankRecords = event_models(__name__, "Bank")``.
+
+Nothing here depends on settings, so that ``makemigrations`` finds the same in every project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from django.db import models
+
+from ...config import is_plain
+from ...exceptions import ConfigurationError
+from ...persistence.dialects.event_tables import VERSION_KEY
+from ...persistence.tables import TableNames
+from .record_fields import (
+    RecordBinaryField,
+    RecordMetadataField,
+    RecordTextField,
+    RecordTimeField,
+    RecordUUIDField,
+)
+from .records import Records, add_records
+
+__all__ = ["AbstractSnapshot", "AbstractStoredEvent", "AbstractTracking", "event_models"]
+
+
+class AbstractStoredEvent(models.Model):
+    """Columns of a stored event.
+
+    ``notification_id`` is the position in the application's log; ``originator_id`` and ``originator_version`` are the
+    aggregate's; ``topic`` names the event's class and ``state`` is the serialised event.
+    """
+
+    notification_id = models.BigAutoField(primary_key=True)
+    originator_id = RecordUUIDField()
+    originator_version = models.BigIntegerField()
+    topic = RecordTextField(kind="topic", null=True)
+    state = RecordBinaryField(null=True)
+    event_id = RecordUUIDField(null=True)
+    metadata = RecordMetadataField(null=True)
+    recorded_at = RecordTimeField(kind="moment", null=True)
+    correlation_id = RecordTextField(kind="correlation", null=True)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.originator_id} version {self.originator_version}: {self.topic}"
+
+
+class AbstractSnapshot(models.Model):
+    """Columns of a snapshot: the aggregate's id and version, the snapshot's topic and state."""
+
+    pk = models.CompositePrimaryKey(*VERSION_KEY)
+    originator_id = RecordUUIDField()
+    originator_version = models.BigIntegerField()
+    topic = RecordTextField(kind="topic", null=True)
+    state = RecordBinaryField(null=True)
+    event_id = RecordUUIDField(null=True)
+    metadata = RecordMetadataField(null=True)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.originator_id} version {self.originator_version}: {self.topic}"
+
+
+class AbstractTracking(models.Model):
+    """Columns of how far the log of each upstream application was processed."""
+
+    application_name = RecordTextField(kind="text id", primary_key=True)
+    notification_id = models.BigIntegerField(null=True)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.application_name}: {self.notification_id}"
+
+
+class AbstractProjection(models.Model):
+    """Columns of the checkpoint of a projection, one row for each."""
+
+    name = RecordTextField(kind="text id", primary_key=True)
+    position = models.BigIntegerField(default=0)
+    applied = models.BigIntegerField(default=0)
+    state = models.CharField(max_length=20, default="active")
+    runner = models.CharField(max_length=255, null=True)
+    token = models.CharField(max_length=32, null=True)
+    claim = models.BigIntegerField(null=True)
+    running_since = RecordTimeField(null=True)
+    leased_until = RecordTimeField(null=True)
+    error = RecordTextField(null=True)
+    failed_position = models.BigIntegerField(null=True)
+    fingerprint = models.CharField(max_length=64, null=True)
+    earlier_fingerprints = RecordTextField(null=True)
+    log_id = models.BigIntegerField(null=True)
+    last_originator_id = RecordTextField(kind="text id", null=True)
+    last_originator_version = models.BigIntegerField(null=True)
+    tables_id = RecordTextField(null=True)
+    topics = RecordTextField(null=True)
+    topics_position = models.BigIntegerField(null=True)
+    changed_by = models.CharField(max_length=255, null=True)
+    reason = RecordTextField(null=True)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.state} at {self.position}"
+
+
+class AbstractDeadLetter(models.Model):
+    """Columns of the events that a projection could not apply, and of those that wait behind them."""
+
+    id = models.BigAutoField(primary_key=True)
+    projection = RecordTextField(kind="text id")
+    position = models.BigIntegerField()
+    originator_id = RecordTextField(kind="text id")
+    originator_version = models.BigIntegerField()
+    topic = RecordTextField()
+    error = RecordTextField(null=True)
+    traceback = RecordTextField(null=True)
+    attempts = models.IntegerField(default=0)
+    failed_at = RecordTimeField(null=True)
+    changed_by = models.CharField(max_length=255, null=True)
+    reason = RecordTextField(null=True)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.projection} at {self.position}"
+
+
+class AbstractInlineRange(models.Model):
+    """Columns of what projections have applied that run within ``save()``, as they do on other hosts."""
+
+    id = models.BigAutoField(primary_key=True)
+    projection = RecordTextField(kind="text id")
+    first_position = models.BigIntegerField()
+    last_position = models.BigIntegerField()
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.projection}: {self.first_position} to {self.last_position}"
+
+
+def event_models(module: str, name: str) -> Records:
+    """Declare the events, snapshots, positions, checkpoints and dead letters of an application as models of your app.
+
+    The tables have the names that the application has on every other host: ``bank_events`` and so on.
+
+    :param module: ``__name__`` of your app's module with the models.
+    :param name: the application's, ``Bank.name``.
+    :raises ConfigurationError: when the name is of no use, or another module has declared the same.
+    """
+    if not name or not name.isidentifier() or not is_plain(name):
+        raise ConfigurationError(f"event_models(__name__, …) takes the name of an application class; found {name!r}.")
+    names = TableNames.of(name)
+    prefix = name.lower()
+    letters = f"{prefix}_dead_letters"
+    key = models.UniqueConstraint(fields=list(VERSION_KEY), name=f"{names.events}_originator_key")
+    letters_key = models.UniqueConstraint(fields=["projection", "position"], name=f"{letters}_position_key")
+    made: Mapping[str, Any] = {
+        "StoredEvent": _model(module, name, AbstractStoredEvent, names.events, "event", key),
+        "Snapshot": _model(module, name, AbstractSnapshot, names.snapshots, "snapshot"),
+        "Tracking": _model(module, name, AbstractTracking, names.tracking, "tracking"),
+        "Projection": _model(module, name, AbstractProjection, f"{prefix}_projections", "projection"),
+        "DeadLetter": _model(module, name, AbstractDeadLetter, letters, "dead letter", letters_key),
+        "InlineRange": _model(module, name, AbstractInlineRange, f"{prefix}_inline_ranges", "inline range"),
+    }
+    return add_records(name, module, made)
+
+
+def _model(module: str, name: str, base: type[models.Model], table: str, title: str, *constraints: Any) -> Any:
+    body = {
+        "db_table": table,
+        "constraints": list(constraints),
+        "verbose_name": f"{title} of {name}",
+        "verbose_name_plural": f"{title}s of {name}",
+    }
+    own = {"__module__": module, "__qualname__": f"{name}{base.__name__.removeprefix('Abstract')}"}
+    return type(own["__qualname__"], (base,), {**own, "Meta": type("Meta", (), body)})

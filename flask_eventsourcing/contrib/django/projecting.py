@@ -1,0 +1,225 @@
+"""What runs the projections of a Django project: its databases as hosts, and what is bound to them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from django.db import connections, router, transaction
+from django.utils.module_loading import autodiscover_modules
+from eventsourcing.application import Application
+from sqlalchemy import orm
+from sqlalchemy.engine import Connection
+
+from ...commands import Subject
+from ...exceptions import ConfigurationError, HandlerError, RebuildError
+from ...lifecycle import ApplicationSlot
+from ...persistence import Datastore
+from ...projections.consumers import ProjectedApplication
+from ...projections.registry import BoundProjections, Registrations
+from ...uow import Run
+from .hosting import Database, Site, get_application, site
+from .lending import refresh, sqlalchemy_errors
+from .projections import USING, ModelProjection, registered
+from .retrying import run_again
+from .transactions import DjangoUnit
+
+R = TypeVar("R")
+
+SWALLOWED = (
+    "A handler went on after an error that marks the transaction for a rollback: let the error pass, or put what may "
+    "fail into an atomic() block of its own."
+)
+
+
+class FieldType(sa.types.UserDefinedType[Any]):
+    """The type of a column as Django has it.
+
+    :param text: as the database writes it.
+    """
+
+    cache_ok: bool | None = True
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return the text."""
+        return self.text
+
+
+@cache
+def _table_of(model: Any, alias: str) -> sa.Table:
+    fields = [(each, each.db_type(connections[alias])) for each in model._meta.local_concrete_fields]
+    columns = [
+        sa.Column(each.column, FieldType(kind), primary_key=each.primary_key, nullable=each.null)
+        for each, kind in fields
+        if kind is not None
+    ]
+    return sa.Table(model._meta.db_table, sa.MetaData(), *columns)
+
+
+class DjangoHost:
+    """What projections ask of a host, on one of Django's databases; each transaction is a block of ``atomic()``."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._alias = database.alias
+
+    @property
+    def datastore(self) -> Datastore:
+        """The database of the events, the projections and their models."""
+        return self._database.datastore
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Around a piece of work that is not a request: at its end the connection of its thread is closed."""
+        try:
+            yield
+        finally:
+            wrapper: Any = connections[self._alias]
+            if not wrapper.in_atomic_block:
+                wrapper.close()
+
+    def unit(self) -> Any:
+        """The unit of work of this thread's connection."""
+        return self._database.units.current()
+
+    def open_unit(self) -> Any:
+        """The same."""
+        return self._database.units.current()
+
+    def unit_of(self, session: orm.Session) -> Any:
+        """The same, whatever the session."""
+        return self._database.units.current()
+
+    @contextmanager
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[orm.Session]:
+        """A block, with a session of SQLAlchemy's on Django's connection.
+
+        :raises HandlerError: when it was marked for a rollback, and no error has left it.
+        """
+        unit: DjangoUnit = self._database.units.current()
+        refresh(unit.wrapper)
+        with sqlalchemy_errors(self.datastore.engine), transaction.atomic(using=self._alias):
+            # It keeps the transaction from being taken for another one when a savepoint of the handler's is undone.
+            unit.on_commit(_nothing)
+            with orm.Session(bind=unit.connection(), info={USING: self._alias}) as session:
+                yield session
+            if unit.wrapper.needs_rollback:
+                raise HandlerError(SWALLOWED)
+
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+        """Call a function in a block, and again after a conflict, *times* times at most."""
+        found: R = run_again(function, times, self._alias)
+        return found
+
+    def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
+        """Refuse to write elsewhere.
+
+        :raises RebuildError: always.
+        """
+        raise RebuildError("In a Django project, a projection is rebuilt in one transaction.")
+
+    def using_session(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+        """Refuse a session of SQLAlchemy's.
+
+        :raises ConfigurationError: always.
+        """
+        raise ConfigurationError("In a Django project, events are saved on Django's connection and no session.")
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """The table of a model."""
+        return [_table_of(model, self._alias)]
+
+
+def _nothing() -> None:
+    """Called after a commit."""
+
+
+class Projections:
+    """The projections of the project, by the database of their applications."""
+
+    def __init__(self) -> None:
+        autodiscover_modules("projections")
+        self.site: Site = site()
+        self._registrations = Registrations()
+        self.bound: dict[str, BoundProjections] = {}
+        for alias, database in self.site.databases.items():
+            host: Any = DjangoHost(database)
+            self.bound[alias] = BoundProjections(host, self._maker(host), _check_nothing)
+        for cls, of in registered:
+            self._bind(cls, of)
+
+    def _maker(self, host: Any) -> Callable[[type[Application[Any]]], ProjectedApplication]:
+        def make(of: type[Application[Any]]) -> ProjectedApplication:
+            records = self.site.database(of.name).records[of.name]
+            return ProjectedApplication(host, of.name, lambda: get_application(of), records.mirror.projections)
+
+        return make
+
+    def _bind(self, cls: type[ModelProjection], of: type[Application[Any]] | str | None) -> None:
+        name = self.site.name_of(of)
+        application_class = self.site.configured[name].application_class()
+        alias = self.site.configured[name].alias
+        _check_router(cls, alias)
+        cls.engine = self.site.databases[alias].datastore.engine
+        self.bound[alias].add(self._registrations.add(cls, application_class))
+
+    def subject(self, alias: str) -> Subject:
+        """Return what commands work on in one database."""
+        database = self.site.databases[alias]
+        return Subject(
+            commit_mode="atomic",
+            datastore=database.datastore,
+            application_tables=[
+                (name, table) for name, records in database.records.items() for table in records.mirror.tables.values()
+            ],
+            applications=lambda: {name: slot.get() for name, slot in database.slots.items()},
+            projections=self.bound[alias],
+        )
+
+    def close(self) -> None:
+        """Close the connections that wait for positions."""
+        for each in self.bound.values():
+            each.close()
+
+
+def _check_nothing(projection_class: Any, table: sa.Table) -> None:
+    """A model has no table of its own in SQLAlchemy; its database is checked by its router."""
+
+
+def _check_router(cls: type[ModelProjection], alias: str) -> None:
+    """Check that handlers write the database of the events, where position and models are committed together.
+
+    :raises ConfigurationError: naming the model, and both databases.
+    """
+    if all(USING in inspect.signature(each).parameters for each in cls.handlers.functions.values()):
+        return
+    for model in cls.models:
+        found = router.db_for_write(model)
+        if found != alias:
+            raise ConfigurationError(
+                f"Projection {cls.__name__} writes {model._meta.label}, which is in {found!r}, and its events are in "
+                f"{alias!r}: name 'using' in its handlers and pass it on, or let your router send the model there."
+            )
+
+
+_projections: ApplicationSlot[Projections] = ApplicationSlot(Projections)
+
+
+def projections() -> Projections:
+    """Return the projections of the project, which are looked for at the first call in a process.
+
+    :raises ConfigurationError: when one of them is of no use.
+    """
+    found = _projections.get()
+    if found.site is not site():
+        # The setting was changed, as tests do.
+        _projections.close()
+        found = _projections.get()
+    return found

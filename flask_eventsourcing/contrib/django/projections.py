@@ -1,0 +1,107 @@
+"""Projections whose handlers write Django models, in ``projections.py`` of any app.
+
+::
+
+    @projection(of="Bank")
+    class Balances(ModelProjection):
+        models = [Balance]
+
+        @on(Account.Opened)
+        def opened(self, event):
+            Balance.objects.create(account_id=event.originator_id, amount=0)
+
+A handler that names ``using`` is given the alias of the database, one that names ``recorded`` what is known of the
+event beside its state. Position and models are committed together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, TypeVar
+
+from django.db import models
+from eventsourcing.application import Application
+from sqlalchemy import orm
+
+from ...exceptions import ConfigurationError
+from ...projections.definitions import ModelProjection as PlainProjection
+from ...projections.definitions import Start, reaction
+from ...projections.definitions import on as plain_on
+from .configuring import SETTING
+from .lending import sqlalchemy_errors
+
+__all__ = ["ModelProjection", "Start", "on", "projection", "reaction"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+P = TypeVar("P", bound=type["ModelProjection"])
+USING = "using"
+
+registered: list[tuple[type[ModelProjection], type[Application[Any]] | str | None]] = []
+"""The projections of the project, each with the application that it was declared for."""
+
+
+def on(*event_classes: type[Any]) -> Callable[[F], F]:
+    """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
+
+    The method takes the domain event: ``def opened(self, event)``; and ``using`` and ``recorded`` if it names them. The
+    handler of the most specific class is called, and only that one.
+
+    :raises ConfigurationError: when something else than event classes is given.
+    """
+    marked: Any = plain_on(*event_classes)
+    found: Callable[[F], F] = marked
+    return found
+
+
+class ModelProjection(PlainProjection):
+    """A read model: handlers that keep Django models up to date with the events of an application."""
+
+    prefetch: ClassVar[bool] = False
+    handled_with: ClassVar[Sequence[str]] = ()
+    offered: ClassVar[Sequence[str]] = (USING,)
+
+    @classmethod
+    def is_model(cls, model: Any) -> bool:
+        """Whether something is a model of Django's, with a table."""
+        options: Any = getattr(model, "_meta", None)
+        return isinstance(model, type) and issubclass(model, models.Model) and not options.abstract
+
+    def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return what a handler names."""
+        names = USING in inspect.signature(handler).parameters
+        return (), {USING: session.info[USING]} if names else {}
+
+    def told_errors(self) -> AbstractContextManager[object]:
+        """Return a block within which errors of a connection are those of SQLAlchemy, by which outages are known."""
+        return sqlalchemy_errors(self.engine)
+
+    engine: Any = None
+    """Set where it is run."""
+
+
+def projection(*, of: type[Application[Any]] | str | None = None) -> Callable[[P], P]:
+    """Register a projection, as a decorator of its class.
+
+    :param of: the application whose events it follows, or its name; not needed where there is only one.
+    :raises ConfigurationError: when it is no class of this module's kind, or is to run within ``save()``.
+    """
+
+    def register(cls: P) -> P:
+        given: Any = cls
+        if not isinstance(given, type) or not issubclass(given, ModelProjection):
+            raise ConfigurationError(
+                f"@projection is for classes derived from {ModelProjection.__module__}.ModelProjection; found {cls!r}."
+            )
+        if cls.inline:
+            raise ConfigurationError(
+                f"Projection {cls.__name__} has inline = True, which there is not in a Django project: let a worker "
+                "run it, 'manage.py eventsourcing run', and wait for it where you need it at once."
+            )
+        registered.append((cls, of))
+        return cls
+
+    if isinstance(of, type) and not issubclass(of, Application):
+        raise ConfigurationError(f"@projection(of=…) takes an application of {SETTING}, or its name; found {of!r}.")
+    return register

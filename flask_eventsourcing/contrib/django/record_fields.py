@@ -1,0 +1,182 @@
+"""Fields of record classes, whose columns are those that every other host makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from django.core.exceptions import ValidationError
+from django.db import models
+
+from ...persistence.dialects import DIALECTS
+from ...persistence.tables import CORRELATION, MOMENT, STATE, TEXT_ID, TIME, TOPIC, MetadataType, UUIDType
+
+TYPES: Mapping[str, sa.types.TypeEngine[Any]] = {
+    "correlation": CORRELATION,
+    "metadata": MetadataType(),
+    "moment": MOMENT,
+    "state": STATE,
+    "text": sa.Text(),
+    "text id": TEXT_ID,
+    "time": TIME,
+    "topic": TOPIC,
+    "uuid": UUIDType(),
+}
+"""The types of columns by their kind."""
+
+
+@cache
+def _dialect(vendor: str, is_second: bool) -> Any:
+    return sa.dialects.registry.load(vendor)(**({"is_mariadb": True} if is_second else {}))
+
+
+def dialect_of(connection: Any) -> Any:
+    """Return SQLAlchemy's dialect of the database of a connection, or None for one that is not supported."""
+    # Of two that have the same vendor, the server says which one it is; their collations differ.
+    is_second = getattr(connection, "mysql_is_mariadb", False)
+    return _dialect(connection.vendor, is_second) if connection.vendor in DIALECTS else None
+
+
+class _RecordField(models.Field):
+    """A field with the type of a kind of column.
+
+    :param kind: one of :data:`TYPES`.
+    """
+
+    kind = ""
+
+    def __init__(self, *args: Any, kind: str = "", **options: Any) -> None:
+        self.given_kind = kind
+        self.kind = kind or self.kind
+        super().__init__(*args, **options)
+
+    def db_type(self, connection: Any) -> str | None:
+        """Return the type of the column; of a database that is not supported, what Django makes of the field."""
+        dialect = dialect_of(connection)
+        found: str | None = super().db_type(connection) if dialect is None else self._type.compile(dialect)
+        return found
+
+    @property
+    def _type(self) -> Any:
+        return TYPES[self.kind]
+
+    def _bound(self, value: Any, connection: Any) -> Any:
+        """Return what the driver gets, as SQLAlchemy gives it."""
+        dialect = dialect_of(connection)
+        bind = None if dialect is None else self._type.dialect_impl(dialect).bind_processor(dialect)
+        return value if bind is None or value is None else bind(value)
+
+    def rel_db_type(self, connection: Any) -> str | None:
+        """Return the type of a column that refers to it."""
+        return self.db_type(connection)
+
+    def deconstruct(self) -> Any:
+        """Return what a migration writes."""
+        name, path, args, options = super().deconstruct()
+        if self.given_kind:
+            options["kind"] = self.given_kind
+        return name, path, args, options
+
+
+class RecordUUIDField(_RecordField, models.UUIDField):
+    """A UUID: native where every driver takes it so, and its 32 hexadecimal digits elsewhere."""
+
+    kind = "uuid"
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        """Return what the driver gets."""
+        return self._bound(self.to_python(value), connection)
+
+    def get_internal_type(self) -> str:
+        """Not Django's own, which is native in more databases."""
+        return "RecordUUIDField"
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> UUID | None:
+        """Return the UUID."""
+        return value if value is None or isinstance(value, UUID) else UUID(value)
+
+
+class RecordBinaryField(_RecordField, models.BinaryField):
+    """Bytes."""
+
+    kind = "state"
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> bytes | None:
+        """Return bytes, of which some drivers give a view."""
+        return None if value is None else bytes(value)
+
+
+class RecordTextField(_RecordField, models.TextField):
+    """Text, which is compared byte by byte where it is a key."""
+
+    kind = "text"
+
+
+class RecordTimeField(_RecordField, models.DateTimeField):
+    """A time in UTC, whatever ``USE_TZ`` and ``TIME_ZONE`` say."""
+
+    kind = "time"
+
+    def get_internal_type(self) -> str:
+        """Not Django's own, which depends on settings."""
+        return "RecordTimeField"
+
+    def get_prep_value(self, value: Any) -> Any:
+        """Return a time in UTC; a naive one is taken for that."""
+        found = models.Field.get_prep_value(self, value)
+        if isinstance(found, str):
+            found = datetime.fromisoformat(found)
+        return found if not isinstance(found, datetime) or found.tzinfo is None else found.astimezone(UTC)
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        """Return what the driver gets."""
+        found = self.get_prep_value(value)
+        if not isinstance(found, datetime):
+            return found
+        has_zone = str(self.db_type(connection)).endswith(" WITH TIME ZONE")
+        return self._bound(found.replace(tzinfo=UTC if has_zone else None), connection)
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> datetime | None:
+        """Return the time, with its zone; drivers give text, or either kind of time."""
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if value is None:
+            return None
+        found: datetime = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        return found
+
+    def to_python(self, value: Any) -> Any:
+        """Return the time."""
+        if value is None or isinstance(value, datetime):
+            return value
+        try:
+            return datetime.fromisoformat(value)
+        except (TypeError, ValueError) as error:
+            raise ValidationError(self.error_messages["invalid"], code="invalid", params={"value": value}) from error
+
+
+class RecordMetadataField(_RecordField):
+    """A mapping of strings to strings: JSON where the database has a type for it, and its bytes elsewhere."""
+
+    kind = "metadata"
+    description = "A mapping of strings to strings"
+
+    def get_internal_type(self) -> str:
+        """Not that of Django's JSONField, whose columns are others."""
+        return "RecordMetadataField"
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        """Return what the driver gets."""
+        return value if isinstance(value, str | bytes) else self._bound(value, connection)
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> dict[str, str] | None:
+        """Return the mapping."""
+        if value is None or isinstance(value, dict):
+            return value
+        found: dict[str, str] = json.loads(value if isinstance(value, str) else bytes(value))
+        return found

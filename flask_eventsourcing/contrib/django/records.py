@@ -1,0 +1,89 @@
+"""The record classes of the project's applications, by the names of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+
+from ...exceptions import ConfigurationError
+from ...models import ProjectionModels, make_models, make_projection_models
+
+
+@dataclass(frozen=True, eq=False)
+class Mirror:
+    """The tables of one application as SQLAlchemy has them."""
+
+    tables: Mapping[str, sa.Table]
+    """By their use: ``events``, ``snapshots``, ``tracking``."""
+    projections: ProjectionModels
+    """The classes for what projections need."""
+
+    def all(self) -> list[sa.Table]:
+        """Return every table."""
+        return [*self.tables.values(), *self.projections.tables.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """The record classes of one application, which are models of Django's."""
+
+    name: str
+    StoredEvent: Any
+    Snapshot: Any
+    Tracking: Any
+    Projection: Any
+    DeadLetter: Any
+    InlineRange: Any
+    mirror: Mirror
+    """The same for SQLAlchemy."""
+
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """Django's models."""
+        return self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter, self.InlineRange
+
+
+_records: dict[str, Records] = {}
+_modules: dict[str, str] = {}
+"""Where the record classes of each application were declared."""
+
+
+def add_records(name: str, module: str, models: Mapping[str, Any]) -> Records:
+    """Note the record classes of an application.
+
+    :param models: Django's.
+    :raises ConfigurationError: when another module has some for that name.
+    """
+    known = _modules.get(name)
+    if known not in (None, module):
+        raise ConfigurationError(
+            f"event_models(…, {name!r}) was called in {known} and in {module}: the events of an application "
+            "have one table."
+        )
+    base: Any = orm.declarative_base()
+    mirror = Mirror(make_models(base, name).tables, make_projection_models(base, name))
+    made = _records[name] = Records(name, **models, mirror=mirror)
+    _modules[name] = module
+    return made
+
+
+def records_of(name: str) -> Records:
+    """Return the record classes of an application.
+
+    :raises ConfigurationError: when there are none.
+    """
+    if name not in _records:
+        raise ConfigurationError(
+            f"Application {name!r} has no tables: write {name}Records = event_models(__name__, {name!r}) in the "
+            "models.py of an app, with 'from flask_eventsourcing.contrib.django.models import event_models'."
+        )
+    return _records[name]
+
+
+def all_records() -> Mapping[str, Records]:
+    """Return the record classes of all applications."""
+    return dict(_records)

@@ -1,0 +1,125 @@
+"""Units of work that are run again after a conflict, in ``atomic()`` blocks of their own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, overload
+
+from django.db import connections, transaction
+from django.db.utils import Error
+from eventsourcing.persistence import IntegrityError
+
+from ...exceptions import ConfigurationError
+from ...uow import LONGEST_PAUSE, check_times
+from .hosting import site
+from .transactions import DjangoUnit
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NESTED = (
+    "retry_on_conflict is inside another atomic() block of {alias!r}, with which its conflict would be rolled back and "
+    "whose rows it has read: put it around the outermost block. A view of yours has ATOMIC_REQUESTS switched off by "
+    "it, if it is the decorator that stands first."
+)
+
+
+@overload
+def retry_on_conflict(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def retry_on_conflict(*, times: int = 3, using: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def retry_on_conflict(
+    function: Callable[..., Any] | None = None, /, *, times: int = 3, using: str | None = None
+) -> Any:
+    """Run a function in ``atomic(durable=True)``, and again after a conflict; usable as a decorator of views.
+
+    The view gets no transaction from ``ATOMIC_REQUESTS`` then. A conflict is another writer who was first, a
+    serialisation failure or a deadlock. What had one queues for its aggregate before it reads again.
+
+    :param times: how often it is run again, at most.
+    :param using: the alias of the database; by default, that of the only one with events.
+    :raises IntegrityError: after the last try.
+    :raises RuntimeError: inside another ``atomic()``, but for that of a test case, where each try is a savepoint.
+    """
+    check_times(times)
+
+    def decorate(decorated: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(decorated)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return run_again(lambda: decorated(*args, **kwargs), times, using)
+
+        # Django looks for it on what the URL is for, and the setting is not to be read when views are imported.
+        run._non_atomic_requests = _Aliases(using)  # type: ignore[attr-defined]
+        return run
+
+    return decorate if function is None else decorate(function)
+
+
+class _Aliases(set[str]):
+    """The databases for which ``ATOMIC_REQUESTS`` begins no transaction around a view."""
+
+    def __init__(self, using: str | None) -> None:
+        super().__init__(() if using is None else (using,))
+        self._using = using
+
+    def __contains__(self, alias: object) -> bool:
+        return super().__contains__(alias) or (self._using is None and alias == _alias(None))
+
+
+def _alias(using: str | None) -> str:
+    aliases = list(site().databases)
+    if using is None and len(aliases) == 1:
+        return aliases[0]
+    if using not in aliases:
+        raise ConfigurationError(
+            f"retry_on_conflict(using={using!r}): say in which database the events are, one of {aliases!r}."
+        )
+    return using
+
+
+def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any:
+    """Call a function in a block, and again after a conflict, *times* times at most."""
+    alias = _alias(using)
+    blocks: Any = connections[alias].atomic_blocks
+    if blocks and not blocks[-1]._from_testcase:
+        raise RuntimeError(NESTED.format(alias=alias))
+    unit = site().databases[alias].units.current()
+    for tries in range(times + 1):
+        try:
+            with transaction.atomic(using=alias, durable=True):
+                return _queued(unit, function)
+        except (IntegrityError, Error) as error:
+            conflict = _as_conflict(unit, error)
+            if conflict is None:
+                raise
+            if tries == times:
+                conflict.add_note(f"Tried {tries + 1} times.")
+                raise conflict from conflict.__cause__
+        time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
+    raise IntegrityError
+
+
+def _queued(unit: DjangoUnit, function: Callable[[], Any]) -> Any:
+    unit.queue.active = True
+    try:
+        if unit.queue.has_conflicts:
+            with unit.dialect.translated:
+                unit.queue.join_conflicting(unit.connection())
+        return function()
+    finally:
+        unit.queue.active = False
+
+
+def _as_conflict(unit: DjangoUnit, error: Exception) -> IntegrityError | None:
+    """Return the library's error for one after which the unit may be run again, or None for any other."""
+    if isinstance(error, IntegrityError):
+        return error if unit.dialect.is_conflict(error) else None
+    driver_error = error.__cause__
+    if not isinstance(driver_error, Exception) or not unit.dialect.is_serialization_failure(driver_error):
+        return None
+    translated = unit.dialect.translate_driver(driver_error)
+    translated.__cause__ = error
+    return translated if isinstance(translated, IntegrityError) else None

@@ -1,0 +1,102 @@
+"""What applications, projections and commands ask of a unit of work, whatever its host has for a transaction."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+from uuid import UUID
+
+from sqlalchemy.engine import Connection
+
+from ..persistence import Dialect
+from ..persistence.datastore import JoinedUnit
+from ..persistence.dialects.event_tables import EventTable
+from .contended import AggregateQueue
+from .pending import AfterCommit, AfterRollback, Batch, Item, Refusal
+
+
+class PendingEvents(Protocol):
+    """What was noted in a transaction that has not ended."""
+
+    def has_events_of(self, originator_id: UUID | str) -> bool:
+        """Whether there are events of an aggregate."""
+
+
+class Unit(JoinedUnit, ABC):
+    """What was recorded in one datastore in a transaction of the host's, and not yet committed.
+
+    Recorders join it.
+    """
+
+    queue: AggregateQueue
+    _saved: weakref.WeakKeyDictionary[Any, set[Any]]
+
+    @property
+    @abstractmethod
+    def dialect(self) -> Dialect:
+        """How the database of the events is written and read."""
+
+    @property
+    @abstractmethod
+    def pending(self) -> PendingEvents:
+        """What was noted in the transaction."""
+
+    @property
+    @abstractmethod
+    def batches(self) -> Sequence[Batch]:
+        """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+
+    @abstractmethod
+    def connection(self) -> Connection:
+        """The connection of its transaction to the database of the events."""
+
+    @abstractmethod
+    def savepoint(self) -> AbstractContextManager[Any]:
+        """A savepoint in the transaction: released at the end of a ``with`` block, rolled back on an error."""
+
+    @abstractmethod
+    def look(self) -> None:
+        """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+
+    @abstractmethod
+    def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
+        """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
+
+    @abstractmethod
+    def _note(self, item: Item, connection: Connection | None = None) -> None:
+        """Note what is to happen at the end of the transaction, which is a connection's if there is another one."""
+
+    @abstractmethod
+    def _transaction(self, *, begin: bool) -> object | None:
+        """Return what stands for the transaction and is referenced by nobody after it; None where there is none."""
+
+    def on_commit(self, function: Callable[[], None]) -> None:
+        """Call a function once what was done so far is committed; forget it if that is rolled back."""
+        self._note(AfterCommit(function))
+
+    def on_rollback(self, function: Callable[[], None]) -> None:
+        """Call a function if what was done so far is rolled back, or nobody knows; forget it at the commit."""
+        self._note(AfterRollback(function))
+
+    def refuse(self, reason: str, connection: Connection | None = None) -> None:
+        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
+        self._note(Refusal(reason), connection)
+
+    def note_saved(self, originator_ids: Iterable[Any]) -> None:
+        """Note whose events are about to be saved."""
+        transaction = self._transaction(begin=True)
+        if transaction is not None:
+            self._saved.setdefault(transaction, set()).update(originator_ids)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a transaction."""
+        return self._transaction(begin=False) is not None
+
+    def has_saved(self, originator_id: Any) -> bool:
+        """Whether an aggregate was saved in the transaction, be it that its savepoint was rolled back."""
+        transaction = self._transaction(begin=False)
+        return transaction is not None and originator_id in self._saved.get(transaction, ())

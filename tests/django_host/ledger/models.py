@@ -1,0 +1,35 @@
+"""The models of the tests' app."""
+
+from __future__ import annotations
+
+from django.db import models
+
+from flask_eventsourcing.contrib.django.models import event_models
+
+BankRecords = event_models(__name__, "Bank")
+ShopRecords = event_models(__name__, "Shop")
+
+
+class Balance(models.Model):
+    """What a projection writes."""
+
+    account_id = models.UUIDField(primary_key=True)
+    amount = models.IntegerField()
+
+    class Meta:
+        app_label = "ledger"
+
+    def __str__(self) -> str:
+        return f"{self.account_id}: {self.amount}"
+
+
+class Note(models.Model):
+    """A model of the user's beside the events."""
+
+    text = models.TextField()
+
+    class Meta:
+        app_label = "ledger"
+
+    def __str__(self) -> str:
+        return str(self.text)

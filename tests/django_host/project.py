@@ -1,0 +1,74 @@
+"""A Django project for the tests, in this process; each test has a database of its own under an alias of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import django
+import sqlalchemy as sa
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connections
+from django.test import override_settings
+
+DEFAULT = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+SAFE = {"transaction_mode": "IMMEDIATE", "init_command": "PRAGMA journal_mode=WAL;", "timeout": 30}
+ENGINES = {"sqlite": "sqlite3", "postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+
+if not settings.configured:
+    # Not a module, which would set the time zone of the process.
+    settings.configure(
+        DATABASES={"default": DEFAULT},
+        EVENTSOURCING={"Bank": {"APPLICATION": "tests.domain.Bank"}},
+        INSTALLED_APPS=["flask_eventsourcing.contrib.django", "tests.django_host.ledger"],
+        LOGGING_CONFIG=None,
+        MIDDLEWARE=["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"],
+        ROOT_URLCONF="tests.django_host.urls",
+        SECRET_KEY="of the tests",
+        USE_TZ=True,
+    )
+    django.setup()
+
+
+def database_settings(url: str, **further: Any) -> dict[str, Any]:
+    """Return what ``DATABASES`` says of the database of a SQLAlchemy address."""
+    found = sa.make_url(url)
+    backend = found.get_backend_name()
+    options = dict(SAFE) if backend == "sqlite" else dict(found.query)
+    return {
+        "ENGINE": f"django.db.backends.{ENGINES[backend]}",
+        "NAME": found.database,
+        "USER": found.username or "",
+        "PASSWORD": found.password or "",
+        "HOST": found.host or "",
+        "PORT": found.port or "",
+        "OPTIONS": options,
+        **further,
+    }
+
+
+@contextmanager
+def database(alias: str, url: str, **further: Any) -> Iterator[None]:
+    """Within it, Django has a database of that alias, with the tables of the tests' app."""
+    handler: Any = connections
+    found = handler.configure_settings({"default": DEFAULT, alias: database_settings(url, **further)})
+    handler.settings[alias] = found[alias]
+    try:
+        call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
+        yield
+    finally:
+        connections[alias].close()
+        del connections[alias]
+        del handler.settings[alias]
+
+
+@contextmanager
+def applications(**aliases: str) -> Iterator[None]:
+    """Within it, the setting has the tests' applications, each in the database of an alias."""
+    found = {
+        name: {"APPLICATION": f"tests.domain.{name}", "DATABASE": alias, "ENV": {}} for name, alias in aliases.items()
+    }
+    with override_settings(EVENTSOURCING=found):
+        yield

@@ -1,0 +1,262 @@
+"""Events in Django's transactions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django.db.transaction import TransactionManagementError
+from django.test.utils import CaptureQueriesContext
+from eventsourcing.persistence import IntegrityError
+
+from flask_eventsourcing.exceptions import StaleAggregateError
+from flask_eventsourcing.signals import events_recorded
+from tests.django_host.conftest import DjangoBank, UndoneError
+from tests.domain import Account, conflict_with
+
+
+def test_autocommit(site: DjangoBank) -> None:
+    """Without a transaction, what was saved is durable when ``save()`` returns."""
+    account_id = site.opened()
+    assert site.stored() == (1, 0)
+    site.bank.deposit(account_id, 5)
+    assert site.elsewhere(lambda: site.bank.balance(account_id)) == 5
+
+
+def test_commit_with_models(site: DjangoBank) -> None:
+    """Events and models of an ``atomic()`` block are stored together, and nobody sees them before."""
+    with site.atomic():
+        account_id = site.opened()
+        site.note()
+        assert site.bank.balance(account_id) == 0
+        assert site.stored() == (0, 0)
+    assert site.stored() == (1, 1)
+
+
+def test_rollback_with_models(site: DjangoBank) -> None:
+    """An exception takes events and models along."""
+    with site.rolled_back():
+        account_id = site.opened()
+        site.note()
+    assert site.stored() == (0, 0)
+    assert site.bank.balance(account_id) is None
+
+
+def test_rollback_of_an_inner_block(site: DjangoBank) -> None:
+    """The events of an inner block that fails are gone, and those around it are stored."""
+    with site.atomic():
+        account_id = site.opened()
+        with site.rolled_back():
+            site.bank.deposit(account_id, 5)
+        site.bank.deposit(account_id, 7)
+    assert site.elsewhere(lambda: site.bank.balance(account_id)) == 7
+
+
+def test_object_of_a_rollback_is_refused(site: DjangoBank) -> None:
+    """An aggregate whose events were rolled back, in an inner block or in all, cannot be saved."""
+    account = Account("Ada")
+    with site.rolled_back():
+        site.bank.save(account)
+    with pytest.raises(StaleAggregateError):
+        site.bank.save(account)
+    account_id = site.opened()
+    with site.atomic():
+        with site.rolled_back():
+            site.bank.deposit(account_id)
+            read = site.bank.account(account_id)
+        read.deposit(1)
+        with pytest.raises(StaleAggregateError):
+            site.bank.save(read)
+
+
+def test_object_of_a_rollback_is_refused_by_another_thread(site: DjangoBank) -> None:
+    """It is known at once, and in every thread, that an object's events were rolled back."""
+    account = Account("Ada")
+    with site.rolled_back():
+        site.bank.save(account)
+    with pytest.raises(StaleAggregateError):
+        site.elsewhere(lambda: site.bank.save(account))
+
+
+def test_object_of_a_commit_is_saved_again(site: DjangoBank) -> None:
+    """An aggregate that was committed can be changed and saved in the next transaction."""
+    account = Account("Ada")
+    for _ in range(3):
+        with site.atomic():
+            account.deposit(1)
+            site.bank.save(account)
+    assert site.bank.balance(account.id) == 3
+
+
+def test_conflict_marks_the_block(site: DjangoBank) -> None:
+    """After a conflict the block can only be rolled back, as after an error of ``Model.save()``."""
+    account_id = site.opened()
+    save_late = conflict_with(site.bank, account_id)
+    site.bank.deposit(account_id)
+    with site.atomic():
+        site.note()
+        with pytest.raises(IntegrityError, match="Another writer was first"):
+            save_late()
+        assert site.connection.needs_rollback
+        with pytest.raises(TransactionManagementError):
+            site.note()
+        with pytest.raises(TransactionManagementError):
+            site.opened()
+    assert site.stored() == (2, 0)
+
+
+def test_conflict_in_an_inner_block(site: DjangoBank) -> None:
+    """A conflict that is caught around an inner block takes no more than that along."""
+    account_id = site.opened()
+    save_late = conflict_with(site.bank, account_id)
+    site.bank.deposit(account_id)
+    with site.atomic():
+        site.note()
+        with pytest.raises(IntegrityError), site.atomic():
+            save_late()
+        site.bank.deposit(account_id)
+    assert site.stored() == (3, 1)
+
+
+def test_durable_blocks(site: DjangoBank) -> None:
+    """``save()`` is no block that a durable one could not be in, nor one that is durable itself."""
+    with site.atomic(durable=True):
+        site.opened()
+    with site.atomic():
+        site.opened()
+        with pytest.raises(RuntimeError, match="durable"), site.atomic(durable=True):
+            pass
+    assert site.stored() == (2, 0)
+
+
+def test_signal_and_order_of_on_commit(site: DjangoBank) -> None:
+    """``events_recorded`` comes after the commit, between the functions noted before ``save()`` and after it."""
+    told: list[Any] = []
+
+    def receiver(sender: object, notifications: Any, **_: Any) -> None:
+        told.append([each.originator_version for each in notifications])
+        assert site.stored()[0] == 1
+
+    with events_recorded.connected_to(receiver):
+        with site.atomic():
+            transaction.on_commit(lambda: told.append("before"), using=site.alias)
+            site.opened()
+            transaction.on_commit(lambda: told.append("after"), using=site.alias)
+            assert told == []
+        assert told == ["before", [1], "after"]
+        with site.rolled_back():
+            site.opened()
+        assert told == ["before", [1], "after"]
+
+
+def test_failing_on_commit(site: DjangoBank) -> None:
+    """A function of somebody else's that fails after the commit loses no events."""
+    account = Account("Ada")
+
+    def work() -> None:
+        with site.atomic():
+            transaction.on_commit(_fail, using=site.alias)
+            site.bank.save(account)
+
+    with pytest.raises(UndoneError):
+        work()
+    account_id = account.id
+    assert site.stored() == (1, 0)
+    site.bank.deposit(account_id)
+    assert site.stored() == (2, 0)
+
+
+def _fail() -> None:
+    raise UndoneError
+
+
+def test_statements_are_djangos(site: DjangoBank) -> None:
+    """What is read and written appears among Django's queries, and every save has the same number of them."""
+    account_id = site.opened()
+    site.bank.deposit(account_id)
+    counted = []
+    for _ in range(3):
+        with CaptureQueriesContext(site.connection) as queries, site.atomic():
+            site.bank.deposit(account_id)
+        assert any("INSERT INTO" in each["sql"] and "bank_events" in each["sql"] for each in queries.captured_queries)
+        counted.append([each["sql"][:90] for each in queries.captured_queries])
+    assert counted[0] == counted[1] == counted[2]
+
+
+def test_execute_wrapper(site: DjangoBank) -> None:
+    """A wrapper of Django's sees the statements, and what it raises is raised."""
+    site.opened()
+
+    def forbid(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if "bank_events" in sql:
+            raise UndoneError
+        return execute(sql, params, many, context)
+
+    with site.connection.execute_wrapper(forbid), pytest.raises(UndoneError):
+        site.opened()
+    assert site.stored() == (1, 0)
+
+
+def test_many_events_of_one_save(site: DjangoBank) -> None:
+    """A large save is stored whole, and its positions are contiguous."""
+    account = Account("Ada")
+    for _ in range(450):
+        account.deposit(1)
+    with site.atomic():
+        recordings = site.bank.save(account)
+    positions = [each.notification.id for each in recordings]
+    assert positions == list(range(positions[0], positions[0] + 451))
+    assert site.bank.balance(account.id) == 450
+
+
+def test_manual_transactions(site: DjangoBank) -> None:
+    """Where autocommit is switched off, whoever commits or rolls back does it for the events too."""
+    site.connection.set_autocommit(False)
+    try:
+        site.opened()
+        site.note()
+        assert site.stored() == (0, 0)
+        site.connection.rollback()
+        assert site.stored() == (0, 0)
+        site.opened()
+        site.connection.commit()
+        assert site.stored() == (1, 0)
+    finally:
+        site.connection.rollback()
+        site.connection.set_autocommit(True)
+    assert site.stored() == (1, 0)
+
+
+def test_log_is_read_to_its_end(site: DjangoBank) -> None:
+    """The log has all that is committed, in order, whether a transaction is open or not."""
+    for _ in range(3):
+        site.opened()
+    positions = [each.id for each in site.bank.notification_log.select(1, 10)]
+    with site.atomic():
+        site.note()
+        assert [each.id for each in site.bank.notification_log.select(1, 10)] == positions
+    assert len(positions) == 3
+
+
+def test_connection_that_was_closed(site: DjangoBank) -> None:
+    """Between two saves the connection may be closed, as Django does after a request."""
+    account_id = site.opened()
+    site.connection.close()
+    site.bank.deposit(account_id, 2)
+    site.connection.close()
+    assert site.bank.balance(account_id) == 2
+
+
+def test_records_read_through_the_orm(site: DjangoBank) -> None:
+    """The record classes are models: ids, times and metadata come as Python has them."""
+    from tests.django_host.ledger.models import BankRecords
+
+    account_id = site.opened()
+    stored = BankRecords.StoredEvent.objects.using(site.alias).get(originator_id=account_id)
+    assert stored.originator_id == account_id
+    assert stored.recorded_at.tzinfo is not None
+    assert set(stored.metadata) == {"correlation_id"} or stored.correlation_id
+    recorder: Any = site.bank.recorder
+    found = recorder.find_recorded([stored.notification_id])[stored.notification_id]
+    assert (found.event_id, found.time) == (stored.event_id, stored.recorded_at)
