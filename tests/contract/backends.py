@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +41,8 @@ class OnBackend:
     """Gives a ``unittest`` class of the library a database of the kind ``backend``."""
 
     backend: ClassVar[str]
+    makes_datastore: ClassVar[Callable[[sa.Engine, Models], Datastore] | None] = None
+    """Makes the datastore of a host, in the place of one without a host."""
     url: str
 
     @pytest.fixture(autouse=True)
@@ -79,14 +81,18 @@ class OnBackend:
         models = make_models(base, "")
         base.metadata.drop_all(engine)
         base.metadata.create_all(engine)
-        return Datastore(engine), models
+        make = type(self).makes_datastore
+        return Datastore(engine) if make is None else make(engine, models), models
 
 
-def on_each_backend(namespace: dict[str, Any], *cases: type[TestCase], **attributes: Any) -> None:
-    """Add, for each case and each backend, a class to a test module's namespace."""
+def on_each_backend(namespace: dict[str, Any], *cases: type[TestCase], place: str = "On", **attributes: Any) -> None:
+    """Add, for each case and each backend, a class to a test module's namespace.
+
+    :param place: what its name says between the case and the backend.
+    """
     for case in cases:
         for backend in BACKENDS:
-            name = f"Test{case.__name__.removesuffix('TestCase')}On{backend.title().replace('-', '')}"
+            name = f"Test{case.__name__.removesuffix('TestCase')}{place}{backend.title().replace('-', '')}"
             body = {"backend": backend, "__module__": namespace["__name__"], "__test__": True, **attributes}
             if backend in FURTHER:
                 body["pytestmark"] = pytest.mark.long

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
+import zope.sqlalchemy
+from eventsourcing.application import Application
 from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, ProcessRecorder, TrackingRecorder
 from eventsourcing.tests import persistence
+from sqlalchemy import orm
+from transaction import TransactionManager
 
+from flask_eventsourcing.contrib.zope import ZopeHost
+from flask_eventsourcing.models import Models
 from flask_eventsourcing.persistence import (
+    Datastore,
     SQLAlchemyAggregateRecorder,
     SQLAlchemyApplicationRecorder,
     SQLAlchemyProcessRecorder,
@@ -78,3 +86,16 @@ class Processes(OnBackend, persistence.ProcessRecorderTestCase):
 
 
 on_each_backend(globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes)
+
+
+def on_zope(engine: sa.Engine, models: Models) -> Datastore:
+    """Return the datastore of sessions that zope.sqlalchemy has registered, with an explicit manager."""
+    factory = orm.sessionmaker(engine)
+    zope.sqlalchemy.register(factory, transaction_manager=TransactionManager(explicit=True))
+    return ZopeHost(factory, {Application: models}).datastore
+
+
+on_each_backend(
+    globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes,
+    place="WithZopeOn", makes_datastore=staticmethod(on_zope),
+)  # fmt: skip

@@ -5,19 +5,25 @@ from __future__ import annotations
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
+import zope.sqlalchemy
 from eventsourcing.application import Application
 from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import orm
+from transaction import ThreadTransactionManager
 
 from flask_eventsourcing import EventSourcing
+from flask_eventsourcing.contrib.zope import EventSourcing as ZopeEventSourcing
+from flask_eventsourcing.contrib.zope import event_models
 from flask_eventsourcing.persistence import SQLAlchemyApplicationRecorder
 from tests.servers import forget_killed_connections
 
@@ -67,17 +73,112 @@ class Bank(Application[UUID]):
     """The application whose log is stormed."""
 
 
+class Place(ABC):
+    """A host on a database, in which writers save."""
+
+    engine: sa.Engine
+    recorder: SQLAlchemyApplicationRecorder
+    events: sa.Table
+
+    @abstractmethod
+    def working(self) -> AbstractContextManager[object]:
+        """What is around a unit of a writer."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Commit it."""
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Roll it back."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close everything."""
+
+
+class FlaskPlace(Place):
+    """A Flask app."""
+
+    def __init__(self, url: str, engine_options: dict[str, Any]) -> None:
+        self.app = Flask("storm")
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = url
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = engine_options
+        self.db = SQLAlchemy(self.app)
+        self.es = EventSourcing(self.app, db=self.db, application=Bank)
+        with self.app.app_context():
+            self.db.create_all()
+            self.recorder = cast(SQLAlchemyApplicationRecorder, self.es.application.recorder)
+            self.engine = self.db.engine
+            self.events = next(iter(self.es.models.values())).tables["events"]
+
+    def working(self) -> AbstractContextManager[object]:
+        """An application context."""
+        return self.app.app_context()
+
+    def commit(self) -> None:
+        """Commit the session."""
+        self.db.session.commit()
+
+    def rollback(self) -> None:
+        """Roll the session back."""
+        self.db.session.rollback()
+
+    def close(self) -> None:
+        """Close everything."""
+        self.es.close(self.app)
+        self.engine.dispose()
+
+
+class ZopePlace(Place):
+    """Sessions whose transactions a manager commits."""
+
+    def __init__(self, url: str, engine_options: dict[str, Any]) -> None:
+        base = orm.declarative_base()
+        self.engine = sa.create_engine(url, **engine_options)
+        models = event_models(base, "Bank")
+        base.metadata.create_all(self.engine)
+        self.session = orm.scoped_session(orm.sessionmaker(self.engine))
+        self.manager = ThreadTransactionManager()
+        zope.sqlalchemy.register(self.session, transaction_manager=self.manager)
+        self.es = ZopeEventSourcing(Bank, models=models, session=self.session)
+        self.recorder = cast(SQLAlchemyApplicationRecorder, self.es.application.recorder)
+        self.events = models.tables["events"]
+
+    def working(self) -> AbstractContextManager[object]:
+        """A transaction that somebody else commits."""
+        self.manager.begin()
+        return nullcontext()
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        self.manager.commit()
+
+    def rollback(self) -> None:
+        """Abort the transaction."""
+        self.manager.abort()
+
+    def close(self) -> None:
+        """Close everything."""
+        self.es.close()
+        self.engine.dispose()
+
+
+PLACES: dict[str, Callable[[str, dict[str, Any]], Place]] = {"flask": FlaskPlace, "zope": ZopePlace}
+
+
 class Scene:
-    """A Flask app on a database, and the threads that work on it."""
+    """A host on a database, and the threads that work on it."""
 
     def __init__(
         self,
         url: str,
         seconds: float,
         longest_pause: float,
-        unprotected: Callable[[EventSourcing], None] | None,
+        unprotected: Callable[[Any], None] | None,
         engine_options: dict[str, Any],
         kills: bool,
+        host: str,
     ) -> None:
         self.longest_pause = longest_pause
         self.kills = kills
@@ -86,23 +187,16 @@ class Scene:
         self.calm = threading.Event()
         self.seconds = seconds
         self.shared = [uuid4() for _ in range(4)]
-        self.app = Flask("storm")
-        self.app.config["SQLALCHEMY_DATABASE_URI"] = url
-        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": WRITERS + 8, "max_overflow": 8, **engine_options}
-        self.db = SQLAlchemy(self.app)
-        self.es = EventSourcing(self.app, db=self.db, application=Bank)
-        with self.app.app_context():
-            self.db.create_all()
-            self.recorder = cast(SQLAlchemyApplicationRecorder, self.es.application.recorder)
-            self.engine = self.db.engine
-            if unprotected is not None:
-                unprotected(self.es)
+        self.place = PLACES[host](url, {"pool_size": WRITERS + 8, "max_overflow": 8, **engine_options})
+        self.recorder, self.engine = self.place.recorder, self.place.engine
+        if unprotected is not None:
+            unprotected(self.recorder)
 
     def write(self, number: int) -> None:
         """Save, pause, save again, and commit, roll back or fail, until the storm is over."""
         chance = random.Random(number)
         while not self.stop.is_set():
-            with self.app.app_context():
+            with self.place.working():
                 try:
                     self._unit(chance)
                 except IntegrityError:
@@ -118,7 +212,7 @@ class Scene:
     def _give_up(self) -> None:
         # The connection may be killed while it rolls back.
         with suppress(sa.exc.SQLAlchemyError):
-            self.db.session.rollback()
+            self.place.rollback()
 
     def _unit(self, chance: random.Random) -> None:
         blocks = []
@@ -128,10 +222,10 @@ class Scene:
             time.sleep(chance.uniform(0, self.longest_pause))
         time.sleep(chance.uniform(0, self.longest_pause))
         if chance.random() < ROLLED_BACK:
-            self.db.session.rollback()
+            self.place.rollback()
             self.storm.count("rolled back")
             return
-        self.db.session.commit()
+        self.place.commit()
         self.storm.count("committed")
         self.storm.blocks.extend(blocks)
 
@@ -198,9 +292,9 @@ class Scene:
         self.calm.set()
         for thread in readers:
             thread.join()
-        with self.app.app_context():
-            order = self.es.StoredEvent.notification_id
-            self.storm.stored = list(self.db.session.scalars(sa.select(order).order_by(order)))
+        order = self.place.events.c.notification_id
+        with self.engine.connect() as connection:
+            self.storm.stored = list(connection.scalars(sa.select(order).order_by(order)))
         return self.storm
 
 
@@ -234,15 +328,15 @@ def scene(
     seconds: float,
     *,
     longest_pause: float = LONGEST_PAUSE,
-    unprotected: Callable[[EventSourcing], None] | None = None,
+    unprotected: Callable[[Any], None] | None = None,
     engine_options: dict[str, Any] | None = None,
     kills: bool = True,
+    host: str = "flask",
 ) -> Iterator[Scene]:
     """A scene, whose connections are closed at the end."""
-    made = Scene(url, seconds, longest_pause, unprotected, engine_options or {}, kills)
+    made = Scene(url, seconds, longest_pause, unprotected, engine_options or {}, kills, host)
     try:
         yield made
     finally:
-        made.es.close()
-        made.engine.dispose()
+        made.place.close()
         forget_killed_connections()

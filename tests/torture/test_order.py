@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from eventsourcing.persistence import StoredEvent
 
-from flask_eventsourcing import EventSourcing
-from tests.torture.storm import Storm, scene
+from tests.torture.storm import PLACES, Storm, scene
 
 DATABASES = ["postgres_url", "mariadb_url"]
 
@@ -24,9 +23,8 @@ def check(storm: Storm) -> None:
     assert len(storm.stored) > storm.counts["committed"]
 
 
-def without_protection(es: EventSourcing) -> None:
+def without_protection(recorder: Any) -> None:
     """Read without a high-water mark on PostgreSQL, and let the database draw the positions on MariaDB."""
-    recorder: Any = es.application.recorder
     dialect = recorder.dialect
     dialect.high_water_mark = lambda *args, **kwargs: None
     if dialect.engine.dialect.name == "mysql":
@@ -38,12 +36,13 @@ def without_protection(es: EventSourcing) -> None:
         dialect.append = append
 
 
+@pytest.mark.parametrize("host", PLACES)
 @pytest.mark.parametrize("database", DATABASES)
-def test_nothing_is_skipped(database: str, request: pytest.FixtureRequest) -> None:
+def test_nothing_is_skipped(database: str, host: str, request: pytest.FixtureRequest) -> None:
     """Readers see every stored event once and in order while writers pause, collide, roll back and are killed."""
-    # Writers on MariaDB take turns, so shorter pauses let as much happen.
-    pause = 0.02 if database == "postgres_url" else 0.004
-    with scene(request.getfixturevalue(database), seconds=6, longest_pause=pause) as storm:
+    # Writers on MariaDB take turns, so shorter pauses and more time let as much happen.
+    pause, seconds = (0.02, 6) if database == "postgres_url" else (0.004, 10)
+    with scene(request.getfixturevalue(database), seconds=seconds, longest_pause=pause, host=host) as storm:
         check(storm.run())
         assert storm.storm.counts["kills"] > 0
 

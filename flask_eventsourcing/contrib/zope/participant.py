@@ -115,7 +115,8 @@ class Participant:
         """
         self._unit.gate.check()
         # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
-        self._unit.shared.asked = bool(self._unit.pending)
+        if self._unit.pending:
+            self._unit.shared.asked = True
 
     def commit(self, transaction: Any) -> None:
         """Do nothing: zope.sqlalchemy commits."""

@@ -1,0 +1,51 @@
+"""The Pyramid application that servers run; its import uses the database, and constructs the bank, before any fork."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+from uuid import UUID
+
+from tests.domain import Bank
+from tests.pyramid_site.site import VETO, PyramidSite
+
+CONSTRUCTED: list[int] = []
+
+
+class ServedBank(Bank):
+    """A bank that knows the process in which it was constructed."""
+
+    name = "Bank"
+
+    def __init__(self, env: Any = None) -> None:
+        super().__init__(env=env)
+        CONSTRUCTED.append(os.getpid())
+
+
+def answer(request: Any) -> dict[str, Any]:
+    """Pay in, and tell who has answered."""
+    if request.method == "POST":
+        account_id = UUID(request.path_info.rpartition("/")[2])
+        request.eventsourcing[ServedBank].deposit(account_id)
+    return {"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid())}
+
+
+def add_views(config: Any) -> None:
+    """Add the view that pays in."""
+    config.add_route("deposit", "/deposit/{id}")
+    config.add_view(answer, route_name="deposit", renderer="json")
+
+
+site = PyramidSite(
+    os.environ["DATABASE_URL"], application=ServedBank, configure=add_views, **{**VETO, "retry.attempts": "50"}
+)
+site.view = answer
+app = site.app
+# As a module may do that has something to look up.
+site.es.construct()
+
+if __name__ == "__main__":
+    from waitress import serve
+
+    serve(app, listen=f"127.0.0.1:{sys.argv[1]}")
