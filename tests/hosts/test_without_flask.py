@@ -14,10 +14,10 @@ LEFT_OUT = "not postgres and not mariadb and not without_flask"
 """What needs a server, and this module itself."""
 FILES = (
     "tests/hosts",
-    "tests/contract/test_recorders.py",
-    "tests/contract/test_factory.py",
-    "tests/unit/test_lifecycle.py",
-    "tests/unit/test_lifecycle_fork.py",
+    pytest.param("tests/contract/test_recorders.py", marks=pytest.mark.long),
+    pytest.param("tests/contract/test_factory.py", marks=pytest.mark.long),
+    pytest.param("tests/unit/test_lifecycle.py", marks=pytest.mark.long),
+    pytest.param("tests/unit/test_lifecycle_fork.py", marks=pytest.mark.long),
 )
 
 
