@@ -23,7 +23,8 @@ def test_once(): pass
 
 
 @pytest.mark.parametrize(
-    ("workers", "variables", "passed"), [("2", {}, 2), ("0", {"LONG": "1"}, 4), ("0", {"REQUIRE_SERVERS": "1"}, 4)]
+    ("workers", "variables", "passed"),
+    [("2", {}, 2), ("0", {"LONG": "1"}, 4), pytest.param("0", {"REQUIRE_SERVERS": "1"}, 4, marks=pytest.mark.long)],
 )
 def test_long_tests(workers: str, variables: dict[str, str], passed: int, tmp_path: Path) -> None:
     """A run leaves out the long tests and says in one line how many and how they run, or runs all where it is told."""

@@ -16,10 +16,10 @@ FILES = (
     "tests/hosts",
     "tests/pyramid_site",
     "examples/pyramid_site",
-    "tests/contract/test_recorders.py",
-    "tests/contract/test_factory.py",
-    "tests/unit/test_lifecycle.py",
-    "tests/unit/test_lifecycle_fork.py",
+    pytest.param("tests/contract/test_recorders.py", marks=pytest.mark.long),
+    pytest.param("tests/contract/test_factory.py", marks=pytest.mark.long),
+    pytest.param("tests/unit/test_lifecycle.py", marks=pytest.mark.long),
+    pytest.param("tests/unit/test_lifecycle_fork.py", marks=pytest.mark.long),
 )
 
 

@@ -85,10 +85,10 @@ def test_autogenerate_creates_the_tables_and_then_finds_nothing(uri: str, folder
     assert inspect(uri) == set()
     flask(folder, uri, "db upgrade")
     assert inspect(uri) == TABLES
-    output = flask(folder, uri, "db check", "eventsourcing check", "db migrate -m second")
-    assert "No changes in schema detected" in output
+    assert "No changes in schema detected" in flask(folder, uri, "db migrate -m second")
     assert list(versions.glob("*.py")) == [generated]
-    flask(folder, uri, "db downgrade base")
+    # After a migrate in the same process, Flask-Migrate has nothing to check.
+    flask(folder, uri, "eventsourcing check", "db check", "db downgrade base")
     assert inspect(uri) == set()
 
 
