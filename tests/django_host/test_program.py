@@ -1,0 +1,203 @@
+"""The program of the documentation, word for word, in a project that ``startproject`` has made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract.backends import url_for
+from tests.django_host.conftest import DATABASES
+from tests.django_host.project import database_settings
+from tests.source import ROOT
+
+SETTINGS = """
+INSTALLED_APPS += ["flask_eventsourcing.contrib.django", "bank"]
+MIDDLEWARE += ["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"]
+EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank"}}     # "DATABASE": "default", "ENV": {}
+"""
+DOMAIN = """
+from eventsourcing.application import Application
+from eventsourcing.domain import Aggregate, event
+
+
+class Account(Aggregate):
+    class Opened(Aggregate.Created):
+        owner: str
+
+    @event(Opened)
+    def __init__(self, owner):
+        self.owner = owner
+
+
+class Bank(Application):
+    def open_account(self, owner):
+        account = Account(owner)
+        self.save(account)
+        return account
+"""
+MODELS = """
+from django.db import models
+from flask_eventsourcing.contrib.django.models import event_models
+
+BankRecords = event_models(__name__, "Bank")
+
+
+class Balance(models.Model):
+    account_id = models.UUIDField(primary_key=True)
+    amount = models.IntegerField()
+"""
+VIEWS = """
+from django.db import transaction
+from django.http import JsonResponse
+from django.views.decorators.http import require_POST
+from flask_eventsourcing.contrib.django import get_application
+
+from bank.domain import Bank
+
+
+@require_POST
+@transaction.atomic
+def open_account(request):
+    account = get_application(Bank).open_account(request.POST["owner"])
+    return JsonResponse({"id": str(account.id)}, status=201)
+"""
+PROJECTIONS = """
+from flask_eventsourcing.contrib.django.projections import ModelProjection, on, projection
+
+from bank.domain import Account
+from bank.models import Balance
+
+
+@projection(of="Bank")
+class Balances(ModelProjection):
+    models = [Balance]
+
+    @on(Account.Opened)
+    def opened(self, event):
+        Balance.objects.create(account_id=event.originator_id, amount=0)
+"""
+URLS = """
+from bank.views import open_account
+from django.urls import path
+
+urlpatterns = [path("accounts", open_account)]
+"""
+REQUEST = """
+from bank.models import Balance
+from django.test import Client
+answer = Client(headers={"host": "localhost"}).post("/accounts", {"owner": "Ada"})
+print(answer.status_code, len(answer.json()["id"]))
+"""
+BALANCES = """
+from bank.models import Balance, BankRecords
+print([(each.account_id == event.originator_id, each.amount) for each, event in
+       zip(Balance.objects.all(), BankRecords.StoredEvent.objects.all())])
+"""
+
+
+class Project:
+    """A project in a folder, whose commands are run in processes of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run("-m", "django", "startproject", "site_of_bank", ".")
+        self.run("manage.py", "startapp", "bank")
+
+    def run(self, *command: str, status: int = 0) -> str:
+        """Run a command of Python's, with warnings as errors, and return what it prints."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment.pop("DJANGO_SETTINGS_MODULE", None)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *command],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, f"{command}: {done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def manage(self, *command: str, status: int = 0) -> str:
+        """Run a command of ``manage.py``."""
+        return self.run("manage.py", *command, status=status)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the project."""
+        (self.folder / name).write_text(text)
+
+    def append(self, name: str, text: str) -> None:
+        """Append to one."""
+        with (self.folder / name).open("a") as file:
+            file.write(text)
+
+
+def bank_project(folder: Path, databases: dict[str, Any] | None = None) -> Project:
+    """Make the documentation's project."""
+    project = Project(folder)
+    if databases is not None:
+        project.append("site_of_bank/settings.py", f"\nDATABASES = {databases!r}\n")
+    project.append("site_of_bank/settings.py", SETTINGS)
+    for name, text in (("domain", DOMAIN), ("models", MODELS), ("views", VIEWS), ("projections", PROJECTIONS)):
+        project.write(f"bank/{name}.py", text)
+    project.write("site_of_bank/urls.py", URLS)
+    return project
+
+
+@pytest.mark.parametrize("backend", ["startproject", *DATABASES])
+def test_program(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The documentation's program works from ``startproject`` on, and ``makemigrations`` has nothing to do then."""
+    found = None
+    if backend != "startproject":
+        found = {"default": database_settings(url_for(backend, tmp_path, request))}
+    project = bank_project(tmp_path, found)
+    project.manage("makemigrations", "bank")
+    project.manage("migrate")
+    said = project.manage("check", "--database", "default")
+    assert ("W003" in said) == (backend == "startproject")
+    assert "no issues" in said or backend == "startproject"
+    project.manage("makemigrations", "--check")
+    assert "201 36" in project.manage("shell", "-v", "0", "-c", REQUEST)
+    project.manage("eventsourcing", "run", "--once")
+    assert "[(True, 0)]" in project.manage("shell", "-v", "0", "-c", BALANCES)
+
+
+def test_nothing_is_constructed_by_commands(tmp_path: Path) -> None:
+    """Management commands that do not use the applications construct none, and ask no database."""
+    project = bank_project(tmp_path)
+    project.append(
+        "bank/domain.py", "\n\nclass Bank(Bank):\n    def __init__(self, env=None):\n        raise SystemExit(9)\n"
+    )
+    project.manage("makemigrations", "bank")
+    project.manage("check")
+    assert not (tmp_path / "db.sqlite3").exists() or (tmp_path / "db.sqlite3").stat().st_size == 0
+
+
+def test_checks(tmp_path: Path) -> None:
+    """What is wrong with the setting is said by ``check``, with an id and a hint."""
+    project = bank_project(tmp_path)
+    settings = (tmp_path / "site_of_bank/settings.py").read_text()
+    wrong = {
+        "EVENTSOURCING = []": "E001",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "DB": "x"}}': "E001",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "DATABASE": "other"}}': "E001",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Nope"}}': "E002",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Account"}}': "E002",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "ENV": {"CIPHR_KEY": "x"}}}': "E002",
+        'EVENTSOURCING = {"Shop": {"APPLICATION": "bank.domain.Bank"}}': "E002",
+    }
+    for line, code in wrong.items():
+        project.write("site_of_bank/settings.py", f"{settings}\n{line}\n")
+        said = project.manage("check", status=1)
+        assert f"eventsourcing.{code}" in said, said
+        assert "HINT" in said
+    project.write("site_of_bank/settings.py", f"{settings}\ndel EVENTSOURCING\n")
+    assert "W001" in project.manage("check")
+    project.write("site_of_bank/settings.py", settings)
+    project.write("bank/models.py", MODELS.replace('BankRecords = event_models(__name__, "Bank")', ""))
+    assert "E003" in project.manage("check", status=1)
