@@ -19,7 +19,8 @@ from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all
-from .lending import Borrowed, driver_errors
+from .lending import Borrowed
+from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
 
 

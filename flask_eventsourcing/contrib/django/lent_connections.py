@@ -1,0 +1,208 @@
+"""Cursors and connections of Django's as a driver's, with the driver's own errors."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from django.db import Error
+
+from ...persistence.dialects import DIALECTS
+
+MARK = "?"
+"""That of the one database whose statements Django converts."""
+_QUOTED_OR_MARK = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\?(\d*)|%")
+
+
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Raise the driver's error in the place of the one that Django has made of it."""
+    found: BaseException | None = None
+    try:
+        yield
+    except Error as error:
+        found = error.__cause__
+        if found is None:
+            # Django's own, as in a broken transaction.
+            raise
+    if found is not None:
+        # Out of the handler, so that no error refers to itself.
+        raise found
+
+
+@lru_cache(500)
+def formatted(statement: str) -> tuple[str, Sequence[int]]:
+    """Return a statement with the marks that Django's cursors take, and which parameter belongs to each."""
+    order: list[int] = []
+
+    def replace(found: re.Match[str]) -> str:
+        text = found[0]
+        if not text.startswith("?"):
+            return text.replace("%", "%%")
+        # As the database counts: one more than the largest so far.
+        order.append(int(found[1]) - 1 if found[1] else max(order, default=-1) + 1)
+        return "%s"
+
+    return _QUOTED_OR_MARK.sub(replace, statement), order
+
+
+class LentCursor:
+    """A cursor of Django's, with what SQLAlchemy calls.
+
+    :param cursor: the one of ``connection.cursor()``.
+    :param marks: whether statements come with marks that Django does not take.
+    :param before: called with each statement before it is run.
+    """
+
+    format: Any = None
+    """Set by who wants binary values; Django's cursor decides by itself."""
+
+    def __init__(self, cursor: Any, *, marks: bool, before: Callable[[str], None] | None = None) -> None:
+        self._cursor = cursor
+        self._marks = marks
+        self._before = before
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """Run a statement.
+
+        :raises TransactionManagementError: where Django refuses one.
+        """
+        if self._before is not None:
+            self._before(statement)
+        if self._marks:
+            statement, order = formatted(statement)
+            parameters = tuple(parameters[number] for number in order)
+        with driver_errors():
+            return self._cursor.execute(statement, parameters)
+
+    def executemany(self, statement: str, rows: Sequence[Any]) -> Any:
+        """Run a statement for each row of parameters."""
+        if self._before is not None:
+            self._before(statement)
+        if self._marks:
+            statement, order = formatted(statement)
+            rows = [tuple(row[number] for number in order) for row in rows]
+        with driver_errors():
+            return self._cursor.executemany(statement, rows)
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        with driver_errors():
+            return self._cursor.fetchone()
+
+    def fetchmany(self, *size: int) -> Any:
+        """Return the next rows."""
+        with driver_errors():
+            return self._cursor.fetchmany(*size)
+
+    def fetchall(self) -> Any:
+        """Return the rows that are left."""
+        with driver_errors():
+            return self._cursor.fetchall()
+
+    def close(self) -> None:
+        """Close the cursor."""
+        with driver_errors():
+            self._cursor.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+class LentConnection:
+    """A thread's connection of Django's, in the place of a driver's; its transactions are Django's.
+
+    :param wrapper: ``django.db.connections[alias]``.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = weakref.ref(wrapper)
+        self._marks = DIALECTS[wrapper.vendor].mark == MARK
+
+    @property
+    def wrapper(self) -> Any:
+        """The connection of Django's."""
+        wrapper = self._wrapper()
+        if wrapper is None:
+            raise ReferenceError("The thread or the task is gone whose connection this was.")
+        return wrapper
+
+    def cursor(self, *_: Any, **__: Any) -> LentCursor:
+        """Return a cursor, made by Django."""
+        with driver_errors():
+            return LentCursor(self.wrapper.cursor(), marks=self._marks)
+
+    def begin(self) -> None:
+        """Leave that to Django."""
+
+    def commit(self) -> None:
+        """Leave that to Django."""
+
+    def rollback(self) -> None:
+        """Leave that to Django."""
+
+    def close(self) -> None:
+        """Leave that to Django."""
+
+    def isolate(self, level: str | None) -> None:
+        """Leave that to Django."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapper.connection, name)
+
+
+class OwnConnection(LentConnection):
+    """Another connection with the settings of a thread's: for what must not be in the thread's transaction."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._copy = wrapper.copy()
+        # It may be held for others, as that with the locks of runners is.
+        self._copy.inc_thread_sharing()
+        super().__init__(self._copy)
+        self._commits_each = self._is_begun = False
+        self._needs_transaction = DIALECTS[wrapper.vendor].needs_transaction
+        with driver_errors():
+            self._copy.ensure_connection()
+
+    def cursor(self, *_: Any, **__: Any) -> LentCursor:
+        """Return a cursor, whose first statement begins the transaction if it has to be in one."""
+        with driver_errors():
+            return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
+
+    def isolate(self, level: str | None) -> None:
+        """Commit each statement, or not."""
+        self._commits_each = level == "AUTOCOMMIT"
+
+    def begin(self) -> None:
+        """Begin a transaction with the first statement."""
+        self._is_begun = not self._commits_each
+
+    def _begin(self, statement: str) -> None:
+        if self._is_begun and self._needs_transaction(statement) and self._copy.get_autocommit():
+            self._is_begun = False
+            with driver_errors():
+                self._copy.set_autocommit(False, force_begin_transaction_with_broken_autocommit=True)
+
+    def commit(self) -> None:
+        """Commit, if there is a transaction."""
+        self._end(self._copy.commit)
+
+    def rollback(self) -> None:
+        """Roll back, if there is a transaction."""
+        self._end(self._copy.rollback)
+
+    def _end(self, end: Callable[[], None]) -> None:
+        self._is_begun = False
+        if self._copy.connection is not None and not self._copy.get_autocommit():
+            with driver_errors():
+                end()
+                self._copy.set_autocommit(True)
+
+    def close(self) -> None:
+        """Close it."""
+        with driver_errors():
+            self._copy.close()
