@@ -15,6 +15,8 @@ LEFT_OUT = "not postgres and not mariadb and not without_flask"
 FILES = (
     "tests/hosts",
     "tests/pyramid_site",
+    "tests/django_host/test_requests.py",
+    "tests/django_host/test_transactions.py",
     "examples/pyramid_site",
     pytest.param("tests/contract/test_recorders.py", marks=pytest.mark.long),
     pytest.param("tests/contract/test_factory.py", marks=pytest.mark.long),
@@ -25,7 +27,7 @@ FILES = (
 
 @pytest.mark.parametrize("file", FILES)
 def test_without_flask(file: str) -> None:
-    """Scripts, Zope's transactions and Pyramid get recorders, units of work and a lifecycle as a Flask app does."""
+    """Scripts, Zope's transactions, Pyramid and Django get what a Flask app gets, recorders, units and a lifecycle."""
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     # What needs a server has run in this process; there is no second one in that.

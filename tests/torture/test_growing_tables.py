@@ -115,8 +115,7 @@ def columns_come(database: str, url: str, folder: Path, rows: int) -> None:
     """Migrate a table with so many rows while writers write."""
     (folder / "bank.py").write_text(APP)
     engine = sa.create_engine(url, poolclass=sa.NullPool)
-    flask(folder, url, "db", "init")
-    flask(folder, url, "eventsourcing", "init-db")
+    flask(folder, url, "db init", "eventsourcing init-db")
     with engine.begin() as connection:
         for table, names in COLUMNS.items():
             for name in names:
@@ -124,16 +123,16 @@ def columns_come(database: str, url: str, folder: Path, rows: int) -> None:
         if database == "mysql":
             connection.exec_driver_sql(f"SET max_recursive_iterations = {rows + 1}")
         connection.execute(sa.text(FILL[database]), {"rows": rows})
-    flask(folder, url, "db", "migrate", "-m", "metadata", **SETTINGS)
+    flask(folder, url, "db migrate -m metadata", **SETTINGS)
     if database == "postgresql":
         options = {"options": f"-c lock_timeout={LOCK_TIMEOUT}s"}
         url = sa.make_url(url).update_query_dict(options).render_as_string(hide_password=False)
     with writing(folder, url) as lines:
-        flask(folder, url, "db", "upgrade", **SETTINGS)
+        flask(folder, url, "db upgrade", **SETTINGS)
     assert lines[:PROCESSES] == ["ready"] * PROCESSES
     assert [line for line in lines if line.startswith("failed")] == []
     told = {tuple(line.split()) for line in lines[PROCESSES:]}
-    flask(folder, url, "db", "check", **SETTINGS)
+    flask(folder, url, "db check", **SETTINGS)
     with engine.connect() as connection:
         found = connection.exec_driver_sql(
             f"SELECT originator_id, originator_version FROM bank_events WHERE notification_id > {rows}"
