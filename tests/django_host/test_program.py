@@ -13,80 +13,10 @@ import pytest
 from tests.contract.backends import url_for
 from tests.django_host.conftest import DATABASES
 from tests.django_host.project import database_settings
+from tests.docs.pages import files
 from tests.source import ROOT
 
-SETTINGS = """
-INSTALLED_APPS += ["flask_eventsourcing.contrib.django", "bank"]
-MIDDLEWARE += ["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"]
-EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank"}}     # "DATABASE": "default", "ENV": {}
-"""
-DOMAIN = """
-from eventsourcing.application import Application
-from eventsourcing.domain import Aggregate, event
-
-
-class Account(Aggregate):
-    class Opened(Aggregate.Created):
-        owner: str
-
-    @event(Opened)
-    def __init__(self, owner):
-        self.owner = owner
-
-
-class Bank(Application):
-    def open_account(self, owner):
-        account = Account(owner)
-        self.save(account)
-        return account
-"""
-MODELS = """
-from django.db import models
-from flask_eventsourcing.contrib.django.models import event_models
-
-BankRecords = event_models(__name__, "Bank")
-
-
-class Balance(models.Model):
-    account_id = models.UUIDField(primary_key=True)
-    amount = models.IntegerField()
-"""
-VIEWS = """
-from django.db import transaction
-from django.http import JsonResponse
-from django.views.decorators.http import require_POST
-from flask_eventsourcing.contrib.django import get_application
-
-from bank.domain import Bank
-
-
-@require_POST
-@transaction.atomic
-def open_account(request):
-    account = get_application(Bank).open_account(request.POST["owner"])
-    return JsonResponse({"id": str(account.id)}, status=201)
-"""
-PROJECTIONS = """
-from flask_eventsourcing.contrib.django.projections import ModelProjection, on, projection
-
-from bank.domain import Account
-from bank.models import Balance
-
-
-@projection(of="Bank")
-class Balances(ModelProjection):
-    models = [Balance]
-
-    @on(Account.Opened)
-    def opened(self, event):
-        Balance.objects.create(account_id=event.originator_id, amount=0)
-"""
-URLS = """
-from bank.views import open_account
-from django.urls import path
-
-urlpatterns = [path("accounts", open_account)]
-"""
+FILES = files(ROOT / "docs" / "django.md", "project")
 REQUEST = """
 from bank.models import Balance
 from django.test import Client
@@ -142,10 +72,11 @@ def bank_project(folder: Path, databases: dict[str, Any] | None = None) -> Proje
     project = Project(folder)
     if databases is not None:
         project.append("site_of_bank/settings.py", f"\nDATABASES = {databases!r}\n")
-    project.append("site_of_bank/settings.py", SETTINGS)
-    for name, text in (("domain", DOMAIN), ("models", MODELS), ("views", VIEWS), ("projections", PROJECTIONS)):
-        project.write(f"bank/{name}.py", text)
-    project.write("site_of_bank/urls.py", URLS)
+    for name, text in FILES.items():
+        if name == "settings.py":
+            project.append("site_of_bank/settings.py", text)
+        else:
+            project.write(name if "/" in name else f"site_of_bank/{name}", text)
     return project
 
 
@@ -199,5 +130,5 @@ def test_checks(tmp_path: Path) -> None:
     project.write("site_of_bank/settings.py", f"{settings}\ndel EVENTSOURCING\n")
     assert "W001" in project.manage("check")
     project.write("site_of_bank/settings.py", settings)
-    project.write("bank/models.py", MODELS.replace('BankRecords = event_models(__name__, "Bank")', ""))
+    project.write("bank/models.py", FILES["bank/models.py"].replace('BankRecords = event_models(__name__, "Bank")', ""))
     assert "E003" in project.manage("check", status=1)

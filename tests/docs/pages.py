@@ -10,6 +10,8 @@ A comment in the line above a fenced block says what the block is:
     the same on PostgreSQL, where the page's other blocks are run too;
 ``<!-- from: bank.py -->``
     lines of a file that stands elsewhere;
+``<!-- project: bank/models.py -->``
+    a file, or lines, of the Django project that ``tests/django_host/test_program.py`` makes;
 ``<!-- console -->``
     commands and what they print.
 """
@@ -54,7 +56,7 @@ def program(page: Path, marks: set[str]) -> str:
     return text
 
 
-def files(page: Path) -> dict[str, str]:
+def files(page: Path, kind: str = "file") -> dict[str, str]:
     """Return the files that a page shows, by their names."""
-    shown = [block for block in blocks(page, "python") if block.mark.startswith("file: ")]
-    return {block.mark.removeprefix("file: "): block.code for block in shown}
+    shown = [block for block in blocks(page, "python") if block.mark.startswith(f"{kind}: ")]
+    return {block.mark.removeprefix(f"{kind}: "): block.code for block in shown}

@@ -98,7 +98,7 @@ def test_every_example_is_checked(page: Path) -> None:
     """No example is left out: each is run, is a file that a test runs, or stands in such a file as it is shown."""
     for block in blocks(page, "python"):
         kind, _, argument = block.mark.partition(": ")
-        assert kind in {"file", "from", "run"}, f"{page.name}:{block.line} has no mark"
+        assert kind in {"file", "from", "project", "run"}, f"{page.name}:{block.line} has no mark"
         if kind == "from":
             whole = {**SHOWN, **files(README), **files(page)}[argument]
             assert block.code in whole, f"{page.name}:{block.line} is not in {argument}"

@@ -462,7 +462,8 @@ def make_zope_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDesk
     base = orm.declarative_base()
     engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
     settings = Config.from_mapping(config)
-    options = DialectOptions(**{name: getattr(settings, name) for name in DialectOptions.settings()})
+    given = {name: getattr(settings, name) for name in DialectOptions.settings()}
+    options = DialectOptions(program=PlainDesk.program, **given)
     balance, seen = make_models(base, id_type)
     models = zope_models(base, "Bank", schema=settings.schema)
     maker = orm.sessionmaker(engine)
