@@ -91,7 +91,7 @@ style: $(STAMP) $(TYPES_STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	PATH="$(BIN):$$PATH" $(BIN)/pyright --verifytypes flask_eventsourcing --ignoreexternal
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.typing.verify
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(MINIMUM_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results

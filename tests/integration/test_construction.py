@@ -73,7 +73,7 @@ def test_apps_leave_no_connection_to_postgresql(postgres_url: str) -> None:
     for _ in range(10):
         use_and_close(postgres_url)
     site = make_site(postgres_url, create=False)
-    assert connections(site) == 1
+    assert connections(site, 1) == 1
     site.close()
 
 
