@@ -139,12 +139,9 @@ def take(stages: Stages, program: Sequence[Step], setting: Setting) -> None:
 
 def check(stages: Stages, host: str, drawn: Collection[str], number: int, *, always_the_same: bool) -> None:
     """Run drawn programs."""
-    # With Zope's transactions, what a refused commit or a closed session leaves of a unit within a unit is not as it is
-    # elsewhere yet: no blocks in blocks are drawn there.
-    depth = 1 if host.startswith("zope") else 2
 
     @settings(SETTINGS, max_examples=number, derandomize=always_the_same)
-    @given(steps(drawn, depth), situations(host))
+    @given(steps(drawn), situations(host))
     def run(program: list[Step], setting: Setting) -> None:
         take(stages, program, setting)
 

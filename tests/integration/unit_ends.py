@@ -86,7 +86,8 @@ class Ending(Saving):
             commit()
         except TOLD as error:
             if self._units.depth:
-                truth.odd |= bool(self._units.begun)
+                # After a refused commit of the connection's, SQLAlchemy takes the transaction for a failed one.
+                truth.odd |= bool(self._units.begun) or level == "connection"
                 return error
             has_reason = aborted or truth.odd or truth.overtaken or self._units.conflicts
             holds(level != "orm" or bool(has_reason), f"a commit failed without a reason: {error!r}")
@@ -95,7 +96,8 @@ class Ending(Saving):
             raise
         if self._units.depth:
             # The package may not know the connection of a unit that has saved nothing.
-            is_unseen = level in ("text", "driver") or (level == "connection" and not saved)
+            # With a manager of transactions, a closed session leaves one behind in which nothing takes part.
+            is_unseen = level in ("text", "driver") or (not saved and (level == "connection" or not self.stage.begins))
             holds(is_unseen, f"a commit by the {level} was carried out within a unit of work")
             self._units.was_halved = True
         odd = self._is_odd_after(level)
