@@ -19,6 +19,9 @@ from tests.servers import ServerFolder, require
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
+# Here, before any test is collected: tests of several folders import these, whose asserts show what was compared.
+pytest.register_assert_rewrite("tests.workers.checks", "tests.workers.serving")
+
 FOLDER = pytest.StashKey[ServerFolder]()
 LEFT_OUT = pytest.StashKey[int]()
 WORKER_KEY = "server_folder"
@@ -26,11 +29,9 @@ COUNT_KEY = "left_out"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take the run's folder from the controller, or make it; name the modules whose asserts are rewritten."""
+    """Take the run's folder from the controller, or make it."""
     worker_input: dict[str, str] | None = getattr(config, "workerinput", None)
     config.stash[FOLDER] = ServerFolder(Path(worker_input[WORKER_KEY])) if worker_input else ServerFolder.create()
-    # Here, as tests of several folders import these modules, whose asserts show what was compared.
-    pytest.register_assert_rewrite("tests.workers.checks", "tests.workers.serving")
 
 
 @pytest.hookimpl(optionalhook=True)
