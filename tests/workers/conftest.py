@@ -9,10 +9,7 @@ import pytest
 
 from tests.servers import ServerFolder
 from tests.workers.programs import Place
-
-pytest.register_assert_rewrite("tests.workers.checks", "tests.workers.serving")
-
-from tests.workers.serving import Database, logged_database  # noqa: E402
+from tests.workers.serving import Database, logged_database
 
 
 @pytest.fixture
