@@ -7,7 +7,6 @@ from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
-from django.db import connections
 from django.db.backends.signals import connection_created
 
 from flask_eventsourcing.contrib.django.hosting import DjangoDatastore
