@@ -212,10 +212,12 @@ def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
         vars(job)["perform"] = perform
 
 
-def django_set_rollback(connection: Any, set_rollback: Callable[[bool], None]) -> None:
-    """Have a connection of Django's tell that somebody asks for a rollback.
+def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:
+    """Have one of Django's connections call another function as one of its methods, which does what its own does.
 
-    A block that rolls back without an exception does it because somebody has asked, or because an error was swallowed
-    in it, of which Django keeps one and the same flag. It can go when Django tells the two apart.
+    Django has functions that are called after a commit. It tells nobody of a rollback, whether that was asked for or
+    comes of an error that was swallowed, nor of a commit where autocommit is switched off, of a rollback to a savepoint
+    without a block, or of a connection that is closed; and after a function that fails it forgets the others. It can go
+    when it does.
     """
-    connection.set_rollback = set_rollback
+    setattr(connection, name, method)

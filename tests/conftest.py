@@ -29,9 +29,11 @@ COUNT_KEY = "left_out"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take the run's folder from the controller, or make it."""
+    """Take the run's folder from the controller, or make it; name the modules whose asserts are rewritten."""
     worker_input: dict[str, str] | None = getattr(config, "workerinput", None)
     config.stash[FOLDER] = ServerFolder(Path(worker_input[WORKER_KEY])) if worker_input else ServerFolder.create()
+    # Here, as tests of several folders import these modules, whose asserts show what was compared.
+    pytest.register_assert_rewrite("tests.workers.checks", "tests.workers.serving")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,17 +10,17 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 from uuid import UUID
 
 from django.db import transaction
 
-from ..._patches import django_set_rollback
 from ...uow import AfterCommit, Batch
 from ...uow.pending import AfterRollback, Item, call_all, of_kind
 
 Announce = Callable[[Sequence[Batch]], None]
-_EXIT: Any = transaction.Atomic.__exit__.__code__
+EXIT: Any = transaction.Atomic.__exit__.__code__
 DEEP = 12
 """The frames between Django's end of a block and what hears of it, at most."""
 
@@ -31,6 +31,10 @@ class Noted:
     def __init__(self) -> None:
         self.items: list[Item] = []
         self.mark: Callable[[], Mark | None] = _gone
+        self.savepoints = 0
+        """How many savepoints there had been on the connection."""
+        self.is_committed = False
+        """Whether it is committed, and Django has still to tell so."""
 
     @property
     def has_events(self) -> bool:
@@ -66,15 +70,23 @@ class Losses:
     def __init__(self, wrapper: Any, tell: Announce) -> None:
         self._wrapper = weakref.ref(wrapper)
         self._tell = tell
-        self._asked: int | None = None
+        self._asked: tuple[str | None] | None = None
+        """The savepoint, or None for all of the transaction, whose rollback somebody has asked for."""
+        self.is_closing = False
+        """Whether the connection is being closed."""
         self.lost: list[Batch] | None = None
         """What was lost, while somebody wants to know."""
-        django_set_rollback(wrapper, partial(_set_rollback, self._wrapper, weakref.ref(self)))
 
     def asked(self, *, rollback: bool) -> None:
         """Told that somebody asks for a rollback of the innermost block, or not any more."""
         wrapper: Any = self._wrapper()
-        self._asked = len(wrapper.atomic_blocks) if rollback else None
+        # A block without a savepoint is rolled back with the one around it.
+        innermost = next((each for each in reversed(wrapper.savepoint_ids) if each is not None), None)
+        self._asked = (innermost,) if rollback else None
+
+    def failed(self, error: BaseException) -> None:
+        """Told that the commit has failed, with an error that whoever commits is told by."""
+        self._asked = (None,)
 
     def forget(self) -> None:
         """Told of a statement: nobody is waiting for a rollback."""
@@ -83,33 +95,44 @@ class Losses:
     def dropped(self, noted: Noted) -> None:
         """Told of what is rolled back now."""
         batches = of_kind(noted.items, Batch)
-        if not batches or not _ends_without_error():
-            return
-        wrapper: Any = self._wrapper()
-        if self._asked is not None and len(wrapper.atomic_blocks) < self._asked:
+        if not batches or not self._is_lost():
             return
         if self.lost is None:
             self._tell(batches)
         else:
             self.lost += batches
 
-
-def _set_rollback(wrapper: Callable[[], Any], losses: Callable[[], Losses | None], rollback: bool) -> None:
-    found, told = wrapper(), losses()
-    type(found).set_rollback(found, rollback)
-    if told is not None:
-        told.asked(rollback=rollback)
-
-
-def _ends_without_error() -> bool:
-    """Whether a block of Django's is being ended here that rolls back although no exception has left it."""
-    frame = sys._getframe(1)
-    for _ in range(DEEP):
-        if frame.f_code is _EXIT:
-            return frame.f_locals.get("exc_type") is None
-        if frame.f_back is None:
+    def _is_lost(self) -> bool:
+        """Whether nobody has asked for the rollback that is being done here."""
+        frame = _end_of_block()
+        if frame is None:
+            return self.is_closing
+        found = frame.f_locals
+        savepoint = found.get("sid")
+        if found.get("exc_type") is not None or self._asked == (savepoint,):
             return False
+        # Where a savepoint cannot be released, the block is left by an error.
+        return savepoint is None or not _is_handled_in(frame)
+
+
+def _end_of_block() -> FrameType | None:
+    """Return where a block of Django's is being ended here, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(DEEP):
+        if frame is None or frame.f_code is EXIT:
+            return frame
         frame = frame.f_back
+    return None
+
+
+def _is_handled_in(frame: FrameType) -> bool:
+    """Whether an error has come as far as to a frame, which handles it."""
+    error = sys.exc_info()[1]
+    found = None if error is None else error.__traceback__
+    while found is not None:
+        if found.tb_frame is frame:
+            return True
+        found = found.tb_next
     return False
 
 
@@ -151,10 +174,12 @@ class Marked:
             or not hooks
             or hooks[-1][1] is not last.mark()
             or hooks[-1][0] != savepoints
+            or last.savepoints != wrapper.savepoint_state
             # One function for each save, so that who looks for those of a block sees it.
             or (last.has_events and not isinstance(item, AfterCommit))
         ):
             last = self._mark(hooks, savepoints)
+            last.savepoints = wrapper.savepoint_state
         last.items.append(item)
 
     def _mark(self, hooks: list[Any], savepoints: set[str]) -> Noted:
@@ -178,11 +203,33 @@ class Marked:
         """Find out what Django has dropped."""
         left = {id(function) for _, function, *_ in wrapper.run_on_commit}
         for noted in [each for each in self.noted if id(each.mark()) not in left]:
-            self.dropped(noted)
+            # Django tells those that are committed one after the other.
+            if not noted.is_committed:
+                self.dropped(noted)
+
+    def rolled_back_to(self, hooks: list[Any], number: int) -> None:
+        """All is gone that was noted since the connection's savepoint of a number was made.
+
+        :param hooks: Django's functions.
+        """
+        gone = {id(each.mark()) for each in self.noted if each.savepoints >= number}
+        hooks[:] = [each for each in hooks if id(each[1]) not in gone]
+
+    def all_committed(self) -> None:
+        """Everything is committed, and Django is going to tell so."""
+        for noted in self.noted:
+            noted.is_committed = True
+
+    def tell(self) -> None:
+        """Tell of what is committed in the place of Django."""
+        for noted in [each for each in self.noted if each.is_committed]:
+            self.committed(noted)
 
     def dropped(self, noted: Noted) -> None:
-        """What was noted is rolled back."""
-        if noted in self.noted:
+        """What was noted is rolled back, unless it was committed before Django has dropped it."""
+        if noted.is_committed:
+            self.committed(noted)
+        elif noted in self.noted:
             self.noted.remove(noted)
             call_all(of_kind(noted.items, AfterRollback))
             self.losses.dropped(noted)

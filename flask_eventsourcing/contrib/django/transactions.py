@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db import connections, transaction
+from django.db.transaction import TransactionManagementError
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
@@ -18,10 +19,16 @@ from ...persistence import Datastore, Description, Dialect
 from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
-from ...uow.pending import Item, call_all
+from ...uow.pending import Item, call_all, is_there
+from .ends import Ends
 from .lending import Borrowed
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
+
+GONE = (
+    "{} events were saved and cannot be committed, as the database has rolled this transaction back: let an error of a "
+    "statement leave its atomic() block, or put what may fail into one of its own."
+)
 
 
 class Gate:
@@ -57,6 +64,7 @@ class DjangoUnit(Unit):
         self._hooks: int | None = None
         """The identity of Django's list of functions: to hold the list would keep what is dropped."""
         self._current: Transaction | None = None
+        self._ends = Ends(borrowed.wrapper, self, marked)
 
     @property
     def wrapper(self) -> Any:
@@ -206,14 +214,38 @@ class DjangoUnit(Unit):
             self._marked.look(self.wrapper)
 
     def _is_committed(self) -> bool:
-        """Whether somebody has committed who has autocommit switched off, of which Django tells nobody at once."""
+        """Whether somebody has committed by switching autocommit on, or with the driver, of which Django knows nothing.
+
+        What waits for the rest of Django's own commit is not looked for.
+        """
         wrapper = self.wrapper
-        if wrapper.in_atomic_block or wrapper.autocommit or wrapper.connection is None or not wrapper.run_on_commit:
+        if wrapper.in_atomic_block or wrapper.connection is None or not wrapper.run_on_commit:
             return False
-        is_open = getattr(wrapper.connection, "in_transaction", None)
+        # Before something was written, there may be no transaction yet.
+        return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
+
+    def _is_over(self) -> bool:
+        """Whether the driver, or the server, says that there is no transaction."""
+        is_open = getattr(self.wrapper.connection, "in_transaction", None)
         if isinstance(is_open, bool):
             return not is_open
         return self._borrowed.known is not None and self.dialect.is_over(self._borrowed.known)
+
+    def check_commit(self) -> None:
+        """Refuse a commit that would not store the events, after an error that was swallowed.
+
+        A driver or server that is in doubt tells it without a round trip; after an error of it the events are looked
+        for.
+
+        :raises TransactionManagementError: when they are not there.
+        """
+        batches, wrapper, connection = self.batches, self.wrapper, self._borrowed.known
+        if not batches or connection is None or wrapper.connection is None:
+            return
+        is_refused = self.dialect.is_aborted(connection)
+        is_doubtful = wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True
+        if is_refused or (is_doubtful and not all(is_there(connection, each) for each in batches)):
+            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
 
 class DjangoUnits:
