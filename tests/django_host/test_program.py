@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.bank import make_site
 from tests.contract.backends import url_for
 from tests.django_host.conftest import DATABASES
 from tests.django_host.project import database_settings
@@ -96,6 +97,46 @@ def test_program(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
     assert "201 36" in project.manage("shell", "-v", "0", "-c", REQUEST)
     project.manage("eventsourcing", "run", "--once")
     assert "[(True, 0)]" in project.manage("shell", "-v", "0", "-c", BALANCES)
+
+
+TAKEN_OVER = """
+from io import StringIO
+from django.core.management import call_command
+from flask_eventsourcing.contrib.django import get_application
+call_command("eventsourcing", "check")
+call_command("eventsourcing", "init-db")
+call_command("migrate", fake_initial=True, verbosity=0)
+call_command("makemigrations", "--check", "--dry-run", verbosity=0)
+bank = get_application("Bank")
+events = bank.notification_log.select(1, 10)
+account = bank.repository.get(events[0].originator_id)
+account.deposit(5)
+bank.save(account)
+print("balance", account.balance, "events", len(events))
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", [DATABASES[0], *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES[1:])]
+)
+def test_tables_of_another_site(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Tables that a Flask site has made, and its events, are taken over by ``migrate --fake-initial``."""
+    url = url_for(backend, tmp_path, request)
+    flask_site = make_site(url)
+    account_id = flask_site.opened(1, 2)
+    found = {"default": database_settings(url)}
+    project = bank_project(tmp_path, found)
+    project.write("bank/domain.py", "from tests.domain import Account, Bank\n")
+    models = FILES["bank/models.py"]
+    project.write("bank/models.py", models[: models.index("class Balance")])
+    project.write("bank/projections.py", "")
+    project.manage("makemigrations", "bank")
+    said = project.manage("shell", "-v", "0", "-c", TAKEN_OVER)
+    assert "table bank_events ok" in said
+    assert "created table bank_dead_letters" in said
+    assert "balance 8 events 3" in said
+    assert flask_site.balance(account_id) == 8
+    flask_site.close()
 
 
 def test_nothing_is_constructed_by_commands(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def make_engine(alias: str) -> Engine:
     known: Any = url.get_dialect()
     body: dict[str, Any] = {"supports_statement_cache": True, "colspecs": _converted(known)}
     dialect: Any = type(f"Lent{known.__name__}", (LentDialect, known), body)(dbapi=wrapper.Database)
+    # Fields of the user's ask the connection for their types.
+    dialect.alias = alias
     # A type that SQLAlchemy would have the connection know.
     dialect.use_native_hstore = False
 
