@@ -88,7 +88,7 @@ def rows() -> list[Any]:
 
 
 def test_columns_of_their_own(books: Books) -> None:
-    """Fields of a record class are filled by ``column_values()``, as the ORM would store them, in every size of save."""
+    """Fields of a record class are filled by ``column_values()``, as the ORM stores them, in saves of every size."""
     from tests.django_host.ledger.models import Note
 
     key = Note.objects.using("own").create(text="note").pk
@@ -114,6 +114,8 @@ def test_columns_of_their_own(books: Books) -> None:
 def test_conflict_is_seen(books: Books) -> None:
     """The key that the abstract class brings makes a conflict one, and the tables pass the check."""
     books.save(Page("a", {}))
+    one: Any
+    other: Any
     one, other = books.repository.get("page/a"), books.repository.get("page/a")
     one.turn()
     other.turn()

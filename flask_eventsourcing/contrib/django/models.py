@@ -222,7 +222,10 @@ def _has_text_ids(name: str, id_type: OriginatorIdType, own: Sequence[Any]) -> b
 def _event_records(module: str, name: str, own: Mapping[str, Any], *, text_ids: bool) -> Mapping[str, Any]:
     names = TableNames.of(name)
     key = models.UniqueConstraint(fields=list(VERSION_KEY), name=f"{names.events}_originator_key")
-    ids = (lambda: {"originator_id": RecordTextField(kind=TEXT_ID)}) if text_ids else dict
+
+    def ids() -> dict[str, Any]:
+        return {"originator_id": RecordTextField(kind=TEXT_ID)} if text_ids else {}
+
     return {
         "StoredEvent": own.get("stored_event_model")
         or _model(module, name, AbstractStoredEvent, names.events, "event", ids(), key),

@@ -53,9 +53,9 @@ def check_record_class(model: Any, base: type[models.Model], unique: Collection[
     :param unique: the fields that are to be unique together.
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
-    if not (isinstance(model, type) and issubclass(model, base)) or model._meta.abstract or model._meta.proxy:
+    options: Any = getattr(model, "_meta", None)
+    if not (isinstance(model, type) and issubclass(model, base)) or options.abstract or options.proxy:
         raise ConfigurationError(f"{model!r} is no record class with a table: derive it from {base.__name__}.")
-    options: Any = model._meta
     if options.parents:
         raise ConfigurationError(
             f"Record class {model.__name__} has columns in the table of {next(iter(options.parents)).__name__}: derive "

@@ -18,7 +18,7 @@ class Journal(AbstractStoredEvent):
     """A record class of the user's, with ids that are texts and columns of its own."""
 
     originator_id = RecordTextField(kind="text id")
-    correlation_id = None
+    correlation_id: Any = None
     tenant = models.CharField(max_length=20, null=True)
     amount = models.DecimalField(max_digits=9, decimal_places=2, null=True)
     day = models.DateTimeField(null=True)
