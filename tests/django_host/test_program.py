@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.contract.backends import url_for
 from tests.django_host.conftest import DATABASES
 from tests.django_host.project import database_settings
 from tests.docs.pages import files
+from tests.servers import require
 from tests.source import ROOT
 
 FILES = files(ROOT / "docs" / "django.md", "project")
@@ -77,7 +79,8 @@ def bank_project(folder: Path, databases: dict[str, Any] | None = None) -> Proje
         if name == "settings.py":
             project.append("site_of_bank/settings.py", text)
         else:
-            project.write(name if "/" in name else f"site_of_bank/{name}", text)
+            (folder / name).parent.mkdir(exist_ok=True)
+            project.write(f"site_of_bank/{name}" if name == "urls.py" else name, text)
     return project
 
 
@@ -97,6 +100,22 @@ def test_program(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
     assert "201 36" in project.manage("shell", "-v", "0", "-c", REQUEST)
     project.manage("eventsourcing", "run", "--once")
     assert "[(True, 0)]" in project.manage("shell", "-v", "0", "-c", BALANCES)
+
+
+@pytest.mark.parametrize(
+    "backend", [DATABASES[0], *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES[1:])]
+)
+def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The documentation's tests pass, in processes side by side and under pytest-django, where each is alone."""
+    require(find_spec("pytest_django"), "pytest-django", "pip install 'Flask-EventSourcing[test]'")
+    found = {"default": database_settings(url_for(backend, tmp_path, request))}
+    project = bank_project(tmp_path, found)
+    project.manage("makemigrations", "bank")
+    said = project.manage("test", "--parallel", "2")
+    assert "Ran 5 tests" in said
+    assert said.count("Cloning test database") in (0, 2)
+    plain = ("-m", "pytest", "-q", "-p", "django", "-p", "no:randomly", "-p", "no:cacheprovider")
+    assert "3 passed" in project.run(*plain, "--ds", "site_of_bank.settings", "bank/test_accounts.py")
 
 
 TAKEN_OVER = """
