@@ -41,9 +41,9 @@ class Project:
         self.run("-m", "django", "startproject", "site_of_bank", ".")
         self.run("manage.py", "startapp", "bank")
 
-    def run(self, *command: str, status: int = 0) -> str:
+    def run(self, *command: str, status: int = 0, **variables: str) -> str:
         """Run a command of Python's, with warnings as errors, and return what it prints."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         environment.pop("DJANGO_SETTINGS_MODULE", None)
         done = subprocess.run(
             [sys.executable, "-W", "error", *command],
@@ -114,8 +114,9 @@ def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.Fixtur
     said = project.manage("test", "--parallel", "2")
     assert "Ran 5 tests" in said
     assert said.count("Cloning test database") in (0, 2)
-    plain = ("-m", "pytest", "-q", "-p", "django", "-p", "no:randomly", "-p", "no:cacheprovider")
-    assert "3 passed" in project.run(*plain, "--ds", "site_of_bank.settings", "bank/test_accounts.py")
+    plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider", "-p", "xdist", "-n", "2")
+    settings = ("--ds", "site_of_bank.settings", "bank/test_accounts.py")
+    assert "3 passed" in project.run(*plain, *settings, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
 TAKEN_OVER = """
@@ -149,7 +150,8 @@ def test_tables_of_another_site(backend: str, tmp_path: Path, request: pytest.Fi
     models = FILES["bank/models.py"]
     project.write("bank/models.py", models[: models.index("class Balance")])
     project.write("bank/projections.py", "")
-    project.manage("makemigrations", "bank")
+    project.append("site_of_bank/settings.py", 'INSTALLED_APPS += ["journal"]\n')
+    project.manage("makemigrations", "bank", "journal")
     said = project.manage("shell", "-v", "0", "-c", TAKEN_OVER)
     assert "table bank_events ok" in said
     assert "created table bank_dead_letters" in said

@@ -20,7 +20,7 @@ APP = "tests.workers.django_served:app"
 
 def preloaded(port: int) -> list[str]:
     """Return the line that starts gunicorn, which loads the project before it forks."""
-    return gunicorn("gthread", APP, port, "--preload")
+    return gunicorn("sync", APP, port, "--preload")
 
 
 LINES: dict[str, Callable[[int], list[str]]] = {
