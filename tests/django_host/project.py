@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import django
-import sqlalchemy as sa
 from django.conf import settings
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
+from tests.django_host.databases import database_settings as database_settings
+
 DEFAULT = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
-SAFE = {"transaction_mode": "IMMEDIATE", "init_command": "PRAGMA journal_mode=WAL;", "timeout": 30}
-ENGINES = {"sqlite": "sqlite3", "postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
 
 if not settings.configured:
     # Not a module, which would set the time zone of the process.
@@ -30,23 +29,6 @@ if not settings.configured:
         USE_TZ=True,
     )
     django.setup()
-
-
-def database_settings(url: str, **further: Any) -> dict[str, Any]:
-    """Return what ``DATABASES`` says of the database of a SQLAlchemy address."""
-    found = sa.make_url(url)
-    backend = found.get_backend_name()
-    options = dict(SAFE) if backend == "sqlite" else dict(found.query)
-    return {
-        "ENGINE": f"django.db.backends.{ENGINES[backend]}",
-        "NAME": found.database,
-        "USER": found.username or "",
-        "PASSWORD": found.password or "",
-        "HOST": found.host or "",
-        "PORT": found.port or "",
-        "OPTIONS": options,
-        **further,
-    }
 
 
 @contextmanager

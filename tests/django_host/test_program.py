@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bank import make_site
 from tests.contract.backends import url_for
 from tests.django_host.conftest import DATABASES
 from tests.django_host.project import database_settings
 from tests.docs.pages import files
+from tests.servers import require
 from tests.source import ROOT
 
 FILES = files(ROOT / "docs" / "django.md", "project")
@@ -38,9 +41,9 @@ class Project:
         self.run("-m", "django", "startproject", "site_of_bank", ".")
         self.run("manage.py", "startapp", "bank")
 
-    def run(self, *command: str, status: int = 0) -> str:
+    def run(self, *command: str, status: int = 0, **variables: str) -> str:
         """Run a command of Python's, with warnings as errors, and return what it prints."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         environment.pop("DJANGO_SETTINGS_MODULE", None)
         done = subprocess.run(
             [sys.executable, "-W", "error", *command],
@@ -76,7 +79,8 @@ def bank_project(folder: Path, databases: dict[str, Any] | None = None) -> Proje
         if name == "settings.py":
             project.append("site_of_bank/settings.py", text)
         else:
-            project.write(name if "/" in name else f"site_of_bank/{name}", text)
+            (folder / name).parent.mkdir(exist_ok=True)
+            project.write(f"site_of_bank/{name}" if name == "urls.py" else name, text)
     return project
 
 
@@ -96,6 +100,64 @@ def test_program(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
     assert "201 36" in project.manage("shell", "-v", "0", "-c", REQUEST)
     project.manage("eventsourcing", "run", "--once")
     assert "[(True, 0)]" in project.manage("shell", "-v", "0", "-c", BALANCES)
+
+
+@pytest.mark.parametrize(
+    "backend", [DATABASES[0], *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES[1:])]
+)
+def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The documentation's tests pass, in processes side by side and under pytest-django, where each is alone."""
+    require(find_spec("pytest_django"), "pytest-django", "pip install 'Flask-EventSourcing[test]'")
+    found = {"default": database_settings(url_for(backend, tmp_path, request))}
+    project = bank_project(tmp_path, found)
+    project.manage("makemigrations", "bank")
+    said = project.manage("test", "--parallel", "2")
+    assert "Ran 5 tests" in said
+    assert said.count("Cloning test database") in (0, 2)
+    plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider", "-p", "xdist", "-n", "2")
+    settings = ("--ds", "site_of_bank.settings", "bank/test_accounts.py")
+    assert "3 passed" in project.run(*plain, *settings, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+
+
+TAKEN_OVER = """
+from io import StringIO
+from django.core.management import call_command
+from flask_eventsourcing.contrib.django import get_application
+call_command("eventsourcing", "check")
+call_command("eventsourcing", "init-db")
+call_command("migrate", fake_initial=True, verbosity=0)
+call_command("makemigrations", "--check", "--dry-run", verbosity=0)
+bank = get_application("Bank")
+events = bank.notification_log.select(1, 10)
+account = bank.repository.get(events[0].originator_id)
+account.deposit(5)
+bank.save(account)
+print("balance", account.balance, "events", len(events))
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", [DATABASES[0], *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES[1:])]
+)
+def test_tables_of_another_site(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Tables that a Flask site has made, and its events, are taken over by ``migrate --fake-initial``."""
+    url = url_for(backend, tmp_path, request)
+    flask_site = make_site(url)
+    account_id = flask_site.opened(1, 2)
+    found = {"default": database_settings(url)}
+    project = bank_project(tmp_path, found)
+    project.write("bank/domain.py", "from tests.domain import Account, Bank\n")
+    models = FILES["bank/models.py"]
+    project.write("bank/models.py", models[: models.index("class Balance")])
+    project.write("bank/projections.py", "")
+    project.append("site_of_bank/settings.py", 'INSTALLED_APPS += ["journal"]\n')
+    project.manage("makemigrations", "bank", "journal")
+    said = project.manage("shell", "-v", "0", "-c", TAKEN_OVER)
+    assert "table bank_events ok" in said
+    assert "created table bank_dead_letters" in said
+    assert "balance 8 events 3" in said
+    assert flask_site.balance(account_id) == 8
+    flask_site.close()
 
 
 def test_nothing_is_constructed_by_commands(tmp_path: Path) -> None:

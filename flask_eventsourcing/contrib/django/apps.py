@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from django.apps import AppConfig
 from django.core import checks
 from django.core.signals import setting_changed
+from django.db.backends.signals import connection_created
 
 
 class EventSourcingConfig(AppConfig):
@@ -17,8 +20,11 @@ class EventSourcingConfig(AppConfig):
     def ready(self) -> None:
         """Register the system checks; nothing is constructed, and no database is asked."""
         from .hosting import reset
+        from .lending import close_before_fork, note_process
         from .system_checks import check_databases, check_setting
 
         checks.register(check_setting, "eventsourcing")
         checks.register(check_databases, checks.Tags.database)
         setting_changed.connect(reset, dispatch_uid="flask_eventsourcing")
+        connection_created.connect(note_process, dispatch_uid="flask_eventsourcing")
+        os.register_at_fork(before=close_before_fork)

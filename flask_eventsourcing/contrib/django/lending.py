@@ -7,6 +7,7 @@ driver's errors, as SQLAlchemy and the dialects know them; Django has taken note
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +19,53 @@ from django.db import connections
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool, QueuePool
 
-from ...exceptions import ConfigurationError
+from ...exceptions import ConfigurationError, InheritedDatabaseError
+from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
 from .lent_connections import LentConnection, OwnConnection, driver_errors
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+INHERITED = (
+    "The connection of DATABASES[{alias!r}] was made before this process was forked{why}: call "
+    "django.db.connections.close_all() before the fork, at the end of what has used it."
+)
+_opened_in: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""The processes in which Django's connections were made."""
+
+
+def note_process(*, connection: Any, **_: Any) -> None:
+    """Note in which process a connection was made, as Django tells with ``connection_created``."""
+    _opened_in[connection] = os.getpid()
+
+
+def close_before_fork() -> None:
+    """Close this thread's connections to databases that must not be open when a process forks."""
+    for wrapper in connections.all(initialized_only=True):
+        known = DIALECTS.get(wrapper.vendor)
+        if known is not None and not known.survives_forks and not (is_shared(wrapper) or wrapper.in_atomic_block):
+            wrapper.close()
+
+
+def own_connection(alias: str) -> Any:
+    """Return Django's connection of this thread; one that was inherited at a fork is the parent's, and is left to it.
+
+    :raises InheritedDatabaseError: where it is in a transaction, or its database cannot be opened again.
+    """
+    wrapper: Any = connections[alias]
+    if wrapper.connection is None or _opened_in.get(wrapper, os.getpid()) == os.getpid():
+        return wrapper
+    if is_in_memory(wrapper):
+        # A process has its own copy.
+        return wrapper
+    if wrapper.in_atomic_block:
+        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", inside an atomic() block"))
+    if not DIALECTS[wrapper.vendor].survives_forks:
+        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", whose locks do not survive that"))
+    keep_for_ever(wrapper)
+    del connections[alias]
+    return connections[alias]
 
 
 class LentDialect:
@@ -119,6 +162,8 @@ def make_engine(alias: str) -> Engine:
     known: Any = url.get_dialect()
     body: dict[str, Any] = {"supports_statement_cache": True, "colspecs": _converted(known)}
     dialect: Any = type(f"Lent{known.__name__}", (LentDialect, known), body)(dbapi=wrapper.Database)
+    # Fields of the user's ask the connection for their types.
+    dialect.alias = alias
     # A type that SQLAlchemy would have the connection know.
     dialect.use_native_hstore = False
 
@@ -155,11 +200,16 @@ class LentEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a connection."""
-        wrapper: Any = connections[self._alias]
+        wrapper: Any = own_connection(self._alias)
         if is_shared(wrapper):
             with driver_errors():
                 wrapper.ensure_connection()
             return _lend(self, wrapper)
+        found = address(wrapper)
+        if found != self.url:
+            # Django has put the database of its tests in the place of the one in the settings.
+            self.url = found
+            self.dispose()
         connection = super().connect()
         initialize(self, connection)
         return connection
@@ -168,8 +218,13 @@ class LentEngine(Engine):
 def is_shared(wrapper: Any) -> bool:
     """Whether a connection of Django's is the only one that sees what it does."""
     blocks = wrapper.atomic_blocks
-    in_memory = getattr(wrapper, "is_in_memory_db", None)
-    return bool(blocks and blocks[0]._from_testcase) or (in_memory is not None and bool(in_memory()))
+    return bool(blocks and blocks[0]._from_testcase) or is_in_memory(wrapper)
+
+
+def is_in_memory(wrapper: Any) -> bool:
+    """Whether a database is in this process's memory."""
+    found = getattr(wrapper, "is_in_memory_db", None)
+    return found is not None and bool(found())
 
 
 def refresh(wrapper: Any) -> None:

@@ -5,15 +5,16 @@ Nothing here depends on settings, so that ``makemigrations`` finds the same in e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.db import models
 
-from ...config import is_plain
+from ...config import OriginatorIdType, is_plain
 from ...exceptions import ConfigurationError
 from ...persistence.dialects.event_tables import VERSION_KEY
 from ...persistence.tables import TableNames
+from .own_records import TEXT_ID, check_record_class, has_text_ids
 from .record_fields import (
     RecordBinaryField,
     RecordMetadataField,
@@ -23,7 +24,7 @@ from .record_fields import (
 )
 from .records import Records, add_records
 
-__all__ = ["AbstractSnapshot", "AbstractStoredEvent", "AbstractTracking", "event_models"]
+__all__ = ["AbstractSnapshot", "AbstractStoredEvent", "AbstractTracking", "RecordTextField", "event_models"]
 
 
 class AbstractStoredEvent(models.Model):
@@ -31,6 +32,10 @@ class AbstractStoredEvent(models.Model):
 
     ``notification_id`` is the position in the application's log; ``originator_id`` and ``originator_version`` are the
     aggregate's; ``topic`` names the event's class and ``state`` is the serialised event.
+
+    Derive a record class of your own from it, with ``class Meta(AbstractStoredEvent.Meta)``, and give it to
+    :func:`event_models`. It may have further fields, which are nullable, or have a ``db_default``, or are filled by
+    :meth:`column_values`. For ids that are texts, write ``originator_id = RecordTextField(kind="text id")``.
     """
 
     notification_id = models.BigAutoField(primary_key=True)
@@ -45,6 +50,20 @@ class AbstractStoredEvent(models.Model):
 
     class Meta:
         abstract = True
+        constraints = (
+            models.UniqueConstraint(fields=list(VERSION_KEY), name="%(app_label)s_%(class)s_originator_key"),
+        )
+
+    @classmethod
+    def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Return the values of fields of your own, by the columns' names; NULL is stored where there is none.
+
+        It is called for each event that is saved. Override it in your class.
+
+        :param event: the domain event where an application saves it, else the library's ``StoredEvent``.
+        :param metadata: what is stored as its metadata.
+        """
+        return {}
 
     def __str__(self) -> str:
         return f"{self.originator_id} version {self.originator_version}: {self.topic}"
@@ -151,34 +170,91 @@ class AbstractInlineRange(models.Model):
         return f"{self.projection}: {self.first_position} to {self.last_position}"
 
 
-def event_models(module: str, name: str) -> Records:
+def event_models(
+    module: str,
+    name: str,
+    *,
+    originator_id_type: OriginatorIdType = "uuid",
+    stored_event_model: type[AbstractStoredEvent] | None = None,
+    snapshot_model: type[AbstractSnapshot] | None = None,
+    tracking_model: type[AbstractTracking] | None = None,
+) -> Records:
     """Declare the events, snapshots, positions, checkpoints and dead letters of an application as models of your app.
 
     The tables have the names that the application has on every other host: ``bank_events`` and so on.
 
     :param module: ``__name__`` of your app's module with the models.
     :param name: the application's, ``Bank.name``.
-    :raises ConfigurationError: when the name is of no use, or another module has declared the same.
+    :param originator_id_type: whether the ids of aggregates are UUIDs (``"uuid"``) or texts (``"text"``).
+    :param stored_event_model: a record class of your own, derived from :class:`AbstractStoredEvent`; so are
+        *snapshot_model* and *tracking_model* from theirs. It takes the place of the one that would be made.
+    :raises ConfigurationError: when the name is of no use, another module has declared the same, or a record class of
+        yours would lose events.
     """
     if not name or not name.isidentifier() or not is_plain(name):
         raise ConfigurationError(f"event_models(__name__, …) takes the name of an application class; found {name!r}.")
+    given = {
+        "stored_event_model": (stored_event_model, AbstractStoredEvent, VERSION_KEY),
+        "snapshot_model": (snapshot_model, AbstractSnapshot, VERSION_KEY),
+        "tracking_model": (tracking_model, AbstractTracking, ("application_name",)),
+    }
+    own: dict[str, Any] = {}
+    for key, (model, base, unique) in given.items():
+        if model is not None:
+            check_record_class(model, base, unique)
+            own[key] = model
+    text_ids = _has_text_ids(name, originator_id_type, [own[key] for key in own if key != "tracking_model"])
+    made = {**_event_records(module, name, own, text_ids=text_ids), **_projection_records(module, name)}
+    return add_records(name, module, made, own, text_ids=text_ids)
+
+
+def _has_text_ids(name: str, id_type: OriginatorIdType, own: Sequence[Any]) -> bool:
+    """Whether the ids are texts, as record classes of the user's say where there are some.
+
+    :raises ConfigurationError: when two of them have different ids.
+    """
+    found = {has_text_ids(each) for each in own} or {id_type == "text"}
+    if len(found) > 1:
+        raise ConfigurationError(f"The record classes of {name} have two types of originator_id: give them one.")
+    return found.pop()
+
+
+def _event_records(module: str, name: str, own: Mapping[str, Any], *, text_ids: bool) -> Mapping[str, Any]:
     names = TableNames.of(name)
+    key = models.UniqueConstraint(fields=list(VERSION_KEY), name=f"{names.events}_originator_key")
+
+    def ids() -> dict[str, Any]:
+        return {"originator_id": RecordTextField(kind=TEXT_ID)} if text_ids else {}
+
+    return {
+        "StoredEvent": own.get("stored_event_model")
+        or _model(module, name, AbstractStoredEvent, names.events, "event", ids(), key),
+        "Snapshot": own.get("snapshot_model")
+        or _model(module, name, AbstractSnapshot, names.snapshots, "snapshot", ids()),
+        "Tracking": own.get("tracking_model") or _model(module, name, AbstractTracking, names.tracking, "tracking", {}),
+    }
+
+
+def _projection_records(module: str, name: str) -> Mapping[str, Any]:
     prefix = name.lower()
     letters = f"{prefix}_dead_letters"
-    key = models.UniqueConstraint(fields=list(VERSION_KEY), name=f"{names.events}_originator_key")
-    letters_key = models.UniqueConstraint(fields=["projection", "position"], name=f"{letters}_position_key")
-    made: Mapping[str, Any] = {
-        "StoredEvent": _model(module, name, AbstractStoredEvent, names.events, "event", key),
-        "Snapshot": _model(module, name, AbstractSnapshot, names.snapshots, "snapshot"),
-        "Tracking": _model(module, name, AbstractTracking, names.tracking, "tracking"),
-        "Projection": _model(module, name, AbstractProjection, f"{prefix}_projections", "projection"),
-        "DeadLetter": _model(module, name, AbstractDeadLetter, letters, "dead letter", letters_key),
-        "InlineRange": _model(module, name, AbstractInlineRange, f"{prefix}_inline_ranges", "inline range"),
+    key = models.UniqueConstraint(fields=["projection", "position"], name=f"{letters}_position_key")
+    return {
+        "Projection": _model(module, name, AbstractProjection, f"{prefix}_projections", "projection", {}),
+        "DeadLetter": _model(module, name, AbstractDeadLetter, letters, "dead letter", {}, key),
+        "InlineRange": _model(module, name, AbstractInlineRange, f"{prefix}_inline_ranges", "inline range", {}),
     }
-    return add_records(name, module, made)
 
 
-def _model(module: str, name: str, base: type[models.Model], table: str, title: str, *constraints: Any) -> Any:
+def _model(
+    module: str,
+    name: str,
+    base: type[models.Model],
+    table: str,
+    title: str,
+    fields: Mapping[str, Any],
+    *constraints: Any,
+) -> Any:
     body = {
         "db_table": table,
         "constraints": list(constraints),
@@ -186,4 +262,4 @@ def _model(module: str, name: str, base: type[models.Model], table: str, title: 
         "verbose_name_plural": f"{title}s of {name}",
     }
     own = {"__module__": module, "__qualname__": f"{name}{base.__name__.removeprefix('Abstract')}"}
-    return type(own["__qualname__"], (base,), {**own, "Meta": type("Meta", (), body)})
+    return type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (), body)})

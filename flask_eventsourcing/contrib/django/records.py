@@ -11,6 +11,7 @@ from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError
 from ...models import ProjectionModels, make_models, make_projection_models
+from .own_records import mirrored
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,13 @@ _modules: dict[str, str] = {}
 """Where the record classes of each application were declared."""
 
 
-def add_records(name: str, module: str, models: Mapping[str, Any]) -> Records:
+def add_records(
+    name: str, module: str, models: Mapping[str, Any], own: Mapping[str, Any], *, text_ids: bool
+) -> Records:
     """Note the record classes of an application.
 
     :param models: Django's.
+    :param own: those of the user's, by the keyword arguments of ``make_models``.
     :raises ConfigurationError: when another module has some for that name.
     """
     known = _modules.get(name)
@@ -65,7 +69,9 @@ def add_records(name: str, module: str, models: Mapping[str, Any]) -> Records:
             "have one table."
         )
     base: Any = orm.declarative_base()
-    mirror = Mirror(make_models(base, name).tables, make_projection_models(base, name))
+    given = {key: mirrored(base, model) for key, model in own.items()}
+    events = make_models(base, name, originator_id_type="text" if text_ids else "uuid", **given)
+    mirror = Mirror(events.tables, make_projection_models(base, name))
     made = _records[name] = Records(name, **models, mirror=mirror)
     _modules[name] = module
     return made

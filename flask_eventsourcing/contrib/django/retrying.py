@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, overload
 
-from django.db import connections, transaction
+from django.db import transaction
 from django.db.utils import Error
 from eventsourcing.persistence import IntegrityError
 
@@ -83,10 +83,10 @@ def _alias(using: str | None) -> str:
 def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any:
     """Call a function in a block, and again after a conflict, *times* times at most."""
     alias = _alias(using)
-    blocks: Any = connections[alias].atomic_blocks
+    unit = site().databases[alias].units.current()
+    blocks: Any = unit.wrapper.atomic_blocks
     if blocks and not blocks[-1]._from_testcase:
         raise RuntimeError(NESTED.format(alias=alias))
-    unit = site().databases[alias].units.current()
     for tries in range(times + 1):
         try:
             with transaction.atomic(using=alias, durable=True):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from django.db import connections, transaction
+from django.db import transaction
 from django.db.transaction import TransactionManagementError
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
@@ -21,7 +21,7 @@ from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all, is_there
 from .ends import Ends
-from .lending import Borrowed
+from .lending import Borrowed, own_connection
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
 
@@ -262,7 +262,7 @@ class DjangoUnits:
 
     def current(self) -> DjangoUnit:
         """Return the unit of the connection of this thread, or task."""
-        wrapper = connections[self._alias]
+        wrapper = own_connection(self._alias)
         return self._units.get(wrapper) or self._units.setdefault(wrapper, self._make(wrapper))
 
 

@@ -100,6 +100,8 @@ class Dialect(Looks, ForProjections, ABC):
     """Whether tables can be put into a schema."""
     aborts_transactions: ClassVar[bool] = False
     """Whether an error makes the database refuse all but a rollback."""
+    survives_forks: ClassVar[bool] = True
+    """Whether a forked process may open the database again that its parent had open."""
     appends_in_autocommit = False
     """Whether one append is one statement, so that it needs no transaction around it."""
     reads_in_autocommit: ClassVar[bool] = False

@@ -93,6 +93,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     table_options: ClassVar[dict[str, Any]] = {"sqlite_autoincrement": True}
     has_schemas = False
     aborts_transactions = True
+    survives_forks = False
     rows_at_once = 200
 
     @classmethod

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from django.db import models
+from collections.abc import Mapping
+from typing import Any
 
-from flask_eventsourcing.contrib.django.models import event_models
+from django.db import models
+from django.db.models.functions import Now
+
+from flask_eventsourcing.contrib.django.models import AbstractStoredEvent, RecordTextField, event_models
 
 BankRecords = event_models(__name__, "Bank")
 ShopRecords = event_models(__name__, "Shop")
+
+
+class Journal(AbstractStoredEvent):
+    """A record class of the user's, with ids that are texts and columns of its own."""
+
+    originator_id = RecordTextField(kind="text id")
+    correlation_id: Any = None
+    tenant = models.CharField(max_length=20, null=True)
+    amount = models.DecimalField(max_digits=9, decimal_places=2, null=True)
+    day = models.DateTimeField(null=True)
+    details = models.JSONField(null=True)
+    note = models.ForeignKey("ledger.Note", models.PROTECT, null=True, db_column="note_key")
+    stored_at = models.DateTimeField(db_default=Now())
+
+    class Meta(AbstractStoredEvent.Meta):
+        app_label = "ledger"
+
+    @classmethod
+    def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Fill the columns."""
+        values = getattr(event, "values", {})
+        return {"tenant": metadata.get("tenant"), **values}
+
+
+BooksRecords = event_models(__name__, "Books", stored_event_model=Journal)
 
 
 class Balance(models.Model):

@@ -7,10 +7,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 from django.core.management.base import CommandError as DjangoCommandError
+from django.db import connections
+from django.db.migrations.recorder import MigrationRecorder
 
 from flask_eventsourcing.commands import (
     CommandError,
     PlainOutput,
+    Subject,
     UsageError,
     aggregates,
     checkpoints,
@@ -38,8 +41,30 @@ def _reason(parser: Any, *, required: bool = False) -> None:
     parser.add_argument("--reason", metavar="WHY", default="", required=required, help="Why, as the status tells it.")
 
 
-def _init_db(*_: Any) -> int:
-    raise CommandError(MIGRATE)
+def _init_db(subject: Subject, output: PlainOutput) -> int:
+    """Make the tables that another site had no use for, so that ``migrate --fake-initial`` finds all of them.
+
+    :raises CommandError: where there are none of another site's, or migrations have made some.
+    """
+    (database,) = [each for each in site().databases.values() if each.datastore is subject.datastore]
+    connection: Any = connections[database.alias]
+    there = set(connection.introspection.table_names())
+    applied = {app for app, _ in MigrationRecorder(connection).applied_migrations()}
+    found = [
+        (records.name, model)
+        for records in database.records.values()
+        if any(each._meta.db_table in there for each in records.models)
+        for model in records.models
+        if model._meta.db_table not in there and model._meta.app_label not in applied
+    ]
+    if not found:
+        raise CommandError(MIGRATE)
+    with connection.schema_editor() as editor:
+        for name, model in found:
+            editor.create_model(model)
+            output.write(f"{name}: created table {model._meta.db_table}")
+    output.write("Run 'manage.py migrate --fake-initial' now.")
+    return 0
 
 
 class Command(BaseCommand):
@@ -52,7 +77,7 @@ class Command(BaseCommand):
         """Declare the commands and their options."""
         parser.add_argument("--database", metavar="ALIAS", help="Where applications are in several databases.")
         commands = _Group(parser)
-        commands.add("init-db", _init_db, "Say how tables are made in a Django project.")
+        commands.add("init-db", _init_db, "Add the tables that another site has left out; all others are migrations'.")
         commands.add("check", reports.check, "Check the connection, the tables and the logs.")
         self._add_work(commands)
         self._add_letters(commands.group("dead-letters", "Events that projections have set aside."))

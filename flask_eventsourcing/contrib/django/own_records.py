@@ -1,0 +1,157 @@
+"""Record classes of the user's: what they have to be, and the same for SQLAlchemy, by which statements are made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from django.db import connections, models
+from sqlalchemy.ext.compiler import compiles
+
+from ...exceptions import ConfigurationError
+from ...models import SnapshotMixin, StoredEventMixin, TrackingMixin
+from ...persistence.dialects.event_tables import METADATA_COLUMNS
+from .record_fields import RecordTextField, RecordUUIDField
+
+MIXINS: Mapping[str, type[Any]] = {
+    "AbstractSnapshot": SnapshotMixin,
+    "AbstractStoredEvent": StoredEventMixin,
+    "AbstractTracking": TrackingMixin,
+}
+TEXT_ID = "text id"
+"""The kind of a field with the ids of aggregates that are texts."""
+
+
+class OwnType(sa.types.UserDefinedType[Any]):
+    """The type of a field of the user's: Django says what the column is, and prepares the values.
+
+    :param field: the field.
+    """
+
+    cache_ok: bool | None = True
+
+    def __init__(self, field: Any) -> None:
+        self.field = field
+
+    def bind_processor(self, dialect: Any) -> Any:
+        """Return the function that makes a driver's value."""
+        connection = connections[dialect.alias]
+        return lambda value: self.field.get_db_prep_save(value, connection)
+
+
+@compiles(OwnType)
+def _compiled(kind: OwnType, compiler: Any, **_: Any) -> str:
+    found: str = kind.field.db_type(connections[compiler.dialect.alias])
+    return found
+
+
+def check_record_class(model: Any, base: type[models.Model], unique: Collection[str]) -> None:
+    """Check a record class of the user's: that what is stored by it can be read, and that conflicts are seen.
+
+    :param base: the abstract class of ``models``.
+    :param unique: the fields that are to be unique together.
+    :raises ConfigurationError: naming what is wrong and the remedy.
+    """
+    options: Any = getattr(model, "_meta", None)
+    if not (isinstance(model, type) and issubclass(model, base)) or options.abstract or options.proxy:
+        raise ConfigurationError(f"{model!r} is no record class with a table: derive it from {base.__name__}.")
+    if options.parents:
+        raise ConfigurationError(
+            f"Record class {model.__name__} has columns in the table of {next(iter(options.parents)).__name__}: derive "
+            "it from abstract models only."
+        )
+    for theirs in base._meta.local_concrete_fields:
+        _check_brought(model, theirs)
+    keys = [{each.name for each in options.pk_fields}, *map(set, options.unique_together)]
+    keys += [set(each.fields) for each in options.total_unique_constraints]
+    if set(unique) not in keys:
+        raise ConfigurationError(
+            f"Record class {model.__name__} has no unique key of {', '.join(sorted(unique))}, without which a conflict "
+            f"would not be noticed: write class Meta({base.__name__}.Meta), or name them in a UniqueConstraint."
+        )
+    for field in _further(model, base):
+        _check_further(model, field)
+
+
+def _check_brought(model: Any, theirs: Any) -> None:
+    """Check a field that the abstract class brings, which the user's may have taken away or replaced."""
+    own = next((each for each in model._meta.local_concrete_fields if each.name == theirs.name), None)
+    if own is None and theirs.name in METADATA_COLUMNS:
+        return
+    kinds = [getattr(theirs, "kind", None)]
+    classes: tuple[type[Any], ...] = (type(theirs),)
+    if theirs.name == "originator_id":
+        kinds, classes = ["uuid", TEXT_ID], (RecordUUIDField, RecordTextField)
+    is_same = isinstance(own, classes) and getattr(own, "kind", None) in kinds and own.column == theirs.column
+    if not is_same:
+        raise ConfigurationError(
+            f"Field {theirs.name!r} of record class {model.__name__} is not as the abstract class has it: leave it "
+            "out of your class."
+        )
+
+
+def _further(model: Any, base: type[models.Model]) -> list[Any]:
+    """Return the fields that a record class has beside those of the abstract one."""
+    brought = {each.name for each in base._meta.local_concrete_fields}
+    return [each for each in model._meta.local_concrete_fields if each.name not in brought]
+
+
+def _check_further(model: Any, field: Any) -> None:
+    what = f"Field {field.name!r} of record class {model.__name__}"
+    if field.has_default() or getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False):
+        raise ConfigurationError(
+            f"{what} has a default in Python, which would not be used, as events are inserted without the ORM: give it "
+            "a db_default, or return its value from column_values()."
+        )
+    if not (field.null or _is_given(field) or _fills(model)):
+        raise ConfigurationError(
+            f"{what} is NOT NULL and has no db_default, and events are inserted without it: set null=True, give it a "
+            "db_default, or return its value from column_values()."
+        )
+
+
+def _is_given(field: Any) -> bool:
+    return bool(field.generated or field.has_db_default())
+
+
+def _fills(model: Any) -> bool:
+    found = getattr(model, "column_values", None)
+    return found is not None and found.__func__ is not vars(_base_of(model))["column_values"].__func__
+
+
+def _base_of(model: Any) -> Any:
+    return next(each for each in model.__mro__ if each.__name__ in MIXINS)
+
+
+def has_text_ids(model: Any) -> bool:
+    """Whether the ids of a record class are texts."""
+    kind: str = model._meta.get_field("originator_id").kind
+    return kind == TEXT_ID
+
+
+def mirrored(base: Any, model: Any) -> Any:
+    """Return a class of SQLAlchemy's for a record class of the user's.
+
+    :param base: a declarative base.
+    """
+    abstract = _base_of(model)
+    options: Any = model._meta
+    body: dict[str, Any] = {"__tablename__": options.db_table, "__module__": model.__module__}
+    if "originator_id" in {each.name for each in options.local_concrete_fields} and has_text_ids(model):
+        body["__originator_id_type__"] = "text"
+    there = {each.column for each in options.local_concrete_fields}
+    body |= {_attribute(name): None for name in METADATA_COLUMNS if name not in there}
+    if _fills(model):
+        body["column_values"] = model.column_values
+    for field in _further(model, abstract):
+        given = sa.FetchedValue() if _is_given(field) else None
+        # The attribute is nobody's: a declarative class keeps some names for itself.
+        body[f"own_{field.attname}"] = sa.Column(
+            field.column, OwnType(field), nullable=field.null, server_default=given
+        )
+    return type(base)(model.__name__, (MIXINS[abstract.__name__], base), body)
+
+
+def _attribute(column: str) -> str:
+    return "event_metadata" if column == "metadata" else column

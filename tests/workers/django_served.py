@@ -1,0 +1,64 @@
+"""The Django project that servers run; its import uses the database, and constructs the bank, before any fork."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from uuid import UUID
+
+import django
+from django.conf import settings
+
+from tests.django_host.databases import database_settings
+
+if not settings.configured:
+    settings.configure(
+        ALLOWED_HOSTS=["*"],
+        DATABASES={"default": database_settings(os.environ["DATABASE_URL"], CONN_MAX_AGE=60)},
+        EVENTSOURCING={"Bank": {"APPLICATION": f"{__name__}.Bank"}},
+        INSTALLED_APPS=["flask_eventsourcing.contrib.django", "tests.django_host.ledger"],
+        MIDDLEWARE=["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"],
+        ROOT_URLCONF=__name__,
+        SECRET_KEY="of the tests",
+        USE_TZ=True,
+    )
+    django.setup()
+
+from django.core.wsgi import get_wsgi_application
+from django.db import connection
+from django.http import JsonResponse
+from django.urls import path
+
+from flask_eventsourcing.contrib.django import get_application, retry_on_conflict
+from tests import domain
+
+CONSTRUCTED: list[int] = []
+
+
+class Bank(domain.Bank):
+    """A bank that knows the process in which it was constructed."""
+
+    def __init__(self, env: Any = None) -> None:
+        super().__init__(env=env)
+        CONSTRUCTED.append(os.getpid())
+
+
+def answer(request: Any) -> JsonResponse:
+    """Tell who has answered."""
+    return JsonResponse({"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid())})
+
+
+@retry_on_conflict(times=50)
+def deposit(request: Any, account_id: UUID) -> JsonResponse:
+    """Pay in, and tell who has answered on which connection."""
+    get_application(Bank).deposit(account_id)
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT {os.environ['BACKEND']} /* process={os.getpid()} */")
+        (backend,) = cursor.fetchone()
+    return JsonResponse({"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid()), "backend": backend})
+
+
+urlpatterns = [path("", answer), path("deposit/<uuid:account_id>", deposit)]
+app = get_wsgi_application()
+# As a module may do that has something to look up; the connection stays open.
+get_application(Bank).notification_log.select(1, 1)
