@@ -93,6 +93,8 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_each(CLOSES, SAVE, COMMIT, None),
     *_within("unit", (*ROLLBACKS, *CLOSES), OTHER, None, SAVE),
     *_within("retry", (*ROLLBACKS, *CLOSES), OTHER, None, SAVE),
+    *_within("unit", ROLLBACKS, OTHER, None),
+    (SAVE, Step("unit")),
     *_within("unit", COMMITS, OTHER, None, Step("fault")),
     *_within("retry", COMMITS, READ, OTHER, None, OVERTAKEN, SAVE),
     *_within("begin", ("save", "row", "read"), SAVE, None, SAVE),
