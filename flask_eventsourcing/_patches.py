@@ -1,7 +1,7 @@
-"""Every place where this package changes an object of another project, one function for each.
+"""The changes that this package makes to objects of other projects, one function for each.
 
-Nothing else in the package sets an attribute of, or gives another class to, what belongs to somebody else. Each
-function says why there is no other way, and what would let it go. None of them imports what it changes.
+Nothing else in the package sets an attribute or the class of an object that belongs to another project. Each function
+says why there is no other way, and what would make it unnecessary. None of them imports what it changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The configuration: ``EVENTSOURCING_…`` keys of ``app.config``, read once and checked whole."""
+"""The configuration: the ``EVENTSOURCING_…`` keys of ``app.config``, read and checked once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``flask eventsourcing`` commands: click's front of what stands in ``commands``, for every host.
+"""The ``flask eventsourcing`` commands: the click side of ``commands``, for every host.
 
 They work on the current Flask app, or on the ``Subject`` that a program on another host calls them with:
 ``group(obj=subject)``.

@@ -1,4 +1,4 @@
-"""What commands do and print, for every host, whatever reads its command line.
+"""The commands of every host: what they do and print. Reading the command line is up to the host.
 
 A host makes a :class:`Subject` and calls a command with it and with an :class:`Output`. A command returns the exit
 status, or raises a :class:`CommandError`.

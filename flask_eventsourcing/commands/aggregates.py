@@ -1,4 +1,4 @@
-"""``erase`` and ``snapshots``: what is stored of single aggregates."""
+"""``erase`` and ``snapshots``: commands for single aggregates."""
 
 from __future__ import annotations
 

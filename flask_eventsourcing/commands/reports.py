@@ -1,4 +1,4 @@
-"""What commands tell: ``init-db``, ``check`` and ``status``, and the progress of those that run for long."""
+"""``init-db``, ``check`` and ``status``, and the progress of commands that run long."""
 
 from __future__ import annotations
 

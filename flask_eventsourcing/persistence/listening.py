@@ -1,4 +1,4 @@
-"""One connection on which a process listens for all of its runners, however many there are."""
+"""One connection on which a process listens for all of its runners."""
 
 from __future__ import annotations
 

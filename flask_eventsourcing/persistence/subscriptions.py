@@ -1,4 +1,4 @@
-"""Waiting for news at the end of a log, and subscriptions: iterators over a log that wait there."""
+"""Waiting at the end of a log, and subscriptions: iterators over a log that wait there."""
 
 from __future__ import annotations
 

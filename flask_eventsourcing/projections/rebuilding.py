@@ -1,4 +1,4 @@
-"""Builds a projection again beside the live one, and puts it in its place.
+"""Rebuilds a projection in new tables beside the live ones, and swaps them.
 
 The rebuild has a row of its own, from which it goes on when it was killed.
 """

@@ -1,4 +1,4 @@
-"""Runs units of work: commits or rolls back at the end, joins those within others, runs them again after a conflict."""
+"""Runs units of work: commits or rolls back at the end, joins outer ones, and retries after a conflict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions, views for example, that run in a unit of work: what they return tells whether it is committed."""
+"""Decorators that run a function, such as a view, in a unit of work: its return value decides about the commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one Flask app has: its applications, models, configuration, and the way to them."""
+"""The state of one Flask app: its applications, models and configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees to it that no client is told "done" for events that are not stored."""
+"""The guard: no client is told "done" for events that are not stored."""
 
 from __future__ import annotations
 

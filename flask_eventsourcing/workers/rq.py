@@ -1,4 +1,4 @@
-"""RQ: every job has an application context and a unit of work; jobs are enqueued after the commit.
+"""RQ: every job has an application context and a unit of work. Jobs can be enqueued after the commit.
 
 ``flask_app`` as a class attribute follows the ways in which RQ's own workers are configured, by subclasses.
 """

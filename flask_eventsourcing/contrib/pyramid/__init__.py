@@ -1,4 +1,4 @@
-"""Pyramid: applications on ``request.dbsession``, committed by pyramid_tm and tried again by pyramid_retry.
+"""Pyramid: applications on ``request.dbsession``, committed by pyramid_tm and retried by pyramid_retry.
 
 ``config.include("flask_eventsourcing.contrib.pyramid")`` adds ``config.add_eventsourcing``, ``config.add_projection``
 and ``request.eventsourcing``.

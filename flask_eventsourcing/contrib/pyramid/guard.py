@@ -1,4 +1,4 @@
-"""Sees to it that no client is told "done" for events that are not stored, by a tween over that of pyramid_tm."""
+"""A tween over that of pyramid_tm: no client is told "done" for events that are not stored."""
 
 from __future__ import annotations
 

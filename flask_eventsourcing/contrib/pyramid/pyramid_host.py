@@ -1,4 +1,4 @@
-"""A Pyramid application as the host of applications: its requests, their sessions and transactions."""
+"""A Pyramid application as a host: its requests, their sessions and transactions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one Pyramid application has: applications, hosts and projections, made when its configuration is complete."""
+"""The state of one Pyramid application: applications, hosts and projections, made at the end of its configuration."""
 
 from __future__ import annotations
 

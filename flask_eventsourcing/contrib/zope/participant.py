@@ -1,4 +1,4 @@
-"""Who commits on this host: the transaction manager; and what takes part in its transactions for the events."""
+"""The transaction manager commits on this host; a participant takes part in its transactions for the events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What zope.sqlalchemy knows of a session: whether it takes part in transactions, of which manager, and how."""
+"""Finds out how zope.sqlalchemy has registered a session: in which manager's transactions it takes part, and how."""
 
 from __future__ import annotations
 

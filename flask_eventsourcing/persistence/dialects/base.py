@@ -1,4 +1,4 @@
-"""What every database has in common: plain SQL through the driver, rows to ``StoredEvent`` without a detour."""
+"""The base of the dialects: plain SQL on the driver, and rows that become ``StoredEvent`` directly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MariaDB and MySQL: what their catalogs say of the tables of a projection, and their swap.
+"""MariaDB and MySQL: reads the catalogs for the tables of a projection, and swaps them.
 
 Views and privileges are theirs by the table's name, so that they stay when tables are renamed. Triggers go with the
 renamed table.

@@ -1,4 +1,4 @@
-"""What PostgreSQL's drivers tell, psycopg and psycopg2: the state of a connection, codes, and texts without values."""
+"""psycopg and psycopg2: a connection's state, error codes, and error texts without values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PostgreSQL: what its catalogs say of the tables of a projection, and their swap."""
+"""PostgreSQL: reads the catalogs for the tables of a projection, and swaps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rebuild asks of a database: shadow tables, what live ones have beside their rows, and the end of a swap.
+"""What a rebuild needs of a database: shadow tables, what belongs to the live tables, and the swap.
 
 Tables change their names only where the catalogs say that nothing is lost with that. Otherwise the rows of the live
 tables are replaced in one transaction.

@@ -1,4 +1,4 @@
-"""Projections in a host: where their events come from, where they write, and in which row they count."""
+"""Projections in a host: the log that they follow, the tables that they write, and their checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one consumer in one thread: waits for its turn, catches up, follows the log, survives the database's outages."""
+"""Runs one consumer in one thread: waits for its turn, catches up, follows the log, and survives outages."""
 
 from __future__ import annotations
 
