@@ -169,3 +169,7 @@ class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.Operational
 
 class OldSnapshotError(FlaskEventSourcingError):
     """The session's transaction reads from an older snapshot: call db.session.rollback() before wait_for."""
+
+
+class ImportedEventsError(FlaskEventSourcingError):
+    """Events that were to be taken over from elsewhere differ from those that were stored, or cannot be read."""

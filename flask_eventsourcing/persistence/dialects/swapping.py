@@ -144,3 +144,8 @@ class ForSwaps:
 
     def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
         """Let a table give no value again that the new one has given; where it sees what is inserted, it does so."""
+
+    # ------------------------------------------------------------------------------------- taken from elsewhere
+
+    def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
+        """Let a log give only positions behind one; here its table sees what is inserted."""
