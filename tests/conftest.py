@@ -19,6 +19,9 @@ from tests.servers import ServerFolder, require
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
+# Here, before any test is collected: tests of several folders import these, whose asserts show what was compared.
+pytest.register_assert_rewrite("tests.workers.checks", "tests.workers.serving")
+
 FOLDER = pytest.StashKey[ServerFolder]()
 LEFT_OUT = pytest.StashKey[int]()
 WORKER_KEY = "server_folder"
