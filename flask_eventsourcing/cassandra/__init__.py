@@ -1,0 +1,1 @@
+"""The events of an application in Apache Cassandra, usable as the library's ``PERSISTENCE_MODULE``."""
