@@ -17,7 +17,7 @@ from eventsourcing.persistence import IntegrityError, OperationalError, StoredEv
 from ..exceptions import CommitOutcomeUnknownError, EventValueError
 from ..failures import Kept, Logged, OnError
 from .memory import NOTHING, Memory
-from .pace import Pace
+from .fairness import Pace
 from .queueing import Queue, Ticket
 from .rows import MOST_EVENTS, Append, Horizon, Key, MaybeDoneError, NotDoneError, Row, Span, Store, upstream_key
 from .walking import PAGE, Tries, Walker

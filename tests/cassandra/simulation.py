@@ -10,7 +10,7 @@ from uuid import UUID
 import greenlet
 from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 
-from flask_eventsourcing.cassandra.pace import Pace
+from flask_eventsourcing.cassandra.fairness import Pace
 from flask_eventsourcing.cassandra.reading import Reader
 from flask_eventsourcing.cassandra.rows import (
     Append,
