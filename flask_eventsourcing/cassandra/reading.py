@@ -10,7 +10,7 @@ from eventsourcing.persistence import Notification
 
 from ..metadata import Recorded
 from .rows import Key, Row, Store
-from .walking import FIRST_PAGE, Walker
+from .walking import FIRST_PAGE, PAGE_BYTES, Walker
 from .writing import Writer
 
 EDGES = 256
@@ -52,6 +52,17 @@ class Reader:
             if stop is not None and row.end > stop:
                 break
         return found
+
+    def fitting(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> int:
+        """Return how many of the events from a position on are not too large to be returned at once, at least one."""
+        found = size = 0
+        for row in self._rows(start, page=1):
+            for (position, *_), content in zip(row.located(), row.contents or (), strict=True):
+                size += len(content.state) * (position >= start)
+                if found == limit or size > PAGE_BYTES or (stop is not None and position > stop):
+                    return max(1, found)
+                found += position >= start and (not topics or content.topic in topics)
+        return max(1, limit)
 
     def recorded(self, positions: Sequence[int]) -> dict[int, Recorded]:
         """Return what was recorded of events beside their states, by position."""

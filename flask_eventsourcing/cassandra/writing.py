@@ -16,8 +16,8 @@ from eventsourcing.persistence import IntegrityError, OperationalError, StoredEv
 
 from ..exceptions import CommitOutcomeUnknownError, EventValueError
 from ..failures import Kept, Logged, OnError
-from .memory import NOTHING, Memory
 from .fairness import Pace
+from .memory import NOTHING, Memory
 from .queueing import Queue, Ticket
 from .rows import MOST_EVENTS, Append, Horizon, Key, MaybeDoneError, NotDoneError, Row, Span, Store, upstream_key
 from .walking import PAGE, Tries, Walker
