@@ -9,7 +9,7 @@ from ..lifecycle import PerProcess
 from ..metadata import Collector
 from .connecting import Connection
 from .infrastructure import Factory, Lent, lend
-from .inspecting import Line, Schema
+from .inspecting import Line, Schema, readable_errors
 from .schema import IdType
 from .settings import CassandraSettings
 
@@ -53,11 +53,13 @@ class HostedCassandra:
 
     def create_tables(self) -> list[str]:
         """Make the keyspace and the tables where they are missing, and return the names of these tables."""
-        return self._schema().create()
+        with readable_errors():
+            return self._schema().create()
 
     def look(self) -> Iterator[Line]:
         """Tell how the nodes, the keyspace and the tables are: lines, and which of them are faults."""
-        return self._schema().look()
+        with readable_errors():
+            yield from self._schema().look()
 
     def address(self) -> str:
         """Return where it is, for people."""

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import cassandra
+from cassandra.cluster import NoHostAvailable
 from cassandra.pool import Host
+from cassandra.protocol import ConfigurationException, ErrorMessage
+from eventsourcing.persistence import OperationalError, ProgrammingError
 
-from ..exceptions import ConfigurationError, UnsafeTableError
+from ..exceptions import MissingRightError
 from .connecting import Connection
 from .schema import TABLES, IdType, statements
 
 R = TypeVar("R")
 
+DRIVER_ERRORS = (cassandra.DriverException, NoHostAvailable, ErrorMessage)
 PATIENCE = 60.0
 """Seconds for a change of the schema to be on every node."""
 PAUSE = 0.2
@@ -24,13 +31,39 @@ COLUMNS = (
     "WHERE keyspace_name = %s AND table_name IN ({})"
 )
 SETTINGS = "SELECT name, value FROM system_views.settings WHERE name IN ('commitlog_sync', 'paxos_variant')"
-PERIODIC = "with which it loses acknowledged events when it is killed: set commitlog_sync: batch or group in its cassandra.yaml"
+REMEDY = "run the command 'init-db'"
+PERIODIC = (
     "with which it loses acknowledged events when it is killed: set commitlog_sync: batch, or group, in cassandra.yaml"
+)
+OLD_PAXOS = "with which writers that meet may be told nothing: set paxos_variant: v2 in cassandra.yaml"
 
 Line = tuple[str, bool]
 """What a check says, and whether it is a fault."""
 Shape = tuple[Mapping[str, str], Sequence[str]]
 """The columns of a table with their types, and those of its primary key in their order."""
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn the driver's errors into the library's.
+
+    :raises MissingRightError: when the role may not do it.
+    :raises OperationalError: when nodes do not answer, or not in time.
+    :raises ProgrammingError: when a node refuses it.
+    """
+    try:
+        yield
+    except cassandra.Unauthorized as error:
+        raise MissingRightError(first_line(error)) from error
+    except (cassandra.InvalidRequest, ConfigurationException) as error:
+        raise ProgrammingError(first_line(error)) from error
+    except DRIVER_ERRORS as error:
+        raise OperationalError(first_line(error)) from error
+
+
+def first_line(error: object) -> str:
+    """Return what a driver's error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def wanted(prefix: str, id_type: IdType) -> dict[str, Shape]:
@@ -63,7 +96,7 @@ class Schema:
     def create(self) -> list[str]:
         """Make what is missing, and return the names of the tables that were; blocks until every node has them.
 
-        :raises TimeoutError: when a node does not have them in time.
+        :raises OperationalError: when a node does not have them in time.
         """
         first = self._up()[0]
         missing = self._missing(first)
@@ -84,27 +117,19 @@ class Schema:
         keyspace = self._keyspace(self._up()[0])
         name = self._connection.settings.keyspace
         if keyspace is None:
-            yield f"keyspace {name} is missing", True
+            yield f"keyspace {name} is missing: {REMEDY}", True
             return
         yield from self._look_at_keyspace(keyspace)
+        yield from _look_at_copies(keyspace.replication, nodes)
         found = self._found(self._up()[0])
         for table, shape in self.tables.items():
             if table not in found:
-                yield f"table {name}.{table} is missing", True
+                yield f"table {name}.{table} is missing: {REMEDY}", True
             elif differences := list(_differences(found[table], shape)):
                 yield f"table {name}.{table} is not as it should be", False
                 yield from ((f"{table}: {each}", True) for each in differences)
             else:
                 yield f"table {name}.{table} ok", False
-
-    def require(self) -> None:
-        """Check that there is every table.
-
-        :raises UnsafeTableError: naming those that are missing.
-        """
-        missing = self._missing(self._up()[0])
-        if missing:
-            raise UnsafeTableError(f"Tables are missing in Cassandra: {', '.join(missing)}.")
 
     def _up(self) -> list[Host]:
         nodes = self._connection.nodes()
@@ -120,9 +145,10 @@ class Schema:
         while True:
             try:
                 return function()
-            except ConfigurationError:
+            except (cassandra.InvalidRequest, cassandra.Unauthorized, ConfigurationException):
+                # It would fail again.
                 raise
-            except Exception:  # whatever it was, the last one is raised
+            except DRIVER_ERRORS:
                 if time.monotonic() > end:
                     raise
             time.sleep(PAUSE)
@@ -132,7 +158,7 @@ class Schema:
         for node in self._up():
             while left := self._again(lambda node=node: self._missing(node)):  # type: ignore[misc]
                 if time.monotonic() > end:
-                    raise TimeoutError(f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s.")
+                    raise OperationalError(f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s.")
                 time.sleep(PAUSE)
 
     def _missing(self, node: Host) -> list[str]:
@@ -191,11 +217,25 @@ class Schema:
             yield f"keyspace {name} has another replication than the settings: alter the one or the other", True
 
 
+def _look_at_copies(replication: Mapping[str, str], nodes: Sequence[Host]) -> Iterator[Line]:
+    """Look whether there are nodes for the copies that are asked for; a save would need more than there are."""
+    counted = Counter(str(node.datacenter) for node in nodes)
+    for name, text in replication.items():
+        there = len(nodes) if name == "replication_factor" else counted[name]
+        if name != "class" and text.isdigit() and int(text) > there:
+            yield f"{text} copies are asked for, {name}, and there are {there} nodes for them", True
+
+
+def _plain(kind: str) -> tuple[bool, str]:
+    """Return a type without what a node adds to it: whatever is within a frozen one is frozen too."""
+    return kind.startswith("frozen<"), re.sub(r"frozen|[<> ]", "", kind)
+
+
 def _differences(found: Shape, shape: Shape) -> Iterator[str]:
     for column, kind in shape[0].items():
         if column not in found[0]:
             yield f"column {column} is missing"
-        elif found[0][column].replace(" ", "") != kind.replace(" ", ""):
+        elif _plain(found[0][column]) != _plain(kind):
             yield f"column {column} is {found[0][column]}, and should be {kind}"
     if list(found[1]) != list(shape[1]):
         yield f"its primary key is ({', '.join(found[1])}), and should be ({', '.join(shape[1])})"
