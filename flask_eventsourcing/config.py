@@ -287,7 +287,7 @@ def _fitting(values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigurationError(
                 f"{PREFIX}PERSISTENCE is 'cassandra', but {PREFIX}{name.upper()} is missing, which has no default."
             )
-    if ("cassandra_username" in values) != ("cassandra_password" in values):
+    if (values.get("cassandra_username") is None) != (values.get("cassandra_password") is None):
         raise ConfigurationError(f"{PREFIX}CASSANDRA_USERNAME and {PREFIX}CASSANDRA_PASSWORD go together: set both.")
     if values.setdefault("commit", "save") != "save":
         raise ConfigurationError(

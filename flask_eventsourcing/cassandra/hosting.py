@@ -8,6 +8,7 @@ from ..config import Config
 from ..lifecycle import PerProcess
 from ..metadata import Collector
 from .connecting import Connection
+from .drivers import check_drivers
 from .infrastructure import Factory, Lent, lend
 from .inspecting import Line, Schema, readable_errors
 from .schema import IdType
@@ -83,7 +84,12 @@ class _Lent:
 
 
 def make_store(config: Config, collector: Collector | None, id_types: Mapping[str, IdType]) -> HostedCassandra:
-    """Make the store that a host's settings describe; no connection is opened."""
+    """Make the store that a host's settings describe; no connection is opened.
+
+    :raises ConfigurationError: where the driver does not work in this process.
+    """
+    # Again, as gevent may have patched the sockets since the driver was imported.
+    check_drivers()
     return HostedCassandra(settings_of(config), collector, id_types)
 
 
