@@ -50,7 +50,7 @@ EXPORTED = {
 PROPERTIES = {
     "cassandra-foreground": "yes",
     "cassandra.consistent.rangemovement": "false",
-    "cassandra.ring_delay_ms": "100",
+    "cassandra.ring_delay_ms": "10000",
     "cassandra.skip_wait_for_gossip_to_settle": "0",
     "cassandra.superuser_setup_delay_ms": "0",
     "io.netty.allocator.type": "unpooled",

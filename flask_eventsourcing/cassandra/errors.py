@@ -64,7 +64,7 @@ def translated(size: int = 0) -> Iterator[None]:
 def _refusal(error: Exception, size: int) -> Exception:
     text = str(error)
     if "too large" in text or "exceeds" in text:
-        return SaveTooLargeError(f"A save of {size} bytes is more than the nodes take at once: save less at a time.")
+        return SaveTooLargeError(f"A save of {size} bytes is too large for the nodes: save less ({text[-120:]}).")
     if "table" in text.lower() or "eyspace" in text:
         return MissingTableError(f"{_first_line(error)}: run the command 'init-db'.")
     return ProgrammingError(f"Cassandra refused a statement: {_first_line(error)}")

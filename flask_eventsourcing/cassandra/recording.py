@@ -292,7 +292,6 @@ class CassandraTrackingRecorder(TrackingRecorder):
     """Records how far the logs of upstream applications have been processed, in rows of the log without events."""
 
     def __init__(self, log: Log) -> None:
-        super().__init__()
         self.log = log
 
     def insert_tracking(self, tracking: Tracking) -> None:

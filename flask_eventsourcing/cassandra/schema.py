@@ -35,7 +35,7 @@ EVENTS = """CREATE TABLE IF NOT EXISTS {name}_events (
     state blob,
     event_id uuid,
     recorded_at timestamp,
-    metadata map<text, text>,
+    metadata frozen<map<text, text>>,
     correlation_id text,
     PRIMARY KEY (originator_id, originator_version)
 )"""

@@ -8,7 +8,7 @@ from datetime import UTC
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cassandra.query import BatchStatement, BatchType
+from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
 from eventsourcing.persistence import StoredEvent
 
 from ..metadata import CORRELATION_ID
@@ -256,12 +256,17 @@ def _stream_values(each: StreamRow) -> tuple[Any, ...]:
         content.topic,
         content.state,
         each.position,
-        content.event_id,
-        part.time,
-        part.metadata,
-        part.metadata.get(CORRELATION_ID),
+        _set(content.event_id),
+        _set(part.time),
+        _set(part.metadata or None),
+        _set(part.metadata.get(CORRELATION_ID)),
         each.position,
     )
+
+
+def _set(value: Any) -> Any:
+    # A null would be written as a tombstone.
+    return UNSET_VALUE if value is None else value
 
 
 def _row(found: Any) -> Row:

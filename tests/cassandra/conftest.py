@@ -1,52 +1,54 @@
-"""A keyspace with the tables of the bank, and Flask apps on it."""
+"""Connections with real nodes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-from eventsourcing.application import Application
-from flask import Flask
 
-from flask_eventsourcing import EventSourcing
-from tests.cassandra.site import Bank, settings
-from tests.cassandra_nodes import keyspace_on, require_cassandra
+from tests.cassandra_nodes import keyspace_on
 
-MakeApp = Callable[..., tuple[Flask, EventSourcing[Any, Any]]]
-
-
-@pytest.fixture
-def driver() -> None:
-    """The driver; a test that only needs it is skipped where a node cannot be started, too."""
-    require_cassandra()
+if TYPE_CHECKING:
+    from flask_eventsourcing.cassandra import Connection
+    from flask_eventsourcing.cassandra.recording import Log
 
 
 @pytest.fixture(scope="module")
-def bank_keyspace(cassandra_server: str) -> Iterator[str]:
-    """A keyspace with the tables of the bank, which the tests of a module share."""
-    with keyspace_on(cassandra_server) as name:
-        app, es = Flask(__name__), EventSourcing(application=Bank)
-        app.config.update(settings(cassandra_server, name))
-        es.init_app(app)
-        result = app.test_cli_runner().invoke(args=["eventsourcing", "init-db"])
-        assert result.exit_code == 0, result.output
-        es.close()
-        yield name
+def connection(cassandra_server: str) -> Iterator[Connection]:
+    """A connection with the run's node, in a keyspace of its own."""
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection
+
+    address, _, port = cassandra_server.partition(":")
+    with keyspace_on(cassandra_server) as keyspace:
+        made = Connection(CassandraSettings((address,), keyspace, 1, port=int(port)))
+        yield made
+        made.close()
 
 
 @pytest.fixture
-def make_app(cassandra_server: str, bank_keyspace: str) -> Iterator[MakeApp]:
-    """Makes Flask apps on the keyspace, and closes them."""
-    made = []
+def new_log(connection: Connection) -> Callable[..., Log]:
+    """Makes the log of another application."""
+    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.recording import Log
 
-    def make(application: type[Application[Any]] | None = Bank, **others: Any) -> tuple[Flask, EventSourcing[Any, Any]]:
-        app, es = Flask(__name__), EventSourcing(application=application)
-        app.config.update(settings(cassandra_server, bank_keyspace, **others))
-        es.init_app(app)
-        made.append(es)
-        return app, es
+    def make(id_type: schema.IdType = "uuid") -> Log:
+        name = f"App{next(NUMBERS)}"
+        schema.create(connection, name.lower(), id_type=id_type)
+        return Log(connection, name, id_type=id_type)
 
-    yield make
-    for each in made:
-        each.close()
+    return make
+
+
+@pytest.fixture(scope="module")
+def shared_log(connection: Connection) -> Log:
+    """The log of an application that several tests use."""
+    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.recording import Log
+
+    schema.create(connection, "shared")
+    return Log(connection, "Shared")
+
+
+NUMBERS = itertools.count()

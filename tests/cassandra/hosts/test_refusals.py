@@ -11,7 +11,7 @@ from flask import Flask
 
 from flask_eventsourcing import ConfigurationError, EventSourcing
 from flask_eventsourcing.projections.definitions import ModelProjection, on
-from tests.cassandra.site import Account, Bank, settings
+from tests.cassandra.hosts.site import Account, Bank, settings
 
 pytestmark = pytest.mark.usefixtures("driver")
 

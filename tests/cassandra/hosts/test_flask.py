@@ -15,8 +15,8 @@ from flask import Flask, request
 
 from flask_eventsourcing import ConfigurationError, current_application, events_recorded
 from flask_eventsourcing.exceptions import InheritedDatabaseError, StaleAggregateError
-from tests.cassandra.conftest import MakeApp
-from tests.cassandra.site import Account, Bank
+from tests.cassandra.hosts.conftest import MakeApp
+from tests.cassandra.hosts.site import Account, Bank
 
 
 def test_program(make_app: MakeApp) -> None:

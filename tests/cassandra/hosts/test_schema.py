@@ -9,7 +9,7 @@ import pytest
 from flask import Flask
 
 from flask_eventsourcing import EventSourcing
-from tests.cassandra.site import Bank, settings
+from tests.cassandra.hosts.site import Bank, settings
 from tests.cassandra_nodes import session_on
 
 
