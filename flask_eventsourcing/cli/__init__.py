@@ -15,7 +15,7 @@ from flask.cli import with_appcontext
 
 from ..commands import Bar, CommandError, Subject, UsageError
 from ..commands.listing import COMMANDS, Command, Group, Parameter
-from ..web.state import current_state
+from ..web.state import PROGRAM, current_state
 
 
 def _given() -> Subject | None:
@@ -68,11 +68,13 @@ def subject() -> Subject:
     state = current_state()
     return Subject(
         commit_mode=state.config.commit,
-        datastore=state.datastore,
+        datastore=state.datastore if state.apart is None else None,
         application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],
         applications=lambda: {cls.name: application for cls, application in state.applications.items()},
         projections=state.projections,
         elsewhere=state.elsewhere(),
+        store=None if state.apart is None else state.apart.store,
+        program=PROGRAM,
     )
 
 

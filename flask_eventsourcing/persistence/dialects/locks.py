@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
 from ...failures import OnError
-from ..subscriptions import Waiter
+from ...tailing import Waiter
 from .event_tables import EventTable
 from .swapping import ForSwaps
 

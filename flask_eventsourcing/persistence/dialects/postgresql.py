@@ -19,8 +19,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import StandbyError
+from ...tailing import Waiter
 from ..listening import Receive, SharedWaiter, listener_of
-from ..subscriptions import ListenWaiter, Waiter, poll, receive
+from ..subscriptions import ListenWaiter, poll, receive
 from .base import DialectOptions, FrozenSnapshotError
 from .driver import AUTOCOMMIT
 from .event_tables import (

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from ...exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
 from ...persistence.dialects.locks import OpenWriter
-from ...persistence.subscriptions import Waiter
+from ...tailing import Waiter
 from ..checkpoint import HALTED, PAUSED, CheckpointRow
 from ..consumers import Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging, Mismatch
