@@ -1,7 +1,6 @@
 """The ``flask eventsourcing`` commands: the click side of ``commands``, for every host.
 
-They work on the current Flask app, or on the ``Subject`` that a program on another host calls them with:
-``group(obj=subject)``.
+They work on the current Flask app, or on the ``Subject`` of a program on another host: ``group(obj=subject)``.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class ClickBar:
 
 
 def subject() -> Subject:
-    """Return what commands were called with to work on, or the current app."""
+    """Return the subject with which the commands were called, or that of the current app."""
     given = _given()
     if given is not None:
         return given
@@ -83,7 +82,7 @@ def subject() -> Subject:
 
 
 def call(command: Callable[Concatenate[Subject, Output, P], int], *arguments: P.args, **options: P.kwargs) -> None:
-    """Call a command on what there is to work on, and end with its exit status."""
+    """Call a command on the subject, and exit with its status."""
 
     def called() -> int:
         return command(subject(), ClickOutput(), *arguments, **options)
@@ -135,7 +134,7 @@ def run(names: Sequence[str], everything: bool, once: bool, log_every: float) ->
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--check", is_flag=True, help="Exit with 1 unless all are run and nothing was set aside.")
 def status(as_json: bool, check: bool) -> None:
-    """Tell how far each projection is, who runs it, and what is wrong."""
+    """Show how far each projection is, who runs it, and what is wrong."""
     call(reports.status, as_json=as_json, check=check)
 
 
@@ -147,9 +146,9 @@ def status(as_json: bool, check: bool) -> None:
 @click.option("--clean", is_flag=True, help="Only drop the tables that earlier rebuilds have replaced.")
 @click.option("--give-up", is_flag=True, help="Only drop what an unfinished rebuild has made.")
 def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool, give_up: bool) -> None:
-    """Build new tables of projection NAME beside the live ones, and put them in their place.
+    """Build new tables of projection NAME beside the live ones, and swap them.
 
-    Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was.
+    Readers and the live projection go on meanwhile. A rebuild that was stopped or killed can be continued.
     """
     if sum((dry_run, clean, give_up, drop_old or restart)) > 1:
         raise click.UsageError("Give one of --dry-run, --clean and --give-up, without --drop-old and --restart.")
@@ -203,7 +202,7 @@ def retry_letters(ids: Sequence[int], everything: bool, projection: str | None) 
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_of_projection
 def discard_letters(ids: Sequence[int], yes: bool, projection: str | None) -> None:
-    """Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails."""
+    """Discard failed events, and apply those that wait behind them; exits with 1 if one of these fails."""
     call(letters.discard_letters, ids, yes=yes, projection=projection)
 
 
@@ -229,7 +228,7 @@ def list_checkpoints(as_json: bool) -> None:
 @click.argument("new")
 @_of_application
 def rename(old: str, new: str, application: str | None) -> None:
-    """Give what projection OLD has to NEW: its position, that of its reactions, its dead letters."""
+    """Rename projection OLD to NEW in its checkpoints and dead letters."""
     call(checkpoints.rename, old, new, application=application)
 
 
@@ -245,7 +244,7 @@ def forget(name: str, yes: bool, application: str | None) -> None:
 @projections.command("accept")
 @click.argument("name")
 def accept(name: str) -> None:
-    """Take the log, the tables and the code of NAME as they are now, though its checkpoint does not fit them."""
+    """Accept the present log, tables and code of NAME, although its checkpoint does not fit them."""
     call(checkpoints.accept, name)
 
 
@@ -267,7 +266,7 @@ def pause(name: str, by: str | None, reason: str) -> None:
 @_by_option
 @_reason_option
 def resume(name: str, by: str | None, reason: str) -> None:
-    """Let NAME go on that is paused, or try again what it has halted at."""
+    """Let NAME go on after a pause, or try again after it has halted."""
     call(checkpoints.resume, name, by=by, reason=reason)
 
 
@@ -277,7 +276,7 @@ def resume(name: str, by: str | None, reason: str) -> None:
 @click.option("--reason", metavar="WHY", required=True, help="Why, as the dead letter tells it.")
 @_by_option
 def skip(name: str, position: int, reason: str, by: str | None) -> None:
-    """Set the event at POSITION aside, before which NAME is halted: it is a dead letter then, and NAME goes on."""
+    """Set aside the event at POSITION, at which NAME has halted. It becomes a dead letter, and NAME goes on."""
     call(checkpoints.skip, name, position, by=by, reason=reason)
 
 
@@ -293,7 +292,7 @@ group.add_command(reactions)
 @_reason_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def reset_reactions(name: str, position: int | None, since: str | None, by: str | None, reason: str, yes: bool) -> None:
-    """Have the reactions of projection NAME called again from a position or a time on, or go on from there."""
+    """Let the reactions of projection NAME go on from a position or a time; events may be handled again."""
     options: dict[str, Any] = {"position": position, "since": since, "by": by, "reason": reason, "yes": yes}
     call(checkpoints.reset_reactions, name, **options)
 
@@ -301,7 +300,7 @@ def reset_reactions(name: str, position: int | None, since: str | None, by: str 
 @group.command("new-identity")
 @_of_application
 def new_identity(application: str | None) -> None:
-    """Give the log an identity of its own, after a database was cloned; never after a restore in place."""
+    """Give the log a new identity after a database was cloned. Do not use it after a restore in place."""
     call(checkpoints.new_identity, application=application)
 
 
@@ -314,9 +313,9 @@ def new_identity(application: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_of_application
 def erase(aggregate_id: str, redact: bool, yes: bool, application: str | None) -> None:
-    """Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.
+    """Erase the events, snapshots and dead letters of an aggregate.
 
-    A last event without content stays in the log: it tells projections, and keeps the id from being used again.
+    A last event without content stays in the log. It tells projections, and the id cannot be used again.
     """
     call(aggregates.erase_aggregate, aggregate_id, application=application, redact=redact, yes=yes)
 
@@ -332,7 +331,7 @@ _all_aggregates = click.option("--all", "everything", is_flag=True, help="Of eve
 @_all_aggregates
 @_of_application
 def take_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
-    """Take a snapshot of an aggregate from its events, whatever older snapshots say; exits with 1 if one fails."""
+    """Take a snapshot of an aggregate from its events, ignoring older snapshots; exits with 1 if one fails."""
     call(aggregates.take_snapshots, aggregate_id, everything=everything, application=application)
 
 
@@ -341,5 +340,5 @@ def take_snapshots(aggregate_id: str | None, everything: bool, application: str 
 @_all_aggregates
 @_of_application
 def drop_snapshots(aggregate_id: str | None, everything: bool, application: str | None) -> None:
-    """Delete the snapshots of an aggregate, but for those without which it could not be read any more."""
+    """Delete the snapshots of an aggregate, except those without which it cannot be read."""
     call(aggregates.drop_snapshots, aggregate_id, everything=everything, application=application)

@@ -46,7 +46,7 @@ WORTH_A_BAR = 1000
 
 
 def init_db(subject: Subject, output: Output) -> int:
-    """Create the missing tables of applications, projections and their models; others may do the same meanwhile."""
+    """Create the missing tables of applications, projections and their models; other processes may do the same."""
     left = missing = missing_tables(subject)
     stuck = 0
     while left:
@@ -162,9 +162,9 @@ def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> Non
 
 
 def status(subject: Subject, output: Output, *, as_json: bool = False, check: bool = False) -> int:
-    """Tell how far each projection is, who runs it, and what is wrong.
+    """Show how far each projection is, who runs it, and what is wrong.
 
-    :param check: return 1 unless all are run and nothing was set aside.
+    :param check: return 1 unless all run and nothing was set aside.
     """
     require_tables(subject)
     with clear_errors():
@@ -242,7 +242,7 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
 
 
 class Reporter:
-    """Watches runners and tells how far they are.
+    """Watches runners and reports their progress.
 
     :param period: seconds between two log lines of each.
     """

@@ -52,7 +52,7 @@ class Waiter:
         return self._stopped.get()
 
     def wait(self, seconds: float) -> bool:
-        """Wait, and return whether there was news, as far as this waiter can know."""
+        """Wait, and return whether there may be new events."""
         self.stopped.wait(seconds)
         return False
 
@@ -201,14 +201,14 @@ class LogReader(Protocol):
         """Return what waits for news."""
 
     def cause(self, position: int, is_over: Callable[[], bool]) -> AbstractContextManager[object]:
-        """Return a block within which events are saved that one of this log has caused."""
+        """Return a context in which saved events have an event of this log as their cause."""
 
 
 class LogSubscription(Subscription[ApplicationRecorder]):
-    """Reads the log in pages, and waits at its end as the database allows: for a notification, or polling.
+    """Reads the log in pages, and waits at its end for a notification, or polls if the database has none.
 
-    It has no thread: reading and waiting happen in ``next()``, in the thread that iterates. :meth:`stop` may be called
-    from any thread. While the database cannot be reached it tries again, and goes on where it was.
+    It has no thread: it reads and waits in ``next()``, in the thread that iterates. :meth:`stop` may be called from any
+    thread. While the database cannot be reached it tries again, and then goes on where it was.
     """
 
     def __init__(self, recorder: ApplicationRecorder, gt: int | None = None, topics: Sequence[str] = ()) -> None:
@@ -233,7 +233,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         self._waiter.stopped.set()
 
     def __next__(self) -> Notification:
-        """Return the next event, waiting for it if need be."""
+        """Return the next event; wait for it if necessary."""
         self._handled.close()
         if self._index == len(self._page) and not self._has_been_stopped:
             self._page, self._index = self._next_page(), 0

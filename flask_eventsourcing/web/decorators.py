@@ -39,9 +39,9 @@ class _FailureReturned(Exception):  # noqa: N818
 def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) -> Callable[..., Any]:
     """Return a function that runs another one in a unit of work of the current app.
 
-    :param times: how often it is run again after a conflict at most, or None if it never is.
+    :param times: how often it is run again after a conflict, at most; None for never.
     :param status: whether a return value with a status of 400 or more, as Flask reads it, rolls back.
-    :raises ConfigurationError: for a generator, which would run when the unit has ended.
+    :raises ConfigurationError: for a generator, which would run after the end of the unit.
     """
     name = getattr(function, "__qualname__", repr(function))
     called = (function, getattr(function, "__call__", None))  # noqa: B004
@@ -120,7 +120,7 @@ def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
 def status_of(returned: Any) -> int | None:
     """Return the status that ``Flask.make_response()`` would give to what a view has returned, without consuming it.
 
-    None stands for what it does not tell: a WSGI application, whose status is known when it has run.
+    None for a WSGI application, whose status is known after it has run.
     """
     status = None
     if isinstance(returned, tuple):

@@ -138,7 +138,7 @@ def _add_work(group: Any) -> None:
     _add(
         group,
         "status",
-        "Tell how far each projection is, who runs it, and what is wrong.",
+        "Show how far each projection is, who runs it, and what is wrong.",
         lambda g: partial(reports.status, as_json=g.as_json, check=g.check),
         JSON,
         _flag("--check", text="Exit with 1 unless all are run and nothing was set aside."),
@@ -146,7 +146,7 @@ def _add_work(group: Any) -> None:
     _add(
         group,
         "rebuild",
-        "Build new tables of projection NAME beside the live ones, and put them in their place.",
+        "Build new tables of projection NAME beside the live ones, and swap them.",
         _rebuild,
         NAME,
         _flag("--dry-run", text="Say how many events there are and how long it would take."),
@@ -200,7 +200,7 @@ def _add_letters(group: Any) -> None:
     _add(
         group,
         "discard",
-        "Give failed events up, and apply those that wait behind them.",
+        "Discard failed events, and apply those that wait behind them.",
         lambda g: partial(letters.discard_letters, ids=g.ids, yes=g.yes, projection=g.projection),
         ("ids", {"type": int, "nargs": "+", "metavar": "ID"}),
         YES,
@@ -219,7 +219,7 @@ def _add_projections(group: Any) -> None:
     _add(
         group,
         "rename",
-        "Give what projection OLD has to NEW: its position, that of its reactions, its dead letters.",
+        "Rename projection OLD to NEW in its checkpoints and dead letters.",
         lambda g: partial(checkpoints.rename, old=g.old, new=g.new, application=g.application),
         ("old", {"metavar": "OLD"}),
         ("new", {"metavar": "NEW"}),
@@ -247,7 +247,7 @@ def _add_projections(group: Any) -> None:
 def _add_turns(group: Any) -> None:
     for name, text, command in (
         ("pause", "Keep every worker from running NAME until it is resumed.", checkpoints.pause),
-        ("resume", "Let NAME go on that is paused, or try again what it has halted at.", checkpoints.resume),
+        ("resume", "Let NAME go on after a pause, or try again after it has halted.", checkpoints.resume),
     ):
         _add(group, name, text, partial(_by, command), NAME, BY, REASON)
     _add(
@@ -293,14 +293,14 @@ def _add_aggregates(group: Any) -> None:
     _add(
         group,
         "new-identity",
-        "Give the log an identity of its own, after a database was cloned; never after a restore in place.",
+        "Give the log a new identity after a database was cloned. Do not use it after a restore in place.",
         lambda g: partial(checkpoints.new_identity, application=g.application),
         APPLICATION,
     )
     _add(
         group,
         "erase",
-        "Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.",
+        "Erase the events, snapshots and dead letters of an aggregate.",
         lambda g: partial(
             aggregates.erase_aggregate, aggregate_id=g.id, application=g.application, redact=g.redact, yes=g.yes
         ),

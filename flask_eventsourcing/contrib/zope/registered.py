@@ -35,8 +35,8 @@ def registration_of(session: orm.Session) -> ZopeTransactionEvents | None:
 def check_registration(session: orm.Session, registered: ZopeTransactionEvents, expected: Any) -> None:
     """Check that the events that are saved in a session are stored when its transaction is committed.
 
-    :param expected: the manager that is going to commit, or None where any will do.
-    :raises ConfigurationError: saying what is to be changed.
+    :param expected: the manager that will commit, or None if any manager will do.
+    :raises ConfigurationError: otherwise, with the remedy.
     """
     if expected is not None and of_thread(registered.transaction_manager) is not of_thread(expected):
         raise ConfigurationError(
@@ -81,7 +81,7 @@ class _Probe:
 
 
 def current_transaction(manager: Any) -> Any:
-    """Return a manager's current transaction, or None; other than its ``get()``, this begins none."""
+    """Return a manager's current transaction, or None. Unlike its ``get()``, this begins none."""
     probe = _Probe()
     manager.registerSynch(probe)
     manager.unregisterSynch(probe)
@@ -89,7 +89,7 @@ def current_transaction(manager: Any) -> Any:
 
 
 def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
-    """Note of each session whether it is in a transaction that somebody has begun, before it joins one."""
+    """Note for each session, before it joins a transaction, whether the transaction has already begun."""
     for name in ("after_begin", "after_attach"):
         sa.event.listen(factory, name, _note, insert=True)
     sa.event.listen(factory, "after_transaction_end", _forget)
@@ -109,5 +109,5 @@ def _forget(session: orm.Session, ended: orm.SessionTransaction) -> None:
 
 
 def has_owner(session: orm.Session, manager: Any) -> bool:
-    """Whether somebody has begun the manager's transaction, and is going to end it."""
+    """Whether other code has begun the manager's transaction, and will end it."""
     return current_transaction(manager) is not None and not session.info.get(IMPLICIT, False)
