@@ -1,4 +1,4 @@
-"""Drawn programs that save, commit and roll back in every way there is are never told, or given, what is not true."""
+"""Drawn programs that save, commit and roll back in every way get no wrong answer and no wrong state."""
 
 from __future__ import annotations
 
@@ -171,12 +171,12 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_drawn_programs(stages: Stages, host: str) -> None:
-    """What is said to be stored is stored and nothing else is, streams can be read, stale objects are refused."""
+    """Exactly the events that are reported as stored are stored, streams can be read, stale objects are refused."""
     check(stages, host, DRAWN, examples(40 if host == "flask" else 15), always_the_same=True)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("host", HOSTS)
 def test_many_drawn_programs(stages: Stages, host: str) -> None:
-    """The same holds for many more programs, which are others each time."""
+    """The same holds for many more programs, which differ in each run."""
     check(stages, host, DRAWN, 1500 if host == "flask" else 500, always_the_same=False)
