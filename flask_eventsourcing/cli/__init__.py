@@ -132,7 +132,7 @@ def run(names: Sequence[str], everything: bool, once: bool, log_every: float) ->
 
 @group.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--check", is_flag=True, help="Exit with 1 unless all are run and nothing was set aside.")
+@click.option("--check", is_flag=True, help="Exit with 1 unless all run and nothing was set aside.")
 def status(as_json: bool, check: bool) -> None:
     """Show how far each projection is, who runs it, and what is wrong."""
     call(reports.status, as_json=as_json, check=check)
@@ -142,9 +142,9 @@ def status(as_json: bool, check: bool) -> None:
 @click.argument("name")
 @click.option("--dry-run", is_flag=True, help="Say how many events there are and how long it would take.")
 @click.option("--drop-old", is_flag=True, help="Drop the replaced tables afterwards; otherwise they are kept.")
-@click.option("--restart", is_flag=True, help="Begin again, even if an earlier rebuild can be taken up.")
+@click.option("--restart", is_flag=True, help="Begin again, even if an earlier rebuild can be continued.")
 @click.option("--clean", is_flag=True, help="Only drop the tables that earlier rebuilds have replaced.")
-@click.option("--give-up", is_flag=True, help="Only drop what an unfinished rebuild has made.")
+@click.option("--give-up", is_flag=True, help="Only drop the tables of an unfinished rebuild.")
 def rebuild(name: str, dry_run: bool, drop_old: bool, restart: bool, clean: bool, give_up: bool) -> None:
     """Build new tables of projection NAME beside the live ones, and swap them.
 
@@ -172,7 +172,7 @@ _as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JS
 @dead_letters.command("list")
 @_of_projection
 @click.option("--aggregate", metavar="ID", help="Only those of an aggregate.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most that are listed.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="How many to list, at most.")
 @_as_json_option
 def list_letters(projection: str | None, aggregate: str | None, limit: int | None, as_json: bool) -> None:
     """List the dead letters by projection, in the order of the log."""
@@ -213,7 +213,7 @@ projections: click.Group = click.Group(
 )
 group.add_command(projections)
 
-_of_application = click.option("--application", metavar="NAME", help="Where there are several applications.")
+_of_application = click.option("--application", metavar="NAME", help="The application, if there are several.")
 
 
 @projections.command("list")
@@ -248,8 +248,8 @@ def accept(name: str) -> None:
     call(checkpoints.accept, name)
 
 
-_by_option = click.option("--by", metavar="WHO", help="Who does it; the user of the operating system unless given.")
-_reason_option = click.option("--reason", metavar="WHY", default="", help="Why, as the status tells it.")
+_by_option = click.option("--by", metavar="WHO", help="Who does it; by default the user of the operating system.")
+_reason_option = click.option("--reason", metavar="WHY", default="", help="Why; 'status' shows it.")
 
 
 @projections.command("pause")
@@ -273,20 +273,20 @@ def resume(name: str, by: str | None, reason: str) -> None:
 @projections.command("skip")
 @click.argument("name")
 @click.argument("position", type=click.IntRange(min=1))
-@click.option("--reason", metavar="WHY", required=True, help="Why, as the dead letter tells it.")
+@click.option("--reason", metavar="WHY", required=True, help="Why; the dead letter shows it.")
 @_by_option
 def skip(name: str, position: int, reason: str, by: str | None) -> None:
     """Set aside the event at POSITION, at which NAME has halted. It becomes a dead letter, and NAME goes on."""
     call(checkpoints.skip, name, position, by=by, reason=reason)
 
 
-reactions: click.Group = click.Group("reactions", help="What is done with reactions.")
+reactions: click.Group = click.Group("reactions", help="Commands for reactions.")
 group.add_command(reactions)
 
 
 @reactions.command("reset")
 @click.argument("name")
-@click.option("--position", type=click.IntRange(min=0), metavar="N", help="Go on with the event behind it.")
+@click.option("--position", type=click.IntRange(min=0), metavar="N", help="Go on after this position.")
 @click.option("--since", metavar="TIME", help="Go on with the first event of a time in ISO format, UTC unless it says.")
 @_by_option
 @_reason_option

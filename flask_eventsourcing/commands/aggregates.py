@@ -55,7 +55,7 @@ def erase_aggregate(
         output.write(f"{owner.name} {aggregate_id} was erased before, and nothing is left.")
         return 0
     output.write(f"{owner.name} {aggregate_id}: {_told(there)}.")
-    if not yes and not output.confirm("Nobody can bring them back. Erase them?"):
+    if not yes and not output.confirm("This cannot be undone. Erase them?"):
         return 1
     with _clear_errors():
         done = subject.projections.host.retry(

@@ -36,8 +36,8 @@ TRIES, PAUSE = 5, 0.1
 """Tries to create tables where none of them has appeared since, and the seconds between them."""
 
 POOLER = (
-    "A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode, so that no "
-    "process could hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
+    "A pooler shares the server's connections among clients, as PgBouncer does in transaction mode, so no process can "
+    "hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
 )
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
@@ -93,7 +93,7 @@ def check(subject: Subject, output: Output) -> int:
         raise CommandError(f"{type(error).__name__}: {str(error).strip()}") from error
     if faults:
         one = len(faults) == 1
-        raise CommandError(faults[0] if one else f"{len(faults)} things are not as they should be; see above.")
+        raise CommandError(faults[0] if one else f"{len(faults)} faults were found; see above.")
     return 0
 
 
@@ -115,7 +115,7 @@ def _check_databases(subject: Subject, output: Output) -> list[str]:
                 if findings is None:
                     missing.append(table)
                 wrong = findings is None or any(each.is_fault for each in findings)
-                state = "is missing" if findings is None else "is not as it should be" if wrong else "ok"
+                state = "is missing" if findings is None else "has a fault" if wrong else "ok"
                 output.write(f"{owner}: table {table.fullname} {state}")
                 _tell(output, findings or (), faults)
     return [f"Tables are missing: {remedy_of_missing(subject)}.", *faults] if missing else faults

@@ -260,7 +260,7 @@ def rebuild(
             return 0
         done = _build(building, stopping, output, restart)
     if done is None:
-        raise CommandError("Stopped before its end: the live tables are as they were; run it again to go on.")
+        raise CommandError("Stopped before its end. The live tables are unchanged; run it again to go on.")
     for table, (before, after) in done.rows.items():
         output.write(f"{table}: {after:,} rows, {before:,} before.")
     resumed = ", taken up from an earlier run" if done.resumed else ""

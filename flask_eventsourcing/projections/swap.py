@@ -101,7 +101,7 @@ class Swap:
         try:
             return self.application.datastore.dialect.holders(self.live.tables, PATIENCE)
         except sa.exc.DBAPIError as error:
-            logger.debug("%s: nobody knows who has the tables locked: %s", self.rebuild.name, error)
+            logger.debug("%s: it is unknown who has the tables locked: %s", self.rebuild.name, error)
             return ()
 
     def check(self) -> bool:

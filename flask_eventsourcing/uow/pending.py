@@ -301,7 +301,7 @@ class Following:
             return {id(batch) for batch in batches if is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             reason = text(getattr(error, "orig", None) or error)
-            logger.warning("Nobody knows what became of events that were saved: %s", reason)
+            logger.warning("It is unknown whether events that were saved are stored: %s", reason)
             return None
         finally:
             self.is_asking = False

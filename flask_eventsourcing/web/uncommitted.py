@@ -209,7 +209,7 @@ def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
     batches = [batch for unit in state.open_units() for batch in unit.batches]
     if answer is not None and batches:
         answer.rolled_back.append(
-            f"{describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
+            f"{describe(batches)} rolled back, as {name} returned the status {code}; if it is no status, decorate it "
             "with status=False."
         )
 

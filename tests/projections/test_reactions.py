@@ -58,7 +58,7 @@ def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
 
 
 def test_an_event_without_an_id_has_a_key_too(desk: Desk) -> None:
-    """If an event has no id, its key is made from its log, position and aggregate."""
+    """If an event has no id, its key is made from its log, aggregate, version and content."""
     desk.reacting()
     account_id = desk.open(1, 2)
     with desk.engine.begin() as connection:

@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_work(group)
     _add_letters(_subgroup(group, "dead-letters", "Events that projections have set aside."))
     _add_projections(_subgroup(group, "projections", "Checkpoints of projections."))
-    _add_reactions(_subgroup(group, "reactions", "What is done with reactions."))
+    _add_reactions(_subgroup(group, "reactions", "Commands for reactions."))
     _add_aggregates(group)
     return parser
 
@@ -117,9 +117,9 @@ JSON = _flag("--json", dest="as_json", text="Print JSON.")
 YES = _flag("--yes", text="Do not ask.")
 ALL = _flag("--all", dest="everything", text="All of them.")
 NAME = ("name", {"metavar": "NAME"})
-APPLICATION = ("--application", {"metavar": "NAME", "help": "Where there are several applications."})
-BY = ("--by", {"metavar": "WHO", "help": "Who does it; the user of the operating system unless given."})
-REASON = ("--reason", {"metavar": "WHY", "default": "", "help": "Why, as the status tells it."})
+APPLICATION = ("--application", {"metavar": "NAME", "help": "The application, if there are several."})
+BY = ("--by", {"metavar": "WHO", "help": "Who does it; by default the user of the operating system."})
+REASON = ("--reason", {"metavar": "WHY", "default": "", "help": "Why; 'status' shows it."})
 OF_PROJECTION = ("--projection", {"metavar": "NAME", "help": "Only those of a projection."})
 
 
@@ -141,7 +141,7 @@ def _add_work(group: Any) -> None:
         "Show how far each projection is, who runs it, and what is wrong.",
         lambda g: partial(reports.status, as_json=g.as_json, check=g.check),
         JSON,
-        _flag("--check", text="Exit with 1 unless all are run and nothing was set aside."),
+        _flag("--check", text="Exit with 1 unless all run and nothing was set aside."),
     )
     _add(
         group,
@@ -151,9 +151,9 @@ def _add_work(group: Any) -> None:
         NAME,
         _flag("--dry-run", text="Say how many events there are and how long it would take."),
         _flag("--drop-old", text="Drop the replaced tables afterwards; otherwise they are kept."),
-        _flag("--restart", text="Begin again, even if an earlier rebuild can be taken up."),
+        _flag("--restart", text="Begin again, even if an earlier rebuild can be continued."),
         _flag("--clean", text="Only drop the tables that earlier rebuilds have replaced."),
-        _flag("--give-up", text="Only drop what an unfinished rebuild has made."),
+        _flag("--give-up", text="Only drop the tables of an unfinished rebuild."),
     )
 
 
@@ -176,7 +176,7 @@ def _add_letters(group: Any) -> None:
         ),
         OF_PROJECTION,
         ("--aggregate", {"metavar": "ID", "help": "Only those of an aggregate."}),
-        ("--limit", {"type": _from(1), "metavar": "N", "help": "The most that are listed."}),
+        ("--limit", {"type": _from(1), "metavar": "N", "help": "How many to list, at most."}),
         JSON,
     )
     _add(
@@ -237,7 +237,7 @@ def _add_projections(group: Any) -> None:
     _add(
         group,
         "accept",
-        "Take the log, the tables and the code of NAME as they are now.",
+        "Accept the present log, tables and code of NAME.",
         lambda g: partial(checkpoints.accept, name=g.name),
         NAME,
     )
@@ -253,11 +253,11 @@ def _add_turns(group: Any) -> None:
     _add(
         group,
         "skip",
-        "Set the event at POSITION aside, before which NAME is halted.",
+        "Set aside the event at POSITION, at which NAME has halted.",
         lambda g: partial(checkpoints.skip, name=g.name, position=g.position, by=g.by, reason=g.reason),
         NAME,
         ("position", {"type": _from(1), "metavar": "POSITION"}),
-        ("--reason", {"metavar": "WHY", "required": True, "help": "Why, as the dead letter tells it."}),
+        ("--reason", {"metavar": "WHY", "required": True, "help": "Why; the dead letter shows it."}),
         BY,
     )
 
@@ -270,7 +270,7 @@ def _add_reactions(group: Any) -> None:
     _add(
         group,
         "reset",
-        "Have the reactions of projection NAME called again from a position or a time on.",
+        "Let the reactions of projection NAME go on from a position or a time.",
         lambda g: partial(
             checkpoints.reset_reactions,
             name=g.name,
@@ -281,7 +281,7 @@ def _add_reactions(group: Any) -> None:
             yes=g.yes,
         ),
         NAME,
-        ("--position", {"type": _from(0), "metavar": "N", "help": "Go on with the event behind it."}),
+        ("--position", {"type": _from(0), "metavar": "N", "help": "Go on after this position."}),
         ("--since", {"metavar": "TIME", "help": "Go on with the first event of a time in ISO format."}),
         BY,
         REASON,

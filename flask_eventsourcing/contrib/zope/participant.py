@@ -218,7 +218,7 @@ class ManagerCommits:
             if LENT in session.info:
                 return
             raise ConfigurationError(
-                f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
+                f"This session takes part in no transaction, so its events would not be committed: {REGISTER}."
             )
         participant = self._participant(session, registered.transaction_manager)
         if not participant.is_following:

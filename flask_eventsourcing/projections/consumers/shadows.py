@@ -131,7 +131,7 @@ class ShadowTables:
 def _check(tables: Sequence[sa.Table], suffix: str, dialect: Dialect) -> None:
     for table in tables:
         if len(table.name) + len(suffix) > dialect.longest_name:
-            raise RebuildError(f"The name of table {table.name!r} is too long to be rebuilt beside: shorten it.")
+            raise RebuildError(f"The name of table {table.name!r} is too long for a copy with a suffix: shorten it.")
         for other in table.metadata.tables.values():
             if other not in tables and any(key.column.table is table for key in other.foreign_keys):
                 raise RebuildError(REFERS.format(other.name, table.name))

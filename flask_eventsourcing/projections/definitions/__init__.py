@@ -38,8 +38,8 @@ Start = Literal["beginning", "end"]
 _ON = "flask_eventsourcing_on"
 _REACTION = "flask_eventsourcing_reaction"
 EXITED = (
-    "A handler of {} raised SystemExit, as sys.exit() does. It ends no worker, in which others run: raise another "
-    "error, or stop the worker from outside."
+    "A handler of {} raised SystemExit, as sys.exit() does. A handler cannot end a worker, in which other projections "
+    "run: raise another error, or stop the worker from outside."
 )
 MOST_EVENTS = 1000
 MOST_TOPICS = 100

@@ -305,7 +305,7 @@ def _first_time(application: ProjectedApplication, after: int, stop: int) -> tup
 
 def _refuse_inline(consumer: Consumer) -> None:
     if consumer.kind == "projection" and consumer.projection_class.inline:
-        raise CheckpointError(f"{consumer.name} is inline: it runs within save(), and nobody can stop it there.")
+        raise CheckpointError(f"{consumer.name} is inline: it runs within save(), where it cannot be stopped.")
 
 
 def _refuse_swapping(row: CheckpointRow) -> None:
