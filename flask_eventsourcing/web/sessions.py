@@ -42,7 +42,7 @@ LEFT = "_flask_eventsourcing_left"
 """Where an application context has the sessions that were current for a while, in ``flask.g``."""
 AFTER_THE_END = (
     "An application context that has ended is in use, as by a thread with a copy of it: its session will never be "
-    "committed, rolled back or closed. Push a new context there: with app.app_context(): …"
+    "committed, rolled back or closed. Push a context of its own there: with app.app_context(): …"
 )
 
 
