@@ -46,9 +46,9 @@ def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text has no character that ends a line, that a terminal obeys, or that no database takes.
+    """Whether a string has no line breaks, no control characters, and nothing that a database does not take.
 
-    These are control characters, separators of lines and paragraphs, and halves of surrogate pairs.
+    It refuses control characters, separators of lines and paragraphs, and unpaired surrogates.
     """
     # Whatever is printable is plain; the rest is looked at one by one, as some of it is.
     return text.isprintable() or not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in text)
@@ -185,8 +185,7 @@ def _checked(check: Callable[[Any], str | None], *, shown: bool = False) -> dict
 class Config:
     """The checked configuration of one Flask app.
 
-    Each attribute is the ``app.config`` key ``EVENTSOURCING_`` + its name in capitals;
-    ``docs/configuration.md`` documents them one by one.
+    Each attribute is the ``app.config`` key ``EVENTSOURCING_`` + its name in capitals. See ``docs/configuration.md``.
     """
 
     commit: CommitMode = field(
@@ -305,7 +304,7 @@ def checked(name: str, given: Any, shown_as: str) -> Any:
 
     :param name: of the attribute of :class:`Config`.
     :param shown_as: how messages name the setting.
-    :raises ConfigurationError: when it is of no use.
+    :raises ConfigurationError: when it cannot be used.
     """
     value = _current(f"{PREFIX}{name.upper()}", given)
     metadata = _FIELDS[name].metadata

@@ -155,7 +155,7 @@ class EventSourcing(Generic[First_co, Db_co]):
     def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
         """Register a projection, a subclass of ``ModelProjection``; a decorator, before or after :meth:`init_app`.
 
-        :param of: the application class whose events it follows; not needed where there is only one.
+        :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.
         """
 

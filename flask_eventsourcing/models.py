@@ -1,6 +1,6 @@
 """Record classes: mixins for your own, and functions that make the default ones on a declarative base.
 
-Those of events are made in ``persistence.tables``; those that projections need beside the events are made here.
+The record classes of events are made in ``persistence.tables``, those of projections here.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ __all__ = [
 
 
 class CheckpointMixin(OnTable):
-    """Columns of the table of projections: one row for each, and one more while it is rebuilt.
+    """Columns of the table of projections: one row for each projection, and one more while it is rebuilt.
 
-    ``position`` is that of the last event that was dealt with, ``applied`` counts the events that had a handler. Times
-    are in UTC, without a time zone. ``docs/models.md`` says what the nullable columns are for.
+    ``position`` is that of the last event that was handled or skipped, ``applied`` counts the events that had a
+    handler. Times are in UTC, without a time zone. ``docs/models.md`` says what the nullable columns are for.
     """
 
     name = orm.mapped_column(TEXT_ID, primary_key=True)  # type: orm.Mapped[str]
@@ -87,7 +87,7 @@ class CheckpointMixin(OnTable):
 
 
 class DeadLetterMixin(OnTable):
-    """Columns of the table of dead letters, the events that a projection could not apply and those that wait behind.
+    """Columns of the table of dead letters: events that a projection could not apply, and those that wait behind them.
 
     A letter without an ``error`` waits for an earlier one of the same aggregate.
     """
@@ -107,7 +107,7 @@ class DeadLetterMixin(OnTable):
 
 
 class InlineRangeMixin(OnTable):
-    """Columns of the table of what inline projections have applied: a row for each append, merged later."""
+    """Columns of the table of positions that inline projections have applied: a row for each append, merged later."""
 
     id = orm.mapped_column(POSITION_TYPE, primary_key=True, autoincrement=True)  # type: orm.Mapped[int]
     projection = orm.mapped_column(TEXT_ID, nullable=False)  # type: orm.Mapped[str]
@@ -162,6 +162,6 @@ def make_projection_models(
 
 
 def is_of_rebuild(name: str, live: Collection[str]) -> bool:
-    """Whether a table is one that a rebuild has made beside one of some live ones, all by their names."""
+    """Whether a table, by its name, was made by a rebuild beside one of some live tables."""
     match = LEFT.fullmatch(name)
     return match is not None and match["live"] in live

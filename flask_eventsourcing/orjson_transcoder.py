@@ -24,10 +24,10 @@ class _NotForOrjsonError(Exception):
 
 
 class OrjsonTranscoder(JSONTranscoder):
-    """Does with ``orjson`` what ``JSONTranscoder`` does with ``json``.
+    """A ``JSONTranscoder`` that uses ``orjson`` instead of ``json``.
 
-    What orjson would write or read otherwise (integers beyond 64 bits, ``NaN``, subclasses of plain types) goes the
-    library's way, so that the format is the same in every case.
+    Values that orjson writes or reads in another way (integers beyond 64 bits, ``NaN``, subclasses of plain types) are
+    left to the library, so the format is always the same.
     """
 
     def encode(self, obj: Any) -> bytes:
@@ -41,9 +41,9 @@ class OrjsonTranscoder(JSONTranscoder):
             return super().encode(obj)
 
     def decode(self, data: bytes) -> Any:
-        """Return what was encoded.
+        """Return the object.
 
-        :raises TranscodingNotRegisteredError: when there is no transcoding of a name that is found.
+        :raises TranscodingNotRegisteredError: when there is no transcoding of a name in it.
         """
         # Values with a type need Python for each mapping, and there the C code of ``json`` is the faster one.
         if b'"_type_"' in data or _LARGE_NUMBER.search(data):

@@ -11,11 +11,12 @@ events_recorded: NamedSignal = _signals.signal("events-recorded")
 
 The sender is the Flask app; the arguments are ``application``, the ``Application`` object, and ``notifications``, a
 tuple of ``eventsourcing.persistence.Notification`` in the order of the log. It is sent once for each application that
-recorded events in the transaction. A receiver that names a parameter ``recorded`` is given a tuple of
-``flask_eventsourcing.metadata.Recorded`` too, with what is known of each of them beside its state. An exception in a
-receiver is logged and does not reach the caller of ``commit()``, for whom the commit has succeeded.
+recorded events in the transaction. A receiver with a parameter ``recorded`` also gets a tuple of
+``flask_eventsourcing.metadata.Recorded``: what was recorded of each event beside its state. An exception in a receiver
+is logged. It does not reach the caller of ``commit()``, as the commit has succeeded.
 """
 
 events_discarded: NamedSignal = _signals.signal("events-discarded")
-"""Sent when events were saved and then neither committed nor rolled back, with the arguments of
-``events_recorded``; what was saved is not stored."""
+"""Sent when events were saved and then neither committed nor rolled back, so they are not stored.
+
+The arguments are those of ``events_recorded``."""

@@ -176,8 +176,8 @@ class CheckedRepository(Repository[Any]):
         if aggregate is not None and type(aggregate) not in _warned:
             _warned.add(type(aggregate))
             logger.warning(
-                "The snapshot of %s %s at version %d does not fit its class any more, so that it is read from its "
-                "events, as others may be: take them again with %s. %s: %s",
+                "The snapshot of %s %s at version %d no longer fits the class, so the aggregate is read from its "
+                "events. This may be so for others: take new snapshots with %s. %s: %s",
                 type(aggregate).__qualname__,
                 aggregate_id,
                 snapshots[0].originator_version,

@@ -32,13 +32,11 @@ HELD = 1_000
 NOT_STORED = "its events could not be stored"
 ROLLED_BACK = "its events were rolled back"
 READ_UNCOMMITTED = "it was read with events that were rolled back"
-REMEDY = (
-    "so it is not what is stored: read it again, or make it again if it is new, inside the function that is tried again"
-)
+REMEDY = "so its state is not stored: read it again, or make it again if it is new, within the function that is retried"
 SESSION = "call application.save(…, session=…) of the extension's own application, not super().save(…, session=…)"
-TWINS = "both have changes, of which one could not follow the other; read the aggregate once, and change that object"
+TWINS = "both have changes, and their versions would collide: read the aggregate once, and change that object"
 SHARED = (
-    "it is the object in the cache, which is everybody's: read it without deepcopy_from_cache=False, or remove "
+    "it is the cached object, which all callers share: read it without deepcopy_from_cache=False, or remove "
     "DEEPCOPY_FROM_AGGREGATE_CACHE from the environment"
 )
 

@@ -1,7 +1,6 @@
 """The ``flask eventsourcing`` commands: the click side of ``commands``, for every host.
 
-They work on the current Flask app, or on the ``Subject`` that a program on another host calls them with:
-``group(obj=subject)``.
+They work on the current Flask app, or on the ``Subject`` of a program on another host: ``group(obj=subject)``.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class ClickBar:
 
 
 def subject() -> Subject:
-    """Return what commands were called with to work on, or the current app."""
+    """Return the subject with which the commands were called, or that of the current app."""
     given = _given()
     if given is not None:
         return given

@@ -1,7 +1,7 @@
 """The commands of every host: what they do and print. Reading the command line is up to the host.
 
-A host makes a :class:`Subject` and calls a command with it and with an :class:`Output`. A command returns the exit
-status, or raises a :class:`CommandError`.
+A host makes a :class:`Subject` and calls a command with it and an :class:`Output`. A command returns the exit status,
+or raises a :class:`CommandError`.
 """
 
 from __future__ import annotations
@@ -88,18 +88,18 @@ class Subject:
         return list(dict.fromkeys([*own, *self.elsewhere.values()]))
 
     def tables(self) -> list[tuple[str, sa.Table]]:
-        """Return the tables of applications, then those that projections need, each with whom it belongs to."""
+        """Return the tables of applications, then those of projections, each with its owner."""
         known = {table for _, table in self.application_tables}
         further = [("Projections", table) for table in self.projections.tables() if table not in known]
         return [*self.application_tables, *further]
 
     def consumers(self) -> list[Consumer]:
-        """Return all that workers run, and inline projections, in the order of their registration."""
+        """Return the consumers that workers run, and inline projections, in the order of their registration."""
         return list(self.projections)
 
 
 class CommandError(Exception):
-    """A command has failed: its message is for the user, who needs no traceback."""
+    """A command failed. The message is for the user, without a traceback."""
 
     exit_status: ClassVar[int] = 1
 
@@ -111,30 +111,30 @@ class UsageError(CommandError):
 
 
 class UnreachableError(CommandError):
-    """The database failed in a way that passes; the cause is the database's error."""
+    """The database failed in a transient way; the cause is the database's error."""
 
 
 class Bar(Protocol):
     """A progress bar that stands on a terminal."""
 
     def move(self, position: int, length: int, note: str) -> None:
-        """Show that so many of so many are done, with a note beside it; the length may change."""
+        """Show the progress, with a note beside it; the length may change."""
 
     def finish(self) -> None:
         """End its line."""
 
 
 class Output(Protocol):
-    """Where a command prints and asks; the host's."""
+    """Where a command prints and asks questions; each host has its own."""
 
     def write(self, text: str) -> None:
         """Print lines on standard output."""
 
     def confirm(self, question: str) -> bool:
-        """Ask whether to go on; a host whose programs end otherwise may raise instead of returning False."""
+        """Ask whether to go on; a host may raise an error that ends the program instead of returning False."""
 
     def bar(self, length: int, label: str) -> Bar | None:
-        """Show a progress bar, or return None where there is no terminal to show it on."""
+        """Show a progress bar, or return None if there is no terminal."""
 
 
 class PlainOutput:
@@ -154,7 +154,7 @@ class PlainOutput:
         stream.flush()
 
     def confirm(self, question: str) -> bool:
-        """Ask on standard input; whatever is not yes, and the end of the input, is no."""
+        """Ask on standard input; any answer but yes, and the end of the input, means no."""
         try:
             return input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
         except EOFError:
@@ -165,7 +165,7 @@ class PlainOutput:
 
 
 def missing_tables(subject: Subject) -> list[sa.Table]:
-    """Return the tables that are not in the database.
+    """Return the tables that are missing in the database.
 
     :raises CommandError: when the database cannot be reached.
     """
@@ -176,7 +176,7 @@ def missing_tables(subject: Subject) -> list[sa.Table]:
 
 
 def require_tables(subject: Subject) -> None:
-    """Check that there is every table.
+    """Check that every table exists.
 
     :raises CommandError: naming those that are missing, and the remedy.
     """
@@ -187,7 +187,7 @@ def require_tables(subject: Subject) -> None:
 
 
 def remedy_of_missing(subject: Subject) -> str:
-    """Return what is to be done when tables are missing."""
+    """Return the remedy for missing tables."""
     return f"run {subject.command('init-db')} or your migrations"
 
 
@@ -202,7 +202,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def message_of(error: Exception) -> str:
-    """Return what is said of an error."""
+    """Return the message for an error."""
     # The driver's own words, without the statement, its values and the address of a manual.
     hide_values(error)
     driver_error = getattr(error, "orig", None)
@@ -218,9 +218,9 @@ def qualified(consumer: Consumer, name: str | None = None) -> str:
 
 
 def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:
-    """Return the consumers that a name stands for: a projection with its reactions, or the one of that name.
+    """Return the consumers with a name: a projection with its reactions, or reactions alone.
 
-    Where several applications have one of that name, the application's name goes before it: ``Bank.Balances``.
+    If several applications have one with that name, put the application's name before it: ``Bank.Balances``.
 
     :raises CommandError: when there is none, or there are several.
     """
@@ -257,7 +257,7 @@ def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class TextTable:
-    """A table of text that is printed in parts: its columns grow where a later part needs that."""
+    """A table of text that is printed in parts: its columns grow if a later part needs it."""
 
     def __init__(self, heads: Sequence[str]) -> None:
         self._heads: Sequence[str] | None = heads

@@ -55,7 +55,7 @@ def erase_aggregate(
         output.write(f"{owner.name} {aggregate_id} was erased before, and nothing is left.")
         return 0
     output.write(f"{owner.name} {aggregate_id}: {_told(there)}.")
-    if not yes and not output.confirm("Nobody can bring them back. Erase them?"):
+    if not yes and not output.confirm("This cannot be undone. Erase them?"):
         return 1
     with _clear_errors():
         done = subject.projections.host.retry(
@@ -84,7 +84,7 @@ def take_snapshots(
     everything: bool = False,
     application: str | None = None,
 ) -> int:
-    """Take a snapshot of an aggregate, or of each, as its events are now; returns 1 if one of all fails."""
+    """Take a snapshot of an aggregate, or of all, from its events; returns 1 if one of all fails."""
     return _Snapshots(subject, output, application, "taken", _take).work(aggregate_id, "events", everything=everything)
 
 
@@ -96,7 +96,7 @@ def drop_snapshots(
     everything: bool = False,
     application: str | None = None,
 ) -> int:
-    """Delete the snapshots of an aggregate, or of each, but for those without which it cannot be read."""
+    """Delete the snapshots of an aggregate, or of all, except those without which it cannot be read."""
     job = _Snapshots(subject, output, application, "dropped", _drop)
     return job.work(aggregate_id, "snapshots", everything=everything)
 
@@ -183,7 +183,7 @@ def find(subject: Subject, name: str | None) -> Application[Any]:
 
 
 def as_id(owner: Application[Any], text: str) -> UUID | str:
-    """Return what a user has typed as the id of an aggregate.
+    """Return the id of an aggregate from the command line.
 
     :raises UsageError: when the application's ids are UUIDs and it is none.
     """

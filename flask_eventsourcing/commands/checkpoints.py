@@ -42,9 +42,9 @@ def list_checkpoints(subject: Subject, output: Output, *, as_json: bool = False)
 
 
 def rename(subject: Subject, output: Output, old: str, new: str, *, application: str | None = None) -> int:
-    """Give what one projection has to another: position, reactions, dead letters.
+    """Rename a projection in its checkpoints and dead letters.
 
-    :raises CommandError: when that cannot be.
+    :raises CommandError: when it cannot be done.
     """
     require_tables(subject)
     with clear_errors():
@@ -54,9 +54,9 @@ def rename(subject: Subject, output: Output, old: str, new: str, *, application:
 
 
 def forget(subject: Subject, output: Output, name: str, *, application: str | None = None, yes: bool = False) -> int:
-    """Delete what a projection has that is not registered any more.
+    """Delete the checkpoints and dead letters of a projection that is no longer registered.
 
-    :raises CommandError: when that cannot be.
+    :raises CommandError: when it cannot be done.
     """
     require_tables(subject)
     found = _find(subject, application)
@@ -69,7 +69,7 @@ def forget(subject: Subject, output: Output, name: str, *, application: str | No
 
 
 def accept(subject: Subject, output: Output, name: str) -> int:
-    """Take log, tables and code of a projection, or of its reactions, as they are now.
+    """Accept the present log, tables and code of a projection, or of its reactions.
 
     :raises CommandError: when there is none.
     """
@@ -83,8 +83,8 @@ def accept(subject: Subject, output: Output, name: str) -> int:
 def pause(subject: Subject, output: Output, name: str, *, by: str | None = None, reason: str = "") -> int:
     """Keep every worker from running a projection, or its reactions, until it is resumed.
 
-    :param by: who wants that, the user of the operating system unless told otherwise.
-    :raises CommandError: when that cannot be.
+    :param by: who asks for it, by default the user of the operating system.
+    :raises CommandError: when it cannot be done.
     """
     for consumer in _called(subject, name):
         with clear_errors():
@@ -97,7 +97,7 @@ def pause(subject: Subject, output: Output, name: str, *, by: str | None = None,
 def resume(subject: Subject, output: Output, name: str, *, by: str | None = None, reason: str = "") -> int:
     """Let a projection, or its reactions, go on after a pause, or try again after it has halted.
 
-    :raises CommandError: when that cannot be.
+    :raises CommandError: when it cannot be done.
     """
     for consumer in _called(subject, name):
         with clear_errors():
@@ -107,9 +107,9 @@ def resume(subject: Subject, output: Output, name: str, *, by: str | None = None
 
 
 def skip(subject: Subject, output: Output, name: str, position: int, *, reason: str, by: str | None = None) -> int:
-    """Set the event aside before which a projection is halted, with who and why, so that it can go on.
+    """Set aside the event at which a projection has halted, with who asked for it and why.
 
-    :raises CommandError: when it does not stand before this event.
+    :raises CommandError: when it has not halted at this event.
     """
     if not reason.strip():
         raise UsageError("Say with --reason why the event is skipped.")
@@ -131,10 +131,10 @@ def reset_reactions(
     reason: str = "",
     yes: bool = False,
 ) -> int:
-    """Have reactions go on behind a position, or with the events since a time.
+    """Let reactions go on after a position, or with the events since a time.
 
     :param yes: do not ask.
-    :raises CommandError: when that cannot be.
+    :raises CommandError: when it cannot be done.
     """
     if (position is None) == (since is None):
         raise UsageError("Give --position or --since.")
@@ -191,9 +191,9 @@ def _called(subject: Subject, name: str) -> list[Consumer]:
 
 
 def new_identity(subject: Subject, output: Output, *, application: str | None = None) -> int:
-    """Give the log of a clone an identity of its own, so that keys of reactions are others than the original's.
+    """Give the log of a cloned database a new identity, so its reactions have other keys than the original's.
 
-    :raises CommandError: when that cannot be.
+    :raises CommandError: when it cannot be done.
     """
     require_tables(subject)
     with clear_errors():

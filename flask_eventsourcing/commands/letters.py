@@ -17,13 +17,13 @@ HEADS = ("ID", "PROJECTION", "POSITION", "EVENT", "AGGREGATE", "VERSION", "TRIES
 
 
 class Found(NamedTuple):
-    """A letter and whose it is."""
+    """A letter and its consumer."""
 
     consumer: Consumer
     letter: DeadLetter
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return it as a dict for JSON."""
         values = {"application": self.consumer.application.name, **self.letter._asdict()}
         failed_at = self.letter.failed_at
         values["failed_at"] = None if failed_at is None else f"{failed_at.isoformat()}+00:00"
@@ -39,7 +39,7 @@ def list_letters(
     limit: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """List the dead letters by projection, in the order of the log; as they are read, some at a time.
+    """List the dead letters by projection, in the order of the log; they are printed while they are read.
 
     :param aggregate: only those of the aggregate with this id.
     :param limit: the most that are listed.
@@ -171,7 +171,7 @@ def retry_letters(
 def discard_letters(
     subject: Subject, output: Output, ids: Sequence[int], *, yes: bool = False, projection: str | None = None
 ) -> int:
-    """Give failed events up, and apply those that wait behind them; returns 1 if one of these fails.
+    """Discard failed events, and apply those that wait behind them; returns 1 if one of these fails.
 
     :param yes: do not ask.
     """
@@ -221,7 +221,7 @@ def _consumers(subject: Subject, projection: str | None) -> Sequence[Consumer]:
 
 
 def owners_of(subject: Subject, ids: Sequence[int], projection: str | None = None) -> dict[Consumer, list[int]]:
-    """Return the dead letters with these ids by whose they are.
+    """Return the dead letters with these ids by their consumers.
 
     :raises CommandError: when there is no such letter, or several applications have one.
     """

@@ -36,8 +36,8 @@ TRIES, PAUSE = 5, 0.1
 """Tries to create tables where none of them has appeared since, and the seconds between them."""
 
 POOLER = (
-    "A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode, so that no "
-    "process could hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
+    "A pooler shares the server's connections among clients, as PgBouncer does in transaction mode, so no process can "
+    "hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
 )
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
@@ -101,7 +101,7 @@ def check(subject: Subject, output: Output) -> int:
         raise CommandError(f"{type(error).__name__}: {str(error).strip()}") from error
     if faults:
         one = len(faults) == 1
-        raise CommandError(faults[0] if one else f"{len(faults)} things are not as they should be; see above.")
+        raise CommandError(faults[0] if one else f"{len(faults)} faults were found; see above.")
     return 0
 
 
@@ -127,7 +127,7 @@ def _check_databases(subject: Subject, output: Output) -> list[str]:
                 if findings is None:
                     missing.append(table)
                 wrong = findings is None or any(each.is_fault for each in findings)
-                state = "is missing" if findings is None else "is not as it should be" if wrong else "ok"
+                state = "is missing" if findings is None else "has a fault" if wrong else "ok"
                 output.write(f"{owner}: table {table.fullname} {state}")
                 _tell(output, findings or (), faults)
     return [f"Tables are missing: {remedy_of_missing(subject)}.", *faults] if missing else faults
@@ -174,9 +174,9 @@ def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> Non
 
 
 def status(subject: Subject, output: Output, *, as_json: bool = False, check: bool = False) -> int:
-    """Tell how far each projection is, who runs it, and what is wrong.
+    """Show how far each projection is, who runs it, and what is wrong.
 
-    :param check: return 1 unless all are run and nothing was set aside.
+    :param check: return 1 unless all run and nothing was set aside.
     """
     require_tables(subject)
     with clear_errors():
@@ -254,7 +254,7 @@ def _trouble(subject: Subject, each: ProjectionStatus) -> str:
 
 
 class Reporter:
-    """Watches runners and tells how far they are.
+    """Watches runners and reports their progress.
 
     :param period: seconds between two log lines of each.
     """

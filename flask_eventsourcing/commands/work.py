@@ -51,20 +51,20 @@ OWN_CONNECTIONS = 2
 
 
 class Signals:
-    """What SIGTERM and SIGINT ask for: the first to end, a second one to end at once."""
+    """SIGTERM and SIGINT: the first one ends the run after the batch, a second one at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal, and no more: a handler runs between any two steps of the main thread, locks held or not."""
+        """Only note the signal: a handler runs between any two steps of the main thread, even while it holds locks."""
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle them, where this is the main thread; others have no say in signals."""
+        """Handle them in the main thread; other threads cannot handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -77,7 +77,7 @@ class Signals:
 
 
 def watch(signals: Signals, stopping: threading.Event, reporter: Reporter) -> None:
-    """Pass a signal on, and tell of progress; called in the main thread, a few times a second."""
+    """Pass a signal on, and report progress; called in the main thread, a few times a second."""
     if signals.received is not None and not stopping.is_set():
         reporter.finish_bar()
         logger.info("%s: ending after the batch in progress", signal.Signals(signals.received).name)
@@ -137,9 +137,9 @@ def run(
 
 
 def chosen(subject: Subject, names: Sequence[str], everything: bool) -> list[Consumer]:
-    """Return what is to be run.
+    """Return the consumers to run.
 
-    :raises CommandError: when that cannot be known or cannot be run.
+    :raises CommandError: when a name is unknown or cannot be run.
     """
     known, runnable = subject.consumers(), subject.projections.runnable()
     if names and everything:
@@ -233,7 +233,7 @@ def _run(worker: Worker, signals: Signals, reporter: Reporter) -> Sequence[Excep
 
 
 def end_if_halted(worker: Worker) -> None:
-    """End when nothing is left to run, so that the supervisor of the process sees it."""
+    """End when no consumer is left to run, so the supervisor of the process notices."""
     if all(runner.progress.halted is not None for runner in worker.runners):
         worker.stop()
 
@@ -264,7 +264,7 @@ def rebuild(
     restart: bool = False,
     offline: bool = False,
 ) -> int:
-    """Build the tables of a projection again beside the live ones, and put them in their place.
+    """Build new tables of a projection beside the live ones, and swap them.
 
     :param dry_run: only say how many events there are and how long it would take.
     :param drop_old: drop the replaced tables afterwards.
@@ -314,7 +314,7 @@ def _estimated(estimate: Estimate) -> str:
 def drop_left(subject: Subject, output: Output, name: str, *, give_up: bool = False) -> int:
     """Drop the tables that rebuilds of a projection have replaced; nothing is rebuilt.
 
-    :param give_up: drop what an unfinished rebuild has made instead.
+    :param give_up: drop the tables of an unfinished rebuild instead.
     :raises CommandError: when another process rebuilds it now.
     """
     with clear_errors():

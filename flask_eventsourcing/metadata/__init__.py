@@ -1,10 +1,10 @@
 """Metadata of events: who saved them, in which request, and what caused them. Needs no host and no database.
 
-The functions for the context are called as in version 10 of the library. There an event takes the metadata in force
+The functions for the context have the names of version 10 of the library. There an event takes the metadata in force
 when it is triggered; here it takes those in force at ``save()``.
 
-What was put is a chain in one ``ContextVar``. A ``with`` block takes its own link out again, wherever it ends: a
-generator that is closed late, in another context, neither fails nor takes away what others have put since.
+The metadata are a chain in one ``ContextVar``. A ``with`` block removes its own link only: a generator that is closed
+late, in another context, neither fails nor removes metadata that were added later.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", de
 
 
 def get_metadata_from_context() -> dict[str, str]:
-    """Return what was put into the context, as a dict of its own; empty where there is nothing."""
+    """Return a copy of the metadata in the context, a dict that may be empty."""
     links: list[_Link] = []
     link = _chain.get()
     while link is not None:
@@ -111,10 +111,11 @@ def get_metadata_from_context() -> dict[str, str]:
 class MetadataBlock:
     """Puts metadata into the context: for a ``with`` block, or as a decorator for each call of a function.
 
-    A coroutine function has it until it returns, and a generator while it runs, with what was in force when it was
-    made; between its steps it is not in force. A ``with`` block within a generator is, for its caller too.
+    In a decorated coroutine function they are in force until it returns. In a decorated generator they are in force
+    while it runs, but not between its steps. A ``with`` block within a generator is in force between them, for the
+    caller too.
 
-    :raises EventMetadataError: for a key or a value that is no text.
+    :raises EventMetadataError: for a key or a value that is not a string.
     """
 
     def __init__(
@@ -249,33 +250,33 @@ async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Add metadata to those in force, in whose place they are where the keys are the same.
+    """Add metadata to those in force; a key that is there already gets the new value.
 
-    :return: a context manager, which is a decorator too.
-    :raises EventMetadataError: for a key or a value that is no text.
+    :return: a context manager, which is also a decorator.
+    :raises EventMetadataError: for a key or a value that is not a string.
     """
     return MetadataBlock(metadata)
 
 
 def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Take metadata in the place of all that was put into the context before.
+    """Replace all metadata in the context.
 
-    :return: a context manager, which is a decorator too.
-    :raises EventMetadataError: for a key or a value that is no text.
+    :return: a context manager, which is also a decorator.
+    :raises EventMetadataError: for a key or a value that is not a string.
     """
     return MetadataBlock(metadata, hides=True)
 
 
 def null_metadata_in_context() -> MetadataBlock:
-    """Hide all that was put into the context before; what is filled in by itself is not among that.
+    """Hide all metadata in the context; those that the package fills in stay.
 
-    :return: a context manager, which is a decorator too.
+    :return: a context manager, which is also a decorator.
     """
     return MetadataBlock({}, hides=True)
 
 
 def event_metadata(**metadata: str) -> MetadataBlock:
-    """Add metadata to those of the events that are saved within: ``with es.event_metadata(reason="import 7"):``.
+    """Add metadata to the events that are saved within the block: ``with es.event_metadata(reason="import 7"):``.
 
     It is the short form of :func:`put_metadata_in_context`, a context manager and a decorator.
 
@@ -285,10 +286,10 @@ def event_metadata(**metadata: str) -> MetadataBlock:
 
 
 def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = _never) -> MetadataBlock:
-    """Let events that are saved have the correlation of another event, and that as their cause.
+    """Give saved events the correlation of another event, and that event as their cause.
 
     :param find: returns that event; called once, when something is saved.
-    :param is_over: whether the event is handled no more, be it that nobody has left the block.
+    :param is_over: whether the event is no longer handled, even if the block was not left.
     """
 
     def values() -> Metadata:
@@ -306,10 +307,10 @@ def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] =
 
 @dataclass(frozen=True, eq=False)
 class Collector:
-    """Returns the metadata of a save: what providers give, what was put into the context, and a correlation.
+    """Collects the metadata of a save: those of providers, those in the context, and a correlation.
 
-    :param providers: called without arguments, in their order; each returns a mapping of texts to texts, or None.
-    :param carried: returns what belongs to the piece of work, in whose place all others are; it is not checked again.
+    :param providers: called without arguments, in this order; each returns a mapping of strings to strings, or None.
+    :param carried: returns the metadata of the piece of work, which all others override; they are not checked again.
     """
 
     providers: Sequence[Provider] = ()
@@ -318,7 +319,8 @@ class Collector:
     def __call__(self) -> dict[str, str]:
         """Collect it.
 
-        :raises EventMetadataError: when a provider fails, something is no text, or it is too much.
+        :raises EventMetadataError: when a provider fails, a key or value is not a string, or the metadata are too
+            large.
         """
         found: dict[str, str] = dict(self.carried()) if self.carried is not None else {}
         for provider in self.providers:

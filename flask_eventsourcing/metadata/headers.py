@@ -14,7 +14,7 @@ _TRACE = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f
 
 
 def metadata_of_headers(headers: Any) -> dict[str, str]:
-    """Return what is filled in for a request; nothing of what cannot be used is logged.
+    """Return the metadata of a request. A header that cannot be used is ignored and not logged.
 
     :param headers: those of the request, of any framework.
     """
@@ -31,13 +31,13 @@ def _is_correlation(value: str) -> bool:
 
 
 def is_trace(value: str) -> bool:
-    """Whether a text is a ``traceparent`` as W3C has it."""
+    """Whether a string is a valid ``traceparent`` of W3C."""
     match = _TRACE.fullmatch(value) if len(value) <= LONGEST_TRACE else None
     return match is not None and (match[1] != "00" or match[2] is None)
 
 
 def trace_of_span() -> str | None:
-    """Return the ``traceparent`` of OpenTelemetry's current span; where nobody has imported it, there is none."""
+    """Return the ``traceparent`` of OpenTelemetry's current span, or None if OpenTelemetry is not imported."""
     api: Any = sys.modules.get("opentelemetry.trace")
     if api is None:
         return None

@@ -31,7 +31,7 @@ MOST_BYTES = 4096
 
 
 class Recorded(NamedTuple):
-    """What was recorded of an event beside its state; None, or empty, where nothing was."""
+    """What was recorded of an event beside its state: values are None, or empty, if nothing was recorded."""
 
     position: int
     """In the application's log."""
@@ -42,7 +42,7 @@ class Recorded(NamedTuple):
 
     @property
     def correlation_id(self) -> str | None:
-        """What the event belongs to, such as a request."""
+        """The request, or other unit, that the event belongs to."""
         return self.metadata.get(CORRELATION_ID)
 
     @property
@@ -55,7 +55,7 @@ RECORDED = "recorded"
 
 
 def names_recorded(function: Callable[..., Any]) -> bool:
-    """Whether a function names the parameter by which it is told what was recorded of an event beside its state."""
+    """Whether a function has the parameter ``recorded``, for what was recorded of an event beside its state."""
     try:
         return RECORDED in inspect.signature(function).parameters
     except (TypeError, ValueError):  # it does not tell
@@ -63,7 +63,7 @@ def names_recorded(function: Callable[..., Any]) -> bool:
 
 
 def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
-    """Return metadata if they are a mapping of texts to texts that every database takes.
+    """Return metadata if they are a mapping of strings to strings that every database can store.
 
     :raises EventMetadataError: naming the key.
     """
@@ -92,9 +92,9 @@ def _is_text(value: str) -> bool:
 
 
 def check_size(metadata: Mapping[str, str]) -> None:
-    """Check that the metadata of a save are not too much, and that their correlation fits its column.
+    """Check that the metadata of a save are not too large, and that their correlation fits its column.
 
-    :raises EventMetadataError: when it is not so.
+    :raises EventMetadataError: otherwise.
     """
     # A character takes six bytes at most.
     if sum(map(len, metadata.values())) + sum(map(len, metadata)) + 6 * len(metadata) > MOST_BYTES // 6:

@@ -86,14 +86,14 @@ def _no_unit() -> JoinedUnit | None:
 
 @dataclass(frozen=True, eq=False)
 class Datastore:
-    """What the recorders of one or more applications share; to make it touches nothing.
+    """What the recorders of one or more applications share. Making it does not touch the database.
 
     :param engine: where the tables are.
-    :param options: what the configuration says about databases.
+    :param options: the options of the database.
     :param tables: returns the tables of an application by its name, or None for one that it does not know.
-    :param unit: returns the unit of work to join, or None where recorders are to commit on their own.
-    :param after_append: by the application's name, what is called within the transaction of an append.
-    :param metadata: returns the metadata in force for a save, or None where none are to be stored.
+    :param unit: returns the unit of work to join, or None if recorders commit on their own.
+    :param after_append: what is called within the transaction of an append, by the application's name.
+    :param metadata: returns the metadata in force for a save, or None if none are stored.
     :raises ConfigurationError: when the database is not supported.
     """
 
@@ -112,7 +112,7 @@ class Datastore:
         _datastores[self.token] = self
 
     def prepare(self) -> None:
-        """Install what the engine needs; calling it again does nothing. Recorders call it when they are made."""
+        """Install what the engine needs; a second call does nothing. Recorders call it when they are made."""
         self.dialect.prepare_engine()
         drop_inherited_connections(self.engine)
 
@@ -123,9 +123,9 @@ class Datastore:
     def writing(self, *, in_autocommit: bool = False) -> Write:
         """Return a context manager with a connection to write with.
 
-        It is the unit's, or one that is committed at the end.
+        It is the unit's connection, or one that is committed at the end.
 
-        :param in_autocommit: whether one statement is to come, which needs no transaction around it.
+        :param in_autocommit: whether there is only one statement, which needs no transaction.
         """
         return Write(self, self.unit(), in_autocommit)
 
@@ -195,7 +195,7 @@ class Write:
             self.connection.begin()
 
     def check_thread(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
-        """Refuse to wait for another transaction of this thread, which can only end when this one has.
+        """Refuse to wait for another transaction of this thread, which can only end after this one.
 
         :raises WriteTimeoutError: naming the aggregate.
         """

@@ -109,8 +109,8 @@ class Describer:
         if not self._leaves_out:
             self._leaves_out = True
             logger.warning(
-                "Table %s has none of the columns %s, so that the events of this process are recorded without. The "
-                "command 'check' says what a migration has to add; EVENTSOURCING_METADATA = False asks for none.",
+                "Table %s has none of the columns %s, so events are recorded without metadata. The command 'check' "
+                "says what a migration has to add; with EVENTSOURCING_METADATA = False no metadata are recorded.",
                 self._table.fullname,
                 ", ".join(METADATA_COLUMNS),
             )

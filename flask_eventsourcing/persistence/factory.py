@@ -32,20 +32,20 @@ from .tables import make_models
 class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
     """Makes recorders for an application.
 
-    Within Flask the extension passes the datastore of the app. On its own, as the library's ``PERSISTENCE_MODULE``, the
-    factory reads these environment variables, each also with the application's name in front, as in
+    Within Flask the extension passes the datastore of the app. As the library's ``PERSISTENCE_MODULE`` the factory
+    reads these environment variables, each also with the application's name in front, as in
     ``BANK_SQLALCHEMY_DATABASE_URI``:
 
     ``SQLALCHEMY_DATABASE_URI``
-        The database, as SQLAlchemy writes it. Required.
+        The address of the database, as SQLAlchemy writes it. Required.
     ``SQLALCHEMY_SCHEMA``
         The schema of the tables.
     ``ORIGINATOR_ID_TYPE``
         ``uuid``, the default, or ``text``.
     ``EVENT_METADATA``
-        Whether metadata are stored with each event, by default yes.
+        Whether metadata are stored with each event, ``yes`` by default.
     ``CREATE_TABLE``
-        Whether missing tables are created when the recorders are made; unlike in the library, not by default.
+        Whether missing tables are created when the recorders are made: ``no`` by default, unlike in the library.
 
     :raises InfrastructureFactoryError: without a database.
     """
@@ -106,7 +106,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         return make_models(orm.declarative_base(), self.env.name).tables if known is None else known
 
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
-        """Make a recorder for a purpose: ``events`` or ``snapshots``."""
+        """Make a recorder for ``events`` or ``snapshots``."""
         recorder = self.aggregate_recorder_class(self.datastore, self._table(purpose), self.env.name)
         recorder.replaces = purpose == "snapshots"
         return recorder
@@ -166,14 +166,14 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
                 table.create(self.datastore.engine, checkfirst=True)
 
     def close(self) -> None:
-        """Close the engine if it is the factory's own; that of a Flask app is the app's."""
+        """Close the engine if the factory made it; that of a Flask app belongs to the app."""
         datastore = getattr(self, "datastore", None)
         if datastore is not None and self._owns_engine:
             datastore.engine.dispose()
 
 
 class DCBFactory(DCBInfrastructureFactory[Any]):
-    """What the library finds here for an application with dynamic consistency boundaries: a refusal.
+    """Refuses an application with dynamic consistency boundaries; the library looks for this class.
 
     :raises InfrastructureFactoryError: always.
     """

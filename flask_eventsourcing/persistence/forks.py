@@ -1,13 +1,13 @@
 """A forked process neither uses nor closes the connections that it inherits.
 
-A pool cannot look after itself: its lock may have been held by another thread at the time of the fork, connections that
-were in use then count against it for ever, and its connections are the parent's. So the process is compared before the
-pool is asked for anything, and another process gets a new pool. It does what SQLAlchemy's documentation does by hand
-after a fork, ``engine.dispose(close=False)`` ("Using Connection Pools with Multiprocessing"), without a hook.
+A forked process cannot use the inherited pool: another thread may have held its lock at the time of the fork,
+connections that were in use then count against it for ever, and its connections belong to the parent. So the process is
+compared before each use of the pool, and a new process gets a new pool. This is ``engine.dispose(close=False)`` of
+SQLAlchemy's documentation ("Using Connection Pools with Multiprocessing"), without a hook.
 
-A database whose locks do not survive a fork must not be open at all when the process forks. There the idle connections
-are closed before it, in the parent, for which no lock of the pool's is taken: who first takes the mark of an idle
-connection away, the thread that wants to use it or the one that forks, has it.
+A database whose locks do not survive a fork must not be open when the process forks. Its idle connections are closed
+before the fork, in the parent, without the pool's lock: each idle connection has a mark, and the thread that removes it
+first, to use the connection or to close it, owns the connection.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _inherited_sockets: set[tuple[int, int]] = set()
 def drop_inherited_connections(engine: Engine) -> None:
     """Give an engine, in each forked process, a pool of that process's own.
 
-    It holds for all who use the engine, and without ``os.register_at_fork``, which uWSGI does not run. The one
-    connection of an in-memory database is the database, and a forked process keeps its own copy of that.
+    This works without ``os.register_at_fork``, which uWSGI does not run. The one connection of an in-memory database is
+    the database, and a forked process keeps its own copy of it.
     """
     if engine in _watched or is_in_memory(engine.url):
         return
@@ -78,10 +78,10 @@ def drop_inherited_connections(engine: Engine) -> None:
 
 
 def leave_inherited_connections() -> None:
-    """Part from the connections that were in use at the time of the fork; costs nothing in a process that has done so.
+    """Separate from the connections that were in use at the fork; a second call in a process costs nothing.
 
-    What still has one, such as a session that was held across the fork, may roll back and close it, which sends
-    nothing to the server, and gets an error for everything else.
+    A session that was open at the fork may roll back and close its connection, which sends nothing to the server. It
+    gets an error for everything else.
     """
     global _left_in  # noqa: PLW0603
     pid = os.getpid()

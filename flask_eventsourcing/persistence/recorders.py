@@ -78,7 +78,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         desc: bool = False,
         limit: int | None = None,
     ) -> Sequence[StoredEvent]:
-        """Read the events of an aggregate, those that the session has not committed yet among them."""
+        """Read the events of an aggregate, including those that the session has not committed yet."""
         if not self.events_table.can_have(originator_id):
             return []
         with self.datastore.reading() as read:
@@ -104,8 +104,8 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
 class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationRecorder):
     """Records events in aggregate sequences and in the application's log.
 
-    An event is refused that would leave a gap in its aggregate's sequence: nobody could read that any more. Its
-    predecessor is an event, or *snapshots_table* has a snapshot of that version.
+    An event is refused if it would leave a gap in its aggregate's sequence, which could not be read then. Its
+    predecessor must be an event, or a snapshot in *snapshots_table*.
     """
 
     _looks_at = 1000
@@ -161,11 +161,11 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         *,
         inclusive_of_start: bool = True,
     ) -> Sequence[Notification]:
-        """Read the log by position; no event can appear later at or before the last one that is returned.
+        """Read the log by position. No event can appear later at or before the last position that is returned.
 
-        It is read up to a row that cannot be read.
+        The events before a row that cannot be read are returned.
 
-        :raises UnreadableEventError: when that is the first.
+        :raises UnreadableEventError: when the first row cannot be read.
         """
         return self.read_log(start, limit, stop, topics, inclusive_of_start=inclusive_of_start, join=True)
 
@@ -180,9 +180,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         join: bool = False,
         damaged: bool = False,
     ) -> Sequence[Notification]:
-        """As :meth:`select_notifications`, but with a connection of its own unless *join* is set.
+        """Like :meth:`select_notifications`, but with a connection of its own unless *join* is set.
 
-        :param damaged: whether rows that cannot be read are returned too, as an ``UnreadableNotification`` each.
+        :param damaged: whether rows that cannot be read are returned too, each as an ``UnreadableNotification``.
         """
 
         def read_page(read: Read) -> Sequence[Notification]:
@@ -201,9 +201,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
-        """Return how many of the next events to read at once: up to *limit*, as long as their states are not too large.
+        """Return how many of the next events to read at once: up to *limit*, unless their states are too large.
 
-        After large events it looks at few at a time: a database may read a state to know its size.
+        After large events it looks at few events at a time, as a database may have to read a state to know its size.
 
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         :raises PersistenceError: when the database cannot be asked.
@@ -238,7 +238,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
         """Return what was recorded of events beside their state, by position.
 
-        :param connection: what to read with, by default the session's or one of its own.
+        :param connection: the connection to read with, by default the session's or a new one.
         :raises UnsafeTableError: when the table lacks one of the columns.
         """
         if connection is None:
@@ -247,7 +247,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return read_recorded(self.dialect, connection, self._table(connection), positions)
 
     def cause(self, position: int, is_over: Callable[[], bool] = bool) -> MetadataBlock:
-        """Return a block within which events are saved that one of this log has caused."""
+        """Return a context in which saved events have an event of this log as their cause."""
         return caused_by(lambda: self.find_recorded([position]).get(position), is_over)
 
     def max_notification_id(self) -> int | None:
@@ -255,7 +255,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return self._last_position(join=True)
 
     def high_water_mark(self) -> int:
-        """Return the position up to which no event can appear any more, read on a connection of its own; 0 for none."""
+        """Return the position up to which no more events can appear, read on a connection of its own; 0 for none."""
         return self._last_position(join=False) or 0
 
     def _last_position(self, *, join: bool) -> int | None:
@@ -283,15 +283,14 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return self.dialect.waiter(self.events_table)
 
     def shared_waiter(self) -> Waiter:
-        """Return the same for one of many in this process, who share a connection."""
+        """Return a waiter for one of many in this process, which share a connection."""
         return self.dialect.shared_waiter(self.events_table)
 
 
 class SQLAlchemyTrackingRecorder(TrackingRecorder):
     """Records how far the logs of upstream applications have been processed.
 
-    Derive your own views from it: :meth:`transaction` gives the connection on which both the view and its position
-    are written.
+    Derive your own views from it. Write a view and its position on the connection of :meth:`transaction`.
     """
 
     def __init__(self, datastore: Datastore, tracking_table: sa.Table, **kwargs: Any) -> None:
@@ -306,7 +305,7 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A connection whose work is committed at the end, or that of the current session."""
+        """A context with a connection: that of the current session, or one that is committed at the end."""
         with self.datastore.writing() as write:
             yield write.connection
 
@@ -319,7 +318,7 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
             self.write_tracking(connection, tracking)
 
     def write_tracking(self, connection: Connection, tracking: Tracking) -> None:
-        """Record a position on a connection that :meth:`transaction` gave."""
+        """Record a position on a connection of :meth:`transaction`."""
         self.dialect.insert_tracking(connection, self.tracking_table, tracking)
 
     def max_tracking_id(self, application_name: str) -> int | None:
@@ -327,9 +326,9 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         return self._max_tracking_id(application_name, join=True)
 
     def has_tracking_id(self, application_name: str, notification_id: int | None) -> bool:
-        """Whether a position was reached, also if that was after the session's transaction took its snapshot.
+        """Whether a position was reached, even after the session's transaction took its snapshot.
 
-        The library's ``wait()`` asks this again and again.
+        The library's ``wait()`` polls this.
         """
         if super().has_tracking_id(application_name, notification_id):
             return True
@@ -366,9 +365,9 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         """The recorders of the applications whose events are processed, by their names."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
-        """Append events and record the position given as ``tracking``, both or neither.
+        """Append events and record the position in ``tracking``: both or neither.
 
-        :raises IntegrityError: when another writer was first with either.
+        :raises IntegrityError: when another writer has recorded one of them first.
         """
         tracking: Tracking | None = kwargs.get("tracking")
         upstream = None if tracking is None else self.upstream.get(tracking.application_name)

@@ -48,8 +48,8 @@ Implementation: TypeAlias = sa.types.TypeEngine[Any] | type[sa.types.TypeEngine[
 class UUIDType(BaseUUIDType):
     """SQLAlchemy-Utils' type, native where the database has one and ``CHAR(32)`` elsewhere.
 
-    The base type's ``BINARY(16)`` can come back as ``NUMERIC(16)``, so that Alembic's comparison of types finds a
-    change every time; ``CHAR(32)`` comes back as it went. The hexadecimal text is also what the library itself stores.
+    The base type's ``BINARY(16)`` can be reflected as ``NUMERIC(16)``, so Alembic's comparison of types finds a change
+    every time; ``CHAR(32)`` is reflected as it is. The library itself also stores the hexadecimal text.
     """
 
     cache_ok: bool | None = True
@@ -101,8 +101,8 @@ def _as_uuid(value: Any) -> uuid.UUID | None:
 
 
 class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
-    """A mapping of strings to strings: JSON where the database has a type for it that is quick to search, else its
-    bytes, as version 10 of the library stores it."""
+    """A mapping of strings to strings: JSON if the database has a type that is fast to search, else bytes, as
+    version 10 of the library stores it."""
 
     impl: Implementation = sa.LargeBinary
     cache_ok: bool | None = True
@@ -172,7 +172,7 @@ class _RecordMixin(OnTable):
 
 
 class StoredEventMixin(_RecordMixin):
-    """Columns of a stored-event record class: add it to a model of yours, which may have nullable columns more.
+    """Columns of a record class of events: add it to a model of yours, which may have more columns.
 
     Set ``__originator_id_type__ = "text"`` for text ids.
 
@@ -189,12 +189,12 @@ class StoredEventMixin(_RecordMixin):
 
     @classmethod
     def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
-        """Return the values of columns of your own, by the columns' names; NULL is stored where there is none.
+        """Return the values of your own columns by the columns' names; columns without a value are NULL.
 
         It is called for each event, on every database, inside a session and outside. Override it in your class.
 
-        :param event: the domain event where an application saves it, else the library's ``StoredEvent``.
-        :param metadata: what is stored as its metadata.
+        :param event: the domain event if an application saves it, else the library's ``StoredEvent``.
+        :param metadata: the metadata that are stored with it.
         """
         return {}
 
@@ -209,7 +209,7 @@ class StoredEventMixin(_RecordMixin):
 
 
 class SnapshotMixin(_RecordMixin):
-    """Columns of a snapshot record class: the aggregate's id and version, the snapshot's topic and state."""
+    """Columns of a record class of snapshots: the aggregate's id and version, the snapshot's topic and state."""
 
     __originator_id_options__: ClassVar[dict[str, Any]] = {"primary_key": True}
 
@@ -218,14 +218,14 @@ class SnapshotMixin(_RecordMixin):
 
 
 class TrackingMixin(OnTable):
-    """Columns of a tracking record class: how far the log of each upstream application was processed."""
+    """Columns of a record class of positions: how far the log of each upstream application is processed."""
 
     application_name = orm.mapped_column(TEXT_ID, primary_key=True)  # type: orm.Mapped[str]
     notification_id = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
 
 
 def event_table_arguments(table_name: str, **options: Any) -> tuple[Any, ...]:
-    """The ``__table_args__`` of a stored-event class: the key of optimistic concurrency, and the table's options."""
+    """The ``__table_args__`` of a record class of events: the unique key that finds conflicts, and the options."""
     key = sa.UniqueConstraint(*VERSION_KEY, name=f"{table_name}_originator_key")
     return key, {**table_options(), **options}
 
@@ -276,7 +276,7 @@ def make_models(
     snapshot_model: Any = None,
     tracking_model: Any = None,
 ) -> Models:
-    """Make, or take from the arguments, the three record classes of an application on a declarative base.
+    """Make the three record classes of an application on a declarative base, or take them from the arguments.
 
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken; nothing was made
         then.
@@ -308,7 +308,7 @@ def make_models(
 
 
 def index_correlation(models: Models) -> None:
-    """Give the column ``correlation_id`` of the events an index, by which the events of a request are found."""
+    """Give the column ``correlation_id`` of the events an index, to find the events of a request."""
     table = models.tables["events"]
     name = f"{table.name}_correlation_idx"
     if "correlation_id" in table.c and name not in {index.name for index in table.indexes}:
@@ -356,7 +356,7 @@ def check_models(
 ) -> None:
     """Check what :func:`make_models` is going to make.
 
-    :param id_type: what the application's ids are, where that is known.
+    :param id_type: the type of the application's ids, if it is known.
 
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken.
     """

@@ -1,8 +1,8 @@
 """The checkpoint of a projection: how far it is, who runs it, and what stopped it.
 
-A runner that applies events moves the position first, in the same transaction, from where it was and under the token of
-its claim. The row's lock keeps others out until the commit, and a runner that has lost the claim in the meantime moves
-nothing: no event is applied twice, whatever becomes of locks and processes.
+A runner that applies events first moves the position, in the same transaction, from its old value and with the token of
+its claim. The row's lock keeps others out until the commit, and a runner that has lost its claim moves nothing. So no
+event is applied twice, even if locks are lost or processes killed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CODE_OF_TOKEN = 8
 
 
 class CheckpointRow(NamedTuple):
-    """What the table of projections says about one."""
+    """The row of one projection."""
 
     name: str
     position: int
@@ -71,7 +71,7 @@ class CheckpointRow(NamedTuple):
 
     @classmethod
     def never_run(cls, name: str) -> CheckpointRow:
-        """Return what is true of a projection that has no row yet."""
+        """Return the row of a projection that was never run."""
         return cls(name, 0, 0, ACTIVE, *[None] * 7)
 
     def is_run_by(self, fingerprint: str) -> bool:
@@ -91,7 +91,7 @@ class FencedError(PassingError):
 
 
 def this_process() -> str:
-    """Return how the runner of this process is called in the status: host and process id."""
+    """Return the name of this process in the status: host and process id."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -108,14 +108,14 @@ HANDED_OVER = (
 
 
 class LeaseWatch:
-    """Sees that a lease is not renewed, by this process's own clock: the other's may have been wrong."""
+    """Notices that a lease is not renewed, by the clock of this process, as the other's may be wrong."""
 
     def __init__(self) -> None:
         self._seen: tuple[str | None, datetime | None] = (None, None)
         self._since = time.monotonic()
 
     def abandoned(self, row: CheckpointRow | None) -> CheckpointRow | None:
-        """Return the row if its lease was the same for as long as a lease lasts."""
+        """Return the row if its lease has not changed for as long as a lease lasts."""
         seen = (None, None) if row is None else (row.token, row.leased_until)
         if seen != self._seen or seen[0] is None:
             self._seen, self._since = seen, time.monotonic()
@@ -158,7 +158,7 @@ class Checkpoint:
     def read(self, connection: Connection | None = None, *, latest: bool = False) -> CheckpointRow | None:
         """Return the row, read with a connection of its own unless one is given.
 
-        :param latest: read what is committed, although the transaction's snapshot may be older.
+        :param latest: read the committed row even if the transaction's snapshot is older.
         :raises MissingTableError: when the table was not created.
         """
         if connection is None:
@@ -184,7 +184,7 @@ class Checkpoint:
         abandoned: CheckpointRow | None = None,
         at: int | None = None,
     ) -> CheckpointRow | None:
-        """Make this process the runner; with *lease*, only if nobody else's lease is valid.
+        """Make this process the runner; with *lease*, only if no other lease is valid.
 
         :param fingerprint: of the code that is going to run.
         :param notes: further values that the row is to have then.
@@ -224,7 +224,7 @@ class Checkpoint:
         """Move the position, in the transaction that applies the events.
 
         :param last: which event is at the position, as values of the row's columns.
-        :param called: whether a reaction was called, which is noted although an operator has paused it meanwhile.
+        :param called: whether a reaction was called: this is noted even if an operator has paused it meanwhile.
         :raises FencedError: when the claim was lost, the position is not where it was, a rebuild is about to end, or an
             operator has paused it.
         """
@@ -250,7 +250,7 @@ class Checkpoint:
         self._change_claimed(claimed, leased_until=utc_now() + timedelta(seconds=LEASE))
 
     def halt(self, claimed: CheckpointRow, position: int, error: str) -> None:
-        """Note that the projection stands before an event that it cannot apply."""
+        """Note that the projection has halted at an event that it cannot apply."""
         state = sa.case((self.table.c.state == PAUSED, PAUSED), else_=HALTED)
         self._change_claimed(claimed, state=state, failed_position=position, error=error)
 
@@ -259,7 +259,7 @@ class Checkpoint:
         self._change_claimed(claimed, failed_position=position, error=error)
 
     def note(self, claimed: CheckpointRow, **values: Any) -> None:
-        """Note what was found out about a projection that this process runs.
+        """Store notes about a projection that this process runs.
 
         :raises FencedError: when the claim was lost.
         """
@@ -298,7 +298,7 @@ class Checkpoint:
         return row
 
     def take_from(self, connection: Connection, live: CheckpointRow, rebuilt: CheckpointRow) -> None:
-        """Set what a rebuild has reached, and which code it was; the claim stays if that is the code that has it."""
+        """Set the position and the code of a rebuild. The claim stays if its holder has the same code."""
         fingerprint = rebuilt.fingerprint or live.fingerprint
         values = {name: getattr(rebuilt, name) for name in HANDED_OVER}
         state = PAUSED if PAUSED in (live.state, rebuilt.state) else ACTIVE
@@ -310,7 +310,7 @@ class Checkpoint:
         connection.execute(sa.update(self.table).where(self._row).values(values))
 
     def set_values(self, connection: Connection, **values: Any) -> None:
-        """Set what an operator has a say in."""
+        """Set values that an operator may change."""
         connection.execute(sa.update(self.table).where(self._row).values(values))
 
     def set_state(self, connection: Connection, state: str) -> None:
@@ -329,10 +329,10 @@ class Checkpoint:
 
 
 class Heartbeat:
-    """A thread that renews a runner's lease, or sees whether the connection with its lock still lives.
+    """A thread that renews a runner's lease, or checks that the connection with its lock is alive.
 
-    A handler may take longer than a lease lasts, and a firewall or a server closes a connection that is idle for long.
-    A process that is stopped or killed has no heartbeat.
+    A handler may take longer than a lease lasts, and a firewall or a server may close an idle connection. A process
+    that is stopped or killed has no heartbeat.
     """
 
     def __init__(
@@ -363,7 +363,7 @@ class Heartbeat:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise the error with which the right was lost, if it was.
+        """Raise the error if the right to run was lost.
 
         :raises FencedError: when another runner has it.
         """

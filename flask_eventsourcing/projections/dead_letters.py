@@ -70,7 +70,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def note_of(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Return what an operator has written in one line that every database can store."""
+    """Return an operator's note in one line that every database can store."""
     return _storable(printable(" ".join(text.split())))[:longest]
 
 

@@ -1,6 +1,6 @@
 """Rebuilds a projection in new tables beside the live ones, and swaps them.
 
-The rebuild has a row of its own, from which it goes on when it was killed.
+The rebuild has a checkpoint of its own, from which it goes on after it was killed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LOOK = 0.1
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a rebuild would have to do: events, and seconds as far as a trial tells.
+    """What a rebuild would have to do: events, and seconds as estimated by a trial.
 
     :param tried: the events of the trial.
     :param failed: those of them that the rebuild would set aside.
@@ -62,7 +62,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What rebuilds have left: tables that were replaced, tables of an unfinished rebuild or trial, its position."""
+    """What rebuilds have left behind: replaced tables, tables of an unfinished rebuild or trial, its position."""
 
     replaced: Sequence[str]
     unfinished: Sequence[str]
@@ -74,9 +74,9 @@ class Leftovers:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a rebuild has done: the events of this run, its seconds, and the rows of each table before and after.
+    """The result of a rebuild: the events of this run, its seconds, and the rows of each table before and after.
 
-    ``dead_letters`` are the events that it has set aside, ``waiting`` those behind them, whichever run it was in.
+    ``dead_letters`` are the events that all runs have set aside, ``waiting`` those that wait behind them.
     """
 
     events: int
@@ -92,7 +92,7 @@ class Rebuild:
     """Rebuilds one projection.
 
     :param consumer: the live projection.
-    :param stop: ends it after the batch in progress; it can be taken up later.
+    :param stop: ends it after the batch in progress; it can be continued later.
     """
 
     keeps_writers_waiting: bool = False
@@ -110,9 +110,9 @@ class Rebuild:
             raise RebuildError(NO_MODELS.format(consumer.projection_class.__name__))
 
     def run(self, *, restart: bool = False) -> Rebuilt | None:
-        """Build, verify and swap; returns None when it was stopped before the end.
+        """Build, verify and swap. Return None if it was stopped before the end.
 
-        :param restart: begin from the start even if an earlier rebuild can be taken up.
+        :param restart: begin from the start even if an earlier rebuild can be continued.
         :raises ProjectionBusyError: when another process rebuilds it.
         :raises ProjectionHaltedError: when an event cannot be applied and the projection is to halt.
         :raises RebuildError: when it cannot be rebuilt, or the counts differ.
@@ -188,7 +188,7 @@ class Rebuild:
         return claimed
 
     def estimate(self) -> Estimate:
-        """Count the events and try some of them, on tables that are dropped again; nothing else is changed.
+        """Count the events and try some of them, on tables that are dropped afterwards. Nothing else is changed.
 
         :raises RebuildError: when the rebuild would halt at one of those events.
         """
@@ -271,7 +271,7 @@ class Rebuild:
             return self._shadows(OLD).drop(connection)
 
     def give_up(self) -> list[str]:
-        """Drop what an unfinished rebuild, or a trial, has made, and return the tables' names.
+        """Drop the tables of an unfinished rebuild or a trial, and return their names.
 
         :raises ProjectionBusyError: when another process rebuilds the projection now.
         """
@@ -347,7 +347,7 @@ class Rebuild:
 
 
 def leftovers(consumer: Consumer) -> Leftovers:
-    """Return what rebuilds of a projection have left: unless one is running, nobody needs it."""
+    """Return what rebuilds of a projection have left behind; it is not needed unless one is running."""
     row = consumer.of_kind("rebuild").checkpoint.read()
     with consumer.application.engine.connect() as connection:
         found = _left(connection, consumer)

@@ -45,7 +45,7 @@ class Registrations:
     def add(self, projection_class: Any, of: type[Application[Any]]) -> Registration:
         """Add a projection.
 
-        :raises ConfigurationError: when it is none, or its name is taken.
+        :raises ConfigurationError: when it is no projection, or its name is taken.
         """
         registration = Registration(check_projection(projection_class), of)
         for other in self.entries:
@@ -88,7 +88,7 @@ class BoundProjections:
         self.bound: dict[tuple[str, str], tuple[Registration, ProjectedApplication]] = {}
 
     def check(self, projection_class: Any) -> None:
-        """Check what is about to be bound.
+        """Check a projection before it is bound.
 
         :raises ConfigurationError: when it is no projection, or one of its tables is in another database.
         """
@@ -163,11 +163,11 @@ class BoundProjections:
         return found[0]
 
     def waiters_of(self, consumer: Consumer) -> Waiters:
-        """Return the kept connections with which positions of a consumer are waited for."""
+        """Return the connections that wait for positions of a consumer."""
         return self.waiters[consumer.application]
 
     def worker(self, *names: str, once: bool = False) -> Worker:
-        """Return what runs projections and reactions, by the names of their checkpoints, or all.
+        """Return a worker for the projections and reactions with these names, or for all.
 
         :param once: end as soon as each has reached the end of its log.
         """
@@ -195,7 +195,7 @@ class BoundProjections:
         return next((each.models.tables["dead_letters"] for each in found), None)
 
     def tables(self) -> list[sa.Table]:
-        """Return the tables that projections need: ours, and those of their models."""
+        """Return the tables that projections need: those of this package, and those of their models."""
         found: dict[str, sa.Table] = {}
         for registration, application in self.bound.values():
             for table in (
@@ -217,9 +217,10 @@ class PlainProjections(BoundProjections):
     :param host: the host.
     :param models: the record classes for the projections of each application class, as
         ``flask_eventsourcing.models.make_projection_models`` makes them.
-    :param lease: whether workers hold a lease rather than a lock of the server, which a pooler may take from them.
+    :param lease: whether workers hold a lease rather than a server lock, which does not work behind a connection
+        pooler.
     :param hosts: the host of each application, where there are several.
-    :raises ConfigurationError: when a table of *models* is named as the database cannot have it.
+    :raises ConfigurationError: when the database cannot have a table with the name of one of *models*.
     """
 
     host: PlainHost
@@ -249,7 +250,7 @@ class PlainProjections(BoundProjections):
     ) -> type[ModelProjection]:
         """Register a projection, and return it; usable as a decorator where there is one application.
 
-        :param of: the application class whose events it follows; not needed where there is only one.
+        :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.
         """
         if of is None and len(self._classes) == 1:
@@ -285,9 +286,9 @@ def _has_table(host: PlainHost, table: sa.Table) -> bool:
 
 
 class Worker:
-    """Runs consumers until it is told to stop, each in a thread of its own; it runs once.
+    """Runs consumers until it is stopped, each in a thread of its own. A worker runs once.
 
-    :param once: end as soon as each has reached the end of its log, and what their reactions have saved meanwhile.
+    :param once: end when each has reached the end of its log, including events that reactions have saved meanwhile.
     """
 
     def __init__(self, consumers: Sequence[Consumer], *, once: bool = False) -> None:
@@ -299,13 +300,13 @@ class Worker:
         self._begun = threading.Lock()
 
     def stop(self) -> None:
-        """End the run after the batches in progress; returns at once, and may be called in a signal handler."""
+        """End the run after the batches in progress. It returns at once, and may be called in a signal handler."""
         self.stopping.set()
 
     def run(self, tick: Callable[[], None] | None = None, period: float = 0.2) -> Sequence[Exception]:
-        """Run, and return the errors that ended consumers; blocks until all have ended.
+        """Run until all consumers have ended, and return the errors that ended them.
 
-        :param tick: called every *period* seconds meanwhile, in this thread.
+        :param tick: called every *period* seconds, in this thread.
         :raises RuntimeError: when it was run before.
         """
         if not self._begun.acquire(blocking=False):

@@ -1,12 +1,12 @@
 """The end of a rebuild: the new tables replace the live ones, with everything that belonged to these.
 
-With the live row locked, what the live projection has applied by then is applied. Then the tables change their names
-where the catalogs say that nothing would be lost with the replaced ones: where the database can, in one transaction.
-Where renaming commits, the state ``swapping`` is committed before, and the next process that looks sees by the tables
-whether the renaming came to pass.
+The live checkpoint is locked, and the events that the live projection has applied meanwhile are applied to the new
+tables. If, by the catalogs, nothing would be lost with the replaced tables, the tables are then renamed, in one
+transaction if the database can do that. If renaming commits, the state ``swapping`` is committed before, and the next
+process sees by the tables whether they were renamed.
 
-Where something would be lost, as grants or a view, the live rows are deleted and the new ones inserted, all in one
-transaction: readers see the old rows up to its commit. It takes time by the number of rows.
+If something would be lost, such as grants or a view, the live rows are deleted and the new ones inserted, in one
+transaction: readers see the old rows until its commit. This takes longer with more rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEAR = 1000
 
 @dataclass(frozen=True)
 class Swapped:
-    """What a swap has done: the events that were missing, and the rows of each table before and after.
+    """The result of a swap: the events that were missing, and the rows of each table before and after.
 
     ``letters`` counts the events that were set aside in all of the rebuild, and those that wait behind them.
     """
@@ -69,9 +69,9 @@ class Swap:
         self.old: ShadowTables = shadows_of(live, OLD)
 
     def run(self) -> Swapped | None:
-        """Swap, and try again where readers of the live tables keep them locked; returns None when it was stopped.
+        """Swap; try again while readers of the live tables keep them locked. Return None if it was stopped.
 
-        :raises RebuildError: when the counts of events differ, or somebody keeps the tables locked.
+        :raises RebuildError: when the counts of events differ, or another session keeps the tables locked.
         """
         held: Sequence[str] = ()
         for tries in range(1, TRIES + 1):
@@ -101,7 +101,7 @@ class Swap:
         try:
             return self.application.datastore.dialect.holders(self.live.tables, PATIENCE)
         except sa.exc.DBAPIError as error:
-            logger.debug("%s: nobody knows who has the tables locked: %s", self.rebuild.name, error)
+            logger.debug("%s: it is unknown who has the tables locked: %s", self.rebuild.name, error)
             return ()
 
     def check(self) -> bool:
@@ -331,7 +331,7 @@ def _try(connection: Connection, new: ShadowTables) -> None:
 
 
 def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None:
-    """Give the live projection the position and the dead letters of its rebuild, which ends with that."""
+    """Give the live projection the position and the dead letters of its rebuild. This ends the rebuild."""
     row = rebuild.checkpoint.read(connection)
     if row is None:
         raise RebuildError(f"The rebuild of {live.name} has no row.")
@@ -360,7 +360,7 @@ def is_rebuilding(live: Consumer) -> bool:
 
 
 def settle(live: Consumer) -> None:
-    """Finish, or take back, a swap in steps that was interrupted."""
+    """Finish or undo an interrupted swap."""
     row = live.checkpoint.read()
     if row is None or row.state != SWAPPING:
         return

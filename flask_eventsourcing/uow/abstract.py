@@ -47,7 +47,7 @@ class Unit(JoinedUnit, ABC):
     @property
     @abstractmethod
     def batches(self) -> Sequence[Batch]:
-        """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+        """The recorded events that were neither committed nor rolled back on request, by save."""
 
     @abstractmethod
     def connection(self) -> Connection:
@@ -59,7 +59,7 @@ class Unit(JoinedUnit, ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+        """Find out whether the pending events are stored, if the unit may have missed the end of their transaction."""
 
     @abstractmethod
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
@@ -74,15 +74,15 @@ class Unit(JoinedUnit, ABC):
         """Return what stands for the transaction and is referenced by nobody after it; None where there is none."""
 
     def on_commit(self, function: Callable[[], None]) -> None:
-        """Call a function once what was done so far is committed; forget it if that is rolled back."""
+        """Call a function after the work so far is committed; drop it if the work is rolled back."""
         self._note(AfterCommit(function))
 
     def on_rollback(self, function: Callable[[], None]) -> None:
-        """Call a function if what was done so far is rolled back, or nobody knows; forget it at the commit."""
+        """Call a function if the work so far is rolled back, or its outcome is unknown; drop it at the commit."""
         self._note(AfterRollback(function))
 
     def refuse(self, reason: str, connection: Connection | None = None) -> None:
-        """Refuse to commit what was done so far; a rollback, also one of the savepoint it was done in, ends that."""
+        """Refuse to commit the work so far, until it is rolled back, also with its savepoint."""
         self._note(Refusal(reason), connection)
 
     def note_saved(self, originator_ids: Iterable[Any]) -> None:
@@ -97,6 +97,6 @@ class Unit(JoinedUnit, ABC):
         return self._transaction(begin=False) is not None
 
     def has_saved(self, originator_id: Any) -> bool:
-        """Whether an aggregate was saved in the transaction, be it that its savepoint was rolled back."""
+        """Whether an aggregate was saved in the transaction, even in a savepoint that was rolled back."""
         transaction = self._transaction(begin=False)
         return transaction is not None and originator_id in self._saved.get(transaction, ())

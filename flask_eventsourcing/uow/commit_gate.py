@@ -16,7 +16,7 @@ from .pending import Batch, Following, Pending, Refusal
 
 
 class InSession(Protocol):
-    """The unit of work of a session, as far as the gate has to do with it."""
+    """What the gate uses of a unit of work."""
 
     @property
     def session(self) -> orm.Session:
@@ -24,7 +24,7 @@ class InSession(Protocol):
 
 
 class Commits(Protocol):
-    """Who commits a session, and when; the host hands it in."""
+    """Who commits a session, and when. Each host passes one."""
 
     @property
     def at_save(self) -> bool:
@@ -34,7 +34,7 @@ class Commits(Protocol):
         """Told before an outermost unit of work begins on a session."""
 
     def joining(self, session: orm.Session) -> None:
-        """Told before something is written, or noted for the end, in a session's transaction; it may refuse."""
+        """Told before a session writes, or registers something for the end of its transaction; it may refuse."""
 
     def commit(self, session: orm.Session) -> None:
         """Commit a session at the end of a unit of work."""
@@ -43,17 +43,17 @@ class Commits(Protocol):
         """Roll a session back at the end of a unit of work that failed."""
 
     def is_to_come(self, session: orm.Session) -> bool:
-        """Whether somebody is still going to commit what is done now, although it may have written nothing yet."""
+        """Whether the current work will still be committed, even if it has written nothing yet."""
 
 
 @dataclass(eq=False)
 class Run:
-    """A unit of work that is being run, in this thread, greenlet or task and in what it calls.
+    """A running unit of work, in this thread, greenlet or task.
 
-    It goes by the host's scope and not by the session, as a function may remove the session and get another one. A
-    scope within the scope, such as a nested application context or a session of the caller's own, has units of its own.
+    It belongs to the host's scope, not to the session, as a function may remove the session and get another one. A
+    nested scope, such as a nested application context or a session of the caller's own, has its own units.
 
-    :param lenient: whether others may commit and roll back in it: a task did not ask for its unit.
+    :param lenient: whether other code may commit and roll back in it: a task did not ask for its unit.
     """
 
     lenient: bool = False
@@ -85,7 +85,7 @@ def current_run(scope: object) -> Run | None:
 
 
 def joined_late(session: orm.Session) -> bool:
-    """Whether a session without a unit of work has become the current one within one, which it has joined now."""
+    """Whether a session without a unit of work became the current one within a unit, and has now joined it."""
     run = _running.get()
     while run is not None:
         # Another app may be the current one.
@@ -142,11 +142,11 @@ class CommitGate:
             self._held = before
 
     def check(self, *, in_savepoint: bool = False) -> None:
-        """Refuse a commit that is not for the caller, or that the database would turn into a rollback without a word.
+        """Refuse a commit by the wrong code, or one that the database would turn into a rollback without an error.
 
-        :param in_savepoint: whether it is a savepoint that is to end, which commits nothing.
-        :raises HandlerError: when it is a handler that commits.
-        :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
+        :param in_savepoint: whether it is the end of a savepoint, which commits nothing.
+        :raises HandlerError: when a handler commits.
+        :raises CommitInsideUnitError: when a unit of work is running, and other code commits.
         :raises AbortedTransactionError: when the transaction was aborted by an earlier error.
         """
         if self._held is not None and not in_savepoint:

@@ -1,6 +1,6 @@
 """Aggregates with a recent conflict, and the queue that units join before they read them, if they can be retried.
 
-Without it, those that lose a race read at once what the next winner is about to change, and lose again.
+Without the queue, a unit that lost a race reads again at once, while the next winner writes, and loses again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ContendedAggregates:
 
 
 class AggregateQueue:
-    """The part of one unit of work in queueing for aggregates.
+    """Queues for the aggregates of one unit of work.
 
     :param dialect: how the database queues.
     :param contended: the aggregates with conflicts, of all units of this process.
@@ -80,7 +80,7 @@ class AggregateQueue:
     ) -> None:
         """Queue for an aggregate that is about to be read, if it had conflicts lately.
 
-        :param has_written: whether others may wait for what this unit has written.
+        :param has_written: whether other transactions may wait for this unit.
         """
         key = (table.name, originator_id)
         if not self.active or key in self._considered:
@@ -102,7 +102,7 @@ class AggregateQueue:
                 self.conflicts[key] = table
 
     def forget_old(self) -> None:
-        """Forget conflicts that were so long ago that nobody tries again for them."""
+        """Forget conflicts that are too old for a retry."""
         for key in [key for key in self.conflicts if key not in self._contended]:
             del self.conflicts[key]
 
@@ -113,7 +113,7 @@ class AggregateQueue:
 
     @property
     def has_conflicts(self) -> bool:
-        """Whether the last try had conflicts for whose aggregates the next one has to queue."""
+        """Whether the last try had conflicts, so the next one has to queue."""
         return bool(self.conflicts)
 
     def join_conflicting(self, connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """Listens to sessions and to the events' engines, and tells units of work of every end of a transaction.
 
-The listeners of sessions are on SQLAlchemy's class, once for all: a factory that takes the place of another needs no
-new ones. They return at once where no recorder has joined.
+The listeners are on SQLAlchemy's session class, so every session factory has them. They return at once if no recorder
+has joined the session.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _begin(connection: Connection) -> None:
 
 
 def joined(connection: Connection) -> list[UnitOfWork]:
-    """Return the units that have something in a connection's transaction, or are run in it."""
+    """Return the units that have joined a connection's transaction, or run in it."""
     state = known_state(connection)
     found = () if state is None else [each() for each in state.units]
     return [unit for unit in found if unit is not None and unit.following.connection() is connection]

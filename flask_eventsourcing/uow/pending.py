@@ -53,21 +53,21 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class AfterCommit:
-    """A function to call once everything that was done before it is committed."""
+    """A function to call after the work before it is committed."""
 
     function: Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class AfterRollback:
-    """A function to call if what was done before it is rolled back, or nobody knows what became of it."""
+    """A function to call if the work before it is rolled back, or its outcome is unknown."""
 
     function: Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Refusal:
-    """Why what was done so far must not be committed."""
+    """Why the work so far must not be committed."""
 
     reason: str
 
@@ -112,11 +112,11 @@ class Pending:
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
     def released(self, level: int) -> None:
-        """A savepoint was released: what it has stands or falls with the one around it from now on."""
+        """A savepoint was released: its items now belong to the savepoint around it."""
         self._items = [(min(own, level - 1), item) for own, item in self._items]
 
     def rolled_back(self, level: int) -> list[Item]:
-        """A savepoint was rolled back, or all of the transaction (level 0): forget what it had, and return that."""
+        """A savepoint was rolled back, or the transaction (level 0): forget its items, and return them."""
         if not level:
             items, self._items = self._items, []
             return [item for _, item in items]
@@ -125,7 +125,7 @@ class Pending:
         return gone
 
     def keep(self, is_there: Callable[[Batch], bool]) -> list[Item]:
-        """Forget the events that are not there any more, and what was noted for each of them; return all of that."""
+        """Forget the events that no longer exist, with the items that belong to them, and return both."""
         kept: list[tuple[int, Item]] = []
         gone: list[tuple[int, Item]] = []
         before: list[tuple[int, Item]] = []
@@ -147,7 +147,7 @@ class Pending:
 
 
 def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
-    """Call every function, whatever comes of another: its transaction has ended, and the caller has to be told so."""
+    """Call every function, even if one raises: the transaction has ended, and the caller must not see an error."""
     for item in items:
         what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
         # The caller of commit() must not take that for a failure, nor try again.
@@ -156,7 +156,7 @@ def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
 
 
 def log_lost(batches: Sequence[Batch]) -> None:
-    """Log that events were dropped although nobody asked for it."""
+    """Log that events were lost although no code asked for a rollback."""
     count = sum(len(batch.events) for batch in batches)
     logger.error("%d events were saved and are not stored: their session was closed before a commit.", count)
 
@@ -238,7 +238,7 @@ def _no_connection() -> Connection | None:
 class Following:
     """What a unit knows of the end of its database's transaction.
 
-    ``rolled_back`` is what a rollback has taken away, until it is known whether somebody asked for it.
+    ``rolled_back`` has the events of a rollback, until it is known whether code asked for it.
     """
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ class Following:
         self.strays = calls.cursors - statements
 
     def compare(self, calls: Calls, statements: int) -> bool:
-        """Suspect what a cursor may have done that is none of SQLAlchemy's; whether the transaction was ended."""
+        """Suspect a cursor that is not SQLAlchemy's. Return whether the transaction was ended."""
         before = self.strays
         self.strays = calls.cursors - statements
         if self.strays > before:
@@ -268,7 +268,7 @@ class Following:
         return calls.ends > self.ends
 
     def suspect(self) -> None:
-        """Note that somebody may have ended the transaction."""
+        """Note that the transaction may have been ended."""
         self._suspicion = 2
 
     def asked(self, calls: Calls) -> None:
@@ -284,12 +284,12 @@ class Following:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether somebody may have ended the transaction since the database was asked."""
+        """Whether the transaction may have been ended since the database was asked."""
         return self._suspicion == 2
 
     @property
     def was_suspicious(self) -> bool:
-        """Whether somebody may have ended it and begun another, in which all that was committed is seen as well."""
+        """Whether it may have been ended and another begun, which sees everything that was committed."""
         return self._suspicion > 0
 
     def ask(
@@ -301,7 +301,7 @@ class Following:
             return {id(batch) for batch in batches if is_there(connection, batch)}
         except sa.exc.SQLAlchemyError as error:
             reason = text(getattr(error, "orig", None) or error)
-            logger.warning("Nobody knows what became of events that were saved: %s", reason)
+            logger.warning("It is unknown whether events that were saved are stored: %s", reason)
             return None
         finally:
             self.is_asking = False

@@ -31,9 +31,9 @@ def same_database(one: Engine, other: Engine) -> bool:
 
 
 def writer_of(session: orm.Session, table: sa.Table) -> Engine | Connection:
-    """Return with what a session would write a row of a table.
+    """Return the engine or connection with which a session would write a row of a table.
 
-    One that sends reads elsewhere does so by its own ``get_bind()``, which looks at the statement, or whether the
+    A session that sends reads elsewhere does so in its ``get_bind()``, which looks at the statement, or whether the
     session flushes.
     """
     insert = table.info.get(INSERT)
@@ -47,8 +47,8 @@ class Route:
     """Finds the connection of a session to the database of the events.
 
     :param engine: that database.
-    :param bind_arguments: with which the session is asked for it.
-    :param fixed: functions ``get_bind`` that look at nothing but the table.
+    :param bind_arguments: arguments with which the session finds it.
+    :param fixed: functions ``get_bind`` that look at the table only.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Route:
     def connection(self, session: orm.Session) -> Connection:
         """Return the connection.
 
-        :raises ConfigurationError: when the session writes its models to another database, and nobody asked for that.
+        :raises ConfigurationError: when the session writes its models to another database, and that was not configured.
         """
         # A copy, as the session takes "bind" out of what it is given.
         connection = session.connection(bind_arguments=dict(self.bind_arguments))
@@ -71,11 +71,11 @@ class Route:
         return session.connection(bind_arguments={"bind": self._engine if self._is_apart else self._writer(session)})
 
     def check(self, session: orm.Session, connection: Connection) -> None:
-        """Refuse to write where the models of the session's transaction would be in another one.
+        """Refuse to write if the session's models would be in another transaction.
 
         :param connection: the one to write with.
 
-        :raises ConfigurationError: naming both, unless somebody asked for that.
+        :raises ConfigurationError: naming both, unless that was configured.
         """
         if type(session).get_bind in self._fixed or self._is_apart:
             return

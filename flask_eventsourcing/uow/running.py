@@ -39,8 +39,8 @@ class UnitRunner:
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[orm.Session]:
         """See ``EventSourcing.transaction``.
 
-        :param queueing: whether the unit can be run again, so that it queues for contended aggregates.
-        :param run: how it is to be run, where the caller wants to know more of it.
+        :param queueing: whether the unit can be run again; then it queues for contended aggregates.
+        :param run: the run of the unit, if the caller needs to know more of it.
         """
         unit = self._current()
         # Kept, as somebody may remove it.
@@ -88,7 +88,7 @@ class UnitRunner:
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """See ``EventSourcing.retry_on_conflict``.
 
-        :param lenient: whether others may commit in it, as in a task that did not ask for a unit.
+        :param lenient: whether other code may commit in it, as in a task, which did not ask for a unit of work.
         """
         unit = self._current()
         # What was saved before would be rolled back with the conflict, and the next try would go on without it.
@@ -118,7 +118,7 @@ def _reason(*, again: bool, has_committed: bool, tries: int) -> str:
 
 
 def as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:
-    """Return the library's error for one after which the unit may be run again, or None for any other."""
+    """Return the library's error for a conflict, after which the unit may be run again, or None."""
     if isinstance(error, sa.exc.DBAPIError):
         if not unit.dialect.is_serialization_failure(error.orig):
             return None
@@ -148,7 +148,7 @@ def commit(unit: UnitOfWork) -> None:
 
 
 def roll_back(session: orm.Session) -> None:
-    """Roll a session back; where its connection is lost, the server has done so already."""
+    """Roll a session back; if its connection is lost, the server has already done so."""
     try:
         session.rollback()
     except sa.exc.InvalidRequestError:
@@ -160,10 +160,10 @@ def roll_back(session: orm.Session) -> None:
 
 
 class SessionCommits:
-    """The ``Commits`` of a host whose sessions commit by themselves.
+    """The ``Commits`` of a host that commits the session itself.
 
     :param at_save: whether each ``save()`` outside of a unit of work is committed at once.
-    :param is_to_come: whether the host is going to commit at the end of what it does now.
+    :param is_to_come: whether the host will commit at the end of the current work.
     """
 
     def __init__(self, *, at_save: bool = False, is_to_come: Callable[[], bool] = bool) -> None:
@@ -174,7 +174,7 @@ class SessionCommits:
         """Do nothing: a session begins by itself."""
 
     def joining(self, session: orm.Session) -> None:
-        """Do nothing: a session commits whatever was done in it."""
+        """Do nothing: a session commits all its work."""
 
     def commit(self, session: orm.Session) -> None:
         """Commit the session."""
@@ -185,7 +185,7 @@ class SessionCommits:
         roll_back(session)
 
     def is_to_come(self, session: orm.Session) -> bool:
-        """Whether the host is going to commit."""
+        """Whether the host will commit."""
         return self._is_to_come()
 
 

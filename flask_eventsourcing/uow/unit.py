@@ -1,7 +1,7 @@
 """The unit of work on a SQLAlchemy session: what was recorded in it, until the transaction ends.
 
-It follows the database's transaction, not what the session says of it: ``listeners`` tells of each begin, commit,
-rollback and savepoint, by whatever way it came, and a unit that may have missed one asks the database.
+It follows the database's transaction, not only the session: ``listeners`` tells it of each begin, commit, rollback and
+savepoint. If the unit may have missed one, it asks the database.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Units:
     :param datastore: where the events are.
     :param commits: who commits.
     :param publish: called with the events of a transaction after it was committed.
-    :param bind_arguments: with which a session finds its connection to the events' database.
+    :param bind_arguments: arguments with which a session finds its connection to the events' database.
     :param fixed: functions ``get_bind`` of sessions that look at nothing but the table.
-    :param scope: returns what tells the present piece of work, with a session of its own, from others.
-    :param lost: called with events that are gone although nobody asked for a rollback.
+    :param scope: returns a key of the current piece of work, which has a session of its own.
+    :param lost: called with events that are lost although no code asked for a rollback.
     """
 
     datastore: Datastore
@@ -91,8 +91,8 @@ class Units:
 class SessionUnits:
     """The units of work of one session, one for each datastore; they are committed together.
 
-    :param session: has this object, and not the other way round.
-    :param scope: what tells it, and the session that takes its place when it is removed, from others.
+    :param session: the session, which refers to this object; the object does not refer to it.
+    :param scope: the key of this session, and of a new session after it is removed.
     """
 
     def __init__(self, session: orm.Session, scope: object) -> None:
@@ -118,19 +118,19 @@ class SessionUnits:
 
     @property
     def depth(self) -> int:
-        """How many ``transaction()`` are open, one within the other."""
+        """How many nested ``transaction()`` are open."""
         run = self.run()
         return 0 if run is None else run.depth
 
     def run(self) -> Run | None:
-        """Return the unit of work that is being run on the session here."""
+        """Return the running unit of work of the session."""
         return current_run(self.scope)
 
 
 class UnitOfWork(Unit):
     """What one session has recorded in one datastore and not yet committed; recorders join the session through it.
 
-    :param shared: what it has in common with the session's other units.
+    :param shared: what the session's units share.
     :param units: what made it.
     :param bind_arguments: with which the session finds its connection to the events' database.
     """
@@ -162,7 +162,7 @@ class UnitOfWork(Unit):
 
     @property
     def batches(self) -> list[Batch]:
-        """The events that were recorded and neither committed nor rolled back by somebody who asked, by save."""
+        """The recorded events that were neither committed nor rolled back on request, by save."""
         if not (self.pending or self.following.rolled_back):
             return []
         self.look()
@@ -236,7 +236,7 @@ class UnitOfWork(Unit):
         self._note(Batch(application_name, table, events, positions, described), connection)
 
     def written(self) -> None:
-        """After a write: commit, where each save is committed by itself and nobody has begun something around it."""
+        """After a write: commit, if each save is committed at once and no unit or savepoint is around it."""
         session = self.session
         if self.units.commits.at_save and not self.shared.depth and not session.in_nested_transaction():
             transaction = session.get_transaction()
@@ -260,7 +260,7 @@ class UnitOfWork(Unit):
 
     @property
     def awaits_commit(self) -> bool:
-        """Whether something may have been done that a commit is still to come for."""
+        """Whether there may be work that is not committed yet."""
         if self.shared.depth or self.session.in_nested_transaction() or self.has_changes():
             return True
         # The session does not tell whether its transaction has written. Where save() commits, it has done so, and
@@ -282,7 +282,7 @@ class UnitOfWork(Unit):
         self.pending.add(len(state.savepoints), item)
 
     def begun(self, connection: Connection) -> None:
-        """Inside a unit of work, follow a transaction from its beginning: what was not saved counts there too."""
+        """Inside a unit of work, follow a transaction from its beginning, even if no events were saved in it."""
         is_free = not self.pending and self.following.connection() is not connection
         if is_free and same_database(connection.engine, self.units.datastore.engine) and self.shared.run() is not None:
             self._follow(connection)
@@ -295,7 +295,7 @@ class UnitOfWork(Unit):
     # -------------------------------------------------------------------------------- what becomes of it
 
     def look(self, *, is_over: bool = False) -> None:
-        """Find out what became of the pending events, where the unit may have missed the end of their transaction."""
+        """Find out whether the pending events are stored, if the unit may have missed the end of their transaction."""
         if not (self.pending or self.following.is_committing):
             return
         connection = self.following.open_connection()
@@ -322,7 +322,7 @@ class UnitOfWork(Unit):
             self._committed_past()
 
     def look_for_commit(self, connection: Connection) -> None:
-        """Before a rollback, find out whether somebody has committed past SQLAlchemy."""
+        """Before a rollback, find out whether there was a commit without SQLAlchemy."""
         if connection.invalidated or self.following.is_busy or not self.pending.has(Batch):
             return
         is_over = self._is_over(connection)
@@ -366,7 +366,7 @@ class UnitOfWork(Unit):
             self.note_rollback_in_run()
 
     def note_rollback_in_run(self) -> None:
-        """If a unit of work is being run here, it must not be committed any more."""
+        """A unit of work that runs here can no longer be committed."""
         run = self.shared.run()
         if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
             run.rollback_only = "Inside a unit of work something was rolled back, so all of it was rolled back"
@@ -377,7 +377,7 @@ class UnitOfWork(Unit):
         self.pending.released(level)
 
     def resolve(self, *, asked: bool) -> None:
-        """It is known now who wanted a rollback: what it took away is forgotten, or told."""
+        """Forget or report the events of a rollback, now that it is known whether code asked for it."""
         batches, self.following.rolled_back = self.following.rolled_back, []
         if batches and not asked:
             self.units.lost(batches)
@@ -395,6 +395,6 @@ class UnitOfWork(Unit):
             call_all([AfterCommit(partial(self.units.publish, batches))])
 
     def unknown(self) -> None:
-        """The connection was lost during the commit: nothing is said of the events, and their objects are stale."""
+        """The connection was lost during the commit: no signal is sent, and the aggregate objects are stale."""
         self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(self.pending.rolled_back(0), AfterRollback))

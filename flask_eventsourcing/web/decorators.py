@@ -42,7 +42,7 @@ def in_unit(
 ) -> Callable[..., Any]:
     """Return a function that runs another one in a unit of work of the current app.
 
-    :param times: how often it is run again after a conflict at most, or None if it never is.
+    :param times: how often it is run again after a conflict, at most; None for never.
     :param status: whether a return value with a status of 400 or more, as Flask reads it, rolls back.
     :param noted: takes the name of the function.
     :raises ConfigurationError: for a generator, which would run when the unit has ended.
@@ -142,7 +142,7 @@ def _of_function(returned: Any, name: str) -> Any:
 def status_of(returned: Any) -> int | None:
     """Return the status that ``Flask.make_response()`` would give to what a view has returned, without consuming it.
 
-    None stands for what it does not tell: a WSGI application, whose status is known when it has run.
+    None for a WSGI application, whose status is known after it has run.
     """
     status = None
     if isinstance(returned, tuple):

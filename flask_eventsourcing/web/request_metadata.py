@@ -1,6 +1,6 @@
 """Metadata that Flask provides: the correlation and trace of a request, and, if configured, the user.
 
-What a client has sent is taken as it is or left out; nothing of it is logged.
+A header that cannot be used is ignored and not logged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEPT = "flask_eventsourcing.metadata"
 
 
 def make_collector(app: Flask, config: Config) -> Collector | None:
-    """Return what collects the metadata of a save in an app, or None where none are to be stored."""
+    """Return the collector of the metadata of a save in an app, or None if none are stored."""
     if config.metadata is False:
         return None
     providers: list[Provider] = []
@@ -38,7 +38,7 @@ def make_collector(app: Flask, config: Config) -> Collector | None:
 
 
 class Carried:
-    """Provides what belongs to the piece of work: the correlation of a request, or an app context, and its trace.
+    """Provides the correlation and the trace of a request, or of an application context.
 
     :param app: the Flask app whose work it is.
     """
@@ -68,7 +68,7 @@ def is_current(app: Flask) -> bool:
 
 
 def metadata_to_carry(app: Flask) -> dict[str, str]:
-    """Return what a task that is sent now is to have: what was filled in for the work, and what was put."""
+    """Return the metadata for a task that is sent now: those of the request, and those in the context."""
     return {**Carried(app)(), **get_metadata_from_context()}
 
 

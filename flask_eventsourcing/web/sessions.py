@@ -1,7 +1,6 @@
 """The databases and sessions of one Flask app, and the app as a host.
 
-Flask-SQLAlchemy and Flask-SQLAlchemy-Lite differ here and nowhere else. The object that the user passes tells which it
-is.
+Flask-SQLAlchemy and Flask-SQLAlchemy-Lite are told apart here only, by the object that the user passes.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ ENDED = "_flask_eventsourcing_ended"
 LEFT = "_flask_eventsourcing_left"
 """Where an application context has the sessions that were current for a while, in ``flask.g``."""
 AFTER_THE_END = (
-    "An application context that has ended is in use, as by a thread with a copy of it: nobody commits its session, "
-    "rolls it back or closes it. Push a context of its own there: with app.app_context(): …"
+    "An application context that has ended is in use, as by a thread with a copy of it: its session will never be "
+    "committed, rolled back or closed. Push a context of its own there: with app.app_context(): …"
 )
 
 
 def check_extension(extension: Any) -> Any:
-    """Check what is given as ``db``.
+    """Check the argument ``db``.
 
     :raises ConfigurationError: when it is neither Flask-SQLAlchemy's nor Flask-SQLAlchemy-Lite's object.
     """
@@ -159,7 +158,7 @@ class AppDatabase:
         return self.session()
 
     def drop_session(self) -> None:
-        """Close a session that was opened when the current application context had closed its own already."""
+        """Close a session that was opened after the current application context had closed its own."""
         session = self.open_session()
         if session is not None and (not self.has_models or isinstance(self.extension.session, orm.scoped_session)):
             session.close()
@@ -167,7 +166,7 @@ class AppDatabase:
 
     @contextmanager
     def using(self, session: orm.Session) -> Iterator[None]:
-        """Within it, a session is the one of the current application context; afterwards the former is.
+        """A context in which a session is that of the current application context.
 
         :raises ConfigurationError: when ``db.session`` was replaced by something that has no place for it.
         """
@@ -201,7 +200,7 @@ class AppDatabase:
         return session
 
     def separate_processes(self) -> None:
-        """See to it that connections and sessions from before a fork are not used after it, by anybody."""
+        """Keep connections and sessions from before a fork from being used after it."""
         for engine in self.engines.values():
             drop_inherited_connections(engine)
         if not self.has_models:
@@ -215,7 +214,7 @@ class AppDatabase:
 
 @dataclass(frozen=True, eq=False)
 class AppDatastore(Datastore):
-    """A database of a Flask app, which ``init_app`` prepares as its last step, and no recorder before that."""
+    """A database of a Flask app. ``init_app`` prepares it as its last step; recorders do not."""
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -296,7 +295,7 @@ class FlaskHost:
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:
-        """Within an application context, the current session is one of its own on *connection*."""
+        """A context with an application context, in which a new session on *connection* is the current one."""
         session = self.database.redirected_session(self.datastore.engine, connection)
         self._units.of(session).route.bind_arguments = {"bind": connection}
         try:
@@ -306,7 +305,7 @@ class FlaskHost:
 
     @contextmanager
     def using_session(self, session: orm.Session) -> Iterator[orm.Session]:
-        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+        """A context in which the caller's session is the current one. The caller commits and closes it.
 
         :raises ConfigurationError: when it is for another database.
         :raises NotInitializedError: outside an application context of this app.
@@ -352,10 +351,10 @@ class FlaskHost:
 
 
 class ScopeInProcess:
-    """Tells the sessions of a process from those that it inherited, for a ``scoped_session``.
+    """The scope of a ``scoped_session`` that keeps the sessions of a process apart from inherited ones.
 
-    An application context that was pushed before the fork is the same object in the forked process, so the session
-    would be the same too. Under another key it stays where it is, and is neither used nor closed.
+    An application context that was pushed before the fork is the same object in the forked process, so its session
+    would be the same too. With another key the inherited session is neither used nor closed.
 
     :param scope: what tells the sessions of one process from each other.
     """

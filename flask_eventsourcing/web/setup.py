@@ -248,7 +248,7 @@ def _check_arguments(called: Any, name: str) -> None:
     further = [each for each in required if each != "env"] if by_name else required[1:]
     if further:
         raise ConfigurationError(
-            f"{name} takes the argument {', '.join(repr(each) for each in further)} beside env, and nobody gives it: "
+            f"{name} takes the argument {', '.join(repr(each) for each in further)} beside env, which is not given: "
             "pass a function that does, application=make_bank, with def make_bank(env) -> Bank: return Bank(env, …)."
         )
 

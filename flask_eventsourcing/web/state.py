@@ -38,7 +38,7 @@ _states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
 
 
 class Database(Protocol):
-    """What a ``db`` object has: that of Flask-SQLAlchemy, and that of Flask-SQLAlchemy-Lite."""
+    """What the ``db`` objects of Flask-SQLAlchemy and Flask-SQLAlchemy-Lite have in common."""
 
     @property
     def session(self) -> orm.Session | orm.scoped_session[Any]:
@@ -90,7 +90,7 @@ class EventSourcingState:
         self.host.database.check_models(projection_class, models, bind_key)
 
     def take(self, other: EventSourcingState) -> None:
-        """Become what another state of the same app is."""
+        """Take over all values of another state of the same app."""
         self.hosts, self.config, self.models = other.hosts, other.config, other.models
         self.slots, self.projections = other.slots, other.projections
 
@@ -101,7 +101,7 @@ class EventSourcingState:
 
     @property
     def current_host(self) -> FlaskHost:
-        """The app as the host of units of work: of the first application, or the first one that a lent session fits."""
+        """The app as the host of units of work: for the first application, or the first that fits a lent session."""
         session = self.host.database.open_session() if has_app_context() else None
         if session is None or LENT not in session.info:
             return self.host
@@ -177,7 +177,7 @@ class EventSourcingState:
             yield session
 
     def elsewhere(self) -> dict[sa.Table, sa.Engine]:
-        """Return the tables that are in another database than those of the first application, with that."""
+        """Return the tables in another database than the first application's, each with that database."""
         tables = {table: host for cls, host in self.hosts.items() for table in self.models[cls.name].tables.values()}
         for registration, projected in self.projections.bound.values():
             host = self.hosts[registration.of]
@@ -186,18 +186,18 @@ class EventSourcingState:
         return {table: host.datastore.engine for table, host in tables.items() if host is not self.host}
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        """Return the metadata for a task that is sent now; empty if metadata are not stored."""
         return {} if self.config.metadata is False else metadata_to_carry(self.app)
 
     def construct(self) -> None:
-        """Construct the applications of this process now, so that its first request does not pay for it."""
+        """Construct the applications of this process now, so that the first request does not have to."""
         for slot in self.slots.values():
             slot.get()
 
     def close(self) -> None:
         """Close the applications of this process and its idle connections to their databases.
 
-        It may be called again, and an application is constructed again when it is used after that.
+        It may be called again. An application that is used afterwards is constructed again.
         """
         self.projections.close()
         for slot in self.slots.values():
@@ -214,7 +214,7 @@ class EventSourcingState:
 
 
 def keep(state: EventSourcingState) -> None:
-    """Have a state among those of this process, as long as its app lives."""
+    """Remember a state in this process as long as its app lives."""
     _states.add(state)
 
 

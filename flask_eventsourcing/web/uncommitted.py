@@ -57,10 +57,10 @@ AT_END = {
 
 @dataclass(eq=False)
 class Answer:
-    """What is known of a request until nothing can change its answer any more.
+    """What is known of a request until its answer can no longer change.
 
     :param outer: that of the request in whose view this one was made, with a test client for example.
-    :param inner: whether this request uses the transaction of that one, which then decides about it.
+    :param inner: whether this request uses the transaction of the outer one, which then commits it or rolls it back.
     :param before: what was pending when it began.
     """
 
@@ -80,7 +80,7 @@ _answers: ContextVar[Answer | None] = ContextVar("answer", default=None)
 
 
 def unanswered() -> Answer | None:
-    """Return what is known of the innermost request that has not been answered yet."""
+    """Return the innermost request that is not answered yet."""
     return _not_over(_answers.get())
 
 
@@ -91,7 +91,7 @@ def _not_over(answer: Answer | None) -> Answer | None:
 
 
 def install(state: EventSourcingState) -> None:
-    """Look at each answer when nobody can change it any more, and at the end of each application context.
+    """Check each answer when it can no longer change, and the end of each application context.
 
     :raises AssertionError: from Flask, when the app has handled a request already; nothing was installed then.
     """
@@ -209,12 +209,12 @@ def _drop_all(state: EventSourcingState, answer: Answer, response: Response, lef
 
 
 def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
-    """Note that what is pending is about to be rolled back, as a function has returned a status."""
+    """Note that the pending events will be rolled back because of the status that a function has returned."""
     answer = unanswered()
     batches = [batch for unit in state.open_units() for batch in unit.batches]
     if answer is not None and batches:
         answer.rolled_back.append(
-            f"{describe(batches)} rolled back, as {name} returned the status {code}; if that is none, decorate it "
+            f"{describe(batches)} rolled back, as {name} returned the status {code}; if it is no status, decorate it "
             "with status=False."
         )
 
@@ -266,9 +266,9 @@ def _check_end(app: Flask, error: BaseException | None) -> None:
 
 
 def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None:
-    """Tell of events that are not stored although nobody asked for a rollback.
+    """Report events that are not stored although no code asked for a rollback.
 
-    The log and the signal do, and in a request that is not answered yet, its answer.
+    They are logged, the signal is sent, and a request that is not answered yet gets another answer.
     """
     message = f"{describe(batches)} neither committed nor rolled back {when}, and nothing is stored"
     state.app.logger.error("%s: %s.", message, AT_END[state.config.commit])
@@ -279,7 +279,7 @@ def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None
 
 
 def lose(app: Flask, batches: Sequence[Batch]) -> None:
-    """Tell of events whose session was closed."""
+    """Report events whose session was closed."""
     lost(state_of(app), batches, "when their session was closed")
 
 

@@ -37,7 +37,7 @@ def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
     """Return the slot of a site's state, made at the first use in each process.
 
     :param flask_app_or_factory: a Flask app or another site, or a function without arguments that makes one.
-    :param user: who wants it, for messages.
+    :param user: the caller, as messages name it.
     :raises ConfigurationError: when it is neither.
     :raises NotInitializedError: when it is an app without ``es.init_app(app)``.
     """
@@ -79,11 +79,11 @@ def pause(retries: int, longest: float) -> float:
 
 @contextmanager
 def task_unit(state: SiteState, run: Run | None = None) -> Iterator[orm.Session]:
-    """What is around a piece of work, an application context in Flask, and a unit of work of its own for one task.
+    """The context of one task: the host's context, in Flask an application context, and a unit of work.
 
-    It is committed at the end, and rolled back on an error. The task may commit and roll back itself.
+    The unit is committed at the end, and rolled back on error. The task may also commit and roll back.
 
-    :param run: tells whether the task has committed itself, so that it must not be run again as a whole.
+    :param run: notes whether the task has committed; then it must not be run again.
     """
     run = run or Run(lenient=True)
     with working_for(state), state.host.context(), state.host.transaction(queueing=True, run=run) as session:
@@ -92,7 +92,7 @@ def task_unit(state: SiteState, run: Run | None = None) -> Iterator[orm.Session]
 
 @dataclass(frozen=True, eq=False)
 class Sending:
-    """A task that is sent once its cause is committed."""
+    """A task that is sent after a commit."""
 
     description: str
     send: Callable[[], object]
@@ -113,9 +113,9 @@ class Sending:
 
 
 def after_commit(send: Callable[[], object], description: str) -> None:
-    """Call *send* once what was done so far in ``db.session`` is committed, and never if that is rolled back.
+    """Call *send* after the work so far in ``db.session`` is committed, and never if it is rolled back.
 
-    When nothing waits for a commit it is called at once, and its errors are raised.
+    If nothing has to be committed, it is called at once, and its errors are raised.
 
     :raises NotInitializedError: outside an application context.
     """
@@ -137,13 +137,13 @@ CARRIED = "flask_eventsourcing_metadata"
 
 
 def carried() -> dict[str, str]:
-    """Return the metadata that a task which is sent now is to have; none where none are stored."""
+    """Return the metadata for a task that is sent now; empty if metadata are not stored."""
     state = find_current_site()
     return get_metadata_from_context() if state is None else state.metadata_to_carry()
 
 
 def received(found: Any) -> MetadataBlock:
-    """Return a block with the metadata that a task has brought; what is none is left out."""
+    """Return a context with the metadata that came with a task; invalid ones are ignored."""
     try:
         return put_metadata_in_context(found if isinstance(found, Mapping) else {})
     except EventMetadataError:
@@ -151,7 +151,7 @@ def received(found: Any) -> MetadataBlock:
 
 
 def describe(name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return a call as text, with the names of its arguments and not their values, which may be confidential."""
+    """Describe a call by the names of its arguments. Their values may be confidential."""
     try:
         names = list(inspect.signature(function).bind_partial(*args, **kwargs).arguments)
     except (TypeError, ValueError):

@@ -49,15 +49,15 @@ def init_celery(
 ) -> None:
     """Give every task of a Celery app an application context and a unit of work of its own.
 
-    Call it once, where the Celery app is made: it holds for tasks that are registered before and after it, whatever
-    their base class. The unit of work is committed before the task counts as done, and rolled back when it raises,
-    ``Retry``, ``Ignore`` and ``Reject`` included.
+    Call it once, where the Celery app is made. It applies to all tasks, registered before or after the call, with any
+    base class. The unit of work is committed before the task counts as done. It is rolled back if the task raises,
+    also ``Retry``, ``Ignore`` or ``Reject``.
 
     :param celery_app: the Celery app.
     :param flask_app_or_factory: the Flask app, or a function that makes it, which is called once in each process that
         runs tasks; instead of a Flask app also a Pyramid application, or an ``EventSourcing`` of ``contrib.zope``.
-    :param conflict_retries: after an optimistic conflict a task is retried by Celery's own means as long as
-        ``request.retries`` is below this number; ``@celery_app.task(conflict_retries=…)`` sets it for one task.
+    :param conflict_retries: after a conflict Celery retries a task as long as ``request.retries`` is below this number;
+        ``@celery_app.task(conflict_retries=…)`` sets it for one task.
     :raises ConfigurationError: when an argument cannot be used, or the Celery app has been initialised already.
     :raises NotInitializedError: when the Flask app is one without ``es.init_app(app)``.
     """
@@ -192,18 +192,18 @@ def _request(task: Any) -> Any:
 
 
 def send_after_commit(task: Any, /, *args: Any, **kwargs: Any) -> AsyncResult | GroupResult:
-    """Send a task once what was done so far in ``db.session`` is committed; never, if that is rolled back.
+    """Send a task after the work so far in ``db.session`` is committed, and never if it is rolled back.
 
     :param task: a Celery task, or a signature where there are options: ``task.s(1).set(queue="mail", countdown=60)``.
     :param args: arguments of the task.
     :param kwargs: arguments of the task.
-    :return: its result to come, with the id that the task will have.
+    :return: its ``AsyncResult``, or ``GroupResult``, with the id that the task will have.
     :raises TypeError: when it is neither, or the arguments do not fit.
     :raises kombu.exceptions.EncodeError: when the arguments cannot be serialised.
     :raises NotInitializedError: outside an application context.
 
-    It follows savepoints. When nothing waits for a commit, the task is sent at once. If the broker fails after the
-    commit, that is logged, and the commit stays a success.
+    If a savepoint is rolled back, its tasks are not sent. If nothing has to be committed, the task is sent at once. If
+    the broker fails after the commit, this is logged, and the commit still succeeds.
     """
     if isinstance(task, Signature):
         signature = task.clone(args, kwargs)

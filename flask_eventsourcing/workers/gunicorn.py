@@ -1,10 +1,10 @@
 """gunicorn: constructs the applications when a worker begins, and closes them when it ends.
 
-Nothing here is needed for a fork to be safe. Import the hooks in ``gunicorn.conf.py``::
+Forks are safe without these hooks. Import them in ``gunicorn.conf.py``::
 
     from flask_eventsourcing.workers.gunicorn import post_worker_init, worker_exit
 
-Where you have hooks of these names yourself, call these in yours.
+If you have hooks with these names, call these from yours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..web.state import states
 def post_worker_init(worker: Any) -> None:
     """Construct the applications of every Flask app in the process, before the worker takes its first request.
 
-    The apps are not looked for in what gunicorn serves, so that any middleware may be around them. What an application
-    raises ends the worker, and gunicorn with it.
+    It finds all apps of the process, so there may be middleware around them. An error of an application ends the
+    worker, and gunicorn with it.
     """
     found = states()
     if not found:

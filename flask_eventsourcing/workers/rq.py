@@ -1,6 +1,6 @@
 """RQ: every job has an application context and a unit of work. Jobs can be enqueued after the commit.
 
-``flask_app`` as a class attribute follows the ways in which RQ's own workers are configured, by subclasses.
+``flask_app`` is a class attribute, as RQ's own workers are configured by subclasses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FLASK_APP = "FLASK_APP"
 class EventSourcingWorkerMixin:
     """Gives every job of an RQ worker an application context and a unit of work of its own.
 
-    It goes before a worker class of RQ: ``class MyWorker(EventSourcingWorkerMixin, SpawnWorker)``. The unit of work is
+    Put it before a worker class of RQ: ``class MyWorker(EventSourcingWorkerMixin, SpawnWorker)``. The unit of work is
     committed before the job counts as finished, and rolled back when it raises or returns a ``Retry``.
     """
 
@@ -68,7 +68,7 @@ class EventSourcingWorkerMixin:
         return state_slot(_app_of_environment if given is None else given, f"{type(self).__name__}.flask_app")
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
-        """Work off the queues, as RQ's worker does.
+        """Work on the queues, as RQ's worker does.
 
         :raises ConfigurationError: when there is no Flask app.
         """
@@ -84,7 +84,7 @@ class EventSourcingWorkerMixin:
             slot.close()
 
     def perform_job(self, job: Job, *args: Any, **kwargs: Any) -> bool:
-        """Perform a job in a unit of work; a work-horse closes its applications after it."""
+        """Perform a job in a unit of work. A work-horse then closes its applications."""
         # RQ calls job.perform() under its time limit, before it stores the result.
         job_perform(job, partial(self._perform, job, job.perform))
         try:
@@ -113,7 +113,7 @@ class EventSourcingWorkerMixin:
 
 
 class EventSourcingWorker(EventSourcingWorkerMixin, Worker):
-    """RQ's worker that forks a work-horse for each job; every work-horse has applications of its own."""
+    """RQ's worker that forks a work-horse for each job. Each work-horse has its own applications."""
 
 
 class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
@@ -128,9 +128,9 @@ def _app_of_environment() -> Any:
 
 @contextmanager
 def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session]:
-    """An application context and a unit of work for one job, for workers other than those above.
+    """A context with an application context and a unit of work for one job, for other workers.
 
-    It is a decorator of job functions too. An app that is made by a function is closed at the end.
+    It is also a decorator of job functions. An app that is made by a function is closed at the end.
 
     :param flask_app_or_factory: the Flask app, or a function that makes it.
     :raises ConfigurationError: when it is neither.
@@ -155,18 +155,19 @@ class EventSourcingQueue(Queue):
 
 
 def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *args: Any, **kwargs: Any) -> str:
-    """Enqueue a job once what was done so far in ``db.session`` is committed; never, if that is rolled back.
+    """Enqueue a job after the work so far in ``db.session`` is committed, and never if it is rolled back.
 
     :param queue: the RQ queue.
     :param function: the job's function, or its name with its module.
     :param args: its arguments, as for ``queue.enqueue``.
     :param kwargs: its arguments and RQ's options, as for ``queue.enqueue``.
     :return: the id that the job will have.
-    :raises TypeError: when *queue* is none.
+    :raises TypeError: when *queue* is not a queue.
     :raises NotInitializedError: outside an application context.
 
-    What RQ cannot serialise raises as it would in ``queue.enqueue``. It follows savepoints. When nothing waits for a
-    commit, the job is enqueued at once. If Redis fails after the commit, that is logged, and the commit has succeeded.
+    Arguments that RQ cannot serialise raise the error of ``queue.enqueue``. If a savepoint is rolled back, its jobs are
+    not enqueued. If nothing has to be committed, the job is enqueued at once. If Redis fails after the commit, this is
+    logged, and the commit still succeeds.
     """
     if not isinstance(queue, Queue):
         raise TypeError(f"enqueue_after_commit takes an RQ queue first; found {queue!r}.")

@@ -1,7 +1,7 @@
 """uWSGI: constructs the applications when a worker begins, and closes them when it ends.
 
-Nothing here is needed for a fork to be safe. It spares the first request of each worker the construction, and lets
-applications that have something to close do so.
+Forks are safe without this. With it, the first request of each worker need not construct the applications, and they are
+closed at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def init_uwsgi(app: Flask) -> None:
     """Construct the app's applications in each worker before its first request, and close them at its end.
 
     Call it at the end of the module that uWSGI loads, after ``import uwsgidecorators`` if you use that. Under another
-    server it does nothing. Functions that were registered as ``uwsgi.post_fork_hook`` and ``uwsgi.atexit`` before are
-    called too. uWSGI calls neither in a worker that is killed, or that it ends in the middle of a request.
+    server it does nothing. Functions that were already registered as ``uwsgi.post_fork_hook`` and ``uwsgi.atexit`` are
+    called too. uWSGI does not call them in a worker that is killed, or that it ends during a request.
 
     :raises NotInitializedError: when ``es.init_app(app)`` was not called.
     """

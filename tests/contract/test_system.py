@@ -301,7 +301,7 @@ def test_a_leader_refuses_stale_objects(flask_app: Flask) -> None:
 def test_followers_miss_nothing_that_is_committed_late(
     flask_app: Flask, runner_class: type[Runner[UUID]], end: str
 ) -> None:
-    """An event that is committed after one with a higher position is processed, no matter who saved it."""
+    """An event is processed even if it is committed after one with a higher position."""
     extension = flask_app.extensions["sqlalchemy"]
     env = flask_app.extensions["eventsourcing"].env
     system = System(pipes=[[School, Counters]])

@@ -48,7 +48,7 @@ def wait(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_system(tmp_path: Path, runner_class: Any) -> None:
-    """In a ``System`` all that comes of a request has its correlation, and each event the one that it came of."""
+    """In a ``System`` all events that a request causes have its correlation, and each names its cause."""
     site = make_site(f"sqlite:///{tmp_path / 'system.db'}", Bank, Copies, CopiesOfCopies)
     env = site.app.extensions["eventsourcing"].env
     runner = runner_class(System(pipes=[[Bank, Copies, CopiesOfCopies]]), env=env)
@@ -91,7 +91,7 @@ class Saving(Projection[SQLAlchemyTrackingRecorder]):
 
 @pytest.mark.parametrize("kind", [Counted, Saving])
 def test_projection_runners(tmp_path: Path, kind: Any) -> None:
-    """What the library's projection runners save has the correlation of the event, and that as its cause."""
+    """What the library's projection runners save has the correlation of the handled event, and that event as cause."""
     site = make_site(f"sqlite:///{tmp_path / 'runner.db'}", Bank, Counted)
     env = site.app.extensions["eventsourcing"].env
     with site.app.app_context():
@@ -117,7 +117,7 @@ def test_projection_runners(tmp_path: Path, kind: Any) -> None:
 
 
 def test_loop_over_a_subscription_that_is_left(tmp_path: Path) -> None:
-    """What is saved in a loop over the log is caused by its event, and what is saved after it was left is not."""
+    """Events saved in a loop over the log have its event as their cause; events saved after the loop do not."""
     site = make_site(f"sqlite:///{tmp_path / 'loop.db'}")
     site.opened()
     with site.app.app_context():

@@ -79,7 +79,7 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_examples_run_in_one_folder(tmp_path: Path) -> None:
-    """A reader who tries the pages one after the other in one folder gets from each what it says."""
+    """The examples of all pages work one after the other in one folder."""
     index = (ROOT / "docs" / "index.md").read_text()
     pages = [page for page in PAGES if page in with_mark("run")]
     for page in sorted(pages, key=lambda page: index.find(f"\n{page.stem}\n")):
@@ -88,14 +88,14 @@ def test_examples_run_in_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", with_mark("run: postgresql"), ids=name)
 def test_examples_run_on_postgresql(page: Path, tmp_path: Path, postgres_url: str) -> None:
-    """The examples of a page that speaks of PostgreSQL do the same there, with the address in the environment."""
+    """The examples of a page about PostgreSQL work there, with the address in the environment."""
     marks = {"run", "run: postgresql"}
     run(tmp_path, page, marks, FLASK_SQLALCHEMY_DATABASE_URI=postgres_url, DATABASE_URL=postgres_url)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_example_is_checked(page: Path) -> None:
-    """No example is left out: each is run, is a file that a test runs, or stands in such a file as it is shown."""
+    """Every example is tested: it is run, is a file that a test runs, or is part of such a file."""
     for block in blocks(page, "python"):
         kind, _, argument = block.mark.partition(": ")
         assert kind in {"file", "from", "project", "run"}, f"{page.name}:{block.line} has no mark"
@@ -105,7 +105,7 @@ def test_every_example_is_checked(page: Path) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    """The configuration page has a section for every key, and its table says the default that the code has."""
+    """The configuration page has a section for every key, and its table shows the defaults of the code."""
     text = (ROOT / "docs" / "configuration.md").read_text()
     defaults = dict(re.findall(r"^\| \[`(EVENTSOURCING_\w+)`\]\(#[\w-]+\) \| .+ \| `(.+)` \|$", text, re.M))
     for setting, default in asdict(Config()).items():

@@ -50,7 +50,7 @@ ROLLBACKS: dict[str, Callable[[HostSite], Any]] = {
 
 @pytest.mark.parametrize("way", ROLLBACKS)
 def test_rollback_by_any_way_is_a_rollback(site: HostSite, way: str) -> None:
-    """What was saved is neither stored nor announced nor left pending, by whatever way it was rolled back."""
+    """Events that are rolled back, in any way, are neither stored nor announced nor left pending."""
     if is_shared(site, way):
         return
     with recorded() as heard:
@@ -76,7 +76,7 @@ COMMITS: dict[str, Callable[[HostSite], Any]] = {
 
 @pytest.mark.parametrize("way", COMMITS)
 def test_commit_by_any_way_is_a_commit(site: HostSite, way: str) -> None:
-    """What was saved is stored and announced once, by whatever way it was committed."""
+    """Events that are committed, in any way, are stored and announced once."""
     if is_shared(site, way):
         return
     with recorded() as heard:
@@ -124,7 +124,7 @@ SAVEPOINTS: dict[str, tuple[Callable[[HostSite], Any], Callable[[HostSite, Any],
 
 @pytest.mark.parametrize("way", SAVEPOINTS)
 def test_savepoint_by_any_way_takes_its_events_along(site: HostSite, way: str) -> None:
-    """What was saved in a savepoint that is rolled back is not announced, and the rest is."""
+    """Events of a savepoint that is rolled back are not announced, and the others are."""
     begin, roll_back = SAVEPOINTS[way]
     with recorded() as heard:
         with site.working():
@@ -158,7 +158,7 @@ def row(site: HostSite) -> None:
 
 @pytest.mark.parametrize("way", ["session", "connection", "text"])
 def test_only_the_unit_commits_inside_a_unit(site: HostSite, way: str) -> None:
-    """A commit by somebody else inside a unit stores nothing, be it of rows alone: it is refused, all is undone."""
+    """A commit inside a unit, by other code, is refused and stores nothing, also if there are rows alone."""
 
     def unit(before: Callable[..., None], write: Callable[..., None], nested: bool) -> None:
         with site.working():
@@ -176,7 +176,7 @@ def test_only_the_unit_commits_inside_a_unit(site: HostSite, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["session", "connection", "text"])
 def test_unit_in_which_somebody_rolls_back_stores_nothing(site: HostSite, way: str) -> None:
-    """Half of a unit of work is never committed: who rolls back inside it rolls all of it back."""
+    """Half of a unit of work is never committed: a rollback inside it rolls all of it back."""
 
     def unit(before: Callable[..., None], write: Callable[..., None]) -> None:
         with site.working():
@@ -195,7 +195,7 @@ def test_unit_in_which_somebody_rolls_back_stores_nothing(site: HostSite, way: s
 
 
 def test_session_of_ones_own_may_commit_inside_a_unit(site: HostSite) -> None:
-    """What is refused is the unit's session: another one, for which nobody has asked the host, is its owner's."""
+    """Only commits of the unit's session are refused; other sessions may commit."""
     if is_in_memory(site.host.datastore.engine.url):
         return
     with site.working(), site.host.transaction():
@@ -209,7 +209,7 @@ def test_session_of_ones_own_may_commit_inside_a_unit(site: HostSite) -> None:
 
 
 def test_closed_session_is_told(site: HostSite, caplog: pytest.LogCaptureFixture) -> None:
-    """Events that go with a session that is closed are not stored, and the log says so."""
+    """Uncommitted events of a closed session are not stored, and the log says so."""
     with site.working():
         site.bank.open_account()
         site.session.close()

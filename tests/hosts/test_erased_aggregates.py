@@ -11,7 +11,7 @@ from tests.hosts.sites import HostSite
 
 @pytest.mark.parametrize("redact", [False, True], ids=["delete", "redact"])
 def test_an_aggregate_is_erased_in_a_transaction_of_the_host(site: HostSite, redact: bool) -> None:
-    """It is erased with the host's transaction, comes back if that fails, and nobody can read it afterwards."""
+    """An aggregate is erased with the host's transaction, and cannot be read afterwards; a rollback undoes it."""
     account_id = site.opened()
     with site.host.context():
         with pytest.raises(ZeroDivisionError):

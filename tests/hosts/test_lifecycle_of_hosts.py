@@ -40,7 +40,7 @@ def test_closed_application_is_constructed_again(site: HostSite) -> None:
 
 
 def test_forked_process_constructs_its_own(site: HostSite) -> None:
-    """A forked process has an application of its own, and both go on."""
+    """A forked process has an application of its own, and both processes work."""
     account_id = site.opened()
     with site.host.context():
         before = id(site.bank)
@@ -63,7 +63,7 @@ def test_forked_process_constructs_its_own(site: HostSite) -> None:
 
 
 def test_forked_process_leaves_its_parents_transaction_alone(site: HostSite) -> None:
-    """What a process rolls back is not stored, although a child that was forked meanwhile came to the commit."""
+    """A rollback of a process stores nothing, even if a child forked in the transaction runs the commit."""
     account_id = site.opened()
 
     def leave() -> None:

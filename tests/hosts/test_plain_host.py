@@ -13,7 +13,7 @@ from tests.hosts.sites import PlainSite
 
 @pytest.mark.parametrize("scoped", [False, True], ids=["sessionmaker", "scoped_session"])
 def test_task_that_goes_on_after_a_transaction_is_outside_of_it(tmp_path: Path, *, scoped: bool) -> None:
-    """What a task saves, that was started within a transaction which has ended, is stored as it is elsewhere."""
+    """A task that was started in a transaction, and saves after its end, stores its events."""
     site = PlainSite(f"sqlite:///{tmp_path}/bank.db", scoped=scoped)
     account = site.opened()
 

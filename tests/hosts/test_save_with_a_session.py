@@ -80,7 +80,7 @@ def test_save_uses_the_session_that_is_given(site: HostSite) -> None:
 
 
 def test_session_is_never_ignored(site: HostSite) -> None:
-    """Where no other session can be used, or something else is given, ``save()`` says so; the object is as it was."""
+    """``save()`` refuses an argument that is no usable session, and leaves the object as it was."""
     on = OnSessions(site)
     bank, other, careless = (
         on.construct(Bank),
@@ -128,7 +128,7 @@ def test_unit_on_another_session_is_another_unit(site: HostSite) -> None:
 
 
 def test_save_with_a_session_inside_a_unit(site: HostSite) -> None:
-    """What is saved with another session is its owner's to commit, whatever becomes of the unit."""
+    """Events saved with another session are committed by its owner, and do not depend on the unit."""
     if is_in_memory(site.host.datastore.engine.url):
         return
     factory = orm.sessionmaker(site.host.datastore.engine)

@@ -38,7 +38,7 @@ def test_object_whose_events_were_rolled_back_is_refused(site: HostSite) -> None
 
 
 def test_object_without_a_further_change_is_refused_too(site: HostSite) -> None:
-    """Nobody is told "done" for an object that is saved again after a rollback and has nothing to store."""
+    """An object that is saved again after a rollback is refused, also if it has no new events."""
     with site.working():
         account = Account("Ada")
         site.bank.save(account)
@@ -88,7 +88,7 @@ def test_released_savepoint_stands_or_falls_with_the_transaction(site: HostSite)
 
 @pytest.mark.parametrize("end", ["close", "rollback", "reset"])
 def test_object_is_refused_whatever_ended_the_transaction(site: HostSite, end: str) -> None:
-    """It does not matter how the session was told to drop what was saved."""
+    """An object is refused after every kind of rollback of its session."""
     account_id = site.opened()
     with site.working():
         account = site.bank.account(account_id)
@@ -101,7 +101,7 @@ def test_object_is_refused_whatever_ended_the_transaction(site: HostSite, end: s
 
 
 def test_object_that_was_read_before_a_retried_function_is_refused(site: HostSite) -> None:
-    """After a conflict the next try neither stores a decision on the old state nor says "done" for nothing."""
+    """An object from before a conflict is refused in the next try, with or without a further change."""
     account_id = site.opened()
     with site.host.context(), site.host.transaction():
         account = site.bank.account(account_id)
@@ -138,7 +138,7 @@ def test_object_whose_unit_is_tried_again_is_refused(site: HostSite) -> None:
 
 
 def test_object_that_was_read_uncommitted_is_refused(site: HostSite) -> None:
-    """An object that was read in the transaction of another's events is refused when they are rolled back."""
+    """An object that was read with uncommitted events of another object is refused when they are rolled back."""
     account_id = site.opened()
     with site.working():
         site.bank.deposit(account_id, 5)
@@ -195,7 +195,7 @@ def test_object_may_be_used_on_as_long_as_its_events_are_there(site: HostSite) -
 
 
 def test_object_that_was_only_looked_at_is_not_refused(site: HostSite) -> None:
-    """A rollback, or a failed save, loses nothing of an object that had no change."""
+    """An object that was saved without a change is not refused after a rollback or a failed save."""
     account_id, other_id = site.opened(), site.opened()
     with site.working():
         account, other = site.bank.account(account_id), site.bank.account(other_id)
@@ -210,7 +210,7 @@ def test_object_that_was_only_looked_at_is_not_refused(site: HostSite) -> None:
 
 
 def test_events_without_an_object_are_saved(site: HostSite) -> None:
-    """Events that are saved by themselves can be saved again after a rollback: nobody keeps a state of them."""
+    """Events that are saved without an aggregate object can be saved again after a rollback."""
     account_id = site.opened()
     with site.working():
         account = site.bank.account(account_id)
@@ -252,7 +252,7 @@ def test_conflict_outside_of_a_session_is_known(site: HostSite) -> None:
 
 
 def test_two_changed_objects_of_one_aggregate_are_refused(site: HostSite) -> None:
-    """One of them could not follow the other; neither has lost anything, so that each can be saved by itself."""
+    """Two changed objects of one aggregate are refused in one ``save()``, and each can be saved by itself."""
     account_id = site.opened()
     with site.working():
         one, other = site.bank.account(account_id), site.bank.account(account_id)

@@ -45,7 +45,7 @@ def engines(tmp_path: Path) -> Iterator[list[sa.Engine]]:
 
 
 def test_what_another_host_has_saved_is_not_lost_by_a_retry(engines: list[sa.Engine]) -> None:
-    """A conflict is raised at once, and not tried again, where its rollback took another host's events along."""
+    """A conflict is raised at once, without a retry, if its rollback includes another host's events."""
     bank, shop, session = make_pair(engines[0], engines[0])
     bank[Bank].open_account()
     tries: list[int] = []

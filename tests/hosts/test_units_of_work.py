@@ -67,7 +67,7 @@ def test_session_commits_and_rolls_back_what_was_saved(site: HostSite) -> None:
 
 
 def test_unit_within_a_unit_joins_it(site: HostSite) -> None:
-    """The outermost commits; an inner one that fails takes the outer one along, even if its error is caught."""
+    """The outermost unit commits; if an inner one fails, the outer one fails too, even if the error is caught."""
     with site.host.context(), site.host.transaction():
         site.bank.open_account()
         with site.host.transaction():
@@ -86,7 +86,7 @@ def test_unit_within_a_unit_joins_it(site: HostSite) -> None:
 
 
 def test_savepoint_takes_its_events_along(site: HostSite) -> None:
-    """What was saved in a savepoint that is rolled back is not stored, nor announced; what is around it is."""
+    """Events of a savepoint that is rolled back are neither stored nor announced; those around it are."""
     with recorded() as heard:
         with site.host.context(), site.host.transaction() as session:
             account_id = site.bank.open_account()
@@ -151,7 +151,7 @@ def test_units_that_race_all_succeed(site: HostSite) -> None:
 
 
 def test_function_waits_for_the_commit(site: HostSite) -> None:
-    """What is to happen after the commit happens then, and not at all after a rollback."""
+    """Functions for after the commit are called then, and not after a rollback."""
     called: list[str] = []
 
     def call_after(what: str) -> None:
@@ -170,7 +170,7 @@ def test_function_waits_for_the_commit(site: HostSite) -> None:
 
 
 def test_functions_after_the_commit_do_not_stop_each_other(site: HostSite, caplog: pytest.LogCaptureFixture) -> None:
-    """What one function raises after the commit is logged; the others are called, the signal is sent."""
+    """If a function fails after the commit, it is logged; the others are called, and the signal is sent."""
     called: list[str] = []
 
     def fail() -> None:
@@ -193,7 +193,7 @@ def test_functions_after_the_commit_do_not_stop_each_other(site: HostSite, caplo
 
 
 def test_listener_that_raises_after_the_commit_swallows_nothing(site: HostSite) -> None:
-    """What a listener of SQLAlchemy's ``after_commit`` raises comes out of the unit; the signal is sent."""
+    """An error of a listener for SQLAlchemy's ``after_commit`` is raised by the unit; the signal is sent."""
 
     def fail(session: Any) -> None:
         called.append("raised")
@@ -215,7 +215,7 @@ def test_listener_that_raises_after_the_commit_swallows_nothing(site: HostSite) 
 
 
 def test_function_waits_for_the_rollback(site: HostSite) -> None:
-    """What is to happen after a rollback, or that of a savepoint, happens then, and not at all after the commit."""
+    """Functions for after a rollback, also of a savepoint, are called then, and not after the commit."""
     called: list[str] = []
 
     def call_after(what: str) -> None:

@@ -138,7 +138,7 @@ def test_transaction_of_the_manager_commits_and_aborts(zope_site: ZopeSite) -> N
 
 
 def test_abort_is_no_loss(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody is warned of events that an abort takes away, nor of those of a commit that fails."""
+    """There is no warning for events of an abort, or of a commit that fails."""
     with suppress(KeyError), zope_site.manager:
         zope_site.bank.open_account()
         raise KeyError
@@ -170,7 +170,7 @@ def test_explicit_manager_of_a_sessionmaker(tmp_path: Path) -> None:
 
 
 def test_unit_within_a_transaction_joins_it(zope_site: ZopeSite) -> None:
-    """Within a transaction that somebody has begun, a unit of work leaves the commit to its owner."""
+    """Within a transaction that other code has begun, a unit of work leaves the commit to its owner."""
     with suppress(KeyError), zope_site.manager:
         with zope_site.es.transaction():
             zope_site.bank.open_account()
@@ -183,7 +183,7 @@ def test_unit_within_a_transaction_joins_it(zope_site: ZopeSite) -> None:
 
 
 def test_unit_that_fails_within_a_transaction_dooms_it(zope_site: ZopeSite) -> None:
-    """What is around a unit of work that failed cannot be committed, even if its error is caught."""
+    """A transaction around a failed unit of work cannot be committed, even if the error is caught."""
 
     def go_on_after_an_error() -> None:
         with zope_site.manager:
@@ -198,7 +198,7 @@ def test_unit_that_fails_within_a_transaction_dooms_it(zope_site: ZopeSite) -> N
 
 
 def test_unit_after_work_without_a_transaction_commits(zope_site: ZopeSite) -> None:
-    """A transaction that nobody has begun, as the session did when it was used first, is the unit's to commit."""
+    """A transaction that only the session has begun, at its first use, is committed by the unit."""
     zope_site.session.execute(sa.select(zope_site.Note.id)).all()
     zope_site.note()
     with zope_site.es.transaction():
@@ -378,7 +378,7 @@ def test_events_of_a_session_with_one_phase_may_be_stored_although_the_transacti
 
 
 def test_participant_that_votes_no_before_the_database(zope_site: ZopeSite) -> None:
-    """Nothing is stored nor announced where a participant votes no that comes before the database."""
+    """Nothing is stored or announced if a participant before the database votes no."""
 
     def transfer() -> None:
         with zope_site.manager:
@@ -394,7 +394,7 @@ def test_participant_that_votes_no_before_the_database(zope_site: ZopeSite) -> N
 
 
 def test_two_phases_on_postgresql(zope_on_postgres: ZopeSite) -> None:
-    """With ``twophase``, one that votes no takes the events along; otherwise they are committed and announced."""
+    """With ``twophase`` a later no rolls the events back; without it they are committed and announced."""
     site = zope_on_postgres
 
     def transfer(key: str) -> None:
@@ -437,7 +437,7 @@ def test_savepoint_of_the_manager(postgres_url: str) -> None:
 
 
 def test_models_are_checked(zope_site: ZopeSite) -> None:
-    """What is no application, or has no models, is refused with what to do."""
+    """A class that is no application, or has no models, is refused with the remedy."""
     for models in (object(), {Bank: object()}, {}):
         with pytest.raises(ConfigurationError):
             EventSourcing(Bank, models=models, session=zope_site.scoped)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def full_disk(site: Site) -> Iterator[None]:
 @on_sqlite_file
 @pytest.mark.parametrize("then", ["commit", "save", "row"])
 def test_full_disk_fails_one_save_alone(site: Site, then: str) -> None:
-    """After "disk is full" nothing of that save is stored, and what was saved before and after it is."""
+    """After "disk is full" nothing of that save is stored; the saves before and after it are."""
     site.opened()
     with site.app.app_context():
         recorder: Any = site.bank.recorder
@@ -51,7 +51,7 @@ def test_full_disk_fails_one_save_alone(site: Site, then: str) -> None:
 
 @on_sqlite_file
 def test_interrupted_save_is_told_as_it_is(site: Site) -> None:
-    """When SQLite ends the transaction in the midst of a large save, the error says why, and no commit hides it."""
+    """If SQLite ends the transaction during a large save, the error says why, and a commit is refused."""
     with site.app.app_context():
         recorder: Any = site.bank.recorder
         site.bank.open_account("lost")
@@ -94,7 +94,7 @@ def strict_mariadb_url(server_folder: ServerFolder) -> Iterator[str]:
 
 
 def test_timeout_that_rolls_back_is_not_committed_by_half(strict_mariadb_url: str) -> None:
-    """On a MariaDB that is set to roll back after a wait that was too long, a caught timeout cannot be committed."""
+    """If MariaDB is set to roll back after a lock timeout, the transaction cannot be committed after one."""
     site = make_site(strict_mariadb_url, EVENTSOURCING_LOCK_TIMEOUT=1)
     site.opened()
     with site.app.app_context():

@@ -77,7 +77,7 @@ def test_unregistered_class_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("name", ["Bank", "bank", "BANK"])
 def test_same_name_is_refused(name: str) -> None:
-    """Two classes of one name would share their tables, and are refused, whatever the case of the letters."""
+    """Two classes with one name, also in another case, would share their tables, and are refused."""
     other = type("Other", (Bank,), {"name": name})
     with pytest.raises(ConfigurationError, match="Two application classes are called"):
         EventSourcing(applications=[Bank, other])
@@ -174,7 +174,7 @@ def test_application_of_another_app_does_not_join(new_site: MakeSite) -> None:
 
 
 def test_environment_of_the_process_does_not_lead_astray(new_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables of the process that choose the library's module do not take the application off its database."""
+    """An environment variable for the library's persistence module does not change the application's database."""
     for name in ("PERSISTENCE_MODULE", "BANK_PERSISTENCE_MODULE"):
         monkeypatch.setenv(name, "eventsourcing.popo")
     site = new_site()
@@ -183,7 +183,7 @@ def test_environment_of_the_process_does_not_lead_astray(new_site: MakeSite, mon
 
 
 def test_one_instance_for_racing_requests(new_site: MakeSite) -> None:
-    """Eight threads that race for the first request construct one application, and all get it."""
+    """Eight threads with a first request at the same time construct one application, and all get it."""
     constructed: list[int] = []
     used: list[int] = []
 

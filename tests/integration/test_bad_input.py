@@ -142,7 +142,7 @@ def test_init_app_twice_is_refused() -> None:
 
 
 def test_bad_uri_leaves_no_database_behind() -> None:
-    """When the extension makes the database itself and cannot, no half of it stays."""
+    """If the extension fails to make the database itself, nothing of it stays."""
     app = make_app("nonsense://", EVENTSOURCING_COMMIT="save")
     before = looks(app)
     with pytest.raises(ConfigurationError, match="SQLALCHEMY_DATABASE_URI cannot be used"):
@@ -162,7 +162,7 @@ def test_bad_key_with_a_database_of_its_own(commit: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [object, "Bank", Bank.__name__, Flask, 3])
 def test_application_that_is_none_is_refused(wrong: Any) -> None:
-    """What is no subclass of ``Application`` is refused at once, wherever it is passed."""
+    """A class that is no subclass of ``Application`` is refused at once, in every argument."""
     for register in (
         lambda: EventSourcing(application=wrong),
         lambda: EventSourcing(applications=[Bank, wrong]),

@@ -67,7 +67,7 @@ def test_rolled_back_new_aggregate_is_not_there(cached: Site) -> None:
 
 
 def test_state_of_a_failed_savepoint_is_never_served(cached: Site) -> None:
-    """After a savepoint is rolled back, and also after the commit, the cache has nothing of it."""
+    """Events of a savepoint that is rolled back are not in the cache, also after the commit."""
     account_id = cached.opened()
     with cached.app.app_context():
         cached.bank.deposit(account_id, 1)
@@ -82,7 +82,7 @@ def test_state_of_a_failed_savepoint_is_never_served(cached: Site) -> None:
 
 
 def test_cache_is_not_filled_from_a_failed_savepoint(cached: Site) -> None:
-    """What was saved, or read, in a savepoint that is rolled back does not get into the cache with the commit."""
+    """Aggregates saved or read in a savepoint that is rolled back are not cached by the commit."""
     account_id = cached.opened()
     with cached.app.app_context():
         savepoint = cached.db.session.begin_nested()
@@ -226,7 +226,7 @@ UNCOPIED: list[tuple[dict[str, str], dict[str, bool]]] = [
 def test_object_that_was_served_uncopied_is_refused(
     new_site: MakeSite, env: dict[str, str], arguments: dict[str, bool]
 ) -> None:
-    """What is read without a copy is for reading: ``save()`` refuses it, and others are served what is stored."""
+    """``save()`` refuses an object that the cache served without a copy; others get the stored state."""
     site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10"} | env)
     account_id = site.opened()
     for _ in range(2):
@@ -241,7 +241,7 @@ def test_object_that_was_served_uncopied_is_refused(
 
 
 def test_copy_of_what_the_cache_has_is_saved(cached: Site) -> None:
-    """What is served with a copy is changed and saved as often as it is read."""
+    """An object that the cache served as a copy can be changed and saved, each time that it is read."""
     account_id = cached.opened()
     for _ in range(3):
         with cached.app.app_context():
@@ -252,7 +252,7 @@ def test_copy_of_what_the_cache_has_is_saved(cached: Site) -> None:
 
 @pytest.mark.parametrize("fastforward", ["y", "n"])
 def test_changes_that_nobody_saved_are_not_served(new_site: MakeSite, fastforward: str) -> None:
-    """Where ``save()`` commits, an object that is changed after it changes nothing for others."""
+    """If ``save()`` commits, later changes of the object do not reach the cache."""
     env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
     site = new_site(EVENTSOURCING_ENV=env, EVENTSOURCING_COMMIT="save")
     account = Account("Ada")
@@ -288,7 +288,7 @@ def test_conflict_takes_a_stale_aggregate_out_of_the_cache(new_site: MakeSite) -
 
 
 def test_older_state_takes_no_newer_one_out_of_the_cache(new_site: MakeSite) -> None:
-    """Whichever thread is first, the cache has the newest version that was committed."""
+    """The cache has the newest committed version, in whatever order threads commit."""
     env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": "n"}
     site = new_site(EVENTSOURCING_ENV=env)
     account_id = site.opened()

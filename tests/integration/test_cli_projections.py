@@ -226,7 +226,7 @@ def test_only_the_reactions(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_the_worker(ledger: Ledger, number: int) -> None:
-    """SIGTERM and SIGINT finish the batch in progress and exit with 0: nothing is half done, and nobody is left."""
+    """SIGTERM and SIGINT finish the batch in progress and exit with 0, and no process is left."""
     account_id = ledger.deposit([1] * 4000)
     with ledger.running("run", "Balances", "--log-every", "0.5", PAUSE="0.01") as worker:
         worker.wait_for(lambda: "Balances: catching up, position" in worker.output)
@@ -252,7 +252,7 @@ def test_a_second_signal_ends_at_once(sqlite_ledger: Ledger) -> None:
 
 
 def test_a_halted_projection_does_not_stop_the_others(ledger: Ledger) -> None:
-    """One that halts is named at once, the others go on, and at the end the exit status is 1 with the message."""
+    """A projection that halts is named at once, the others go on, and the exit status is 1 at the end."""
     account_id = ledger.deposit([5, POISON, 5])
     with ledger.running("run", "Balances", "Fragile") as worker:
         worker.wait_for(lambda: "Fragile is halted before position 3" in worker.output)
@@ -428,7 +428,7 @@ def test_dead_letters_that_are_not_there(sqlite_ledger: Ledger, arguments: list[
 
 
 def test_rebuild(ledger: Ledger) -> None:
-    """``rebuild`` replaces what is wrong by what the log says, tells the rows, and drops the old tables when asked."""
+    """``rebuild`` corrects rows from the log, reports their numbers, and drops the old tables on request."""
     account_id = ledger.deposit([1, 2, 3])
     assert ledger.run("run", "Balances", "--once")[0] == 0
     with ledger.app.app_context():
@@ -447,7 +447,7 @@ def test_rebuild(ledger: Ledger) -> None:
 
 
 def test_what_rebuilds_leave(sqlite_ledger: Ledger) -> None:
-    """``status`` tells what rebuilds have left, ``--clean`` and ``--give-up`` drop it, and a second time nothing."""
+    """``status`` names what rebuilds have left behind; ``--clean`` and ``--give-up`` drop it, once."""
     sqlite_ledger.deposit([1, 2, 3])
     assert sqlite_ledger.run("rebuild", "Balances")[0] == 0
     assert (

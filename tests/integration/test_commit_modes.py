@@ -149,7 +149,7 @@ class TestExplicit:
         assert site.stored() == (0, 0)
 
     def test_app_context_that_ends_with_an_error(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
-        """Where an error ended the context, that error is the news: nothing more is logged, but the signal is sent."""
+        """If an error ended the context, nothing more is logged, but the signal is sent."""
         heard = listen(site)
 
         def fail() -> None:
@@ -178,7 +178,7 @@ class TestRequest:
 
     @pytest.mark.parametrize("status", [200, 201, 303, 399])
     def test_success_commits(self, site: Site, status: int) -> None:
-        """Below 400, events and rows are stored without a word of the view."""
+        """Below 400, events and rows are stored without a commit in the view."""
         heard = listen(site)
         assert site.answer(forget(site, status)).status_code == status
         assert site.stored() == (1, 1)
@@ -312,7 +312,7 @@ class TestSave:
         assert site.stored() == (2, 0)
 
     def test_transaction_rolls_back_whole(self, site: Site) -> None:
-        """Within ``transaction()`` an error takes every save with it."""
+        """Within ``transaction()`` an error rolls every save back."""
 
         @site.es.transactional
         def work() -> None:

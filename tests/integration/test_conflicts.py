@@ -1,4 +1,4 @@
-"""Optimistic concurrency: a conflict is told at ``save()``, and costs nothing that was not part of it."""
+"""Optimistic concurrency: a conflict is raised by ``save()``, and affects nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _save(site: Site, *accounts: Account) -> None:
 
 
 def test_conflict_is_raised_at_save(site: Site) -> None:
-    """Who saves second gets the library's ``IntegrityError`` at ``save()``, also when nothing else was done."""
+    """The second of two saves gets the library's ``IntegrityError`` from ``save()``, also as its first statement."""
     with site.app.app_context():
         save_late, stale = beaten(site)
         with pytest.raises(IntegrityError):
@@ -138,7 +138,7 @@ def test_same_aggregate_twice_in_one_save(site: Site) -> None:
 
 @on_postgresql
 def test_caught_conflict_cannot_be_committed(site: Site) -> None:
-    """PostgreSQL would turn the commit after a caught conflict into a rollback; that is told, never done silently."""
+    """A commit after a caught conflict, which PostgreSQL would turn into a rollback, raises an error."""
     with site.app.app_context():
         save_late, _ = beaten(site)
         site.note()
@@ -178,7 +178,7 @@ def test_aborted_transaction_refuses_reads_with_the_librarys_error(site: Site) -
 
 
 def test_thread_does_not_wait_for_its_own_other_session(site: Site) -> None:
-    """A second session of a thread that saves what the first one has saved fails at once, and harms nobody."""
+    """A second session of a thread that saves the same aggregate fails at once, without harm to the first."""
     account_id = site.opened()
     with site.app.app_context():
         site.bank.deposit(account_id, 1)
@@ -238,7 +238,7 @@ def test_same_aggregate_of_two_tenants_in_one_thread(new_site: MakeSite) -> None
 
 @on_postgresql
 def test_session_that_has_lost_its_connection_is_no_other_session(new_site: MakeSite) -> None:
-    """A session whose connection is gone takes none from the pool, and keeps no other session of its thread waiting."""
+    """A session that has lost its connection keeps none from the pool, and blocks no session of its thread."""
     site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"pool_size": 1, "max_overflow": 0, "pool_timeout": 1})
     account_id = site.opened()
     with site.app.app_context():

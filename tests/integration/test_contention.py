@@ -113,7 +113,7 @@ def test_rows_alone_queue_too(path: Path) -> None:
 
 
 def test_reader_does_not_wait_for_a_writer(path: Path) -> None:
-    """While one transaction is open that has written, others read what is committed, at once."""
+    """While a transaction that has written is open, others read the committed state at once."""
     site = make_site(f"sqlite:///{path}", EVENTSOURCING_LOCK_TIMEOUT=20)
     account_id = site.opened()
     seen: list[int | None] = []
@@ -163,7 +163,7 @@ def test_write_waits_for_another_process(path: Path) -> None:
 
 
 def test_open_transaction_of_another_thread_is_told(path: Path) -> None:
-    """A thread that waits too long for another's transaction is told what to do, and that one can still commit."""
+    """A thread that waits too long for another's transaction gets the remedy, and the other can still commit."""
     site = make_site(f"sqlite:///{path}", EVENTSOURCING_LOCK_TIMEOUT=0.2)
     account_id = site.opened()
     with site.app.app_context():

@@ -114,7 +114,7 @@ def own_record_classes(db: SQLAlchemy) -> dict[str, Any]:
 
 
 def test_own_record_classes(uri: str) -> None:
-    """A user's own record classes take the place of ours; further columns may be used by plain ORM statements."""
+    """A user's own record classes replace the default ones; ORM statements can use their further columns."""
     app = make_app(uri)
     db = SQLAlchemy(app)
     models = own_record_classes(db)

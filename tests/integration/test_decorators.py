@@ -116,7 +116,7 @@ def returned_values() -> st.SearchStrategy[Any]:
 @settings(deadline=None, database=None)
 @given(returned_values())
 def test_status_is_the_one_that_flask_reads(returned: Any) -> None:
-    """The status by which a unit is judged is that of the answer that Flask makes of the return value."""
+    """A unit is committed or rolled back by the status of the answer that Flask makes from the return value."""
     app = Flask("statuses")
     with app.test_request_context():
         judged = status_of(returned)
@@ -124,7 +124,7 @@ def test_status_is_the_one_that_flask_reads(returned: Any) -> None:
 
 
 def test_a_stream_is_not_consumed() -> None:
-    """A return value is looked at, not gone through."""
+    """A return value that is an iterator is not consumed."""
     body = iter(["a", "b"])
     assert [status_of(value) for value in (body, (body, 404), Response(body, 500))] == [200, 404, 500]
     assert list(body) == ["a", "b"]
@@ -151,7 +151,7 @@ def test_function_that_is_no_view(site: Site, decorator: str, caplog: pytest.Log
 
 
 def test_outside_a_request_there_is_no_status(site: Site) -> None:
-    """In a command, a task or a bare context a return value is nothing but that."""
+    """In a command, a task or a context without a request a return value does not decide about the commit."""
 
     @site.es.transactional
     def work() -> tuple[str, int]:
@@ -199,7 +199,7 @@ class TestCoroutines:
         assert site.stored() == ((1, 1) if status == 200 else (0, 0))
 
     def test_error_rolls_back(self, site: Site) -> None:
-        """An error after an await takes all along."""
+        """An error after an await rolls everything back."""
 
         @site.es.transactional
         async def work() -> None:

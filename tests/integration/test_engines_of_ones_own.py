@@ -72,7 +72,7 @@ def isolated(new_site: MakeSite) -> Site:
 
 @on_mariadb
 def test_snapshot_isolation_is_no_conflict_of_those_with_nothing_in_common(new_site: MakeSite) -> None:
-    """Where a changed row ends the transaction that read an older one, counting the positions ends none."""
+    """Counting positions does not end a transaction, also if the server refuses changed rows."""
     site = isolated(new_site)
     accounts = [site.opened() for _ in range(4)]
     assert deposits(site, accounts, 15) == 0
@@ -86,7 +86,7 @@ def test_snapshot_isolation_is_no_conflict_of_those_with_nothing_in_common(new_s
 
 @on_mariadb
 def test_changed_row_ends_the_transaction(new_site: MakeSite) -> None:
-    """What was saved before a row was found to be changed is not committed by half, and the error is a conflict."""
+    """If the server ends the transaction because of a changed row, nothing is stored, and the error is a conflict."""
     site = isolated(new_site)
     with site.app.app_context():
         site.note("one")
@@ -111,7 +111,7 @@ def test_changed_row_ends_the_transaction(new_site: MakeSite) -> None:
 
 @on_mariadb
 def test_conflict_of_a_recorder_with_a_changed_row_is_the_librarys(new_site: MakeSite) -> None:
-    """Two who save the same version are told so by the library's error, whatever the server calls it."""
+    """Two saves of the same version are the library's conflict, whatever error the server has for it."""
     site = isolated(new_site)
     account_id = site.opened()
     with site.app.app_context():

@@ -103,7 +103,7 @@ def test_deleted_events_leave_a_tombstone(new_site: MakeSite) -> None:
 
 
 def test_redacted_events_keep_their_positions(new_site: MakeSite) -> None:
-    """Redacted events are at their positions, with their versions, and what they said is nowhere in the database."""
+    """Redacted events keep positions and versions, and their content is nowhere in the database."""
     site = new_site(Branch)
     account_id = site.opened(1, 2, 3)
     with site.app.app_context():
@@ -123,7 +123,7 @@ def test_redacted_events_keep_their_positions(new_site: MakeSite) -> None:
 
 
 def test_an_erased_aggregate_cannot_be_read(site: Site, redact: bool) -> None:
-    """To read it, at any version, is one clear error, which is that of an aggregate that is not found."""
+    """Reading an erased aggregate, at any version, raises one clear ``AggregateNotFoundError``."""
     account_id = site.opened(1)
     erased(site, account_id, redact=redact)
     with site.app.app_context():
@@ -179,7 +179,7 @@ def test_erasure_is_part_of_the_transaction(site: Site, redact: bool) -> None:
 
 
 def test_erasure_in_the_mode_save(new_site: MakeSite) -> None:
-    """Where each save is committed, an erasure is too, as a whole; within a unit of work that commits it."""
+    """If each save is committed, so is an erasure, as a whole; within a unit of work the unit commits it."""
     site = new_site(EVENTSOURCING_COMMIT="save")
     one, other = site.opened(1), site.opened(1)
     with site.app.app_context():
@@ -193,7 +193,7 @@ def test_erasure_in_the_mode_save(new_site: MakeSite) -> None:
 
 
 def test_erasing_again(site: Site) -> None:
-    """It may be erased again: what is left goes, such as redacted events, and there is no second tombstone."""
+    """A second erasure deletes what is left, such as redacted events, and adds no second tombstone."""
     account_id = site.opened(1)
     assert erased(site, account_id, redact=True).events == 2
     assert erased(site, account_id, redact=True).events == 0
@@ -221,7 +221,7 @@ def test_what_cannot_be_erased(site: Site) -> None:
 
 @on_files
 def test_a_writer_meanwhile(site: Site, redact: bool) -> None:
-    """Who saves an event of it at the same time is first, or is refused: none of its events is left behind."""
+    """A save during the erasure is erased or refused: no event of the aggregate is left."""
     account_id = site.opened(1)
     with site.app.app_context():
         assert site.bank.balance(account_id) == 1
@@ -239,7 +239,7 @@ def test_a_writer_meanwhile(site: Site, redact: bool) -> None:
 
 @on_files
 def test_many_writers_meanwhile(site: Site) -> None:
-    """However many save events of it while it is erased: nothing is left but the tombstone, and each is told."""
+    """If many threads save events during the erasure, only the tombstone is left, and each gets an error."""
     account_id, other = site.opened(1), site.opened(1)
     begun = threading.Barrier(4, timeout=30)
 
@@ -264,7 +264,7 @@ def test_many_writers_meanwhile(site: Site) -> None:
 
 @pytest.mark.parametrize("fastforward", ["y", "n"])
 def test_the_cache_of_this_process(new_site: MakeSite, fastforward: str) -> None:
-    """A cache serves an aggregate until the commit of its erasure, and after a rollback, and then never again."""
+    """A cache serves an aggregate until its erasure is committed, and after a rollback of that."""
     env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
     site = new_site(EVENTSOURCING_ENV=env)
     account_id = site.opened(1)
@@ -284,7 +284,7 @@ def test_the_cache_of_this_process(new_site: MakeSite, fastforward: str) -> None
 
 @on_files
 def test_the_cache_of_another_process(new_site: MakeSite, uri: str) -> None:
-    """A cache that is fast-forwarded comes upon the tombstone of others, and forgets the aggregate."""
+    """A cache that is fast-forwarded sees another process's tombstone, and drops the aggregate."""
     site = new_site(EVENTSOURCING_ENV={"AGGREGATE_CACHE_MAXSIZE": "10"})
     account_id = site.opened(1)
     assert site.balance(account_id) == 1
@@ -348,7 +348,7 @@ def test_text_ids(new_site: MakeSite, redact: bool) -> None:
 
 @on_sqlite_file
 def test_an_encrypted_log(new_site: MakeSite, redact: bool) -> None:
-    """Where states are encrypted and compressed, those of tombstones and redacted events are, and can be read."""
+    """Tombstones and redacted events are encrypted and compressed like other events, and can be read."""
     env = {"COMPRESSOR_TOPIC": "eventsourcing.compressor:ZlibCompressor"}
     site = new_site(EVENTSOURCING_ENV=env)
     erased(site, site.opened(1), redact=redact)
@@ -439,7 +439,7 @@ def run(site: Site, *arguments: str, answer: str = "") -> tuple[int, str]:
 
 
 def test_command(site: Site) -> None:
-    """The command tells what there is, asks, and tells what it did; ``--yes`` does not ask; no does nothing."""
+    """The command reports what it would erase, asks, and reports what it did; ``--yes`` does not ask."""
     account_id = site.opened(1)
     code, printed = run(site, "erase", str(account_id), answer="n\n")
     assert code == 1

@@ -175,13 +175,13 @@ def test_line_breaks_forge_nothing(site: Site, raw: str, caplog: pytest.LogCaptu
 @on_memory
 @pytest.mark.parametrize("trace", [TRACE, "01" + TRACE[2:], "01" + TRACE[2:] + "-what.will:be"])
 def test_traces_of_later_versions_are_kept(site: Site, trace: str) -> None:
-    """A trace of a version that is to come, with more behind it, is kept as it is."""
+    """A trace of a future version, with more fields, is kept as it is."""
     send(site, {"traceparent": trace})
     assert records(site)[0].event_metadata["traceparent"] == trace
 
 
 def test_nothing_leaks_from_one_request_into_the_next(site: Site) -> None:
-    """What a view has put, be it in a block that it never left, is not there in another request."""
+    """Metadata of a view, also of a block that it never left, are not in another request."""
     left = []
 
     def view() -> None:
@@ -243,7 +243,7 @@ def test_hidden_metadata(site: Site) -> None:
 
 
 def test_provider_that_fails_fails_the_save(new_site: MakeSite) -> None:
-    """A provider that raises is named by ``save()``, nothing is stored, and the unit of work can go on."""
+    """If a provider raises, ``save()`` names it and stores nothing, and the unit of work can go on."""
 
     def broken() -> Any:
         raise LookupError("secret")
@@ -425,7 +425,7 @@ def test_metadata_are_bytes_of_json_on_sqlite(site: Site) -> None:
 
 
 def test_receivers_that_name_it_are_told_what_was_recorded(site: Site) -> None:
-    """A receiver of ``events_recorded`` that names ``recorded`` is told it, and another is called as before."""
+    """A receiver of ``events_recorded`` gets ``recorded`` if it has that parameter."""
     told: list[Any] = []
 
     def telling(sender: Any, application: Any, notifications: Any, recorded: Any) -> None:
@@ -446,7 +446,7 @@ def test_receivers_that_name_it_are_told_what_was_recorded(site: Site) -> None:
 
 @on_memory
 def test_user_of_flask_login(new_site: MakeSite) -> None:
-    """With ``"flask-login"`` the id of who is logged in is recorded, and nobody's where nobody is."""
+    """With ``"flask-login"`` the id of the logged-in user is recorded, if there is one."""
     login: Any = pytest.importorskip("flask_login")
     site = new_site(EVENTSOURCING_METADATA_USER="flask-login", SECRET_KEY="key")
     user = type("User", (login.UserMixin,), {"id": "ada"})

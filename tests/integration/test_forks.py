@@ -102,7 +102,7 @@ def test_a_lock_of_the_pool_that_was_held_at_the_fork(site: Site, fork: Callable
 @FORKS
 @pytest.mark.parametrize("end", ["close", "dispose", "nothing"])
 def test_a_forked_process_does_not_end_the_parents_sessions(site: Site, end: str, fork: Callable[[], int]) -> None:
-    """A process that closes without having used anything closes nothing of its parent's."""
+    """A process that closes before it has used anything closes nothing of its parent's."""
     site.opened()
     with site.app.app_context():
         parents = backend(site)
@@ -174,7 +174,7 @@ def test_a_context_pushed_before_the_fork(site: Site, fork: Callable[[], int]) -
 
 @FORKS
 def test_the_parents_transaction_goes_on(site: Site, fork: Callable[[], int]) -> None:
-    """What a forked process does, and its end, leaves the transaction alone that its parent has open."""
+    """A forked process, at work or at its end, does not change its parent's open transaction."""
     with site.app.app_context():
         account_id = site.bank.open_account()
         site.note()
@@ -192,7 +192,7 @@ def test_the_parents_transaction_goes_on(site: Site, fork: Callable[[], int]) ->
 @FORKS
 @pytest.mark.parametrize("kind", ["session", "connection"])
 def test_what_the_user_holds_across_the_fork(site: Site, kind: str, fork: Callable[[], int]) -> None:
-    """A session or connection that the user held in a variable says what is wrong, and can begin again."""
+    """A session or connection that a variable holds over a fork raises a clear error, and can begin again."""
     with site.app.app_context():
         held: Any = site.db.session() if kind == "session" else site.db.engine.connect()
         parents = held.scalar(BACKEND)
@@ -217,7 +217,7 @@ def test_what_the_user_holds_across_the_fork(site: Site, kind: str, fork: Callab
 
 
 def test_collecting_what_was_inherited(site: Site) -> None:
-    """A connection that a forked process merely drops is not rolled back for its parent."""
+    """If a forked process drops a connection, its parent's transaction is not rolled back."""
     with site.app.app_context():
         held = [site.db.engine.connect()]
     held[0].execute(sa.text("CREATE TEMPORARY TABLE ours (a int)"))

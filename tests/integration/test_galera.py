@@ -99,7 +99,7 @@ def test_unit_that_goes_on_after_the_conflict_is_told(make_sites: Callable[..., 
 
 
 def test_caught_error_of_an_overtaken_unit_cannot_be_committed(make_sites: Callable[..., list[Site]]) -> None:
-    """Where the session's own statement was told of the conflict and went on, the commit says that all is lost."""
+    """If the session's own statement got the conflict and the program went on, the commit raises an error."""
     here, there, _ = make_sites()
     with here.app.app_context():
         here.bank.open_account("lost")
@@ -117,7 +117,7 @@ def test_caught_error_of_an_overtaken_unit_cannot_be_committed(make_sites: Calla
 def test_overtaken_unit_can_be_rolled_back(
     make_sites: Callable[..., list[Site]], end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A unit that another node has overtaken is rolled back, or ends with an error of its own, as any other."""
+    """A unit that another node has overtaken can be rolled back, or fail with an error of its own, like any other."""
     here, there, _ = make_sites()
     caplog.clear()
 

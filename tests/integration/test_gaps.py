@@ -1,4 +1,4 @@
-"""No gap in a stream: an event without its predecessor, after which nobody could read the aggregate, is refused."""
+"""No gap in a stream: an event without its predecessor is refused, as its aggregate could not be read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Model:
 @FEW
 @given(saves=st.lists(VERSIONS, min_size=1, max_size=6), snapshots=SNAPSHOTS)
 def test_streams_have_no_gaps(site: Site, saves: list[list[tuple[UUID, int]]], snapshots: list[Any]) -> None:
-    """Whatever is saved in whatever order, each event follows another one, a snapshot, or begins its stream."""
+    """Saves in any order leave no gap: each event follows another one or a snapshot, or begins its stream."""
     model = Model(snapshots)
     with site.app.app_context():
         for record in (site.es.StoredEvent, site.es.Snapshot):
@@ -103,7 +103,7 @@ def test_gap_is_told_with_aggregate_and_versions(site: Site) -> None:
 
 
 def test_gap_in_a_batch_is_told(site: Site) -> None:
-    """Of many events each stream is looked at, and none is stored if one has a gap."""
+    """In a save of many events each stream is checked, and none is stored if one has a gap."""
     with site.app.app_context():
         recorder = site.bank.recorder
     good = [(uuid4(), 1) for _ in range(150)]
@@ -130,7 +130,7 @@ def test_no_position_is_lost_by_a_gap_that_was_caught(site: Site) -> None:
 
 
 def test_aggregate_whose_events_were_rolled_back_leaves_no_gap(site: Site) -> None:
-    """An account saved again after a rollback, with a change more, is not stored without its beginning."""
+    """An account that is saved after a rollback with a further change is not stored without its beginning."""
     with site.app.app_context():
         account = saved_after_rollback(site)
         with pytest.raises(Exception, match=str(account.id)):
@@ -140,7 +140,7 @@ def test_aggregate_whose_events_were_rolled_back_leaves_no_gap(site: Site) -> No
 
 
 def test_predecessor_in_the_same_transaction_counts(site: Site) -> None:
-    """What the same session has saved and not committed is followed."""
+    """An event may follow one that the same session has saved and not committed."""
     with site.app.app_context():
         account_id = site.bank.open_account()
         site.bank.deposit(account_id)
@@ -165,7 +165,7 @@ def test_application_without_a_table_of_snapshots_appends(site: Site) -> None:
 
 @on_postgresql
 def test_gap_in_a_frozen_snapshot_is_a_conflict(site: Site) -> None:
-    """A transaction that cannot see what others have stored since is told that they were first, and may run again."""
+    """A transaction with an old snapshot gets a conflict for later events of others, and may run again."""
     account_id = site.opened()
     with site.app.app_context():
         site.db.session.connection(execution_options={"isolation_level": "REPEATABLE READ"})

@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 @on_postgresql
 def test_large_save_stops_nobody(site: Site) -> None:
-    """Beside small writers and an idle transaction a large save succeeds at first, and nobody waits for its commit."""
+    """Beside small writers and an idle transaction a large save succeeds at once; no writer waits for its commit."""
     stop = threading.Event()
     small: list[int] = []
     failed: list[BaseException] = []
@@ -118,7 +118,7 @@ def test_large_save_stops_nobody(site: Site) -> None:
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("in_session", [False, True])
 def test_others_wait_while_a_block_is_drawn(site: Site, uri: str, count: int, echo: bool, in_session: bool) -> None:
-    """An append of whatever size that meets a closed gate waits until it is open, and is stored contiguously."""
+    """An append of any size waits while the gate is closed, and is stored contiguously."""
     site.opened()
     recorder = recorder_of(site)
     positions: list[int] = []
@@ -145,7 +145,7 @@ def test_others_wait_while_a_block_is_drawn(site: Site, uri: str, count: int, ec
 @on_postgresql
 @pytest.mark.parametrize("count", [1, 3, SMALL_BLOCK + 1])
 def test_waiting_at_the_gate_ends(new_site: MakeSite, uri: str, count: int) -> None:
-    """A writer that waits longer than the lock timeout is told so, has stored nothing, and can try again."""
+    """A writer that waits longer than the lock timeout gets an error, has stored nothing, and can try again."""
     site = new_site(EVENTSOURCING_LOCK_TIMEOUT=0.1)
     site.opened()
     recorder = recorder_of(site)
@@ -162,7 +162,7 @@ def test_waiting_at_the_gate_ends(new_site: MakeSite, uri: str, count: int) -> N
 
 @on_postgresql
 def test_those_who_draw_few_positions_wait_for_nobody(site: Site, uri: str) -> None:
-    """A gate that others go through at the same time is open."""
+    """Several writers can pass the open gate at the same time."""
     site.opened()
     recorder = recorder_of(site)
     with server(uri) as connection:
@@ -176,7 +176,7 @@ def test_those_who_draw_few_positions_wait_for_nobody(site: Site, uri: str) -> N
 @pytest.mark.parametrize("count", [2, SMALL_BLOCK + 1])
 @pytest.mark.parametrize("in_session", [False, True])
 def test_a_save_that_is_always_torn_is_refused(site: Site, uri: str, count: int, in_session: bool) -> None:
-    """Where others draw positions past the gate, a save of several events says so, and stores none of them."""
+    """If other programs draw positions without the gate, a save of several events is refused, and none is stored."""
     site.opened()
     recorder = recorder_of(site)
     recorder.insert_events(events(1))
@@ -199,7 +199,7 @@ def test_a_save_that_is_always_torn_is_refused(site: Site, uri: str, count: int,
 
 @on_postgresql
 def test_gap_in_a_large_save_draws_nothing(site: Site) -> None:
-    """A large save that would leave a gap is refused before the gate; in the session the next position is not lost."""
+    """A large save that would leave a gap is refused before the gate, without losing a position."""
     recorder = recorder_of(site)
     assert recorder.insert_events(events(1)) == [1]
     with pytest.raises(IntegrityError, match="Version 5 "):
@@ -252,7 +252,7 @@ def interrupted_draw(url: str, how: str) -> None:
 @on_postgresql
 @pytest.mark.parametrize("how", ["statement_timeout", "pg_cancel_backend", "pg_terminate_backend"])
 def test_gate_is_open_after_a_draw_that_was_ended(site: Site, uri: str, how: str) -> None:
-    """However the drawing of a block is ended, the gate is open at once, and both large and small appends go on."""
+    """If drawing a block of positions is interrupted in any way, the gate is open at once, and appends go on."""
     site.opened()
     recorder = recorder_of(site)
     interrupted_draw(uri, how)
@@ -263,7 +263,7 @@ def test_gate_is_open_after_a_draw_that_was_ended(site: Site, uri: str, how: str
 
 @pytest.mark.parametrize("how", ["statement_timeout", "pg_cancel_backend", "pg_terminate_backend"])
 def test_no_other_client_of_pgbouncer_has_the_gate(postgres_url: str, pgbouncer_url: str, how: str) -> None:
-    """The same holds where the connection to the server is another client's in the next moment."""
+    """The same holds behind a pooler that gives the connection to another client."""
     options = {"connect_args": {"prepare_threshold": None}}
     site = make_site(pgbouncer_url, SQLALCHEMY_ENGINE_OPTIONS=options)
     try:
@@ -283,7 +283,7 @@ def test_no_other_client_of_pgbouncer_has_the_gate(postgres_url: str, pgbouncer_
 def test_appends_that_are_cancelled_keep_nothing(
     request: pytest.FixtureRequest, postgres_url: str, bounced: bool
 ) -> None:
-    """Of many appends that are cancelled at whatever moment, none leaves the gate closed behind it."""
+    """Of many appends that are cancelled at random moments, none leaves the gate closed."""
     url = request.getfixturevalue("pgbouncer_url") if bounced else postgres_url
     site = make_site(url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"prepare_threshold": None if bounced else 5}})
     stop = threading.Event()

@@ -47,7 +47,7 @@ def save(site: Site, *topics: str, originator_id: UUID | None = None) -> None:
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_unique_constraint_of_ones_own_is_no_conflict(site: Site, watched: bool) -> None:
-    """A UNIQUE that a user has put on the table of events is not taken for another writer's having been first."""
+    """A violation of a user's UNIQUE on the table of events is not a conflict."""
     with site.app.app_context():
         mysql = site.db.engine.dialect.name in ("mysql", "mariadb")
         site.db.engine.echo = watched
@@ -56,7 +56,7 @@ def test_unique_constraint_of_ones_own_is_no_conflict(site: Site, watched: bool)
 
 
 def test_not_null_of_ones_own_is_no_conflict(new_site: MakeSite) -> None:
-    """A NOT NULL on a column of the events' table stays an error of its own."""
+    """A violation of a NOT NULL in the table of events is not a conflict."""
     site = new_site(EVENTSOURCING_METADATA=False)
     changes = {
         # The only way there: the text of the table itself, which connections read again.
@@ -72,7 +72,7 @@ def test_not_null_of_ones_own_is_no_conflict(new_site: MakeSite) -> None:
 
 
 def test_trigger_is_no_conflict(site: Site) -> None:
-    """What a trigger refuses stays an error of its own."""
+    """An error that a trigger raises is not a conflict."""
     name = site.app.config["SQLALCHEMY_DATABASE_URI"].split(":")[0].split("+")[0]
     ddl = {
         "sqlite": "CREATE TRIGGER no BEFORE INSERT ON bank_events BEGIN SELECT RAISE(ABORT, 'no'); END",
@@ -84,7 +84,7 @@ def test_trigger_is_no_conflict(site: Site) -> None:
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_keys_of_events_are_conflicts(site: Site, watched: bool) -> None:
-    """The same version twice is a conflict that may be run again, told without the values in the rows."""
+    """The same version twice is a conflict that may be run again; its message has no values of rows."""
     account_id = site.opened()
     with site.app.app_context():
         site.db.engine.echo = watched
@@ -109,7 +109,7 @@ def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(sit
 
 
 def test_transaction_that_is_over_is_told_by_the_driver(site: Site) -> None:
-    """No matter who ended the transaction, and by what text, the driver or the server says that it is over."""
+    """The end of a transaction is noticed from the driver or the server, by whatever statement it ended."""
     with site.app.app_context():
         dialect: Any = site.bank.recorder.dialect  # type: ignore[attr-defined]
         site.bank.open_account()

@@ -33,7 +33,7 @@ def test_large_save_is_in_order(site: Site) -> None:
 @on_serial_databases
 @pytest.mark.parametrize("watched", [False, True])
 def test_none_of_a_large_save_with_a_conflict_stays(site: Site, watched: bool) -> None:
-    """A conflict far in a large save leaves nothing of it, and what else was written can be committed."""
+    """After a conflict late in a large save none of it is stored, and other work can be committed."""
     many = events()
     with site.app.app_context():
         site.db.engine.echo = watched

@@ -1,4 +1,4 @@
-"""The last look: nobody is told "done" for events that are not stored, no matter who saved them, and however late."""
+"""The guard: no client is told "done" for events that are not stored, however late they were saved."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def by_signal(app: Flask, site: Site) -> None:
 def test_what_was_registered_before_the_extension_is_seen(
     early: Callable[..., Site], register: Callable[[Flask, Site], None], mode: str
 ) -> None:
-    """Whatever saves after the view, the answer is true: 500 and nothing stored, or 200 and stored."""
+    """Events that are saved after the view are stored and answered 200, or not stored and answered 500."""
     site = early(register, EVENTSOURCING_COMMIT=mode)
     answer = site.answer(lambda: "done")
     # In the mode "explicit" the answer 500 goes through the same functions, which save again.
@@ -103,7 +103,7 @@ def test_what_was_registered_before_the_extension_is_seen(
 
 @pytest.mark.parametrize("where", ["this request", "blueprint"])
 def test_functions_of_requests_and_blueprints_are_seen(explicit: Site, where: str) -> None:
-    """What ``after_this_request`` and a blueprint's functions save is seen, too."""
+    """Events that ``after_this_request`` and a blueprint's functions save are checked, too."""
 
     def view() -> str:
         if where == "this request":
@@ -157,7 +157,7 @@ def test_nested_context_is_told_in_the_answer(site: Site, caplog: pytest.LogCapt
 
 
 def test_nested_context_that_commits_is_left_alone(site: Site) -> None:
-    """A nested context with a transaction of its own is none of the outer answer's business."""
+    """A nested context that commits its own transaction does not change the outer answer."""
 
     def view() -> str:
         with site.app.app_context():
@@ -173,7 +173,7 @@ class TestInnerRequests:
     """A view that uses ``app.test_client()``: both requests use one session."""
 
     def test_inner_404_takes_nothing_along(self, site: Site) -> None:
-        """What the outer view has saved stays, whatever an inner request answers; the outer one commits it."""
+        """Events of the outer view stay after an inner request, and the outer request commits them."""
 
         def view() -> str:
             site.bank.open_account()
@@ -209,7 +209,7 @@ class TestInnerRequests:
         assert explicit.stored() == (0, 0)
 
     def test_environment_that_is_given_on(self, explicit: Site) -> None:
-        """A view that hands its own WSGI environment to the app is looked at after that."""
+        """A view that passes its own WSGI environment to the app is checked after that."""
         explicit.app.get("/inner")(lambda: "inner")
 
         def view() -> str:

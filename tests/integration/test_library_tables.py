@@ -100,7 +100,7 @@ def test_library_tables_can_be_taken_over(theirs: TheirBank, on_postgres: tuple[
 
 
 def test_library_tables_are_those_that_we_make(theirs: TheirBank, on_postgres: tuple[str, dict[str, str]]) -> None:
-    """Where the library made the tables, there is nothing to make, and only nullable columns are to be added."""
+    """If the library made the tables, none is missing, and only nullable columns are added."""
     site = make_site(on_postgres[0], TheirBank)
     engine = sa.create_engine(on_postgres[0])
     inspector = sa.inspect(engine)

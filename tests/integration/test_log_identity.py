@@ -16,7 +16,7 @@ def identity(site: Site) -> int:
 
 
 def test_identity_stays_as_long_as_the_tables(site: Site) -> None:
-    """The identity is made with the tables and stays, whatever is appended; tables that are made again have another."""
+    """A log's identity is made with its tables and stays; tables that are created again have another."""
     first = identity(site)
     site.opened()
     assert identity(site) == first > 0
@@ -27,7 +27,7 @@ def test_identity_stays_as_long_as_the_tables(site: Site) -> None:
 
 
 def test_tables_of_a_migration_get_an_identity(site: Site) -> None:
-    """Tables that were made in another way get their identity when somebody asks for it."""
+    """Tables that were created in another way get their identity at its first use."""
     with site.app.app_context(), site.db.engine.begin() as connection:
         connection.execute(sa.delete(site.es.Tracking))
     first = identity(site)

@@ -140,7 +140,7 @@ KEYLESS = {
 
 @on_files
 def test_table_that_has_lost_its_key(new_site: MakeSite) -> None:
-    """Without the key by which a version is stored once, appends are refused before two writers can store the same."""
+    """Without the unique key of versions appends are refused, before two writers can store the same version."""
     site = new_site()
     with site.app.app_context():
         name = site.db.engine.dialect.name
@@ -164,7 +164,7 @@ def test_missing_table_leaves_the_transaction(new_site: MakeSite) -> None:
 
 
 def test_table_is_looked_at_again_after_an_error(new_site: MakeSite) -> None:
-    """A table that was dropped and made otherwise is refused as a new one would be."""
+    """A table that was dropped and created with other columns is checked again, and refused."""
     site = new_site()
     site.opened()
     change(site, "DROP TABLE bank_events")
@@ -218,7 +218,7 @@ def saved_after_a_look(site: Site) -> int:
 @pytest.mark.parametrize("seed", range(2))
 @on_files
 def test_columns_are_added_one_by_one(new_site: MakeSite, seed: int) -> None:
-    """A process on a table without the columns saves while a migration adds them, and fills them after the last."""
+    """A process saves while a migration adds the columns, and fills them when all are there."""
     site = new_site()
     names = ["event_id", "recorded_at", "metadata", "correlation_id"]
     change(site, *(f"ALTER TABLE bank_events DROP COLUMN {name}" for name in names))
@@ -282,7 +282,7 @@ def insert_past(site: Site, position: int) -> None:
 
 @on_postgresql
 def test_sequence_behind_its_table(new_site: MakeSite) -> None:
-    """A sequence that is behind its table is no conflict: it is refused with what sets it."""
+    """A sequence that is behind its table is not a conflict: appends are refused with the statement that sets it."""
     site = new_site()
     insert_past(site, 40)
     refused(site, UnsafeSequenceError, r"behind position 40 of table bank_events.*setval\('public.*', 40\)")
@@ -293,7 +293,7 @@ def test_sequence_behind_its_table(new_site: MakeSite) -> None:
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_position_given_twice_is_no_conflict(new_site: MakeSite) -> None:
-    """What gives positions may fall behind later: the error says so, and ``check`` what to do."""
+    """If a sequence or counter falls behind later, the error says so, and ``check`` names the remedy."""
     site = new_site()
     site.opened()
     insert_past(site, 2)
@@ -337,7 +337,7 @@ def with_session(uri: str, statement: str, *classes: Any) -> Iterator[Site]:
 
 @on_mariadb
 def test_mode_that_cuts_is_refused(uri: str) -> None:
-    """Outside strict mode, in which the server cuts ids, appends are refused with the remedy, and reads are not."""
+    """Outside strict mode, where the server truncates ids, appends are refused with the remedy, reads are not."""
     with with_session(uri, "SET sql_mode = ''") as site:
         refused(site, UnsafeSettingError, "sql_mode is not strict.*STRICT_TRANS_TABLES")
         with site.app.app_context():
@@ -371,7 +371,7 @@ def test_engine_that_keeps_what_was_rolled_back(uri: str) -> None:
 @on_mariadb
 @pytest.mark.parametrize("size", [200_000, 7_500_000])
 def test_large_saves(new_site: MakeSite, size: int) -> None:
-    """A save is cut into statements that the server takes, whatever its events' sizes."""
+    """A save is divided into statements that are not too long for the server, whatever the events' sizes."""
     site = new_site()
     count = 20 * MEGABYTE // size
     with site.app.app_context():

@@ -110,7 +110,7 @@ def test_text_ids_settle_too(uri: str, folder: Path) -> None:
 
 @on_a_file_first
 def test_tables_of_rebuilds_are_left_alone(uri: str, folder: Path) -> None:
-    """What a rebuild has replaced, or is building, is no removed table: autogenerate does not drop it."""
+    """Autogenerate does not drop tables that a rebuild has replaced or is building."""
     flask(folder, uri, "db init", "eventsourcing init-db")
     engine = sa.create_engine(uri, poolclass=sa.NullPool)
     with engine.begin() as connection:

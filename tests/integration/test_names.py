@@ -1,4 +1,4 @@
-"""Names of applications: whatever is accepted works on every database; what is not is refused at the start."""
+"""Names of applications: an accepted name works on every database, others are refused at the start."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_name_that_cannot_be(new_site: MakeSite, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 60, "x" * 300, "ü" * 25])
 def test_name_that_is_too_long(new_site: MakeSite, uri: str, name: str) -> None:
-    """A name of which the database would keep a part only is refused at the start, with how long it may be."""
+    """A name that the database would truncate is refused at the start, with the greatest length."""
     if not uri.startswith("postgresql") and len(name) == 25:
         new_site(named(name))
         return

@@ -105,7 +105,7 @@ class TestRegisteringLater:
         dispose(*apps)
 
     def test_guard_goes_over_to_it(self) -> None:
-        """The one that takes its place is guarded as any other."""
+        """The class that replaces the plain application has the guard, too."""
         app, es = make()
         es.register(Bank)
         with app.app_context():
@@ -166,7 +166,7 @@ class TestRegisteringLater:
         dispose(app)
 
     def test_an_application_that_was_given_is_not_replaced(self) -> None:
-        """Registering after ``init_app`` is for those alone who have given no class."""
+        """Registering a class after ``init_app`` is refused if a class was already given."""
         app = make_app("sqlite://")
         es = EventSourcing(app, application=Bank)
         with pytest.raises(ConfigurationError, match=r"after es\.init_app"):
@@ -295,7 +295,7 @@ class TestFactories:
     @pytest.mark.parametrize("factory", [make_bank, partial(Mailing, "mailer"), partial(Mailing, mailer="mailer")])
     @pytest.mark.parametrize("how", ["argument", "register"])
     def test_it_makes_the_application(self, factory: Callable[..., Mailing], how: str) -> None:
-        """Its class is known by the return annotation, or by that of a ``partial``; everything else is as ever."""
+        """The class of an application is known from a function's return annotation, or from a ``partial``."""
         app = make_app("sqlite://")
         if how == "argument":
             es = EventSourcing(app, application=factory)

@@ -42,7 +42,7 @@ def file_site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_file_that_is_idle_can_be_used(file_site: Site) -> None:
-    """What is idle at the fork is closed before it, and the child connects by the function."""
+    """Connections that are idle at a fork are closed before it, and the child connects with the function."""
     assert in_child(lambda: opened(file_site)) == "opened"
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(opened(file_site) != "opened"))
     process.start()
@@ -85,7 +85,7 @@ def connect(postgres_url: str) -> Callable[[], Any]:
 
 
 def test_server_is_connected_to_by_each_process(postgres_url: str, connect: Callable[[], Any]) -> None:
-    """A child connects by the function, whatever was in use, and the parent's transaction goes on."""
+    """A child connects with the function, also if connections were in use, and the parent's transaction goes on."""
     site = make_site(postgres_url, SQLALCHEMY_ENGINE_OPTIONS={"creator": connect})
     site.opened()
     for fork in (os.fork, fork_in_c):

@@ -1,4 +1,4 @@
-"""The recorders' own statements go SQLAlchemy's way: its pools, listeners and errors are theirs too."""
+"""The recorders' own statements use SQLAlchemy's pools, listeners and errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def look(site: Site) -> Any:
 def test_an_exception_in_the_middle_of_a_statement(
     new_site: MakeSite, uri: str, kind: type[BaseException], work: Callable[[Site], Any]
 ) -> None:
-    """What a signal handler raises while a statement runs costs that request only, and no place in the pool."""
+    """If a signal handler raises while a statement runs, only that request fails, and the pool loses no place."""
     options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
     site = new_site(SQLALCHEMY_ENGINE_OPTIONS=options)
     account_id = site.opened()
@@ -218,7 +218,7 @@ def test_own_statements_can_be_told_from_others(site: Site) -> None:
 
 
 def test_events_are_the_librarys(site: Site) -> None:
-    """What is read can be compared, hashed, copied and replaced, as what the library's constructors make."""
+    """Events that are read can be compared, hashed, copied and replaced like those of the library's constructors."""
     account_id = site.opened()
     with site.app.app_context():
         site.bank.deposit(account_id)
@@ -236,7 +236,7 @@ def test_events_are_the_librarys(site: Site) -> None:
 
 @given(st.uuids(), st.sampled_from([str, lambda each: each.hex, lambda each: each.hex.upper(), lambda each: each]))
 def test_every_spelling_of_an_id_is_read(value: UUID, spelling: Callable[[UUID], Any]) -> None:
-    """An id is read from each of its spellings, and is then as one that its class has made."""
+    """A UUID is read from each of its spellings, and equals one of its class."""
     decode = UUIDType().result_processor(sa.create_mock_engine("sqlite://", print).dialect, None)
     found = decode(spelling(value))
     assert (found, hash(found), repr(found)) == (value, hash(value), repr(value))

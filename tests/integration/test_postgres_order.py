@@ -1,4 +1,4 @@
-"""What PostgreSQL's order needs is checked rather than believed."""
+"""The conditions of PostgreSQL's order are checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def alter(site: Site, how: str) -> None:
 def test_a_sequence_that_would_break_the_order_is_refused(
     new_site: MakeSite, order: str, how: str, remedy: str
 ) -> None:
-    """With a sequence whose positions could be committed unseen, appends fail with its name and the remedy."""
+    """If readers could miss positions of a sequence, appends fail with its name and the remedy."""
     site = new_site(EVENTSOURCING_POSTGRES_ORDER=order)
     alter(site, how)
     with pytest.raises(UnsafeSequenceError, match=f"bank_events_notification_id_seq.*{how}.*ALTER SEQUENCE"):

@@ -43,7 +43,7 @@ def test_client_fixture(client: FlaskClient, site: Site) -> None:
 
 @pytest.mark.usefixtures("client")
 def test_application_is_at_hand(site: Site) -> None:
-    """In the open context ``es.application`` can be used without further ado."""
+    """In the open context a test can use ``es.application`` directly."""
     account_id = site.bank.open_account()
     site.db.session.commit()
     assert site.bank.balance(account_id) == 0

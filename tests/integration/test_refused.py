@@ -1,4 +1,4 @@
-"""A refused ``init_app`` leaves nothing: what there was before is all there is after."""
+"""A refused ``init_app`` leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ REASONS: list[Callable[[EventSourcing, Flask, SQLAlchemy], None]] = [
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("construct", ["first-use", "init"])
 def test_everything_is_as_before(reason: Callable[..., None], construct: str) -> None:
-    """No table, listener, hook, patched pool or swapped scope is left, whatever was the reason."""
+    """A refused ``init_app`` leaves no table, listener, hook, patched pool or replaced scope, for every reason."""
     app, db = make(EVENTSOURCING_CONSTRUCT=construct)
     es = EventSourcing(db=db, applications=[Bank, Shop])
     reason(es, app, db)

@@ -83,7 +83,7 @@ def test_other_errors_are_not_retried(site: Site) -> None:
 
 @pytest.mark.parametrize("times", [-1, 1.5, "3", None, True])
 def test_bad_number_of_times_is_refused(site: Site, times: Any) -> None:
-    """A number of retries that is none is refused when the function is decorated."""
+    """An invalid number of retries is refused when the function is decorated."""
     with pytest.raises(ConfigurationError, match=r"retry_on_conflict\(times=…\) takes a whole number"):
         site.es.retry_on_conflict(times=times)(lambda: None)
 
@@ -115,7 +115,7 @@ def test_within_a_plain_transaction_the_conflict_passes(site: Site) -> None:
 
 @pytest.mark.parametrize("before", ["event", "row"])
 def test_work_before_the_unit_is_never_lost(site: Site, before: str) -> None:
-    """Where something was saved before the unit, a conflict passes at once: a next try would go on without that."""
+    """If something was saved before the unit, a conflict is raised at once, as a retry would lose it."""
     work = Unlucky(site, 0)
     with site.app.app_context():
         stale = site.bank.account(work.account_id)
@@ -166,7 +166,7 @@ def test_works_in_the_other_commit_modes(new_site: MakeSite, mode: str) -> None:
 
 
 def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
-    """A unit never begins to wait for an aggregate in the midst of reading it, where it would hold the cache's lock."""
+    """A unit never queues for an aggregate while it holds the cache's lock."""
     account_id = site.opened()
     host = site.app.extensions["eventsourcing"].host
     queued: list[int] = []
@@ -187,7 +187,7 @@ def test_unit_queues_at_its_first_read_or_not_at_all(site: Site) -> None:
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_queue_for_one_aggregate_keeps_no_other_waiting(new_site: MakeSite, number: int) -> None:
-    """Whoever saves another aggregate, whatever its id, or a new one, does not wait for a unit in the queue of one."""
+    """Saves of other aggregates, or of new ones, do not wait for a unit that queues for an aggregate."""
     site = new_site(EVENTSOURCING_LOCK_TIMEOUT=1)
     ids = sorted(site.opened(1) for _ in range(3))
     host = site.app.extensions["eventsourcing"].host
@@ -226,7 +226,7 @@ def test_contended_aggregate_loses_no_update(site: Site) -> None:
 
 
 def test_what_a_try_has_lost_is_not_told_when_the_next_one_succeeds(site: Site) -> None:
-    """A try that closes its session and has a conflict leaves nothing behind: the answer is that of the next try."""
+    """A try that closes its session and has a conflict leaves nothing behind, and the next try answers."""
     account_id = site.opened()
     tries: list[int] = []
 

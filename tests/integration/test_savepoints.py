@@ -37,7 +37,7 @@ def open_and_fail(site: Site, owner: str) -> None:
 
 
 def test_rolled_back_savepoint_is_gone_and_the_rest_stays(site: Site) -> None:
-    """What was saved in a savepoint that is rolled back is gone, while what came before and after is stored."""
+    """Events of a savepoint that is rolled back are not stored; those before and after it are."""
     owners = listen(site)
     with site.app.app_context():
         site.bank.open_account("before")
@@ -103,7 +103,7 @@ def test_only_a_rolled_back_savepoint_needs_no_commit(site: Site) -> None:
 
 
 def test_guard_names_only_what_is_left(site: Site) -> None:
-    """A forgotten commit is told for what would have been stored, and not for what was rolled back before."""
+    """A forgotten commit is reported for pending events, not for those that were already rolled back."""
     discarded: list[int] = []
 
     def hear(sender: object, application: Bank, notifications: Any) -> None:

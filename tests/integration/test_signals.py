@@ -59,7 +59,7 @@ def test_sent_after_the_commit(site: Site, listen: Callable[[Site], list[Call]])
 
 
 def test_not_sent_for_a_rollback(site: Site, listen: Callable[[Site], list[Call]]) -> None:
-    """A rollback sends nothing, nor does the next commit send what was rolled back."""
+    """A rollback sends no signal, and the next commit sends none for the events that were rolled back."""
     calls = listen(site)
     with site.app.app_context():
         site.bank.open_account()

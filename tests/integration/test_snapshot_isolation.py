@@ -37,7 +37,7 @@ def change(site: Site, text: str) -> None:
 
 @on_mariadb
 def test_changed_row_ends_the_transaction(new_site: MakeSite) -> None:
-    """What was saved before is gone, and a caller that catches the error and commits is told; nobody is told 'done'."""
+    """Earlier events are rolled back too, and a caller that catches the error and commits gets an error."""
     site = isolated(new_site, "ON")
     account = Account("Ada")
     with site.app.app_context():

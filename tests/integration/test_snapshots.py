@@ -191,7 +191,7 @@ class Box(Aggregate):
 
 @on_sqlite_file
 def test_a_snapshot_that_lacks_a_field_is_passed_by(branch: Site) -> None:
-    """Of a class with fields, a snapshot that lacks one without a default is passed by, with no event behind it too."""
+    """A snapshot that lacks a field without a default is not used, also if no event follows it."""
     with branch.app.app_context():
         made: Any = Box
         box = made(colour="red", weight=[1])
@@ -214,7 +214,7 @@ class Bag(Aggregate):
 
 @on_sqlite_file
 def test_a_field_that_is_not_set(branch: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """An aggregate that lacks a field whatever it is read from is read as it is."""
+    """An aggregate that lacks a field with and without its snapshot is read as it is."""
     with branch.app.app_context():
         made: Any = Bag
         bag = made(colour="red")
@@ -229,7 +229,7 @@ def test_a_field_that_is_not_set(branch: Site, caplog: pytest.LogCaptureFixture)
 
 @on_sqlite_file
 def test_take_ignores_older_snapshots(branch: Site) -> None:
-    """A snapshot that has wrong values, of which nobody can know, is not what the next one is made of."""
+    """A new snapshot is made from the events, so wrong values of an older one are not kept."""
     parcel_id, _ = grown(branch, {"state": {"stops": 100}})
     with branch.app.app_context():
         found: Any = branch.bank.repository.get(parcel_id)
@@ -242,7 +242,7 @@ def test_take_ignores_older_snapshots(branch: Site) -> None:
 
 @on_sqlite_file
 def test_a_class_with_another_version(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a new ``class_version`` and no upcast, snapshots from before are passed by."""
+    """With a new ``class_version`` and no upcast, older snapshots are not used."""
     parcel_id, _ = grown(branch, {"state": {"stops": 100}})
     monkeypatch.setattr(Parcel, "class_version", 2, raising=False)
     with branch.app.app_context():
@@ -252,7 +252,7 @@ def test_a_class_with_another_version(branch: Site, monkeypatch: pytest.MonkeyPa
 
 @on_sqlite_file
 def test_an_error_of_the_class_stays_what_it_is(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes wrong with the events too is raised as it is; ``take --all`` names the aggregate, and goes on."""
+    """An error that events cause, too, is raised as it is; ``take --all`` names the aggregate, and goes on."""
     account_id = branch.opened(1)
     parcel_id, _ = grown(branch, {})
 

@@ -80,7 +80,7 @@ def test_a_file_system_without_shared_memory(tmp_path: Path, vfs: str, caplog: p
 def test_shared_memory_that_cannot_be_had(
     tmp_path: Path, before: str, wal: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A switch that does not work is taken back, and so is one from before, whether WAL is wanted or not."""
+    """A switch to WAL that does not work is undone, and so is an earlier one, whether WAL is wanted or not."""
     path = tmp_path / "bank.db"
     if before != "new":
         run(path, f"PRAGMA journal_mode = {before}", "CREATE TABLE ours (a)", "INSERT INTO ours VALUES (1)")

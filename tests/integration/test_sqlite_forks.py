@@ -1,4 +1,4 @@
-"""Processes that fork while a SQLite file is in use: what was told to be committed is stored, or is refused."""
+"""Processes that fork while a SQLite file is in use: each commit is stored, or refused with an error."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("name", ["bank.db", "bank.db-wal", "bank.db-shm", "hard-link.db", "symlink.db"])
 def test_any_descriptor_of_the_file_counts(site: Site, tmp_path: Path, name: str) -> None:
-    """What the user has open past the package counts too, by whatever name, and no longer when it was closed."""
+    """A file that the user has opened without the package counts too, until it is closed, by each of its names."""
     os.link(tmp_path / "bank.db", tmp_path / "hard-link.db")
     (tmp_path / "symlink.db").symlink_to("bank.db")
     # Another program keeps the log from being taken away with the last connection.
@@ -390,7 +390,7 @@ builtins.kept.append(builtins.kept)
 
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_the_end_of_the_interpreter(kind: str, tmp_path: Path) -> None:
-    """A program that ends with connections in use ends without a word."""
+    """A program that ends with connections in use ends without a message."""
     url = "sqlite://" if kind == "memory" else f"sqlite:///{tmp_path / 'bank.db'}"
     done = subprocess.run(
         [sys.executable, "-c", EXIT, url],
@@ -405,7 +405,7 @@ def test_the_end_of_the_interpreter(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fork", [os.fork, fork_in_c], ids=["python", "c"])
 def test_a_child_that_only_ends_leaves_the_log_alone(site: Site, tmp_path: Path, fork: Callable[[], int]) -> None:
-    """The end of a process that did nothing does not take the write-ahead log from under its parent's hands."""
+    """The end of a process that did nothing does not remove its parent's write-ahead log."""
     with site.app.app_context(), site.db.engine.connect() as held:
         held.exec_driver_sql("SELECT count(*) FROM bank_events").scalar()
         in_child(site.db.engine.dispose, fork=fork)

@@ -108,7 +108,7 @@ def memory() -> Iterator[Engine]:
 
 @pytest.mark.filterwarnings("ignore:Double checkin attempted")  # SQLAlchemy's StaticPool, at such a pace
 def test_errors_of_threads_are_their_own() -> None:
-    """An error in one thread is neither another one in that thread nor any in others, and none is swallowed."""
+    """An error in one thread causes no other error, in no thread, and none is swallowed."""
 
     def fails(connection: Connection) -> None:
         with pytest.raises(sa.exc.OperationalError, match="no such table: missing"):
@@ -179,7 +179,7 @@ def test_rollback_in_another_thread(memory: Engine) -> None:
 @DATABASES
 @pytest.mark.parametrize("thread", ["same", "other"])
 def test_savepoints_of_one_connection(kind: str, thread: str, tmp_path: Path) -> None:
-    """A savepoint that is rolled back, also in another thread, takes with it what was written since and no more."""
+    """A rollback to a savepoint, also in another thread, undoes what was written since, and no more."""
     path = tmp_path / "numbers.db" if kind == "file" else None
     with sqlite_database(path, timeout=1) as dialect, dialect.engine.connect() as connection:
         insert(connection, 1)
@@ -284,7 +284,7 @@ def test_invalidated_connection(memory: Engine, own: bool) -> None:
 
 
 def test_listener_that_refuses_a_commit(memory: Engine) -> None:
-    """A commit that another listener refuses is none, and a rollback of another connection does not make it one."""
+    """A commit that another listener refuses commits nothing, also after another connection's rollback."""
 
     def refuse(connection: Connection) -> None:
         raise ValueError("refused")

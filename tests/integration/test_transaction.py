@@ -70,7 +70,7 @@ def test_inner_joins_the_outer(site: Site) -> None:
 
 
 def test_caught_inner_failure_rolls_the_outer_back(site: Site) -> None:
-    """Who catches an inner unit's error cannot commit half of it: everything is rolled back and that is told."""
+    """After a caught error of an inner unit everything is rolled back, and the outer unit raises an error."""
 
     def outer() -> None:
         with site.es.transaction():
@@ -166,7 +166,7 @@ def test_unit_needs_an_app_context(site: Site) -> None:
 
 
 def test_work_before_the_unit_belongs_to_it(site: Site) -> None:
-    """What the session did before the unit is committed with it, as there is one transaction."""
+    """Work of the session before the unit is committed with it, as there is one transaction."""
     with site.app.app_context():
         site.bank.open_account()
         with site.es.transaction():

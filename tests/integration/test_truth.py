@@ -1,4 +1,4 @@
-"""No stream is destroyed and no client is told "done" for what is not stored, however a transaction ends."""
+"""However a transaction ends, streams stay whole, and no client is told "done" for events that are not stored."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class TestInsideAUnit:
     @runners
     @pytest.mark.parametrize("commit", [commit_session, commit_connection])
     def test_commit_of_a_helper_is_refused(self, site: Site, run: Any, commit: Callable[[Site], None]) -> None:
-        """A commit by anybody else is refused, so that a unit which fails afterwards has stored nothing."""
+        """A commit by other code is refused, so a unit that fails afterwards has stored nothing."""
         account_id = site.opened()
 
         def work() -> None:
@@ -283,7 +283,7 @@ class TestInsideAUnit:
         assert site.balance(account_id) == 0
 
     def test_unit_that_runs_again_charges_once(self, site: Site) -> None:
-        """When a helper commits within a retried function that has a conflict, nobody is charged twice."""
+        """If a helper function commits within a retried function that has a conflict, nothing is stored twice."""
         ada, bob, tries = site.opened(), site.opened(), []
 
         def move() -> str:
@@ -302,7 +302,7 @@ class TestInsideAUnit:
     @runners
     @pytest.mark.parametrize("end", ["rollback", "close", "reset"])
     def test_unit_with_a_rollback_inside_stores_nothing(self, site: Site, run: Any, end: str) -> None:
-        """A helper's rollback is carried out, and what the unit saves after it is not stored by half."""
+        """A helper's rollback is carried out, and the unit stores nothing that it saves afterwards."""
         ada, bob = site.opened(), site.opened()
 
         def work() -> None:

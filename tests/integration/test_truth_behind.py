@@ -172,7 +172,7 @@ class TestBehindTheSession:
 
     @pytest.mark.parametrize("loss", BEHIND)
     def test_view_that_asked_for_it_is_left_alone(self, site: Site, loss: Callable[..., None]) -> None:
-        """A view that rolled back by itself, by whatever means, has nothing to commit and gets its answer through."""
+        """A view that rolls back, in any way, keeps its answer."""
         account_id = site.opened()
 
         def view() -> str:
@@ -194,7 +194,7 @@ class TestBehindTheSession:
 
     @pytest.mark.parametrize("commit", [commit_connection, commit_by_text, commit_driver, commit_driver_and_go_on])
     def test_commit_behind_the_session_is_one(self, site: Site, commit: Callable[[Site], None]) -> None:
-        """Events that were committed behind the session are signalled, and the view that did so gets its answer."""
+        """Events that are committed behind the session are signalled, and the view keeps its answer."""
         account_id = site.opened()
         recorded = listen(site, events_recorded)
 
@@ -224,7 +224,7 @@ class TestBehindTheSession:
 
     @pytest.mark.parametrize("uri", ["sqlite-file", "postgresql", "mariadb"], indirect=True)
     def test_commit_by_a_cursor_that_goes_on_is_one(self, site: Site) -> None:
-        """What a cursor of the driver's own has committed is not told as discarded when the rest is rolled back."""
+        """Events that a driver's cursor has committed are not reported as discarded after a later rollback."""
         account_id = site.opened()
         recorded, discarded = listen(site, events_recorded), listen(site, events_discarded)
         with site.app.app_context():
@@ -298,7 +298,7 @@ class TestBehindTheSession:
 
     @on_mariadb
     def test_implicit_commit_is_not_taken_for_a_loss(self, site: Site) -> None:
-        """A statement with which MariaDB commits by itself does not let a later rollback call its events discarded."""
+        """Events that MariaDB has committed implicitly are not reported as discarded after a later rollback."""
         account_id = site.opened()
         discarded = listen(site, events_discarded)
         with site.app.app_context():

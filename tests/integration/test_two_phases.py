@@ -1,4 +1,4 @@
-"""Sessions that commit in two phases: events are followed through both, and nothing is said of what is in doubt."""
+"""Sessions that commit in two phases: events are followed through both, and no signal is sent in doubt."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_prepared_transaction_is_rolled_back(two: Site) -> None:
 
 @pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
 def test_nothing_is_said_of_what_is_in_doubt(two: Site, how: str) -> None:
-    """A connection that is lost between the phases leaves it to others: no signal is sent, the objects are refused."""
+    """If the connection is lost between the phases, no signal is sent, and the objects are refused."""
     account = Account("Ada")
     with heard() as found:
         with lent(two) as session:
@@ -119,7 +119,7 @@ def test_nothing_is_said_of_what_is_in_doubt(two: Site, how: str) -> None:
 
 
 def test_nobody_else_prepares_inside_a_unit(two: Site) -> None:
-    """The first phase is a part of the commit, which is the unit's; the unit itself commits in two phases."""
+    """Only the unit may run the first phase, and it commits in two phases."""
     with lent(two) as session:
         with two.es.transaction():
             two.bank.open_account()

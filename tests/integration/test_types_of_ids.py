@@ -20,7 +20,7 @@ class Texts(Application[str]):
 
 @pytest.mark.parametrize("form", [str, lambda each: each.hex, lambda each: str(each).upper()])
 def test_text_is_no_uuid(site: Site, form: Any) -> None:
-    """A text from an address is refused where ids are UUIDs, with what to write instead, in reading and in saving."""
+    """A string is refused as id if ids are UUIDs, in reading and in saving, with the remedy."""
     account_id = site.opened()
     with site.app.app_context():
         for call in (

@@ -1,4 +1,4 @@
-"""Drawn programs that save, commit and roll back in every way there is are never told, or given, what is not true."""
+"""Drawn programs that save, commit and roll back in every way get no wrong answer and no wrong state."""
 
 from __future__ import annotations
 

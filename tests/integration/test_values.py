@@ -1,4 +1,4 @@
-"""What is accepted is given back as it was by recorder, log and models, on every database; all else is refused."""
+"""Accepted values are returned unchanged by recorder, log and models, on every database; others are refused."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_id_of_any_type(texts: Site, uuids: Site, originator_id: Any) -> None:
 @drawn
 @given(version=anything, topic=anything, state=anything)
 def test_values_of_any_type(uuids: Site, version: Any, topic: Any, state: Any) -> None:
-    """A version that is no int, a topic that is no text and a state that is not binary are refused."""
+    """A version that is not an int, a topic that is not a string and a state that is not bytes are refused."""
     for event in (event_of(1, topic, b""), event_of(1, "a:b", state), event_of(version, "a:b", b"")):
         refused = is_refused_or_gap(uuids, event)
         is_version = event.originator_version is version and version != 1
@@ -198,7 +198,7 @@ def test_tracking(uuids: Site, name: Any, position: Any) -> None:
 
 @pytest.mark.parametrize("far", [2**63, 2**70])
 def test_bounds_of_any_size(uuids: Site, far: int) -> None:
-    """A version or a position from the address of a page may be any number: it bounds what is read, everywhere."""
+    """A version or position to read from may be any number, on every database."""
     account_id = uuids.opened()
     with uuids.app.app_context():
         recorder = uuids.bank.recorder

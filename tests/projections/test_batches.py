@@ -321,7 +321,7 @@ def test_batch_sizes_cannot_be_observed(case: Case) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "CREATE TABLE other (id INTEGER)"])
 def test_ends_of_transactions_are_refused_before_they_happen(case: Case, size: int, statement: str) -> None:
-    """A handler cannot commit a position with half of its batch, by no statement."""
+    """No statement of a handler can commit a position with half of its batch."""
     dialect = case.consumer.application.datastore.dialect
     if statement.startswith("CREATE") and not dialect.commits_implicitly(statement):
         statement = "END"
@@ -349,7 +349,7 @@ def without_text(amounts: list[int]) -> list[int]:
 
 
 def test_ways_to_the_same_rows(case: Case) -> None:
-    """A run, an interrupted one, a rebuild, and one that was taken up give the same rows as one event after another."""
+    """A run, an interrupted run, a rebuild and a continued rebuild give the same rows as single events."""
     consumer = case.consumer
     consumer.projection_class.batch_size = 7
     stop = threading.Event()

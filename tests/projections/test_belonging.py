@@ -112,7 +112,7 @@ def rebuild(desk: Desk) -> None:
 
 
 def test_a_checkpoint_ahead_of_its_log_is_a_named_state(desk: Desk) -> None:
-    """After a restore of the log alone nobody says "lag 0": run, status, check, health and wait_for name the state."""
+    """After a restore of the log alone, run, status, check, health and wait_for name the fault; none shows "lag 0"."""
     desk.balances()
     account_id = desk.open(1, 2, 3, 4)
     assert not desk.run_once()
@@ -128,7 +128,7 @@ def test_a_checkpoint_ahead_of_its_log_is_a_named_state(desk: Desk) -> None:
 
 
 def test_another_event_at_the_position_is_a_named_state(desk: Desk) -> None:
-    """A restored log that has grown beyond the checkpoint has other events there, and that is seen."""
+    """A restored log that has grown beyond the checkpoint, with other events, is noticed."""
     desk.balances()
     account_id = desk.open(1, 2)
     assert not desk.run_once()
@@ -140,7 +140,7 @@ def test_another_event_at_the_position_is_a_named_state(desk: Desk) -> None:
 
 
 def test_an_event_that_the_projection_does_not_handle_tells_the_log_too(desk: Desk) -> None:
-    """What is noted is the event at the position, also where the projection has no handler for it."""
+    """The checkpoint notes the event at its position, also if the projection has no handler for it."""
 
     class Openings(ModelProjection):
         models = (desk.Balance,)
@@ -159,7 +159,7 @@ def test_an_event_that_the_projection_does_not_handle_tells_the_log_too(desk: De
 
 
 def test_a_missing_event_is_no_alarm(desk: Desk) -> None:
-    """An event that was archived or erased stops nobody while the log goes beyond it."""
+    """An archived or erased event stops no projection while the log has later ones."""
     desk.balances()
     account_id = desk.open(1)
     assert not desk.run_once()
@@ -172,7 +172,7 @@ def test_a_missing_event_is_no_alarm(desk: Desk) -> None:
 
 
 def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
-    """A log has an identity, made with its tables, so that another log is seen even where it is longer."""
+    """A log has an identity, made with its tables, so another log is noticed even if it is longer."""
     desk.balances()
     desk.open(1)
     assert not desk.run_once()
@@ -189,7 +189,7 @@ def test_tables_of_events_that_were_made_again(desk: Desk) -> None:
 
 
 def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
-    """A command gives a clone's log an identity of its own, and its checkpoints fit it all the same."""
+    """A command gives a clone's log a new identity, and its checkpoints still fit."""
     desk.reacting()
     desk.balances()
     account_id = desk.open(1)
@@ -209,7 +209,7 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
 
 
 def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:
-    """A read model whose table was dropped and made again lacks its rows; a rebuild makes them."""
+    """A projection whose table was dropped and created again is a fault, until a rebuild."""
     desk.balances()
     account_id = desk.open(1, 2)
     assert not desk.run_once()
@@ -222,7 +222,7 @@ def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:
 
 
 def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:
-    """A model that a projection has from now on has no rows of the events that it dealt with."""
+    """A model that is added to a projection is a fault, as it lacks rows of earlier events."""
     first = desk.balances()
     desk.open(1)
     assert not desk.run_once()
@@ -237,7 +237,7 @@ def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:
 
 
 def test_tables_that_were_altered_or_restored_with_all_others_are_as_they_were(desk: Desk) -> None:
-    """A migration, and an empty table that lacks nothing, are no alarm."""
+    """A migration, and an empty table that lacks no rows, are not faults."""
     desk.balances()
     account_id = desk.open(1)
     assert not desk.run_once()
@@ -251,7 +251,7 @@ def test_tables_that_were_altered_or_restored_with_all_others_are_as_they_were(d
 
 
 def test_an_idle_worker_sees_that_its_tables_were_made_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that has nothing to do looks all the same, and halts."""
+    """An idle worker notices the fault, too, and halts."""
     monkeypatch.setattr(claims, "LOOK_EVERY", 0.1)
     desk.balances()
     desk.open(1, 2)
@@ -310,7 +310,7 @@ def rebuild_by(desk: Desk, fingerprint: str) -> None:
 
 
 def test_old_code_stands_by_after_a_rebuild(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker whose code ran before a rebuild by other code leaves the new tables alone, and says so."""
+    """A worker with code from before a rebuild does not write the new tables, and says so."""
     desk.balances()
     account_id = desk.open(1)
     old = Runner(desk.consumer(), threading.Event())
@@ -408,7 +408,7 @@ def fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
 
 def test_a_fingerprint_changes_with_the_code_and_not_with_comments(fingerprint: Callable[..., str]) -> None:
-    """Comments, docstrings and blank lines change nothing; the handlers and the bases do."""
+    """Comments, docstrings and blank lines do not change the fingerprint; handlers and bases do."""
     first = fingerprint()
     assert fingerprint(comment="another\n\n\n") == first
     assert fingerprint(operator=" + ") == first
@@ -429,7 +429,7 @@ def test_a_fingerprint_is_that_of_the_source_when_the_class_was_registered(
 def test_a_source_that_was_replaced_during_the_import_is_not_taken(
     fingerprint: Callable[..., str], tmp_path: Path
 ) -> None:
-    """A process that has loaded the old code is no new one, whatever the files say by the time it looks."""
+    """A process that has loaded the old code keeps its fingerprint, although the files have changed."""
     new = fingerprint(operator="-")
     fingerprint(operator="+")
     cls = sys.modules["belonging_projection"].Balances
@@ -440,7 +440,7 @@ def test_a_source_that_was_replaced_during_the_import_is_not_taken(
 
 
 def test_a_fingerprint_without_source_is_made_of_code_objects() -> None:
-    """Where there is no source, what the functions do still tells one release from another."""
+    """Without source, code objects still tell one release from another."""
 
     def make(text: str) -> str:
         namespace: dict[str, Any] = {"__name__": "no_such_module"}
@@ -455,7 +455,7 @@ def test_a_fingerprint_without_source_is_made_of_code_objects() -> None:
 
 
 def test_a_fingerprint_is_the_same_in_every_process() -> None:
-    """It depends on nothing but the source: not on hashes, nor on the order of imports."""
+    """The fingerprint does not depend on hashes or the order of imports."""
     text = (
         "from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of\n"
         "from tests.domain import Account\n"
@@ -481,7 +481,7 @@ def move_topic(desk: Desk, topic: str) -> None:
 
 @pytest.mark.parametrize("collect_from", [0, 2000])
 def test_an_event_whose_class_is_gone_halts(desk: Desk, monkeypatch: pytest.MonkeyPatch, collect_from: int) -> None:
-    """An event of a class that was renamed is not passed over in silence: the projection halts, naming the topic."""
+    """An event of a renamed class is not skipped silently: the projection halts and names the topic."""
     monkeypatch.setattr(pages, "COLLECT_FROM", collect_from)
     desk.balances(retries=0)
     account_id = desk.open(1, 2)
@@ -525,7 +525,7 @@ def test_a_class_that_is_imported_by_its_topic_is_handled(
 
 
 def test_known_topics_are_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The topics of a log are kept with the position up to which they were collected, so that nobody looks twice."""
+    """The topics of a log are stored with the position up to which they were collected, and not read again."""
     monkeypatch.setattr(pages, "COLLECT_FROM", 3)
     desk.balances()
     desk.open(1, 2, 3, 4)
@@ -562,7 +562,7 @@ def test_reactions_do_not_begin_again_beside_an_orphan(desk: Desk) -> None:
 
 
 def test_what_is_not_registered_can_be_forgotten(desk: Desk) -> None:
-    """Checkpoints of a projection that is no more are deleted by a command; those of a registered one are not."""
+    """A command deletes the checkpoints of a removed projection, and not those of a registered one."""
     desk.reacting()
     desk.open(1)
     assert not desk.run_once()
@@ -578,7 +578,7 @@ def test_what_is_not_registered_can_be_forgotten(desk: Desk) -> None:
 
 
 def test_a_projection_with_a_checkpoint_of_its_own_takes_no_other(desk: Desk) -> None:
-    """Renaming does not throw a position away, nor takes one from a running worker."""
+    """Renaming overwrites no other position, and is refused while a worker runs."""
     desk.balances()
     desk.reacting()
     desk.open(1)
@@ -611,7 +611,7 @@ def test_a_key_names_the_event(desk: Desk) -> None:
 
 
 def test_a_row_that_was_set_back_is_seen_by_an_idle_worker(desk: Desk) -> None:
-    """After a restore in place a worker that waits for events applies those again that the restore has taken away."""
+    """After a restore in place a waiting worker applies the events that are saved again."""
     desk.balances()
     account_id = desk.open(1)
     assert not desk.run_once()
@@ -627,7 +627,7 @@ def test_a_row_that_was_set_back_is_seen_by_an_idle_worker(desk: Desk) -> None:
 
 @on_sqlite
 def test_a_lease_of_a_wrong_clock_is_taken_over(new_desk: MakeDesk) -> None:
-    """A lease that is not renewed is taken over within seconds, though a wrong clock has put its end an hour ahead."""
+    """A lease that is not renewed is taken over within seconds, even if a wrong clock set its end an hour ahead."""
     desk = new_desk(EVENTSOURCING_PROJECTION_LOCK="lease")
     desk.balances()
     account_id = desk.open(1)

@@ -1,4 +1,4 @@
-"""What is saved while an event is handled: its correlation, its cause, and what handlers are told of it."""
+"""Events saved while an event is handled: their correlation and cause, and the argument ``recorded`` of handlers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def chained(desk: FlaskDesk, *, inline: bool = False) -> None:
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_correlation_is_one_and_causation_a_tree(desk: FlaskDesk, inline: bool) -> None:
-    """What handlers and reactions save has the correlation of the event that they handle, and its id as its cause."""
+    """Events that handlers and reactions save have the handled event's correlation, and its id as their cause."""
     chained(desk, inline=inline)
     with desk.context() as bank, desk.es.event_metadata(correlation_id="c", reason="mine"):
         bank.open_account("Ada")
@@ -78,7 +78,7 @@ def test_correlation_is_one_and_causation_a_tree(desk: FlaskDesk, inline: bool) 
 
 
 def test_event_without_a_correlation_begins_one(desk: FlaskDesk) -> None:
-    """What an event from before has caused has a correlation, the same for all of it, and no cause."""
+    """Events caused by one without metadata share a correlation, and have no cause."""
 
     class Twice(ModelProjection):
         @on(Created)
@@ -103,7 +103,7 @@ def test_event_without_a_correlation_begins_one(desk: FlaskDesk) -> None:
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_handlers_that_name_it_are_told_what_was_recorded(desk: FlaskDesk, inline: bool) -> None:
-    """A handler or reaction that names ``recorded`` is told position, id, time and metadata; others are not."""
+    """A handler or reaction with a parameter ``recorded`` gets position, id, time and metadata."""
     told: list[tuple[str, Recorded]] = []
     is_inline = inline
 
@@ -140,7 +140,7 @@ def test_handlers_that_name_it_are_told_what_was_recorded(desk: FlaskDesk, inlin
 
 
 def test_many_events_are_read_at_once(desk: FlaskDesk) -> None:
-    """What was recorded of the events of a batch is read with one query, and not at all where nobody asks."""
+    """Metadata of the events of a batch are read with one query, and only if a handler asks for them."""
     told: list[UUID | None] = []
 
     class Told(ModelProjection):
@@ -218,7 +218,7 @@ def test_rebuild_tells_it_too(desk: FlaskDesk) -> None:
 
 
 def test_a_further_parameter_of_another_name_is_refused() -> None:
-    """A handler that needs a parameter which nobody gives is refused where it is written."""
+    """A handler with an unknown parameter is refused when its class is defined."""
     with pytest.raises(ConfigurationError, match="must take"):
 
         class Wrong(ModelProjection):

@@ -154,7 +154,7 @@ def test_a_second_operator_on_another_node_is_told(new_cluster: Callable[..., Cl
 
 
 def test_dead_letters_of_another_node(new_cluster: Callable[..., Cluster]) -> None:
-    """What a worker on one node has set aside is retried on another, while the worker goes on."""
+    """A dead letter of a worker on one node is retried on another, while the worker goes on."""
     cluster = new_cluster(on_failure="dead-letter", retries=0)
     here, there, _ = cluster.desks
     here.poison = {13}

@@ -73,7 +73,7 @@ def test_a_handler_that_exits_makes_the_command_fail(desk: Desk) -> None:
 @on_sqlite
 @pytest.mark.parametrize("once", [True, False])
 def test_whatever_ends_a_thread_is_an_error_of_the_worker(desk: Desk, once: bool) -> None:
-    """An exception that is none of the handler's, as ``KeyboardInterrupt``, ends its consumer, and the run says so."""
+    """An exception such as ``KeyboardInterrupt`` in a handler ends its consumer, and the run reports it."""
     leaving(desk, KeyboardInterrupt())
     desk.open(13)
     worker = desk.worker(once=once)
@@ -104,7 +104,7 @@ def test_a_worker_runs_once(desk: Desk) -> None:
 @on_sqlite
 @pytest.mark.parametrize("once", [True, False])
 def test_a_failing_handler_has_one_traceback(desk: Desk, once: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """However often an event is tried before its projection halts, the log has one traceback, and a line for each."""
+    """If an event is tried many times, the log has one traceback, and a line for each try."""
     desk.balances(retries=4)
     desk.poison = {13}
     desk.open(1, 13)
@@ -138,7 +138,7 @@ def test_a_run_goes_on_with_what_its_reactions_save(desk: Desk) -> None:
 
 @on_sqlite
 def test_a_run_ends_although_others_write(desk: Desk) -> None:
-    """What others save while a run happens once is left to the next one, so that it comes to its end."""
+    """Events that others save during a run with ``--once`` are left to the next run."""
     desk.balances()
     account_id = desk.open(1)
     saved: list[int] = []
@@ -160,7 +160,7 @@ def test_a_run_ends_although_others_write(desk: Desk) -> None:
 
 @on_sqlite
 def test_a_halted_one_is_not_run_again_by_the_same_run(desk: Desk) -> None:
-    """Where a run goes on for what its reactions have saved, one that has halted is reported once."""
+    """A halted projection is reported once, also if the run goes on for events that reactions saved."""
     desk.balances(retries=0)
     desk.poison = {13}
 

@@ -57,7 +57,7 @@ def obeying(desk: Desk, **attributes: Any) -> None:
 
 
 def test_the_last_event_of_the_log(desk: Desk, redact: bool) -> None:
-    """To erase the last event does not look like a restored log: the projection goes on, and is told of nothing odd."""
+    """Erasing the last event does not look like a restored log: the projection goes on."""
     desk.balances()
     kept, account_id = desk.open(1), desk.open(2)
     assert not desk.run_once()
@@ -113,7 +113,7 @@ def test_a_running_worker_is_told(desk: Desk) -> None:
 
 
 def test_a_projection_that_is_behind(desk: Desk, redact: bool) -> None:
-    """What was erased before a projection has come to it is never applied, and it does not stop there."""
+    """Events that were erased before a projection reached them are never applied, and do not stop it."""
     obeying(desk)
     kept, account_id = desk.open(1), desk.open(2)
     erase(desk, account_id, redact=redact)
@@ -122,7 +122,7 @@ def test_a_projection_that_is_behind(desk: Desk, redact: bool) -> None:
 
 
 def test_an_inline_projection(desk: Desk, redact: bool) -> None:
-    """An inline projection forgets with the erasure's commit, and not if that is rolled back."""
+    """An inline projection handles the erasure in its transaction, and a rollback undoes both."""
     obeying(desk, inline=True)
     account_id = desk.open(2)
     with desk.context():
@@ -135,7 +135,7 @@ def test_an_inline_projection(desk: Desk, redact: bool) -> None:
 
 
 def test_a_rebuild(desk: Desk, redact: bool) -> None:
-    """A rebuild afterwards goes through, and the new tables have nothing of who was erased."""
+    """A rebuild after an erasure succeeds, and the new tables have nothing of the erased aggregate."""
     desk.balances()
     kept, account_id = desk.open(1), desk.open(2)
     assert not desk.run_once()
@@ -148,7 +148,7 @@ def test_a_rebuild(desk: Desk, redact: bool) -> None:
 
 
 def test_dead_letters_go_too(desk: Desk, redact: bool) -> None:
-    """Dead letters of the aggregate are erased, so that nothing of it waits behind them, and others stay."""
+    """Dead letters of the aggregate, and what waits behind them, are erased; others stay."""
     obeying(desk, on_failure="dead-letter", retries=0)
     desk.poison |= {13, 14}
     other, account_id = desk.open(14), desk.open(1, 13, 2)

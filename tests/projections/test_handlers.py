@@ -83,7 +83,7 @@ def test_the_most_specific_handler_is_called_and_only_that_one(desk: Desk) -> No
 
 @on_sqlite
 def test_a_handler_overridden_in_a_subclass_without_a_mark_is_none(desk: Desk) -> None:
-    """A projection class inherits handlers, and gets rid of one by overriding it without a mark."""
+    """A projection class inherits handlers, and removes one by overriding it without a decorator."""
 
     class Listing(ModelProjection):
         models = (desk.Seen,)
@@ -127,7 +127,7 @@ def test_events_of_other_topics_are_not_even_read(desk: Desk) -> None:
 
 
 def test_a_log_of_unhandled_events_moves_the_position(desk: Desk) -> None:
-    """A projection with nothing to do in the log is at its head all the same, so that nobody waits for it."""
+    """A projection whose events are not in the log is at the head of the log, and waiting for it ends."""
     listing(desk, Parcel.Created)
     desk.open(1, 2)
     assert not desk.run_once()
@@ -339,7 +339,7 @@ def test_two_handlers_for_one_class_are_refused() -> None:
 @pytest.mark.parametrize("mark", [on, reaction])
 @pytest.mark.parametrize("arguments", [(), ("Created",), (Created, None)])
 def test_marks_take_event_classes(mark: Any, arguments: Any) -> None:
-    """``@on`` and ``@reaction`` want classes, one or more."""
+    """``@on`` and ``@reaction`` need one class or more."""
     with pytest.raises(ConfigurationError, match="takes one or more event classes"):
         mark(*arguments)
 
@@ -365,7 +365,7 @@ def test_classes_that_no_event_has_are_refused(mark: Any, wrong: Any, message: s
 
 
 def test_every_event_and_those_with_a_mixin_may_be_named() -> None:
-    """``object``, the library's base classes and mixins of one's own are classes that events may have."""
+    """``object``, the library's base classes and a user's mixins are accepted as event classes."""
 
     class Mixin:
         """Of some events."""

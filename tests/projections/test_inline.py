@@ -83,7 +83,7 @@ def test_a_failing_handler_fails_the_save(desk: Desk) -> None:
 
 
 def test_a_row_that_is_refused_is_named(desk: Desk) -> None:
-    """Where the database refuses rows of an inline projection, save() raises that error, and none that hides it."""
+    """If the database refuses rows of an inline projection, save() raises that error."""
     desk.balances(inline=True)
     account_id = desk.open(1)
     with desk.context() as bank:
@@ -98,7 +98,7 @@ def test_a_row_that_is_refused_is_named(desk: Desk) -> None:
 
 
 def test_a_failure_in_a_savepoint_ends_with_it(desk: Desk) -> None:
-    """A save that fails within a savepoint takes no more than that with it."""
+    """A save that fails within a savepoint affects only the savepoint."""
     desk.balances(inline=True)
     desk.poison.add(13)
     with desk.context() as bank:
@@ -186,7 +186,7 @@ def test_in_the_mode_save(new_desk: MakeDesk) -> None:
 
 @on_flask
 def test_in_the_mode_request(new_desk: MakeDesk) -> None:
-    """Where the request commits, a view that ignores a failed save is answered with an error, not with success."""
+    """If the request commits, a view that ignores a failed save answers with an error."""
     desk = new_desk(EVENTSOURCING_COMMIT="request")
     assert isinstance(desk, FlaskDesk)
     desk.balances(inline=True)
@@ -282,7 +282,7 @@ def test_reactions_alone(desk: Desk) -> None:
 
 
 def test_tables_that_were_made_again(desk: Desk) -> None:
-    """A table of an inline projection that was dropped and made again is told, until it is rebuilt."""
+    """A table of an inline projection that was dropped and created again is a fault, until a rebuild."""
     desk.balances(inline=True)
     account_id = desk.open(1)
     application = desk.consumer().application

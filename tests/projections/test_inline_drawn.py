@@ -160,7 +160,7 @@ def history(new_desk: MakeDesk, caplog: pytest.LogCaptureFixture) -> History:
 @example([("inline", 2), ("alone", 1), ("inline", 1), ("merge", 0), ("run", 0), ("accept", 0), ("inline", 1)])
 @example([("worker", 1), ("run", 0), ("inline", 2), ("rolled back", 2), ("inline", 1), ("merge", 0), ("run", 0)])
 def test_each_event_is_applied_once_or_its_absence_is_told(history: History, steps: list[tuple[str, int]]) -> None:
-    """However a projection is mixed, no event is applied twice, and one that is missing makes its state unhealthy."""
+    """If processes differ in how they run a projection, no event is applied twice, and a missing one is reported."""
     history.begin()
     for kind, count in steps:
         if count:
@@ -175,7 +175,7 @@ def test_each_event_is_applied_once_or_its_absence_is_told(history: History, ste
 
 
 def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
-    """While several write, and two merge what they note, every event counts as applied at each moment."""
+    """While several processes write and two merge ranges, every event counts as applied at each moment."""
     desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=60)
     note(desk, inline=True)
     application = desk.consumer(NAME).application

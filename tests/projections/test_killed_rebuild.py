@@ -65,7 +65,7 @@ def survive(uri: str, kills: int) -> None:
     indirect=True,
 )
 def test_killed_rebuild_is_taken_up_or_begun_again(uri: str) -> None:
-    """A rebuild that is killed again and again never shows half of its work, ends at last and leaves nothing behind."""
+    """A rebuild that is killed many times never shows half of its work, succeeds, and leaves nothing behind."""
     survive(uri, 3)
 
 

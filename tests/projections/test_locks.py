@@ -61,7 +61,7 @@ def test_one_runs_the_other_stands_by_and_takes_over(desks: list[Desk]) -> None:
 
 @locks
 def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> None:
-    """A runner that was overtaken finds out when it wants to apply events, and leaves no trace."""
+    """A runner that has lost its claim applies no events."""
     one, _ = desks
     one.open(1, 2)
     consumer = one.consumer()
@@ -154,7 +154,7 @@ def test_a_lost_lock_is_noticed_although_nothing_happens(
 
 @pytest.mark.parametrize("lock", ["lease"])
 def test_a_lease_that_is_not_renewed_ends(desks: list[Desk], lock: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a runner has vanished without a word, another takes over when the lease is over."""
+    """After a runner has vanished, another takes over when its lease has ended."""
     monkeypatch.setattr(checkpoint, "LEASE", 1.0)
     one, two = desks
     account_id = one.open(1)
@@ -169,7 +169,7 @@ def test_a_lease_that_is_not_renewed_ends(desks: list[Desk], lock: str, monkeypa
 
 @locks
 def test_once_while_another_runs(desks: list[Desk], lock: str) -> None:
-    """A run to the head waits for the one who runs, and ends when that has reached it."""
+    """A run with ``--once`` beside a running worker ends when the worker has reached the head."""
     one, two = desks
     account_id = one.open(*[1] * 20)
     with one.running():
@@ -200,7 +200,7 @@ def test_the_status_of_what_nobody_runs(desks: list[Desk], lock: str) -> None:
 
 
 def test_the_lock_is_the_databases_own(new_desk: MakeDesk) -> None:
-    """PostgreSQL and MariaDB lock with their own means unless a lease is asked for; SQLite has a lease."""
+    """PostgreSQL and MariaDB use server locks unless a lease is configured; SQLite uses a lease."""
 
     def found(desk: Desk) -> str:
         return type(desk.consumer().lock()).__name__

@@ -1,4 +1,4 @@
-"""What a worker keeps of the claims that it has lost: nothing."""
+"""A worker keeps nothing of the claims that it has lost."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def lose(desk: Desk, lose_claim: Callable[[], Any]) -> Counter[str]:
     indirect=True,
 )
 def test_claims_that_others_took(desk: Desk) -> None:
-    """A worker that is overtaken twenty times while events come keeps no row, listener or other object of that."""
+    """A worker that loses its claim twenty times keeps no row, listener or other object of it."""
     assert lose(desk, lambda: desk.consumer("Listing").checkpoint.claim(lease=False)) == {}
 
 

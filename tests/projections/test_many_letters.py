@@ -1,4 +1,4 @@
-"""Dead letters by the thousand: they are read, tried and told some at a time."""
+"""Thousands of dead letters are read, tried and reported in pages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def peak_below(megabytes: float) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_pages")
 def test_a_list_of_thousands(picky: Desk) -> None:
-    """However many letters there are, the list has each of them once, in order, for people and for programs."""
+    """The list has each of very many letters once, in order, as text and as JSON."""
     put(picky, 2000, 300)
     code, output = command(picky, "list")
     lines = output.splitlines()
@@ -128,7 +128,7 @@ def test_one_letter_is_no_plural(picky: Desk, number: int, text: str) -> None:
 
 @pytest.mark.usefixtures("small_pages")
 def test_retry_all_by_pages(picky: Desk) -> None:
-    """A retry of all goes through them in pages: in order, each once, and none that has failed in it a second time."""
+    """A retry of all letters goes through them in pages, in order, and tries each once."""
     picky.poison = {13}
     accounts = [picky.open(1, 13, 2) for _ in range(20)]
     for account_id in accounts:
@@ -156,7 +156,7 @@ def test_retry_all_by_pages(picky: Desk) -> None:
 
 @pytest.mark.usefixtures("small_pages")
 def test_retry_of_many_ids(picky: Desk) -> None:
-    """As many ids as one likes are retried in the order of the log, and one that is not there keeps all from it."""
+    """Any number of ids is retried in the order of the log; if one is unknown, none is tried."""
     picky.poison = {13}
     accounts = [picky.open(13) for _ in range(20)]
     assert not picky.run_once()

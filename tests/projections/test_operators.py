@@ -62,7 +62,7 @@ def test_a_paused_projection_is_run_by_nobody(desk: Desk) -> None:
 
 
 def test_a_pause_is_not_ok(desk: Desk) -> None:
-    """No pause is forgotten: ``status --check``, ``check``, ``health()``, ``wait_for`` and ``run --once`` name it."""
+    """``status --check``, ``check``, ``health()``, ``wait_for`` and ``run --once`` name a pause."""
     desk.balances()
     desk.open(1)
     assert command(desk, "projections", "pause", "Balances")[0] == 0
@@ -134,7 +134,7 @@ def test_a_failure_does_not_end_a_pause(desk: Desk) -> None:
 
 
 def test_a_reaction_in_progress_is_noted(desk: Desk) -> None:
-    """A reaction that is being called when it is paused comes to its end, and is not called again for that event."""
+    """A reaction that is running when it is paused is finished, and is not called again for that event."""
     calls: list[int] = []
     called, go_on = threading.Event(), threading.Event()
 
@@ -202,7 +202,7 @@ def test_a_rebuild_leaves_a_paused_projection_paused(desk: Desk, outcome: str, m
 
 
 def test_a_skipped_event_is_a_dead_letter(desk: Desk) -> None:
-    """Its projection goes on after it, with others at once and with its aggregate when it is retried or discarded."""
+    """A projection goes on after a skipped event; events of its aggregate wait until it is retried or discarded."""
     desk.balances(retries=0)
     desk.poison = {13}
     ada = desk.open(1, 13, 2)
@@ -251,7 +251,7 @@ def test_a_letter_tells_where_its_event_came_from(desk: Desk) -> None:
 
 
 def test_a_reaction_is_skipped(desk: Desk) -> None:
-    """Reactions that have halted go on after an event that is skipped, which waits for those behind it no more."""
+    """Halted reactions go on after a skipped event, and later events do not wait for it."""
     desk.reacting(retries=0)
     desk.poison = {13}
     desk.open(13, 1)
@@ -264,7 +264,7 @@ def test_a_reaction_is_skipped(desk: Desk) -> None:
 
 
 def test_only_the_event_before_which_it_stands_is_skipped(desk: Desk) -> None:
-    """What is not halted, or before another event, or has new handlers for earlier events, is refused."""
+    """A skip is refused if the consumer has not halted at this event, or has new handlers for earlier ones."""
     desk.balances(retries=0)
     refused = ("projections", "skip", "Balances", "2", "--reason", "no")
     assert "Balances does not stand before position 2" in command(desk, *refused)[1]
@@ -283,7 +283,7 @@ def test_only_the_event_before_which_it_stands_is_skipped(desk: Desk) -> None:
 
 @on_sqlite
 def test_events_with_a_new_handler_are_not_passed_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A skip moves past no event that the present code handles, and that the code before did not."""
+    """A skip passes no event that only the present code handles."""
     # However slow the machine is, the second page has both of the events.
     monkeypatch.setattr(type(desk.projections.host.datastore.dialect), "batch_seconds", 600.0)
 
@@ -331,7 +331,7 @@ def test_an_event_is_skipped_in_a_rebuild(desk: Desk) -> None:
 
 
 def test_reactions_are_reset_to_a_position(desk: Desk) -> None:
-    """They are called again, with the same keys, for the events behind the position; a running worker goes on there."""
+    """After a reset reactions are called again for the events after the position, with the same keys."""
     desk.reacting()
     account_id = desk.open(1, 2, 3)
     with desk.running():
@@ -353,7 +353,7 @@ def test_reactions_are_reset_to_a_position(desk: Desk) -> None:
 
 
 def test_reactions_are_reset_to_a_time(desk: Desk) -> None:
-    """With a time they are called again for the events since then, also where a writer took its time to commit."""
+    """A reset to a time calls reactions again for the events since then, also those of slow writers."""
     desk.reacting()
     account_id = desk.open(1, 2)
     assert not desk.run_once()
@@ -374,7 +374,7 @@ def test_reactions_are_reset_to_a_time(desk: Desk) -> None:
 @on_sqlite
 @pytest.mark.parametrize("number", [1, 2, 9, 40, 300])
 def test_the_position_of_any_time_is_found(desk: Desk, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is since a time begins at the first event that is not earlier, though some are out of order."""
+    """A reset to a time begins at the first event that is not earlier, also if timestamps are out of order."""
     desk.reacting()
     application = desk.consumer("Reacting:reactions").application
     start = datetime(2026, 1, 1, tzinfo=UTC)
@@ -432,7 +432,7 @@ def test_dead_letters_behind_the_position_are_dealt_with_again(desk: Desk) -> No
     ],
 )
 def test_what_cannot_be_reset(desk: Desk, arguments: list[str], code: int, message: str) -> None:
-    """A reset that makes no sense is one clear message, and changes nothing."""
+    """An invalid reset is one clear message, and changes nothing."""
     desk.balances()
     desk.reacting()
     desk.open(1)

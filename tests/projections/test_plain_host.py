@@ -65,7 +65,7 @@ def test_a_name_is_taken(desk: PlainDesk) -> None:
 
 
 def test_remedies_are_those_of_the_program(desk: PlainDesk) -> None:
-    """What a worker, a status and who waits say of a projection names the program's own commands."""
+    """Messages of workers, ``status`` and ``wait_for`` name the program's own commands."""
     desk.balances()
     desk.poison = {5}
     desk.open(5)

@@ -79,7 +79,7 @@ def follow(desk: Desk, does: Any, tries: list[int], **attributes: Any) -> None:
 
 @pytest.mark.parametrize("does", [lose_connection, write_on_another_connection, take_second_connection])
 def test_a_handler_that_loses_its_connection_halts_its_projection(new_desk: MakeDesk, does: Any) -> None:
-    """Where the database answers, a connection that was lost, a lock or the pool that was waited for is a try."""
+    """If the database answers, a lost connection or a timeout of a lock or the pool counts as a failed try."""
     options = POOL_OF_ONE if does is take_second_connection else {}
     desk = new_desk(SQLALCHEMY_ENGINE_OPTIONS=options, EVENTSOURCING_LOCK_TIMEOUT=1)
     tries: list[int] = []
@@ -115,7 +115,7 @@ def test_what_an_operator_does_with_such_an_event(new_desk: MakeDesk) -> None:
 
 
 def test_a_connection_that_was_lost_once_is_no_fault_of_a_handler(desk: Desk) -> None:
-    """An event whose handler was in the way of an outage is applied when that is over, and nothing is left of it."""
+    """An event whose handler ran during an outage is applied after it, and leaves no failed try."""
     tries: list[int] = []
 
     def lose_once(desk: Desk, session: orm.Session) -> None:
@@ -161,7 +161,7 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
 
 
 def test_a_pool_of_one_connection_is_enough_for_a_rebuild(new_desk: MakeDesk) -> None:
-    """A rebuild, and its dry run, come to their end with one connection of the pool, also one that is taken up."""
+    """A rebuild, a continued rebuild and a dry run need only one connection of the pool."""
     desk = new_desk(SQLALCHEMY_ENGINE_OPTIONS=POOL_OF_ONE)
     desk.balances()
     account_id = desk.open(1, 2, 3)
@@ -175,7 +175,7 @@ def test_a_pool_of_one_connection_is_enough_for_a_rebuild(new_desk: MakeDesk) ->
 
 
 def test_a_batch_ends_when_its_time_is_over(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch of slow events is committed as far as it is, so that its locks keep others waiting for a short time."""
+    """A batch of slow events is committed in parts, so its locks are held for a short time."""
     desk.balances()
     account_id = desk.open(*range(1, 41))
     consumer = desk.consumer()
@@ -216,7 +216,7 @@ def test_a_worker_that_is_stopped_ends_its_batch_after_the_event(desk: Desk) -> 
 
 
 def test_a_page_of_the_log_is_bounded_in_bytes(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many events are read at once as their states have few bytes, and at least one; none is left out."""
+    """Events are read in pages by the size of their states, at least one at a time, and none is left out."""
     desk.balances()
     account_id = desk.open(*range(1, 31))
     with desk.context() as bank:

@@ -58,7 +58,7 @@ def test_each_event_once_in_order_with_its_key(desk: Desk) -> None:
 
 
 def test_an_event_without_an_id_has_a_key_too(desk: Desk) -> None:
-    """Where an event has no id, as one from before, its key is made of what tells it from every other."""
+    """If an event has no id, its key is made from its log, aggregate, version and content."""
     desk.reacting()
     account_id = desk.open(1, 2)
     with desk.engine.begin() as connection:
@@ -156,7 +156,7 @@ def test_from_the_end_on(desk: Desk) -> None:
 
 
 def test_a_failing_reaction_is_retried_then_halts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reaction that fails is called again with the same key, and halts before its event in the end."""
+    """A reaction that keeps failing is called again with the same key, and then halts at its event."""
     monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
     desk.reacting(retries=2)
     desk.poison.add(13)
@@ -172,7 +172,7 @@ def test_a_failing_reaction_is_retried_then_halts(desk: Desk, monkeypatch: pytes
 
 
 def test_a_slow_reaction_keeps_nobody_from_writing(new_desk: MakeDesk) -> None:
-    """While a reaction takes its time, other transactions of the app go on, on SQLite too."""
+    """While a slow reaction runs, other transactions of the app go on, on SQLite too."""
     desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=2.0)
     called, go_on = threading.Event(), threading.Event()
 
@@ -219,7 +219,7 @@ def test_a_slow_reaction_keeps_its_lease(new_desk: MakeDesk, monkeypatch: pytest
 
 
 def test_a_reaction_is_called_with_no_transaction_open(desk: Desk) -> None:
-    """A reaction may take its time: no transaction of the worker is open meanwhile, which a server would end."""
+    """While a slow reaction runs, no transaction of the worker is open."""
     open_ones: list[bool] = []
 
     class Slow(ModelProjection):

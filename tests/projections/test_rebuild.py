@@ -78,7 +78,7 @@ def repeating(*functions: Callable[[], object]) -> Iterator[None]:
 
 
 def test_rebuild_replaces_wrong_rows(desk: Desk) -> None:
-    """A rebuild puts right what a faulty handler has written; the old table is kept until it is asked to be dropped."""
+    """A rebuild corrects rows of a faulty handler; the old table is kept until it is dropped on request."""
     desk.balances()
     first, second = desk.open(1, 2), desk.open(10)
     desk.run_once()
@@ -193,7 +193,7 @@ def test_restart_begins_at_the_first_event(desk: Desk, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_only_one_rebuild_at_a_time(desk: Desk) -> None:
-    """Who starts a rebuild while another process rebuilds the same projection is told so."""
+    """A rebuild is refused while another process rebuilds the same projection."""
     desk.balances()
     desk.open(1)
     other = Rebuild(desk.consumer())
@@ -206,7 +206,7 @@ def test_only_one_rebuild_at_a_time(desk: Desk) -> None:
 
 
 def test_counts_are_verified(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the rebuild has not applied just the events of the log, the live table stays as it is."""
+    """If the rebuild has not applied exactly the events of the log, the live table stays as it is."""
     desk.balances()
     account_id = desk.open(1, 2)
     desk.run_once()
@@ -378,7 +378,7 @@ def test_handlers_that_commit_are_refused(desk: Desk) -> None:
 
 
 def test_foreign_keys(desk: Desk) -> None:
-    """Tables of one projection may refer to each other; a table of somebody else's that refers to one is named."""
+    """Tables of one projection may refer to each other; another table that refers to one is named."""
     base: Any = desk.Model
     entry = {
         "__tablename__": "entry",
@@ -415,7 +415,7 @@ def test_nothing_to_rebuild(desk: Desk) -> None:
 @pytest.mark.parametrize("uri", ["mariadb"], indirect=True)
 @pytest.mark.parametrize("renamed", [False, True])
 def test_interrupted_swap_is_settled(desk: Desk, renamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where renaming commits, a worker finishes, or takes back, what a process that was killed around it has begun."""
+    """If renaming commits, a worker finishes or undoes the swap of a process that was killed."""
     desk.balances()
     account_id = desk.open(1, 2)
     desk.run_once()

@@ -78,7 +78,7 @@ def test_before_and_after_init_app() -> None:
 
 
 def test_without_projections_there_are_no_tables_for_them() -> None:
-    """Who has no projections gets no tables for them."""
+    """An app without projections gets no tables for them."""
     db = SQLAlchemy()
     app = make_app("sqlite://")
     db.init_app(app)
@@ -205,7 +205,7 @@ def test_several_applications_on_one_database(new_desk: MakeFlaskDesk) -> None:
 
 
 def test_two_apps_on_one_database(new_desk: MakeFlaskDesk) -> None:
-    """What a worker of one app has done is seen by another app on the same database."""
+    """The position of a worker of one app is seen by another app on the same database."""
     one, two = new_desk(), new_desk()
     for desk in (one, two):
         desk.balances()

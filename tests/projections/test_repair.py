@@ -1,4 +1,4 @@
-"""Dead letters that are tried again, or given up."""
+"""Dead letters that are retried or discarded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_discard_applies_what_waited(broken: tuple[Desk, UUID, UUID]) -> None:
 
 
 def test_an_event_that_waits_cannot_be_discarded(broken: tuple[Desk, UUID, UUID]) -> None:
-    """Only the event that failed can be given up, not one that waits behind it, and unknown ones are named."""
+    """Only an event that failed can be discarded, not one that waits behind it; unknown ids are named."""
     desk, _, _ = broken
     waiting = letters(desk)[1]
     with pytest.raises(DeadLetterError, match=f"{waiting.id} only waits"):

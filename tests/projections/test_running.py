@@ -298,7 +298,7 @@ def test_events_that_cannot_be_read(desk: Desk, on_failure: str, change: dict[st
 
 
 def test_a_serialisation_failure_is_not_the_handlers_fault(desk: Desk) -> None:
-    """Where the database ends a deadlock at the expense of a worker, it tries again and no event is lost."""
+    """If the database rolls a worker back because of a deadlock, the worker tries again, and no event is lost."""
     desk.balances(retries=0)
     account_id = desk.open(1, 2, 3)
     failures = [0]

@@ -108,7 +108,7 @@ def test_what_the_live_tables_have_stays(desk: Desk) -> None:
 
 
 def test_names_of_constraints_stay(desk: Desk) -> None:
-    """Keys and foreign keys are called after one rebuild, and after two, what they were called before."""
+    """Keys and foreign keys keep their names after one rebuild, and after two."""
     base: Any = desk.Model
     entry = {
         "__tablename__": "entry",
@@ -204,7 +204,7 @@ def test_generated_keys_go_on(desk: Desk) -> None:
 
 @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
 def test_identity_and_computed_columns(desk: Desk) -> None:
-    """Columns whose values the database alone gives are rebuilt too, renamed or replaced, and go on."""
+    """Columns whose values the database generates are rebuilt too, and generate further values."""
     base: Any = desk.Model
     body = {
         "__tablename__": "line",
@@ -263,7 +263,7 @@ def test_readers_see_old_rows_until_they_are_replaced(desk: Desk, inline: bool) 
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_who_holds_the_swap_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that keeps the table is named with its number; what was built is kept for the next run."""
+    """A reader that keeps the table locked is named with its number, and the rebuild can be continued."""
     desk.balances()
     account_id = desk.open(1, 2)
     desk.run_once()
@@ -353,7 +353,7 @@ def _count(desk: Desk, session: orm.Session, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["ORM", "Core", "text"])
 def test_no_other_table_is_written(desk: Desk, how: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A rebuild refuses what would write a table that is not among the models; the live run tells of it once."""
+    """A rebuild refuses to write a table that is not among the models; a live run warns once."""
 
     class Undeclared(ModelProjection):
         name = "Balances"
@@ -419,7 +419,7 @@ def test_two_projections_of_one_table(desk: Desk) -> None:
 
 
 def test_an_unfinished_rebuild_is_given_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a stopped rebuild has left is known, and is dropped when it is given up."""
+    """Tables of a stopped rebuild are listed, and are dropped when the rebuild is given up."""
     desk.balances(batch_size=2)
     desk.open(*range(1, 12))
     desk.run_once()

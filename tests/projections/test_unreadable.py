@@ -52,7 +52,7 @@ def command(desk: Desk, *arguments: str) -> str:
 
 @damaged
 def test_projection_halts_before_the_row_by_its_name(desk: Desk, damage: str) -> None:
-    """What is before the row is applied, the projection halts before it and says which it is, and commands go on."""
+    """Events before an unreadable row are applied, the projection halts and names it, and commands work."""
     desk.balances(retries=0)
     ada = desk.open(1, 2)
     write(desk, 3, damage)
@@ -94,7 +94,7 @@ def test_row_is_a_dead_letter(desk: Desk, damage: str) -> None:
     indirect=["uri"],
 )
 def test_log_is_read_up_to_the_row(desk: Desk, damage: str) -> None:
-    """A reader of the log gets what is before the row, and then an error that names its position."""
+    """A reader of the log gets the events before the row, and then an error that names its position."""
     desk.balances()
     desk.open(1, 2)
     write(desk, 3, damage)
@@ -111,7 +111,7 @@ def test_log_is_read_up_to_the_row(desk: Desk, damage: str) -> None:
 
 @pytest.mark.parametrize("on_failure", ["halt", "dead-letter"])
 def test_values_of_statements_are_nowhere(desk: Desk, on_failure: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What a statement had as its parameters is in no log, status and dead letter, however it failed."""
+    """The parameters of a failed statement are in no log, status or dead letter."""
 
     class Cards(ModelProjection):
         retries = 0

@@ -59,7 +59,7 @@ def test_uncommitted_events(desk: Desk) -> None:
 
 
 def test_a_halted_projection(desk: Desk) -> None:
-    """Waiting for an event behind one that cannot be applied ends at once, with that named."""
+    """Waiting for an event behind one that cannot be applied ends at once, and names that one."""
     desk.balances(retries=0)
     desk.poison.add(13)
     desk.open(1, 13)
@@ -89,7 +89,7 @@ def test_an_unknown_projection(desk: Desk) -> None:
 
 @on_postgresql
 def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On PostgreSQL the news that the position has moved ends the wait; there is no need to look again and again."""
+    """On PostgreSQL a notification that the position has moved ends the wait, without polling."""
     monkeypatch.setattr(following, "SHORTEST_WAIT", 1000.0)
     monkeypatch.setattr(following, "LONGEST_WAIT", 1000.0)
     desk.balances()
@@ -113,7 +113,7 @@ def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPa
 
 @on_postgresql
 def test_who_has_waited_does_not_hold_up_the_servers_queue(desk: Desk) -> None:
-    """The connection that is kept for the next one listens to nothing, as the server keeps what it has not read."""
+    """A connection that is kept for a later wait listens to nothing, as the server would keep its notifications."""
     desk.balances()
     desk.open(1)
     with desk.context():
@@ -175,7 +175,7 @@ def test_many_wait_at_a_time(desk: Desk) -> None:
 
 @on_mariadb
 def test_transaction_with_an_older_snapshot_is_told(desk: Desk) -> None:
-    """A session that has read before would read the old rows again, whatever it waits for: that is an error."""
+    """Waiting with a session that reads from an older snapshot is an error."""
     desk.balances()
     account_id = desk.open(1)
     with desk.context():

@@ -51,7 +51,7 @@ def add_eventsourcing(
     env: Mapping[str, str] | None = None,
     metadata: Sequence[Provider] | Literal[False] = (),
 ) -> None:
-    """Make an application part of a Pyramid application; call it once for each.
+    """Add an event-sourced application to a Pyramid application; call it once for each.
 
     :param config: the configurator.
     :param application: the application class.
@@ -60,7 +60,7 @@ def add_eventsourcing(
         takes the request.
     :param session_factory: makes the sessions of workers; by default ``registry["dbsession_factory"]``.
     :param env: what the library reads from the environment of the application.
-    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
+    :param metadata: functions that return metadata for the events of each save; with False none are stored.
     :raises ConfigurationError: when an argument or a setting cannot be used.
     """
     application = config.maybe_dotted(application)
@@ -97,7 +97,7 @@ def add_projection(
 
     :param config: the configurator.
     :param projection_class: the class, or its dotted name.
-    :param of: the application class whose events it follows; not needed where there is only one.
+    :param of: the application class whose events it follows; not needed if there is only one.
     :raises ConfigurationError: when the class cannot be used; the message says why.
     """
     projection_class = check_projection(config.maybe_dotted(projection_class))
@@ -118,7 +118,7 @@ def projection(*, of: type[Application[Any]] | None = None) -> Callable[[type[J]
 def projection(projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
     """Have ``config.scan()`` register a projection, a subclass of ``ModelProjection``; a decorator.
 
-    :param of: the application class whose events it follows; not needed where there is only one.
+    :param of: the application class whose events it follows; not needed if there is only one.
     """
 
     def decorate(decorated: type[J]) -> type[J]:

@@ -71,7 +71,7 @@ def answer_with(request: Any, error: Exception) -> Any:
 
 
 def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventSourcingError | None:
-    """Return why an answer would not be true, or None."""
+    """Return the error for an answer that would say "done" wrongly, or None."""
     pending = state.drop_pending()
     if pending:
         return _unmanaged(state, pending, response)

@@ -59,13 +59,13 @@ class PyramidHost(ZopeHost):
         return found
 
     def doomed(self) -> None:
-        """Note that the answer must be no success."""
+        """Note that the answer must not be a success."""
         request = get_current_request()
         if request is not None:
             request.environ[DOOMED] = True
 
     def dropped(self, batches: Sequence[Batch]) -> None:
-        """Note events that are rolled back as the request was answered, rather than by its view."""
+        """Note events that were rolled back at the end of the request, not by its view."""
         request = get_current_request()
         if request is not None and not is_managed(request):
             request.environ.setdefault(DROPPED, []).append((batches, type(sys.exception())))
@@ -109,7 +109,7 @@ class PyramidHost(ZopeHost):
 
 
 def is_managed(request: Any) -> bool:
-    """Whether somebody is going to commit or abort the request's transaction."""
+    """Whether the request's transaction will be committed or aborted by its manager."""
     return "tm.active" in request.environ or "repoze.tm.active" in request.environ
 
 

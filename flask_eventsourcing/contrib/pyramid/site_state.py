@@ -47,7 +47,7 @@ NO_GUARD = (
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What one call of ``config.add_eventsourcing`` has said."""
+    """The arguments of one call of ``config.add_eventsourcing``."""
 
     application: type[Application[Any]]
     models: EventModels
@@ -106,7 +106,7 @@ class EventSourcing(Facade):
 
     @property
     def projections(self) -> PlainProjections:
-        """The projections that are registered, and what there is to do with them."""
+        """The registered projections, with their operations."""
         return self.build().projections
 
     def build(self) -> Built:
@@ -120,15 +120,15 @@ class EventSourcing(Facade):
             return self._built
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        """Return the metadata for a task that is sent now; empty if metadata are not stored."""
         return {**of_request(), **super().metadata_to_carry()} if self.settings.metadata else {}
 
     def is_at_work(self) -> bool:
-        """Return False: the current request tells it."""
+        """Return False, as the current request decides it."""
         return False
 
     def construct(self) -> None:
-        """Construct the applications of this process now, so that its first request does not pay for it."""
+        """Construct the applications of this process now, so that the first request does not have to."""
         for application_class in self.hosts:
             self[application_class]
 
@@ -173,7 +173,7 @@ class EventSourcing(Facade):
         )
 
     def warn_of_missing_veto(self) -> None:
-        """Log that a returned failure commits, where it does."""
+        """Warn if a response with an error status commits."""
         settings = self._registry.settings or {}
         if not (settings.get("tm.commit_veto") or settings.get("pyramid_tm.commit_veto")):
             logger.warning(NO_VETO)
@@ -186,7 +186,7 @@ class EventSourcing(Facade):
             logger.warning(NO_GUARD)
 
     def drop_pending(self) -> list[Batch]:
-        """Roll back what the current request has saved with nobody to commit it, and return that."""
+        """Roll back and return the events that the current request has saved and that nothing will commit."""
         batches: list[Batch] = []
         built = self._built
         for host in set(built.hosts.values()) if built is not None else ():
@@ -238,7 +238,7 @@ class PyramidSites:
         return registry.get(KEY) if isinstance(registry, Registry) else None
 
     def refuse(self) -> None:
-        """Do nothing: the general message says it."""
+        """Do nothing: the general message is enough."""
 
 
 add_kind(PyramidSites())

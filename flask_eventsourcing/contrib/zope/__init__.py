@@ -34,10 +34,10 @@ class EventSourcing(Facade, Generic[A]):
     :param session: a ``scoped_session`` or a ``sessionmaker`` that zope.sqlalchemy has registered, or a function that
         returns the current session.
     :param session_factory: a ``sessionmaker`` for the sessions of workers, by default *session*.
-    :param options: what there is to say about the database, as a ``flask_eventsourcing.persistence.DialectOptions``.
+    :param options: options of the database, a ``flask_eventsourcing.persistence.DialectOptions``.
     :param env: what the library reads from the environment of an application.
-    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
-    :param lease: whether workers of projections hold a lease rather than a lock of the server.
+    :param metadata: functions that return metadata for the events of each save; with False none are stored.
+    :param lease: whether workers of projections hold a lease rather than a server lock.
     :raises ConfigurationError: when an argument cannot be used.
     """
 
@@ -71,7 +71,7 @@ class EventSourcing(Facade, Generic[A]):
 
     @property
     def projections(self) -> PlainProjections:
-        """The projections that are registered, and what there is to do with them."""
+        """The registered projections, with their operations."""
         return self._projections
 
     @property
@@ -88,7 +88,7 @@ class EventSourcing(Facade, Generic[A]):
     def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
         """Register a projection, a subclass of ``ModelProjection``; a decorator.
 
-        :param of: the application class whose events it follows; not needed where there is only one.
+        :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.
         """
 

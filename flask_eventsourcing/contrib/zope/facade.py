@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 class Facade:
-    """The applications of one or more hosts, and what there is to do with them."""
+    """The applications of one or more hosts, and the operations on them."""
 
     def __init__(self) -> None:
         _known.add(self)
@@ -39,7 +39,7 @@ class Facade:
 
     @property
     def projections(self) -> PlainProjections:
-        """The projections that are registered, and what there is to do with them."""
+        """The registered projections, with their operations."""
         raise NotImplementedError
 
     @property
@@ -65,7 +65,7 @@ class Facade:
     def transaction(self) -> AbstractContextManager[orm.Session]:
         """A unit of work: commits the manager's transaction on success, aborts it on error.
 
-        Within a transaction that somebody has begun it joins that, whose owner commits; on error it dooms it.
+        Within a transaction that other code has begun it joins that, and its owner commits; an error dooms it.
 
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
@@ -82,13 +82,13 @@ class Facade:
         return run
 
     def retry_on_conflict(self, times: int = 3) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Run a function in :meth:`transaction`, and again as a whole after a conflict.
+        """Run a function in :meth:`transaction`, and run it again after a conflict.
 
-        Within a transaction that somebody has begun, its owner has to try again: ``transaction.attempts()`` or
+        Within a transaction that other code has begun, the owner has to try again: ``transaction.attempts()`` or
         pyramid_retry.
 
         :param times: how often it is run again, at most.
-        :raises ConfigurationError: when that is no whole number from 0 up.
+        :raises ConfigurationError: when it is not a whole number from 0 up.
         """
         check_times(times)
 
@@ -102,7 +102,7 @@ class Facade:
         return decorate
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
-        """Within it, a session of your own is the current one; you commit and close it.
+        """A context in which a session of your own is the current one; you commit and close it.
 
         :raises ConfigurationError: when it is for another database than that of the events.
         """
@@ -133,7 +133,7 @@ class Facade:
     ) -> Erasure:
         """Erase an aggregate with the next commit: its events, snapshots and dead letters.
 
-        :param application: the application class, where there are several.
+        :param application: the application class, if there are several.
         :param redact: empty the events, rather than delete their rows.
         """
         application_class = application or next(iter(self.hosts))
@@ -145,11 +145,11 @@ class Facade:
         return any(host.is_at_work() for host in set(self.hosts.values()))
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata that a task which is sent now is to have."""
+        """Return the metadata for a task that is sent now."""
         return get_metadata_from_context()
 
     def close(self) -> None:
-        """Close the applications of this process; it may be called again, and they are constructed again when used."""
+        """Close the applications of this process. They are constructed again when they are used."""
         self.projections.close()
         for host in set(self.hosts.values()):
             host.close()
@@ -171,7 +171,7 @@ class FacadeSites:
         return given if isinstance(given, Facade) else None
 
     def refuse(self) -> None:
-        """Do nothing: the general message says it."""
+        """Do nothing: the general message is enough."""
 
 
 add_kind(FacadeSites())

@@ -56,17 +56,17 @@ LATE = (
 
 
 class TransientConflictError(ConflictError, TransientError):
-    """Another writer was first: the same may succeed when it is run again as a whole."""
+    """Another writer was first: the transaction may succeed when it is run again."""
 
 
 class Managed(Protocol):
-    """What a host says of the transactions of its sessions, and is told of them."""
+    """What a participant asks and tells its host about transactions."""
 
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session."""
 
     def expected_manager(self) -> Any:
-        """Return the manager that has to be that of the session, or None where any will do."""
+        """Return the manager that the session must have, or None if any manager will do."""
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
@@ -75,7 +75,7 @@ class Managed(Protocol):
         """Told that a unit of work which failed has doomed the transaction around it."""
 
     def dropped(self, batches: Sequence[Batch]) -> None:
-        """Told of events that are rolled back, as a transaction is aborted that was not doomed."""
+        """Told of events that are rolled back because a transaction was aborted without being doomed."""
 
 
 @implementer(IDataManagerSavepoint)
@@ -88,12 +88,12 @@ class _Savepoint:
 
 @implementer(ISavepointDataManager)
 class Participant:
-    """Takes part in a transaction for the events of one session, beside zope.sqlalchemy, which commits them.
+    """Takes part in a transaction for the events of one session. zope.sqlalchemy commits them.
 
     :param unit: the session's unit of work.
     :param manager: the transaction manager.
     :param transaction: its transaction.
-    :param host: is told what becomes of it.
+    :param host: is told how the transaction ends.
     """
 
     def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, host: Managed) -> None:
@@ -109,7 +109,7 @@ class Participant:
         """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
 
     def follow(self) -> None:
-        """Hear of the database's own commit from now on."""
+        """Listen to the database's own commit from now on."""
         if not self.is_following:
             self.is_following = True
             self._unit.on_commit(self._stored)
@@ -122,7 +122,7 @@ class Participant:
         self._unit.shared.asked = True
 
     def roll_back(self) -> None:
-        """Roll the session back, as somebody has asked for it: zope.sqlalchemy only closes it."""
+        """Roll the session back on request: zope.sqlalchemy only closes it."""
         session = self._session()
         if session is None or not session.in_transaction():
             return
@@ -170,11 +170,11 @@ class Participant:
         """Agree."""
 
     def tpc_finish(self, transaction: Any) -> None:
-        """Told that everybody has agreed."""
+        """Told that all participants have agreed."""
         self._host.memory(self.transaction_manager).clear()
 
     def tpc_abort(self, transaction: Any) -> None:
-        """Told that the transaction failed: in one phase, the events may be committed all the same."""
+        """Told that the transaction failed; with one phase, the events may be committed nevertheless."""
         if self._durable:
             logger.error(
                 "The transaction failed after its events were committed, as the database commits before others have "
@@ -183,7 +183,7 @@ class Participant:
             )
 
     def sortKey(self) -> str:  # noqa: N802
-        """Come before the database."""
+        """Sort before the database."""
         return "flask_eventsourcing"
 
     @property
@@ -228,7 +228,7 @@ def _failed_participant(own: Participant) -> str:
 class ManagerCommits:
     """The ``Commits`` of a host whose sessions are committed by a transaction manager.
 
-    A session that is not registered with zope.sqlalchemy, as a worker's, commits by itself.
+    A session that is not registered with zope.sqlalchemy, such as a worker's, commits by itself.
 
     :param host: whose sessions they are.
     """
@@ -242,7 +242,7 @@ class ManagerCommits:
         """The managers of threads whose transaction was begun here, for a unit of work."""
 
     def begin(self, session: orm.Session) -> None:
-        """Begin a transaction for a unit of work, unless somebody else has begun one, which ends it then."""
+        """Begin a transaction for a unit of work, unless other code has begun one, which then ends it."""
         registered = registration_of(session)
         if registered is None:
             return
@@ -254,16 +254,16 @@ class ManagerCommits:
         self._participant(session, manager)
 
     def joining(self, session: orm.Session) -> None:
-        """Have the end of the manager's transaction commit what is about to be done in a session.
+        """Let the manager's transaction commit what a session is about to do.
 
-        :raises ConfigurationError: when that would not be so.
+        :raises ConfigurationError: when it would not commit it.
         """
         registered = registration_of(session)
         if registered is None:
             if LENT in session.info:
                 return
             raise ConfigurationError(
-                f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
+                f"This session takes part in no transaction, so its events would not be committed: {REGISTER}."
             )
         note_owner(session)
         participant = self._participant(session, registered.transaction_manager)
@@ -286,7 +286,7 @@ class ManagerCommits:
         return known
 
     def commit(self, session: orm.Session) -> None:
-        """Commit the transaction that was begun here; that of somebody else is left to its owner."""
+        """Commit the transaction if it was begun here; otherwise leave it to its owner."""
         registered = registration_of(session)
         if registered is None:
             session.commit()
@@ -299,7 +299,7 @@ class ManagerCommits:
             self._own.discard(of_thread(manager))
 
     def rollback(self, session: orm.Session) -> None:
-        """Abort the transaction that was begun here; doom that of somebody else, which cannot be committed then."""
+        """Abort the transaction if it was begun here; otherwise doom it, so it cannot be committed."""
         registered = registration_of(session)
         if registered is None:
             roll_back(session)
@@ -329,6 +329,6 @@ class ManagerCommits:
             known.asked()
 
     def is_to_come(self, session: orm.Session) -> bool:
-        """Whether somebody is going to commit the transaction that there is."""
+        """Whether the current transaction will be committed by its owner."""
         registered = registration_of(session)
         return registered is not None and current_transaction(registered.transaction_manager) is not None

@@ -59,7 +59,7 @@ class EventModels:
 
     @property
     def InlineRange(self) -> type[InlineRangeMixin]:  # noqa: N802
-        """The record class of what inline projections have applied."""
+        """The record class of the positions that inline projections have applied."""
         return self.projections.InlineRange
 
     @property
@@ -78,14 +78,14 @@ def event_models(
 ) -> EventModels:
     """Make the record classes of an application, and of its projections, on a declarative base.
 
-    Call it in the module of your models: what exists in the database then depends on no setting, and Alembic's
-    ``env.py``, which imports only the base, sees it.
+    Call it in the module of your models. Then the tables depend on no setting, and Alembic's ``env.py``, which imports
+    only the base, sees them.
 
     :param base: the declarative base.
-    :param application_name: the name of the application class, after which the tables are called.
-    :param originator_id_type: whether the ids of aggregates are UUIDs or texts.
-    :param schema: the schema of the tables, where the database has such a thing.
-    :param correlation_index: whether events are found by their correlation with an index.
+    :param application_name: the name of the application class, after which the tables are named.
+    :param originator_id_type: whether the ids of aggregates are UUIDs or text.
+    :param schema: the schema of the tables, if the database has schemas.
+    :param correlation_index: whether the column ``correlation_id`` has an index.
     :raises ConfigurationError: when a table name is taken.
     """
     place = {"schema": schema, "bind_key": None}
@@ -96,9 +96,9 @@ def event_models(
 
 
 def check_models_of(application: Any, by_class: Mapping[Any, Any]) -> None:
-    """Check what is given as applications with their models.
+    """Check applications and their models.
 
-    :raises ConfigurationError: when one is none.
+    :raises ConfigurationError: when one cannot be used.
     """
     if application not in by_class:
         raise ConfigurationError(f"models has none for {application!r}: give event_models(Base, …) for it.")

@@ -36,8 +36,8 @@ def registration_of(session: orm.Session) -> ZopeTransactionEvents | None:
 def check_registration(session: orm.Session, registered: ZopeTransactionEvents, expected: Any) -> None:
     """Check that the events that are saved in a session are stored when its transaction is committed.
 
-    :param expected: the manager that is going to commit, or None where any will do.
-    :raises ConfigurationError: saying what is to be changed.
+    :param expected: the manager that will commit, or None if any manager will do.
+    :raises ConfigurationError: otherwise, with the remedy.
     """
     if expected is not None and of_thread(registered.transaction_manager) is not of_thread(expected):
         raise ConfigurationError(
@@ -82,7 +82,7 @@ class _Probe:
 
 
 def current_transaction(manager: Any) -> Any:
-    """Return a manager's current transaction, or None; other than its ``get()``, this begins none."""
+    """Return a manager's current transaction, or None. Unlike its ``get()``, this begins none."""
     probe = _Probe()
     manager.registerSynch(probe)
     manager.unregisterSynch(probe)
@@ -95,7 +95,7 @@ def has_left(session: orm.Session) -> bool:
 
 
 def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
-    """Note of each session whether it is in a transaction that somebody has begun, before it joins one."""
+    """Note for each session, before it joins a transaction, whether the transaction has already begun."""
     for name in ("after_begin", "after_attach"):
         sa.event.listen(factory, name, note_owner, insert=True)
 

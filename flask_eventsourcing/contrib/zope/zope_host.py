@@ -31,10 +31,10 @@ class ZopeHost(PlainHost):
     :param session: a ``scoped_session``, a ``sessionmaker``, or a function that returns the current session.
     :param models: the record classes of each application class.
     :param session_factory: a ``sessionmaker`` for the sessions of workers, which commit by themselves unless they are
-        registered too; by default *session*, which must be no function then.
-    :param options: what there is to say about the database.
+        registered too; by default *session*, if it is not a function.
+    :param options: options of the database.
     :param env: what the library reads from the environment of an application.
-    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
+    :param metadata: functions that return metadata for the events of each save; with False none are stored.
     :raises ConfigurationError: when an argument cannot be used.
     """
 
@@ -80,7 +80,7 @@ class ZopeHost(PlainHost):
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """A piece of work that begins without a transaction leaves none behind that nobody would end."""
+        """A context: a piece of work that begins without a transaction leaves none open."""
         managers = {id(each): each for each in map(manager_of, (self._session, self._factory)) if each is not None}
         free = [manager for manager in managers.values() if current_transaction(manager) is None]
         try:
@@ -92,13 +92,13 @@ class ZopeHost(PlainHost):
 
     @contextmanager
     def session(self) -> Iterator[orm.Session]:
-        """A session of the factory as the current one; the caller commits it, or its manager's transaction."""
+        """A context in which a session of the factory is the current one; the caller or its manager commits it."""
         with self.context(), super().session() as session:
             yield session
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:
-        """Within it, the current session is one of its own on *connection*, which takes part in no transaction.
+        """A context in which a new session on *connection* is the current one. It takes part in no transaction.
 
         :raises ConfigurationError: when there is no such session.
         """
@@ -117,7 +117,7 @@ class ZopeHost(PlainHost):
             yield session
 
     def unit(self) -> UnitOfWork | None:
-        """The unit of work to join; one that is tried again queues for the aggregates with which it had conflicts."""
+        """The unit of work to join; in a retry it queues for the aggregates that had conflicts."""
         unit = super().unit()
         if unit is not None:
             self._queue(unit)
@@ -126,7 +126,7 @@ class ZopeHost(PlainHost):
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most.
 
-        Within a transaction that somebody else has begun it is called once: its owner tries again as a whole.
+        Within a transaction that other code has begun it is called once: the owner has to try again.
         """
         with self._open_session():
             session = self._required().session
@@ -168,14 +168,14 @@ class ZopeHost(PlainHost):
     # ------------------------------------------------------------------------------------------- transactions
 
     def expected_manager(self) -> Any:
-        """Return the manager that has to be that of the session, or None where any will do."""
+        """Return the manager that the session must have, or None if any manager will do."""
         return None
 
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
 
     def dropped(self, batches: Sequence[Batch]) -> None:
-        """Told of events that are rolled back, as a transaction is aborted that was not doomed."""
+        """Told of events that are rolled back because a transaction was aborted without being doomed."""
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""

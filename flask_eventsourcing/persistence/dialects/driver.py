@@ -38,7 +38,7 @@ _PEP_249 = (
 
 AUTOCOMMIT = "AUTOCOMMIT"
 COMMITS_BY_ITSELF = (
-    "This engine commits each statement by itself, so that events and models could not be one transaction: make it "
+    "This engine commits each statement by itself, so events and models cannot be one transaction: make it "
     "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
 )
 
@@ -315,8 +315,8 @@ class Driver:
             return self.conflict_error(f"Another writer was first: {found}")
         self.forget_looks(connection)
         return UnsafeSequenceError(
-            f"A position of table {table.fullname} was given twice: what gives positions is behind the table, as after "
-            "an import or a restore. The next append, or the command 'check', says what to do."
+            f"A position of table {table.fullname} was given twice: its sequence or counter is behind the table, as "
+            "after an import or a restore. The next append, or the command 'check', says what to do."
         )
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:

@@ -19,7 +19,7 @@ LONGEST_TOPIC = 16_383
 """Characters of a topic: a TEXT column of MySQL's has 65,535 bytes, and a character up to four."""
 LONGEST_NAME = 255
 LARGEST = 2**63 - 1
-NOT_PLAIN = "has control characters, line breaks or halves of surrogate pairs"
+NOT_PLAIN = "has control characters, line breaks or unpaired surrogates"
 
 
 def bounded(number: int | None) -> int | None:
@@ -218,7 +218,7 @@ def unreadable_version(name: str, originator_id: Any, version: Any, error: Excep
 def _cannot(error: Exception) -> str:
     # The text of another error than ours may have the value in it.
     why = str(error) if isinstance(error, TypeError) else "its id is no UUID"
-    return f"cannot be read: {why}. Others have written it: correct the row, or delete it."
+    return f"cannot be read: {why}. Another program wrote it: correct the row, or delete it."
 
 
 def check_names(tables: Iterable[sa.Table], title: str, longest: int, counted: str) -> None:

@@ -67,7 +67,7 @@ class MySQLLooks(Dialect):
         self.is_node(connection)
         if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
             text = (
-                "The session's sql_mode is not strict, so that the server would cut ids and events that are too long: "
+                "The session's sql_mode is not strict, so the server would truncate ids and events that are too long: "
                 "add STRICT_TRANS_TABLES to the server's sql_mode, or to the engine's, with "
                 "SQLALCHEMY_ENGINE_OPTIONS = {'connect_args': {'init_command': \"SET sql_mode = 'TRADITIONAL'\"}}."
             )
@@ -105,19 +105,17 @@ class MySQLLooks(Dialect):
         findings = []
         name = self.name_of(connection, table)
         if (found.engine or "").upper() != "INNODB":
-            text = f"Table {table.fullname} has the engine {found.engine}, which keeps what was rolled back"
+            text = f"Table {table.fullname} has the engine {found.engine}, which cannot roll back"
             findings.append(Finding(f"{text}: ALTER TABLE {name} ENGINE=InnoDB.", APPEND))
         column = found.columns.get("originator_id")
         if VERSION in table.c and column is not None and isinstance(table.c.originator_id.type, sa.String):
             collation = column.collation or "binary"
             if not (collation.endswith("_bin") or collation == "binary"):
-                text = f"{table.fullname}.originator_id has the collation {collation}, which takes some ids for others"
+                text = f"{table.fullname}.originator_id has the collation {collation}, where different ids are equal"
                 kind = f"{column.kind} CHARACTER SET utf8mb4 COLLATE {self._unpadded()}"
                 findings.append(Finding(f"{text}: ALTER TABLE {name} MODIFY originator_id {kind} NOT NULL.", USES))
             elif self._is_padded(collation):
-                text = (
-                    f"{table.fullname}.originator_id has the collation {collation}, which disregards spaces at the end"
-                )
+                text = f"{table.fullname}.originator_id has the collation {collation}, which ignores spaces at the end"
                 text += f", so that ids with such spaces are refused; {self._unpadded()} does not"
                 findings.append(Finding(f"{text}.", is_fault=False, error=IdentifierTypeError))
         return findings

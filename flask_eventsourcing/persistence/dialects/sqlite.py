@@ -38,8 +38,8 @@ SCOPE = "SELECT s.schema_version, d.name, d.file FROM pragma_schema_version AS s
 SCHEMA_HOLDS_FOR = 0.05
 """Seconds for which nobody is taken to change the schema and delete the last event, too."""
 WITHOUT_AUTOINCREMENT = (
-    "Table {0} has lost its AUTOINCREMENT, so that the position of a deleted event would be given again, and readers "
-    "could miss events: let a migration make the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
+    "Table {0} has lost its AUTOINCREMENT, so the position of a deleted event would be used again, and readers could "
+    "miss events: let a migration create the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
     "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
 )
 FILE_IN_MEMORY = (

@@ -182,8 +182,8 @@ class QueuedConnection(sqlite3.Connection):
                     raise
                 raise WriteTimeoutError(
                     f"Could not commit within {self.timeout:g} s ({error}): another program reads the file, which is "
-                    "not in the journal mode WAL, in which nobody would wait for that. Keep EVENTSOURCING_SQLITE_WAL "
-                    "on, end that transaction, and look in the log why the file could not be switched."
+                    "not in the journal mode WAL. Keep EVENTSOURCING_SQLITE_WAL on, end that transaction, and look in "
+                    "the log why the file could not be switched."
                 ) from error
             self._ended(owner)
 

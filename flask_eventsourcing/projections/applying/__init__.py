@@ -43,7 +43,7 @@ class EventError(Exception):
 
 
 class SuspectError(EventError):
-    """The database failed while a handler ran, or committed what it wrote: if it answers now, the handler did that."""
+    """The database failed while a handler ran or its writes were committed: if it answers now, the handler did it."""
 
 
 def may_be_its_own(error: BaseException) -> bool:
@@ -90,7 +90,7 @@ class Applier:
 
     @property
     def letters(self) -> DeadLetters:
-        """What it sets aside."""
+        """The dead letters."""
         return self.consumer.application.dead_letters
 
     def apply(
@@ -103,11 +103,11 @@ class Applier:
     ) -> CheckpointRow:
         """Apply events and move the position, all in one transaction; returns the row as it is then.
 
-        The batch may end early, at the position of the last event that was applied.
+        The batch may end early; then the position is that of the last applied event.
 
         :param dead: set the one event aside, with its error and the number of tries, rather than applying it.
         :raises FencedError: when the claim was lost; nothing was applied.
-        :raises SuspectError: when the database failed in the midst of the handlers' work; nothing was applied.
+        :raises SuspectError: when the database failed while handlers ran; nothing was applied.
         :raises EventError: when an event could not be applied; nothing was applied.
         """
         if self.consumer.kind == "reactions" and notifications and dead is None:

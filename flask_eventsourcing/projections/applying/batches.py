@@ -1,10 +1,9 @@
 """Batches that handlers cannot observe: each event finds the session as if it were alone in its transaction.
 
-At the beginning of each event, whatever the session has loaded is what the database would answer. That holds when the
-session is flushed and what it has is expired after each event, and at that price it always holds. Where models are
-plain, both can wait: a value that goes to the database and comes back as it went need not be read again, and a flush
-that nobody has asked for can come later, before the next statement. Plain is decided by class, and by each value that
-is set: what is not known to be plain is flushed and expired.
+At the beginning of each event, the objects in the session must be as in the database. To flush and expire the session
+after each event ensures this, but is slow. For *plain* models both can wait: a value that the database returns
+unchanged need not be read again, and a flush that no code asked for can be done before the next statement. Each class
+and each value that is set is checked; what is not known to be plain is flushed and expired.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 
 class ObservedError(Exception):
-    """The handlers do something before which the session would have to be flushed, and cannot be: begin again."""
+    """The handlers do something that needs a flush before it, which is not possible: begin the batch again."""
 
 
 class Batches:
@@ -211,7 +210,7 @@ class Batch:
         self._state.has_waiting = True
 
     def keep(self, instances: Sequence[Any]) -> None:
-        """Keep what the session has loaded, which it refers to weakly and would load again."""
+        """Keep references to loaded objects, as the session has weak ones and would load them again."""
         self._kept += instances
 
     def noted(self, column: sa.Column[Any], value: Any) -> None:

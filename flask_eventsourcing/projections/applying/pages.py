@@ -1,7 +1,7 @@
 """Reads pages of a log for one consumer: its events, and those whose class is unknown.
 
-Topics are filtered in the database only where all topics are known that the log has there. An event may have a topic of
-which nothing is imported yet, or of a class that was moved: what a topic concerns is known when it was resolved.
+Topics are filtered in the database only if all topics of that part of the log are known. The class of a topic may not
+be imported yet, or was moved: whether a topic concerns the consumer is known only after it was resolved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NO_TOPIC = "-"
 
 @dataclass(frozen=True)
 class Page:
-    """Events of a log, and the position up to which there are no more that concern the consumer."""
+    """Events of a log, and the position up to which no others concern the consumer."""
 
     events: Sequence[Notification]
     position: int

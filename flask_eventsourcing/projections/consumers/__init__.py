@@ -88,7 +88,7 @@ class ProjectedApplication:
 
     @property
     def mapper(self) -> Mapper[Any]:
-        """What makes domain events of stored ones."""
+        """The mapper, which makes domain events from stored ones."""
         return self.find().mapper
 
     @property
@@ -106,7 +106,7 @@ class ProjectedApplication:
         return Lease(self.engine, unique) if self.lease else self.datastore.dialect.runner_lock(unique)
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
-        """Read the log on a connection of its own, with what stands for rows that cannot be read."""
+        """Read the log on a connection of its own, with placeholders for rows that cannot be read."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
 
     def time_of(self, notification: Notification) -> datetime | None:
@@ -121,7 +121,7 @@ class ProjectedApplication:
         return timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
 
     def last_position(self, connection: Connection) -> int:
-        """Return the high-water mark, read on a connection that there is: a pool may have no second one."""
+        """Return the high-water mark, read on a given connection: a pool may have no second one."""
         dialect = self.recorder.dialect
         return dialect.last_position(connection, dialect.located(connection, self.recorder.events_table)) or 0
 
@@ -140,7 +140,7 @@ class ProjectedApplication:
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """One who follows a log: a projection, the reactions of one, or a projection that is being rebuilt."""
+    """What follows a log: a projection, the reactions of one, or a rebuild."""
 
     application: ProjectedApplication
     projection_class: type[ModelProjection]
@@ -167,12 +167,12 @@ class Consumer:
 
     @property
     def handlers(self) -> Handlers:
-        """What it does with events."""
+        """Its handlers."""
         return self.projection_class.reactions if self.kind == "reactions" else self.projection_class.handlers
 
     @cached_property
     def fingerprint(self) -> str:
-        """What its code is."""
+        """The fingerprint of its code."""
         functions = (
             *self.projection_class.handlers.functions.values(),
             *self.projection_class.reactions.functions.values(),
@@ -232,7 +232,7 @@ class Consumer:
         }
 
     def end(self) -> int:
-        """How far it may go now: to the high water mark, and reactions not past the models of their projection."""
+        """How far it may go now: up to the high-water mark, and reactions no further than the projection's models."""
         mark = self.application.high_water_mark()
         if self.kind == "reactions" and self.projection_class.handlers and not self.projection_class.inline:
             row = self.of_kind("projection").checkpoint.read()

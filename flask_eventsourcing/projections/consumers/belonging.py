@@ -1,6 +1,6 @@
 """What a checkpoint belongs to: a log, the tables of its projection, and the code that wrote them.
 
-What does not fit is a named state, the same for those who run the projection, ask for its status or wait for it.
+If something does not fit, the state has a name, which is the same in runners, ``status`` and ``wait_for``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mismatch:
 
 
 class Belonging:
-    """Looks whether a consumer's checkpoint fits what is there."""
+    """Checks whether a consumer's checkpoint fits its log, tables and code."""
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
@@ -76,7 +76,7 @@ class Belonging:
     def find_orphan(self, connection: Connection) -> Mismatch | None:
         """Return the state of reactions without a checkpoint beside one of a projection that is not registered.
 
-        That may be the same projection, which was renamed: everything would be sent a second time.
+        The projection may have been renamed: all its reactions would be called a second time.
         """
         projection = self.consumer.projection_class
         if self.consumer.kind != "reactions" or projection.reactions_start == "end":

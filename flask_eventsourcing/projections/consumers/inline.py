@@ -1,7 +1,7 @@
 """Inline projections: applied within ``save()``, which notes the applied positions, and events that are missing there.
 
-An append of a program that does not know the projection notes nothing, whether it has no projections or is an older
-release. What is neither at or below the projection's position nor in a range was not applied.
+A program that does not know the projection, such as an older release, appends without a note. An event above the
+projection's position and in no range was not applied.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class InlineApplier:
         positions: Sequence[int],
         described: Description,
     ) -> None:
-        """Apply the events of one append, and note that."""
+        """Apply the events of one append, and note their positions."""
         if joined is None:
             # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
             self._refuse_old_snapshot(connection)
@@ -163,7 +163,7 @@ Gap = tuple[int, int]
 
 
 class Ranges:
-    """What is noted of the events that an inline projection has applied, above the position of its checkpoint."""
+    """The ranges of positions above its checkpoint that an inline projection has applied."""
 
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
@@ -250,7 +250,7 @@ class Ranges:
     def merge(self, mark: int) -> None:
         """Make one range of those that follow each other up to *mark*, and delete those below the position.
 
-        Writers go on meanwhile, and so does another process that merges: one of the two gives up.
+        Writers and other processes may do the same at the same time; of two processes that merge, one gives up.
         """
         start: int | None = 0
         while start is not None:

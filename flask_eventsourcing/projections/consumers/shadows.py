@@ -1,7 +1,7 @@
 """Shadow tables beside the live ones, and connections that write to them instead.
 
-What a session executes on a shadow connection names the shadow tables, because the statements are compiled by a
-dialect of its own. Handlers need not know. What would write any other table is refused.
+A shadow connection compiles statements with a dialect of its own, so they name the shadow tables. Handlers need not
+know this. Statements that would write to another table are refused.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ShadowTables:
             _comment(connection, shadow)
 
     def drop(self, connection: Connection) -> list[str]:
-        """Drop those that there are, and return their names; nothing but tables is dropped."""
+        """Drop the tables that exist, and return their names. Only tables are dropped."""
         dropped = [table for table in reversed(sa.schema.sort_tables(self.live)) if self.exists(connection, table)]
         for table in dropped:
             connection.exec_driver_sql(f"DROP TABLE {self._quoted(table)}")
@@ -131,7 +131,7 @@ class ShadowTables:
 def _check(tables: Sequence[sa.Table], suffix: str, dialect: Dialect) -> None:
     for table in tables:
         if len(table.name) + len(suffix) > dialect.longest_name:
-            raise RebuildError(f"The name of table {table.name!r} is too long to be rebuilt beside: shorten it.")
+            raise RebuildError(f"The name of table {table.name!r} is too long for a copy with a suffix: shorten it.")
         for other in table.metadata.tables.values():
             if other not in tables and any(key.column.table is table for key in other.foreign_keys):
                 raise RebuildError(REFERS.format(other.name, table.name))
@@ -215,7 +215,7 @@ UNDECLARED = (
 
 
 class Undeclared:
-    """Tells once of a table that a live projection writes although it is not among its models."""
+    """Warns once of a table that a live projection writes although it is not one of its models."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -247,7 +247,7 @@ class Undeclared:
 
 
 def written_tables(statement: str, context: Any) -> Iterator[sa.Table | str]:
-    """The tables that a statement writes, as far as can be seen: of a text, the name after its first words."""
+    """The tables that a statement writes, as far as it shows; in textual SQL, the name after the first words."""
     compiled = getattr(context, "compiled", None)
     written = getattr(compiled, "statement", None)
     if compiled is None or isinstance(written, sa.TextClause):

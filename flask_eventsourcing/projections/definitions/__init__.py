@@ -38,8 +38,8 @@ Start = Literal["beginning", "end"]
 _ON = "flask_eventsourcing_on"
 _REACTION = "flask_eventsourcing_reaction"
 EXITED = (
-    "A handler of {} raised SystemExit, as sys.exit() does. It ends no worker, in which others run: raise another "
-    "error, or stop the worker from outside."
+    "A handler of {} raised SystemExit, as sys.exit() does. A handler cannot end a worker, in which other projections "
+    "run: raise another error, or stop the worker from outside."
 )
 MOST_EVENTS = 1000
 MOST_TOPICS = 100
@@ -77,11 +77,11 @@ def on(*event_classes: type[Any]) -> Handles[Any, orm.Session]: ...
 def on(*event_classes: type[Any]) -> Any:
     """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
 
-    The method takes the domain event and the session: ``def opened(self, event, session)``. The handler of the most
-    specific class is called, and only that one. If it names a parameter ``recorded`` more, it is given the position,
-    ``event_id``, time and metadata of the event, a ``flask_eventsourcing.metadata.Recorded``.
+    The method takes the domain event and the session: ``def opened(self, event, session)``. Only the handler of the
+    most specific class is called. If it has a parameter ``recorded``, it also gets the position, ``event_id``, time and
+    metadata of the event, as a ``flask_eventsourcing.metadata.Recorded``.
 
-    :raises ConfigurationError: when something else than event classes is given.
+    :raises ConfigurationError: when an argument is not an event class.
     """
     return _marker(_ON, event_classes, "on")
 
@@ -95,15 +95,16 @@ def reaction(a: type[E1], b: type[E2], c: type[E3], /, *, start: Start = "beginn
 @overload
 def reaction(*event_classes: type[Any], start: Start = "beginning") -> Handles[Any, str]: ...
 def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
-    """Mark a method of a :class:`ModelProjection` as a side effect of event classes, as a mail or an HTTP call.
+    """Mark a method of a :class:`ModelProjection` as a side effect of event classes, such as a mail or an HTTP call.
 
-    The method takes the domain event and an idempotency key: ``def warn(self, event, key)``, and ``recorded`` as a
-    handler does. The key has the event's ``event_id`` where there is one. It is called at least
-    once, after the event was committed and after the projection's own models have it, and never during a rebuild. If
-    it was called and the process is killed before that is noted, it is called again with the same key.
+    The method takes the domain event and an idempotency key: ``def warn(self, event, key)``, and ``recorded`` like a
+    handler. The key has the event's ``event_id``, if there is one. The method is called at least once, after the event
+    was committed and after the projection's own models have it, and never during a rebuild. If the process is killed
+    before the call is noted, the method is called again with the same key.
 
-    :param start: ``"beginning"`` of the log, or its ``"end"`` at the time when a worker first runs the reaction.
-    :raises ConfigurationError: when something else than event classes is given, or *start* is unknown.
+    :param start: where to begin: at the ``"beginning"`` of the log, or at its ``"end"`` when a worker first runs the
+        reaction.
+    :raises ConfigurationError: when an argument is not an event class, or *start* is unknown.
     """
     if start not in get_args(Start):
         raise ConfigurationError(f"@reaction(start=…) is 'beginning' or 'end'; found {start!r}.")
@@ -175,7 +176,7 @@ class Handlers:
             return found
 
     def concerns(self, topic: str) -> bool:
-        """Whether an event of a topic is to be handled; one that nobody knows must not be passed over."""
+        """Whether an event of a topic concerns the handlers; an unknown topic does, so that it is not skipped."""
         found = self._topics.get(topic)
         if found is None:
             event_class = self.resolve(topic)
@@ -186,7 +187,7 @@ class Handlers:
 
     @staticmethod
     def resolve(topic: str) -> Any:
-        """Return what a topic stands for, or None where that cannot be found."""
+        """Return the class of a topic, or None if it cannot be found."""
         # A module that is imported for it may raise anything.
         with Kept():
             return utils.resolve_topic(topic)
@@ -201,11 +202,11 @@ def call(
     recorded: Recorded | None = None,
     **named: Any,
 ) -> None:
-    """Call a handler with an event, and the session or the key, and with what was recorded of it if it names that.
+    """Call a handler with an event, the session or the key, and ``recorded`` if it has that parameter.
 
     :param last: what follows the event, by position; and what the handler names, as *named*.
 
-    :raises HandlerError: when it would end the process, in which other projections run.
+    :raises HandlerError: when the handler tries to end the process.
     """
     try:
         if recorded is None:
@@ -219,8 +220,8 @@ def call(
 class ModelProjection:
     """A read model: handlers that keep Flask-SQLAlchemy models up to date with the events of an application.
 
-    The position and what the handlers write are committed together, so that no event is applied twice or missed.
-    Handlers write through the session that they are given and neither commit it nor roll it back.
+    The position and what the handlers write are committed together, so no event is applied twice or missed. Handlers
+    write through the session that they get, and neither commit nor roll it back.
     """
 
     name: ClassVar[str] = ""
@@ -251,11 +252,11 @@ class ModelProjection:
         return _maps(model)
 
     def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Return what a handler is called with after the event: by position, and by name."""
+        """Return the arguments of a handler after the event: positional, and by name."""
         return (session,), {}
 
     def told_errors(self) -> AbstractContextManager[object]:
-        """Return a block within which a handler is called, whose errors are those of SQLAlchemy."""
+        """Return the context in which a handler is called, and in which errors are SQLAlchemy's."""
         return nullcontext()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ _digests: dict[str, str] = {}
 
 
 def note_sources(cls: type[Any]) -> None:
-    """Remember the source of a class's modules as it is now: a deployment may replace the files under the process."""
+    """Remember the present source of a class's modules: a deployment may replace the files while the process runs."""
     for module in _modules(cls):
         # Read again for a module that an application factory, or a reload, has defined again.
         _sources[module] = _read_source(module)

@@ -50,7 +50,7 @@ RunnerState = Literal[
 
 @dataclass(eq=False)
 class Progress:
-    """What a runner does and how far it is, for those who report it from another thread."""
+    """What a runner does and how far it is, for reports from another thread."""
 
     state: RunnerState = "starting"
     position: int = 0
@@ -73,7 +73,7 @@ class Progress:
 
 
 class Delivery:
-    """Gives the events of a log to an applier: in batches, and one by one and again where one of them fails.
+    """Gives the events of a log to an applier in batches; if one fails, one by one and with retries.
 
     :param stop: ends it after the event in progress.
     """
@@ -172,7 +172,7 @@ class Delivery:
 
 
 class Runner:
-    """Runs a consumer until it is told to stop.
+    """Runs a consumer until it is stopped.
 
     :param stop: ends the run after the batch in progress.
     :param lock: a lock that the caller holds, and gives back.
@@ -206,7 +206,7 @@ class Runner:
         While another process runs it, this one stands by.
 
         :raises ProjectionHaltedError: when an event cannot be applied and the consumer is to halt: at once with *once*,
-            and otherwise at the end, unless somebody has resumed it.
+            and otherwise at the end, unless it was resumed.
         """
         with self.consumer.application.host.context(), self._session():
             try:

@@ -40,7 +40,7 @@ class Turn:
         """What was found out of topics, to be noted with the end of the claim."""
 
     def take(self, row: CheckpointRow | None) -> CheckpointRow | Mismatch | None:
-        """Return the row if the turn is taken, what does not fit, or None while another process has the turn."""
+        """Return the row if the turn is taken, a mismatch, or None while another process has the turn."""
         belonging = Belonging(self.consumer)
         if row is None:
             return self._begin(belonging)
@@ -105,7 +105,7 @@ class Turn:
         return end
 
     def look(self, row: CheckpointRow) -> None:
-        """Look, every few seconds, whether all still fits while the runner has nothing to do, and note the tables.
+        """Check every few seconds, while the runner is idle, whether everything still fits, and note the tables.
 
         :raises FencedError: when it does not; the next turn says what.
         """
@@ -162,7 +162,7 @@ class Turn:
         self.lock.release()
 
     def leave(self) -> None:
-        """Leave a server that is not the primary any more: the next connections may lead to another one."""
+        """Leave a server that is no longer the primary: the next connections may lead to another one."""
         self.lock.leave()
 
     def end(self) -> None:

@@ -32,7 +32,7 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint as the table has it; an orphan is one of a projection that is not registered here."""
+    """A row of the table of checkpoints; an orphan belongs to a projection that is not registered here."""
 
     name: str
     application: str
@@ -52,7 +52,7 @@ def entries(application: ProjectedApplication) -> list[Entry]:
 
 
 def rename(application: ProjectedApplication, old: str, new: str) -> list[str]:
-    """Give the checkpoints, dead letters and ranges of one projection to another; returns the names they had.
+    """Rename the checkpoints, dead letters and ranges of a projection. Return their old names.
 
     :raises CheckpointError: when there are none, another has some, or a process runs it.
     """
@@ -73,7 +73,7 @@ def rename(application: ProjectedApplication, old: str, new: str) -> list[str]:
 
 
 def forget(application: ProjectedApplication, name: str) -> list[str]:
-    """Delete the checkpoints, dead letters and ranges of a projection; returns the names they had.
+    """Delete the checkpoints, dead letters and ranges of a projection. Return their names.
 
     :raises CheckpointError: when there are none, it is registered, or a process runs it.
     """
@@ -115,7 +115,7 @@ def _lock_all(application: ProjectedApplication, connection: Connection, name: s
 
 
 def accept(consumer: Consumer) -> None:
-    """Take log, tables and code of a consumer as they are now; one that is ahead goes on from the end of the log."""
+    """Accept the present log, tables and code of a consumer; one that is ahead goes on from the end of the log."""
     checkpoint = consumer.checkpoint
     checkpoint.ensure(consumer.start())
     mark = consumer.application.high_water_mark()
@@ -138,7 +138,7 @@ def accept(consumer: Consumer) -> None:
 
 
 def give_identity(application: ProjectedApplication) -> int:
-    """Give a log an identity of its own, as that of a database's clone needs, and return it; checkpoints follow.
+    """Give the log of a cloned database a new identity, also in its checkpoints, and return it.
 
     :raises CheckpointError: when the host has no table for it.
     """
@@ -159,14 +159,15 @@ def give_identity(application: ProjectedApplication) -> int:
 
 
 def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
-    """Keep every worker from running a consumer until it is resumed, whatever is restarted.
+    """Keep every worker from running a consumer until it is resumed, also after restarts.
 
-    A batch in progress is waited for: nothing is applied after that. A reaction in progress comes to its end.
+    It waits for a batch in progress; nothing is applied after that. A reaction in progress is finished.
 
-    :param by: who wants that, as the status tells it.
+    :param by: who asks for it, as ``status`` shows it.
     :param reason: why.
-    :raises CheckpointError: when it is inline, or its rebuild is about to end.
-    :raises CheckpointMismatchError: for reactions that have no checkpoint beside those of a projection that is unknown.
+    :raises CheckpointError: when it is inline, or its rebuild is swapping tables.
+    :raises CheckpointMismatchError: for reactions without a checkpoint, if there is a checkpoint of an unknown
+        projection.
     """
     _refuse_inline(consumer)
     _ensure(consumer)
@@ -176,9 +177,9 @@ def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
 
 
 def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
-    """Let a consumer go on that is paused, or try again one that is halted.
+    """Let a paused consumer go on, or a halted one try again.
 
-    :param by: who wants that, as the status tells it.
+    :param by: who asks for it, as ``status`` shows it.
     :param reason: why.
     :raises CheckpointError: when it is neither.
     """
@@ -191,15 +192,15 @@ def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
 
 
 def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
-    """Set the event aside before which a consumer is halted, so that it goes on after it; returns the event's name.
+    """Set aside the event at which a consumer has halted, so that it goes on after it. Return the event's name.
 
-    It is a dead letter then, with who and why. Later events of the same aggregate wait behind it until it is retried or
-    discarded.
+    The event becomes a dead letter that notes who skipped it, and why. Later events of the same aggregate wait behind
+    it until it is retried or discarded.
 
-    :param position: that of the event, as the status tells it.
-    :param by: who wants that.
+    :param position: the event's position, as ``status`` shows it.
+    :param by: who asks for it.
     :param reason: why.
-    :raises CheckpointError: when it is not halted before this event, or has others before it that it handles by now.
+    :raises CheckpointError: when it has not halted at this event, or there are earlier events that it handles now.
     :raises CheckpointMismatchError: when the consumer does not fit its log or its tables.
     """
     _refuse_inline(consumer)
@@ -239,16 +240,16 @@ def _check_halted(consumer: Consumer, row: CheckpointRow | None, position: int) 
 
 
 def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str = "") -> None:
-    """Have reactions go on behind a position: they are called again for events behind it, or not for some before it.
+    """Let reactions go on after a position: events after it are handled again, and events before it may be skipped.
 
-    Dead letters of events behind the position are deleted, as these are dealt with again. Reactions that are being run
-    go on from there by themselves; those that are paused stay so.
+    Dead letters of events after the position are deleted, as these events are handled again. Running reactions go on
+    from the position; paused ones stay paused.
 
     :param consumer: the reactions of a projection.
-    :param position: 0 for the beginning of the log, at most its end.
-    :param by: who wants that.
+    :param position: the position, from 0 (the beginning of the log) to the log's end.
+    :param by: who asks for it.
     :param reason: why.
-    :raises CheckpointError: when it is none of the log, or the consumer is no reactions.
+    :raises CheckpointError: when there is no such position in the log, or the consumer is not one of reactions.
     """
     if consumer.kind != "reactions":
         raise CheckpointError(f"{consumer.name} has models: only reactions are reset; rebuild it instead.")
@@ -265,9 +266,9 @@ def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str =
 
 
 def position_before(application: ProjectedApplication, moment: datetime) -> int:
-    """Return the position behind which the events of a time and later ones are, by the timestamps that they have.
+    """Return the position before the first event of a time or later, by the events' timestamps.
 
-    Timestamps go up with positions, but for writers that took their time: some more events before are looked at.
+    Timestamps increase with positions, except for slow writers, so some earlier events are checked too.
 
     :param moment: with a time zone.
     :raises CheckpointError: when events have no timestamps.
@@ -304,7 +305,7 @@ def _first_time(application: ProjectedApplication, after: int, stop: int) -> tup
 
 def _refuse_inline(consumer: Consumer) -> None:
     if consumer.kind == "projection" and consumer.projection_class.inline:
-        raise CheckpointError(f"{consumer.name} is inline: it runs within save(), and nobody can stop it there.")
+        raise CheckpointError(f"{consumer.name} is inline: it runs within save(), where it cannot be stopped.")
 
 
 def _refuse_swapping(row: CheckpointRow) -> None:

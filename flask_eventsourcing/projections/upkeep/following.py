@@ -36,16 +36,16 @@ LOOK_EVERY = 1.0
 class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
-    ``state`` is ``inline``, ``halted``, ``paused``, ``running``, ``stopped``, or what does not fit: ``ahead of its
-    log``, ``another log``, ``tables made again``, ``not applied inline``, ``old code`` where this process would stand
-    by, or ``held back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``; then
-    ``problem`` says what is to be done, as it does for one that is paused.
+    ``state`` is ``inline``, ``halted``, ``paused``, ``running`` or ``stopped``. It is a fault if it is ``ahead of its
+    log``, ``another log``, ``tables made again``, ``not applied inline``, ``old code`` (this process would stand by),
+    or ``held back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``. Then, and if it
+    is paused, ``problem`` has the remedy.
 
-    ``head`` is the last position that is committed. ``writer`` is the oldest transaction that holds readers back before
-    the head, and ``writer_seconds`` its age, None where the role may not know it. ``lag_events`` counts the events of
-    its topics that it has not dealt with, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner
-    took over. ``code_changed`` says that this process has other code than that of the last rebuild. ``changed_by``
-    and ``reason`` are those of the operator who paused, resumed, skipped or reset it last.
+    ``head`` is the last committed position. ``writer`` is the oldest transaction that keeps readers from reaching the
+    head, and ``writer_seconds`` its age, or None if the role may not see it. ``lag_events`` counts the events of its
+    topics that it has not handled, ``lag_seconds`` is the age of the first of them. ``since`` is when the runner took
+    over. ``code_changed`` says that the code of this process differs from that of the last rebuild. ``changed_by`` and
+    ``reason`` are those of the operator who paused, resumed, skipped or reset it last.
     """
 
     name: str
@@ -70,11 +70,11 @@ class ProjectionStatus:
 
     @property
     def healthy(self) -> bool:
-        """Whether it is being run, or need not be, and nothing was set aside."""
+        """Whether it runs, or need not run, and nothing was set aside."""
         return self.state in ("running", "inline") and not self.dead_letters
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return it as a dict for JSON."""
         values = asdict(self)
         values["since"] = None if self.since is None else self.since.isoformat()
         return values
@@ -92,12 +92,12 @@ class Health:
         return all(projection.healthy for projection in self.projections)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold."""
+        """Return it as a dict for JSON."""
         return {"ok": self.ok, "projections": [projection.to_dict() for projection in self.projections]}
 
 
 def status_of(consumer: Consumer) -> ProjectionStatus:
-    """Look at a consumer's row, its lock and its log."""
+    """Return the status of a consumer, from its row, its lock and its log."""
     mark = consumer.application.high_water_mark()
     inline = consumer.kind == "projection" and consumer.projection_class.inline
     belonging = Belonging(consumer)
@@ -194,7 +194,7 @@ def _age(consumer: Consumer, position: int, mark: int, topics: Sequence[str]) ->
 
 
 class Waiters:
-    """The connections that listen for moved positions, kept for the next one who waits."""
+    """The connections that listen for moved positions, kept for later calls."""
 
     def __init__(self, application: ProjectedApplication) -> None:
         self.application = application
@@ -202,7 +202,7 @@ class Waiters:
         self._lock = threading.Lock()
 
     def take(self) -> Waiter:
-        """Return a waiter that nobody else uses now; those of another process are left alone."""
+        """Return a waiter that is not in use; those of a parent process are not used."""
         with self._lock:
             while self._idle:
                 pid, waiter = self._idle.pop()
@@ -211,7 +211,7 @@ class Waiters:
         return self.application.datastore.dialect.update_waiter(self.application.models.tables["projections"])
 
     def give_back(self, waiter: Waiter) -> None:
-        """Keep a waiter for the next one."""
+        """Keep a waiter for the next call."""
         waiter.rest()
         with self._lock:
             if len(self._idle) < MOST_IDLE:
@@ -229,7 +229,7 @@ class Waiters:
 
 
 def last_position(recordings: Any) -> int:
-    """Return the last position of what ``Application.save()`` has returned, or of an iterable of positions.
+    """Return the last position in the return value of ``Application.save()``, or in an iterable of positions.
 
     :raises TypeError: when it is neither.
     """

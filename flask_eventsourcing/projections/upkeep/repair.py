@@ -23,7 +23,7 @@ Outcome = Literal["applied", "discarded", "failed"]
 
 @dataclass
 class Repair:
-    """What became of dead letters: those that were applied, were discarded, and have failed again."""
+    """The result: dead letters that were applied, were discarded, or failed again."""
 
     applied: list[DeadLetter] = field(default_factory=list)
     discarded: list[DeadLetter] = field(default_factory=list)
@@ -41,23 +41,23 @@ Tell = Callable[[Outcome, DeadLetter], None]
 def retry(consumer: Consumer, letter_ids: Collection[int] | None = None, *, tell: Tell | None = None) -> Repair:
     """Apply failed events again, and then those of the same aggregates that wait behind them, in their order.
 
-    Each is a transaction of its own. An event that fails again keeps those behind it waiting. A runner may be at work
-    meanwhile. The letters are read some at a time, however many there are.
+    Each event has a transaction of its own. If it fails again, those behind it go on waiting. A runner may run at the
+    same time. The letters are read in pages.
 
-    :param letter_ids: the dead letters; without them, all that the consumer has at the beginning.
-    :param tell: called with what became of each letter as soon as that is known. Then the result is empty, so that many
-        thousand letters do not have to be kept.
-    :raises DeadLetterError: when there is no such letter; nothing was tried then.
+    :param letter_ids: the dead letters; by default all that the consumer has at the beginning.
+    :param tell: called with the result of each letter. Then the return value is empty, so many thousand letters need
+        not be kept in memory.
+    :raises DeadLetterError: when there is no such letter; then nothing was tried.
     """
     with consumer.application.host.context():
         return _Repairer(consumer, tell).retry(letter_ids)
 
 
 def discard(consumer: Consumer, letter_id: int, *, tell: Tell | None = None) -> Repair:
-    """Give a failed event up, and apply those of the same aggregate that wait behind it.
+    """Discard a failed event, and apply those of the same aggregate that wait behind it.
 
-    :param tell: as :func:`retry` has it.
-    :raises DeadLetterError: when there is no such letter, or it is one that only waits.
+    :param tell: as in :func:`retry`.
+    :raises DeadLetterError: when there is no such letter, or it only waits for another one.
     """
     with consumer.application.host.context():
         return _Repairer(consumer, tell).discard(letter_id)
