@@ -282,7 +282,7 @@ def rebuild(
             return 0
         done = _build(building, stopping, output, restart)
     if done is None:
-        raise CommandError("Stopped before its end: the live tables are as they were; run it again to go on.")
+        raise CommandError("Stopped before its end. The live tables are unchanged; run it again to go on.")
     _tell(subject, output, done)
     if drop_old:
         with clear_errors():
