@@ -90,6 +90,11 @@ class SessionDriver(Driver):
             if self._units.depth:
                 # After a refused commit of the connection's, SQLAlchemy takes the transaction for a failed one.
                 truth.odd |= bool(self._units.begun) or level == "connection"
+                if level == "orm" and not self.stage.begins:
+                    # A manager of transactions takes all of it back, and lets nothing join any more.
+                    self._units.lost(truth.pending_events)
+                    truth.rollback()
+                    truth.odd = True
                 return error
             has_reason = aborted or truth.odd or truth.overtaken or self._units.conflicts
             holds(level != "orm" or bool(has_reason), f"a commit failed without a reason: {error!r}")

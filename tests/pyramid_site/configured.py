@@ -60,3 +60,8 @@ def main(global_config: Any, **settings: Any) -> Any:
         config.scan("tests.pyramid_site.configured")
     states.append(config.registry["flask_eventsourcing"])
     return config.make_wsgi_app()
+
+
+def bare(global_config: Any, **settings: Any) -> Any:
+    """Make a WSGI application in which there is no event sourcing."""
+    return Configurator(settings=settings).make_wsgi_app()

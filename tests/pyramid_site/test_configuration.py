@@ -180,6 +180,24 @@ def test_error_of_a_command(ini: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert caught.value.code == 2
 
 
+def test_ini_file_that_cannot_be_used(ini: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing file or section, a bad setting and a site without an application are each told in one line."""
+    broken, bare = tmp_path / "broken.ini", tmp_path / "bare.ini"
+    text = Path(ini).read_text()
+    broken.write_text(text.replace("sqlalchemy.url", "eventsourcing.lock_tmeout = 3\nsqlalchemy.url"))
+    bare.write_text(text.replace("configured:main", "configured:bare"))
+    for given, message in (
+        (str(tmp_path / "missing.ini"), "No such file"),
+        (f"{ini}#other", "No section 'other'"),
+        (str(broken), "did you mean eventsourcing.lock_timeout"),
+        (str(bare), "There is no application"),
+    ):
+        assert main([given, "status"]) == 1
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
 def test_projection_of_one_of_several_applications(new_site: MakePyramidSite) -> None:
     """``config.add_projection`` takes a projection and the application that it follows."""
 

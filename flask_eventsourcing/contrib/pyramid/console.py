@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.paster import get_app, setup_logging
 
 from ...commands import CommandError, PlainOutput, Subject, UsageError
 from ...commands.listing import COMMANDS
 from ...commands.parsing import add_commands, options_of
+from ...exceptions import ConfigurationError
 from .ini_settings import PROGRAM
 from .site_state import EventSourcing, state_of
 
@@ -44,8 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     given = parser.parse_args(arguments)
-    setup_logging(given.ini)
-    state = state_of(get_app(given.ini).registry)
+    try:
+        setup_logging(given.ini)
+        state = state_of(get_app(given.ini).registry)
+        state.build()
+    except (KeyError, IndexError):
+        # What is wrong in the user's own code keeps its traceback.
+        raise
+    except (FileNotFoundError, LookupError, ConfigurationError, ConfigurationExecutionError) as error:
+        sys.stderr.write(f"Error: {given.ini} has no application to work on: {_cause(error)}\n")
+        return 1
     try:
         exit_status: int = given.listed.called(subject_of(state), PlainOutput(), **options_of(vars(given)))
     except UsageError as error:
@@ -56,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         state.close()
     return exit_status
+
+
+def _cause(error: Exception) -> object:
+    """Return what made a configuration fail, where Pyramid has wrapped it."""
+    return error.evalue if isinstance(error, ConfigurationExecutionError) else error
 
 
 def make_parser() -> argparse.ArgumentParser:
