@@ -163,6 +163,14 @@ class Marked:
         """Whether there are events of an aggregate."""
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
+    def add_beside(self, originator_id: UUID | str, item: Item) -> None:
+        """Note something that stands or falls with the last events of an aggregate."""
+        for noted in reversed(self.noted):
+            batches = of_kind(noted.items, Batch)
+            if any(event.originator_id == originator_id for batch in batches for event in batch.events):
+                noted.items.append(item)
+                return
+
     def add(self, wrapper: Any, item: Item) -> None:
         """Note something in the transaction of a connection, and in its innermost savepoint."""
         self.losses.forget()
