@@ -225,11 +225,11 @@ class DjangoUnit(Unit):
         return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
 
     def _is_over(self) -> bool:
-        """Whether the driver, or the server, says that there is no transaction."""
-        is_open = getattr(self.wrapper.connection, "in_transaction", None)
+        """Whether the driver, or the server, says that there is no transaction any more, nor an aborted one."""
+        is_open, known = getattr(self.wrapper.connection, "in_transaction", None), self._borrowed.known
         if isinstance(is_open, bool):
             return not is_open
-        return self._borrowed.known is not None and self.dialect.is_over(self._borrowed.known)
+        return known is not None and self.dialect.is_over(known) and not self.dialect.is_aborted(known)
 
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events, after an error that was swallowed.
@@ -239,13 +239,14 @@ class DjangoUnit(Unit):
 
         :raises TransactionManagementError: when they are not there.
         """
-        batches, wrapper, connection = self.batches, self.wrapper, self._borrowed.known
-        if not batches or connection is None or wrapper.connection is None:
+        wrapper, connection = self.wrapper, self._borrowed.known
+        if not self._marked or connection is None or wrapper.connection is None:
             return
         is_refused = self.dialect.is_aborted(connection)
-        is_doubtful = wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True
-        if is_refused or (is_doubtful and not all(is_there(connection, each) for each in batches)):
-            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
+        if is_refused or wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True:
+            batches = self._marked.all(Batch)
+            if batches and (is_refused or not all(is_there(connection, each) for each in batches)):
+                raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
 
 class DjangoUnits:
