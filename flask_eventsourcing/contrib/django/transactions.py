@@ -21,7 +21,7 @@ from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all, is_there
 from .ends import Ends
-from .lending import Borrowed
+from .lending import Borrowed, refresh
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
 
@@ -142,6 +142,9 @@ class DjangoUnit(Unit):
     def before_write(self) -> Connection:
         """Open a block as ``Model.save()`` does: what fails in it marks the one around it for a rollback."""
         self.look()
+        if self.wrapper.autocommit:
+            # With autocommit off, what is not committed would be lost with it.
+            refresh(self.wrapper)
         block: Any = transaction.atomic(using=self.wrapper.alias, savepoint=False)
         with driver_errors():
             block.__enter__()
