@@ -56,7 +56,7 @@ def make_models() -> tuple[Any, Any]:
     """Return the record classes, and the model of a row."""
     from flask_eventsourcing.contrib.django.models import event_models
 
-    class LimitRow(models.Model):
+    class LimitRow(models.Model):  # type: ignore[misc]
         text = models.BinaryField()
 
         class Meta:

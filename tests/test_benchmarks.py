@@ -88,9 +88,10 @@ def test_metadata_are_measured_on_a_database() -> None:
     assert "| commit of 100 events | SQLite" in result.stdout
 
 
-def test_sessions_of_zope_are_measured_beside_their_own_commits() -> None:
-    """The benchmark of zope.sqlalchemy's sessions prints the rate of events, that of rows, and their ratio."""
-    command = [sys.executable, "-m", "benchmarks.zope_sessions", "--quick", "--databases", "sqlite"]
+@pytest.mark.parametrize("module", ["zope_sessions", "django_rows"])
+def test_a_host_is_measured_beside_its_own_commits(module: str) -> None:
+    """The benchmark of a host prints the rate of events, that of rows, and their ratio."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--databases", "sqlite"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "| database | one event | one row | ratio |" in result.stdout

@@ -64,7 +64,7 @@ class DjangoUnit(Unit):
         self._hooks: int | None = None
         """The identity of Django's list of functions: to hold the list would keep what is dropped."""
         self._current: Transaction | None = None
-        self._ends = Ends(borrowed.wrapper, self, marked)
+        borrowed.ends = Ends(borrowed.wrapper, self, marked)
 
     @property
     def wrapper(self) -> Any:
