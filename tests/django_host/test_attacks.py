@@ -105,7 +105,7 @@ def test_savepoint_without_a_block(site: DjangoBank, told: Told) -> None:
     kept, lost = Account("Ada"), Account("Bob")
     with site.atomic():
         site.bank.save(kept)
-        savepoint = transaction.savepoint(using=site.alias)
+        savepoint = site.connection.savepoint()
         site.bank.save(lost)
         transaction.savepoint_rollback(savepoint, using=site.alias)
         with pytest.raises(StaleAggregateError):
