@@ -79,6 +79,7 @@ ifeq ($(filter-out --quick,$(ARGS)),)
 	$(BIN)/python -m benchmarks.large_saves $(ARGS)
 	$(BIN)/python -m benchmarks.metadata $(ARGS)
 	$(BIN)/python -m benchmarks.sessions $(ARGS)
+	$(BIN)/python -m benchmarks.django_rows $(ARGS)
 endif
 
 docs: $(DOCS_STAMP)

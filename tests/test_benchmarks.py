@@ -88,9 +88,13 @@ def test_metadata_are_measured_on_a_database() -> None:
     assert "| commit of 100 events | SQLite" in result.stdout
 
 
-def test_sessions_are_measured_beside_bare_ones() -> None:
-    """The benchmark of sessions prints the rate of events, that of rows in a bare session, and their ratio."""
-    command = [sys.executable, "-m", "benchmarks.sessions", "--quick", "--databases", "sqlite"]
+@pytest.mark.parametrize(
+    ("module", "shown"),
+    [("sessions", "| Flask | one row, insert() |"), ("django_rows", "| Django | one row, create() |")],
+)
+def test_a_host_is_measured_beside_its_own_commits(module: str, shown: str) -> None:
+    """The benchmark of a host prints the rate of events, that of rows, and their ratio."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--databases", "sqlite"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "| Flask | one row, insert() |" in result.stdout
+    assert shown in result.stdout

@@ -24,6 +24,7 @@ from ..failures import OnError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..persistence.describing import saving
 from ..uow import Unit
+from ..uow.pending import AfterRollback
 
 UsingSession = Callable[[orm.Session], AbstractContextManager[object]]
 
@@ -94,7 +95,11 @@ def share(obj: Any) -> None:
 def lost_with(unit: Unit, objects: Iterable[Any], reason: str) -> None:
     """Refuse objects if the current work is rolled back."""
     for obj in objects:
-        unit.on_rollback(partial(_lose_referenced, _reference(obj), reason))
+        unit.on_rollback(_losing(obj, reason))
+
+
+def _losing(obj: Any, reason: str) -> Callable[[], None]:
+    return partial(_lose_referenced, _reference(obj), reason)
 
 
 def _reference(obj: Any) -> Callable[[], Any]:
@@ -120,7 +125,7 @@ def watch(recorder: Any, aggregate: Any, aggregate_id: Any) -> None:
     """Refuse an aggregate that was read with uncommitted events, if they are rolled back."""
     unit = unit_of(recorder)
     if unit is not None and unit.has_saved(aggregate_id) and unit.pending.has_events_of(aggregate_id):
-        lost_with(unit, (aggregate,), READ_UNCOMMITTED)
+        unit.pending.add_beside(aggregate_id, AfterRollback(_losing(aggregate, READ_UNCOMMITTED)))
 
 
 class Records:

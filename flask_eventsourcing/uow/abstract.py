@@ -24,6 +24,9 @@ class PendingEvents(Protocol):
     def has_events_of(self, originator_id: UUID | str) -> bool:
         """Whether there are events of an aggregate."""
 
+    def add_beside(self, originator_id: UUID | str, item: Item) -> None:
+        """Note something that stands or falls with the last events of an aggregate."""
+
 
 class Unit(JoinedUnit, ABC):
     """What was recorded in one datastore in a transaction of the host's, and not yet committed.

@@ -111,6 +111,15 @@ class Pending:
         """Whether there are events of an aggregate."""
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
+    def add_beside(self, originator_id: UUID | str, item: Item) -> None:
+        """Note something that stands or falls with the last events of an aggregate."""
+        for number in reversed(range(len(self._items))):
+            level, known = self._items[number]
+            if isinstance(known, Batch) and any(event.originator_id == originator_id for event in known.events):
+                # What is to follow a rollback is noted before the events.
+                self._items.insert(number, (level, item))
+                return
+
     def released(self, level: int) -> None:
         """A savepoint was released: its items now belong to the savepoint around it."""
         self._items = [(min(own, level - 1), item) for own, item in self._items]

@@ -148,7 +148,7 @@ def test_rollback_that_was_asked_for(site: DjangoBank, client: Client) -> None:
 
     def by_savepoint(request: Any) -> HttpResponse:
         with site.atomic():
-            savepoint = transaction.savepoint(using=site.alias)
+            savepoint = site.connection.savepoint()
             site.opened()
             transaction.savepoint_rollback(savepoint, using=site.alias)
         return HttpResponse()

@@ -34,6 +34,7 @@ HOSTS = (
     "plain sessionmaker",
     *(["flask"] if can_import("flask") else []),
     *(ZOPE if can_import("zope.sqlalchemy") else []),
+    *(["django"] if can_import("django") else []),
 )
 
 
@@ -61,6 +62,10 @@ class HostSite(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the application and every connection."""
+
+    def remove(self) -> None:
+        """Give back what is left after :meth:`close`; mostly nothing."""
+        return
 
     def commit(self) -> None:
         """Commit the current session, as a user of the host does."""
@@ -158,6 +163,9 @@ def make_host_site(kind: str, url: str) -> HostSite:
     if kind == "flask":
         made: HostSite = importlib.import_module("tests.hosts.flask_site").FlaskSite(url)
         return made
+    if kind == "django":
+        on_django: HostSite = importlib.import_module("tests.hosts.django_site").DjangoSite(url)
+        return on_django
     if kind in ZOPE:
         on_zope: HostSite = importlib.import_module("tests.hosts.zope_site").ZopeSite(url, scoped=kind == ZOPE[0])
         return on_zope

@@ -75,6 +75,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_each(BEGIN, SAVE, None, SAVE, BACK, AGAIN, COMMIT),
     *_each(BEGIN, OTHER, None, SAVE, BACK, READ, AGAIN, COMMIT, SAVE, COMMIT),
     *_each(BEGIN, SAVE, None, SAVE, RELEASE, SAVE, COMMIT),
+    *_each(BEGIN, SAVE, None, READ, BACK, SAVE, COMMIT),
     *_each(BEGIN, Step("orm savepoint"), None, SAVE, RELEASE, BACK, COMMIT),
     (Step("savepoint", 0, True, (SAVE, Step("row error"))), AGAIN, COMMIT),
     (READ, OVERTAKEN, CONFLICT, ROLLBACK, UNCHANGED, COMMIT),

@@ -272,9 +272,13 @@ class DjangoDriver(Driver):
         self.truth.frames.append(Frame("connection", self.stage.connection.savepoint()))
 
     def _is_unsafe(self) -> bool:
-        """Whether it is the case in which Django's documentation says that savepoints and blocks are of no use."""
+        """Whether it is a case in which blocks and savepoints are of no use in Django, with autocommit switched off.
+
+        Its documentation says so of SQLite; and a block that cannot begin, in an aborted transaction, is never left.
+        """
         connection = self.stage.connection
-        return self.stage.dialect == "sqlite" and not connection.in_atomic_block and not connection.get_autocommit()
+        is_manual = not connection.in_atomic_block and not connection.get_autocommit()
+        return is_manual and (self.stage.dialect == "sqlite" or self._is_refused_by_server())
 
     def _savepoint_to_end(self, step: Step) -> int:
         levels = [frame.level for frame in self.truth.frames]

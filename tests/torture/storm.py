@@ -7,13 +7,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 import zope.sqlalchemy
+from django.db import Error as DjangoError
+from django.db import connections, transaction
 from eventsourcing.application import Application
 from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent
 from flask import Flask
@@ -22,9 +24,13 @@ from sqlalchemy import orm
 from transaction import ThreadTransactionManager
 
 from flask_eventsourcing import EventSourcing
+from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django.records import records_of
 from flask_eventsourcing.contrib.zope import EventSourcing as ZopeEventSourcing
 from flask_eventsourcing.contrib.zope import event_models
 from flask_eventsourcing.persistence import SQLAlchemyApplicationRecorder
+from tests.django_host import project
+from tests.django_host.datastores import Opened
 from tests.servers import forget_killed_connections
 
 WRITERS = 32
@@ -164,7 +170,63 @@ class ZopePlace(Place):
         self.engine.dispose()
 
 
-PLACES: dict[str, Callable[[str, dict[str, Any]], Place]] = {"flask": FlaskPlace, "zope": ZopePlace}
+class DjangoPlace(Place):
+    """A Django project, in which each thread has a connection."""
+
+    def __init__(self, url: str, engine_options: dict[str, Any]) -> None:
+        self.stack = ExitStack()
+        self.alias = f"storm{uuid4().hex}"
+        self.stack.enter_context(project.database(self.alias, url))
+        self.stack.callback(Opened(self.alias).close)
+        self.stack.enter_context(project.applications(Bank=self.alias))
+        self.engine = sa.create_engine(url, **engine_options)
+        self.stack.callback(self.engine.dispose)
+        self.recorder = cast(SQLAlchemyApplicationRecorder, get_application("Bank").recorder)
+        self.events = records_of("Bank").mirror.tables["events"]
+        self.thread = threading.local()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A block, which is rolled back unless it was committed."""
+        try:
+            self._begin()
+        except DjangoError:
+            # A request would close the connection that was lost, and the next one make another.
+            connections[self.alias].close()
+            self._begin()
+        try:
+            yield
+        finally:
+            self.rollback()
+
+    def _begin(self) -> None:
+        block: Any = transaction.atomic(using=self.alias)
+        block.__enter__()
+        self.thread.block = block
+
+    def commit(self) -> None:
+        """Leave the block."""
+        self._leave(None, None, None)
+
+    def rollback(self) -> None:
+        """Leave the block with an error, if it is not left yet."""
+        if self.thread.block is not None:
+            self._leave(KeyError, KeyError(), None)
+
+    def _leave(self, *error: Any) -> None:
+        block, self.thread.block = self.thread.block, None
+        block.__exit__(*error)
+
+    def close(self) -> None:
+        """Close everything."""
+        self.stack.close()
+
+
+PLACES: dict[str, Callable[[str, dict[str, Any]], Place]] = {
+    "flask": FlaskPlace,
+    "zope": ZopePlace,
+    "django": DjangoPlace,
+}
 
 
 class Scene:
@@ -202,7 +264,7 @@ class Scene:
                 except IntegrityError:
                     self._give_up()
                     self.storm.count("conflict")
-                except (PersistenceError, sa.exc.SQLAlchemyError) as error:
+                except (PersistenceError, sa.exc.SQLAlchemyError, DjangoError) as error:
                     # A killed connection: whether the commit was done is not known, and the table will tell.
                     self._give_up()
                     self.storm.count("killed" if is_kill(error) else "surprise")

@@ -30,6 +30,7 @@ class Ends:
     def __init__(self, wrapper: Any, checks: Checks, marked: Marked) -> None:
         self._checks = weakref.ref(checks)
         self._marked = marked
+        self._running = 0
         # Neither is to keep the other.
         found, told = weakref.ref(wrapper), weakref.ref(self)
         for name in ("close", "commit", "run_and_clear_commit_hooks", "savepoint_rollback", "set_rollback"):
@@ -46,15 +47,19 @@ class Ends:
                 checks.check_commit()
             commit()
         self._marked.all_committed()
-        if sys._getframe(2).f_code is not EXIT:
+        if sys._getframe(2).f_code is not EXIT and not self._running:
             self._marked.tell()
 
     def run_and_clear_commit_hooks(self, wrapper: Any, run: Callable[[], Any]) -> Any:
         """Call the functions that wait for the commit; where one of a user's fails, ours are called all the same."""
+        self._running += 1
         try:
             run()
         finally:
-            self._marked.tell()
+            self._running -= 1
+            if not self._running:
+                # And not after a transaction that one of the functions has committed.
+                self._marked.tell()
 
     def savepoint_rollback(self, wrapper: Any, roll_back: Callable[..., Any], sid: Any) -> Any:
         """Roll back to a savepoint, also to one that is no block's."""

@@ -270,6 +270,8 @@ class Borrowed:
         self._driver: Any = None
         self.known: Connection | None = None
         """SQLAlchemy's, if it was asked for."""
+        self.ends: object = None
+        """What the connection tells of its transactions' ends."""
 
     @property
     def wrapper(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -105,8 +105,8 @@ class LentCursor:
             return self._cursor.fetchall()
 
     def close(self) -> None:
-        """Close the cursor."""
-        with driver_errors():
+        """Close the cursor; what a lost connection says to that is of no use, and Django does not listen either."""
+        with suppress(self._cursor.db.Database.Error):
             self._cursor.close()
 
     def __getattr__(self, name: str) -> Any:

@@ -88,6 +88,11 @@ class Losses:
         """Told that the commit has failed, with an error that whoever commits is told by."""
         self._asked = (None,)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody has asked for a rollback that was not done yet."""
+        return self._asked is not None
+
     def forget(self) -> None:
         """Told of a statement: nobody is waiting for a rollback."""
         self._asked = None
@@ -153,15 +158,23 @@ class Marked:
 
     def all(self, kind: Any) -> list[Any]:
         """Return what was noted of one kind."""
-        return [item for each in self.noted for item in of_kind(each.items, kind)]
+        return [item for each in self.noted if not each.is_committed for item in of_kind(each.items, kind)]
 
     def has(self, kind: Any) -> bool:
         """Whether something of one kind was noted."""
-        return any(isinstance(item, kind) for each in self.noted for item in each.items)
+        return any(isinstance(item, kind) for each in self.noted if not each.is_committed for item in each.items)
 
     def has_events_of(self, originator_id: UUID | str) -> bool:
         """Whether there are events of an aggregate."""
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
+
+    def add_beside(self, originator_id: UUID | str, item: Item) -> None:
+        """Note something that stands or falls with the last events of an aggregate."""
+        for noted in reversed(self.noted):
+            batches = of_kind(noted.items, Batch)
+            if any(event.originator_id == originator_id for batch in batches for event in batch.events):
+                noted.items.append(item)
+                return
 
     def add(self, wrapper: Any, item: Item) -> None:
         """Note something in the transaction of a connection, and in its innermost savepoint."""

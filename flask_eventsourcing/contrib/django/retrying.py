@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from django.db import transaction
 from django.db.utils import Error
 from eventsourcing.persistence import IntegrityError
 
-from ...exceptions import ConfigurationError
+from ...exceptions import ConfigurationError, RollbackOnlyError
 from ...uow import LONGEST_PAUSE, check_times
 from .hosting import site
 from .transactions import DjangoUnit
@@ -24,6 +25,15 @@ NESTED = (
     "retry_on_conflict is inside another atomic() block of {alias!r}, with which its conflict would be rolled back and "
     "whose rows it has read: put it around the outermost block. A view of yours has ATOMIC_REQUESTS switched off by "
     "it, if it is the decorator that stands first."
+)
+
+LATER = (
+    "{name} runs when the atomic() block of retry_on_conflict has ended: decorate a function that is neither a "
+    "coroutine function nor a generator, and call that with sync_to_async() or from a generator."
+)
+SWALLOWED = (
+    "An error was swallowed inside retry_on_conflict, after which its block can only be rolled back: let it pass, put "
+    "what may fail into an atomic() block of its own, or ask for the rollback with transaction.set_rollback(True)."
 )
 
 
@@ -42,11 +52,17 @@ def retry_on_conflict(
     :param times: how often it is run again, at most.
     :param using: the alias of the database; by default, that of the only one with events.
     :raises IntegrityError: after the last try.
+    :raises RollbackOnlyError: when the function has swallowed an error after which the block can only be rolled back.
+    :raises ConfigurationError: for a coroutine function or a generator, which would run when the block has ended.
     :raises RuntimeError: inside another ``atomic()``, but for that of a test case, where each try is a savepoint.
     """
     check_times(times)
 
     def decorate(decorated: Callable[..., Any]) -> Callable[..., Any]:
+        kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+        if any(is_kind(each) for is_kind in kinds for each in (decorated, getattr(decorated, "__call__", None))):  # noqa: B004
+            raise ConfigurationError(LATER.format(name=getattr(decorated, "__qualname__", repr(decorated))))
+
         @wraps(decorated)
         def run(*args: Any, **kwargs: Any) -> Any:
             return run_again(lambda: decorated(*args, **kwargs), times, using)
@@ -104,13 +120,17 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
 
 def _queued(unit: DjangoUnit, function: Callable[[], Any]) -> Any:
     unit.queue.active = True
+    unit.losses.forget()
     try:
         if unit.queue.has_conflicts:
             with unit.dialect.translated:
                 unit.queue.join_conflicting(unit.connection())
-        return function()
+        returned = function()
     finally:
         unit.queue.active = False
+    if unit.wrapper.needs_rollback and not unit.losses.is_asked:
+        raise RollbackOnlyError(SWALLOWED)
+    return returned
 
 
 def _as_conflict(unit: DjangoUnit, error: Exception) -> IntegrityError | None:

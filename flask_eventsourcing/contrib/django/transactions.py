@@ -21,7 +21,7 @@ from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all, is_there
 from .ends import Ends
-from .lending import Borrowed, own_connection
+from .lending import Borrowed, own_connection, refresh
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
 
@@ -64,7 +64,7 @@ class DjangoUnit(Unit):
         self._hooks: int | None = None
         """The identity of Django's list of functions: to hold the list would keep what is dropped."""
         self._current: Transaction | None = None
-        self._ends = Ends(borrowed.wrapper, self, marked)
+        borrowed.ends = Ends(borrowed.wrapper, self, marked)
 
     @property
     def wrapper(self) -> Any:
@@ -142,6 +142,9 @@ class DjangoUnit(Unit):
     def before_write(self) -> Connection:
         """Open a block as ``Model.save()`` does: what fails in it marks the one around it for a rollback."""
         self.look()
+        if self.wrapper.autocommit:
+            # With autocommit off, what is not committed would be lost with it.
+            refresh(self.wrapper)
         block: Any = transaction.atomic(using=self.wrapper.alias, savepoint=False)
         with driver_errors():
             block.__enter__()
@@ -225,11 +228,11 @@ class DjangoUnit(Unit):
         return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
 
     def _is_over(self) -> bool:
-        """Whether the driver, or the server, says that there is no transaction."""
-        is_open = getattr(self.wrapper.connection, "in_transaction", None)
+        """Whether the driver, or the server, says that there is no transaction any more, nor an aborted one."""
+        is_open, known = getattr(self.wrapper.connection, "in_transaction", None), self._borrowed.known
         if isinstance(is_open, bool):
             return not is_open
-        return self._borrowed.known is not None and self.dialect.is_over(self._borrowed.known)
+        return known is not None and self.dialect.is_over(known) and not self.dialect.is_aborted(known)
 
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events, after an error that was swallowed.
@@ -239,13 +242,14 @@ class DjangoUnit(Unit):
 
         :raises TransactionManagementError: when they are not there.
         """
-        batches, wrapper, connection = self.batches, self.wrapper, self._borrowed.known
-        if not batches or connection is None or wrapper.connection is None:
+        wrapper, connection = self.wrapper, self._borrowed.known
+        if not self._marked or connection is None or wrapper.connection is None:
             return
         is_refused = self.dialect.is_aborted(connection)
-        is_doubtful = wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True
-        if is_refused or (is_doubtful and not all(is_there(connection, each) for each in batches)):
-            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
+        if is_refused or wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True:
+            batches = self._marked.all(Batch)
+            if batches and (is_refused or not all(is_there(connection, each) for each in batches)):
+                raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
 
 class DjangoUnits:
