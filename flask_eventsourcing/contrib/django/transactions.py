@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,8 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from django.db import transaction
+import sqlalchemy as sa
+from django.db import Error, transaction
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
@@ -18,10 +20,12 @@ from ...persistence import Datastore, Description, Dialect
 from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
-from ...uow.pending import Item, call_all
+from ...uow.pending import Item, call_all, is_there
 from .lending import Borrowed, own_connection
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Gate:
@@ -198,22 +202,54 @@ class DjangoUnit(Unit):
             call_all([item])
 
     def look(self) -> None:
-        """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
+        """Find out what Django has dropped, and what became of transactions that it does not follow."""
         if self._marked:
-            if self._is_committed():
-                for noted in list(self._marked.noted):
-                    self._marked.committed(noted)
-            self._marked.look(self.wrapper)
+            if self._has_ended_past_django():
+                self._marked.ask()
+            self._marked.look()
 
-    def _is_committed(self) -> bool:
-        """Whether somebody has committed who has autocommit switched off, of which Django tells nobody at once."""
+    def _has_ended_past_django(self) -> bool:
+        """Whether a transaction of which Django tells nobody is over: autocommit was switched off, and is on again."""
         wrapper = self.wrapper
-        if wrapper.in_atomic_block or wrapper.autocommit or wrapper.connection is None or not wrapper.run_on_commit:
+        if wrapper.in_atomic_block or self._marked.losses.leaving is not None or wrapper.connection is None:
             return False
-        is_open = getattr(wrapper.connection, "in_transaction", None)
-        if isinstance(is_open, bool):
-            return not is_open
-        return self._borrowed.known is not None and self.dialect.is_over(self._borrowed.known)
+        known = self._borrowed.known
+        return bool(wrapper.autocommit) or (known is not None and self.dialect.is_over(known))
+
+
+class UnitDatabase:
+    """What a unit's database says of events.
+
+    :param unit: the unit, which has it.
+    """
+
+    def __init__(self, borrowed: Borrowed, dialect: Dialect) -> None:
+        self._borrowed = borrowed
+        self._dialect = dialect
+
+    def is_aborted(self) -> bool:
+        """Whether a commit would be a rollback, as the driver knows."""
+        known = self._borrowed.known
+        return known is not None and self._dialect.is_aborted(known)
+
+    def has_ended(self) -> bool:
+        """Whether the driver knows, without asking the server, that the transaction has ended."""
+        known = self._borrowed.known
+        return known is not None and self._dialect.driver_knows_end and self._dialect.is_over(known)
+
+    def commits_implicitly(self, statement: str) -> bool:
+        """Whether a statement commits."""
+        return self._dialect.commits_implicitly(statement)
+
+    def there(self, batches: Sequence[Batch]) -> set[int] | None:
+        """Return which events are in the database, by the batches' ``id()``; None where that cannot be asked."""
+        try:
+            with driver_errors():
+                connection = self._borrowed.connection()
+                return {id(batch) for batch in batches if is_there(connection, batch)}
+        except (sa.exc.SQLAlchemyError, Error, self._dialect.driver_error) as error:
+            logger.warning("Nobody knows what became of events that were saved: %s", type(error).__name__)
+            return None
 
 
 class DjangoUnits:
@@ -237,5 +273,7 @@ class DjangoUnits:
 def _make(
     datastore: Datastore, publish: Announce, lost: Announce, contended: ContendedAggregates, wrapper: Any
 ) -> DjangoUnit:
-    marked = Marked(publish, Losses(wrapper, lost))
-    return DjangoUnit(Borrowed(datastore.engine, wrapper), datastore, marked, contended)
+    marked = Marked(wrapper, publish, Losses(wrapper, lost))
+    borrowed = Borrowed(datastore.engine, wrapper)
+    marked.database = UnitDatabase(borrowed, datastore.dialect)
+    return DjangoUnit(borrowed, datastore, marked, contended)
