@@ -213,8 +213,15 @@ class DjangoUnit(Unit):
         wrapper = self.wrapper
         if wrapper.in_atomic_block or self._marked.losses.leaving is not None or wrapper.connection is None:
             return False
-        known = self._borrowed.known
-        return bool(wrapper.autocommit) or (known is not None and self.dialect.is_over(known))
+        return bool(wrapper.autocommit) or has_ended(self._borrowed, self.dialect)
+
+
+def has_ended(borrowed: Borrowed, dialect: Dialect) -> bool:
+    """Whether there is no transaction on the driver's connection, or an aborted one."""
+    is_open = getattr(borrowed.wrapper.connection, "in_transaction", None)
+    if isinstance(is_open, bool):
+        return not is_open
+    return borrowed.known is not None and dialect.is_over(borrowed.known)
 
 
 class UnitDatabase:
@@ -234,8 +241,7 @@ class UnitDatabase:
 
     def has_ended(self) -> bool:
         """Whether the driver knows, without asking the server, that the transaction has ended."""
-        known = self._borrowed.known
-        return known is not None and self._dialect.driver_knows_end and self._dialect.is_over(known)
+        return self._dialect.driver_knows_end and has_ended(self._borrowed, self._dialect)
 
     def commits_implicitly(self, statement: str) -> bool:
         """Whether a statement commits."""
