@@ -18,6 +18,21 @@ LETTERS = "/admin/bank/bankdeadletter/"
 CHECKPOINTS = "/admin/bank/bankprojection/"
 
 
+FAILS: list[bool] = []
+_opened: Any = Balances.handlers.functions[Account.Opened]
+
+
+def opened(self: Any, event: Any) -> None:
+    """Handle the event, or fail."""
+    if FAILS:
+        raise ValueError("wrong")
+    _opened(self, event)
+
+
+Balances.handlers.functions[Account.Opened] = opened
+Balances.on_failure, Balances.retries = "dead-letter", 0
+
+
 class AdminTest(EventSourcingTestCase):
     """What people see, and may do."""
 
@@ -25,13 +40,9 @@ class AdminTest(EventSourcingTestCase):
         """Set an event aside."""
         super().setUp()
         self.account = get_application(Bank).open_account("Ada Secret")
-        handler = Balances.handlers.functions[Account.Opened]
-        Balances.handlers.functions[Account.Opened] = _fail
-        Balances.on_failure, Balances.retries = "dead-letter", 0
-        try:
-            run_projections("Balances")
-        finally:
-            Balances.handlers.functions[Account.Opened] = handler
+        FAILS.append(True)
+        run_projections("Balances")
+        FAILS.clear()
         self.letter = BankRecords.DeadLetter.objects.get()
 
     def enter(self, *permissions: str, superuser: bool = False) -> None:
@@ -96,7 +107,3 @@ class AdminTest(EventSourcingTestCase):
         self.enter("view_bankdeadletter", "discard_bankdeadletter")
         self.act("discard")
         self.assertFalse(BankRecords.DeadLetter.objects.exists())
-
-
-def _fail(*_: Any, **__: Any) -> None:
-    raise ValueError("wrong")

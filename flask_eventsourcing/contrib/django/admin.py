@@ -1,6 +1,6 @@
 """The admin of events, checkpoints and dead letters, for each application, where Django's admin is installed.
 
-All of it is read only, for superusers too. The permissions are those of the models, as ``bank.view_bankstoredevent``, and
+All of it is read only, for superusers too. The permissions are those of the models, as ``bank.view_bankstoredevent``;
 what is done with dead letters has its own: ``bank.retry_bankdeadletter`` and ``bank.discard_bankdeadletter``.
 """
 

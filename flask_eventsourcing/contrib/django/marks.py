@@ -24,7 +24,7 @@ from ...uow.pending import AfterRollback, Item, call_all, of_kind
 Announce = Callable[[Sequence[Batch]], None]
 HARMLESS = re.compile(
     r"\s*(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|MERGE|WITH|VALUES|SHOW|EXPLAIN|PRAGMA|LOCK|NOTIFY|COPY|SAVEPOINT|RELEASE"
-    r"|SET CONSTRAINTS|ROLLBACK TO SAVEPOINT \W?s\d+_x\d+(?=\W?\Z))\b[^;]*;?\s*\Z",
+    r"|SET CONSTRAINTS|SET STATEMENT|ROLLBACK TO SAVEPOINT \W?s\d+_x\d+(?=\W?\Z))\b[^;]*;?\s*\Z",
     re.IGNORECASE,
 )
 """Statements that end no transaction, and the one with which Django rolls a block back, of which it takes note."""
@@ -306,7 +306,8 @@ class Marked:
             for noted in list(self.noted):
                 if noted.is_committed:
                     self.committed(noted)
-        if self._is_suspicious and not wrapper.in_atomic_block:
+        is_over = wrapper.autocommit or wrapper.connection is None
+        if self._is_suspicious and is_over and not wrapper.in_atomic_block:
             self.ask()
         self.look()
 
