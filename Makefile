@@ -78,7 +78,7 @@ ifeq ($(filter-out --quick,$(ARGS)),)
 	$(BIN)/python -m benchmarks.projections $(ARGS)
 	$(BIN)/python -m benchmarks.large_saves $(ARGS)
 	$(BIN)/python -m benchmarks.metadata $(ARGS)
-	$(BIN)/python -m benchmarks.zope_sessions $(ARGS)
+	$(BIN)/python -m benchmarks.sessions $(ARGS)
 endif
 
 docs: $(DOCS_STAMP)

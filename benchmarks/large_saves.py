@@ -155,8 +155,8 @@ def to_markdown(version: str, found: dict[int, Figures], rounds: int) -> str:
     rows = [
         HEADING,
         (
-            f"A run of its own: `python -m benchmarks.large_saves`, {version}, {rounds} rounds; a figure is their "
-            "median, and behind it the lowest and the highest.\n"
+            f"Measured by `python -m benchmarks.large_saves` on {version} in {rounds} rounds. Each figure is the "
+            "median, followed by the lowest and the highest.\n"
         ),
         (
             "| events of the save | the save, ms | longest commit beside it, ms | median beside it, ms "
@@ -170,10 +170,10 @@ def to_markdown(version: str, found: dict[int, Figures], rounds: int) -> str:
     rows += [
         "",
         (
-            f"- Beside the save {WRITERS} processes commit one event at a time, each with a pause of {PAUSE * 1000:g} "
+            f"- During the save {WRITERS} processes commit one event at a time, each with a pause of {PAUSE * 1000:g} "
             "ms after it, and a transaction that has appended is idle. Each save succeeded at its first call."
         ),
-        "- The longest without it is that of the second before the save.",
+        "- *Longest without it* is the longest commit in the second before the save.",
         "",
     ]
     return "\n".join(rows)

@@ -137,8 +137,8 @@ def to_markdown(found: Sequence[Figures], rounds: int) -> str:
     rows = [
         HEADING,
         (
-            f"A run of its own: `python -m benchmarks.metadata`, {rounds} rounds; a figure is the median of the ratios "
-            "within each round, and behind it the lowest and the highest.\n"
+            f"Measured by `python -m benchmarks.metadata` in {rounds} rounds. Each figure is the median of the ratios "
+            "of each round, followed by the lowest and the highest.\n"
         ),
         "| speed | database | metadata / NULLs | with the index / without |",
         "|---|---|---:|---:|",
@@ -150,8 +150,8 @@ def to_markdown(found: Sequence[Figures], rounds: int) -> str:
     rows += [
         "",
         (
-            "- Each event has about 220 bytes of JSON, as above. Its metadata are a reason that was put and the "
-            "correlation of the context. The NULLs are those of `EVENTSOURCING_METADATA = False`."
+            "- Each event has about 220 bytes of JSON, as above. Its metadata are a reason and the "
+            "correlation id of the context. The NULLs are those of `EVENTSOURCING_METADATA = False`."
         ),
         "",
     ]

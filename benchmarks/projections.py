@@ -274,8 +274,8 @@ def to_markdown(found: Sequence[Figures], settings: Settings) -> str:
     rows = [
         HEADING,
         (
-            f"A run of its own: `python -m benchmarks.projections`, {settings.rounds} rounds; a figure is their "
-            "median, and behind it the lowest and the highest.\n"
+            f"Measured by `python -m benchmarks.projections` in {settings.rounds} rounds. Each figure is the median, "
+            "followed by the lowest and the highest.\n"
         ),
         "| catching up, events/s | accounts | this | ProjectionRunner of the library | this / library |",
         "|---|---:|---:|---:|---:|",
@@ -291,16 +291,15 @@ def to_markdown(found: Sequence[Figures], settings: Settings) -> str:
     rows += [
         "",
         (
-            f"- Catching up: a log of {settings.events:,} events ({settings.library:,} for the library, whose rate is "
-            "the same from the first event to the last) of accounts that take turns, so that a batch touches as many "
-            "as it can; the projection adds to a balance with `session.get()`. The library's view does the same with "
-            "one "
-            "`INSERT ... ON CONFLICT DO UPDATE` and the tracking in one transaction for each event. Its recorders have "
-            "no subscription on SQLite, and none for MariaDB."
+            f"- Catching up: a log of {settings.events:,} events, and {settings.library:,} for the library, whose "
+            "rate is the same from the first event to the last. The accounts take turns, so a batch touches as many "
+            "of them as possible. The projection adds to a balance with `session.get()`. The library's view does the "
+            "same with one `INSERT ... ON CONFLICT DO UPDATE` for each event, in one transaction with the tracking. "
+            "The library has no subscription on SQLite, and no recorders for MariaDB."
         ),
         (
-            "- Latency: from the return of a writer's `commit()`, in another process, to that of the commit of the "
-            "read model. On PostgreSQL the worker is notified, elsewhere it polls."
+            "- Latency is the time from the return of `commit()` in a writer, in another process, to the return of the "
+            "commit of the read model. On PostgreSQL the worker is notified, elsewhere it polls."
         ),
         "",
     ]

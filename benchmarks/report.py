@@ -9,25 +9,25 @@ from .workloads import WORKLOADS, Memory
 
 RATIOS = (("this", "peer"), ("this", "own"), ("this-alone", "own"), ("this", "bare"))
 NOTES = """\
-- A figure is the median of all rounds, and behind it the lowest and the highest. A ratio is the median of the ratios \
-within each round, which is why it may differ from the ratio of the medians.
-- *This, in a session*: the recorder in an application context, `db.session.commit()` after each unit that wrote and \
-`db.session.rollback()` after each that read. *eventsourcing-sqlalchemy* does exactly the same, set up as its README \
-has it for Flask-SQLAlchemy. Each thread has one application context for the whole measurement.
+- Each figure is the median of all rounds, followed by the lowest and the highest. A ratio is the median of the \
+ratios of each round, so it may differ from the ratio of the medians.
+- *This, in a session*: the recorder in an application context, with `db.session.commit()` after each unit that wrote \
+and `db.session.rollback()` after each unit that read. *eventsourcing-sqlalchemy* does exactly the same, set up for \
+Flask-SQLAlchemy as in its README. Each thread has one application context for the whole measurement.
 - *This, on its own*: the same recorder outside an application context, where it commits by itself.
-- The library's recorders, and this one on its own, commit when events are saved: there is nothing between save and \
-commit, and the pause comes after the commit, when no lock is held.
-- *Bare* drivers send the statements of this package, order and all, with nothing around them.
-- Every contender has a database of its own, filled with the same events (about 220 bytes of JSON each) and analysed; \
-each measurement that writes has a fresh copy of it. Pools have a connection for each thread, except that of \
-eventsourcing.sqlite, which has 15 at most and no setting for it. SQLite files are in WAL mode for all; otherwise \
-server and driver settings are their defaults.
-- A session holds what it has written until its commit. SQLite has one writer at a time, and on MariaDB the order of \
-the log takes a row lock to the commit, so that with a pause of 5 ms there are at most 200 commits a second; \
+- The library's recorders, and this one on its own, commit when events are saved. The pause comes after the commit, \
+when no lock is held.
+- *Bare*: the driver alone, with the same statements as this package, including those that keep the log in order.
+- Every contender has a database of its own, filled with the same events (about 220 bytes of JSON each) and analysed. \
+Each measurement that writes has a fresh copy of it. Pools have a connection for each thread, except that of \
+eventsourcing.sqlite, which has at most 15 and no setting for it. SQLite files are in WAL mode for all. All other \
+settings of servers and drivers are the defaults.
+- A session holds its locks until its commit. SQLite has one writer at a time, and on MariaDB a row lock keeps the \
+log in order until the commit, so with a pause of 5 ms there are at most 200 commits a second. \
 eventsourcing-sqlalchemy has no such lock on MariaDB, and a reader of its log can miss events there. On PostgreSQL \
-nobody waits here, and eventsourcing-sqlalchemy locks its table to the commit.
-- The log is read in pages of 1,000 events. Memory is by how much the peak of a process grew while it read the log \
-from the first page to the end, in at most two rounds.
+writers of this package do not wait for each other; eventsourcing-sqlalchemy locks its table until the commit.
+- The log is read in pages of 1,000 events. Memory is the growth of a process's peak while it read the log from the \
+first page to the end, in at most two rounds.
 """
 
 
@@ -35,8 +35,8 @@ def to_markdown(results: Results) -> str:
     """Return the tables and what is to be known about them."""
     rounds = "1 round" if results.rounds == 1 else f"{results.rounds} rounds"
     measured = (
-        f"Measured on {results.machine}: {rounds} of {results.seconds:g} s for each contender and workload, "
-        "the contenders in turn, in another order each round.\n"
+        f"Measured on {results.machine}: {rounds} of {results.seconds:g} s for each contender and workload. "
+        "In each round the contenders run one after the other, in another order.\n"
     )
     parts = [measured]
     for database in results.series:
@@ -51,7 +51,7 @@ def to_markdown(results: Results) -> str:
 def to_page(results: Results) -> str:
     """Return the page of the documentation."""
     return (
-        "# Benchmarks\n\n`make bench` measures this package beside the library's own recorders, "
+        "# Benchmarks\n\n`make bench` compares this package with the library's own recorders, "
         "`eventsourcing-sqlalchemy` and the bare drivers.\n\n"
         "![Speed relative to eventsourcing-sqlalchemy](_static/benchmarks.svg)\n\n" + to_markdown(results)
     )

@@ -1,7 +1,7 @@
-"""Every place where this package changes an object of another project, one function for each.
+"""The changes that this package makes to objects of other projects, one function for each.
 
-Nothing else in the package sets an attribute of, or gives another class to, what belongs to somebody else. Each
-function says why there is no other way, and what would let it go. None of them imports what it changes.
+Nothing else in the package sets an attribute or the class of an object that belongs to another project. Each function
+says why there is no other way, and what would make it unnecessary. None of them imports what it changes.
 """
 
 from __future__ import annotations
@@ -213,22 +213,15 @@ def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
         vars(job)["perform"] = perform
 
 
-def django_set_rollback(connection: Any, set_rollback: Callable[[bool], None]) -> None:
-    """Have a connection of Django's tell that somebody asks for a rollback.
+def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:
+    """Have one of Django's connections call another function as one of its methods, which does what its own does.
 
-    A block that rolls back without an exception does it because somebody has asked, or because an error was swallowed
-    in it, of which Django keeps one and the same flag. It can go when Django tells the two apart.
+    Django has functions that are called after a commit. It tells nobody of a rollback, whether that was asked for or
+    comes of an error that was swallowed, nor of a commit where autocommit is switched off, of a rollback to a savepoint
+    without a block, or of a connection that is closed; and after a function that fails it forgets the others. It can go
+    when it does.
     """
-    connection.set_rollback = set_rollback
-
-
-def django_commit(connection: Any, commit: Callable[[], None]) -> None:
-    """Have a connection of Django's tell of its commits.
-
-    Its ``on_commit`` does not where another function raises before, nor at once where autocommit is switched off. It
-    can go when Django has a signal for the end of a transaction.
-    """
-    connection.commit = commit
+    setattr(connection, name, method)
 
 
 def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object]]) -> None:

@@ -1,7 +1,7 @@
-"""Every error that the package raises, each with a message that names the thing and the remedy.
+"""The errors that the package raises. Each message names the thing and the remedy.
 
-The class docstring is the default message, an idea seen in procrastinate. Where the ``eventsourcing``
-library has an error for the case, ours is a subclass of it.
+The class docstring is the default message. If the ``eventsourcing`` library has an error for the same case, ours is a
+subclass of it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class NotInitializedError(FlaskEventSourcingError, RuntimeError):
 class LifecycleError(FlaskEventSourcingError, AssertionError):
     """The application of this process is not in the state that the call needs.
 
-    It is an ``AssertionError`` too, as the deployment guide of the library's version 7 raised them.
+    It is also an ``AssertionError``, which the deployment guide of the library's version 7 raises.
     """
 
 
 class ApplicationInitializedError(LifecycleError):
-    """This process has its application already: call close_application() before init_application()."""
+    """This process already has its application: call close_application() before init_application()."""
 
 
 class ApplicationNotInitializedError(LifecycleError):
@@ -48,7 +48,7 @@ class UncommittedEventsError(FlaskEventSourcingError):
 
 
 class RollbackOnlyError(FlaskEventSourcingError):
-    """An inner unit of work failed, so the outer one was rolled back: let the inner error pass, or use a savepoint."""
+    """An inner unit of work failed, so the outer one was rolled back: do not catch the error, or use a savepoint."""
 
 
 class StaleAggregateError(FlaskEventSourcingError):
@@ -68,7 +68,7 @@ class SnapshotError(FlaskEventSourcingError):
 
 
 class AbortedTransactionError(FlaskEventSourcingError, persistence.OperationalError):
-    """The database aborted this transaction after an error, a commit would drop its events: roll back first."""
+    """The database aborted this transaction after an error, and a commit would drop its events: roll back first."""
 
 
 class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
@@ -76,35 +76,35 @@ class MissingTableError(FlaskEventSourcingError, persistence.ProgrammingError):
 
 
 class EventMetadataError(FlaskEventSourcingError, ValueError):
-    """The metadata of an event cannot be recorded, so that nothing was saved."""
+    """The metadata of an event cannot be recorded, so nothing was saved."""
 
 
 class IdentifierTypeError(FlaskEventSourcingError, TypeError):
-    """The id of an aggregate is of another type than those of the application's tables: UUID or text."""
+    """The id of an aggregate has another type than the ids in the application's tables, UUID or text."""
 
 
 class EventValueError(FlaskEventSourcingError, ValueError):
-    """An event has a value that not every database can store and give back as it was."""
+    """An event has a value that not every database can store and return unchanged."""
 
 
 class UnreadableEventError(FlaskEventSourcingError, persistence.DataError):
-    """A row of an events table cannot be read: others have written it past this package."""
+    """A row of an events table cannot be read: another program than this package wrote it."""
 
 
 class ConstraintError(FlaskEventSourcingError, persistence.DatabaseError):
-    """A constraint of an events table that is no key of its events, such as a CHECK of your own, refused an event."""
+    """A constraint of an events table, such as a CHECK of your own, refused an event. This is not a conflict."""
 
 
 class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """The sequence of the positions is set up in a way that would break the order of the log."""
+    """The sequence of positions has a setting that would break the order of the log."""
 
 
 class UnsafeTableError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """A table of events is not as its record class has it, so that events could be lost."""
+    """A table of events differs from its record class in a way that could lose events."""
 
 
 class UnsafeSettingError(FlaskEventSourcingError, persistence.ProgrammingError):
-    """A setting of the database server is one with which events could be lost."""
+    """A setting of the database server could lose events."""
 
 
 class MissingRightError(FlaskEventSourcingError, persistence.ProgrammingError):
@@ -112,7 +112,7 @@ class MissingRightError(FlaskEventSourcingError, persistence.ProgrammingError):
 
 
 class StandbyError(FlaskEventSourcingError, persistence.OperationalError):
-    """This server is a standby, which does not know what writers are at work: read the log on the primary."""
+    """This server is a standby, which does not see the writers: read the log on the primary."""
 
 
 class WriteTimeoutError(FlaskEventSourcingError, persistence.OperationalError):
@@ -124,7 +124,7 @@ class InheritedDatabaseError(FlaskEventSourcingError, persistence.ProgrammingErr
 
 
 class HandlerError(FlaskEventSourcingError):
-    """A handler of a projection did what it must not do."""
+    """A handler of a projection did something that handlers must not do."""
 
 
 class UnknownTopicError(HandlerError):
@@ -132,19 +132,19 @@ class UnknownTopicError(HandlerError):
 
 
 class ProjectionHaltedError(FlaskEventSourcingError):
-    """A projection stands before an event that it cannot apply, or is paused: the message says what is to be done."""
+    """A projection has halted at an event that it cannot apply, or is paused: the message names the remedy."""
 
 
 class CheckpointMismatchError(ProjectionHaltedError):
-    """A projection does not fit its log, its tables or its code: the message says which, and what is to be done."""
+    """A projection does not fit its log, its tables or its code: the message says which, and the remedy."""
 
 
 class ProjectionBusyError(FlaskEventSourcingError):
-    """Another process is rebuilding the projection, or works on it, now."""
+    """Another process is rebuilding or running the projection."""
 
 
 class CheckpointError(FlaskEventSourcingError):
-    """A checkpoint cannot be changed in the way that was asked for."""
+    """A checkpoint cannot be changed in this way."""
 
 
 class RebuildError(FlaskEventSourcingError):
@@ -160,12 +160,16 @@ class SpanningTransactionError(FlaskEventSourcingError):
 
 
 class CommitInsideUnitError(FlaskEventSourcingError):
-    """A unit of work (transaction(), transactional, retry_on_conflict) commits at its end: leave this commit out."""
+    """A unit of work (transaction(), transactional, retry_on_conflict) commits at its end: remove this commit."""
 
 
 class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.OperationalError):
-    """The connection was lost during the commit: nobody knows whether it succeeded. Look before you do it again."""
+    """The connection was lost during the commit: it is unknown whether it succeeded. Check before you try again."""
 
 
 class OldSnapshotError(FlaskEventSourcingError):
-    """The session's transaction reads from a snapshot that is older: call db.session.rollback() before wait_for."""
+    """The session's transaction reads from an older snapshot: call db.session.rollback() before wait_for."""
+
+
+class ImportedEventsError(FlaskEventSourcingError):
+    """Events that were to be taken over from elsewhere differ from those that were stored, or cannot be read."""

@@ -29,8 +29,9 @@ from .projections.upkeep.following import Health
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
+from .web.making import made_again, made_state
 from .web.sessions import check_extension, register_extension, registered_extension
-from .web.setup import RecordClasses, construct_now, constructor_of, make_state, untouched_on_error
+from .web.setup import RecordClasses, construct_now, constructor_of, untouched_on_error
 from .web.state import EXTENSION, Database, current_state, keep, state_of
 
 P = ParamSpec("P")
@@ -49,18 +50,18 @@ class EventSourcing(Generic[First_co, Db_co]):
     :param db: the ``SQLAlchemy`` object of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite. Without it, the object that is
         registered on the app is used, and if there is none, one is made.
     :param application: the application class, a subclass of ``eventsourcing.application.Application``; or a function
-        that takes ``env`` and returns an application, with the class as its return annotation, where the constructor
-        takes more. Without any, the library's plain ``Application``.
-    :param applications: the same, where there are several; each keeps to its own tables.
+        that takes ``env`` and returns an application, if the constructor takes more; its return annotation is the
+        class. By default the library's plain ``Application``.
+    :param applications: several application classes or functions; each application has its own tables.
     :param stored_event_model: your own record class of events, with the columns of ``StoredEventMixin``.
     :param snapshot_model: your own record class of snapshots, with the columns of ``SnapshotMixin``.
     :param tracking_model: your own record class of positions, with the columns of ``TrackingMixin``.
-    :param model_class: the declarative base for the record classes that are made; by default ``db.Model``, and with
+    :param model_class: the declarative base of the default record classes; by default ``db.Model``, and with
         Flask-SQLAlchemy-Lite a base of its own, see :attr:`metadata`.
     :raises ConfigurationError: when an argument cannot be used.
 
-    One object serves any number of Flask apps. Your own record classes belong to the first application. For type
-    checkers it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
+    One object serves any number of Flask apps. Your own record classes are for the first application. For type checkers
+    it is generic over the first application and the ``db`` object: ``EventSourcing[Bank]``.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class EventSourcing(Generic[First_co, Db_co]):
     def register(self, application: T) -> T:
         """Register an application class, or a factory of one; usable as a decorator, before :meth:`init_app`.
 
-        Where :meth:`init_app` has taken the library's plain ``Application``, as there was no class, the first one that
-        is registered later takes its place, unless that was used.
+        If there was no class at :meth:`init_app`, the first one that is registered later replaces the library's plain
+        ``Application``, unless that was already used.
 
-        :raises ConfigurationError: when it is none, its name is taken, or an app was initialised already.
+        :raises ConfigurationError: when it is no application, its name is taken, or an app was initialised already.
         """
         if self._stands_in and self._apps:
             self._replace_plain(application)
@@ -136,9 +137,7 @@ class EventSourcing(Generic[First_co, Db_co]):
         application_class, constructor = constructor_of(given)
         constructors = {application_class: constructor}
         with self._records.untouched_on_error():
-            states = [
-                make_state(s.app, s.db, s.config, constructors, self._records, self._registrations) for s in former
-            ]
+            states = [made_again(each, constructors, self._records, self._registrations) for each in former]
             for made in states:
                 construct_now(made)
         for state, made in zip(former, states, strict=True):
@@ -166,8 +165,7 @@ class EventSourcing(Generic[First_co, Db_co]):
             # All is checked before anything is registered.
             models = check_projection(decorated).models
             for state in states:
-                bind_key = state.config.bind_key_of(followed.name)
-                state.host.database.check_models(decorated, models, bind_key)
+                state.check_models(decorated, models, followed)
                 state.projections.check_owner(decorated, followed)
             registration = self._registrations.add(decorated, followed)
             for state in states:
@@ -193,7 +191,7 @@ class EventSourcing(Generic[First_co, Db_co]):
 
         Everything is checked before anything is registered; no table is created and no connection opened.
 
-        :raises ConfigurationError: naming what is wrong and the remedy; the app is then as it was before.
+        :raises ConfigurationError: naming the fault and the remedy; the app is left as it was.
         """
         if not isinstance(app, Flask):
             raise ConfigurationError(f"init_app takes a Flask app; found {app!r}.")
@@ -207,8 +205,8 @@ class EventSourcing(Generic[First_co, Db_co]):
         constructors = self._constructors or {Application: Application}
         with untouched_on_error(app), self._records.untouched_on_error():
             db = self._db or registered_extension(app)
-            made_db = None if db is not None else register_extension(app, self._made_db)
-            state = make_state(app, db or made_db, config, constructors, self._records, self._registrations)
+            made_db = None if db is not None or config.is_apart else register_extension(app, self._made_db)
+            state = made_state(app, db or made_db, config, constructors, self._records, self._registrations)
             construct_now(state)
             uncommitted.install(state)
             app.cli.add_command(group)
@@ -280,7 +278,7 @@ class EventSourcing(Generic[First_co, Db_co]):
     def transaction(self) -> AbstractContextManager[orm.Session]:
         """A unit of work: commits ``db.session`` on success, rolls it back on error.
 
-        Within another one it joins that: the outermost commits. If an inner one fails and its error is caught, the
+        Within another one it joins that, and the outermost commits. If an inner one fails and its error is caught, the
         outer one is rolled back too.
 
         :raises NotInitializedError: outside an application context.
@@ -294,9 +292,9 @@ class EventSourcing(Generic[First_co, Db_co]):
         return event_metadata(**metadata)
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
-        """Within it, a session of your own is the current one, also as ``db.session``; afterwards the former is again.
+        """A context in which a session of your own is the current one, also as ``db.session``.
 
-        You commit and close it. Uses may be nested.
+        You commit and close it. Blocks may be nested.
 
         :raises ConfigurationError: when it is for another database than that of the events.
         :raises NotInitializedError: outside an application context.
@@ -310,14 +308,14 @@ class EventSourcing(Generic[First_co, Db_co]):
     def transactional(self, /, *, status: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
     def transactional(self, function: Callable[..., Any] | None = None, /, *, status: bool = True) -> Any:
-        """Run a function, a view for example, in :meth:`transaction`; a coroutine function is awaited in it.
+        """Run a function, such as a view, in :meth:`transaction`; a coroutine function is awaited in it.
 
-        In a request the outermost one is rolled back, too, when what it returns has a status of 400 or more.
+        In a request, the outermost one is also rolled back if it returns a response with a status of 400 or more.
 
         :param status: set it to False for a function that is no view, whose return value has no status.
         :raises ConfigurationError: for a generator function.
         """
-        decorate = partial(in_unit, times=None, status=status)
+        decorate = partial(in_unit, times=None, status=status, noted=self._registrations.transactional)
         return decorate if function is None else decorate(function)
 
     @overload
@@ -333,12 +331,11 @@ class EventSourcing(Generic[First_co, Db_co]):
     ) -> Any:
         """Run a function as :meth:`transactional` does, and all of it again after an optimistic conflict.
 
-        Before the next try there is a short random pause, and the next try queues for the aggregates that had the
-        conflict before it reads them, so that it does not lose the race again. When there were uncommitted events, or
-        models that were not flushed, before the function began, the conflict is raised at once: they cannot be done
-        again.
+        The next try waits for a short random time, and queues for the aggregates that had the conflict before it reads
+        them, so it does not lose the race again. If there were uncommitted events or unflushed models before the
+        function began, the conflict is raised at once, as they could not be saved again.
 
-        :param times: how often the function is run again at most; the last conflict is raised.
+        :param times: how often the function is run again, at most; the last conflict is raised.
         :param status: set it to False for a function that is no view, whose return value has no status.
         :raises ConfigurationError: when *times* is not a whole number from 0 up, or for a generator function.
         """
@@ -352,18 +349,18 @@ class EventSourcing(Generic[First_co, Db_co]):
         recordings: Iterable[Recording[Any] | int] | int,
         timeout: float = 5.0,
     ) -> None:
-        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+        """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
 
         :param recordings: what ``Application.save()`` returned, or a position of the log.
         :param timeout: in seconds.
-        :raises TimeoutError: when that takes longer.
-        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
-        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        :raises TimeoutError: when it takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which no projection can see.
+        :raises ProjectionHaltedError: when the projection has halted at an earlier event, or is paused.
         """
         current_state().projections.wait_for(projection, recordings, timeout)
 
     def health(self) -> Health:
-        """Look at every projection of the current app: a few queries for each.
+        """Return the state of every projection of the current app; it takes a few queries for each.
 
         :raises NotInitializedError: outside an application context.
         """
@@ -372,13 +369,13 @@ class EventSourcing(Generic[First_co, Db_co]):
     def erase(
         self, aggregate_id: UUID | str, application: type[Application[Any]] | None = None, *, redact: bool = False
     ) -> Erasure:
-        """Erase an aggregate, as a person may ask for: its events, snapshots and dead letters, with your next commit.
+        """Erase an aggregate with your next commit: its events, snapshots and dead letters.
 
         A last event, :class:`~flask_eventsourcing.AggregateErased`, stays in the log and tells projections.
 
         :param application: the application class; not needed for the first one.
-        :param redact: empty the events rather than delete their rows, so that no position of the log is missing.
-        :return: how many there were.
+        :param redact: empty the events rather than delete their rows, so no position of the log is missing.
+        :return: how many of each were erased.
         :raises AggregateNotFoundError: when nothing is stored of it.
         :raises IdentifierTypeError: for an id of another type than the application's.
         :raises UncommittedEventsError: when this transaction has events of it already.
@@ -389,9 +386,9 @@ class EventSourcing(Generic[First_co, Db_co]):
         return erase(erased, aggregate_id, redact=redact, dead_letters=state.projections.dead_letters_of(erased.name))
 
     def close(self, app: Flask | None = None) -> None:
-        """Close the applications of this process, of one Flask app or of all that this object serves.
+        """Close the applications of one Flask app, or of all that this object serves, in this process.
 
-        It may be called again; an application that is used after it is constructed again.
+        It may be called again. An application that is used afterwards is constructed again.
         """
         for each in [app] if app is not None else list(self._apps):
             state_of(each).close()

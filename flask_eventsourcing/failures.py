@@ -1,4 +1,4 @@
-"""What is done when a block fails, whatever it was: Ctrl-C and the end of a greenlet too."""
+"""What to do when a block of code fails with any error, Ctrl-C and the end of a greenlet included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 
 class OnError:
-    """Calls a function when the block fails, to undo what was begun; the error goes on.
+    """Calls a function if the block fails, to undo what it began. The error is raised.
 
     :param undo: called with the error.
     """
@@ -30,9 +30,9 @@ class OnError:
 
 
 class Kept:
-    """Keeps what fails in the block, and goes on: for calls that may raise anything, where the caller has an answer.
+    """Keeps the error of the block for the caller, and goes on: for calls that may raise anything.
 
-    What is no ``Exception``, as Ctrl-C, goes on.
+    An error that is not an ``Exception``, such as Ctrl-C, is raised.
     """
 
     __slots__ = ("error",)
@@ -53,9 +53,9 @@ class Kept:
 
 
 class Logged:
-    """Logs what fails in the block, and goes on: for calls of the user's after what cannot be undone any more.
+    """Logs the error of the block, and goes on: for calls of user code after something that cannot be undone.
 
-    What is no ``Exception``, as Ctrl-C, goes on.
+    An error that is not an ``Exception``, such as Ctrl-C, is raised.
 
     :param message: the log's, with its arguments.
     """

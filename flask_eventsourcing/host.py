@@ -1,7 +1,7 @@
-"""What a framework gives to the applications, projections, commands and workers that run in it; and none at all.
+"""The protocol of a host, which applications, projections, commands and workers run in, and the host without framework.
 
-``Host`` is what the rest of the package asks for. Flask's is in ``web.sessions``. ``PlainHost`` is SQLAlchemy alone,
-for a script or a program without a framework.
+Flask's host is in ``web.sessions``. ``PlainHost`` needs SQLAlchemy alone, and is for a script or a program without a
+framework.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Host(Protocol):
         """The database of the events, the projections and their models."""
 
     def context(self) -> AbstractContextManager[object]:
-        """What is around a piece of work that is not a request: an application context in Flask, nothing elsewhere."""
+        """The context of a piece of work that is not a request: an application context in Flask, nothing elsewhere."""
 
     def unit(self) -> UnitOfWork | None:
         """The unit of work to join now, made at the first call, or None where recorders commit on their own."""
@@ -71,21 +71,21 @@ class Host(Protocol):
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> AbstractContextManager[orm.Session]:
         """A unit of work on the current session: commits on success, rolls back on error.
 
-        :param queueing: whether it can be run again, so that it queues for contended aggregates.
-        :param run: how it is to be run, where the caller wants to know more of it.
+        :param queueing: whether it can be run again; then it queues for contended aggregates.
+        :param run: the run of the unit, if the caller needs to know more of it.
         """
 
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most.
 
-        :param lenient: whether others may commit in it, as in a task that did not ask for a unit.
+        :param lenient: whether other code may commit in it, as in a task, which did not ask for a unit of work.
         """
 
     def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
-        """Within it, the current session is one of its own, with *connection* in the place of the events' engine."""
+        """A context in which a new session is the current one, and uses *connection* instead of the events' engine."""
 
     def using_session(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
-        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+        """A context in which the caller's session is the current one. The caller commits and closes it.
 
         :raises ConfigurationError: when it is for another database.
         """
@@ -129,12 +129,13 @@ class PlainHost:
         they join the one that :meth:`transaction` opens, and commit on their own outside of it.
     :param models: the record classes of each application class, as ``flask_eventsourcing.models.make_models`` makes
         them.
-    :param options: what there is to say about the database, and how your users call the commands.
+    :param options: options of the database, and how your users call the commands.
     :param env: what the library reads from the environment of an application.
-    :param metadata: functions that return metadata for the events of each save, or False, and none are stored.
-    :param commits: who commits; by default the sessions do by themselves.
-    :param conflict_error: what is raised when another writer was first.
-    :raises ConfigurationError: when the session has no engine, its database is not supported, or a value is of no use.
+    :param metadata: functions that return metadata for the events of each save; with False none are stored.
+    :param commits: who commits; by default the sessions do.
+    :param conflict_error: the error that is raised for a conflict.
+    :raises ConfigurationError: when the session has no engine, its database is not supported, or a value cannot be
+        used.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class PlainHost:
         return self._datastore
 
     def context(self) -> AbstractContextManager[object]:
-        """Nothing is around a piece of work."""
+        """A context that does nothing."""
         return nullcontext()
 
     def unit(self) -> UnitOfWork | None:
@@ -235,13 +236,13 @@ class PlainHost:
 
     @contextmanager
     def session(self) -> Iterator[orm.Session]:
-        """A session of the factory as the current one, which recorders join and the caller commits."""
+        """A context in which a session of the factory is the current one: recorders join it, the caller commits."""
         with self._made_current(self._maker()()) as made:
             yield made
 
     @contextmanager
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[orm.Session]:
-        """A unit of work: commits on success, rolls back on error; within another one it joins that.
+        """A unit of work: commits on success and rolls back on error. Within another one it joins that.
 
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
@@ -255,14 +256,14 @@ class PlainHost:
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:
-        """Within it, the current session is one of its own on *connection*."""
+        """A context in which a new session on *connection* is the current one."""
         with self._made_current(redirected_session(self._maker(), self._datastore.engine, connection)) as session:
             self._units.of(session).route.bind_arguments = {"bind": connection}
             yield session
 
     @contextmanager
     def using_session(self, session: orm.Session) -> Iterator[orm.Session]:
-        """Within it, a session of the caller's own is the current one; the caller commits and closes it.
+        """A context in which the caller's session is the current one. The caller commits and closes it.
 
         :raises ConfigurationError: when it is for another database.
         """
@@ -336,7 +337,7 @@ class PlainHost:
 
 
 def redirected_session(factory: orm.sessionmaker[Any], engine: sa.Engine, connection: Connection) -> orm.Session:
-    """Make a session as a factory does, but for one engine, in whose place it uses a connection."""
+    """Make a session like a factory, which uses a connection instead of one engine."""
     kind: Any = factory.class_
 
     class RedirectedSession(kind):  # type: ignore[misc]

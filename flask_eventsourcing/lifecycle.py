@@ -1,4 +1,4 @@
-"""One application object in every process, with no Flask in it.
+"""One application object in each process. Works without Flask.
 
 The pattern is that of the deployment guide of the ``eventsourcing`` library, version 7: construct the application
 once in a process, after the database is configured and before requests are handled. The process id is compared at
@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 
 def keep_for_ever(thing: object) -> None:
-    """Never let an object be finalized in this process, not even when the interpreter ends.
+    """Keep an object from being finalized in this process, even when the interpreter ends.
 
-    Some finalizers end the parent's session on a server: one driver's connection says goodbye to it.
+    Some drivers' finalizers tell the server to end the session, which belongs to the parent process.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
@@ -39,7 +39,7 @@ def keep_for_ever(thing: object) -> None:
 class PerProcess(Generic[T]):
     """Makes something once in each process, so that a forked child does not use its parent's.
 
-    :param make: makes it, called without arguments; of threads that race for it all get the same.
+    :param make: makes it, called without arguments; threads that ask at the same time get the same object.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -57,7 +57,7 @@ class PerProcess(Generic[T]):
 
 
 class ProcessLock:
-    """A re-entrant lock, of which a forked child gets a new one, no matter who held it in the parent."""
+    """A re-entrant lock; a forked child gets a new one, even if a thread of the parent held it."""
 
     def __init__(self) -> None:
         # By its name at the time of the call, as gevent may put another in its place.
@@ -97,7 +97,7 @@ class ApplicationSlot(Generic[T]):
 
     @property
     def constructed(self) -> bool:
-        """Whether this very process has constructed its application."""
+        """Whether this process, not its parent, has constructed its application."""
         held = self._held
         return held is not None and held.pid == os.getpid()
 

@@ -1,4 +1,4 @@
-"""Record classes: mixins for your own, and the making of ours on a declarative base.
+"""Record classes: mixins for your own, and functions that make the default ones on a declarative base.
 
 Those of events are made in ``persistence.tables``; those that projections need beside the events are made here.
 """

@@ -1,4 +1,4 @@
-"""The signals, on blinker as Flask's own are."""
+"""The signals, made with blinker as Flask's own."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import servers
+from tests.cassandra_nodes import keyspace_on, require_cassandra, start_node
 from tests.galera import galera_cluster
 from tests.length import IS_LONG
 from tests.servers import ServerFolder, require
@@ -172,3 +173,17 @@ def redis_url(server_folder: ServerFolder) -> Iterator[str]:
     require(servers.has_program("redis-server"), "Redis", "apt-get install redis-server")
     with server_folder.private("redis", servers.start_redis) as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def cassandra_server(server_folder: ServerFolder) -> str:
+    """The address and port of the run's one Cassandra node."""
+    require_cassandra()
+    return server_folder.shared("cassandra", start_node).url
+
+
+@pytest.fixture
+def cassandra_keyspace(cassandra_server: str) -> Iterator[str]:
+    """The name of a keyspace on the run's node that is not there yet, for this test only."""
+    with keyspace_on(cassandra_server) as name:
+        yield name

@@ -119,7 +119,7 @@ class ServerFolder:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not record.exists():
                 known = len(_STARTED)
-                _write(record, start(self._folder(name)))
+                write_record(record, start(self._folder(name)))
                 for process in _STARTED[known:]:
                     # It outlives the worker that starts it, and Popen would warn of that at the worker's end.
                     process.returncode = 0
@@ -131,13 +131,12 @@ class ServerFolder:
         folder = self._folder(name)
         server = start(folder)
         record = self.path / f"{folder.name}.json"
-        _write(record, server)
+        write_record(record, server)
         try:
             yield server
         finally:
             server.stop()
-            # Popen learns here that its process has ended, or it would warn of that at the end of the run.
-            _STARTED[:] = [process for process in _STARTED if process.poll() is None]
+            forget_ended()
             shutil.rmtree(folder)
             record.unlink()
 
@@ -163,7 +162,8 @@ class ServerFolder:
                 self.remove()
 
 
-def _write(record: Path, server: Server) -> None:
+def write_record(record: Path, server: Server) -> None:
+    """Write a server down, for who cleans up after a run that was killed."""
     draft = record.with_suffix(".draft")
     draft.write_text(json.dumps(asdict(server)))
     draft.rename(record)
@@ -172,6 +172,12 @@ def _write(record: Path, server: Server) -> None:
 def _read(record: Path) -> Server:
     fields = json.loads(record.read_text())
     return Server(fields["url"], Process(**fields["process"]), fields["stop_signal"])
+
+
+def forget_ended() -> None:
+    """Let go of programs that have ended."""
+    # Popen learns here that its process has ended, or it would warn of that at the end of the run.
+    _STARTED[:] = [process for process in _STARTED if process.poll() is None]
 
 
 def start_postgres(folder: Path, settings: str = "") -> Server:
@@ -236,9 +242,9 @@ def start_pgbouncer(folder: Path, postgres_url: str) -> Server:
     if os.geteuid() == 0:
         # PgBouncer refuses to run as root, and the folder of PostgreSQL's socket is its owner's only.
         command[1:1] = ["-u", Path(host).owner() if host.startswith("/") else "nobody"]
-    process = _spawn(command, folder / "log")
+    process = spawn(command, folder / "log")
     address = f"postgresql+psycopg://{url.username}@127.0.0.1:{port}/{url.database}"
-    _wait(lambda: _connects(address), process, folder / "log")
+    wait_until(lambda: _connects(address), process, folder / "log")
     return Server(address, Process.of(process.pid), signal.SIGINT)
 
 
@@ -262,7 +268,7 @@ def start_mariadb(folder: Path, options: Sequence[str] = (), patience: float = 6
     if installed.returncode:
         raise RuntimeError(f"{install!r} failed; its log:\n{log.read_text(errors='replace')[-2000:]}")
     port = free_port()
-    process = _spawn(
+    process = spawn(
         [
             _program("mariadbd") or "",
             "--no-defaults",
@@ -281,7 +287,7 @@ def start_mariadb(folder: Path, options: Sequence[str] = (), patience: float = 6
         log,
     )
     url = f"mysql+pymysql://root@127.0.0.1:{port}/mysql?charset=utf8mb4"
-    _wait(lambda: _connects(url), process, log, patience)
+    wait_until(lambda: _connects(url), process, log, patience)
     return Server(url, Process.of(process.pid))
 
 
@@ -290,8 +296,8 @@ def start_redis(folder: Path) -> Server:
     port = free_port()
     log = folder / "log"
     command = [_program("redis-server") or "", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    process = _spawn([*command, "--save", "", "--appendonly", "no"], log)
-    _wait(lambda: redis_command(port, "PING") == "+PONG", process, log)
+    process = spawn([*command, "--save", "", "--appendonly", "no"], log)
+    wait_until(lambda: redis_command(port, "PING") == "+PONG", process, log)
     return Server(f"redis://127.0.0.1:{port}/0", Process.of(process.pid))
 
 
@@ -449,7 +455,8 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
-def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a program that is ended by its process id, with what it prints in *log*."""
     with log.open("ab") as output:
         # A session of its own, so that Ctrl-C at the terminal reaches the tests and not the server.
         process = subprocess.Popen(
@@ -460,7 +467,8 @@ def _spawn(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, patience: float = 60) -> None:
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, patience: float = 60) -> None:
+    """Wait for a program that was spawned, and end it when it does not answer."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(OSError):

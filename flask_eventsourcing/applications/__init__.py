@@ -1,16 +1,16 @@
-"""Applications of the library, constructed on a datastore: what makes them right in a unit of work, and quick.
+"""Constructs the library's applications on a datastore, with a repository and cache that follow the unit of work.
 
 The library's ``project_aggregate()`` checks with ``isinstance()`` that each event has the attributes of a protocol. Up
-to Python 3.11 that takes four times as long as to read the event and to apply it. Here the first event of each class
-goes that way, and the others of that class do not.
+to Python 3.11 this takes four times as long as reading and applying the event. Here only the first event of each class
+is checked.
 
 The library's repository puts an aggregate into its cache when it is saved or read, before anything is committed, and
-fast-forwards the cached object itself. Here an aggregate with uncommitted events passes the cache by, and a copy is put
-into it only after the commit.
+fast-forwards the cached object itself. Here an aggregate with uncommitted events is not cached, and a copy is
+cached after the commit.
 
 A leader of the library's ``System`` prompts its followers within ``save()``. Followers that run in the caller's thread
-are part of its transaction. The others are prompted after the commit, in the order of the log: a receiver that is
-prompted for an event passes what is before it by, for ever.
+are part of its transaction. The others are prompted after the commit, in the order of the log: a receiver that was
+prompted for an event never reads earlier ones.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def construct(
 ) -> A:
     """Construct an application whose recorders use a datastore.
 
-    :param unit: returns the unit of work in which the caller is, or None.
+    :param unit: returns the unit of work of the caller, or None.
     :param using_session: makes a session the current one in a ``with`` block, for ``save(…, session=…)``.
     """
     application = application_class(env=environment(datastore, env, application_class.name))
@@ -116,7 +116,7 @@ UNFIT = (AttributeError, KeyError, TypeError, ValueError, TopicError)
 
 
 class CheckedRepository(Repository[Any]):
-    """The library's repository, but for the function that it takes where none is given.
+    """The library's repository, with another default function that applies events.
 
     An aggregate whose snapshot does not fit its class any more is read from its events.
     """
@@ -172,6 +172,7 @@ class CheckedRepository(Repository[Any]):
         recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
         snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
         aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
+        has_dialect = isinstance(recorder, SQLAlchemyAggregateRecorder)
         if aggregate is not None and type(aggregate) not in _warned:
             _warned.add(type(aggregate))
             logger.warning(
@@ -180,7 +181,7 @@ class CheckedRepository(Repository[Any]):
                 type(aggregate).__qualname__,
                 aggregate_id,
                 snapshots[0].originator_version,
-                recorder.dialect.command("snapshots take --all"),
+                recorder.dialect.command("snapshots take --all") if has_dialect else "take_snapshot()",
                 type(error).__name__,
                 error,
             )
@@ -189,7 +190,7 @@ class CheckedRepository(Repository[Any]):
     def from_events(
         self, aggregate_id: Any, version: int | None = None, projector_func: Any = project_aggregate
     ) -> Any:
-        """Make an aggregate of its events alone, without snapshot and cache, or return None where they begin later."""
+        """Make an aggregate from its events alone, without snapshot and cache; None if its first events are missing."""
         events = self.event_store.get(aggregate_id, lte=version)
         first = next(events, None)
         if first is None or first.originator_version > LATEST_FIRST_VERSION:
@@ -213,7 +214,7 @@ def _projector(given: Any) -> Any:
 
 
 def take_snapshot(application: Application[Any], aggregate_id: Any) -> int:
-    """Take a snapshot of an aggregate as its events are now, whatever older snapshots say, and return its version.
+    """Take a snapshot of an aggregate from its events, ignoring older snapshots, and return its version.
 
     :raises AggregateNotFoundError: when there is no such aggregate, or it was erased.
     :raises SnapshotError: when the application takes no snapshots, or has no class for them.
@@ -239,20 +240,22 @@ def take_snapshot(application: Application[Any], aggregate_id: Any) -> int:
 
 
 def install_repository(application: Application[Any]) -> None:
-    """Let an application's repository be one of this kind, unless it has brought one of its own."""
+    """Give an application a repository of this class, unless it has one of its own."""
     if type(application.repository) is Repository:
         repository_class(application.repository, CheckedRepository)
 
 
 class CommittedCache(Cache[Any, Any]):
-    """Wraps the repository's cache: has copies of committed aggregates, and none that is older than what it had.
+    """Wraps the repository's cache: it has copies of committed aggregates, and never replaces one by an older one.
 
     :param inner: the cache that the library made, with its size.
     :param unit: returns the unit of work in which the caller is, or None.
-    :param events_table: the table of the aggregates' events.
+    :param events_table: the table of the aggregates' events, where there are units of work.
     """
 
-    def __init__(self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable) -> None:
+    def __init__(
+        self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable | None
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.cache: dict[Any, Any] = inner.cache
@@ -268,7 +271,7 @@ class CommittedCache(Cache[Any, Any]):
         unit = self._unit()
         if unit is not None and unit.pending.has_events_of(key):
             raise KeyError(key)
-        if unit is not None and unit.queue.active:
+        if unit is not None and self._events_table is not None and unit.queue.active:
             # Before the library takes the aggregate's fast-forward lock: a unit that waited in the queue with that lock
             # would be in the way of the one that is first in it.
             with unit.dialect.translated:

@@ -1,9 +1,8 @@
-"""Erases what is stored of an aggregate, and leaves a log that everybody can read.
+"""Erases what is stored of an aggregate, and keeps the log readable.
 
-The last event of an erased aggregate is a *tombstone*, appended to the log as every event is: its position tells
-projections, its version keeps objects that were read before from being saved, its id cannot be used again, and a cache
-that is fast-forwarded comes upon it. The events before it are deleted, or redacted: they keep position and version, and
-say nothing any more.
+The last event of an erased aggregate is a *tombstone*, appended to the log like any event. Projections and
+fast-forwarded caches see it, objects that were read before have a conflict with its version, and the id cannot be used
+again. The events before it are deleted or redacted: a redacted event keeps position and version, and has no content.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ KEPT = {POSITION, *EVENT_COLUMNS, "event_id", "recorded_at"}
 
 @dataclass(frozen=True)
 class EventRedacted:
-    """What a redacted event has become: its position and version are what they were, and nothing else is left."""
+    """A redacted event: it has the position and version of the original event, and no content."""
 
     TOPIC: ClassVar[str] = "flask_eventsourcing:EventRedacted"
 
@@ -50,10 +49,10 @@ class EventRedacted:
 
 @dataclass(frozen=True)
 class AggregateErased:
-    """The last event of an aggregate that was erased, at the end of the log as of that time.
+    """The last event of an erased aggregate, appended to the log by the erasure.
 
-    Have the handlers of your projections delete what they know of ``originator_id``. ``erased_at`` is a text in the
-    format of ISO 8601, and ``timestamp`` the same as a ``datetime``.
+    Handlers of projections delete their rows of ``originator_id``. ``erased_at`` is a string in the format of ISO 8601,
+    and ``timestamp`` the same as a ``datetime``.
     """
 
     TOPIC: ClassVar[str] = "flask_eventsourcing:AggregateErased"
@@ -97,9 +96,9 @@ def refusing_erased(projector: Any, aggregate: Any, domain_events: Any) -> Any:
 
 @dataclass(frozen=True)
 class Erasure:
-    """What was erased, or is there to be erased: so many events, deleted or redacted, snapshots and dead letters.
+    """The numbers of events, snapshots and dead letters that were erased, or would be.
 
-    :param position: of the tombstone; None where there was one before, or is none yet.
+    :param position: the position of the new tombstone, or None.
     """
 
     events: int
@@ -114,7 +113,7 @@ def recorder_of(application: Application[Any]) -> SQLAlchemyApplicationRecorder:
     :raises ConfigurationError: when it is not one of this package.
     """
     if not isinstance(application.recorder, SQLAlchemyApplicationRecorder):
-        raise ConfigurationError(f"The events of {application.name} are not stored by this package.")
+        raise ConfigurationError(f"The events of {application.name} are not in a database of SQLAlchemy.")
     return application.recorder
 
 
@@ -198,7 +197,7 @@ class Stored:
     def delete_dead_letters(self, letters: sa.Table | None) -> int:
         """Delete the dead letters, and return how many there were.
 
-        What waits behind one of an erased event would wait for ever, the tombstone among it.
+        Those that wait behind them are deleted too, as they would wait for ever.
         """
         if letters is None or self.dialect.found_table(self.connection, letters) is None:
             return 0
@@ -252,7 +251,7 @@ def erase(
 ) -> Erasure:
     """Erase an aggregate in the current unit of work: its events, snapshots and dead letters.
 
-    Nothing is gone before the commit. To erase an aggregate again deletes what is left of it, and adds no second
+    Nothing is deleted before the commit. A second call deletes what is left of the aggregate, and adds no second
     tombstone.
 
     :param redact: keep the events' positions and versions, as :class:`EventRedacted`, rather than delete their rows.
@@ -262,7 +261,7 @@ def erase(
     :raises IntegrityError: when another writer has saved an event of it meanwhile.
     :raises UncommittedEventsError: when the unit of work has events of it that are not committed.
     :raises NotInitializedError: where there is no unit of work.
-    :raises ConfigurationError: when the application's events are not stored by this package.
+    :raises ConfigurationError: when the application's events are not in a database of SQLAlchemy.
     """
     recorder = recorder_of(application)
     unit = _unit(application, recorder, aggregate_id)

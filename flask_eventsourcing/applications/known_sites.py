@@ -1,4 +1,4 @@
-"""Finds the Flask app, Pyramid application or script whose work this is, for task queues, which serve all of them."""
+"""Finds the Flask app, Pyramid application or script that a task belongs to, for task queues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..exceptions import NotInitializedError
 
 
 class SiteState(Protocol):
-    """What a Flask app, a Pyramid application or a script has, as far as task queues use it."""
+    """What task queues use of a Flask app, a Pyramid application or a script."""
 
     @property
     def host(self) -> Any:
@@ -24,7 +24,7 @@ class SiteState(Protocol):
         """The single instance of each application class in this process; asking constructs them."""
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata that a task which is sent now is to have."""
+        """Return the metadata for a task that is sent now."""
 
     def close(self) -> None:
         """Close the applications of this process."""
@@ -34,10 +34,10 @@ class KindOfSite(Protocol):
     """Finds the states of one kind of site."""
 
     def current(self) -> SiteState | None:
-        """Return the state of the site whose work this is, or None where it is of another kind."""
+        """Return the state of the current site, or None if it is of another kind."""
 
     def of(self, given: object) -> SiteState | None:
-        """Return the state of a site, or None where that is of another kind.
+        """Return the state of a site, or None if it is of another kind.
 
         :raises NotInitializedError: when it is one of this kind and has none.
         """
@@ -54,18 +54,18 @@ _working_for: ContextVar[SiteState | None] = ContextVar("flask_eventsourcing.wor
 
 
 def add_kind(kind: KindOfSite) -> None:
-    """Have sites of a kind found, before those that were added earlier."""
+    """Add a kind of site; it is asked before those that were added earlier."""
     _kinds.insert(0, kind)
 
 
 def find_current_site() -> SiteState | None:
-    """Return the state of the site whose work this is, or None."""
+    """Return the state of the current site, or None."""
     return next((found for kind in _kinds if (found := kind.current()) is not None), _working_for.get())
 
 
 @contextmanager
 def working_for(state: SiteState) -> Iterator[None]:
-    """Within it, a task is run for a site, which is the current one where nothing else says so."""
+    """Run a task for a site: it is the current one unless another one is found."""
     token = _working_for.set(state)
     try:
         yield
@@ -74,7 +74,7 @@ def working_for(state: SiteState) -> Iterator[None]:
 
 
 def current_site() -> SiteState:
-    """Return the state of the site whose work this is.
+    """Return the state of the current site.
 
     :raises NotInitializedError: when there is none.
     """

@@ -1,4 +1,4 @@
-"""What the library reads from the environment of an application, checked before an application is made with it."""
+"""Checks what the library reads from an application's environment, before the application is made."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ALIKE, ALIKE_NAMES = 0.8, 0.7
 
 
 def environment(datastore: Datastore, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
-    """Return the environment with which an application, or one of the library's own runners, uses a datastore.
+    """Return the environment for an application, or a runner of the library, that uses a datastore.
 
     :param env: what the user has configured.
     :param application_name: of the one application that it is for.
@@ -73,8 +73,8 @@ def check_environment(
 
     :param env: what the user has configured.
     :param setting: how messages name it.
-    :raises ConfigurationError: naming a key that would be ignored or is misspelt, and one whose value is of no use; no
-        value is shown.
+    :raises ConfigurationError: for a key that would be ignored or is misspelt, or a value that cannot be used; the
+        message names the key, not the value.
     """
     names = [cls.name for cls in classes]
     _refuse_foreign_scope(env, classes)

@@ -1,9 +1,9 @@
-"""Refuses to save an aggregate object that is not what is stored.
+"""Refuses to save an aggregate object whose state is not stored.
 
-``save()`` takes an object's pending events away. When they are lost afterwards, the object does not know: saved again,
-nothing is stored, or its next event, behind a gap. So ``Application._record()``, where objects and events meet, is
-wrapped, and the objects whose events were lost are known by their identity: aggregates are not hashable, and an
-attribute of theirs would get into snapshots.
+``save()`` takes an object's pending events. If they are rolled back afterwards, a second ``save()`` would store
+nothing, or the next event behind a gap. So ``Application._record()``, which sees objects and events, is wrapped, and
+the objects whose events were lost are remembered by identity: aggregates are not hashable, and an attribute on them
+would get into snapshots.
 """
 
 from __future__ import annotations
@@ -83,18 +83,18 @@ refused: RefusedObjects = RefusedObjects()
 
 
 def lose(obj: Any, reason: str) -> None:
-    """Refuse an object from now on because it is not what is stored."""
+    """Refuse an object from now on, because its state is not stored."""
     if obj not in refused:
         refused.add(obj, StaleAggregateError, f"{reason}, {REMEDY}")
 
 
 def share(obj: Any) -> None:
-    """Refuse an object from now on because it is the cache's own."""
+    """Refuse an object from now on, because the cache shares it."""
     refused.add(obj, SharedAggregateError, SHARED)
 
 
 def lost_with(unit: Unit, objects: Iterable[Any], reason: str) -> None:
-    """Refuse objects if what is done now is rolled back."""
+    """Refuse objects if the current work is rolled back."""
     for obj in objects:
         unit.on_rollback(partial(_lose_referenced, _reference(obj), reason))
 
@@ -242,8 +242,8 @@ class Saves:
 def refuse_stale_aggregates(application: Application[Any]) -> None:
     """Let an application's ``save()`` refuse aggregate objects whose events were lost.
 
-    The applications of the extension and of ``PlainHost`` have it, and those that lead others in one of the library's
-    runners. Call it for another one that you construct; calling it again does nothing.
+    The applications of the extension and of ``PlainHost`` do this already, and so do leaders in the library's runners.
+    Call it for an application that you construct yourself; a second call does nothing.
     """
     if not isinstance(vars(application).get("_record"), Records):
         application_method(application, "_record", Records(application))

@@ -1,4 +1,4 @@
-"""Whose events a follower of the library's ``System`` processes, so that what it saves is caused by them."""
+"""Remembers which event a follower of the library's ``System`` processes: it is the cause of what it saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _follow = Follower.follow
 
 
 def follow(self: Follower[Any], name: str, log: Any) -> None:
-    """Follow a log, see ``Follower.follow()``; what is saved has the correlation of the event that is processed."""
+    """Follow a log like ``Follower.follow()``; saved events get the correlation of the event that is processed."""
     _follow(self, name, log)
     upstream = getattr(log, "recorder", None)
     if isinstance(self.recorder, SQLAlchemyProcessRecorder) and isinstance(upstream, SQLAlchemyApplicationRecorder):

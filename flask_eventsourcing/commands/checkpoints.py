@@ -1,4 +1,4 @@
-"""``projections``, ``reactions`` and ``new-identity``: what operators do with checkpoints, and with clones."""
+"""``projections``, ``reactions`` and ``new-identity``: commands for checkpoints, and for clones of a database."""
 
 from __future__ import annotations
 

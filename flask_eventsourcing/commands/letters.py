@@ -1,4 +1,4 @@
-"""``dead-letters``: the events that projections could not apply, and those that wait behind them."""
+"""``dead-letters``: commands for events that projections could not apply, and those that wait behind them."""
 
 from __future__ import annotations
 

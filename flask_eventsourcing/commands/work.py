@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -41,6 +42,10 @@ PACKAGE = __name__.partition(".")[0]
 LOG_EVERY = 60.0
 """Seconds between two log lines of each consumer, unless told otherwise."""
 TICK = 0.2
+WAITING = (
+    "This database has one writer at a time, and {} is rebuilt in one transaction: everybody who writes would wait for "
+    "its end, or fail. If that may be, give --offline."
+)
 OWN_CONNECTIONS = 2
 """What a worker has beside its pool: one for its locks, and one on which it listens."""
 
@@ -168,7 +173,7 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
     while signals.received is None:
         try:
             with clear_errors():
-                subject.datastore.engine.connect().close()
+                subject.database.engine.connect().close()
                 require_tables(subject)
                 for consumer in consumers:
                     consumer.checkpoint.resume()
@@ -236,6 +241,19 @@ def end_if_halted(worker: Worker) -> None:
 # ------------------------------------------------------------------------------------------------------------ rebuild
 
 
+def rebuild_or_clean(subject: Subject, output: Output, name: str, *, clean: bool, give_up: bool, **how: bool) -> int:
+    """Rebuild a projection, or only drop what rebuilds have left, as it was asked for.
+
+    :param how: what :func:`rebuild` takes.
+    :raises UsageError: when two things were asked for that do not go together.
+    """
+    if sum((how["dry_run"], clean, give_up, how["drop_old"] or how["restart"])) > 1:
+        raise UsageError("Give one of --dry-run, --clean and --give-up, without --drop-old and --restart.")
+    if clean or give_up:
+        return drop_left(subject, output, name, give_up=give_up)
+    return rebuild(subject, output, name, **how)
+
+
 def rebuild(
     subject: Subject,
     output: Output,
@@ -244,23 +262,36 @@ def rebuild(
     dry_run: bool = False,
     drop_old: bool = False,
     restart: bool = False,
+    offline: bool = False,
 ) -> int:
     """Build the tables of a projection again beside the live ones, and put them in their place.
 
     :param dry_run: only say how many events there are and how long it would take.
     :param drop_old: drop the replaced tables afterwards.
     :param restart: begin from the start, even if an earlier rebuild can be taken up.
+    :param offline: let everybody wait who writes, where that cannot be avoided.
     :raises CommandError: when it cannot be rebuilt, or was stopped before its end.
     """
     stopping = threading.Event()
     with clear_errors():
         building = _find(subject, name, stopping)
+        if building.keeps_writers_waiting and not offline:
+            raise CommandError(WAITING.format(building.live.name))
         if dry_run:
             output.write(_estimated(building.estimate()))
             return 0
         done = _build(building, stopping, output, restart)
     if done is None:
         raise CommandError("Stopped before its end: the live tables are as they were; run it again to go on.")
+    _tell(subject, output, done)
+    if drop_old:
+        with clear_errors():
+            for table in building.drop_old():
+                output.write(f"Dropped table {table}.")
+    return 0
+
+
+def _tell(subject: Subject, output: Output, done: Rebuilt) -> None:
     for table, (before, after) in done.rows.items():
         output.write(f"{table}: {after:,} rows, {before:,} before.")
     resumed = ", taken up from an earlier run" if done.resumed else ""
@@ -271,11 +302,6 @@ def rebuild(
         waiting = f", {done.waiting} waiting behind" if done.waiting else ""
         letters = counted(done.dead_letters, "dead letter")
         output.write(f"It has set aside {letters}{waiting}: see {subject.command('dead-letters list')}.")
-    if drop_old:
-        with clear_errors():
-            for table in building.drop_old():
-                output.write(f"Dropped table {table}.")
-    return 0
 
 
 def _estimated(estimate: Estimate) -> str:
@@ -285,7 +311,7 @@ def _estimated(estimate: Estimate) -> str:
     return text
 
 
-def clean(subject: Subject, output: Output, name: str, *, give_up: bool = False) -> int:
+def drop_left(subject: Subject, output: Output, name: str, *, give_up: bool = False) -> int:
     """Drop the tables that rebuilds of a projection have replaced; nothing is rebuilt.
 
     :param give_up: drop what an unfinished rebuild has made instead.
@@ -301,15 +327,15 @@ def clean(subject: Subject, output: Output, name: str, *, give_up: bool = False)
     return 0
 
 
-def _find(subject: Subject, name: str, stopping: threading.Event) -> Rebuild:
+def _find(subject: Subject, name: str, stopping: threading.Event) -> Any:
     require_tables(subject)
     found = named(subject.consumers(), name)[0]
     if name.endswith(":reactions"):
         raise CommandError("Reactions are never called again: only the models of a projection are rebuilt.")
-    return Rebuild(found, stopping)
+    return (found.application.rebuild_with or Rebuild)(found, stopping)
 
 
-def _build(building: Rebuild, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
+def _build(building: Any, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
     """Build in a thread, as the main thread is the one that signals interrupt."""
     results: list[Rebuilt | None] = []
     kept = Kept()

@@ -1,4 +1,4 @@
-"""A plugin for Alembic 1.20.1 and later: migrations that use our column types import them, and drop no table of ours.
+"""A plugin for Alembic 1.20.1 and later: migrations import our column types, and drop no table of a rebuild.
 
 Alembic renders a type of another package by its module's name and leaves the import to the user, so that a generated
 migration fails with a ``NameError`` unless it is edited. Alembic finds this plugin by its entry point, while it is

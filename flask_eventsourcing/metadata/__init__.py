@@ -1,4 +1,4 @@
-"""What is known of an event beside its state: who did it, in which request, caused by what; no host, no database.
+"""Metadata of events: who saved them, in which request, and what caused them. Needs no host and no database.
 
 The functions for the context are called as in version 10 of the library. There an event takes the metadata in force
 when it is triggered; here it takes those in force at ``save()``.

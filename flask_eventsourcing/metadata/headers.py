@@ -1,4 +1,4 @@
-"""What a request brings along: its correlation and its trace; what a client has sent is taken as it is or left out."""
+"""Metadata from a request's headers: correlation and trace. What cannot be used as it was sent is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What metadata are: texts that every database takes, what was recorded of an event, and ids of version 7."""
+"""Values of metadata: strings that every database stores, what was recorded of an event, and UUIDs of version 7."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A database as the recorders see it: an engine, its dialect, the tables, and the unit of work to join."""
+"""A datastore: a database as recorders see it, with engine, dialect, tables, and the unit of work to join."""
 
 from __future__ import annotations
 

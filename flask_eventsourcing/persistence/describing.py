@@ -1,4 +1,4 @@
-"""What is stored of an event beside its state: id, time, metadata, correlation, and the values of a user's columns."""
+"""What is stored beside an event's state: id, time, metadata, correlation, and columns of a user's record class."""
 
 from __future__ import annotations
 

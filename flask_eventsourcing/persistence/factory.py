@@ -1,4 +1,4 @@
-"""The infrastructure factory: what makes this package a ``PERSISTENCE_MODULE`` of the library."""
+"""The infrastructure factory, with which this package is a ``PERSISTENCE_MODULE`` of the library."""
 
 from __future__ import annotations
 

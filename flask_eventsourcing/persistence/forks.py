@@ -1,4 +1,4 @@
-"""Connections that a forked process inherits are never used in it, nor closed.
+"""A forked process neither uses nor closes the connections that it inherits.
 
 A pool cannot look after itself: its lock may have been held by another thread at the time of the fork, connections that
 were in use then count against it for ever, and its connections are the parent's. So the process is compared before the

@@ -1,4 +1,4 @@
-"""One connection on which a process listens for all of its runners, however many there are."""
+"""One connection on which a process listens for all of its runners."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from .subscriptions import SLICE, Waiter, execute, listening_connection
+from ..tailing import Waiter
+from .subscriptions import SLICE, execute, listening_connection
 
 logger: logging.Logger = logging.getLogger(__name__)
 

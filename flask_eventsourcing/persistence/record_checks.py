@@ -1,4 +1,4 @@
-"""What a user's own record class has to be, so that what is stored by it can be read."""
+"""Checks a user's own record class: what is stored with it must be readable."""
 
 from __future__ import annotations
 

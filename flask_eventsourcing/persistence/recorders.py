@@ -24,13 +24,13 @@ from eventsourcing.persistence import (
 from sqlalchemy.engine import Connection
 
 from ..metadata import MetadataBlock, Recorded, caused_by
+from ..tailing import LogSubscription, Waiter
 from .datastore import Datastore, Read, Write
 from .describing import PLAIN_DESCRIPTION, Describer, read_recorded
 from .dialects.base import Dialect, FrozenSnapshotError
 from .dialects.event_tables import Beside, EventTable
 from .dialects.event_values import DamagedPage, bounded
 from .dialects.looks import Use
-from .subscriptions import LogSubscription, Waiter
 
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20

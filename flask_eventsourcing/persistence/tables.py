@@ -1,4 +1,4 @@
-"""The tables of an application: mixins for record classes of your own, and the making of ours on a declarative base.
+"""The tables of an application: mixins for your own record classes, and functions that make the default ones.
 
 The tables have the names and columns that the ``eventsourcing`` library's own modules give them, so that either can
 read what the other wrote; ``docs/models.md`` says what the further columns are for.

@@ -1,4 +1,4 @@
-"""The row of a projection: how far it is, who runs it, and what stopped it.
+"""The checkpoint of a projection: how far it is, who runs it, and what stopped it.
 
 A runner that applies events moves the position first, in the same transaction, from where it was and under the token of
 its claim. The row's lock keeps others out until the commit, and a runner that has lost the claim in the meantime moves

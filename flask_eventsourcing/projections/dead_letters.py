@@ -1,4 +1,4 @@
-"""Events that a projection could not apply, set aside with those of the same aggregate that wait behind them."""
+"""Dead letters: events that a projection could not apply, and later events of their aggregates, which wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds a projection again beside the live one, and puts it in its place.
+"""Rebuilds a projection in new tables beside the live ones, and swaps them.
 
 The rebuild has a row of its own, from which it goes on when it was killed.
 """
@@ -37,6 +37,7 @@ from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000
 BUSY = "Another process rebuilds {} now."
+NO_MODELS = "{} has no models to rebuild: name them in its models=[…]."
 SEVERAL = (
     "{} is inline, and the database server is one of several that take writes: those on the others could not be kept "
     "out while the tables are swapped. Let a worker run it, with inline = False, rebuild it, and make it inline again."
@@ -94,6 +95,9 @@ class Rebuild:
     :param stop: ends it after the batch in progress; it can be taken up later.
     """
 
+    keeps_writers_waiting: bool = False
+    """Whether everybody who writes waits for its end."""
+
     def __init__(self, consumer: Consumer, stop: threading.Event | None = None) -> None:
         self.live: Consumer = consumer.of_kind("projection")
         self.application: ProjectedApplication = consumer.application
@@ -103,9 +107,7 @@ class Rebuild:
         self.lock: RunnerLock = self.rebuild.lock()
         self.runner: Runner = Runner(self.rebuild, self.stop, lock=self.lock, session=self._session)
         if not self.live.tables or not self.live.handlers:
-            raise RebuildError(
-                f"{consumer.projection_class.__name__} has no models to rebuild: name them in its models=[…]."
-            )
+            raise RebuildError(NO_MODELS.format(consumer.projection_class.__name__))
 
     def run(self, *, restart: bool = False) -> Rebuilt | None:
         """Build, verify and swap; returns None when it was stopped before the end.

@@ -1,4 +1,4 @@
-"""Which projections there are, what they are bound to in one host, and a worker that runs several of them."""
+"""The registered projections, their binding to a host, and the worker that runs them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ class Registration:
 
 @dataclass
 class Registrations:
-    """The projections that one extension object knows, in the order of their registration."""
+    """The projections that one extension object knows, in the order of their registration, and the functions."""
 
     entries: list[Registration] = field(default_factory=list)
+    transactional: list[str] = field(default_factory=list)
+    """The functions that are to run in a unit of work, by their names."""
 
     def add(self, projection_class: Any, of: type[Application[Any]]) -> Registration:
         """Add a projection.
@@ -172,19 +174,19 @@ class BoundProjections:
         return Worker([each for each in self.runnable() if not names or each.name in names], once=once)
 
     def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
-        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+        """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
 
         :param recordings: what ``Application.save()`` returned, or a position of the log.
         :param timeout: in seconds.
-        :raises TimeoutError: when that takes longer.
-        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
-        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        :raises TimeoutError: when it takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which no projection can see.
+        :raises ProjectionHaltedError: when the projection has halted at an earlier event, or is paused.
         """
         consumer = self.find(projection)
         wait_for(consumer, recordings, timeout, self.waiters_of(consumer))
 
     def health(self) -> Health:
-        """Look at every projection: a few queries for each."""
+        """Return the state of every projection; it takes a few queries for each."""
         return Health(tuple(status_of(consumer) for consumer in self))
 
     def dead_letters_of(self, application_name: str) -> sa.Table | None:

@@ -1,4 +1,4 @@
-"""The end of a rebuild: new tables take the place of the live ones, with all that these had.
+"""The end of a rebuild: the new tables replace the live ones, with everything that belonged to these.
 
 With the live row locked, what the live projection has applied by then is applied. Then the tables change their names
 where the catalogs say that nothing would be lost with the replaced ones: where the database can, in one transaction.

@@ -1,4 +1,4 @@
-"""The unit of work on a SQLAlchemy session, with no framework in it: who commits is handed in."""
+"""The unit of work on a SQLAlchemy session, without a framework. The host says who commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What applications, projections and commands ask of a unit of work, whatever its host has for a transaction."""
+"""The unit of work as applications, projections and commands use it, independent of the host's transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may commit: inside a unit of work only the unit, and nobody what the database would drop or halve."""
+"""Refuses commits: inside a unit of work others than the unit's, and those that the database would drop."""
 
 from __future__ import annotations
 

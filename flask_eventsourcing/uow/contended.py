@@ -1,4 +1,4 @@
-"""Which aggregates had a conflict lately, and the queue for them, which units that may run again join before they read.
+"""Aggregates with a recent conflict, and the queue that units join before they read them, if they can be retried.
 
 Without it, those that lose a race read at once what the next winner is about to change, and lose again.
 """

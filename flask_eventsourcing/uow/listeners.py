@@ -1,4 +1,4 @@
-"""Listens to sessions and to the events' engines, so that units of work hear of every end of a transaction.
+"""Listens to sessions and to the events' engines, and tells units of work of every end of a transaction.
 
 The listeners of sessions are on SQLAlchemy's class, once for all: a factory that takes the place of another needs no
 new ones. They return at once where no recorder has joined.

@@ -1,4 +1,4 @@
-"""What waits for the end of a database's transaction: events, functions to call, and reasons to refuse the commit."""
+"""What is pending in a transaction: events, functions to call at its end, and reasons to refuse the commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which connection of a session the events go with: always the one with which its models are written."""
+"""Finds the connection of a session for the events: the one that writes its models."""
 
 from __future__ import annotations
 

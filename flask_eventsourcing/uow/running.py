@@ -1,4 +1,4 @@
-"""Runs units of work: commits or rolls back at the end, joins those within others, runs them again after a conflict."""
+"""Runs units of work: commits or rolls back at the end, joins outer ones, and retries after a conflict."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ class UnitRunner:
                 with OnError(lambda _: self._roll_back(run, unit, session)):
                     self._begin(unit, session)
                     yield session
+                    # Somebody may have rolled the driver's connection back since the last save.
+                    self._current().look()
                     if run.rollback_only is not None:
                         raise RollbackOnlyError(run.rollback_only or None)
                     run.is_ending = True

@@ -1,4 +1,4 @@
-"""The unit of work on a SQLAlchemy session: what was recorded in it, and what becomes of that.
+"""The unit of work on a SQLAlchemy session: what was recorded in it, until the transaction ends.
 
 It follows the database's transaction, not what the session says of it: ``listeners`` tells of each begin, commit,
 rollback and savepoint, by whatever way it came, and a unit that may have missed one asks the database.

@@ -1,4 +1,4 @@
-"""What is filled in by itself in Flask: the correlation of a request, its trace, and who is logged in if that is asked.
+"""Metadata that Flask provides: the correlation and trace of a request, and, if configured, the user.
 
 What a client has sent is taken as it is or left out; nothing of it is logged.
 """

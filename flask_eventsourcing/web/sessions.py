@@ -1,4 +1,4 @@
-"""The databases and sessions of one Flask app, and the host that it is.
+"""The databases and sessions of one Flask app, and the app as a host.
 
 Flask-SQLAlchemy and Flask-SQLAlchemy-Lite differ here and nowhere else. The object that the user passes tells which it
 is.

@@ -1,4 +1,4 @@
-"""The way of ``init_app``: database, models, datastore, units of work, host, state, each made whole before the next."""
+"""The steps of ``init_app``: database, models, datastore, units of work, host and state, one after the other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Wanted = tuple[OriginatorIdType, str | None, str | None, bool]
 
 
 class RecordClasses:
-    """Makes the record classes of applications, once for each ``db`` object, whatever number of Flask apps use it.
+    """Makes the record classes of applications, once for each ``db`` object; several Flask apps may share it.
 
     :param own_models: record classes that the user brings, for the first application.
     :param model_class: the declarative base to use, or None for that of the ``db`` object.
@@ -275,7 +275,7 @@ def make_state(
     records: RecordClasses,
     registrations: Registrations,
 ) -> EventSourcingState:
-    """Make the state of a Flask app, from the ground up; nothing of it is registered on the app.
+    """Make the state of a Flask app, without registering anything on the app.
 
     :param constructors: what constructs each application class.
     :raises ConfigurationError: naming what is wrong and the remedy.
@@ -348,9 +348,9 @@ def _make_hosts(
 
 
 def check_settings(config: Config, classes: Sequence[type[Application[Any]]]) -> None:
-    """Check what is not to be seen in one setting alone.
+    """Check settings that depend on something else.
 
-    :raises ConfigurationError: for a bind key of an application that there is not, or in what the library reads.
+    :raises ConfigurationError: for a bind key of an unknown application, or a fault in the library's environment.
     """
     names = [cls.name for cls in classes]
     for name in config.binds:

@@ -1,4 +1,4 @@
-"""Celery: every task has an application context and a unit of work; tasks are sent after the commit."""
+"""Celery: every task has an application context and a unit of work. Tasks can be sent after the commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gunicorn: construct the applications when a worker begins, and close them when it ends.
+"""gunicorn: constructs the applications when a worker begins, and closes them when it ends.
 
 Nothing here is needed for a fork to be safe. Import the hooks in ``gunicorn.conf.py``::
 

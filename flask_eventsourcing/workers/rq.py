@@ -1,4 +1,4 @@
-"""RQ: every job has an application context and a unit of work; jobs are enqueued after the commit.
+"""RQ: every job has an application context and a unit of work. Jobs can be enqueued after the commit.
 
 ``flask_app`` as a class attribute follows the ways in which RQ's own workers are configured, by subclasses.
 """
@@ -101,7 +101,8 @@ class EventSourcingWorkerMixin:
         try:
             with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run) as session:
                 result = perform()
-                if isinstance(result, Retry):
+                # There is none where events are apart from sessions.
+                if isinstance(result, Retry) and session is not None:
                     roll_back(session)
                 return result
         except IntegrityError:

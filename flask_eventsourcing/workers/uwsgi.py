@@ -1,4 +1,4 @@
-"""uWSGI: construct the applications when a worker begins, and close them when it ends.
+"""uWSGI: constructs the applications when a worker begins, and closes them when it ends.
 
 Nothing here is needed for a fork to be safe. It spares the first request of each worker the construction, and lets
 applications that have something to close do so.

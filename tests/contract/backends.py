@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,9 +42,10 @@ class OnBackend:
     """Gives a ``unittest`` class of the library a database of the kind ``backend``."""
 
     backend: ClassVar[str]
-    makes_datastore: ClassVar[Callable[[sa.Engine, Models], Datastore] | None] = None
-    """Makes the datastore of a host, in the place of one without a host."""
+    makes_datastore: ClassVar[Callable[[ExitStack, sa.Engine, Models], Datastore] | None] = None
+    """Makes the datastore of a host, in the place of one without a host; the stack closes what it opens."""
     url: str
+    stack: ExitStack
 
     @pytest.fixture(autouse=True)
     def database(
@@ -64,10 +66,11 @@ class OnBackend:
         monkeypatch.setenv("SQLALCHEMY_DATABASE_URI", self.url)
         monkeypatch.setenv("CREATE_TABLE", "y")
         before = set(threading.enumerate())
-        yield
-        for thread in set(threading.enumerate()) - before:
-            # Some of the library's tests leave their readers to end by themselves.
-            thread.join(10)
+        with ExitStack() as self.stack:
+            yield
+            for thread in set(threading.enumerate()) - before:
+                # Some of the library's tests leave their readers to end by themselves.
+                thread.join(10)
         for engine in self.engines:
             engine.dispose()
 
@@ -82,18 +85,26 @@ class OnBackend:
         base.metadata.drop_all(engine)
         base.metadata.create_all(engine)
         make = type(self).makes_datastore
-        return Datastore(engine) if make is None else make(engine, models), models
+        return Datastore(engine) if make is None else make(self.stack, engine, models), models
 
 
-def on_each_backend(namespace: dict[str, Any], *cases: type[TestCase], place: str = "On", **attributes: Any) -> None:
+def on_each_backend(
+    namespace: dict[str, Any],
+    *cases: type[TestCase],
+    place: str = "On",
+    backends: Collection[str] = BACKENDS,
+    further: Collection[str] = FURTHER,
+    **attributes: Any,
+) -> None:
     """Add, for each case and each backend, a class to a test module's namespace.
 
     :param place: what its name says between the case and the backend.
+    :param further: the backends that are for long runs only.
     """
     for case in cases:
-        for backend in BACKENDS:
+        for backend in backends:
             name = f"Test{case.__name__.removesuffix('TestCase')}{place}{backend.title().replace('-', '')}"
             body = {"backend": backend, "__module__": namespace["__name__"], "__test__": True, **attributes}
-            if backend in FURTHER:
+            if backend in further:
                 body["pytestmark"] = pytest.mark.long
             namespace[name] = type(name, (case,) if issubclass(case, OnBackend) else (OnBackend, case), body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import sqlalchemy as sa
 import zope.sqlalchemy
 from eventsourcing.application import Application
@@ -20,6 +22,7 @@ from flask_eventsourcing.persistence import (
     SQLAlchemyTrackingRecorder,
 )
 from tests.contract.backends import OnBackend, on_each_backend
+from tests.django_host.datastores import make_datastore
 
 
 class Aggregates(OnBackend, persistence.AggregateRecorderTestCase):
@@ -88,7 +91,7 @@ class Processes(OnBackend, persistence.ProcessRecorderTestCase):
 on_each_backend(globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes)
 
 
-def on_zope(engine: sa.Engine, models: Models) -> Datastore:
+def on_zope(_: ExitStack, engine: sa.Engine, models: Models) -> Datastore:
     """Return the datastore of sessions that zope.sqlalchemy has registered, with an explicit manager."""
     factory = orm.sessionmaker(engine)
     zope.sqlalchemy.register(factory, transaction_manager=TransactionManager(explicit=True))
@@ -98,4 +101,10 @@ def on_zope(engine: sa.Engine, models: Models) -> Datastore:
 on_each_backend(
     globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes,
     place="WithZopeOn", makes_datastore=staticmethod(on_zope),
+)  # fmt: skip
+
+on_each_backend(
+    globals(), Aggregates, Applications, NonInterleaving, Trackings, Processes,
+    place="WithDjangoOn", makes_datastore=staticmethod(make_datastore),
+    backends=("sqlite-file", "postgresql", "mariadb-mysqlclient"), further=("postgresql", "mariadb-mysqlclient"),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,25 +32,36 @@ if not settings.configured:
 
 
 @contextmanager
-def database(alias: str, url: str, **further: Any) -> Iterator[None]:
-    """Within it, Django has a database of that alias, with the tables of the tests' app."""
+def alias(name: str, url: str, **further: Any) -> Iterator[None]:
+    """Within it, Django has a database of that alias."""
     handler: Any = connections
-    found = handler.configure_settings({"default": DEFAULT, alias: database_settings(url, **further)})
-    handler.settings[alias] = found[alias]
+    found = handler.configure_settings({"default": DEFAULT, name: database_settings(url, **further)})
+    handler.settings[name] = found[name]
     try:
-        call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
         yield
     finally:
-        connections[alias].close()
-        del connections[alias]
-        del handler.settings[alias]
+        connections[name].close()
+        del connections[name]
+        del handler.settings[name]
 
 
 @contextmanager
-def applications(**aliases: str) -> Iterator[None]:
-    """Within it, the setting has the tests' applications, each in the database of an alias."""
+def database(name: str, url: str, **further: Any) -> Iterator[None]:
+    """Within it, Django has a database of that alias, with the tables of the tests' app."""
+    with alias(name, url, **further):
+        call_command("migrate", database=name, run_syncdb=True, verbosity=0)
+        yield
+
+
+@contextmanager
+def applications(further: Mapping[str, Any] | None = None, /, **aliases: str) -> Iterator[None]:
+    """Within it, the setting has the tests' applications, each in the database of an alias.
+
+    :param further: what it has for each of them beside that.
+    """
     found = {
-        name: {"APPLICATION": f"tests.domain.{name}", "DATABASE": alias, "ENV": {}} for name, alias in aliases.items()
+        name: {"APPLICATION": f"tests.domain.{name}", "DATABASE": alias, **(further or {})}
+        for name, alias in aliases.items()
     }
     with override_settings(EVENTSOURCING=found):
         yield

@@ -91,6 +91,30 @@ def test_commit_by_any_way_is_a_commit(site: HostSite, way: str) -> None:
     assert site.stored() == (1, 0)
 
 
+@pytest.mark.parametrize("url", ["postgresql-psycopg2"], indirect=True)
+@pytest.mark.parametrize("site", ["flask", "plain sessionmaker"], indirect=True)
+@pytest.mark.parametrize("look", [test_rollback_by_any_way_is_a_rollback, test_commit_by_any_way_is_a_commit])
+def test_transactions_of_psycopg2_are_followed(site: HostSite, look: Callable[[HostSite, str], None]) -> None:
+    """A connection that is written in C, as psycopg2's, is committed and rolled back like any other."""
+    look(site, "driver")
+
+
+@pytest.mark.parametrize("url", ["postgresql-psycopg2"], indirect=True)
+@pytest.mark.parametrize("site", ["flask"], indirect=True)
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_another_transaction_of_psycopg2_is_another(site: HostSite, end: str) -> None:
+    """Events are not taken for stored, nor for lost, because another transaction has begun on the connection since."""
+    with recorded() as heard:
+        with site.working():
+            site.bank.open_account()
+            getattr(driver(site), end)()
+            driver(site).cursor().execute("SELECT 1")
+            with suppress(sa.exc.SQLAlchemyError):
+                site.commit()
+        assert [count for _, count in heard] == [1] * (end == "commit")
+    assert site.stored() == (int(end == "commit"), 0)
+
+
 SAVEPOINTS: dict[str, tuple[Callable[[HostSite], Any], Callable[[HostSite, Any], Any]]] = {
     "session": (lambda site: site.session.begin_nested(), lambda site, savepoint: savepoint.rollback()),
     "connection": (lambda site: of_connection(site).begin_nested(), lambda site, savepoint: savepoint.rollback()),

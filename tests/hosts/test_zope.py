@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import transaction
 import zope.sqlalchemy
 from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
 
 from flask_eventsourcing.contrib.zope import EventSourcing, event_models
-from flask_eventsourcing.exceptions import CommitInsideUnitError, ConfigurationError, RollbackOnlyError
+from flask_eventsourcing.exceptions import (
+    CommitInsideUnitError,
+    ConfigurationError,
+    RollbackOnlyError,
+    UncommittedEventsError,
+)
 from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
+from flask_eventsourcing.signals import events_recorded
 from tests import servers
 from tests.domain import Bank, conflict_with, in_threads
 from tests.hosts.test_units_of_work import recorded
@@ -436,3 +443,67 @@ def test_models_are_checked(zope_site: ZopeSite) -> None:
             EventSourcing(Bank, models=models, session=zope_site.scoped)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="session_factory"):
         EventSourcing(Bank, models=event_models(orm.declarative_base(), "Bank"), session=lambda: zope_site.session)
+
+
+def test_unit_after_a_save_without_a_transaction_commits(zope_site: ZopeSite) -> None:
+    """A unit of work commits although the first use of the session was a save outside of every transaction."""
+    zope_site.bank.open_account()
+    with zope_site.es.transaction():
+        zope_site.bank.open_account()
+    assert zope_site.stored() == (2, 0)
+
+
+def test_commit_of_a_manager_that_the_session_has_not_joined_fails(tmp_path: Path) -> None:
+    """A session that was marked as changed with the wrong manager makes the commit fail; its events are not lost."""
+    site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=True)
+
+    def save() -> None:
+        with site.manager:
+            zope.sqlalchemy.mark_changed(site.session)
+            site.bank.open_account()
+
+    with pytest.raises(UncommittedEventsError, match="of another manager"):
+        save()
+    site.manager.abort()
+    transaction.abort()
+    assert site.stored() == (0, 0)
+    site.close()
+
+
+def test_receiver_cannot_save_in_the_commit_it_hears_of(zope_site: ZopeSite) -> None:
+    """A receiver of ``events_recorded`` that saves in the session is refused, as nobody would commit that."""
+    refused = []
+
+    def receive(sender: object, **_: Any) -> None:
+        with pytest.raises(UncommittedEventsError, match="cannot save in the session whose commit it hears of"):
+            zope_site.bank.open_account()
+        refused.append(sender)
+
+    with events_recorded.connected_to(receive), zope_site.manager:
+        zope_site.bank.open_account()
+    assert refused
+    assert zope_site.stored() == (1, 0)
+
+
+def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rollback takes the session's part away and is no loss; what is saved after it is a part like any other."""
+    with zope_site.manager:
+        account_id = zope_site.bank.open_account()
+    with zope_site.manager:
+        savepoint = zope_site.manager.savepoint()
+        zope_site.bank.deposit(account_id, 5)
+        savepoint.rollback()
+        zope_site.bank.deposit(account_id, 2)
+    assert zope_site.bank.balance(account_id) == 2
+    zope_site.manager.abort()
+    assert caplog.messages == []
+    zope_site.manager.begin()
+    savepoint = zope_site.manager.savepoint()
+    zope_site.bank.deposit(account_id, 5)
+    savepoint.rollback()
+    zope_site.bank.deposit(account_id, 1)
+    zope_site.manager.get().join(Voter(zope_site.manager, key="~~later", fails_in="vote"))
+    with pytest.raises(KeyError):
+        zope_site.manager.commit()
+    zope_site.manager.abort()
+    assert "<the mailer> failed. The events are stored" in caplog.text

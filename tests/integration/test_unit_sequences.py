@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.integration.unit_driver import Driver
+from tests.integration.unit_django import DJANGO_KINDS, DjangoDriver, DjangoStages
+from tests.integration.unit_ends import SessionDriver
 from tests.integration.unit_stages import CACHES, Setting, Stages
 from tests.integration.unit_steps import BLOCKS, KINDS, Step, Violation
 from tests.length import IS_LONG, examples
 
 WAITING: frozenset[str] = frozenset()
 """What is not drawn yet."""
-DRAWN = KINDS - WAITING
+DRAWN: dict[str, frozenset[str]] = defaultdict(lambda: KINDS - WAITING, django=DJANGO_KINDS)
 OFTEN = ("save", "save", "save", "read", "orm commit", "orm rollback")
 """What makes the other steps interesting."""
 NUMBERS = (3, 3, 3, 3, 0, 4, 5, 2, 1)
@@ -36,6 +38,7 @@ HOSTS = (
     pytest.param("plain sessionmaker", marks=pytest.mark.long),
     pytest.param("zope scoped_session", marks=pytest.mark.long),
     pytest.param("zope sessionmaker", marks=pytest.mark.long),
+    "django",
 )
 
 
@@ -90,6 +93,8 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_each(CLOSES, SAVE, COMMIT, None),
     *_within("unit", (*ROLLBACKS, *CLOSES), OTHER, None, SAVE),
     *_within("retry", (*ROLLBACKS, *CLOSES), OTHER, None, SAVE),
+    *_within("unit", ROLLBACKS, OTHER, None),
+    (SAVE, Step("unit")),
     *_within("unit", COMMITS, OTHER, None, Step("fault")),
     *_within("retry", COMMITS, READ, OTHER, None, OVERTAKEN, SAVE),
     *_within("begin", ("save", "row", "read"), SAVE, None, SAVE),
@@ -102,11 +107,20 @@ SETTINGS_OF_FLASK = (
     Setting("view", "save"),
     Setting("context", "save", "plain"),
 )
+SETTINGS_OF_DJANGO = (
+    Setting(mode="manual"),
+    Setting("view", "atomic", "plain"),
+    Setting("context", "autocommit", "fast-forwarded"),
+    Setting("view", "manual"),
+)
 
 
 def settings_of(host: str) -> Sequence[Setting]:
     """Return what is around each of the shortest programs."""
-    found = SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain"))
+    if host == "django":
+        found: Sequence[Setting] = SETTINGS_OF_DJANGO
+    else:
+        found = SETTINGS_OF_FLASK if host == "flask" else (Setting(), Setting(cache="plain"))
     return found if IS_LONG else found[:2]
 
 
@@ -126,15 +140,24 @@ def steps(drawn: Collection[str], depth: int = 2, most: int = 9) -> Any:
 def situations(host: str) -> Any:
     """Draw what is around a program."""
     caches = st.sampled_from(sorted(CACHES))
+    if host == "django":
+        modes = st.sampled_from(("manual", "atomic", "autocommit"))
+        return st.builds(Setting, st.sampled_from(("context", "view")), modes, caches, st.sampled_from((200, 409)))
     if host != "flask":
         return st.builds(Setting, cache=caches)
     modes = st.sampled_from(("explicit", "request", "save"))
     return st.builds(Setting, st.sampled_from(("context", "view")), modes, caches, st.sampled_from((200, 409)))
 
 
+def kinds(program: Sequence[Step]) -> set[str]:
+    """Return the kinds of steps in a program."""
+    return {kind for step in program for kind in (step.kind, *kinds(step.body))}
+
+
 def take(stages: Stages, program: Sequence[Step], setting: Setting) -> None:
     """Run a program and hold it against the model."""
-    Driver(stages[setting], f"{next(PREFIXES)} ").run(program, setting)
+    driver = DjangoDriver if stages.host == "django" else SessionDriver
+    driver(stages[setting], f"{next(PREFIXES)} ").run(program, setting)
 
 
 def check(stages: Stages, host: str, drawn: Collection[str], number: int, *, always_the_same: bool) -> None:
@@ -151,7 +174,7 @@ def check(stages: Stages, host: str, drawn: Collection[str], number: int, *, alw
 @pytest.fixture
 def stages(uri: str, host: str) -> Iterator[Stages]:
     """The sites of a host on a database."""
-    made = Stages(uri, host)
+    made = DjangoStages(uri, host) if host == "django" else Stages(uri, host)
     yield made
     made.close()
 
@@ -161,6 +184,8 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
     """The same holds for the shortest programs for which it once did not."""
     failed = []
     for program in SHORTEST:
+        if not kinds(program) <= DRAWN[host]:
+            continue
         for setting in settings_of(host):
             try:
                 take(stages, program, setting)
@@ -172,11 +197,11 @@ def test_shortest_programs(stages: Stages, host: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_drawn_programs(stages: Stages, host: str) -> None:
     """What is said to be stored is stored and nothing else is, streams can be read, stale objects are refused."""
-    check(stages, host, DRAWN, examples(40 if host == "flask" else 15), always_the_same=True)
+    check(stages, host, DRAWN[host], examples(40 if host == "flask" else 15), always_the_same=True)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("host", HOSTS)
 def test_many_drawn_programs(stages: Stages, host: str) -> None:
     """The same holds for many more programs, which are others each time."""
-    check(stages, host, DRAWN, 1500 if host == "flask" else 500, always_the_same=False)
+    check(stages, host, DRAWN[host], 1500 if host == "flask" else 500, always_the_same=False)

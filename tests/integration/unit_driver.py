@@ -14,14 +14,13 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from flask_eventsourcing import events_discarded, events_recorded
-from tests.integration.unit_ends import Ending
-from tests.integration.unit_stages import Logged, Outcome, Setting
-from tests.integration.unit_steps import TOLD, Step, holds
+from tests.integration.unit_stages import TOLD, Logged, Outcome, Setting
+from tests.integration.unit_steps import Saving, Step, holds
 from tests.integration.unit_truth import Key
 
 
-class Driver(Ending):
-    """Runs one program."""
+class Driver(Saving):
+    """Runs one program, on a host whose ends of transactions a subclass knows."""
 
     # ------------------------------------------------------------------------------------------- the whole
 
@@ -31,7 +30,7 @@ class Driver(Ending):
         self._open_accounts()
         with self._heard() as (recorded, discarded, lines), warnings.catch_warnings():
             warnings.simplefilter("ignore", sa.exc.SAWarning)
-            outcome = self.stage.perform(lambda: self._take_all(steps), setting)
+            outcome = self.stage.perform(lambda: self._begun(steps, setting), setting)
             if self.violation is not None:
                 raise self.violation
             self._ended(outcome, setting)
@@ -44,6 +43,14 @@ class Driver(Ending):
         if setting.place != "view" and not (lines and self.stage.tells_by_log):
             untold = set(self.truth.untold) - set(discarded)
             holds(not untold, f"nobody was told that {untold} is not stored")
+        self._check_discarded(discarded)
+
+    def _begun(self, steps: Sequence[Step], setting: Setting) -> None:
+        """Take the steps, in what the setting begins."""
+        self._take_all(steps)
+
+    def _check_discarded(self, discarded: Sequence[Key]) -> None:
+        """Look at what was told to be gone, beside what has to be."""
 
     def _ended(self, outcome: Outcome, setting: Setting) -> None:
         truth = self.truth

@@ -7,12 +7,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tests.integration.unit_steps import TOLD, Saving, Skip, Step, Violation, holds
+from tests.integration.unit_driver import Driver
+from tests.integration.unit_stages import TOLD
+from tests.integration.unit_steps import Skip, Step, Violation, holds
 from tests.integration.unit_truth import Frame
 
 
-class Ending(Saving):
-    """Commits, rolls back and closes."""
+class SessionDriver(Driver):
+    """Commits, rolls back and closes a session of SQLAlchemy's."""
 
     # ------------------------------------------------------------------------------------------- savepoints
 
@@ -153,9 +155,8 @@ class Ending(Saving):
         if index and "connection" in levels[index:]:
             raise Skip
         self.truth.written = True
-        self.stage.session.add(self.stage.Note(text=None))
         try:
-            self.stage.session.flush()
+            self.stage.add_row(None)
         except sa.exc.SQLAlchemyError as error:
             if self._units.within and not step.caught:
                 # What is around it rolls back.

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psycopg
+import pymysql
 import sqlalchemy as sa
+from django.db import Error as DjangoError
+from eventsourcing.application import AggregateNotFoundError
+from eventsourcing.persistence import PersistenceError
 from sqlalchemy import orm
+from transaction.interfaces import TransactionError
 
+from flask_eventsourcing import exceptions
 from flask_eventsourcing.web.state import state_of
 from tests.bank import Site, make_site
 from tests.domain import Bank
@@ -41,6 +49,13 @@ class Setting:
 
 class UsersError(Exception):
     """An error of the user's own code."""
+
+
+TOLD: tuple[type[Exception], ...] = (
+    *(sa.exc.SQLAlchemyError, PersistenceError, exceptions.FlaskEventSourcingError, AggregateNotFoundError, UsersError),
+    *(sqlite3.Error, psycopg.Error, pymysql.Error, TransactionError, DjangoError),
+)
+"""What a program may be told by, and may catch."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,32 @@ class Stage(ABC):
     def after_leaving(self) -> None:
         """Do what a user of the host does who has closed a session with everything in it; mostly nothing."""
         return
+
+    @property
+    def excludes(self) -> bool:
+        """Whether a transaction keeps all others from writing from its beginning."""
+        return self.memory
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun."""
+        return self.session.in_transaction()
+
+    def add_row(self, text: str | None) -> None:
+        """Write a row with the ORM."""
+        self.session.add(self.Note(text=text))
+        self.session.flush()
+
+    def add_row_again(self) -> None:
+        """Write a second row with the id 1, by a statement past the ORM."""
+        self.session.execute(sa.insert(self.Note).values(id=1, text="there is one"))
+
+    def recover(self) -> None:
+        """Do what a program does after an error that it did not expect."""
+        try:
+            self.rollback()
+        except TOLD:
+            self.session.invalidate()
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
@@ -280,7 +321,7 @@ class Stages:
 
     def __init__(self, uri: str, host: str) -> None:
         self._uri = uri
-        self._host = host
+        self.host = host
         self._made: dict[tuple[str, str], Stage] = {}
 
     def __getitem__(self, setting: Setting) -> Stage:
@@ -288,13 +329,13 @@ class Stages:
         if key not in self._made:
             self._made[key] = self._make(*key)
             _hurry(self._made[key].engine)
-            _add_row(self._made[key])
+            add_row(self._made[key].engine, self._made[key].Note)
         return self._made[key]
 
     def _make(self, mode: str, cache: str) -> Stage:
-        if self._host != "flask":
-            made = ZopeSite if self._host.startswith("zope") else PlainSite
-            return PlainStage(made(self._uri, scoped=self._host.endswith("scoped_session"), env=CACHES[cache]))
+        if self.host != "flask":
+            made = ZopeSite if self.host.startswith("zope") else PlainSite
+            return PlainStage(made(self._uri, scoped=self.host.endswith("scoped_session"), env=CACHES[cache]))
         site = make_site(
             self._uri,
             EVENTSOURCING_COMMIT=mode,
@@ -318,12 +359,11 @@ def _hurry(engine: sa.Engine) -> None:
     sa.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF").close())
 
 
-def _add_row(stage: Stage) -> None:
+def add_row(engine: sa.Engine, note: Any) -> None:
     """See to it that there is a row with the id 1."""
-    row = {"id": 1, "text": "there is one"}
-    with stage.engine.begin() as connection:
-        if not connection.scalar(sa.select(sa.func.count()).select_from(stage.Note)):
-            connection.execute(sa.insert(stage.Note).values(**row))
+    with engine.begin() as connection:
+        if not connection.scalar(sa.select(sa.func.count()).select_from(note)):
+            connection.execute(sa.insert(note).values(id=1, text="there is one"))
 
 
 class Logged(logging.Handler):

@@ -6,7 +6,6 @@ model, a ``Truth``. A step that does not fit into the state is left out, so that
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,16 +14,16 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-import pymysql
 import sqlalchemy as sa
+from django.db import Error as DjangoError
+from django.db import IntegrityError as DjangoIntegrityError
 from eventsourcing.application import AggregateNotFoundError
 from eventsourcing.persistence import IntegrityError, PersistenceError
 from sqlalchemy.orm import SessionTransactionOrigin
-from transaction.interfaces import TransactionError
 
 from flask_eventsourcing import exceptions
 from tests.domain import Account
-from tests.integration.unit_stages import Stage, UsersError
+from tests.integration.unit_stages import TOLD, Stage, UsersError
 from tests.integration.unit_truth import Entry, Holding, Key, Truth
 
 BLOCKS = ("unit", "retry", "begin", "savepoint")
@@ -38,11 +37,6 @@ KINDS = frozenset(
         *BLOCKS,
     }
 )
-TOLD = (
-    *(sa.exc.SQLAlchemyError, PersistenceError, exceptions.FlaskEventSourcingError, AggregateNotFoundError, UsersError),
-    *(sqlite3.Error, psycopg.Error, pymysql.Error, TransactionError),
-)
-"""What a program may be told by, and may catch."""
 
 
 class _NoSuchError(Exception):
@@ -153,16 +147,13 @@ class Saving:
     def _recover(self) -> None:
         """Do what a program does after an error that it did not expect."""
         with suppress(ReferenceError):
-            try:
-                self.stage.rollback()
-            except TOLD:
-                self.stage.session.invalidate()
+            self.stage.recover()
         self.truth.rollback()
         self.truth.odd = False
 
     def _aborted(self) -> bool:
         """Whether PostgreSQL has aborted the transaction."""
-        if self.stage.dialect != "postgresql" or not self.stage.session.in_transaction():
+        if self.stage.dialect != "postgresql" or not self.stage.in_transaction:
             return False
         try:
             return bool(self._raw().info.transaction_status == psycopg.pq.TransactionStatus.INERROR)
@@ -262,30 +253,28 @@ class Saving:
     def _row(self, step: Step) -> None:
         text = f"{self._prefix}{next(self._numbers)}"
         self.truth.written = True
-        self.stage.session.add(self.stage.Note(text=text))
-        self.stage.session.flush()
+        self.stage.add_row(text)
         self.truth.frames[-1].entries.append(Entry(None, text=text))
 
     def _statement_error(self, step: Step) -> Exception | None:
-        row = {"id": 1, "text": "there is one"}
         self.truth.written = True
         try:
-            self.stage.session.execute(sa.insert(self.stage.Note).values(**row))
-        except sa.exc.IntegrityError as error:
+            self.stage.add_row_again()
+        except (sa.exc.IntegrityError, DjangoIntegrityError) as error:
             return error
         raise Violation("a second row with one id was taken")
 
     def _conflict(self, step: Step) -> None:
         busy = self.truth.written or self.truth.odd or self._units.conflicts
-        if busy or (self.stage.memory and self.stage.session.in_transaction()):
+        if busy or (self.stage.excludes and self.stage.in_transaction):
             raise Skip
         account_id, amount = self._accounts[step.number % 3 % 2], 2 ** next(self._numbers)
         try:
             self.stage.elsewhere(lambda: self.stage.bank.deposit(account_id, amount))
-        except (PersistenceError, sa.exc.SQLAlchemyError) as error:
+        except (PersistenceError, sa.exc.SQLAlchemyError, DjangoError) as error:
             raise Violation(f"another writer fails although nothing is in its way: {error!r}") from error
         self.truth.streams[account_id].append(amount)
-        self.truth.overtaken |= self.stage.session.in_transaction()
+        self.truth.overtaken |= self.stage.in_transaction
 
     def _fault(self, step: Step) -> None:
         if not self._units.within:

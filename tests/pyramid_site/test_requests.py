@@ -6,15 +6,18 @@ import logging
 from typing import Any
 
 import pytest
+import transaction
 from eventsourcing.persistence import IntegrityError
 from pyramid import testing
 from pyramid.httpexceptions import HTTPConflict, HTTPFound
 from pyramid.request import Request
+from pyramid.response import Response
 from pyramid.scripting import prepare
 from transaction import TransactionManager
 from webtest import TestApp
 
 from flask_eventsourcing.exceptions import ConfigurationError, RollbackOnlyError, UncommittedEventsError
+from flask_eventsourcing.signals import events_discarded
 from tests.domain import Bank, conflict_with, in_threads
 from tests.hosts.test_units_of_work import recorded
 from tests.pyramid_site.conftest import MakePyramidSite
@@ -148,6 +151,78 @@ def test_exception_view_with_a_veto_is_as_for_rows(new_site: MakePyramidSite) ->
 
     assert site.answer(view).status_code == 200
     assert site.stored() == (1, 1)
+
+
+def eating_tween_factory(handler: Any, registry: Any) -> Any:
+    """Make a tween that answers a success to an error of the user's."""
+
+    def tween(request: Any) -> Any:
+        try:
+            return handler(request)
+        except UsersError:
+            return Response("eaten")
+
+    return tween
+
+
+def test_tween_does_not_tell_of_a_success(new_site: MakePyramidSite) -> None:
+    """A tween over that of ``pyramid_tm`` which answers 2xx to an error is overruled, if events were rolled back."""
+    name = "tests.pyramid_site.test_requests.eating_tween_factory"
+    manager = "pyramid_tm.tm_tween_factory"
+    site = with_note(new_site(configure=lambda config: config.add_tween(name, over=manager), **VETO))
+
+    def fail(request: Any) -> Any:
+        raise UsersError
+
+    def view(request: Any) -> Any:
+        save(request)
+        fail(request)
+
+    with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* the transaction was aborted for UsersError"):
+        site.answer(view)
+    assert site.answer(fail).text == "eaten"
+    assert site.stored() == (0, 0)
+
+
+def test_list_of_tweens_without_the_guard_is_told(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:
+    """Settings that list every tween and leave the guard out, or have it under ``pyramid_tm``, are warned of."""
+    manager, guard = "pyramid_tm.tm_tween_factory", "flask_eventsourcing.contrib.pyramid.guard_tween_factory"
+    new_site(**VETO, **{"pyramid.tweens": f"{guard} {manager} pyramid.tweens.excview_tween_factory"})
+    assert caplog.messages == []
+    for names in (manager, f"{manager} {guard}"):
+        caplog.clear()
+        new_site(**VETO, **{"pyramid.tweens": f"{names} pyramid.tweens.excview_tween_factory"})
+        assert "pyramid.tweens does not have" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["add_response_callback", "add_finished_callback"])
+def test_events_of_a_callback_are_told(new_site: MakePyramidSite, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What a callback saves after the commit, with the manager of the thread, is rolled back and told at once."""
+    site = with_note(new_site(**VETO, **{"tm.manager_hook": lambda request: transaction.manager}))
+    discarded: list[Any] = []
+
+    def hear(sender: object, notifications: Any, **_: Any) -> None:
+        discarded.extend(notifications)
+
+    def view(request: Any) -> Any:
+        getattr(request, way)(lambda *_: save(request))
+        return {}
+
+    with events_discarded.connected_to(hear):
+        assert site.answer(view).status_code == 200
+    assert len(discarded) == 1
+    assert "1 event of Bank" in caplog.text
+    assert transaction.manager.manager._txn is None
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("returned", [None, 5])
+def test_function_that_returns_no_session_is_refused(new_site: MakePyramidSite, returned: Any) -> None:
+    """A save in a request whose function returns no session is refused, rather than committed on its own."""
+    site = with_note(new_site(session=lambda request: returned, **VETO))
+    with pytest.raises(ConfigurationError, match=f"returns is {returned} and no session"):
+        site.answer(save)
+    assert site.stored() == (0, 0)
 
 
 def test_raised_redirect_is_as_for_rows(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from tests.source import MODULES, PACKAGE, ROOT, imports, inner, outer, parents
 
 FLOORS: list[set[str]] = [
     {"_patches", "exceptions", "failures", "signals"},
-    {"config", "lifecycle", "metadata"},
+    {"config", "lifecycle", "metadata", "tailing"},
     {"models", "persistence"},
     {"uow"},
     {"applications", "host", "orjson_transcoder", "projections"},
@@ -47,7 +47,7 @@ def room(name: str) -> str:
 
 def adapter(name: str) -> str:
     """Return the part of a wing to which a module belongs."""
-    return ".".join(name.split(".")[:2])
+    return ".".join(name.split(".")[: 1 if room(name) == "cassandra" else 2])
 
 
 def floor(name: str) -> int:
@@ -198,3 +198,11 @@ def test_hosts_run_without_flask() -> None:
     names = {each: [f"{PACKAGE}.{n}" for n in MODULES if adapter(n) == each] for each in ADAPTERS}
     import_blocked(names["contrib.zope"], flask_side, FLASK | {"pyramid", "webob"})
     import_blocked(names["contrib.pyramid"], flask_side, FLASK)
+
+
+def test_cassandra_runs_without_flask_and_sqlalchemy() -> None:
+    """The persistence in Cassandra can be imported where both are missing."""
+    pytest.importorskip("cassandra.cluster", reason="cassandra-driver is not installed")
+    names = [f"{PACKAGE}.{n}" for n in MODULES if adapter(n) == "cassandra"]
+    above = [f"{PACKAGE}.{each}" for number, rooms in enumerate(FLOORS) for each in sorted(rooms) if number > 1]
+    import_blocked(names, above, FLASK | SQLALCHEMY)

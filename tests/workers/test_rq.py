@@ -51,9 +51,13 @@ def events(place: Place) -> int:
     return int(place.query("SELECT count(*) FROM ledger_events")[0][0])
 
 
-@pytest.mark.parametrize(("place", "count"), [("postgresql", 500), ("sqlite", 100)], indirect=["place"])
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [("postgresql", 150), ("sqlite", 60), pytest.param("postgresql", 500, marks=pytest.mark.torture)],
+    indirect=["place"],
+)
 def test_every_job_is_done_once(place: Place, queue: Any, count: int) -> None:
-    """Of 500 jobs, a tenth fails and a tenth has a conflict: the right events are stored, none twice."""
+    """Of many jobs, a tenth fails and a tenth has a conflict: the right events are stored, none twice."""
     numbers = range(count)
     jobs = queue.enqueue_many(
         [queue.prepare_data(f"{JOBS}.{'awaited' if number % 7 == 0 else 'numbered'}", (number,)) for number in numbers]

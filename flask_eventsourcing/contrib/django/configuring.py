@@ -15,6 +15,7 @@ from ...exceptions import ConfigurationError
 
 SETTING = "EVENTSOURCING"
 KEYS = ("APPLICATION", "DATABASE", "ENV")
+FORMER_ALIAS = "DJANGO_DB_ALIAS"
 EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
 
@@ -90,3 +91,9 @@ def _check_values(where: str, found: Configured) -> None:
     env: Any = found.env
     if not isinstance(env, Mapping) or not all(isinstance(item, str) for pair in env.items() for item in pair):
         raise ConfigurationError(f"{where}['ENV'] must be a mapping of strings to strings.")
+    former = next((key for key in env if key.upper().endswith(FORMER_ALIAS)), None)
+    if former is not None:
+        raise ConfigurationError(
+            f"{where}['ENV'] has {former!r}, a setting of eventsourcing-django that would have no effect here: write "
+            f"{where}['DATABASE']."
+        )

@@ -26,6 +26,7 @@ from .hosting import Database, Site, get_application, site
 from .lending import refresh, sqlalchemy_errors
 from .projections import USING, ModelProjection, registered
 from .retrying import run_again
+from .rewriting import Rewrite
 from .transactions import DjangoUnit
 
 R = TypeVar("R")
@@ -133,8 +134,11 @@ class DjangoHost:
         raise ConfigurationError("In a Django project, events are saved on Django's connection and no session.")
 
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
-        """The table of a model."""
-        return [_table_of(model, self._alias)]
+        """The tables of a model: its own, those of the models that it extends, and those of its relations to many."""
+        options = model._meta
+        through = [each.remote_field.through for each in options.local_many_to_many]
+        related = [*options.all_parents, *(each for each in through if each._meta.auto_created)]
+        return [_table_of(each, self._alias) for each in (options.concrete_model, *related)]
 
 
 def _nothing() -> None:
@@ -158,7 +162,8 @@ class Projections:
     def _maker(self, host: Any) -> Callable[[type[Application[Any]]], ProjectedApplication]:
         def make(of: type[Application[Any]]) -> ProjectedApplication:
             records = self.site.database(of.name).records[of.name]
-            return ProjectedApplication(host, of.name, lambda: get_application(of), records.mirror.projections)
+            models = records.mirror.projections
+            return ProjectedApplication(host, of.name, lambda: get_application(of), models, rebuild_with=Rewrite)
 
         return make
 

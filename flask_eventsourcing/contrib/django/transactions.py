@@ -12,6 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from django.db import Error, transaction
+from django.db.transaction import TransactionManagementError
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
@@ -21,11 +22,17 @@ from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
 from ...uow.pending import Item, call_all, is_there
+from .ends import Ends
 from .lending import Borrowed, own_connection
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+GONE = (
+    "{} events were saved and cannot be committed, as the database has rolled this transaction back: let an error of a "
+    "statement leave its atomic() block, or put what may fail into one of its own."
+)
 
 
 class Gate:
@@ -61,6 +68,7 @@ class DjangoUnit(Unit):
         self._hooks: int | None = None
         """The identity of Django's list of functions: to hold the list would keep what is dropped."""
         self._current: Transaction | None = None
+        self._ends = Ends(borrowed.wrapper, self, marked)
 
     @property
     def wrapper(self) -> Any:
@@ -202,58 +210,63 @@ class DjangoUnit(Unit):
             call_all([item])
 
     def look(self) -> None:
-        """Find out what Django has dropped, and what became of transactions that it does not follow."""
+        """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
         if self._marked:
-            if self._has_ended_past_django():
-                self._marked.ask()
-            self._marked.look()
+            if self._has_ended():
+                self._marked.decide(self._there(self._marked.all(Batch)))
+            self._marked.look(self.wrapper)
 
-    def _has_ended_past_django(self) -> bool:
-        """Whether a transaction of which Django tells nobody is over: autocommit was switched off, and is on again."""
-        wrapper = self.wrapper
-        if wrapper.in_atomic_block or self._marked.losses.leaving is not None or wrapper.connection is None:
+    def _has_ended(self) -> bool:
+        """Whether somebody has ended the transaction of whose end Django knows nothing, or only a part.
+
+        It was done by switching autocommit on, with the driver, or with the text of a statement.
+
+        What waits for the rest of Django's own commit is not looked for.
+        """
+        wrapper, is_suspicious = self.wrapper, self._marked.is_suspicious
+        if wrapper.in_atomic_block or not (wrapper.run_on_commit or is_suspicious):
             return False
-        return bool(wrapper.autocommit) or has_ended(self._borrowed, self.dialect)
+        if wrapper.connection is None:
+            return is_suspicious
+        if self._marked.losses.leaving is not None and not wrapper.autocommit:
+            # Django is about to end it.
+            return False
+        # Before something was written, there may be no transaction yet.
+        return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
 
+    def _is_over(self) -> bool:
+        """Whether the driver, or the server, says that there is no transaction."""
+        is_open = getattr(self.wrapper.connection, "in_transaction", None)
+        if isinstance(is_open, bool):
+            return not is_open
+        return self._borrowed.known is not None and self.dialect.is_over(self._borrowed.known)
 
-def has_ended(borrowed: Borrowed, dialect: Dialect) -> bool:
-    """Whether there is no transaction on the driver's connection, or an aborted one."""
-    is_open = getattr(borrowed.wrapper.connection, "in_transaction", None)
-    if isinstance(is_open, bool):
-        return not is_open
-    return borrowed.known is not None and dialect.is_over(borrowed.known)
+    def check_commit(self) -> None:
+        """Refuse a commit that would not store the events, after an error that was swallowed.
 
+        A driver or server that is in doubt tells it without a round trip; after an error of it the events are looked
+        for.
 
-class UnitDatabase:
-    """What a unit's database says of events.
+        :raises TransactionManagementError: when they are not there.
+        """
+        wrapper, connection = self.wrapper, self._borrowed.known
+        self._marked.look(wrapper)
+        batches = self._marked.all(Batch)
+        if not batches or connection is None or wrapper.connection is None:
+            return
+        is_refused = self.dialect.is_aborted(connection)
+        is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
+        is_doubtful = is_doubtful or (self.dialect.driver_knows_end and self._is_over())
+        if is_refused or (is_doubtful and not all(is_there(connection, each) for each in batches)):
+            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
-    :param unit: the unit, which has it.
-    """
-
-    def __init__(self, borrowed: Borrowed, dialect: Dialect) -> None:
-        self._borrowed = borrowed
-        self._dialect = dialect
-
-    def is_aborted(self) -> bool:
-        """Whether a commit would be a rollback, as the driver knows."""
-        known = self._borrowed.known
-        return known is not None and self._dialect.is_aborted(known)
-
-    def has_ended(self) -> bool:
-        """Whether the driver knows, without asking the server, that the transaction has ended."""
-        return self._dialect.driver_knows_end and has_ended(self._borrowed, self._dialect)
-
-    def commits_implicitly(self, statement: str) -> bool:
-        """Whether a statement commits."""
-        return self._dialect.commits_implicitly(statement)
-
-    def there(self, batches: Sequence[Batch]) -> set[int] | None:
-        """Return which events are in the database, by the batches' ``id()``; None where that cannot be asked."""
+    def _there(self, batches: Sequence[Batch]) -> set[int] | None:
+        """Return which events are in the database, or None where that cannot be asked."""
         try:
             with driver_errors():
                 connection = self._borrowed.connection()
-                return {id(batch) for batch in batches if is_there(connection, batch)}
-        except (sa.exc.SQLAlchemyError, Error, self._dialect.driver_error) as error:
+                return {id(each) for each in batches if is_there(connection, each)}
+        except (sa.exc.SQLAlchemyError, Error, self.dialect.driver_error) as error:
             logger.warning("Nobody knows what became of events that were saved: %s", type(error).__name__)
             return None
 
@@ -279,7 +292,5 @@ class DjangoUnits:
 def _make(
     datastore: Datastore, publish: Announce, lost: Announce, contended: ContendedAggregates, wrapper: Any
 ) -> DjangoUnit:
-    marked = Marked(wrapper, publish, Losses(wrapper, lost))
-    borrowed = Borrowed(datastore.engine, wrapper)
-    marked.database = UnitDatabase(borrowed, datastore.dialect)
-    return DjangoUnit(borrowed, datastore, marked, contended)
+    marked = Marked(publish, Losses(wrapper, lost))
+    return DjangoUnit(Borrowed(datastore.engine, wrapper), datastore, marked, contended)

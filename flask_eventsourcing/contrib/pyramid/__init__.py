@@ -1,4 +1,4 @@
-"""Pyramid: applications on ``request.dbsession``, committed by pyramid_tm and tried again by pyramid_retry.
+"""Pyramid: applications on ``request.dbsession``, committed by pyramid_tm and retried by pyramid_retry.
 
 ``config.include("flask_eventsourcing.contrib.pyramid")`` adds ``config.add_eventsourcing``, ``config.add_projection``
 and ``request.eventsourcing``.
@@ -19,7 +19,7 @@ from ...metadata import Provider
 from ...projections.definitions import ModelProjection, check_projection
 from ..zope.record_models import EventModels, check_models_of, event_models
 from .guard import guard_tween_factory
-from .site_state import Entry, EventSourcing, state_of
+from .site_state import GUARD, MANAGER, Entry, EventSourcing, state_of
 
 __all__ = ["EventSourcing", "event_models", "guard_tween_factory", "includeme", "projection"]
 
@@ -34,9 +34,7 @@ def includeme(config: Configurator) -> None:
     config.add_directive("add_eventsourcing", add_eventsourcing)
     config.add_directive("add_projection", add_projection)
     config.add_request_method(_eventsourcing, "eventsourcing", property=True)
-    config.add_tween(
-        "flask_eventsourcing.contrib.pyramid.guard_tween_factory", over=("pyramid_tm.tm_tween_factory", EXCVIEW)
-    )
+    config.add_tween(GUARD, over=(MANAGER, EXCVIEW))
 
 
 def _eventsourcing(request: Any) -> EventSourcing:
@@ -89,6 +87,7 @@ def _finish(state: EventSourcing) -> None:
         state.is_finished = True
         state.build()
         state.warn_of_missing_veto()
+        state.warn_of_missing_guard()
 
 
 def add_projection(

@@ -1,10 +1,12 @@
-"""Sees to it that no client is told "done" for events that are not stored, by a tween over that of pyramid_tm."""
+"""A tween over that of pyramid_tm: no client is told "done" for events that are not stored."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import NoneType
 from typing import Any
 
 from pyramid.registry import Registry
@@ -23,6 +25,15 @@ except ImportError:  # nobody tries again without it
         """Return False."""
         return False
 
+
+VETOED: tuple[type, ...] = (NoneType,)
+"""What is behind a rollback that no error has caused."""
+try:
+    from pyramid_tm import AbortWithResponse
+except ImportError:  # nobody aborts with it
+    pass
+else:
+    VETOED = (NoneType, AbortWithResponse)
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -44,6 +55,8 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         with OnError(lambda _: state.drop_pending()):
             response = handler(request)
         error = find_error(state, request, response)
+        # The last to be called, as what is called before may save as well.
+        request.add_finished_callback(partial(_finish, state))
         return response if error is None else answer_with(request, error)
 
     return guard_tween
@@ -69,11 +82,30 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
             "A unit of work in this request failed, and its error was caught, so that the transaction was aborted: let "
             "the error pass, or use a savepoint."
         )
+    dropped = request.environ.pop(DROPPED, None)
     error = getattr(request, "exception", None)
-    dropped = request.environ.get(DROPPED)
-    if not dropped or error is None or is_error_retryable(request, error):
+    if not dropped or (error is not None and is_error_retryable(request, error)):
         return None
-    return _behind_view(dropped, error, response)
+    kind = dropped[0][1]
+    if issubclass(kind, VETOED):
+        # A veto, which is the host's rule, or an exception view where there is none.
+        if error is None:
+            return None
+        reason = f"the view raised {type(error).__name__} and pyramid_tm has no commit veto to ask"
+    else:
+        reason = f"the transaction was aborted for {kind.__name__}"
+    return _behind_view([batch for batches, _ in dropped for batch in batches], reason, response)
+
+
+def _finish(state: EventSourcing, request: Any) -> None:
+    """When all is sent, see to it that nothing is left for the next request of this thread."""
+    pending = state.drop_pending()
+    if pending:
+        logger.error(
+            "%s saved by a callback when the request had been answered, and nobody commits that: it is rolled back.",
+            describe(pending),
+        )
+        state.discard(pending)
 
 
 def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) -> FlaskEventSourcingError | None:
@@ -89,11 +121,8 @@ def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) ->
     return UncommittedEventsError(message)
 
 
-def _behind_view(batches: Sequence[Batch], error: BaseException, response: Any) -> FlaskEventSourcingError | None:
-    message = (
-        f"{describe(batches)} rolled back, as the view raised {type(error).__name__} and pyramid_tm has no commit veto "
-        f"to ask, and the exception view answered {response.status}"
-    )
+def _behind_view(batches: Sequence[Batch], reason: str, response: Any) -> FlaskEventSourcingError | None:
+    message = f"{describe(batches)} rolled back, as {reason}, and the answer was {response.status}"
     if response.status_code >= 300:
         # To raise a redirect aborts, as it does for rows.
         logger.warning("%s: return the redirect if the events are to be stored.", message)

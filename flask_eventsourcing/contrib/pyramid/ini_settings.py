@@ -1,4 +1,4 @@
-"""The settings ``eventsourcing.…`` of a Pyramid application, which stand in its ini file."""
+"""The settings ``eventsourcing.…`` in the ini file of a Pyramid application."""
 
 from __future__ import annotations
 

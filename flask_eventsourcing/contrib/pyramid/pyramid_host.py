@@ -1,7 +1,8 @@
-"""A Pyramid application as the host of applications: its requests, their sessions and transactions."""
+"""A Pyramid application as a host: its requests, their sessions and transactions."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ CONFLICTS = "flask_eventsourcing.conflicts"
 DOOMED = "flask_eventsourcing.doomed"
 """Where a request notes that a unit of work which failed has doomed its transaction."""
 DROPPED = "flask_eventsourcing.dropped"
-"""Where a request has the events that were rolled back when it had been answered."""
+"""Where a request has the events that were rolled back when it had been answered, with the kind of error behind it."""
 SESSIONS = "flask_eventsourcing.sessions"
 """Where a request has the sessions that were found for it."""
 KEPT = "flask_eventsourcing.metadata"
@@ -67,7 +68,7 @@ class PyramidHost(ZopeHost):
         """Note events that are rolled back as the request was answered, rather than by its view."""
         request = get_current_request()
         if request is not None and not is_managed(request):
-            request.environ.setdefault(DROPPED, []).extend(batches)
+            request.environ.setdefault(DROPPED, []).append((batches, type(sys.exception())))
 
     def _may_be_repeated(self) -> bool:
         request = get_current_request()
@@ -88,14 +89,16 @@ class PyramidHost(ZopeHost):
 
     def _session_of(self, request: Any) -> orm.Session:
         session: Any = self._session
-        if not isinstance(session, str):
-            made: orm.Session = session(request)
-            return made
-        found: Any = getattr(request, session, None)
+        named = isinstance(session, str)
+        found: Any = getattr(request, session, None) if named else session(request)
         if not isinstance(found, orm.Session):
+            what, remedy = (
+                (f"request.{session}", "include what makes it, or name another attribute")
+                if named
+                else (f"What {session!r} returns", "give a function that returns the session of the request")
+            )
             raise ConfigurationError(
-                f"request.{session} is {found!r} and no session: include what makes it, or name another attribute in "
-                "config.add_eventsourcing(…, session=…)."
+                f"{what} is {found!r} and no session: {remedy} in config.add_eventsourcing(…, session=…)."
             )
         return found
 

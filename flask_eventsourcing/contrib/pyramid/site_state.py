@@ -1,4 +1,4 @@
-"""What one Pyramid application has: applications, hosts and projections, made when its configuration is complete."""
+"""The state of one Pyramid application: applications, hosts and projections, made at the end of its configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eventsourcing.application import Application
+from pyramid.interfaces import ITweens
 from pyramid.registry import Registry
 from pyramid.threadlocal import get_current_request
 from sqlalchemy import orm
@@ -34,6 +35,13 @@ KEY = "flask_eventsourcing"
 NO_VETO = (
     "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as its rows: set "
     "tm.commit_veto = pyramid_tm.default_commit_veto, unless that is meant."
+)
+
+GUARD = "flask_eventsourcing.contrib.pyramid.guard_tween_factory"
+MANAGER = "pyramid_tm.tm_tween_factory"
+NO_GUARD = (
+    f"pyramid.tweens does not have {GUARD} over {MANAGER}, so that a client may be told of a success although its "
+    "events are not stored: put it there."
 )
 
 
@@ -169,6 +177,13 @@ class EventSourcing(Facade):
         settings = self._registry.settings or {}
         if not (settings.get("tm.commit_veto") or settings.get("pyramid_tm.commit_veto")):
             logger.warning(NO_VETO)
+
+    def warn_of_missing_guard(self) -> None:
+        """Log that nobody looks at answers, where the settings list every tween and leave ours out."""
+        tweens: Any = self._registry.queryUtility(ITweens)
+        names = [name for name, _ in tweens.explicit] if tweens is not None else []
+        if names and GUARD not in names[: names.index(MANAGER) if MANAGER in names else None]:
+            logger.warning(NO_GUARD)
 
     def drop_pending(self) -> list[Batch]:
         """Roll back what the current request has saved with nobody to commit it, and return that."""

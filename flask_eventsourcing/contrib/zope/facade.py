@@ -1,4 +1,4 @@
-"""What a user has in hands: the applications of hosts, their units of work and projections."""
+"""The object that users work with: applications of hosts, units of work and projections."""
 
 from __future__ import annotations
 
@@ -114,18 +114,18 @@ class Facade:
         return event_metadata(**metadata)
 
     def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
-        """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+        """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
 
         :param recordings: what ``Application.save()`` returned, or a position of the log.
         :param timeout: in seconds.
-        :raises TimeoutError: when that takes longer.
-        :raises UncommittedEventsError: when there are uncommitted events, which nobody can see.
-        :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+        :raises TimeoutError: when it takes longer.
+        :raises UncommittedEventsError: when there are uncommitted events, which no projection can see.
+        :raises ProjectionHaltedError: when the projection has halted at an earlier event, or is paused.
         """
         self.projections.wait_for(projection, recordings, timeout)
 
     def health(self) -> Health:
-        """Look at every projection: a few queries for each."""
+        """Return the state of every projection; it takes a few queries for each."""
         return self.projections.health()
 
     def erase(

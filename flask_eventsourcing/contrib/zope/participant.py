@@ -1,4 +1,4 @@
-"""Who commits on this host: the transaction manager; and what takes part in its transactions for the events."""
+"""The transaction manager commits on this host; a participant takes part in its transactions for the events."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import orm
+from transaction._transaction import Status
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
-from ...exceptions import ConfigurationError
+from ...exceptions import ConfigurationError, UncommittedEventsError
 from ...persistence.dialects.event_tables import ConflictError
 from ...uow import LENT, Batch, UnitOfWork, roll_back
-from .registered import REGISTER, check_registration, current_transaction, has_owner, of_thread, registration_of
+from .registered import (
+    REGISTER,
+    check_registration,
+    current_transaction,
+    has_left,
+    has_owner,
+    note_owner,
+    of_thread,
+    registration_of,
+)
 
 if TYPE_CHECKING:
 
@@ -31,6 +41,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 NO_SAVEPOINTS = (
     "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
+)
+
+
+ELSEWHERE = (
+    "The session of these events takes part in the transaction of another manager, so that this one would not commit "
+    "them: register it once, and call mark_changed() of what zope.sqlalchemy.register() has returned, rather than the "
+    "function."
+)
+LATE = (
+    "A receiver of events_recorded cannot save in the session whose commit it hears of, as nobody would commit that: "
+    "save in another thread or task, or in a projection."
 )
 
 
@@ -82,6 +103,8 @@ class Participant:
         self._session = weakref.ref(unit.session)
         self._host = host
         self._durable = False
+        self.is_over: bool = False
+        """Whether its part was aborted; a savepoint does so too that is older than it, and the transaction goes on."""
         self.is_following: bool = False
         """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
 
@@ -93,6 +116,10 @@ class Participant:
 
     def _stored(self) -> None:
         self._durable = True
+
+    def asked(self) -> None:
+        """Told that somebody has asked for the rollback that is happening."""
+        self._unit.shared.asked = True
 
     def roll_back(self) -> None:
         """Roll the session back, as somebody has asked for it: zope.sqlalchemy only closes it."""
@@ -106,17 +133,35 @@ class Participant:
 
     def abort(self, transaction: Any) -> None:
         """Told that the transaction is aborted, or that its commit has failed by now."""
+        self.is_over = True
         self.roll_back()
 
     def tpc_begin(self, transaction: Any) -> None:
         """Told that the transaction is about to be committed.
 
         :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
+        :raises UncommittedEventsError: when the session has joined the transaction of another manager.
         """
         self._unit.gate.check()
+        if self._unit.pending.has(Batch) and not self._has_session(transaction):
+            raise UncommittedEventsError(ELSEWHERE)
         # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
         if self._unit.pending:
-            self._unit.shared.asked = True
+            self.asked()
+
+    def _has_session(self, transaction: Any) -> bool:
+        """Whether the session takes part in a transaction, which nothing public tells."""
+        session = self._session()
+        return any(getattr(each, "session", None) is session for each in transaction._resources)
+
+    def refuse_late(self) -> None:
+        """Refuse a save by what hears of the commit, while it lasts: nobody would commit that.
+
+        :raises UncommittedEventsError: saying what to do instead.
+        """
+        transaction = self.transaction()
+        if self._durable and transaction is not None and transaction.status == Status.COMMITTING:
+            raise UncommittedEventsError(LATE)
 
     def commit(self, transaction: Any) -> None:
         """Do nothing: zope.sqlalchemy commits."""
@@ -132,8 +177,8 @@ class Participant:
         """Told that the transaction failed: in one phase, the events may be committed all the same."""
         if self._durable:
             logger.error(
-                "The transaction failed after its events were committed, as a session that commits in one phase does "
-                "so before others have ended: %s failed. The events are stored, and events_recorded was sent.",
+                "The transaction failed after its events were committed, as the database commits before others have "
+                "ended: %s failed. The events are stored, and events_recorded was sent.",
                 _failed_participant(self),
             )
 
@@ -220,7 +265,9 @@ class ManagerCommits:
             raise ConfigurationError(
                 f"This session takes part in no transaction, so that nobody would commit its events: {REGISTER}."
             )
+        note_owner(session)
         participant = self._participant(session, registered.transaction_manager)
+        participant.refuse_late()
         if not participant.is_following:
             check_registration(session, registered, None if LENT in session.info else self._host.expected_manager())
         # With its own settings, which joins it if nothing has done so.
@@ -231,7 +278,7 @@ class ManagerCommits:
         """Return what takes part in the manager's transaction for a session, which joins it at the first call."""
         transaction = manager.get()
         known = self._participants.get(session)
-        if known is None or known.transaction() is not transaction:
+        if known is None or known.is_over or known.transaction() is not transaction:
             known = Participant(self._host.unit_of(session), manager, transaction, self._host)
             transaction.join(known)
             transaction.addBeforeAbortHook(known.roll_back)
@@ -274,6 +321,12 @@ class ManagerCommits:
                 manager.doom()
             self._host.doomed()
             roll_back(session)
+
+    def ended(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:
+        """Told of the end of a session's transaction; if zope.sqlalchemy ends it, as in a savepoint, that was asked."""
+        known = self._participants.get(session)
+        if transaction.parent is None and known is not None and has_left(session):
+            known.asked()
 
     def is_to_come(self, session: orm.Session) -> bool:
         """Whether somebody is going to commit the transaction that there is."""

@@ -1,4 +1,4 @@
-"""The record classes of an application and of its projections, for the user's own models module."""
+"""Makes the record classes of an application and of its projections, for the user's own models module."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""What zope.sqlalchemy knows of a session: whether it takes part in transactions, of which manager, and how."""
+"""Finds out how zope.sqlalchemy has registered a session: in which manager's transactions it takes part, and how."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.engine.default import DefaultDialect
 from transaction import ThreadTransactionManager
-from zope.sqlalchemy import ZopeTransactionEvents
+from zope.sqlalchemy import ZopeTransactionEvents, datamanager
 from zope.sqlalchemy.datamanager import STATUS_READONLY
 
 from ...exceptions import ConfigurationError
 
 IMPLICIT = "flask_eventsourcing.implicit"
-"""Whether the session has begun its manager's transaction itself, which nobody else had begun, in ``Session.info``."""
+"""The transaction of its manager that the session has begun itself, as nobody else had, in ``Session.info``."""
 REGISTERED = "flask_eventsourcing.registered"
 """Where a session has the listeners of zope.sqlalchemy, in ``Session.info``."""
 REGISTER = "call zope.sqlalchemy.register(session, transaction_manager=…) on its factory or on itself"
@@ -88,26 +89,28 @@ def current_transaction(manager: Any) -> Any:
     return probe.transaction
 
 
+def has_left(session: orm.Session) -> bool:
+    """Whether zope.sqlalchemy has ended the part of a session that had joined, which nothing public tells."""
+    return session not in datamanager._SESSION_STATE
+
+
 def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
     """Note of each session whether it is in a transaction that somebody has begun, before it joins one."""
     for name in ("after_begin", "after_attach"):
-        sa.event.listen(factory, name, _note, insert=True)
-    sa.event.listen(factory, "after_transaction_end", _forget)
+        sa.event.listen(factory, name, note_owner, insert=True)
 
 
-def _note(session: orm.Session, *_: object) -> None:
-    if IMPLICIT in session.info:
-        return
+def note_owner(session: orm.Session, *_: object) -> None:
+    """Begin the manager's transaction for a session, and note that, unless there is one."""
     registered = registration_of(session)
-    if registered is not None:
-        session.info[IMPLICIT] = current_transaction(registered.transaction_manager) is None
-
-
-def _forget(session: orm.Session, ended: orm.SessionTransaction) -> None:
-    if ended.parent is None:
-        session.info.pop(IMPLICIT, None)
+    if registered is None:
+        return
+    manager = registered.transaction_manager
+    if not manager.explicit and current_transaction(manager) is None:
+        session.info[IMPLICIT] = weakref.ref(manager.get())
 
 
 def has_owner(session: orm.Session, manager: Any) -> bool:
     """Whether somebody has begun the manager's transaction, and is going to end it."""
-    return current_transaction(manager) is not None and not session.info.get(IMPLICIT, False)
+    current, own = current_transaction(manager), session.info.get(IMPLICIT)
+    return current is not None and (own is None or own() is not current)

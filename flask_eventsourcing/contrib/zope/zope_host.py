@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
+import sqlalchemy as sa
 from eventsourcing.application import Application
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
@@ -55,18 +56,20 @@ class ZopeHost(PlainHost):
                 "neither that nor a scoped_session."
             )
         self._conflicts: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        commits = ManagerCommits(self)
         super().__init__(
             factory,
             models,
             options=options,
             env=env,
             metadata=metadata,
-            commits=ManagerCommits(self),
+            commits=commits,
             conflict_error=TransientConflictError,
         )
         for each in (session, factory):
             if isinstance(each, orm.scoped_session | orm.sessionmaker):
                 watch(each)
+                sa.event.listen(each, "after_transaction_end", commits.ended, insert=True)
 
     # ------------------------------------------------------------------------------------------- the host
 
@@ -158,7 +161,7 @@ class ZopeHost(PlainHost):
                 return None
             found = _session_of(manager.get(), session)
             if found is not None:
-                found.info[IMPLICIT] = True
+                found.info[IMPLICIT] = weakref.ref(manager.get())
             return found
         return _session_of(transaction, session, make=make)
 

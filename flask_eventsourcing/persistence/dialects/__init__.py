@@ -1,4 +1,4 @@
-"""One file a database: how events are appended in order, read, and waited for, and which errors pass by themselves."""
+"""One file for each database: how it appends in order, reads and waits for events, and which errors are transient."""
 
 from __future__ import annotations
 

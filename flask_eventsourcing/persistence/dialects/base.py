@@ -1,4 +1,4 @@
-"""What every database has in common: plain SQL through the driver, rows to ``StoredEvent`` without a detour."""
+"""The base of the dialects: plain SQL on the driver, and rows that become ``StoredEvent`` directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eventsourcing.persistence import IntegrityError, Notification, StoredEvent,
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ...config import PostgresOrder, checked
-from ..subscriptions import Waiter
+from ...tailing import Waiter
 from .driver import root_engine
 from .event_tables import EVENT_COLUMNS, NOTHING, OF_AGGREGATE, POSITION, Beside, EventTable, Processor, begins
 from .event_values import Accepted, as_text, check_names, check_tracking

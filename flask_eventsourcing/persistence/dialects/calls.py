@@ -1,4 +1,4 @@
-"""Counts calls of a driver's connection, by which it is seen that somebody uses it past SQLAlchemy."""
+"""Counts the calls of a driver's connection, to notice when it is used without SQLAlchemy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the databases' catalogs say of tables: whether one is still the one that it was."""
+"""Reads the databases' catalogs: whether a table is still the same one, or was created again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorders' own statements: by ``Connection.exec_driver_sql``, raw rows of its results, and the library's errors.
+"""Runs the recorders' statements with ``Connection.exec_driver_sql``, and translates errors to the library's.
 
 Pools, listeners, logs and what an error does to a connection are SQLAlchemy's. Each of these statements has the
 execution option ``flask_eventsourcing``, by which a listener tells it from others.

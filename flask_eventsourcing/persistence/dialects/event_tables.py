@@ -1,4 +1,4 @@
-"""Tables of events as the statements need them: names, values, rows that become events, and what may follow what."""
+"""Tables of events for the statements: names, values, events made from rows, and which event may follow which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values and names: those that every database takes and gives back as they were, and rows that cannot be read."""
+"""Checks that every database returns values and names as they were stored, and describes rows that cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks: of projections, so that one process at a time runs each, and of those who write to one SQLite database.
+"""Locks: one for each projection, so that one process runs it, and the write queue of a SQLite database.
 
 Some databases have locks that belong to a connection and end with it, so that a killed process frees its own at once.
 Elsewhere, and behind a proxy that shares connections among clients, there is a lease that is renewed.
@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
 from ...failures import OnError
-from ..subscriptions import Waiter
+from ...tailing import Waiter
 from .event_tables import EventTable
 from .swapping import ForSwaps
 

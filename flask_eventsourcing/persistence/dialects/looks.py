@@ -1,4 +1,4 @@
-"""What is looked at before the first append or read: the server's settings, and the tables as they are there.
+"""Checks before the first append or read: the server's settings, and the tables as they are in the database.
 
 Each look is made on the connection in use, by statements that do not fail where something is missing: a failing one
 would end the user's transaction, and a second connection would be waited for where a pool has one. A server's settings

@@ -1,4 +1,4 @@
-"""What MariaDB and MySQL are looked at for, and what is cut by the server's limits."""
+"""MariaDB and MySQL: the checks before the first append or read, and the limits of statements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MariaDB and MySQL: what their catalogs say of the tables of a projection, and their swap.
+"""MariaDB and MySQL: reads the catalogs for the tables of a projection, and swaps them.
 
 Views and privileges are theirs by the table's name, so that they stay when tables are renamed. Triggers go with the
 renamed table.
@@ -13,7 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from .swapping import ForSwaps, Part
+from .mysql_looks import ORDER
+from .swapping import OWN, ForSwaps, Part
 
 COUNTER = re.compile(r" AUTO_INCREMENT=\d+")
 QUOTED = re.compile(r"`((?:[^`]|``)+)`")
@@ -90,6 +91,11 @@ class MySQLSwaps(ForSwaps):
             if not connection.invalidated:
                 connection.exec_driver_sql("SET SESSION foreign_key_checks = @flask_eventsourcing_checks")
 
+    def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
+        """Raise the row that counts; where there is none yet, it will begin where the table ends."""
+        counter = self.qualified(tracking, tracking.name)
+        connection.exec_driver_sql(_RAISED.format(counter), (position, ORDER), execution_options=OWN)
+
 
 def _of_statement(statement: str, columns: set[str]) -> Iterator[Part]:
     """What stands in a CREATE TABLE beside the columns, each in a line of its own."""
@@ -107,6 +113,8 @@ def _of_statement(statement: str, columns: set[str]) -> Iterator[Part]:
         else:
             yield Part("the primary key" if text.startswith("PRIMARY") else "the storage", COUNTER.sub("", text))
 
+
+_RAISED = "UPDATE {} SET notification_id = greatest(notification_id, %s) WHERE application_name = %s"
 
 _COLUMNS = """
 SELECT column_name, column_default, extra, collation_name, column_comment FROM information_schema.columns

@@ -19,10 +19,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import StandbyError
+from ...tailing import Waiter
 from ..listening import Receive, SharedWaiter, listener_of
-from ..subscriptions import ListenWaiter, Waiter, poll, receive
+from ..subscriptions import ListenWaiter, poll, receive
 from .base import DialectOptions, FrozenSnapshotError
-from .calls import count_calls
 from .driver import AUTOCOMMIT
 from .event_tables import (
     NOTHING,
@@ -43,7 +43,7 @@ from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
-from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, ask_for_binary_values, code_of, status_of, text_of
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, code_of, prepare_connections, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, literal, make_draw, make_statement, regclass
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
@@ -92,8 +92,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     def install(self, engine: Engine) -> None:
         """Get binary values, and count what ends transactions."""
-        ask_for_binary_values(engine)
-        sa.event.listen(engine, "connect", count_calls)
+        prepare_connections(engine)
 
     def append(
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING

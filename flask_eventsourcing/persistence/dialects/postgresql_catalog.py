@@ -1,4 +1,4 @@
-"""What PostgreSQL's catalog says of a table: its columns, its sequence, and what the role may do with them."""
+"""PostgreSQL: reads the catalog for a table's columns, its sequence, and the role's rights on them."""
 
 from __future__ import annotations
 

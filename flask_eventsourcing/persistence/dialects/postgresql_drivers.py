@@ -1,4 +1,4 @@
-"""What PostgreSQL's drivers tell, psycopg and psycopg2: the state of a connection, codes, and texts without values."""
+"""psycopg and psycopg2: a connection's state, error codes, and error texts without values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from .calls import count_calls
 from .driver import is_own
 
 IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
@@ -43,10 +44,23 @@ def status_of(driver_connection: Any) -> Any:
     return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
 
 
-def ask_for_binary_values(engine: Engine) -> None:
-    """Let the recorders' own statements get binary values with psycopg 3: ``bytea`` as text is twice as long."""
+def prepare_connections(engine: Engine) -> None:
+    """Count what ends transactions past SQLAlchemy, and get binary values with psycopg 3: ``bytea`` as text is longer.
+
+    Connections of psycopg2 take no attributes, those of a class derived from theirs do. One that the user asks for by
+    ``connection_factory`` is left as it is.
+    """
     if engine.driver == "psycopg":
         sa.event.listen(engine, "before_cursor_execute", _ask_for_binary)
+    elif engine.driver == "psycopg2":
+        plain = engine.dialect.loaded_dbapi.extensions.connection
+        derived = type("Connection", (plain,), {"__doc__": plain.__doc__, "__module__": __name__})
+
+        @sa.event.listens_for(engine, "do_connect")
+        def derive(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
+            parameters.setdefault("connection_factory", derived)
+
+    sa.event.listen(engine, "connect", count_calls)
 
 
 def _ask_for_binary(

@@ -1,4 +1,4 @@
-"""The statements of PostgreSQL's order: floors, positions, the gate of blocks, the high-water mark.
+"""The statements that keep PostgreSQL's log in order: floors, positions, the gate of blocks, the high-water mark.
 
 ``docs/ordering.md`` has the argument. In short: the floor is read before its lock is taken, and positions are drawn
 after that. ``CASE`` and materialised CTEs force the order.

@@ -1,4 +1,4 @@
-"""PostgreSQL: what its catalogs say of the tables of a projection, and their swap."""
+"""PostgreSQL: reads the catalogs for the tables of a projection, and swaps them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from .event_tables import POSITION
 from .event_values import as_parameter
 from .swapping import OWN, ForSwaps, Part
 
@@ -85,6 +86,18 @@ class PostgreSQLSwaps(ForSwaps):
                 statement = _SET_SEQUENCE.format(live=names[0].replace("%", "%%"), new=names[1].replace("%", "%%"))
                 connection.exec_driver_sql(statement, (names[0],), execution_options=OWN)
 
+    def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
+        """Raise the sequence, at once for everybody."""
+        name = as_parameter(self.qualified(events, events.name))
+        found = connection.exec_driver_sql(_SEQUENCE, (name, POSITION)).scalar_one()
+        if found is not None:
+            raised = _RAISED.format(found.replace("%", "%%"))
+            connection.exec_driver_sql(raised, (found, position, position), execution_options=OWN)
+
+
+_SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
+
+_RAISED = "SELECT setval(%s::regclass, %s) FROM {} WHERE last_value < %s + CASE WHEN is_called THEN 0 ELSE 1 END"
 
 _SEQUENCES = "SELECT pg_get_serial_sequence(%s, %s), pg_get_serial_sequence(%s, %s)"
 

@@ -1,4 +1,4 @@
-"""Locks of a server that belong to a connection: a process has one for all of them, however many runners it has."""
+"""Server locks that belong to a connection. A process has one connection for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SQLite: writers queue, first among the connections of the process and then, with SQLite's own lock, among processes.
+"""SQLite: writers queue, first within the process and then, with SQLite's own lock, among processes.
 
 SQLite's busy handler sleeps up to 0.1 s between tries, so that threads which only rely on it spend most of their time
 asleep. A write transaction begins with ``BEGIN IMMEDIATE``: one that began by reading could not be upgraded after

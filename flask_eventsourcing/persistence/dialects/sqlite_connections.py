@@ -1,4 +1,4 @@
-"""SQLite's driver connections, which queue before they write: those to a file, and one that all share in memory.
+"""SQLite's driver connections, which queue before they write: to a file, or one shared connection in memory.
 
 The owner of the queue is the driver's connection for a file, and SQLAlchemy's where all share the driver's one.
 """

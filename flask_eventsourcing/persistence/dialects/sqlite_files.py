@@ -1,4 +1,4 @@
-"""SQLite's files: what a fork does to those that were open, and whether a file can be in the journal mode WAL.
+"""SQLite's files: those that were open at a fork, and whether a file can use the journal mode WAL.
 
 SQLite keeps book of its locks in each process, by inode, since a process has but one lock on a part of a file. A forked
 process inherits the book and not the locks: where a file was open at the fork, it believes to have locks that it has

@@ -1,4 +1,4 @@
-"""SQLite: what its catalog says of the tables of a projection, and their swap."""
+"""SQLite: reads the catalog for the tables of a projection, and swaps them."""
 
 from __future__ import annotations
 

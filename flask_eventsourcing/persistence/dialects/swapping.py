@@ -1,4 +1,4 @@
-"""What a rebuild asks of a database: shadow tables, what live ones have beside their rows, and the end of a swap.
+"""What a rebuild needs of a database: shadow tables, what belongs to the live tables, and the swap.
 
 Tables change their names only where the catalogs say that nothing is lost with that. Otherwise the rows of the live
 tables are replaced in one transaction.
@@ -144,3 +144,8 @@ class ForSwaps:
 
     def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
         """Let a table give no value again that the new one has given; where it sees what is inserted, it does so."""
+
+    # ------------------------------------------------------------------------------------- taken from elsewhere
+
+    def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
+        """Let a log give only positions behind one; here its table sees what is inserted."""

@@ -1,4 +1,4 @@
-"""Batches that handlers cannot observe: each event finds the session as if it were the only one of its transaction.
+"""Batches that handlers cannot observe: each event finds the session as if it were alone in its transaction.
 
 At the beginning of each event, whatever the session has loaded is what the database would answer. That holds when the
 session is flushed and what it has is expired after each event, and at that price it always holds. Where models are

@@ -1,4 +1,4 @@
-"""Reads pages of a log for one consumer: the events that concern it, and those of which nobody knows what they are.
+"""Reads pages of a log for one consumer: its events, and those whose class is unknown.
 
 Topics are filtered in the database only where all topics are known that the log has there. An event may have a topic of
 which nothing is imported yet, or of a class that was moved: what a topic concerns is known when it was resolved.

@@ -1,4 +1,4 @@
-"""What was recorded of the events that are handled, beside their state: read only where somebody asks for it."""
+"""Reads what was recorded beside the state of handled events, if a handler asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projections in a host: where their events come from, where they write, and in which row they count."""
+"""Projections in a host: the log that they follow, the tables that they write, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class ProjectedApplication:
     :param name: of the application.
     :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
+    :param rebuild_with: what rebuilds a projection of it in the place of ``Rebuild``, called with the same.
     """
 
     host: Host
@@ -46,6 +47,7 @@ class ProjectedApplication:
     """Its projections by their names."""
     merged: dict[str, float] = field(default_factory=dict)
     """When what inline projections have applied was merged last in this process, by their names."""
+    rebuild_with: Callable[..., Any] | None = None
 
     def is_orphan(self, name: str) -> bool:
         """Whether the name of a checkpoint is that of no projection here."""

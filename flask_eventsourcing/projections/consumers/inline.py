@@ -1,4 +1,4 @@
-"""Inline projections: applied within ``save()``, with a note of what they have applied, and what that note lacks.
+"""Inline projections: applied within ``save()``, which notes the applied positions, and events that are missing there.
 
 An append of a program that does not know the projection notes nothing, whether it has no projections or is an older
 release. What is neither at or below the projection's position nor in a range was not applied.

@@ -1,4 +1,4 @@
-"""Tables beside the live ones, and connections that write them instead.
+"""Shadow tables beside the live ones, and connections that write to them instead.
 
 What a session executes on a shadow connection names the shadow tables, because the statements are compiled by a
 dialect of its own. Handlers need not know. What would write any other table is refused.

@@ -1,4 +1,4 @@
-"""How a projection is written: handlers by event class, their topics in the log, and the models that they write."""
+"""How a projection is written: handlers for event classes, their topics in the log, and the models that they write."""
 
 from __future__ import annotations
 

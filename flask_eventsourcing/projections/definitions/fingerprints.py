@@ -1,4 +1,4 @@
-"""What the code of a projection is, as one text, which changes with the code, not with comments or Python's version."""
+"""The fingerprint of a projection's code, which changes with the code, but not with comments or Python's version."""
 
 from __future__ import annotations
 

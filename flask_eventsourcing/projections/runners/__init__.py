@@ -1,4 +1,4 @@
-"""Runs one consumer in one thread: waits for its turn, catches up, follows the log, survives the database's outages."""
+"""Runs one consumer in one thread: waits for its turn, catches up, follows the log, and survives outages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...exceptions import HandlerError, ProjectionHaltedError
 from ...persistence.dialects import MAY_PASS, hide_values, is_outage, is_read_only
 from ...persistence.dialects.event_values import printable
 from ...persistence.dialects.locks import RunnerLock
-from ...persistence.subscriptions import Waiter
+from ...tailing import Waiter
 from ..applying import Applier, EventError, SuspectError
 from ..applying.pages import LogPages, Page
 from ..checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat

@@ -1,4 +1,4 @@
-"""The turn of a process to run a consumer: who may, who stands by, and what keeps everybody from it."""
+"""The turn of a process to run a consumer: it runs, stands by, or is kept from running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a runner pauses between two tries, and how many events it takes at a time."""
+"""How long a runner waits between two tries, and how many events it takes at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator does with checkpoints: names, forgets, accepts, pauses, resumes, skips and resets them."""
+"""What operators do with checkpoints: rename, forget, accept, pause, resume, skip and reset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far projections are: what is known of them, and waiting until one has dealt with an event."""
+"""The status of projections, and waiting until one has handled an event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from ...exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
 from ...persistence.dialects.locks import OpenWriter
-from ...persistence.subscriptions import Waiter
+from ...tailing import Waiter
 from ..checkpoint import HALTED, PAUSED, CheckpointRow
 from ..consumers import Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging, Mismatch
@@ -243,10 +243,10 @@ def last_position(recordings: Any) -> int:
 
 
 def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waiters) -> None:
-    """Block until a projection has dealt with what was recorded.
+    """Block until a projection has handled the recorded events.
 
-    :raises UncommittedEventsError: when the current session has events that are not committed: nobody can see them.
-    :raises ProjectionHaltedError: when the projection stands before that, halted or paused.
+    :raises UncommittedEventsError: when the current session has uncommitted events, which no projection can see.
+    :raises ProjectionHaltedError: when the projection has halted or is paused before them.
     :raises TimeoutError: after *timeout* seconds.
     :raises CheckpointMismatchError: when it does not fit its log or its tables, or lacks events as an inline one.
     :raises OldSnapshotError: when the current session's transaction could not see it.

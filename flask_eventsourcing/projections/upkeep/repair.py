@@ -1,4 +1,4 @@
-"""Tries dead letters again, or gives them up, and applies the events that have waited behind them."""
+"""Retries or discards dead letters, and applies the events that wait behind them."""
 
 from __future__ import annotations
 

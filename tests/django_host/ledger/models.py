@@ -62,3 +62,29 @@ class Note(models.Model):
 
     def __str__(self) -> str:
         return str(self.text)
+
+
+class Entry(models.Model):
+    """Rows of a projection that refer to each other."""
+
+    before = models.ForeignKey("self", models.PROTECT, null=True)
+    others = models.ManyToManyField("self", symmetrical=False)
+
+    class Meta:
+        app_label = "ledger"
+
+    def __str__(self) -> str:
+        return str(self.pk)
+
+
+class Tag(models.Model):
+    """What is nobody's projection and refers to one, once a test has made its table."""
+
+    entry = models.ForeignKey(Entry, models.CASCADE)
+
+    class Meta:
+        app_label = "ledger"
+        managed = False
+
+    def __str__(self) -> str:
+        return str(self.pk)

@@ -1,0 +1,74 @@
+"""What an error of the driver means: not done, nobody knows, or never to be tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cassandra
+from cassandra.cluster import NoHostAvailable
+from cassandra.connection import ConnectionException
+from cassandra.protocol import ErrorMessage, IsBootstrappingErrorMessage, OverloadedErrorMessage, ServerError
+from eventsourcing.persistence import DataError, ProgrammingError
+
+from ..exceptions import EventValueError, MissingRightError, MissingTableError
+from .rows import MaybeDoneError, NotDoneError
+
+CAS_WRITE_UNKNOWN = 0x1700
+"""An error of the server that the driver has no class for."""
+UNKNOWN = (
+    cassandra.Timeout,
+    cassandra.Unavailable,
+    cassandra.CoordinationFailure,
+    cassandra.OperationTimedOut,
+    ConnectionException,
+    ServerError,
+    OverloadedErrorMessage,
+    IsBootstrappingErrorMessage,
+)
+"""After these a write may have been done, or may be completed by whoever comes next."""
+
+
+class SaveTooLargeError(EventValueError, DataError):
+    """A save has more bytes than the nodes take at once: save less at a time."""
+
+
+@contextmanager
+def translated(size: int = 0) -> Iterator[None]:
+    """Raise what the protocol knows in the place of the driver's errors.
+
+    :param size: the bytes that are written.
+    :raises NotDoneError: when it was not done, and can be tried again.
+    :raises MaybeDoneError: when nobody knows.
+    :raises SaveTooLargeError: when it is more than nodes take.
+    :raises MissingTableError: when keyspace or table are missing.
+    :raises MissingRightError: when the role may not do it.
+    :raises ProgrammingError: when the nodes refuse it for another reason.
+    """
+    try:
+        yield
+    except NoHostAvailable as error:
+        raise NotDoneError(_first_line(error)) from error
+    except UNKNOWN as error:
+        raise MaybeDoneError(_first_line(error)) from error
+    except cassandra.Unauthorized as error:
+        raise MissingRightError(_first_line(error)) from error
+    except cassandra.InvalidRequest as error:
+        raise _refusal(error, size) from error
+    except ErrorMessage as error:
+        if error.code == CAS_WRITE_UNKNOWN:
+            raise MaybeDoneError(_first_line(error)) from error
+        raise ProgrammingError(f"Cassandra refused a statement: {_first_line(error)}") from error
+
+
+def _refusal(error: Exception, size: int) -> Exception:
+    text = str(error)
+    if "too large" in text or "exceeds" in text:
+        return SaveTooLargeError(f"A save of {size} bytes is too large for the nodes: save less ({text[-120:]}).")
+    if "table" in text.lower() or "eyspace" in text:
+        return MissingTableError(f"{_first_line(error)}: run the command 'init-db'.")
+    return ProgrammingError(f"Cassandra refused a statement: {_first_line(error)}")
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,92 @@
+"""What a process knows of the log from its horizon on."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Collection
+
+from .rows import Append, Horizon, Key, Row, row_of, upstream_key
+
+NOTHING = -1
+"""The version of an aggregate, or the position of an upstream application, of which there is nothing."""
+
+
+class Memory:
+    """Follows the log row by row.
+
+    For an aggregate that was not met since the horizon, one read of its stream that was made after the horizon was read
+    says which version is the last. What is known from a row may be forgotten only when a later horizon has passed it.
+
+    :param horizon: where it begins, read before.
+    """
+
+    def __init__(self, horizon: Horizon) -> None:
+        self.horizon = horizon.position
+        self.head = horizon.position
+        self.last_event = horizon.last_event
+        self._positions: deque[int] = deque()
+        self._known: dict[Key, tuple[int, int]] = {}
+        """The last version of each aggregate, and the row of which it is known."""
+        self._unindexed: dict[int, set[Key]] = {}
+        self._lock = threading.Lock()
+
+    def known(self, key: Key) -> int | None:
+        """Return the last version of an aggregate, or position of an upstream application; None if it is unknown."""
+        found = self._known.get(key)
+        return None if found is None else found[0]
+
+    def offer(self, key: Key, version: int | None, horizon: int) -> None:
+        """Take what was read of an aggregate not met yet.
+
+        :param horizon: that of this memory before it was read.
+        """
+        with self._lock:
+            if horizon == self.horizon and key not in self._known:
+                self._known[key] = (NOTHING if version is None else version, horizon)
+
+    def meet(self, row: Row) -> None:
+        """Follow the log by the row at its head."""
+        with self._lock:
+            for key, version in row.versions:
+                self._known[key] = (version, row.position)
+            for part in row.parts:
+                if part.upstream is not None and part.upstream_position is not None:
+                    self._known[upstream_key(part.upstream)] = (part.upstream_position, row.position)
+            if not row.indexed:
+                self._unindexed[row.position] = row.keys
+            self.head, self.last_event = row.end, row.last_event
+            self._positions.append(row.position)
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has met since the horizon."""
+        return len(self._positions)
+
+    def row(self, appends: list[Append]) -> Row:
+        """Return the row that would record appends at the head."""
+        return row_of(self.head, self.last_event, appends)
+
+    def unindexed(self, keys: Collection[Key], before: int | None = None) -> list[int]:
+        """Return the rows about some of these keys that nobody is known to have indexed, in their order."""
+        with self._lock:
+            found = [position for position, about in self._unindexed.items() if not about.isdisjoint(keys)]
+        return sorted(each for each in found if before is None or each < before)
+
+    def indexed(self, position: int) -> None:
+        """Note that a row is indexed."""
+        with self._lock:
+            self._unindexed.pop(position, None)
+
+    def is_unindexed(self, position: int) -> bool:
+        """Whether a row that was met is not known to be indexed."""
+        return position in self._unindexed
+
+    def forget(self, horizon: int) -> None:
+        """Forget what lies below a later horizon."""
+        with self._lock:
+            self._known = {key: known for key, known in self._known.items() if known[1] >= horizon}
+            self._unindexed = {at: about for at, about in self._unindexed.items() if at >= horizon}
+            while self._positions and self._positions[0] < horizon:
+                self._positions.popleft()
+            self.horizon = horizon

@@ -1,0 +1,114 @@
+"""The queue of the threads of a process that save: one leads, and hands over."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from ..failures import OnError
+from .rows import Append, Key
+
+MOST_BYTES = 512 * 1024
+"""Bytes of states that are committed together; a larger save goes alone."""
+MOST_APPENDS = 256
+
+
+class Ticket:
+    """An append that waits for its outcome.
+
+    :param append: what is to be recorded.
+    """
+
+    def __init__(self, append: Append) -> None:
+        self.append = append
+        self.keys = append.keys
+        self.bytes = sum(len(event.state) for event in append.events)
+        self.position: int | None = None
+        self.error: BaseException | None = None
+        self.leads = False
+        self.woken = threading.Event()
+
+    def succeed(self, position: int) -> None:
+        """Tell that it was recorded."""
+        self.position = position
+        self.woken.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell that it was not, or that nobody knows."""
+        if not self.is_done:
+            self.error = error
+            self.woken.set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its outcome is known."""
+        return self.position is not None or self.error is not None
+
+    def outcome(self) -> int:
+        """Return its position, or raise why there is none."""
+        if self.error is not None:
+            raise self.error
+        if self.position is None:
+            raise RuntimeError("A save has no outcome: this is a fault of Flask-EventSourcing.")
+        return self.position
+
+
+class Queue:
+    """Keeps the appends of all threads in their order, and says who leads.
+
+    The leader takes what waits, and hands over to the first of those that came meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[Ticket] = deque()
+        self._is_led = False
+
+    def join(self, ticket: Ticket) -> bool:
+        """Queue, and return whether this thread is to lead; otherwise there is an outcome."""
+        with self._lock:
+            self._waiting.append(ticket)
+            if not self._is_led:
+                self._is_led = ticket.leads = True
+                return True
+        with OnError(lambda _: self._leave(ticket)):
+            ticket.woken.wait()
+        return not ticket.is_done
+
+    def _leave(self, ticket: Ticket) -> None:
+        with self._lock:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+        if ticket.leads and not ticket.is_done:
+            self.hand_over()
+
+    def take(self, taken: Sequence[Ticket]) -> list[Ticket]:
+        """Take what can be committed together with what is taken: nothing about the same aggregate."""
+        room = MOST_BYTES - sum(each.bytes for each in taken)
+        about: set[Key] = {key for each in taken for key in each.keys}
+        found: list[Ticket] = []
+        with self._lock:
+            left: deque[Ticket] = deque()
+            while self._waiting and len(taken) + len(found) < MOST_APPENDS:
+                ticket = self._waiting.popleft()
+                first = not taken and not found
+                if ticket.keys.isdisjoint(about) and (first or ticket.bytes <= room):
+                    found.append(ticket)
+                    room -= ticket.bytes
+                else:
+                    left.append(ticket)
+                # One that has to wait is not overtaken by others about the same aggregate.
+                about |= ticket.keys
+            self._waiting.extendleft(reversed(left))
+        return found
+
+    def hand_over(self) -> None:
+        """Let the first one that waits lead, if there is one."""
+        with self._lock:
+            if not self._waiting:
+                self._is_led = False
+                return
+            heir = self._waiting[0]
+            heir.leads = True
+        heir.woken.set()

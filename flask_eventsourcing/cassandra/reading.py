@@ -1,0 +1,131 @@
+"""Reading the log by position: only rows that touch, none before its streams are written."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from uuid import UUID
+
+from eventsourcing.persistence import Notification
+
+from ..metadata import Recorded
+from .rows import Key, Row, Store
+from .walking import FIRST_PAGE, PAGE_BYTES, Walker
+from .writing import Writer
+
+EDGES = 256
+REMEMBERED = 2000
+"""Events of which it is kept what was recorded beside their states."""
+
+
+class Reader:
+    """Reads the log of one application.
+
+    :param store: what keeps the log.
+    :param writer: that of this process, which knows what is indexed.
+    :param patience: seconds for which each step is tried again.
+    """
+
+    def __init__(self, store: Store, writer: Writer, patience: float) -> None:
+        self._store = store
+        self._writer = writer
+        self._walker = Walker(store, patience)
+        self._edges: OrderedDict[int, None] = OrderedDict({1: None})
+        """Positions at which a row begins, or the next one will."""
+        self._recorded: OrderedDict[int, Recorded] = OrderedDict()
+        self._head = 1
+        """A position up to which there are rows."""
+
+    def page(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> list[Notification]:
+        """Return the events from a position on."""
+        found: list[Notification] = []
+        if limit <= 0:
+            return found
+        for row in self._rows(start, page=max(1, min(limit, FIRST_PAGE))):
+            for notification in self._notifications(row):
+                if stop is not None and notification.id > stop:
+                    return found
+                if notification.id >= start and (not topics or notification.topic in topics):
+                    found.append(notification)
+                    if len(found) == limit:
+                        return found
+            if stop is not None and row.end > stop:
+                break
+        return found
+
+    def fitting(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> int:
+        """Return how many of the events from a position on are not too large to be returned at once, at least one."""
+        found = size = 0
+        for row in self._rows(start, page=1):
+            for (position, *_), content in zip(row.located(), row.contents or (), strict=True):
+                size += len(content.state) * (position >= start)
+                if found == limit or size > PAGE_BYTES or (stop is not None and position > stop):
+                    return max(1, found)
+                found += position >= start and (not topics or content.topic in topics)
+        return max(1, limit)
+
+    def recorded(self, positions: Sequence[int]) -> dict[int, Recorded]:
+        """Return what was recorded of events beside their states, by position."""
+        found: dict[int, Recorded] = {}
+        for position in sorted(positions):
+            if position not in found and position not in self._recorded:
+                for row in self._rows(position, page=1):
+                    found.update(recorded_of(row))
+                    break
+            known = found.get(position) or self._recorded.get(position)
+            if known is not None:
+                found[position] = known
+        return {position: found[position] for position in positions if position in found}
+
+    def last_row(self) -> Row | None:
+        """Return the last row of the log without its states, None for an empty log."""
+        if self._head == 1:
+            self._head = self._walker.repeat(self._store.read_horizon).position
+        last: Row | None = None
+        for row in self._walker.rows(self._begin(self._head - 1) if self._head > 1 else 1):
+            last = row
+        if last is not None:
+            self._head = last.end
+            self._note(last)
+        return last
+
+    def _rows(self, start: int, *, page: int) -> Iterator[Row]:
+        """Yield the rows from that one on which has a position, each indexed and with its states."""
+        for row in self._walker.rows(self._begin(start), states=True, page=page):
+            if not self._writer.is_indexed(row):
+                self._walker.index(row)
+                self._writer.was_indexed(row)
+            self._note(row)
+            yield row
+
+    def _begin(self, position: int) -> int:
+        if position in self._edges:
+            return position
+        found = self._walker.repeat(lambda: self._store.row_before(position))
+        return 1 if found is None else found
+
+    def _note(self, row: Row) -> None:
+        self._edges[row.position] = self._edges[row.end] = None
+        while len(self._edges) > EDGES:
+            self._edges.popitem(last=False)
+
+    def _notifications(self, row: Row) -> Iterator[Notification]:
+        self._recorded.update(recorded_of(row))
+        while len(self._recorded) > REMEMBERED:
+            self._recorded.popitem(last=False)
+        for (position, key, version, _), content in zip(row.located(), row.contents or (), strict=True):
+            yield notification(position, key, version, content.topic, content.state)
+
+
+def notification(position: int, key: Key, version: int, topic: str, state: bytes) -> Notification:
+    """Make a notification."""
+    return Notification(id=position, originator_id=key, originator_version=version, topic=topic, state=state)
+
+
+def recorded_of(row: Row) -> dict[int, Recorded]:
+    """Return what a row has of its events beside their states, by position."""
+    found: dict[int, Recorded] = {}
+    for (position, _, _, at), content in zip(row.located(), row.contents or (), strict=True):
+        event_id: UUID | None = content.event_id
+        found[position] = Recorded(position, event_id, row.parts[at].time, dict(row.parts[at].metadata))
+    return found

@@ -1,0 +1,288 @@
+"""The tables of an application in Cassandra, as the protocol uses them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
+from eventsourcing.persistence import StoredEvent
+
+from ..metadata import CORRELATION_ID
+from .connecting import Connection
+from .errors import translated
+from .rows import Content, Horizon, Key, Part, Row, StreamRow, bucket_of, stream_rows
+from .schema import TABLES, table
+
+TIMEOUT = 3.0
+"""Seconds for an answer; a node that does not answer is asked again through another one."""
+BATCH_BYTES = 40 * 1024
+"""The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
+EVENT_BYTES = 200
+"""What an event takes beside its state, roughly."""
+
+
+class Statements(NamedTuple):
+    """What is sent to the nodes."""
+
+    insert: str
+    read_rows: str
+    read_rows_with_states: str
+    read_row: str
+    row_before: str
+    flag: str
+    write_event: str
+    last_version: str
+    write_tracking: str
+    tracked: str
+    read_horizon: str
+    move_horizon: str
+    snapshot: str
+    write_snapshot: str
+    select: str
+
+
+LIGHT = "position, row_id, size, last_event, appends, versions, indexed"
+STREAM = "originator_id, originator_version, topic, state"
+CQL = Statements(
+    insert=(
+        "INSERT INTO {log} (bucket, position, row_id, size, last_event, appends, versions, events) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS"
+    ),
+    read_rows="SELECT {light} FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
+    read_rows_with_states="SELECT {light}, events FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
+    read_row="SELECT {light}, events FROM {log} WHERE bucket = ? AND position = ?",
+    row_before="SELECT position FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
+    flag="UPDATE {log} SET indexed = true WHERE bucket = ? AND position = ?",
+    write_event=(
+        "INSERT INTO {events} ({stream}, notification_id, event_id, recorded_at, metadata, correlation_id) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) USING TIMESTAMP ?"
+    ),
+    last_version=(
+        "SELECT originator_version FROM {events} WHERE originator_id = ? ORDER BY originator_version DESC LIMIT 1"
+    ),
+    write_tracking="INSERT INTO {tracking} (application_name, notification_id) VALUES (?, ?) USING TIMESTAMP ?",
+    tracked="SELECT notification_id FROM {tracking} WHERE application_name = ?",
+    read_horizon="SELECT horizon, last_event FROM {state} WHERE id = 'log'",
+    move_horizon="INSERT INTO {state} (id, horizon, last_event) VALUES ('log', ?, ?) USING TIMESTAMP ?",
+    snapshot="SELECT originator_version FROM {snapshots} WHERE originator_id = ? AND originator_version = ?",
+    write_snapshot="INSERT INTO {snapshots} ({stream}) VALUES (?, ?, ?, ?)",
+    select="SELECT {stream} FROM {purpose} WHERE originator_id = ?",
+)
+"""What is derived has the position as its time: whoever writes it, however late, never replaces what is newer."""
+
+
+class CassandraStore:
+    """Keeps the log of one application and what is derived from it.
+
+    :param connection: how the nodes are reached.
+    :param prefix: what the names of the tables begin with.
+    """
+
+    def __init__(self, connection: Connection, prefix: str) -> None:
+        self.connection = connection
+        self._names = {each: table(connection.settings, prefix, each) for each in TABLES}
+        names = self._names | {"light": LIGHT, "stream": STREAM, "purpose": "{purpose}"}
+        self._cql = Statements(*(each.format(**names) for each in CQL))
+
+    @cached_property
+    def _timeout(self) -> float:
+        return min(TIMEOUT, self.connection.settings.patience / 2)
+
+    def _bind(self, cql: str, values: Sequence[Any]) -> Any:
+        return self.connection.prepare(cql).bind(values)
+
+    def _one(self, cql: str, *values: Any, consistency: int | None = None, size: int = 0) -> Any:
+        with translated(size):
+            statement = self._bind(cql, values)
+            return self.connection.execute(statement, consistency=consistency, timeout=self._timeout).one()
+
+    def _all(self, cql: str, *values: Any) -> Any:
+        with translated():
+            return list(self.connection.execute(self._bind(cql, values), timeout=self._timeout))
+
+    def insert(self, row: Row) -> Row | None:
+        """Insert a row of the log, and return None; if its key is there, return the row that has it."""
+        contents = row.contents or ()
+        values = (
+            bucket_of(row.position),
+            row.position,
+            row.id,
+            row.size,
+            row.last_event,
+            [tuple(part) for part in row.parts],
+            row.versions,
+            contents,
+        )
+        found = self._one(self._cql.insert, *values, size=sum(len(each.state) for each in contents))
+        return None if found.applied else _row(found)
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Read rows at or behind a position plainly: those of its bucket, or if there are none, of the next one."""
+        cql = self._cql.read_rows_with_states if states else self._cql.read_rows
+        bucket = bucket_of(position)
+        found = self._all(cql, bucket, position, limit) or self._all(cql, bucket + 1, position, limit)
+        return [_row(each) for each in found]
+
+    def read_row(self, position: int) -> Row | None:
+        """Read one row of the log with all that was promised to it."""
+        serial = self.connection.serial_consistency
+        found = self._one(self._cql.read_row, bucket_of(position), position, consistency=serial)
+        return None if found is None else _row(found)
+
+    def row_before(self, position: int) -> int | None:
+        """Read plainly which row is the last one at or before a position."""
+        bucket = bucket_of(position)
+        for each in (bucket, bucket - 1):
+            found = self._one(self._cql.row_before, each, position)
+            if found is not None:
+                return int(found.position)
+        return None
+
+    def last_version(self, originator_id: Key) -> int | None:
+        """Read the last version in the table of streams."""
+        found = self._one(self._cql.last_version, originator_id)
+        return None if found is None else int(found.originator_version)
+
+    def tracked(self, name: str) -> int | None:
+        """Read how far an upstream application was processed."""
+        found = self._one(self._cql.tracked, name)
+        return None if found is None else int(found.notification_id)
+
+    def has_snapshot(self, originator_id: Key, version: int) -> bool:
+        """Whether there is a snapshot of a version."""
+        return self._one(self._cql.snapshot, originator_id, version) is not None
+
+    def index(self, row: Row) -> None:
+        """Write the rows that are derived from a row of the log, of each aggregate in their order."""
+        streams = [list(self._batches(each)) for each in stream_rows(row)]
+        tracking = [
+            self._bind(self._cql.write_tracking, (part.upstream, part.upstream_position, part.upstream_position))
+            for part in row.parts
+            if part.upstream is not None
+        ]
+        with translated():
+            if len(streams) == 1 and not tracking:
+                for batch in streams[0]:
+                    self.connection.execute(batch, timeout=self._timeout)
+                return
+            # A stream is never seen with a gap: its next batch is sent when the one before is written.
+            pending: list[Sequence[Any]] = [*streams, *([each] for each in tracking)]
+            step = 0
+            while pending:
+                self._together([each[step] for each in pending])
+                step += 1
+                pending = [each for each in pending if len(each) > step]
+
+    def _together(self, statements: Sequence[Any]) -> None:
+        session = self.connection.session
+        for future in [session.execute_async(each, timeout=self._timeout) for each in statements]:
+            future.result()
+
+    def _batches(self, events: Sequence[StreamRow]) -> Iterator[Any]:
+        batch: list[Any] = []
+        size = 0
+        for each in events:
+            weight = len(each.content.state) + EVENT_BYTES
+            if batch and size + weight > BATCH_BYTES:
+                yield _batch(batch)
+                batch, size = [], 0
+            batch.append(self._bind(self._cql.write_event, _stream_values(each)))
+            size += weight
+        if batch:
+            yield _batch(batch)
+
+    def flag(self, row: Row) -> None:
+        """Note that they are written; nobody waits for it."""
+        self.connection.session.execute_async(self._bind(self._cql.flag, (bucket_of(row.position), row.position)))
+
+    def read_horizon(self) -> Horizon:
+        """Read the horizon."""
+        found = self._one(self._cql.read_horizon)
+        return Horizon() if found is None else Horizon(found.horizon, found.last_event)
+
+    def move_horizon(self, horizon: Horizon) -> None:
+        """Write the horizon, unless it is further already."""
+        self._one(self._cql.move_horizon, *horizon, horizon.position)
+
+    def now(self) -> float:
+        """Return the seconds of a clock that never goes back."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def select(
+        self, purpose: str, originator_id: Key, gt: int | None, lte: int | None, *, desc: bool, limit: int | None
+    ) -> list[StoredEvent]:
+        """Read events or snapshots of an aggregate."""
+        cql = self._cql.select.format(purpose=self._names[purpose])
+        values: list[Any] = [originator_id]
+        for condition, value in (("> ?", gt), ("<= ?", lte)):
+            if value is not None:
+                cql += f" AND originator_version {condition}"
+                values.append(value)
+        if desc:
+            cql += " ORDER BY originator_version DESC"
+        if limit is not None:
+            cql += " LIMIT ?"
+            values.append(limit)
+        return [StoredEvent(*each) for each in self._all(cql, *values)]
+
+    def write_snapshot(self, snapshot: StoredEvent) -> None:
+        """Write a snapshot, in the place of one of the same version."""
+        values = (snapshot.originator_id, snapshot.originator_version, snapshot.topic, snapshot.state)
+        self._one(self._cql.write_snapshot, *values, size=len(snapshot.state))
+
+
+def _batch(statements: Sequence[Any]) -> Any:
+    if len(statements) == 1:
+        return statements[0]
+    batch = BatchStatement(BatchType.UNLOGGED)
+    for statement in statements:
+        batch.add(statement)
+    return batch
+
+
+def _stream_values(each: StreamRow) -> tuple[Any, ...]:
+    content, part = each.content, each.part
+    return (
+        each.originator_id,
+        each.version,
+        content.topic,
+        content.state,
+        each.position,
+        _set(content.event_id),
+        _set(part.time),
+        _set(part.metadata or None),
+        _set(part.metadata.get(CORRELATION_ID)),
+        each.position,
+    )
+
+
+def _set(value: Any) -> Any:
+    # A null would be written as a tombstone.
+    return UNSET_VALUE if value is None else value
+
+
+def _row(found: Any) -> Row:
+    contents = getattr(found, "events", None)
+    return Row(
+        position=found.position,
+        id=found.row_id,
+        size=found.size,
+        last_event=found.last_event,
+        parts=[_part(*each) for each in found.appends],
+        versions=found.versions or (),
+        contents=[Content(*each) for each in contents or ()] if hasattr(found, "events") else None,
+        indexed=bool(found.indexed),
+    )
+
+
+def _part(part_id: Any, events: int, moment: Any, metadata: Any, upstream: str | None, position: int | None) -> Part:
+    aware = moment if moment is None else moment.replace(tzinfo=UTC)
+    return Part(part_id, events, aware, dict(metadata or {}), upstream, position)

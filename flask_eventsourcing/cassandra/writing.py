@@ -1,0 +1,312 @@
+"""Appending to the log: what the order, the versions and the outcome of every save depend on.
+
+One conditional insert is the point at which a row is committed. Writers that race write the same key, as rows touch:
+the next row's position is the last one's plus its size. Who loses reads on to the end of the log, and tries again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+
+from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
+
+from ..exceptions import CommitOutcomeUnknownError, EventValueError
+from ..failures import Kept, Logged, OnError
+from .fairness import Pace
+from .memory import NOTHING, Memory
+from .queueing import Queue, Ticket
+from .rows import MOST_EVENTS, Append, Horizon, Key, MaybeDoneError, NotDoneError, Row, Span, Store, upstream_key
+from .walking import PAGE, Tries, Walker
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+FIRST_VERSIONS = (0, 1)
+"""What a stream can begin with."""
+
+
+class Writer:
+    """Appends to the log of one application, for all threads of a process.
+
+    :param store: what keeps the log.
+    :param patience: seconds for which a save goes on while nodes do not answer, or others are first.
+    :param pace: how this process waits for others.
+    """
+
+    horizon_rows = 256
+    """Rows behind the horizon, after which it is moved."""
+    most_rows = 2048
+    """Rows by which it is moved at once."""
+    fresh_rows = 16
+    """The last rows, whose writers are about to index them."""
+
+    def __init__(self, store: Store, patience: float, pace: Pace | None = None) -> None:
+        self._store = store
+        self._patience = patience
+        self._walker = Walker(store, patience)
+        self._pace = pace or Pace(store)
+        self._queue = Queue()
+        self._memory: Memory | None = None
+        self._moving = threading.Lock()
+
+    def append(self, append: Append) -> int:
+        """Append to the log, and return the first position.
+
+        :raises IntegrityError: when another writer was first, or a version would leave a gap; nothing was recorded.
+        :raises CommitOutcomeUnknownError: when the database did not tell in time whether it was recorded.
+        :raises OperationalError: when nothing was recorded, as nodes did not answer or others were always first.
+        """
+        append.spans()
+        if len(append.events) > MOST_EVENTS:
+            raise EventValueError(
+                f"{len(append.events)} events in one save; with Cassandra {MOST_EVENTS} are the most."
+            )
+        self._look_ahead(append)
+        ticket = Ticket(append)
+        if self._queue.join(ticket):
+            self._lead()
+        return ticket.outcome()
+
+    def horizon(self) -> int | None:
+        """Return the horizon of what is known; None before the first save and after one whose outcome is unknown."""
+        memory = self._memory
+        return None if memory is None else memory.horizon
+
+    def offer(self, events: Sequence[StoredEvent], horizon: int | None) -> None:
+        """Take what an application has read of a stream up to its end, so that it is not read again.
+
+        :param horizon: what :meth:`horizon` returned before.
+        """
+        memory = self._memory
+        if memory is not None and horizon is not None and events:
+            memory.offer(events[-1].originator_id, events[-1].originator_version, horizon)
+
+    def is_indexed(self, row: Row) -> bool:
+        """Whether a row is known to be indexed, be it that its flag is not seen yet."""
+        memory = self._memory
+        known = memory is not None and memory.horizon <= row.position < memory.head
+        return row.indexed or (known and memory is not None and not memory.is_unindexed(row.position))
+
+    def was_indexed(self, row: Row) -> None:
+        """Note that somebody else in this process has indexed it."""
+        memory = self._memory
+        if memory is not None:
+            memory.indexed(row.position)
+
+    def _look_ahead(self, append: Append) -> None:
+        """Read the last versions before this thread queues, so that nobody waits for it."""
+        memory = self._memory
+        if memory is None:
+            return
+        for key in append.keys:
+            if memory.known(key) is None:
+                self._load(memory, key)
+
+    def _load(self, memory: Memory, key: Key) -> int:
+        horizon = memory.horizon
+        if isinstance(key, str) and key.startswith(upstream_key("")):
+            read = partial(self._store.tracked, key.removeprefix(upstream_key("")))
+        else:
+            read = partial(self._store.last_version, key)
+        found = self._walker.repeat(read)
+        memory.offer(key, found, horizon)
+        return NOTHING if found is None else found
+
+    def _lead(self) -> None:
+        batch: list[Ticket] = []
+
+        def failed(error: BaseException) -> None:
+            # What is in memory may miss a row now.
+            self._memory = None
+            for ticket in batch:
+                ticket.fail(error if isinstance(error, Exception) else interrupted(error))
+
+        done = None
+        try:
+            # Each of them has the error, the own one too.
+            with Kept(), OnError(failed):
+                done = self._commit(batch)
+        finally:
+            self._queue.hand_over()
+        if done is not None:
+            self._finish(*done, batch)
+
+    def _commit(self, batch: list[Ticket]) -> tuple[Memory, Row, list[int]] | None:
+        """Commit what waits as one row; return it, with the rows to be indexed before it."""
+        tries = Tries(self._store, self._patience)
+        losses = 0
+        while True:
+            batch += self._queue.take(batch)
+            memory = self._memory = self._memory or self._begin()
+            batch[:] = [each for each in batch if self._admit(memory, each)]
+            if not batch:
+                return None
+            self._pace.before(losses)
+            row = memory.row([each.append for each in batch])
+            winner = self._insert(row, tries)
+            if winner is None:
+                before = memory.unindexed(row.keys)
+                memory.meet(row)
+                self._pace.won()
+                return memory, row, before
+            losses += 1
+            self._after_loss(memory, winner)
+            if tries.over:
+                raise OperationalError(f"Other writers were first for {self._patience:g} s, so that nothing was saved.")
+            self._pace.lost(losses)
+
+    def _insert(self, row: Row, tries: Tries) -> Row | None:
+        """Insert a row, again and again while the outcome is unknown; return the one that was there before, if any."""
+        while True:
+            began = self._store.now()
+            try:
+                found = self._store.insert(row)
+            except (NotDoneError, MaybeDoneError) as error:
+                self._again(row, tries, error)
+            else:
+                self._pace.took(self._store.now() - began)
+                return None if found is None or found.id == row.id else found
+
+    def _again(self, row: Row, tries: Tries, error: Exception) -> None:
+        try:
+            tries.failed(error)
+        except OperationalError:
+            if not tries.maybe:
+                raise
+            raise CommitOutcomeUnknownError(
+                f"Cassandra did not tell within {self._patience:g} s whether a save was recorded (at position "
+                f"{row.position}, {error}). Look before you do it again."
+            ) from error
+
+    def _begin(self) -> Memory:
+        memory = Memory(self._walker.repeat(self._store.read_horizon))
+        return self._follow(memory)
+
+    def _after_loss(self, memory: Memory, winner: Row) -> None:
+        self._check(memory, winner)
+        self._memory = self._follow(memory)
+
+    def _check(self, memory: Memory, winner: Row) -> None:
+        memory.meet(winner)
+
+    def _follow(self, memory: Memory) -> Memory:
+        """Read on to the end of the log; a memory that is far behind begins again at the horizon."""
+        for met, row in enumerate(self._walker.rows(memory.head), 1):
+            memory.meet(row)
+            if met % PAGE == 0:
+                horizon = self._walker.repeat(self._store.read_horizon)
+                if horizon.position > memory.head:
+                    return self._follow(Memory(horizon))
+        return memory
+
+    def _admit(self, memory: Memory, ticket: Ticket) -> bool:
+        reason = self._refusal(memory, ticket.append)
+        if reason is not None and self._is_ahead(memory, ticket.append) and self._settle(memory):
+            reason = self._refusal(memory, ticket.append)
+        if reason is None:
+            return True
+        self._before_refusal(memory, ticket)
+        ticket.fail(IntegrityError(reason))
+        return False
+
+    def _before_refusal(self, memory: Memory, ticket: Ticket) -> None:
+        """Write what a writer that died may have left, so that its aggregate can be read, and changed."""
+        self._index(memory, memory.unindexed(ticket.keys))
+
+    def _index(self, memory: Memory, positions: Sequence[int]) -> None:
+        for position in positions:
+            self._walker.index(self._walker.settled(position))
+            memory.indexed(position)
+
+    def _refusal(self, memory: Memory, append: Append) -> str | None:
+        for span in append.spans():
+            known = self._last(memory, span.originator_id)
+            if known != span.first - 1 and not self._begins(span, known):
+                return (
+                    f"Version {span.first} of aggregate {span.originator_id} cannot follow version "
+                    f"{'none' if known == NOTHING else known}: read it again, and repeat what was done with it."
+                )
+        tracking = append.tracking
+        if tracking is not None:
+            known = self._last(memory, upstream_key(tracking.application_name))
+            if tracking.notification_id <= known:
+                return f"Position {tracking.notification_id} of {tracking.application_name} was processed before."
+        return None
+
+    def _is_ahead(self, memory: Memory, append: Append) -> bool:
+        return any(span.first > self._last(memory, span.originator_id) + 1 for span in append.spans())
+
+    def _settle(self, memory: Memory) -> bool:
+        """Meet a row at the head that a plain read has missed, and those behind it; return whether there is one."""
+        found = self._walker.repeat(partial(self._store.read_row, memory.head))
+        if found is None:
+            return False
+        memory.meet(found)
+        for row in self._walker.rows(memory.head):
+            memory.meet(row)
+        return True
+
+    def _last(self, memory: Memory, key: Key) -> int:
+        known = memory.known(key)
+        return self._load(memory, key) if known is None else known
+
+    def _begins(self, span: Span, known: int) -> bool:
+        if known != NOTHING:
+            return False
+        if span.first in FIRST_VERSIONS:
+            return True
+        has_snapshot = partial(self._store.has_snapshot, span.originator_id, span.first - 1)
+        return self._walker.repeat(has_snapshot)
+
+    def _finish(self, memory: Memory, row: Row, before: Sequence[int], batch: Sequence[Ticket]) -> None:
+        """Index a row that is committed, and tell those who wait for it."""
+        with Kept() as kept, OnError(partial(unfinished, batch, row)):
+            # Otherwise a stream would have a gap for who reads it now.
+            self._index(memory, before)
+            self._walker.index(row)
+            memory.indexed(row.position)
+        if kept.error is not None:
+            return
+        position = row.position
+        for ticket in batch:
+            ticket.succeed(position)
+            position += ticket.append.size
+        if memory.rows >= self.horizon_rows and self._moving.acquire(blocking=False):
+            try:
+                with Logged(logger, "The horizon of a log was not moved; the next save tries again"):
+                    self._move_horizon(memory)
+            finally:
+                self._moving.release()
+
+    def _move_horizon(self, memory: Memory) -> None:
+        """Index what nobody has indexed, and let processes that start begin behind it."""
+        last = memory.head
+        horizon = self._walker.repeat(self._store.read_horizon)
+        rows = list(islice(self._walker.rows(horizon.position), self.most_rows))
+        for row in rows if len(rows) == self.most_rows else rows[: -self.fresh_rows]:
+            if row.end > last:
+                break
+            if not row.indexed and memory.is_unindexed(row.position):
+                self._walker.index(row)
+            horizon = Horizon(row.end, row.last_event)
+        self._walker.repeat(partial(self._store.move_horizon, horizon))
+        memory.forget(horizon.position)
+
+
+def interrupted(error: BaseException) -> CommitOutcomeUnknownError:
+    """Return what is told to threads whose leader was interrupted."""
+    return CommitOutcomeUnknownError(f"The thread that saved was interrupted ({type(error).__name__}): look before.")
+
+
+def unfinished(batch: Sequence[Ticket], row: Row, error: BaseException) -> None:
+    """Tell those who wait that a row is in the log, and cannot be read by aggregate yet."""
+    for ticket in batch:
+        ticket.fail(
+            CommitOutcomeUnknownError(
+                f"The save is in the log (row {row.position}), but could not be written to the streams of its "
+                f"aggregates: {error}. Read them again before you go on."
+            )
+        )

@@ -1,0 +1,322 @@
+"""The list of all commands, with their parameters and what their help says, for whatever reads a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import aggregates, checkpoints, letters, reports, work
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An argument, or an option, whose name begins with dashes.
+
+    :param name: as it is given on the command line.
+    :param help: what help says of an option.
+    :param dest: the parameter of the function; by default made of the name.
+    :param kind: its type; ``bool`` is a flag.
+    :param metavar: what stands for it in help; that of an argument which takes several ends with three dots.
+    :param required: whether it must be given.
+    :param least: the least number; for a ``float`` it must be more than that.
+    """
+
+    name: str
+    help: str = ""
+    dest: str = ""
+    kind: type = str
+    metavar: str | None = None
+    default: Any = None
+    required: bool = False
+    least: int | None = None
+
+    @property
+    def is_option(self) -> bool:
+        """Whether it has a name on the command line."""
+        return self.name.startswith("-")
+
+    @property
+    def many(self) -> bool:
+        """Whether an argument takes several."""
+        return self.metavar is not None and self.metavar.endswith("...")
+
+    @property
+    def single(self) -> str:
+        """What stands for one value of an argument."""
+        return (self.metavar or self.name.upper()).removesuffix("...")
+
+    @property
+    def destination(self) -> str:
+        """The parameter of the function."""
+        return self.dest or self.name.lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    :param called: with a subject, an output, and the parameters by name; returns the exit status.
+    """
+
+    name: str
+    called: Callable[..., int]
+    help: str
+    parameters: Sequence[Parameter] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands that have a word in front of them."""
+
+    name: str
+    help: str
+    commands: Sequence[Command | Group]
+
+    def paths(self) -> Iterator[tuple[str, Command]]:
+        """Iterate over all commands, each with the words by which it is called."""
+        for each in self.commands:
+            if isinstance(each, Command):
+                yield each.name, each
+            else:
+                yield from ((f"{each.name} {words}", command) for words, command in each.paths())
+
+
+def _argument(name: str, **options: Any) -> Parameter:
+    return Parameter(name, required=True, **options)
+
+
+def _flag(name: str, text: str, dest: str = "") -> Parameter:
+    return Parameter(name, text, dest, bool, default=False)
+
+
+NAME = _argument("name")
+YES = _flag("--yes", "Do not ask.")
+AS_JSON = _flag("--json", "Print JSON.", "as_json")
+APPLICATION = Parameter("--application", "Where there are several applications.", metavar="NAME")
+OF_PROJECTION = Parameter("--projection", "Only those of a projection.", metavar="NAME")
+BY = Parameter("--by", "Who does it; the user of the operating system unless given.", metavar="WHO")
+REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="")
+EVERY = _flag("--all", "Of every aggregate.", "everything")
+AGGREGATE = Parameter("aggregate_id")
+
+RUN = """Run projections and reactions by their names.
+
+NAME is a projection, which is run with its reactions, or only its reactions, as Balances:reactions. One process at a
+time runs each; others stand by and take over. SIGTERM and Ctrl-C finish the batch in progress."""
+REBUILD = """Build new tables of projection NAME beside the live ones, and put them in their place.
+
+Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was. In a Django
+project its rows are written again in one transaction instead, and the live projection waits."""
+ERASE = """Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.
+
+A last event without content stays in the log: it tells projections, and keeps the id from being used again."""
+
+_DEAD_LETTERS = Group(
+    "dead-letters",
+    "Events that projections have set aside, and those that wait behind them.",
+    (
+        Command(
+            "list",
+            letters.list_letters,
+            "List the dead letters by projection, in the order of the log.",
+            (
+                OF_PROJECTION,
+                Parameter("--aggregate", "Only those of an aggregate.", metavar="ID"),
+                Parameter("--limit", "The most that are listed.", kind=int, metavar="N", least=1),
+                AS_JSON,
+            ),
+        ),
+        Command(
+            "show",
+            letters.show_letter,
+            "Show a dead letter with its traceback.",
+            (_argument("letter_id", metavar="ID", kind=int), OF_PROJECTION, AS_JSON),
+        ),
+        Command(
+            "retry",
+            letters.retry_letters,
+            "Apply events again, in order, with those that wait behind them; exits with 1 if one fails again.",
+            (
+                Parameter("ids", metavar="ID...", kind=int),
+                _flag("--all", "Retry all of them.", "everything"),
+                OF_PROJECTION,
+            ),
+        ),
+        Command(
+            "discard",
+            letters.discard_letters,
+            "Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails.",
+            (_argument("ids", metavar="ID...", kind=int), YES, OF_PROJECTION),
+        ),
+    ),
+)
+
+_PROJECTIONS = Group(
+    "projections",
+    "Checkpoints of projections, also of those that are not registered.",
+    (
+        Command("list", checkpoints.list_checkpoints, "List the checkpoints that the database has.", (AS_JSON,)),
+        Command(
+            "rename",
+            checkpoints.rename,
+            "Give what projection OLD has to NEW: its position, that of its reactions, its dead letters.",
+            (_argument("old"), _argument("new"), APPLICATION),
+        ),
+        Command(
+            "forget",
+            checkpoints.forget,
+            "Delete the checkpoints and dead letters of projection NAME, which is not registered any more.",
+            (NAME, YES, APPLICATION),
+        ),
+        Command(
+            "accept",
+            checkpoints.accept,
+            "Take the log, the tables and the code of NAME as they are now, though its checkpoint does not fit them.",
+            (NAME,),
+        ),
+        Command(
+            "pause",
+            checkpoints.pause,
+            "Keep every worker from running NAME, a projection or its reactions, until it is resumed.",
+            (NAME, BY, REASON),
+        ),
+        Command(
+            "resume",
+            checkpoints.resume,
+            "Let NAME go on that is paused, or try again what it has halted at.",
+            (NAME, BY, REASON),
+        ),
+        Command(
+            "skip",
+            checkpoints.skip,
+            "Set the event at POSITION aside, before which NAME is halted: it is a dead letter then, and NAME goes on.",
+            (
+                NAME,
+                _argument("position", kind=int, least=1),
+                replace(REASON, help="Why, as the dead letter tells it.", default=None, required=True),
+                BY,
+            ),
+        ),
+    ),
+)
+
+_REACTIONS = Group(
+    "reactions",
+    "What is done with reactions.",
+    (
+        Command(
+            "reset",
+            checkpoints.reset_reactions,
+            "Have the reactions of projection NAME called again from a position or a time on, or go on from there.",
+            (
+                NAME,
+                Parameter("--position", "Go on with the event behind it.", kind=int, metavar="N", least=0),
+                Parameter(
+                    "--since",
+                    "Go on with the first event of a time in ISO format, UTC unless it says.",
+                    metavar="TIME",
+                ),
+                BY,
+                REASON,
+                YES,
+            ),
+        ),
+    ),
+)
+
+_SNAPSHOTS = Group(
+    "snapshots",
+    "Snapshots of aggregates.",
+    (
+        Command(
+            "take",
+            aggregates.take_snapshots,
+            "Take a snapshot of an aggregate from its events, whatever older snapshots say; exits with 1 if one fails.",
+            (AGGREGATE, EVERY, APPLICATION),
+        ),
+        Command(
+            "drop",
+            aggregates.drop_snapshots,
+            "Delete the snapshots of an aggregate, but for those without which it could not be read any more.",
+            (AGGREGATE, EVERY, APPLICATION),
+        ),
+    ),
+)
+
+COMMANDS = Group(
+    "eventsourcing",
+    "Event-sourced applications: their tables, events and projections.",
+    (
+        Command(
+            "init-db",
+            reports.init_db,
+            "Create the missing tables of applications, projections and their models.",
+        ),
+        Command(
+            "check",
+            reports.check,
+            "Check the configuration, the connection, the tables and the logs; exits with 1 if something is wrong.",
+        ),
+        Command(
+            "run",
+            work.run,
+            RUN,
+            (
+                Parameter("names", metavar="NAME..."),
+                _flag("--all", "Run every projection and every reaction.", "everything"),
+                _flag("--once", "End when all have reached the end of the log."),
+                Parameter(
+                    "--log-every",
+                    "How often a line is logged for each of them.",
+                    kind=float,
+                    default=work.LOG_EVERY,
+                    metavar="SECONDS",
+                    least=0,
+                ),
+            ),
+        ),
+        Command(
+            "status",
+            reports.status,
+            "Tell how far each projection is, who runs it, and what is wrong.",
+            (AS_JSON, _flag("--check", "Exit with 1 unless all are run and nothing was set aside.")),
+        ),
+        Command(
+            "rebuild",
+            work.rebuild_or_clean,
+            REBUILD,
+            (
+                NAME,
+                _flag("--dry-run", "Say how many events there are and how long it would take."),
+                _flag("--drop-old", "Drop the replaced tables afterwards; otherwise they are kept."),
+                _flag("--restart", "Begin again, even if an earlier rebuild can be taken up."),
+                _flag("--clean", "Only drop the tables that earlier rebuilds have replaced."),
+                _flag("--give-up", "Only drop what an unfinished rebuild has made."),
+                _flag("--offline", "Let everybody wait who writes, where it cannot be done otherwise."),
+            ),
+        ),
+        _DEAD_LETTERS,
+        _PROJECTIONS,
+        _REACTIONS,
+        Command(
+            "new-identity",
+            checkpoints.new_identity,
+            "Give the log an identity of its own, after a database was cloned; never after a restore in place.",
+            (APPLICATION,),
+        ),
+        Command(
+            "erase",
+            aggregates.erase_aggregate,
+            ERASE,
+            (
+                _argument("aggregate_id"),
+                _flag("--redact", "Empty the events, rather than delete their rows."),
+                YES,
+                APPLICATION,
+            ),
+        ),
+        _SNAPSHOTS,
+    ),
+)
+"""What there is."""

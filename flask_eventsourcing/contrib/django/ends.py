@@ -1,0 +1,127 @@
+"""What a connection of Django's does at the end of its transactions, and what is told of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+from django.db import transaction
+
+from ..._patches import django_atomic_exit, django_method
+from ...failures import OnError
+from .marks import Marked
+
+
+class Checks(Protocol):
+    """The unit of work of a connection."""
+
+    def check_commit(self) -> None:
+        """Refuse a commit that would not store the events."""
+
+    def look(self) -> None:
+        """Find out what has become of the events."""
+
+
+class Ends:
+    """Called in the place of some methods of a connection of Django's, which are called by it.
+
+    :param checks: asked before a commit.
+    :param marked: what was noted on the connection.
+    """
+
+    def __init__(self, wrapper: Any, checks: Checks, marked: Marked) -> None:
+        self._checks = weakref.ref(checks)
+        self._marked = marked
+        # Neither is to keep the other.
+        found, told = weakref.ref(wrapper), weakref.ref(self)
+        for name in ("close", "commit", "run_and_clear_commit_hooks", "savepoint_rollback", "set_rollback"):
+            django_method(wrapper, name, partial(_called, found, told, name))
+        _ends[wrapper] = self
+
+    @contextmanager
+    def left(self, wrapper: Any, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
+        """Around the end of a block."""
+        with self._marked.losses.left(savepoint, is_quiet=is_quiet):
+            try:
+                yield
+            finally:
+                checks = self._checks()
+                if checks is not None and self._marked:
+                    checks.look()
+                if not self._marked:
+                    self._marked.watch(wrapper, watched=False)
+
+    def commit(self, wrapper: Any, commit: Callable[[], Any]) -> Any:
+        """Commit, if everything is there; where there is no block, nobody else tells of it.
+
+        :raises TransactionManagementError: when events would not be stored.
+        """
+        checks = self._checks()
+        with OnError(self._marked.losses.failed):
+            if checks is not None:
+                checks.check_commit()
+            commit()
+        self._marked.all_committed()
+        if self._marked.losses.leaving is None:
+            self._marked.tell()
+
+    def run_and_clear_commit_hooks(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+        """Call the functions that wait for the commit; where one of a user's fails, ours are called all the same."""
+        try:
+            run()
+        finally:
+            self._marked.tell()
+
+    def savepoint_rollback(self, wrapper: Any, roll_back: Callable[..., Any], sid: Any) -> Any:
+        """Roll back to a savepoint, also to one that is no block's."""
+        roll_back(sid)
+        if sid is not None and wrapper.run_on_commit:
+            self._marked.rolled_back_to(wrapper.run_on_commit, int(str(sid).rpartition("x")[2]))
+
+    def close(self, wrapper: Any, close: Callable[[], Any]) -> Any:
+        """Close the connection, with what is not committed."""
+        if wrapper.autocommit and not wrapper.in_atomic_block:
+            # Where autocommit was switched on again, that has committed what there was.
+            self._marked.all_committed()
+            self._marked.tell()
+        self._marked.losses.is_closing = True
+        try:
+            close()
+        finally:
+            self._marked.losses.is_closing = False
+
+    def set_rollback(self, wrapper: Any, set_rollback: Callable[..., Any], rollback: bool) -> Any:
+        """Ask for a rollback, or not any more."""
+        set_rollback(rollback)
+        self._marked.losses.asked(rollback=rollback)
+
+
+def _called(
+    wrapper: Callable[[], Any], ends: Callable[[], Ends | None], name: str, *arguments: Any, **named: Any
+) -> Any:
+    found, told = wrapper(), ends()
+    own = partial(getattr(type(found), name), found)
+    if told is None:
+        return own(*arguments, **named)
+    return getattr(told, name)(found, own, *arguments, **named)
+
+
+@contextmanager
+def _leaving(alias: Any, exc_type: Any) -> Iterator[None]:
+    """Around the end of a block, of any connection."""
+    wrapper = transaction.get_connection(alias)
+    ends = _ends.get(wrapper)
+    if ends is None:
+        yield
+        return
+    savepoint = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
+    with ends.left(wrapper, savepoint, is_quiet=exc_type is None):
+        yield
+
+
+_ends: weakref.WeakKeyDictionary[Any, Ends] = weakref.WeakKeyDictionary()
+"""Of each connection of Django's on which something was noted."""
+django_atomic_exit(transaction.Atomic, _leaving)

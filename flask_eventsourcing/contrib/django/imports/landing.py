@@ -1,0 +1,174 @@
+"""The tables of an application that take events from elsewhere, and the check of each event that was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from typing import Any, Generic, TypeVar, cast
+
+from django.db import transaction
+from django.db.models import Count, F, Max
+from eventsourcing.persistence import StoredEvent
+
+from ....exceptions import ImportedEventsError
+from ....failures import Kept
+from ..hosting import Database, get_application, site
+
+R = TypeVar("R")
+
+PAGE = 1000
+"""The most rows that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was taken over into the tables of one application."""
+
+    application: str
+    events: int
+    """How many were compared."""
+    position: int
+    """Of the last one; the next event of the application comes behind it."""
+    was_there: bool
+    """Whether an earlier run had taken them over, so that they were compared only."""
+    snapshots: int = 0
+    tracking: int = 0
+    """How many applications it follows."""
+
+
+class Landing(Generic[R]):
+    """The tables of an application.
+
+    :param name: the application's.
+    :param make: makes a record, which is not saved, of what was found elsewhere.
+    :param differs: tells how a stored event differs from what was found, or returns None.
+    :raises ConfigurationError: when the setting has no such application.
+    """
+
+    def __init__(self, name: str, make: Callable[[R], Any], differs: Callable[[R, Any], str | None]) -> None:
+        found = site()
+        self.name = found.name_of(name)
+        self._database: Database = found.database(self.name)
+        self.alias = self._database.alias
+        self.records = self._database.records[self.name]
+        self.application: Any = get_application(self.name)
+        self._make, self._differs = make, differs
+
+    def land(
+        self, rows: Callable[[], Iterator[R]], last: int, beside: Callable[[bool], Sequence[int]], *, dry_run: bool
+    ) -> Imported:
+        """Take events over, or compare those that were taken over before.
+
+        :param rows: returns what was found elsewhere, by position; called twice.
+        :param last: the last position of them.
+        :param beside: called in the same transaction with whether the events were there; returns further counts.
+        :param dry_run: whether to roll back at the end.
+        :raises ImportedEventsError: naming the position of an event that differs, or cannot be read.
+        """
+        with transaction.atomic(using=self.alias):
+            self._lock()
+            was_there = self._events.exists()
+            if not was_there:
+                self._copy(rows())
+            count = self._compare(rows(), last)
+            self._check_versions(last)
+            counts = beside(was_there)
+            transaction.set_rollback(dry_run, using=self.alias)
+        if not dry_run:
+            # Later, as a sequence is raised at once for everybody: readers would be at the end before the commit.
+            with transaction.atomic(using=self.alias):
+                self._lock()
+                self._count_from(last)
+        return Imported(self.name, count, last, was_there, *counts)
+
+    @property
+    def _events(self) -> Any:
+        return self.records.StoredEvent.objects.using(self.alias)
+
+    @property
+    def _connection(self) -> Any:
+        return self._database.units.current().connection()
+
+    def _lock(self) -> None:
+        recorder = self.application.recorder
+        with recorder.dialect.translated:
+            recorder.dialect.lock_log(self._connection, recorder.events_table)
+
+    def _count_from(self, last: int) -> None:
+        dialect, tables = self._database.datastore.dialect, self.records.mirror.tables
+        with dialect.translated:
+            dialect.go_on_behind(self._connection, tables["events"], tables["tracking"], last)
+
+    def _copy(self, rows: Iterator[R]) -> None:
+        while page := [self._make(row) for row in islice(rows, PAGE)]:
+            self._events.bulk_create(page)
+
+    def _compare(self, rows: Iterator[R], last: int) -> int:
+        count = 0
+        for row, event in zip_longest(rows, by_position(self._events.filter(pk__lte=last))):
+            expected = None if row is None else self._make(row)
+            if expected is None or (event is not None and event.notification_id < expected.notification_id):
+                raise ImportedEventsError(self._text(event, "is not among those that were to be taken over"))
+            if event is None or event.notification_id > expected.notification_id:
+                raise ImportedEventsError(self._text(expected, "is missing"))
+            problem = self._differs(cast(R, row), event)
+            if problem is not None:
+                raise ImportedEventsError(self._text(event, problem))
+            count += 1
+        return count
+
+    def write(self, position: int, event: Any) -> StoredEvent:
+        """Return what the application stores of a domain event.
+
+        :raises ImportedEventsError: when the transcoder has no way for it.
+        """
+        with Kept() as kept:
+            stored: StoredEvent = self.application.mapper.to_stored_event(event)
+            return stored
+        raise ImportedEventsError(
+            f"Event {position} of {self.name} cannot be stored ({type(kept.error).__name__}: {kept.error}). Nothing "
+            "was taken over."
+        ) from kept.error
+
+    def read(self, event: Any) -> Any:
+        """Read an event as the application does.
+
+        :raises ImportedEventsError: when it cannot be read.
+        """
+        stored = StoredEvent(event.originator_id, event.originator_version, event.topic, event.state)
+        # A cipher, a transcoder and a class of the user's may raise anything.
+        with Kept() as kept:
+            return self.application.mapper.to_domain_event(stored)
+        problem = f"{type(kept.error).__name__}: {kept.error}"
+        raise ImportedEventsError(
+            self._text(
+                event,
+                f"cannot be read ({problem}): let ENV have the cipher, compressor and transcoder with which it was "
+                "written, and register_topic() give classes that have moved",
+            )
+        ) from kept.error
+
+    def _check_versions(self, last: int) -> None:
+        found = self._events.filter(notification_id__lte=last).values("originator_id")
+        gaps = found.annotate(n=Count("originator_version"), to=Max("originator_version")).exclude(n=F("to"))
+        for each in gaps[:1]:
+            raise ImportedEventsError(
+                f"Aggregate {each['originator_id']} of {self.name} has {each['n']} events up to version {each['to']}: "
+                "one of them is missing, so that it could not be read. Nothing was taken over."
+            )
+
+    def _text(self, event: Any, problem: str) -> str:
+        return (
+            f"Event {event.notification_id} of {self.name} ({event.originator_id} version {event.originator_version}) "
+            f"{problem}. Nothing was taken over. Tables that take events over are empty before, or have just these; "
+            "and nobody writes events meanwhile."
+        )
+
+
+def by_position(query: Any) -> Iterator[Any]:
+    """Return the rows of a query one after the other, by their ids; no driver holds all of them."""
+    last = 0
+    while page := list(query.filter(pk__gt=last).order_by("pk")[:PAGE]):
+        yield from page
+        last = page[-1].pk

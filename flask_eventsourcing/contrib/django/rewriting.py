@@ -1,0 +1,271 @@
+"""Rebuilds a projection on Django's models: its rows are deleted and written again, all in one transaction.
+
+Handlers write their models through Django's ORM, which has no other tables for them to write. So readers see the old
+rows until the commit, the live projection waits meanwhile, and of a rebuild that is killed nothing is left. Where the
+database has one writer at a time, everybody who writes waits, which is done only for those who ask for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from eventsourcing.persistence import Notification
+from sqlalchemy.engine import Connection
+
+from ...exceptions import HandlerError, ProjectionBusyError, RebuildError
+from ...persistence.dialects.swapping import LEFT
+from ...projections.applying import Applier, EventError
+from ...projections.applying.pages import LogPages, Page
+from ...projections.checkpoint import CheckpointRow
+from ...projections.consumers import Consumer, ProjectedApplication
+from ...projections.consumers.shadows import REFERS, UNDECLARED, own_tables, written_tables
+from ...projections.dead_letters import describe
+from ...projections.definitions import MOST_EVENTS
+from ...projections.rebuilding import BUSY, NO_MODELS, TRIAL_EVENTS, Estimate, Rebuilt
+from ...projections.runners import FIRST_PAUSE, LONGEST_PAUSE, Progress, event_name
+from ...projections.runners.pace import Backoff
+from ...projections.swap import NEAR, hand_over
+from .marks import Mark
+
+ACTS = "Table {!r} has {}, which would act for every row that is written again: take it away for the rebuild."
+SENDS = (
+    "A handler of {} calls on_commit(), so that it cannot be rebuilt: all of that would be done again. It belongs in a "
+    "method with @reaction(…)."
+)
+
+
+class _UndoneError(Exception):
+    """Leaves the transaction, of which nothing is to stay."""
+
+
+class Rewrite:
+    """Rebuilds one projection on Django's models.
+
+    :param consumer: the live projection.
+    :param stop: ends it after the batch in progress; the rows are as they were then.
+    :raises RebuildError: when there is nothing to rebuild.
+    """
+
+    def __init__(self, consumer: Consumer, stop: threading.Event | None = None) -> None:
+        self.live: Consumer = consumer.of_kind("projection")
+        self.rebuild: Consumer = consumer.of_kind("rebuild")
+        self.application: ProjectedApplication = consumer.application
+        self.stop: threading.Event = stop or threading.Event()
+        self.progress: Progress = Progress()
+        self.name: str = self.rebuild.name
+        self._applier = Applier(self.rebuild, joins=True)
+        if not self.live.tables or not self.live.handlers:
+            raise RebuildError(NO_MODELS.format(consumer.projection_class.__name__))
+
+    @property
+    def runner(self) -> Rewrite:
+        """What tells of its progress."""
+        return self
+
+    @property
+    def keeps_writers_waiting(self) -> bool:
+        """Whether everybody who writes waits for its end."""
+        return self.application.datastore.dialect.has_one_writer
+
+    def run(self, *, restart: bool = False) -> Rebuilt | None:
+        """Rebuild it; returns None when it was stopped, and nothing was changed.
+
+        :param restart: it always begins from the start.
+        :raises ProjectionBusyError: when another process rebuilds it.
+        :raises RebuildError: when it cannot be rebuilt, or an event cannot be applied; nothing was changed.
+        """
+        started = time.monotonic()
+        with self._alone():
+            self.live.checkpoint.ensure(self.live.start())
+            try:
+                with self._emptied() as (connection, before):
+                    row = self._catch_up(connection)
+                    letters = self._verify(connection, row)
+                    pairs = zip(before, self._count_rows(connection), strict=True)
+                    rows = dict(zip((table.name for table in self.live.tables), pairs, strict=True))
+                    hand_over(self.live, self.rebuild, connection)
+            except _UndoneError:
+                return None
+        seconds = time.monotonic() - started
+        return Rebuilt(self.progress.events, seconds, row.position, False, rows, *letters)
+
+    def estimate(self) -> Estimate:
+        """Count the events and try some of them, in a transaction that is rolled back.
+
+        :raises RebuildError: when the rebuild would halt at one of those events.
+        """
+        tried, failed, seconds = 0, 0, 0.0
+        with self._alone():
+            mark = self.application.high_water_mark()
+            with self._reading() as reading:
+                events = self.live.count_events(reading, 0, mark)
+            self.live.checkpoint.ensure(self.live.start())
+            try:
+                with self._emptied() as (connection, _):
+                    page = LogPages(self.rebuild, None).read(0, TRIAL_EVENTS, mark)
+                    started, tried = time.monotonic(), len(page.events)
+                    self._deliver(self._begin(connection), page)
+                    seconds = time.monotonic() - started
+                    failed = sum(self.application.dead_letters.count(connection, self.rebuild.name))
+                    raise _UndoneError
+            except _UndoneError:
+                return Estimate(events, seconds * events / tried if tried else 0.0, tried, failed)
+
+    def drop_old(self) -> list[str]:
+        """Return that there is nothing to drop."""
+        return []
+
+    def give_up(self) -> list[str]:
+        """Return that an unfinished rebuild has left nothing."""
+        return []
+
+    # -------------------------------------------------------------------------------------------- its transaction
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = self.rebuild.lock()
+        try:
+            # Where that is no lock of the server, the row of the live projection is locked by one at a time.
+            if not lock.leased and not lock.acquire():
+                raise ProjectionBusyError(BUSY.format(self.live.name))
+            with self.application.host.context():
+                yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _emptied(self) -> Iterator[tuple[Connection, Sequence[int]]]:
+        """A transaction in which the rows are gone, with the live projection's row locked; and how many they were."""
+        host = self.application.host
+        with host.transaction() as session:
+            unit: Any = host.unit_of(session)
+            connection = unit.connection()
+            self._check(connection)
+            self.live.checkpoint.lock(connection)
+            before = self._count_rows(connection)
+            with unit.wrapper.constraint_checks_disabled():
+                for table in self.live.tables:
+                    connection.execute(sa.delete(table))
+            with unit.wrapper.execute_wrapper(self._guard(own_tables(self.live))), self._sending_nothing(unit.wrapper):
+                yield connection, before
+
+    def _check(self, connection: Connection) -> None:
+        dialect = self.application.datastore.dialect
+        names = {table.name for table in self.live.tables}
+        for table in self.live.tables:
+            acting = sorted(part.what for part in dialect.parts_of(connection, table, table.name) if part.acts)
+            if acting:
+                raise RebuildError(ACTS.format(table.name, ", ".join(acting)))
+            for other in sorted(set(dialect.referrers(connection, table)) - names):
+                if LEFT.fullmatch(other) is None:
+                    raise RebuildError(REFERS.format(other, table.name))
+
+    def _guard(self, own: Callable[[], set[str]]) -> Callable[..., Any]:
+        """Return what refuses to write tables that are not among the projection's models."""
+        tables = {table.name for table in self.live.tables}
+
+        def execute(run: Callable[..., Any], sql: Any, parameters: Any, many: bool, context: Any) -> Any:
+            for name in written_tables(str(sql), None):
+                if str(name) not in tables and str(name) not in own():
+                    raise HandlerError(UNDECLARED.format(name))
+            return run(sql, parameters, many, context)
+
+        return execute
+
+    @contextmanager
+    def _sending_nothing(self, wrapper: Any) -> Iterator[None]:
+        def count() -> int:
+            return sum(not isinstance(function, Mark) for _, function, *_ in wrapper.run_on_commit)
+
+        before = count()
+        yield
+        if count() != before:
+            raise RebuildError(SENDS.format(self.live.projection_class.__name__))
+
+    def _count_rows(self, connection: Connection) -> list[int]:
+        query = sa.select(sa.func.count())
+        return [connection.scalar(query.select_from(table)) or 0 for table in self.live.tables]
+
+    @contextmanager
+    def _reading(self, connection: Connection | None = None) -> Iterator[Connection]:
+        """A connection that sees the end of the log, as that of the transaction may not."""
+        if connection is not None and self.keeps_writers_waiting:
+            yield connection
+            return
+        with self.application.engine.connect() as own:
+            yield own
+
+    # ------------------------------------------------------------------------------------------------- its events
+
+    def _begin(self, connection: Connection) -> CheckpointRow:
+        """Make the row in which the rebuild counts."""
+        checkpoint = self.rebuild.checkpoint
+        checkpoint.remove(connection)
+        self.application.dead_letters.remove_all(connection, self.rebuild.name)
+        connection.execute(sa.insert(checkpoint.table).values(name=checkpoint.name, position=0))
+        checkpoint.begin(connection, fingerprint=self.live.fingerprint)
+        row = checkpoint.read(connection)
+        if row is None:
+            raise RebuildError(f"The rebuild of {self.live.name} has no row.")
+        return row
+
+    def _catch_up(self, connection: Connection) -> CheckpointRow:
+        row, pages, progress = self._begin(connection), LogPages(self.rebuild, None), self.progress
+        progress.state, progress.position = "catching up", 0
+        progress.high_water_mark = self.application.high_water_mark()
+        # What comes meanwhile is the live projection's.
+        while row.position < progress.high_water_mark:
+            if self.stop.is_set():
+                raise _UndoneError
+            page = pages.read(row.position, MOST_EVENTS, progress.high_water_mark)
+            row = self._deliver(row, page)
+            progress.position, progress.events = row.position, progress.events + len(page.events)
+            if row.position >= progress.high_water_mark:
+                mark = self.application.high_water_mark()
+                progress.high_water_mark = mark if mark - row.position > NEAR else row.position
+        return row
+
+    def _deliver(self, row: CheckpointRow, page: Page) -> CheckpointRow:
+        try:
+            return self._applier.apply(row, page.events, page.position)
+        except EventError:
+            # One by one it is seen which event it was.
+            for notification in page.events:
+                row = self._deliver_one(row, notification)
+        return self._applier.apply(row, (), page.position)
+
+    def _deliver_one(self, row: CheckpointRow, notification: Notification) -> CheckpointRow:
+        pause, attempts = Backoff(FIRST_PAUSE, LONGEST_PAUSE), 0
+        while True:
+            try:
+                return self._applier.apply(row, [notification], notification.id)
+            except EventError as failure:
+                error, attempts = failure.__cause__ or failure, attempts + 1
+            # What a rebuild refuses is no fault of one event.
+            if isinstance(error, HandlerError) or attempts > self.live.projection_class.retries:
+                break
+            if self.stop.wait(pause.seconds):
+                raise _UndoneError
+            pause.grow()
+        if isinstance(error, HandlerError) or self.live.projection_class.on_failure == "halt":
+            raise RebuildError(
+                f"The rebuild of {self.live.name} halts before position {notification.id}, and nothing was changed: "
+                f"{event_name(notification)}: {describe(error)}"
+            ) from error
+        return self._applier.apply(row, [notification], notification.id, dead=(error, attempts))
+
+    def _verify(self, connection: Connection, row: CheckpointRow) -> tuple[int, int]:
+        with self._reading(connection) as reading:
+            found = self.live.count_events(reading, 0, row.position)
+        failed, waiting = self.application.dead_letters.count(connection, self.rebuild.name)
+        if found != row.applied + failed:
+            raise RebuildError(
+                f"The rebuild of {self.live.name} has applied {row.applied} events and set {failed} aside, but the "
+                f"log has {found} up to position {row.position}: the rows stay as they are."
+            )
+        return failed, waiting

@@ -1,0 +1,152 @@
+"""Waiting at the end of a log, and subscriptions: iterators over a log that wait there; no database."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
+
+from eventsourcing.persistence import (
+    ApplicationRecorder,
+    InterfaceError,
+    Notification,
+    OperationalError,
+    Subscription,
+)
+
+from .lifecycle import PerProcess
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+PAGE, FIRST_PAGE = 500, 10
+SHORTEST_WAIT = 0.005
+GROWTH = 1.5
+LONGEST_PAUSE = 5.0
+"""Seconds between tries to reach a database that cannot be reached."""
+
+
+class Waiter:
+    """Waits for a time, or until :attr:`stopped` is set."""
+
+    longest: float = 0.25
+    """Seconds after which to look into the log although there was no news."""
+
+    def __init__(self) -> None:
+        # By its name at the time of the call, as gevent may put another in its place.
+        self._stopped = PerProcess(lambda: threading.Event())  # noqa: PLW0108
+
+    @property
+    def stopped(self) -> threading.Event:
+        """Set in order to end the waiting, in this process."""
+        return self._stopped.get()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, and return whether there was news, as far as this waiter can know."""
+        self.stopped.wait(seconds)
+        return False
+
+    def rest(self) -> None:
+        """Hear nothing until the next :meth:`wait`."""
+
+    def close(self) -> None:
+        """Give up what the waiter holds."""
+        self.stopped.set()
+
+
+class LogReader(Protocol):
+    """A recorder whose log can be read with a connection of its own, and waited for."""
+
+    def read_log(
+        self,
+        start: int | None,
+        limit: int,
+        stop: int | None = None,
+        topics: Sequence[str] = (),
+        *,
+        inclusive_of_start: bool = True,
+        join: bool = False,
+    ) -> Sequence[Notification]:
+        """Read the log by position."""
+
+    def fitting(self, after: int, limit: int) -> int:
+        """Return how many of the next events, up to a limit, are not too large to be read at once."""
+
+    def waiter(self) -> Waiter:
+        """Return what waits for news."""
+
+    def cause(self, position: int, is_over: Callable[[], bool]) -> AbstractContextManager[object]:
+        """Return a block within which events are saved that one of this log has caused."""
+
+
+class LogSubscription(Subscription[ApplicationRecorder]):
+    """Reads the log in pages, and waits at its end as the database allows: for a notification, or polling.
+
+    It has no thread: reading and waiting happen in ``next()``, in the thread that iterates. :meth:`stop` may be called
+    from any thread. While the database cannot be reached it tries again, and goes on where it was.
+    """
+
+    def __init__(self, recorder: ApplicationRecorder, gt: int | None = None, topics: Sequence[str] = ()) -> None:
+        super().__init__(recorder=recorder, gt=gt, topics=topics)
+        self._reader: LogReader = recorder  # type: ignore[assignment]
+        self._waiter = self._reader.waiter()
+        self._page: Sequence[Notification] = ()
+        self._index = 0
+        self._is_behind = False
+        """Whether the last page was full."""
+        self._handled = ExitStack()
+        """The block of the event that was returned last: what is saved before the next one is caused by it."""
+
+    def __exit__(self, *args: object, **kwargs: object) -> None:
+        super().__exit__(*args, **kwargs)
+        self._handled.close()
+        self._waiter.close()
+
+    def stop(self) -> None:
+        """End the iteration, waking it if it waits."""
+        super().stop()
+        self._waiter.stopped.set()
+
+    def __next__(self) -> Notification:
+        """Return the next event, waiting for it if need be."""
+        self._handled.close()
+        if self._index == len(self._page) and not self._has_been_stopped:
+            self._page, self._index = self._next_page(), 0
+        if self._has_been_stopped:
+            self._waiter.close()
+            raise StopIteration
+        notification = self._page[self._index]
+        self._index += 1
+        self._last_notification_id = notification.id
+        # A loop may be left without a word.
+        living = weakref.ref(self)
+        self._handled.enter_context(self._reader.cause(notification.id, lambda: living() is None))
+        return notification
+
+    def _next_page(self) -> Sequence[Notification]:
+        wait = pause = SHORTEST_WAIT
+        while not self._has_been_stopped:
+            try:
+                page = self._read()
+            except (OperationalError, InterfaceError) as error:
+                logger.warning("The log cannot be read now, next try in %.3g s: %s", pause, error)
+                self._waiter.stopped.wait(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+                continue
+            if page:
+                return page
+            pause = SHORTEST_WAIT
+            # After news that is not to be seen yet, because of a writer in progress, look again soon.
+            news = self._waiter.wait(wait)
+            wait = SHORTEST_WAIT if news else min(wait * GROWTH, self._waiter.longest)
+        return ()
+
+    def _read(self) -> Sequence[Notification]:
+        after, limit = self._last_notification_id, FIRST_PAGE
+        if self._is_behind:
+            limit = self._reader.fitting(after or 0, PAGE)
+        page = self._reader.read_log(after, limit, topics=self._topics, inclusive_of_start=False)
+        self._is_behind = len(page) == limit
+        return page

@@ -1,0 +1,225 @@
+"""The library's contract for recorders, on a real node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from eventsourcing.persistence import (
+    AggregateRecorder,
+    ApplicationRecorder,
+    IntegrityError,
+    ProcessRecorder,
+    StoredEvent,
+    Tracking,
+    TrackingRecorder,
+)
+from eventsourcing.tests import persistence
+
+from flask_eventsourcing.exceptions import EventValueError, IdentifierTypeError
+
+if TYPE_CHECKING:
+    from flask_eventsourcing.cassandra import (
+        CassandraApplicationRecorder,
+        CassandraProcessRecorder,
+        CassandraSnapshotRecorder,
+    )
+    from flask_eventsourcing.cassandra.recording import Log
+
+NewLog = Callable[..., "Log"]
+
+
+class OnNode:
+    """Makes recorders, on fresh tables where it has to be."""
+
+    needs_fresh: frozenset[str] = frozenset()
+    """The tests that begin with position 1, or with upstream applications that are not known."""
+    new_log: NewLog
+    shared_log: Log
+
+    @pytest.fixture(autouse=True)
+    def _take(self, new_log: NewLog, shared_log: Log) -> None:
+        self.new_log, self.shared_log = new_log, shared_log
+
+    def log(self) -> Log:
+        """A log."""
+        return self.new_log() if self._testMethodName in self.needs_fresh else self.shared_log  # type: ignore[attr-defined]
+
+
+class TestAggregates(OnNode, persistence.AggregateRecorderTestCase):
+    """Events without a position."""
+
+    def create_recorder(self) -> AggregateRecorder:
+        """A recorder of the application."""
+        from flask_eventsourcing.cassandra import CassandraAggregateRecorder
+
+        return CassandraAggregateRecorder(self.log())
+
+
+class TestApplications(OnNode, persistence.ApplicationRecorderTestCase):
+    """Events in the application's log."""
+
+    needs_fresh = frozenset({"test_insert_select", "test_insert_subscribe"})
+
+    def create_recorder(self) -> ApplicationRecorder:
+        """A recorder of the application."""
+        return application_recorder(self.log())
+
+    def test_insert_subscribe(self) -> None:
+        """A subscription yields what was recorded before and what is recorded later, and stops when it is told."""
+        self.optional_test_insert_subscribe()
+
+
+class TestNonInterleaving(OnNode, persistence.NonInterleavingNotificationIDsBaseCase):
+    """The events of one save are contiguous."""
+
+    def create_recorder(self) -> ApplicationRecorder:
+        """A recorder of the application."""
+        return application_recorder(self.log())
+
+
+class TestTrackings(OnNode, persistence.TrackingRecorderTestCase):
+    """Positions in the logs of others."""
+
+    needs_fresh = frozenset({"test_insert_tracking", "test_wait"})
+
+    def create_recorder(self) -> TrackingRecorder:
+        """A recorder of the application."""
+        from flask_eventsourcing.cassandra import CassandraTrackingRecorder
+
+        return CassandraTrackingRecorder(self.log())
+
+
+class TestProcesses(OnNode, persistence.ProcessRecorderTestCase):
+    """Events together with positions."""
+
+    needs_fresh = frozenset({"test_insert_select", "test_has_tracking_id", "test_raises_when_lower_inserted_later"})
+
+    def create_recorder(self) -> ProcessRecorder:
+        """A recorder of the application."""
+        return process_recorder(self.log())
+
+
+def application_recorder(log: Log) -> CassandraApplicationRecorder:
+    """Make a recorder of an application."""
+    from flask_eventsourcing.cassandra import CassandraApplicationRecorder
+
+    return CassandraApplicationRecorder(log)
+
+
+def process_recorder(log: Log) -> CassandraProcessRecorder:
+    """Make a recorder of an application that processes the events of others."""
+    from flask_eventsourcing.cassandra import CassandraProcessRecorder
+
+    return CassandraProcessRecorder(log)
+
+
+def snapshot_recorder(log: Log) -> CassandraSnapshotRecorder:
+    """Make a recorder of snapshots."""
+    from flask_eventsourcing.cassandra import CassandraSnapshotRecorder
+
+    return CassandraSnapshotRecorder(log)
+
+
+def event(key: UUID | str, version: int, state: bytes = b"state") -> StoredEvent:
+    """Make an event."""
+    return StoredEvent(key, version, "topic", state)
+
+
+def test_snapshots_are_replaced_and_begin_a_stream(shared_log: Log) -> None:
+    """A snapshot of the same version is replaced, and events may follow one where none are before it."""
+    key = uuid4()
+    snapshots, events = snapshot_recorder(shared_log), application_recorder(shared_log)
+    with pytest.raises(IntegrityError):
+        events.insert_events([event(key, 8)])
+    snapshots.insert_events([event(key, 7, b"first")])
+    snapshots.insert_events([event(key, 7, b"second")])
+    assert [each.state for each in snapshots.select_events(key, desc=True, limit=1)] == [b"second"]
+    assert events.insert_events([event(key, 8)])
+    assert snapshots.select_events(uuid4()) == []
+
+
+def test_ids_are_of_one_type(new_log: NewLog) -> None:
+    """Text ids are stored where the tables are made for them; an id of another type is refused, and read as unknown."""
+    texts = application_recorder(new_log("text"))
+    assert texts.insert_events([event("account-1", 1), event("account-2", 1)]) == [1, 2]
+    assert [each.originator_id for each in texts.select_events("account-1")] == ["account-1"]
+    assert [each.originator_id for each in texts.select_notifications(1, 10)] == ["account-1", "account-2"]
+    with pytest.raises(IdentifierTypeError):
+        texts.insert_events([event(uuid4(), 1)])
+    assert texts.select_events(uuid4()) == []
+    assert texts.select_events("") == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [event("\ud800", 1), event("", 1), event("a", -1), event("a", 2**63), StoredEvent("a", 1, "\ud800", b"")],
+    ids=["surrogate", "empty id", "negative", "too large", "topic"],
+)
+def test_what_cannot_be_read_again_is_refused(bad: StoredEvent) -> None:
+    """A value that the nodes do not take is refused before anything is sent."""
+    pytest.importorskip("cassandra.cluster", reason="cassandra-driver is not installed")
+    from flask_eventsourcing.cassandra.recording import Log
+
+    unused = Log(None, "unused", id_type="text")  # type: ignore[arg-type]
+    with pytest.raises(EventValueError):
+        application_recorder(unused).insert_events([bad])
+
+
+def test_empty_states_and_zeros_are_kept(shared_log: Log) -> None:
+    """Empty states and those of any bytes are read as they were saved."""
+    recorder, key = application_recorder(shared_log), uuid4()
+    states = [b"", bytes(range(256)), b"\0"]
+    positions = recorder.insert_events([event(key, number, state) for number, state in enumerate(states)])
+    assert positions is not None
+    assert [each.state for each in recorder.select_events(key)] == states
+    assert [each.state for each in recorder.select_notifications(positions[0], 10)] == states
+
+
+def test_tracking_takes_a_position_and_is_no_event(new_log: NewLog) -> None:
+    """A position that was processed without events leaves no notification, and the last one is that of an event."""
+    recorder, key = process_recorder(new_log()), uuid4()
+    assert recorder.insert_events([event(key, 1)], tracking=Tracking("upstream", 1)) == [1]
+    recorder.insert_events([], tracking=Tracking("upstream", 5))
+    recorder.insert_tracking(Tracking("upstream", 6))
+    assert recorder.max_notification_id() == 1
+    assert recorder.high_water_mark() == 3
+    assert recorder.insert_events([event(key, 2)]) == [4]
+    assert [each.id for each in recorder.select_notifications(1, 10)] == [1, 4]
+    assert [each.id for each in recorder.select_notifications(2, 10)] == [4]
+    assert recorder.max_tracking_id("upstream") == 6
+
+
+def test_log_goes_on_in_the_next_bucket(new_log: NewLog) -> None:
+    """A log is read, and written, across the end of a bucket, also from within a save that spans it."""
+    log = new_log()
+    recorder = application_recorder(log)
+    keys = [uuid4() for _ in range(3)]
+    recorder.insert_events([event(keys[0], version, b"") for version in range(9_995)])
+    assert recorder.insert_events([event(keys[1], version) for version in range(20)])[-1:] == [10_015]  # type: ignore[index]
+    assert recorder.insert_events([event(keys[2], 0)]) == [10_016]
+    again = application_recorder(type(log)(recorder.log.parts.store.connection, log.name))
+    assert [each.id for each in again.select_notifications(9_994, 100)] == list(range(9_994, 10_017))
+    assert [each.id for each in again.select_notifications(10_010, 3)] == [10_010, 10_011, 10_012]
+    assert again.max_notification_id() == 10_016
+    assert again.insert_events([event(keys[2], 1)]) == [10_017]
+
+
+def test_large_saves(shared_log: Log) -> None:
+    """A save of 3 MB works, one that the nodes do not take is one clear error, and the session goes on."""
+    from flask_eventsourcing.cassandra import SaveTooLargeError
+
+    recorder, key = application_recorder(shared_log), uuid4()
+    positions = recorder.insert_events([event(key, 1, b"x" * 3_000_000)])
+    assert positions is not None
+    with pytest.raises(SaveTooLargeError, match="save less"):
+        recorder.insert_events([event(key, 2, b"x" * 20_000_000)])
+    many = [event(key, version, b"y" * 1000) for version in range(2, 500)]
+    recorder.insert_events(many)
+    assert recorder.select_events(key, gt=1) == many
+    assert recorder.fitting(positions[0], 100) == 100
+    assert len(recorder.select_notifications(positions[0], 10)) == 10
+    with pytest.raises(EventValueError, match="10000"):
+        recorder.insert_events([event(key, version) for version in range(500, 10_501)])

@@ -1,0 +1,52 @@
+"""Real workers of Celery and RQ for a Pyramid application: what its requests have sent after their commit, once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from uuid import UUID
+
+import pytest
+
+from tests.servers import require
+from tests.workers.programs import PATIENCE, Place
+
+SITE = "tests.workers.pyramid_queue"
+CELERY = [
+    "celery",
+    "-A",
+    f"{SITE}:celery_app",
+    "worker",
+    "--without-gossip",
+    "--without-mingle",
+    "--pool=prefork",
+    "--concurrency=2",
+]
+RQ = ["rq.cli", "worker", "--worker-class", f"{SITE}.SiteWorker", "--burst", "--url"]
+
+pytestmark = pytest.mark.xdist_group("celery")
+
+
+def balance(place: Place, account_id: str) -> int:
+    """Add up what is in the log, in which nothing may be missing."""
+    rows = place.query("SELECT originator_id, originator_version, state FROM ledger_events ORDER BY 2")
+    own = [row for row in rows if UUID(str(row[0])) == UUID(account_id)]
+    assert [version for _, version, _ in own] == list(range(1, len(own) + 1))
+    return sum(json.loads(bytes(state)).get("amount", 0) for _, _, state in own)
+
+
+@pytest.mark.parametrize("place", ["postgresql", pytest.param("sqlite", marks=pytest.mark.long)], indirect=True)
+def test_tasks_and_jobs_of_requests(place: Place) -> None:
+    """Requests that were committed have each task and job done once, by workers that were forked; others have none."""
+    for each in ("celery", "rq"):
+        require(importlib.util.find_spec(each), each, f"pip install Flask-EventSourcing[{each}]")
+    account_id = place.python(f"from {SITE} import send; send()")
+    assert balance(place, account_id) == 2
+    with place.program(*CELERY) as worker:
+        worker.wait_for(lambda: balance(place, account_id) == 2 + 2 * 10 + 6 * 1000)
+        worker.end()
+    with place.program(*RQ, place.redis) as worker:
+        assert worker.process.wait(PATIENCE) == 0, worker.output
+    assert balance(place, account_id) == 2 + 2 * 10 + 6 * 1000 + 2 * 100
+    # One in the program that has sent, one in each process of Celery's, one for each job.
+    assert len(set(place.happened("constructed"))) == len(place.happened("constructed")) == 1 + 2 + 2
