@@ -68,7 +68,7 @@ def test_text_that_rolls_back(site: DjangoBank, client: Client, statement: str) 
 
 
 def test_text_that_commits(site: DjangoBank) -> None:
-    """Events that a textual COMMIT has stored are told of, though an exception leaves the block later, and no others."""
+    """Events that a textual COMMIT has stored are told of, though an exception leaves the block later."""
     account = Account("Ada")
     with told() as (stored, lost):
         with site.rolled_back():
@@ -83,7 +83,7 @@ def test_text_that_commits(site: DjangoBank) -> None:
 
 @pytest.mark.parametrize("url", DATABASES[:2], indirect=True)
 def test_driver_that_rolls_back(site: DjangoBank, client: Client) -> None:
-    """The same where the driver's own connection is rolled back, and the driver knows whether it is in a transaction."""
+    """The same where the driver's own connection is rolled back, and it knows whether it is in a transaction."""
 
     def view(request: Any) -> HttpResponse:
         with site.atomic():
@@ -217,7 +217,7 @@ def test_manual_transaction_past_django(site: DjangoBank) -> None:
     """With autocommit switched off, what the driver has ended is told by what is in the database."""
     site.connection.set_autocommit(False)
     try:
-        with told() as (stored, lost):
+        with told() as (stored, _):
             site.opened()
             site.connection.connection.rollback()
             site.opened()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
-from tests.django_host.test_program import bank_project
-from tests.servers import require
-from tests.workers.serving import Database, Served, gunicorn, serving, shared, uwsgi
+from tests.workers.serving import Database, gunicorn, serving, shared, uwsgi
 
 pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
 APP = "tests.workers.django_served:app"
