@@ -14,7 +14,7 @@ from django.test import override_settings
 
 from tests.django_host.databases import database_settings
 
-__all__ = ["applications", "database", "database_settings"]
+__all__ = ["alias", "applications", "database", "database_settings"]
 
 DEFAULT = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
 

@@ -64,7 +64,8 @@ def test_text_that_rolls_back(site: DjangoBank, client: Client, statement: str) 
         assert ask(client, view) == 500
     assert (stored, lost) == ([], [])
     assert site.stored()[0] == 0
-    assert site.opened()
+    site.opened()
+    assert site.stored()[0] == 1
 
 
 def test_text_that_commits(site: DjangoBank) -> None:

@@ -149,7 +149,7 @@ class DeadLetterAdmin(_ReadOnly):
         try:
             if not ids:
                 raise UsageError("These wait for an earlier one of their aggregate: choose that one.")
-            status = command(projections().subject(self.alias), PlainOutput(said), ids, **options)
+            status = command(projections().subject(str(self.alias)), PlainOutput(said), ids, **options)
         except (ConfigurationError, CommandError, UsageError) as error:
             self.message_user(request, str(error), messages.ERROR)
             return
