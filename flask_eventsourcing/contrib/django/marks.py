@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from ..._patches import django_watch
+from ...failures import OnError
 from ...uow import AfterCommit, Batch
 from ...uow.pending import AfterRollback, Item, call_all, of_kind
 
@@ -74,6 +75,10 @@ class Leaving:
         self.is_quiet = is_quiet
         self.lost: list[Batch] = []
 
+    def failed(self, error: BaseException) -> None:
+        """Told of an error that comes up at the end, and leaves the block."""
+        self.is_quiet = False
+
 
 class Losses:
     """Tells rollbacks that somebody has asked for from those that come of a swallowed error.
@@ -124,10 +129,8 @@ class Losses:
         before = self.leaving
         leaving = self.leaving = Leaving(savepoint, is_quiet=is_quiet)
         try:
-            yield
-        except BaseException:
-            leaving.is_quiet = False
-            raise
+            with OnError(leaving.failed):
+                yield
         finally:
             self.leaving = before
             if leaving.is_quiet:
