@@ -7,7 +7,8 @@ says why there is no other way, and what would make it unnecessary. None of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any
 
 
@@ -221,3 +222,32 @@ def django_method(connection: Any, name: str, method: Callable[..., Any]) -> Non
     when it does.
     """
     setattr(connection, name, method)
+
+
+def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object]]) -> None:
+    """Have Django's blocks tell how they are left.
+
+    :param leaving: takes the alias and the class of the exception, or None, and is entered around Django's own method.
+
+    It can go when Django says whether an exception has rolled a block back.
+    """
+    leave = atomic_class.__exit__
+
+    @wraps(leave)
+    def told(block: Any, exc_type: Any, exc_value: Any, traceback: Any) -> Any:
+        with leaving(block.using, exc_type):
+            return leave(block, exc_type, exc_value, traceback)
+
+    atomic_class.__exit__ = told
+
+
+def django_watch(connection: Any, watch: Callable[..., Any], *, watched: bool) -> None:
+    """Have a connection of Django's tell of its statements, or not any more.
+
+    Django's own ``execute_wrapper()`` is for a block, which does not end with the transaction, and takes the last one
+    away. It can go when there is one that takes away its own.
+    """
+    if watch in connection.execute_wrappers:
+        connection.execute_wrappers.remove(watch)
+    if watched:
+        connection.execute_wrappers.insert(0, watch)

@@ -12,7 +12,9 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
-from tests.django_host.databases import database_settings as database_settings
+from tests.django_host.databases import database_settings
+
+__all__ = ["alias", "applications", "database", "database_settings"]
 
 DEFAULT = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
 

@@ -110,15 +110,21 @@ def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.Fixtur
     require(find_spec("pytest_django"), "pytest-django", "pip install 'Flask-EventSourcing[test]'")
     found = {"default": database_settings(url_for(backend, tmp_path, request))}
     project = bank_project(tmp_path, found)
+    project.append("site_of_bank/urls.py", ADMIN)
+    project.write("bank/test_admin.py", (ROOT / "tests/django_host/admin_cases.py").read_text())
     project.manage("makemigrations", "bank")
     said = project.manage("test", "--parallel", "2")
-    assert "Ran 5 tests" in said
+    assert "Ran 10 tests" in said
     assert said.count("Cloning test database") in (0, 2)
     plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider", "-p", "xdist", "-n", "2")
     settings = ("--ds", "site_of_bank.settings", "bank/test_accounts.py")
     assert "3 passed" in project.run(*plain, *settings, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
+ADMIN = """
+from django.contrib import admin
+urlpatterns += [path("admin/", admin.site.urls)]
+"""
 TAKEN_OVER = """
 from io import StringIO
 from django.core.management import call_command

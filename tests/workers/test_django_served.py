@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from functools import partial
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
-from tests.django_host.test_program import bank_project
-from tests.servers import require
-from tests.workers.serving import Database, Served, gunicorn, serving, shared, uwsgi
+from tests.workers.serving import Database, gunicorn, serving, shared, uwsgi
 
 pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
 APP = "tests.workers.django_served:app"
@@ -33,8 +29,7 @@ LINES: dict[str, Callable[[int], list[str]]] = {
 def test_one_application_in_every_process(server: str, database: Database, tmp_path: Path) -> None:
     """Every process has one bank and connections of its own, although both were there before the fork."""
     (account_id,) = database.opened(1)
-    variables = {"BACKEND": "pg_backend_pid()", "DATABASE_URL": database.url}
-    with serving(LINES[server], tmp_path, **variables) as served:
+    with serving(LINES[server], tmp_path, database, BACKEND="pg_backend_pid()") as served:
         answers = served.load([f"/deposit/{account_id}"] * 80, clients=6)
         assert answers.failed == {}, served.log.read_text(errors="replace")[-3000:]
     assert {answer["constructed"] for answer in answers.all} == {1}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-from ..._patches import django_method
+from django.db import transaction
+
+from ..._patches import django_atomic_exit, django_method
 from ...failures import OnError
-from .marks import EXIT, Marked
+from .marks import Marked
 
 
 class Checks(Protocol):
@@ -18,6 +20,9 @@ class Checks(Protocol):
 
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events."""
+
+    def look(self) -> None:
+        """Find out what has become of the events."""
 
 
 class Ends:
@@ -35,6 +40,20 @@ class Ends:
         found, told = weakref.ref(wrapper), weakref.ref(self)
         for name in ("close", "commit", "run_and_clear_commit_hooks", "savepoint_rollback", "set_rollback"):
             django_method(wrapper, name, partial(_called, found, told, name))
+        _ends[wrapper] = self
+
+    @contextmanager
+    def left(self, wrapper: Any, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
+        """Around the end of a block."""
+        with self._marked.losses.left(savepoint, is_quiet=is_quiet):
+            try:
+                yield
+            finally:
+                checks = self._checks()
+                if checks is not None and self._marked:
+                    checks.look()
+                if not self._marked:
+                    self._marked.watch(wrapper, watched=False)
 
     def commit(self, wrapper: Any, commit: Callable[[], Any]) -> Any:
         """Commit, if everything is there; where there is no block, nobody else tells of it.
@@ -47,7 +66,7 @@ class Ends:
                 checks.check_commit()
             commit()
         self._marked.all_committed()
-        if sys._getframe(2).f_code is not EXIT and not self._running:
+        if self._marked.losses.leaving is None and not self._running:
             self._marked.tell()
 
     def run_and_clear_commit_hooks(self, wrapper: Any, run: Callable[[], Any]) -> Any:
@@ -93,3 +112,21 @@ def _called(
     if told is None:
         return own(*arguments, **named)
     return getattr(told, name)(found, own, *arguments, **named)
+
+
+@contextmanager
+def _leaving(alias: Any, exc_type: Any) -> Iterator[None]:
+    """Around the end of a block, of any connection."""
+    wrapper = transaction.get_connection(alias)
+    ends = _ends.get(wrapper)
+    if ends is None:
+        yield
+        return
+    savepoint = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
+    with ends.left(wrapper, savepoint, is_quiet=exc_type is None):
+        yield
+
+
+_ends: weakref.WeakKeyDictionary[Any, Ends] = weakref.WeakKeyDictionary()
+"""Of each connection of Django's on which something was noted."""
+django_atomic_exit(transaction.Atomic, _leaving)

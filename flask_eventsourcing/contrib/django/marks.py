@@ -6,23 +6,26 @@ rolled back.
 
 from __future__ import annotations
 
-import sys
+import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 from uuid import UUID
 
-from django.db import transaction
-
+from ..._patches import django_watch
+from ...failures import OnError
 from ...uow import AfterCommit, Batch
 from ...uow.pending import AfterRollback, Item, call_all, of_kind
 
 Announce = Callable[[Sequence[Batch]], None]
-EXIT: Any = transaction.Atomic.__exit__.__code__
-DEEP = 12
-"""The frames between Django's end of a block and what hears of it, at most."""
+HARMLESS = re.compile(
+    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|MERGE|WITH|VALUES|SHOW|EXPLAIN|PRAGMA|LOCK|NOTIFY|COPY|SAVEPOINT|RELEASE"
+    r"|SET CONSTRAINTS|SET STATEMENT|ROLLBACK TO SAVEPOINT \W?s\d+_x\d+(?=\W?\Z))\b[^;]*;?\s*\Z",
+    re.IGNORECASE,
+)
+"""Statements that end no transaction, and the one with which Django rolls a block back, of which it takes note."""
 
 
 class Noted:
@@ -60,6 +63,23 @@ def _gone() -> Mark | None:
     return None
 
 
+class Leaving:
+    """The end of one block of Django's, while that is going on.
+
+    :param savepoint: the block's, if it has one.
+    :param is_quiet: whether no exception leaves the block.
+    """
+
+    def __init__(self, savepoint: str | None, *, is_quiet: bool) -> None:
+        self.savepoint = savepoint
+        self.is_quiet = is_quiet
+        self.lost: list[Batch] = []
+
+    def failed(self, error: BaseException) -> None:
+        """Told of an error that comes up at the end, and leaves the block."""
+        self.is_quiet = False
+
+
 class Losses:
     """Tells rollbacks that somebody has asked for from those that come of a swallowed error.
 
@@ -76,6 +96,7 @@ class Losses:
         """Whether the connection is being closed."""
         self.lost: list[Batch] | None = None
         """What was lost, while somebody wants to know."""
+        self.leaving: Leaving | None = None
 
     def asked(self, *, rollback: bool) -> None:
         """Told that somebody asks for a rollback of the innermost block, or not any more."""
@@ -100,45 +121,31 @@ class Losses:
     def dropped(self, noted: Noted) -> None:
         """Told of what is rolled back now."""
         batches = of_kind(noted.items, Batch)
-        if not batches or not self._is_lost():
-            return
-        if self.lost is None:
-            self._tell(batches)
-        else:
+        leaving = self.leaving
+        if leaving is None:
+            if self.is_closing:
+                self._lose(batches)
+        elif self._asked != (leaving.savepoint,):
+            leaving.lost += batches
+
+    @contextmanager
+    def left(self, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
+        """Around the end of a block: what it rolls back is lost, if an error has left it neither before nor now."""
+        before = self.leaving
+        leaving = self.leaving = Leaving(savepoint, is_quiet=is_quiet)
+        try:
+            with OnError(leaving.failed):
+                yield
+        finally:
+            self.leaving = before
+            if leaving.is_quiet:
+                self._lose(leaving.lost)
+
+    def _lose(self, batches: list[Batch]) -> None:
+        if self.lost is not None:
             self.lost += batches
-
-    def _is_lost(self) -> bool:
-        """Whether nobody has asked for the rollback that is being done here."""
-        frame = _end_of_block()
-        if frame is None:
-            return self.is_closing
-        found = frame.f_locals
-        savepoint = found.get("sid")
-        if found.get("exc_type") is not None or self._asked == (savepoint,):
-            return False
-        # Where a savepoint cannot be released, the block is left by an error.
-        return savepoint is None or not _is_handled_in(frame)
-
-
-def _end_of_block() -> FrameType | None:
-    """Return where a block of Django's is being ended here, or None."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(DEEP):
-        if frame is None or frame.f_code is EXIT:
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def _is_handled_in(frame: FrameType) -> bool:
-    """Whether an error has come as far as to a frame, which handles it."""
-    error = sys.exc_info()[1]
-    found = None if error is None else error.__traceback__
-    while found is not None:
-        if found.tb_frame is frame:
-            return True
-        found = found.tb_next
-    return False
+        elif batches:
+            self._tell(batches)
 
 
 class Marked:
@@ -151,6 +158,8 @@ class Marked:
     def __init__(self, publish: Announce, losses: Losses) -> None:
         self.noted: list[Noted] = []
         self.losses = losses
+        self.is_suspicious = False
+        """Whether a statement may have ended the transaction past Django."""
         self._publish = publish
 
     def __bool__(self) -> bool:
@@ -191,6 +200,9 @@ class Marked:
             # One function for each save, so that who looks for those of a block sees it.
             or (last.has_events and not isinstance(item, AfterCommit))
         ):
+            if not self.noted:
+                self.is_suspicious = False
+                self.watch(wrapper, watched=True)
             last = self._mark(hooks, savepoints)
             last.savepoints = wrapper.savepoint_state
         last.items.append(item)
@@ -202,7 +214,8 @@ class Marked:
 
         def gone(_: object) -> None:
             marked = me()
-            if marked is not None:
+            # What is doubtful is decided by what is in the database, after the transaction.
+            if marked is not None and not marked.is_suspicious:
                 dropped(marked, noted)
 
         # Told at once where nobody else has it, as a test that looks at the functions has.
@@ -213,12 +226,42 @@ class Marked:
         return noted
 
     def look(self, wrapper: Any) -> None:
-        """Find out what Django has dropped."""
+        """Find out what Django has dropped; what is doubtful waits for the end of the transaction."""
+        if self.is_suspicious:
+            return
         left = {id(function) for _, function, *_ in wrapper.run_on_commit}
         for noted in [each for each in self.noted if id(each.mark()) not in left]:
             # Django tells those that are committed one after the other.
             if not noted.is_committed:
                 self.dropped(noted)
+
+    def watch(self, wrapper: Any, *, watched: bool) -> None:
+        """Have a connection tell of its statements, or not any more."""
+        django_watch(wrapper, self._statement, watched=watched)
+
+    def _statement(self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any) -> Any:
+        """Suspect a statement that may end the transaction: one of Django's ``execute_wrappers``."""
+        if not self.noted:
+            self.watch(context["connection"], watched=False)
+        elif HARMLESS.match(str(sql)) is None:
+            self.is_suspicious = True
+        return execute(sql, params, many, context)
+
+    def decide(self, there: Collection[int] | None) -> None:
+        """After a transaction that somebody may have ended past Django, tell what has become of it.
+
+        :param there: which events are in the database, by the batches' ``id()``; None where nobody knows.
+        """
+        self.is_suspicious = False
+        known = [each for each in self.noted if each.has_events]
+        gone = [each for each in known if there is None or any(id(b) not in there for b in of_kind(each.items, Batch))]
+        for noted in list(self.noted):
+            # What has no events stands or falls with the others.
+            if noted in gone or (noted not in known and len(gone) == len(known)):
+                noted.is_committed = False
+                self.dropped(noted)
+            else:
+                self.committed(noted)
 
     def rolled_back_to(self, hooks: list[Any], number: int) -> None:
         """All is gone that was noted since the connection's savepoint of a number was made.
@@ -230,6 +273,7 @@ class Marked:
 
     def all_committed(self) -> None:
         """Everything is committed, and Django is going to tell so."""
+        self.is_suspicious = False
         for noted in self.noted:
             noted.is_committed = True
 

@@ -27,6 +27,10 @@ from .records import Records, add_records
 __all__ = ["AbstractSnapshot", "AbstractStoredEvent", "AbstractTracking", "RecordTextField", "event_models"]
 
 
+VIEWED = ("view",)
+"""The permissions of what only the package writes."""
+
+
 class AbstractStoredEvent(models.Model):
     """Columns of a stored event.
 
@@ -50,6 +54,7 @@ class AbstractStoredEvent(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = VIEWED
         constraints = (
             models.UniqueConstraint(fields=list(VERSION_KEY), name="%(app_label)s_%(class)s_originator_key"),
         )
@@ -82,6 +87,7 @@ class AbstractSnapshot(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = VIEWED
 
     def __str__(self) -> str:
         return f"{self.originator_id} version {self.originator_version}: {self.topic}"
@@ -95,6 +101,7 @@ class AbstractTracking(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = VIEWED
 
     def __str__(self) -> str:
         return f"{self.application_name}: {self.notification_id}"
@@ -127,6 +134,7 @@ class AbstractProjection(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = VIEWED
 
     def __str__(self) -> str:
         return f"{self.name}: {self.state} at {self.position}"
@@ -150,6 +158,7 @@ class AbstractDeadLetter(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = (*VIEWED, "retry", "discard")
 
     def __str__(self) -> str:
         return f"{self.projection} at {self.position}"
@@ -165,6 +174,7 @@ class AbstractInlineRange(models.Model):
 
     class Meta:
         abstract = True
+        default_permissions = VIEWED
 
     def __str__(self) -> str:
         return f"{self.projection}: {self.first_position} to {self.last_position}"
@@ -262,4 +272,10 @@ def _model(
         "verbose_name_plural": f"{title}s of {name}",
     }
     own = {"__module__": module, "__qualname__": f"{name}{base.__name__.removeprefix('Abstract')}"}
-    return type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (), body)})
+    return type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (_meta_of(base),), body)})
+
+
+def _meta_of(base: Any) -> type:
+    # Django has it where it has made an abstract class.
+    found: type = base.Meta
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,8 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from django.db import transaction
+import sqlalchemy as sa
+from django.db import Error, transaction
 from django.db.transaction import TransactionManagementError
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
@@ -24,6 +26,8 @@ from .ends import Ends
 from .lending import Borrowed, own_connection, refresh
 from .lent_connections import driver_errors
 from .marks import Announce, Losses, Marked
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 GONE = (
     "{} events were saved and cannot be committed, as the database has rolled this transaction back: let an error of a "
@@ -211,18 +215,24 @@ class DjangoUnit(Unit):
     def look(self) -> None:
         """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
         if self._marked:
-            if self._is_committed():
-                for noted in list(self._marked.noted):
-                    self._marked.committed(noted)
+            if self._has_ended():
+                self._marked.decide(self._there(self._marked.all(Batch)))
             self._marked.look(self.wrapper)
 
-    def _is_committed(self) -> bool:
-        """Whether somebody has committed by switching autocommit on, or with the driver, of which Django knows nothing.
+    def _has_ended(self) -> bool:
+        """Whether somebody has ended the transaction of whose end Django knows nothing, or only a part.
+
+        It was done by switching autocommit on, with the driver, or with the text of a statement.
 
         What waits for the rest of Django's own commit is not looked for.
         """
-        wrapper = self.wrapper
-        if wrapper.in_atomic_block or wrapper.connection is None or not wrapper.run_on_commit:
+        wrapper, is_suspicious = self.wrapper, self._marked.is_suspicious
+        if wrapper.in_atomic_block or not (wrapper.run_on_commit or is_suspicious):
+            return False
+        if wrapper.connection is None:
+            return is_suspicious
+        if self._marked.losses.leaving is not None and not wrapper.autocommit:
+            # Django is about to end it.
             return False
         # Before something was written, there may be no transaction yet.
         return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
@@ -243,13 +253,25 @@ class DjangoUnit(Unit):
         :raises TransactionManagementError: when they are not there.
         """
         wrapper, connection = self.wrapper, self._borrowed.known
+        self._marked.look(wrapper)
         if not self._marked or connection is None or wrapper.connection is None:
             return
         is_refused = self.dialect.is_aborted(connection)
-        if is_refused or wrapper.errors_occurred or getattr(wrapper.connection, "in_transaction", True) is not True:
+        is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
+        if is_refused or is_doubtful or (self.dialect.driver_knows_end and self._is_over()):
             batches = self._marked.all(Batch)
             if batches and (is_refused or not all(is_there(connection, each) for each in batches)):
                 raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
+
+    def _there(self, batches: Sequence[Batch]) -> set[int] | None:
+        """Return which events are in the database, or None where that cannot be asked."""
+        try:
+            with driver_errors():
+                connection = self._borrowed.connection()
+                return {id(each) for each in batches if is_there(connection, each)}
+        except (sa.exc.SQLAlchemyError, Error, self.dialect.driver_error) as error:
+            logger.warning("Nobody knows what became of events that were saved: %s", type(error).__name__)
+            return None
 
 
 class DjangoUnits:

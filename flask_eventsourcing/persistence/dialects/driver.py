@@ -223,6 +223,9 @@ class Driver:
         """
         return False
 
+    driver_knows_end = True
+    """Whether :meth:`is_over` asks no server."""
+
     appends_one_by_one = False
     """Whether an append waits for every transaction that has appended, and not only for one with the same versions."""
 

@@ -78,6 +78,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     # The server's default may be an engine that keeps what was rolled back, such as Aria.
     every_table_options: ClassVar[dict[str, Any]] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
     aborts_transactions = True
+    driver_knows_end = False
     reads_in_autocommit = True
     rows_at_once = 500
 

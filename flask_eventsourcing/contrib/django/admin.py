@@ -1,0 +1,171 @@
+"""The admin of events, checkpoints and dead letters, for each application, where Django's admin is installed.
+
+All of it is read only, for superusers too. The permissions are those of the models, as ``bank.view_bankstoredevent``;
+what is done with dead letters has its own: ``bank.retry_bankdeadletter`` and ``bank.discard_bankdeadletter``.
+"""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any, ClassVar
+
+from django.contrib import admin, messages
+from django.core.exceptions import ValidationError
+from django.db.models import Q
+
+from ...commands import CommandError, PlainOutput, UsageError, letters
+from ...exceptions import ConfigurationError
+from .configuring import configured
+from .projecting import projections
+from .records import all_records
+
+__all__ = ["CheckpointAdmin", "DeadLetterAdmin", "EventAdmin"]
+
+
+class _ReadOnly(admin.ModelAdmin):
+    """Shows the rows of the database in which the application's events are.
+
+    :param model: the record class.
+    :param admin_site: Django's.
+    """
+
+    of: ClassVar[str] = ""
+    """The name of the application."""
+    show_full_result_count = False
+    list_per_page = 50
+
+    @property
+    def alias(self) -> str | None:
+        """The database, where the setting has the application."""
+        try:
+            found = configured().get(self.of)
+        except ConfigurationError:
+            # As the system checks say; a router decides.
+            return None
+        return None if found is None else found.alias
+
+    def get_queryset(self, request: Any) -> Any:
+        """Return the rows, whatever a router says of reads."""
+        return super().get_queryset(request).using(self.alias)
+
+    def has_add_permission(self, request: Any) -> bool:
+        """Nobody adds a row here."""
+        return False
+
+    def has_change_permission(self, request: Any, obj: Any = None) -> bool:
+        """Nobody changes one."""
+        return False
+
+    def has_delete_permission(self, request: Any, obj: Any = None) -> bool:
+        """Nobody deletes one."""
+        return False
+
+    def has_view_permission(self, request: Any, obj: Any = None) -> bool:
+        """Who has the permission to view sees them; one to change, which others may have made, is none."""
+        return self._may(request, "view")
+
+    def _may(self, request: Any, what: str) -> bool:
+        return bool(request.user.has_perm(f"{self.opts.app_label}.{what}_{self.opts.model_name}"))
+
+
+class EventAdmin(_ReadOnly):
+    """Events, without their states, which may be encrypted or somebody's secret."""
+
+    list_display = ("notification_id", "originator_id", "originator_version", "topic", "recorded_at")
+    exclude = ("state",)
+    ordering = ("-notification_id",)
+    search_fields = ("originator_id", "correlation_id")
+    search_help_text = "The id of an aggregate, or of a correlation, or a topic."
+
+    def get_list_display(self, request: Any) -> Any:
+        """Return the columns that the record class has."""
+        names = {each.name for each in self.opts.local_concrete_fields}
+        return [each for each in self.list_display if each in names]
+
+    def get_search_results(self, request: Any, queryset: Any, search_term: str) -> tuple[Any, bool]:
+        """Look for exactly what is given, by an index where there is one."""
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        fields = {each.name: each for each in self.opts.local_concrete_fields}
+        found = Q(topic=term)
+        for name in self.search_fields:
+            if name in fields:
+                try:
+                    found |= Q(**{name: fields[name].to_python(term)})
+                except ValidationError:
+                    # It is no id.
+                    continue
+        return queryset.filter(found), False
+
+
+class CheckpointAdmin(_ReadOnly):
+    """How far each projection is, who runs it, and what stopped it."""
+
+    list_display = ("name", "state", "position", "runner", "error", "changed_by", "reason")
+    # Who has it may write in the name of the runner.
+    exclude = ("token",)
+
+
+class DeadLetterAdmin(_ReadOnly):
+    """The events that were set aside, which can be applied again, or given up."""
+
+    list_display = (
+        "id",
+        "projection",
+        "position",
+        "originator_id",
+        "originator_version",
+        "error",
+        "attempts",
+        "failed_at",
+    )
+    list_filter = ("projection",)
+    ordering = ("projection", "position")
+    actions = ("retry", "discard")
+
+    def has_retry_permission(self, request: Any) -> bool:
+        """Whether somebody may have events applied again."""
+        return self._may(request, "retry")
+
+    def has_discard_permission(self, request: Any) -> bool:
+        """Whether somebody may give events up."""
+        return self._may(request, "discard")
+
+    @admin.action(permissions=["retry"], description="Apply again, with those that wait behind them")
+    def retry(self, request: Any, queryset: Any) -> None:
+        """Do what ``manage.py eventsourcing dead-letters retry`` does."""
+        self._call(request, queryset, letters.retry_letters)
+
+    @admin.action(permissions=["discard"], description="Give up: the read model will never have these events")
+    def discard(self, request: Any, queryset: Any) -> None:
+        """Do what ``manage.py eventsourcing dead-letters discard --yes`` does."""
+        self._call(request, queryset, letters.discard_letters, yes=True)
+
+    def _call(self, request: Any, queryset: Any, command: Any, **options: Any) -> None:
+        said = StringIO()
+        # Those that wait for an earlier one are applied, or stay, with that.
+        ids = list(queryset.exclude(error=None).order_by("projection", "position").values_list("pk", flat=True))
+        try:
+            if not ids:
+                raise UsageError("These wait for an earlier one of their aggregate: choose that one.")
+            status = command(projections().subject(str(self.alias)), PlainOutput(said), ids, **options)
+        except (ConfigurationError, CommandError, UsageError) as error:
+            self.message_user(request, str(error), messages.ERROR)
+            return
+        self.message_user(request, said.getvalue().strip(), messages.WARNING if status else messages.SUCCESS)
+
+
+def register(site: admin.AdminSite = admin.site) -> None:
+    """Register the record classes of all applications; one that is registered already stays as it is."""
+    for name, records in all_records().items():
+        for model, kind in (
+            (records.StoredEvent, EventAdmin),
+            (records.Projection, CheckpointAdmin),
+            (records.DeadLetter, DeadLetterAdmin),
+        ):
+            if not site.is_registered(model):
+                site.register(model, kind, of=name)
+
+
+register()

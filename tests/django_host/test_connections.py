@@ -1,0 +1,150 @@
+"""Connections as Django keeps them: several databases, replicas, pools, and connections that are closed or lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import InterfaceError, OperationalError, close_old_connections, connections, router
+from django.test import override_settings
+from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
+from eventsourcing.persistence import OperationalError as LibraryOperationalError
+
+from flask_eventsourcing.contrib.django import get_application
+from tests.django_host import project
+from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
+from tests.domain import Bank, Shop
+
+
+class ToReplica:
+    """A router that sends all reads to a replica."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        """Return the replica."""
+        return "replica"
+
+
+def test_two_aliases(site: DjangoBank, tmp_path: Path) -> None:
+    """Applications in two databases go each with the transaction of its own, and tell each of its own commits."""
+    with (
+        project.database("shop", f"sqlite:///{tmp_path / 'shop.db'}"),
+        project.applications(Bank="ledger", Shop="shop"),
+    ):
+        bank, shop = get_application(Bank), get_application(Shop)
+        other = DjangoBank("shop", "")
+        with site.atomic():
+            bank.open_account()
+            with other.rolled_back():
+                shop.open_account()
+                bank.open_account()
+        assert len(bank.notification_log.select(1, 10)) == 2
+        assert shop.notification_log.select(1, 10) == []
+        with other.atomic(), site.rolled_back():
+            shop.open_account()
+            bank.open_account()
+        assert len(bank.notification_log.select(1, 10)) == 2
+        assert len(shop.notification_log.select(1, 10)) == 1
+
+
+def test_router_to_a_replica(site: DjangoBank, tmp_path: Path) -> None:
+    """A router that sends reads to a replica does not send the log, aggregates and projections there."""
+    from tests.django_host.ledger.models import BankRecords
+    from tests.django_host.test_projections import balances, run
+
+    with (
+        project.database("replica", f"sqlite:///{tmp_path / 'replica.db'}"),
+        override_settings(DATABASE_ROUTERS=[f"{__name__}.ToReplica"]),
+    ):
+        assert router.db_for_read(BankRecords.StoredEvent) == "replica"
+        account_id = site.opened()
+        site.bank.deposit(account_id, 3)
+        assert site.bank.balance(account_id) == 3
+        assert len(site.bank.notification_log.select(1, 10)) == 2
+        assert BankRecords.StoredEvent.objects.count() == 0
+        run()
+        assert balances(site) == {account_id: 3}
+
+
+@pytest.mark.parametrize("max_age", [0, None])
+def test_old_connections_are_closed(site: DjangoBank, max_age: int | None) -> None:
+    """Between two saves connections may be closed as old, whatever ``CONN_MAX_AGE`` is."""
+    connections.settings[site.alias]["CONN_MAX_AGE"] = max_age
+    site.connection.close()
+    account_id = site.opened()
+    for number in range(3):
+        close_old_connections()
+        assert (site.connection.connection is None) is (max_age == 0)
+        site.bank.deposit(account_id)
+        assert site.bank.balance(account_id) == number + 1
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_pool(url: str) -> None:
+    """On a pool of psycopg's each thread gets what is free, and all that is saved is stored."""
+    from django.db import transaction
+
+    options = {**project.database_settings(url)["OPTIONS"], "pool": {"min_size": 1, "max_size": 2, "timeout": 20}}
+    with project.database("pooled", url, OPTIONS=options, CONN_MAX_AGE=0), project.applications(Bank="pooled"):
+        site = DjangoBank("pooled", url)
+        account_id = site.opened()
+        for _ in range(4):
+            site.connection.close()
+            site.elsewhere(lambda: site.bank.deposit(account_id))
+            with transaction.atomic(using="pooled"):
+                site.bank.deposit(account_id)
+            with site.rolled_back():
+                site.bank.deposit(account_id)
+        assert site.bank.balance(account_id) == 8
+        site.connection.close()
+        site.connection.close_pool()
+
+
+LOST = (OperationalError, InterfaceError, LibraryOperationalError, LibraryInterfaceError)
+"""Django's errors where Django runs the statement, and the library's where a recorder does."""
+KILL = {
+    "postgresql": "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+    "AND pid <> pg_backend_pid()",
+    "mysql": "KILL {}",
+}
+
+
+@pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
+def test_server_that_was_restarted(site: DjangoBank) -> None:
+    """A connection that the server has ended is an error once, within a block too, and the next request has another."""
+    account_id = site.opened()
+    for is_inside in (False, True):
+        end_connection(site)
+        with pytest.raises(LOST):
+            deposit(site, account_id, is_inside=is_inside)
+        close_old_connections()
+        site.bank.deposit(account_id)
+    assert site.bank.balance(account_id) == 2
+    with pytest.raises(UndoneError):
+        deposit(site, account_id, is_inside=True, error=UndoneError)
+    assert site.bank.balance(account_id) == 2
+
+
+def deposit(site: DjangoBank, account_id: Any, *, is_inside: bool, error: type[Exception] | None = None) -> None:
+    """Pay in, in a block or without one."""
+    if not is_inside:
+        site.bank.deposit(account_id)
+        return
+    with site.atomic():
+        site.bank.deposit(account_id)
+        if error is not None:
+            raise error
+
+
+def end_connection(site: DjangoBank) -> None:
+    """Have the server end this thread's connection."""
+    vendor = site.connection.vendor
+    with site.connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()" if vendor == "postgresql" else "SELECT connection_id()")
+        (number,) = cursor.fetchone()
+
+    def end() -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute(KILL[vendor].format(number))
+
+    site.elsewhere(end)
