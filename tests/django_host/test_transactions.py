@@ -260,3 +260,15 @@ def test_records_read_through_the_orm(site: DjangoBank) -> None:
     recorder: Any = site.bank.recorder
     found = recorder.find_recorded([stored.notification_id])[stored.notification_id]
     assert (found.event_id, found.time) == (stored.event_id, stored.recorded_at)
+
+
+def test_end_of_the_log_never_goes_back(site: DjangoBank) -> None:
+    """While a transaction with events is open, readers see the log up to where they saw it before, and no less."""
+    account_id = site.opened()
+    recorder: Any = site.bank.recorder
+    for _ in range(3):
+        site.bank.deposit(account_id, 1)
+        mark = site.elsewhere(recorder.high_water_mark)
+        with site.atomic():
+            site.bank.deposit(account_id, 1)
+            assert site.elsewhere(recorder.high_water_mark) == mark

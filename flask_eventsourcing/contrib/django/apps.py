@@ -6,9 +6,11 @@ from django.apps import AppConfig
 from django.core import checks
 from django.core.signals import setting_changed
 
+from ...applications.known_sites import add_kind
+
 
 class EventSourcingConfig(AppConfig):
-    """Registers the system checks."""
+    """Registers the system checks, and the project as a site of task queues."""
 
     name = "flask_eventsourcing.contrib.django"
     label = "eventsourcing"
@@ -17,8 +19,10 @@ class EventSourcingConfig(AppConfig):
     def ready(self) -> None:
         """Register the system checks; nothing is constructed, and no database is asked."""
         from .hosting import reset
+        from .project_site import DjangoSites
         from .system_checks import check_databases, check_setting
 
         checks.register(check_setting, "eventsourcing")
         checks.register(check_databases, checks.Tags.database)
+        add_kind(DjangoSites(), last=True)
         setting_changed.connect(reset, dispatch_uid="flask_eventsourcing")

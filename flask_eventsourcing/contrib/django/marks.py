@@ -122,6 +122,8 @@ class Marked:
 
     def __init__(self, publish: Announce, losses: Losses) -> None:
         self.noted: list[Noted] = []
+        self.ends = 0
+        """How often something that was noted was committed or rolled back."""
         self.losses = losses
         self._publish = publish
 
@@ -184,6 +186,7 @@ class Marked:
         """What was noted is rolled back."""
         if noted in self.noted:
             self.noted.remove(noted)
+            self.ends += 1
             call_all(of_kind(noted.items, AfterRollback))
             self.losses.dropped(noted)
 
@@ -192,6 +195,7 @@ class Marked:
         if noted not in self.noted:
             return
         self.noted.remove(noted)
+        self.ends += 1
         call_all(of_kind(noted.items, AfterCommit))
         batches = of_kind(noted.items, Batch)
         if batches:
