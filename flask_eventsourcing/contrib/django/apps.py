@@ -19,8 +19,8 @@ class EventSourcingConfig(AppConfig):
     def ready(self) -> None:
         """Register the system checks; nothing is constructed, and no database is asked."""
         from .hosting import reset
-        from .project_site import DjangoSites
         from .system_checks import check_databases, check_setting
+        from .task_site import DjangoSites
 
         checks.register(check_setting, "eventsourcing")
         checks.register(check_databases, checks.Tags.database)

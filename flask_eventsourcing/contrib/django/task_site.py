@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from django.conf import settings
-from django.db import Error, close_old_connections, transaction
+from django.db import Error, connections, transaction
 from eventsourcing.application import Application
 
 from ...exceptions import NotInitializedError
@@ -22,6 +22,13 @@ from .transactions import DjangoUnit
 R = TypeVar("R")
 
 
+def _close_old_connections() -> None:
+    """Do as Django's function, but for connections in a transaction, in which a task may be called."""
+    for each in connections.all(initialized_only=True):
+        if not each.in_atomic_block:
+            each.close_if_unusable_or_obsolete()
+
+
 class ProjectHost:
     """What task queues ask of a host: all databases with events are one."""
 
@@ -32,11 +39,11 @@ class ProjectHost:
     @contextmanager
     def context(self) -> Iterator[None]:
         """Around a task, connections are closed that are lost or too old, as around a request."""
-        close_old_connections()
+        _close_old_connections()
         try:
             yield
         finally:
-            close_old_connections()
+            _close_old_connections()
 
     def unit(self) -> DjangoUnit:
         """The unit of work of this thread: that of a database with a transaction, if there is one."""
