@@ -71,9 +71,9 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 138 modules."""
+    """The package has at most 141 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 138
+    assert len(MODULES) <= 141
 
 
 def test_no_two_modules_have_one_name() -> None:

@@ -97,6 +97,10 @@ def _check_values(where: str, found: Configured) -> None:
     env: Any = found.env
     if not isinstance(env, Mapping) or not all(isinstance(item, str) for pair in env.items() for item in pair):
         raise ConfigurationError(f"{where}['ENV'] must be a mapping of strings to strings.")
+    _check_metadata(where, found)
+
+
+def _check_metadata(where: str, found: Configured) -> None:
     paths = found.metadata
     if paths is not False and not (isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths)):
         raise ConfigurationError(
