@@ -6,16 +6,28 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
 
 from flask_eventsourcing.contrib.django import wait_for
-from tests.django_host.conftest import DjangoBank
+from tests.contract.backends import url_for
+from tests.django_host.conftest import DATABASES, DjangoBank
 from tests.django_host.test_projections import balances, quiet, status
 from tests.source import ROOT
 
 __all__ = ["quiet"]
-PATIENCE = 60.0
+PATIENCE = 180.0
 WORKERS = 3
 EACH = 10
+
+LONG = [pytest.param(each, marks=pytest.mark.long) for each in DATABASES if each != "postgresql"]
+
+
+@pytest.fixture(params=["postgresql", *LONG])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database of each kind in a long run."""
+    return url_for(request.param, tmp_path, request)
 
 
 def running(workers: dict[int, subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

@@ -25,7 +25,7 @@ from tests.workers.serving import ROOT, Answers, Served, gunicorn, serving, uwsg
 
 ACCOUNTS = 6
 CLIENTS = 4
-PATIENCE = 60.0
+PATIENCE = 180.0
 DJANGO = "tests.torture.two_sites_django.settings"
 TASKS_A_SECOND = 10
 CELERY = ("celery", "-A", "tests.torture.two_sites_django.tasks", "worker", "-P", "prefork", "-c", "2")
