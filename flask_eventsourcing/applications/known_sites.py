@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -50,17 +50,26 @@ class KindOfSite(Protocol):
 
 
 _kinds: list[KindOfSite] = []
+_last: list[KindOfSite] = []
+"""Those whose site is the current one where nothing says that another is."""
 _working_for: ContextVar[SiteState | None] = ContextVar("flask_eventsourcing.working_for", default=None)
 
 
-def add_kind(kind: KindOfSite) -> None:
-    """Add a kind of site; it is asked before those that were added earlier."""
-    _kinds.insert(0, kind)
+def add_kind(kind: KindOfSite, *, last: bool = False) -> None:
+    """Have sites of a kind found, before those that were added earlier.
+
+    :param last: whether its current site comes after that of a task.
+    """
+    (_last if last else _kinds).insert(0, kind)
 
 
 def find_current_site() -> SiteState | None:
-    """Return the state of the current site, or None."""
-    return next((found for kind in _kinds if (found := kind.current()) is not None), _working_for.get())
+    """Return the state of the site whose work this is, or None."""
+    return _current_of(_kinds) or _working_for.get() or _current_of(_last)
+
+
+def _current_of(kinds: Sequence[KindOfSite]) -> SiteState | None:
+    return next((found for kind in kinds if (found := kind.current()) is not None), None)
 
 
 @contextmanager
@@ -93,4 +102,4 @@ def site_of(given: object) -> SiteState | None:
 
     :raises NotInitializedError: when it is one that has no state.
     """
-    return next((found for kind in _kinds if (found := kind.of(given)) is not None), None)
+    return next((found for kind in (*_kinds, *_last) if (found := kind.of(given)) is not None), None)

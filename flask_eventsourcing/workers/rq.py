@@ -22,7 +22,7 @@ from sqlalchemy import orm
 from .._patches import job_perform
 from ..applications.known_sites import current_site, site_of
 from ..exceptions import ConfigurationError
-from ..uow import Run, roll_back
+from ..uow import Run
 from . import (
     CARRIED,
     CONFLICT_RETRIES,
@@ -42,6 +42,10 @@ LONGEST_PAUSE = 0.1
 """The longest pause before a job is enqueued again after a conflict, in seconds; the work-horse waits."""
 
 FLASK_APP = "FLASK_APP"
+
+
+class _UndoneError(Exception):
+    """Leaves a unit of work that is to be rolled back."""
 
 
 class EventSourcingWorkerMixin:
@@ -97,14 +101,15 @@ class EventSourcingWorkerMixin:
 
     def _perform(self, job: Job, perform: Callable[[], Any]) -> Any:
         retries = job.number_of_retries or 0
-        run = Run(lenient=True)
+        run, result = Run(lenient=True), None
         try:
-            with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run) as session:
+            with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run):
                 result = perform()
-                # There is none where events are apart from sessions.
-                if isinstance(result, Retry) and session is not None:
-                    roll_back(session)
+                if isinstance(result, Retry):
+                    raise _UndoneError
                 return result
+        except _UndoneError:
+            return result
         except IntegrityError:
             if run.has_committed or retries >= self.conflict_retries:
                 raise

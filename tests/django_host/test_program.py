@@ -21,12 +21,15 @@ from tests.source import ROOT
 
 FILES = files(ROOT / "docs" / "django.md", "project")
 REQUEST = """
+import bank.reading, bank.tasks
 from bank.models import Balance
 from django.test import Client
 answer = Client(headers={"host": "localhost"}).post("/accounts", {"owner": "Ada"})
 print(answer.status_code, len(answer.json()["id"]))
 """
 BALANCES = """
+from flask_eventsourcing.contrib.django import wait_for
+wait_for("Balances", 1)
 from bank.models import Balance, BankRecords
 print([(each.account_id == event.originator_id, each.amount) for each, event in
        zip(Balance.objects.all(), BankRecords.StoredEvent.objects.all())])

@@ -14,11 +14,11 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.db import DatabaseError
 
-from flask_eventsourcing.contrib.django import projecting
+from flask_eventsourcing.contrib.django import projecting, wait_for
 from flask_eventsourcing.contrib.django import projections as declared
 from flask_eventsourcing.contrib.django.projecting import projections
 from flask_eventsourcing.contrib.django.projections import ModelProjection, on, projection, reaction
-from flask_eventsourcing.exceptions import ConfigurationError, ProjectionHaltedError
+from flask_eventsourcing.exceptions import ConfigurationError, ProjectionHaltedError, UncommittedEventsError
 from flask_eventsourcing.projections.runners import Runner
 from tests.django_host.conftest import DjangoBank
 from tests.django_host.test_requests import as_test_case
@@ -233,8 +233,13 @@ def test_waiting(site: DjangoBank) -> None:
         account = Account("Ada")
         for _ in range(3):
             account.deposit(2)
-            bound.wait_for("Balances", site.bank.save(account), timeout=30)
+            wait_for("Balances", site.bank.save(account), timeout=30)
             assert balances(site)[account.id] == account.balance
+        account.deposit(2)
+        with pytest.raises(UncommittedEventsError), site.atomic():
+            wait_for("Balances", site.bank.save(account))
+        with pytest.raises(ConfigurationError, match="no projection 'Nope'"):
+            wait_for("Nope", 1)
     finally:
         worker.stop()
         thread.join(60)

@@ -219,7 +219,7 @@ def test_what_acts_again_is_refused(site: DjangoBank) -> None:
 
     sent: Any = []
     site.opened()
-    for handle, text in ((saves, "saves events"), (sends, r"calls on_commit\(\)")):
+    for handle, text in ((saves, "saves events"), (sends, r"after the commit")):
         with noting(handle), pytest.raises(RebuildError, match=text):
             rewrite("Notes").run()
     assert (site.stored(), sent) == ((1, 0), [])

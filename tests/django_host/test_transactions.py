@@ -260,3 +260,21 @@ def test_records_read_through_the_orm(site: DjangoBank) -> None:
     recorder: Any = site.bank.recorder
     found = recorder.find_recorded([stored.notification_id])[stored.notification_id]
     assert (found.event_id, found.time) == (stored.event_id, stored.recorded_at)
+
+
+def test_end_of_the_log_never_goes_back(site: DjangoBank) -> None:
+    """While an event is being saved, readers see the log up to where they saw it before, and no less."""
+    account_id = site.opened()
+    marks: list[int] = []
+
+    def look(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        done = execute(sql, parameters, many, context)
+        if "INSERT INTO" in sql and "bank_events" in sql:
+            recorder: Any = site.bank.recorder
+            marks.append(site.elsewhere(recorder.high_water_mark))
+        return done
+
+    with site.connection.execute_wrapper(look):
+        for _ in range(3):
+            site.bank.deposit(account_id, 1)
+    assert marks == [1, 2, 3]

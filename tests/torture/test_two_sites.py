@@ -1,4 +1,4 @@
-"""A Flask site under uWSGI and a Pyramid site under waitress, on one database: one log, one projection."""
+"""Flask under uWSGI, Pyramid under waitress, Django under gunicorn, and Celery, on one database: one projection."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from eventsourcing.persistence import Notification
 
 from tests.servers import postgres_database
 from tests.torture.two_sites import Ledger, make_pyramid_app
-from tests.workers.serving import ROOT, Answers, Served, serving, uwsgi
+from tests.workers.programs import Place
+from tests.workers.serving import ROOT, Answers, Served, gunicorn, serving, uwsgi
 
 ACCOUNTS = 6
 CLIENTS = 4
-PATIENCE = 60.0
+PATIENCE = 180.0
+DJANGO = "tests.torture.two_sites_django.settings"
+TASKS_A_SECOND = 10
+CELERY = ("celery", "-A", "tests.torture.two_sites_django.tasks", "worker", "-P", "prefork", "-c", "2")
 
 
 def pyramid_line(port: int) -> list[str]:
@@ -33,7 +37,7 @@ def pyramid_line(port: int) -> list[str]:
 
 
 class Storm:
-    """Transfers among the same accounts, asked of both sites, while workers take turns.
+    """Transfers among the same accounts, asked of all sites, while workers take turns.
 
     :param url: the database.
     :param seconds: how long it lasts.
@@ -50,11 +54,11 @@ class Storm:
         self.over = threading.Event()
         self.url = url
 
-    def paths(self, seed: int) -> list[str]:
+    def paths(self, seed: int, view: str = "transfer") -> list[str]:
         """Draw transfers, more than there is time for."""
         chance = random.Random(seed)
         drawn = (chance.sample(self.accounts, 2) for _ in range(int(self.seconds * 1000)))
-        return [f"/transfer/{one}_{other}_{chance.randint(1, 9)}" for one, other in drawn]
+        return [f"/{view}/{one}_{other}_{chance.randint(1, 9)}" for one, other in drawn]
 
     def load(self, served: Served, seed: int, found: list[Answers]) -> None:
         """Send transfers to a site until the storm is over."""
@@ -62,6 +66,14 @@ class Storm:
         paths = iter(self.paths(seed))
         while time.monotonic() < deadline:
             found.append(served.load([next(paths) for _ in range(CLIENTS * 5)], clients=CLIENTS))
+
+    def load_tasks(self, served: Served, seed: int, found: list[Answers]) -> None:
+        """Have transfers sent as tasks until the storm is over, no more than a worker can do."""
+        deadline = time.monotonic() + self.seconds
+        paths = iter(self.paths(seed, "later"))
+        while time.monotonic() < deadline:
+            found.append(served.load([next(paths)], clients=1))
+            time.sleep(1 / TASKS_A_SECOND)
 
     def read(self) -> None:
         """Follow the log until everything is read."""
@@ -75,11 +87,16 @@ class Storm:
 
     def work(self, log: Path) -> None:
         """Run the projection in turns in each of the sites."""
-        kinds = ("flask", "pyramid")
+        kinds = ("flask", "pyramid", "django")
         number = 0
         while not self.over.is_set():
-            command = [sys.executable, "-m", "tests.torture.two_sites", "worker", kinds[number % 2]]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "DATABASE_URL": self.url}
+            command = [sys.executable, "-m", "tests.torture.two_sites", "worker", kinds[number % 3]]
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "DATABASE_URL": self.url,
+                "DJANGO_SETTINGS_MODULE": DJANGO,
+            }
             with log.open("ab") as output:
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=output)
             assert process.stdout is not None
@@ -89,6 +106,13 @@ class Storm:
             process.terminate()
             assert process.wait(PATIENCE) == 0, log.read_text()
             number += 1
+
+    def is_complete(self, done: int) -> bool:
+        """Whether the log has as many transfers."""
+        with self.engine.connect() as connection:
+            events = self.es._registry["base"].metadata.tables["ledger_events"]
+            found = connection.scalar(sa.select(sa.func.count()).select_from(events)) or 0
+        return found >= ACCOUNTS + 2 * done
 
     def log(self) -> list[Notification]:
         """Return the whole log."""
@@ -119,45 +143,56 @@ def check(storm: Storm, done: int) -> None:
     assert len(storm.rows("line")) == 2 * done
 
 
-def run_storm(url: str, folder: Path, seconds: float) -> None:
-    """Let both sites transfer among the same accounts, and check what came of it."""
+def run_storm(url: str, redis: str, folder: Path, seconds: float) -> None:
+    """Let all sites transfer among the same accounts, and check what came of it."""
     storm = Storm(url, seconds)
     flask_line = partial(uwsgi, "prefork-threads", "tests.torture.two_sites_flask:app")
+    queue = {"QUEUE_REDIS": redis, "DJANGO_SETTINGS_MODULE": DJANGO}
+    django_line = partial(gunicorn, "gthread", "tests.torture.two_sites_django.wsgi:application")
     answers: list[Answers] = []
     with ExitStack() as stack:
-        for name in ("flask", "pyramid"):
+        for name in ("flask", "pyramid", "django"):
             (folder / name).mkdir()
         served = [
             stack.enter_context(serving(flask_line, folder / "flask", DATABASE_URL=url)),
             stack.enter_context(serving(pyramid_line, folder / "pyramid", DATABASE_URL=url)),
+            stack.enter_context(serving(django_line, folder / "django", None, DATABASE_URL=url, **queue)),
         ]
+        celery = stack.enter_context(
+            Place(folder, url, redis).program(*CELERY, DATABASE_URL=url, DJANGO_SETTINGS_MODULE=DJANGO),
+        )
         threads = [threading.Thread(target=storm.load, args=(each, n, answers)) for n, each in enumerate(served)]
+        threads.append(threading.Thread(target=storm.load_tasks, args=(served[2], 3, answers)))
         reader = threading.Thread(target=storm.read)
         worker = threading.Thread(target=storm.work, args=(folder / "worker",))
         for thread in [*threads, reader, worker]:
             thread.start()
         for thread in threads:
             thread.join()
+        done = sum(len(each.all) for each in answers)
+        celery.wait_for(lambda: storm.is_complete(done), PATIENCE + seconds)
         storm.over.set()
         worker.join()
         reader.join()
         logs = [each.log.read_text(errors="replace")[-3000:] for each in served]
     assert {path: why for each in answers for path, why in each.failed.items()} == {}, "\n".join(logs)
-    check(storm, sum(len(each.all) for each in answers))
+    check(storm, done)
     storm.es.close()
     storm.engine.dispose()
 
 
 @pytest.mark.xdist_group("web-servers-uwsgi")
-def test_two_sites(postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sites transfer among the same accounts: no update is lost, and one projection is right, whoever runs it."""
+def test_two_sites(postgres_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sites and tasks transfer among the same accounts: no update is lost, and one projection is right."""
     monkeypatch.setenv("DATABASE_URL", postgres_url)
-    run_storm(postgres_url, tmp_path, 6)
+    run_storm(postgres_url, redis_url, tmp_path, 6)
 
 
 @pytest.mark.torture
-def test_two_sites_for_a_minute(postgres_server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sites_for_a_minute(
+    postgres_server_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same holds for a minute."""
     with postgres_database(postgres_server_url) as url:
         monkeypatch.setenv("DATABASE_URL", url)
-        run_storm(url, tmp_path, 60)
+        run_storm(url, redis_url, tmp_path, 60)

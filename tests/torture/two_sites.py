@@ -1,7 +1,8 @@
-"""One bank in two sites on one database: a Flask app, for uWSGI, and a Pyramid application, for waitress.
+"""One bank in three sites on one database: a Flask app, a Pyramid application, and the Django site beside this.
 
-``python -m tests.torture.two_sites PORT`` serves the latter; ``python -m tests.torture.two_sites worker flask|pyramid``
-runs the projection in one of them until it is told to end. The database is that of ``DATABASE_URL``.
+``python -m tests.torture.two_sites PORT`` serves Pyramid's; ``python -m tests.torture.two_sites worker KIND`` runs the
+projection in one of them, ``flask``, ``pyramid`` or ``django``, until it is told to end. The database is that of
+``DATABASE_URL``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Account(Aggregate):
 
 
 class Ledger(Application[UUID]):
-    """The application of both sites."""
+    """The application of all sites."""
 
     def open(self) -> UUID:
         """Open an account."""
@@ -74,7 +75,7 @@ def models_on(base: Any) -> tuple[Any, Any]:
 
 
 def projection_on(total: Any, line: Any) -> type[ModelProjection]:
-    """Make the projection, which both sites run under one name."""
+    """Make the projection, which all sites run under one name."""
 
     class Totals(ModelProjection):
         models = (total, line)
@@ -91,7 +92,8 @@ def projection_on(total: Any, line: Any) -> type[ModelProjection]:
     return Totals
 
 
-def _numbers(text: str) -> tuple[UUID, UUID, int]:
+def numbers_of(text: str) -> tuple[UUID, UUID, int]:
+    """Return sender, recipient and amount."""
     sender, recipient, amount = text.split("_")
     return UUID(sender), UUID(recipient), int(amount)
 
@@ -118,7 +120,7 @@ def make_flask_app() -> Any:
     @app.post("/transfer/<numbers>")
     @es.retry_on_conflict(times=50)
     def transfer(numbers: str) -> dict[str, Any]:
-        es.application.transfer(*_numbers(numbers))
+        es.application.transfer(*numbers_of(numbers))
         return {}
 
     return app
@@ -141,7 +143,7 @@ def make_pyramid_app() -> Any:
         return session
 
     def transfer(request: Any) -> dict[str, Any]:
-        request.eventsourcing[Ledger].transfer(*_numbers(request.matchdict["numbers"]))
+        request.eventsourcing[Ledger].transfer(*numbers_of(request.matchdict["numbers"]))
         return {}
 
     with Configurator(settings=settings) as config:
@@ -162,8 +164,16 @@ def make_pyramid_app() -> Any:
 
 def run_worker(kind: str) -> None:
     """Run the projection in one of the sites until the process is told to end."""
+    projections: Any
     if kind == "flask":
         projections = make_flask_app().extensions["eventsourcing"].projections
+    elif kind == "django":
+        import django
+
+        django.setup()
+        from flask_eventsourcing.contrib.django.projecting import projections as django_projections
+
+        projections = django_projections().bound["default"]
     else:
         found: PyramidEventSourcing = make_pyramid_app().registry["flask_eventsourcing"]
         projections = found.projections

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hosting import close_application, get_application, init_application
+    from .projecting import wait_for
     from .retrying import retry_on_conflict
+    from .task_site import project_site
 
-__all__ = ["close_application", "get_application", "init_application", "retry_on_conflict"]
+__all__ = ["close_application", "get_application", "init_application", "project_site", "retry_on_conflict", "wait_for"]
 
 _PLACES = {
     "close_application": "hosting",
     "get_application": "hosting",
     "init_application": "hosting",
+    "project_site": "task_site",
     "retry_on_conflict": "retrying",
+    "wait_for": "projecting",
 }
 
 

@@ -9,9 +9,11 @@ from django.core import checks
 from django.core.signals import setting_changed
 from django.db.backends.signals import connection_created
 
+from ...applications.known_sites import add_kind
+
 
 class EventSourcingConfig(AppConfig):
-    """Registers the system checks."""
+    """Registers the system checks, and the project as a site of task queues."""
 
     name = "flask_eventsourcing.contrib.django"
     label = "eventsourcing"
@@ -22,9 +24,11 @@ class EventSourcingConfig(AppConfig):
         from .hosting import reset
         from .lending import close_before_fork, note_process
         from .system_checks import check_databases, check_setting
+        from .task_site import DjangoSites
 
         checks.register(check_setting, "eventsourcing")
         checks.register(check_databases, checks.Tags.database)
+        add_kind(DjangoSites(), last=True)
         setting_changed.connect(reset, dispatch_uid="flask_eventsourcing")
         connection_created.connect(note_process, dispatch_uid="flask_eventsourcing")
         os.register_at_fork(before=close_before_fork)

@@ -14,7 +14,7 @@ from eventsourcing.application import Application
 from ...exceptions import ConfigurationError
 
 SETTING = "EVENTSOURCING"
-KEYS = ("APPLICATION", "DATABASE", "ENV")
+KEYS = ("APPLICATION", "DATABASE", "ENV", "METADATA", "METADATA_USER")
 FORMER_ALIAS = "DJANGO_DB_ALIAS"
 EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
@@ -30,6 +30,10 @@ class Configured:
     """Of the database with the events: ``DATABASE``."""
     env: Mapping[str, str]
     """What the library reads: ``ENV``."""
+    metadata: Any = ()
+    """The dotted paths of functions that return metadata, or False and none are stored: ``METADATA``."""
+    metadata_user: Any = False
+    """Whether the user of a request is among them: ``METADATA_USER``."""
 
     def application_class(self) -> type[Application[Any]]:
         """Import the class.
@@ -74,7 +78,10 @@ def _read(name: Any, value: Any) -> Configured:
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
-    found = Configured(name, value.get("APPLICATION"), value.get("DATABASE", DEFAULT_DB_ALIAS), value.get("ENV", {}))
+    given = [
+        value.get(key, default) for key, default in zip(KEYS, (None, DEFAULT_DB_ALIAS, {}, (), False), strict=True)
+    ]
+    found = Configured(name, *given)
     _check_values(where, found)
     return found
 
@@ -97,3 +104,14 @@ def _check_values(where: str, found: Configured) -> None:
             f"{where}['ENV'] has {former!r}, a setting of eventsourcing-django that would have no effect here: write "
             f"{where}['DATABASE']."
         )
+    _check_metadata(where, found)
+
+
+def _check_metadata(where: str, found: Configured) -> None:
+    paths = found.metadata
+    if paths is not False and not (isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths)):
+        raise ConfigurationError(
+            f"{where}['METADATA'] must be a list of dotted paths of functions, or False; found {paths!r}."
+        )
+    if not isinstance(found.metadata_user, bool):
+        raise ConfigurationError(f"{where}['METADATA_USER'] must be True or False; found {found.metadata_user!r}.")

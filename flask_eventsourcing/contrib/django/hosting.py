@@ -15,13 +15,13 @@ from ...exceptions import ApplicationInitializedError, ConfigurationError
 from ...failures import Logged
 from ...host import by_application, recordings_of, send_recorded
 from ...lifecycle import ApplicationSlot
-from ...metadata import Collector
 from ...persistence import Datastore, DialectOptions
 from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
 from ...uow import Batch
 from .configuring import SETTING, Configured, configured
 from .lending import is_shared, make_engine
+from .of_requests import make_collector
 from .records import Records, records_of
 from .transactions import DjangoUnit, DjangoUnits
 
@@ -70,7 +70,7 @@ class Database:
         self.records: dict[str, Records] = {each.name: records_of(each.name) for each in found}
         engine = make_engine(alias)
         tables = {name: records.mirror.tables for name, records in self.records.items()}
-        plain = DjangoDatastore(engine, DialectOptions(program=PROGRAM), tables.get, metadata=Collector(()))
+        plain = DjangoDatastore(engine, DialectOptions(program=PROGRAM), tables.get, metadata=make_collector(found))
         for each in tables.values():
             plain.dialect.check_names(each.values())
         self.units = DjangoUnits(alias, plain, self._publish, self.lose)

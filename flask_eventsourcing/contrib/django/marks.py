@@ -157,6 +157,8 @@ class Marked:
 
     def __init__(self, publish: Announce, losses: Losses) -> None:
         self.noted: list[Noted] = []
+        self.ends = 0
+        """How often something that was noted was committed or rolled back."""
         self.losses = losses
         self.is_suspicious = False
         """Whether a statement may have ended the transaction past Django."""
@@ -288,6 +290,7 @@ class Marked:
             self.committed(noted)
         elif noted in self.noted:
             self.noted.remove(noted)
+            self.ends += 1
             call_all(of_kind(noted.items, AfterRollback))
             self.losses.dropped(noted)
 
@@ -296,6 +299,7 @@ class Marked:
         if noted not in self.noted:
             return
         self.noted.remove(noted)
+        self.ends += 1
         call_all(of_kind(noted.items, AfterCommit))
         batches = of_kind(noted.items, Batch)
         if batches:

@@ -1,4 +1,4 @@
-"""The middleware: no client is told "done" for events that were dropped without the view asking for it.
+"""The middleware: events have the correlation of their request, and no client is told "done" for those that are gone.
 
 An exception rolls back, and a returned 4xx does not: that is Django's, and for events it is the same. What is looked
 for are events that are gone although nobody has asked for that: after an error that was swallowed inside ``atomic()``,
@@ -14,6 +14,7 @@ from typing import Any
 from ...exceptions import UncommittedEventsError
 from ...uow import Batch
 from .hosting import Database, lost_text, site
+from .of_requests import answering
 from .transactions import DjangoUnit
 
 FAILURE = 400
@@ -60,7 +61,7 @@ class EventSourcingMiddleware:
 
         :raises UncommittedEventsError: for an answer below 400 although events were dropped; Django makes a 500 of it.
         """
-        with _looking() as looked:
+        with answering(request), _looking() as looked:
             response = self._get_response(request)
         lost = [batch for each in looked for batch in each.lost]
         if lost and response.status_code < FAILURE:

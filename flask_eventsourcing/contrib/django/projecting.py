@@ -22,12 +22,13 @@ from ...persistence import Datastore
 from ...projections.consumers import ProjectedApplication
 from ...projections.registry import BoundProjections, Registrations
 from ...uow import Run
+from .configuring import SETTING
 from .hosting import Database, Site, get_application, site
 from .lending import refresh, sqlalchemy_errors
 from .projections import USING, ModelProjection, registered
 from .retrying import run_again
 from .rewriting import Rewrite
-from .transactions import DjangoUnit
+from .transactions import DjangoUnit, nothing
 
 R = TypeVar("R")
 
@@ -108,7 +109,7 @@ class DjangoHost:
         refresh(unit.wrapper)
         with sqlalchemy_errors(self.datastore.engine), transaction.atomic(using=self._alias):
             # It keeps the transaction from being taken for another one when a savepoint of the handler's is undone.
-            unit.on_commit(_nothing)
+            unit.on_commit(nothing)
             with orm.Session(bind=unit.connection(), info={USING: self._alias}) as session:
                 yield session
             if unit.wrapper.needs_rollback:
@@ -139,10 +140,6 @@ class DjangoHost:
         through = [each.remote_field.through for each in options.local_many_to_many]
         related = [*options.all_parents, *(each for each in through if each._meta.auto_created)]
         return [_table_of(each, self._alias) for each in (options.concrete_model, *related)]
-
-
-def _nothing() -> None:
-    """Called after a commit."""
 
 
 class Projections:
@@ -188,6 +185,15 @@ class Projections:
             projections=self.bound[alias],
         )
 
+    def bound_to(self, projection: type[ModelProjection] | str) -> BoundProjections:
+        """Return the projections of the database that has one, or the first where none has it."""
+        name = projection if isinstance(projection, str) else projection.name
+        having = (each for each in self.bound.values() if any(found.name == name for found in each))
+        found = next(having, None) or next(iter(self.bound.values()), None)
+        if found is None:
+            raise ConfigurationError(f"There is no projection {name!r}, as {SETTING} has no application.")
+        return found
+
     def close(self) -> None:
         """Close the connections that wait for positions."""
         for each in self.bound.values():
@@ -228,3 +234,17 @@ def projections() -> Projections:
         _projections.close()
         found = _projections.get()
     return found
+
+
+def wait_for(projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
+    """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+
+    :param projection: its class or its name.
+    :param recordings: what ``Application.save()`` returned, or a position of the log.
+    :param timeout: in seconds.
+    :raises TimeoutError: when that takes longer.
+    :raises UncommittedEventsError: inside ``atomic()`` with events of it, which nobody can see before the commit.
+    :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+    :raises ConfigurationError: when there is no such projection.
+    """
+    projections().bound_to(projection).wait_for(projection, recordings, timeout)

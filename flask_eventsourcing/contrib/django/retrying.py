@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -105,10 +106,10 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
         raise RuntimeError(NESTED.format(alias=alias))
     for tries in range(times + 1):
         try:
-            with transaction.atomic(using=alias, durable=True):
-                return _queued(unit, function)
+            with transaction.atomic(using=alias, durable=True), queueing_for(unit):
+                return function()
         except (IntegrityError, Error) as error:
-            conflict = _as_conflict(unit, error)
+            conflict = as_conflict(unit, error)
             if conflict is None:
                 raise
             if tries == times:
@@ -118,22 +119,23 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
     raise IntegrityError
 
 
-def _queued(unit: DjangoUnit, function: Callable[[], Any]) -> Any:
+@contextmanager
+def queueing_for(unit: DjangoUnit) -> Iterator[None]:
+    """Within it, aggregates with conflicts are queued for, in a transaction that can be run again."""
     unit.queue.active = True
     unit.losses.forget()
     try:
         if unit.queue.has_conflicts:
             with unit.dialect.translated:
                 unit.queue.join_conflicting(unit.connection())
-        returned = function()
+        yield
     finally:
         unit.queue.active = False
     if unit.wrapper.needs_rollback and not unit.losses.is_asked:
         raise RollbackOnlyError(SWALLOWED)
-    return returned
 
 
-def _as_conflict(unit: DjangoUnit, error: Exception) -> IntegrityError | None:
+def as_conflict(unit: DjangoUnit, error: Exception) -> IntegrityError | None:
     """Return the library's error for one after which the unit may be run again, or None for any other."""
     if isinstance(error, IntegrityError):
         return error if unit.dialect.is_conflict(error) else None

@@ -30,12 +30,14 @@ from ...projections.rebuilding import BUSY, NO_MODELS, TRIAL_EVENTS, Estimate, R
 from ...projections.runners import FIRST_PAUSE, LONGEST_PAUSE, Progress, event_name
 from ...projections.runners.pace import Backoff
 from ...projections.swap import NEAR, hand_over
+from ...uow import AfterCommit
 from .marks import Mark
+from .transactions import DjangoUnit, nothing
 
 ACTS = "Table {!r} has {}, which would act for every row that is written again: take it away for the rebuild."
 SENDS = (
-    "A handler of {} calls on_commit(), so that it cannot be rebuilt: all of that would be done again. It belongs in a "
-    "method with @reaction(…)."
+    "A handler of {} asks for something after the commit, so that it cannot be rebuilt: all of that would be done "
+    "again. It belongs in a method with @reaction(…)."
 )
 
 
@@ -143,7 +145,7 @@ class Rewrite:
         """A transaction in which the rows are gone, with the live projection's row locked; and how many they were."""
         host = self.application.host
         with host.transaction() as session:
-            unit: Any = host.unit_of(session)
+            unit: DjangoUnit = host.unit_of(session)  # type: ignore[assignment]
             connection = unit.connection()
             self._check(connection)
             self.live.checkpoint.lock(connection)
@@ -151,7 +153,7 @@ class Rewrite:
             with unit.wrapper.constraint_checks_disabled():
                 for table in self.live.tables:
                     connection.execute(sa.delete(table))
-            with unit.wrapper.execute_wrapper(self._guard(own_tables(self.live))), self._sending_nothing(unit.wrapper):
+            with unit.wrapper.execute_wrapper(self._guard(own_tables(self.live))), self._sending_nothing(unit):
                 yield connection, before
 
     def _check(self, connection: Connection) -> None:
@@ -178,9 +180,10 @@ class Rewrite:
         return execute
 
     @contextmanager
-    def _sending_nothing(self, wrapper: Any) -> Iterator[None]:
+    def _sending_nothing(self, unit: DjangoUnit) -> Iterator[None]:
         def count() -> int:
-            return sum(not isinstance(function, Mark) for _, function, *_ in wrapper.run_on_commit)
+            plain = sum(not isinstance(function, Mark) for _, function, *_ in unit.wrapper.run_on_commit)
+            return plain + sum(each.function is not nothing for each in unit.pending.all(AfterCommit))
 
         before = count()
         yield

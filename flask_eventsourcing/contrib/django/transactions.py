@@ -35,6 +35,10 @@ GONE = (
 )
 
 
+def nothing() -> None:
+    """Called after a commit, where it matters that something is."""
+
+
 class Gate:
     """Keeps others from committing, which is Django's own affair."""
 
@@ -65,8 +69,9 @@ class DjangoUnit(Unit):
         self._saved = weakref.WeakKeyDictionary()
         self._blocks: list[Any] = []
         """The blocks of the writes that are in progress."""
-        self._hooks: int | None = None
-        """The identity of Django's list of functions: to hold the list would keep what is dropped."""
+        self._hooks: tuple[int, int] | None = None
+        """The identity of Django's list of functions, as to hold the list would keep what is dropped; and how often
+        something has ended, as another list may have the same."""
         self._current: Transaction | None = None
         borrowed.ends = Ends(borrowed.wrapper, self, marked)
 
@@ -102,6 +107,11 @@ class DjangoUnit(Unit):
         return self.pending.all(Batch)
 
     @property
+    def awaits_commit(self) -> bool:
+        """Whether what is done now is committed later."""
+        return self.in_transaction
+
+    @property
     def in_transaction(self) -> bool:
         """Whether what is done now waits for a commit."""
         wrapper = self.wrapper
@@ -112,7 +122,9 @@ class DjangoUnit(Unit):
     def connection(self) -> Connection:
         """SQLAlchemy's connection on the one that Django has now."""
         connection = self._borrowed.connection()
-        self._transaction(begin=True)
+        if self._transaction(begin=True) is not None and not connection.in_transaction():
+            # What is known of a transaction hangs on SQLAlchemy's, which the first statement would begin too late.
+            connection.begin()
         return connection
 
     def savepoint(self) -> AbstractContextManager[Any]:
@@ -124,14 +136,13 @@ class DjangoUnit(Unit):
         if not self.in_transaction:
             self._end()
             return None
-        hooks = id(self.wrapper.run_on_commit)
-        if self._hooks != hooks:
+        if self._hooks != (id(self.wrapper.run_on_commit), self._marked.ends):
             # Another list: after the end of a transaction, and after the rollback of a savepoint. Where something is
             # left of what was noted before, it was a savepoint. Taken for a new one, the same would do no harm.
             self.look()
             if not self._marked:
                 self._end()
-            self._hooks = hooks
+            self._hooks = id(self.wrapper.run_on_commit), self._marked.ends
         if self._current is None:
             self._current = Transaction()
         return self._current

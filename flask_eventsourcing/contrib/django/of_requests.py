@@ -1,0 +1,77 @@
+"""What is filled in for the events of a request: its correlation, its trace, and its user where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from django.utils.module_loading import import_string
+
+from ...exceptions import ConfigurationError
+from ...metadata import TRACEPARENT, USER, Collector, Provider
+from ...metadata.headers import metadata_of_headers, trace_of_span
+from .configuring import SETTING, Configured
+
+KEPT = "flask_eventsourcing.metadata"
+"""Where a request has what was filled in for it, for all of its saves."""
+
+_request: ContextVar[Any] = ContextVar("flask_eventsourcing.request", default=None)
+
+
+@contextmanager
+def answering(request: Any) -> Iterator[None]:
+    """Within it, a request is the current one."""
+    token = _request.set(request)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def of_request() -> Mapping[str, str]:
+    """Provide the correlation of the current request, and its trace; empty outside of one."""
+    request = _request.get()
+    if request is None:
+        return {}
+    found: dict[str, str] | None = request.META.get(KEPT)
+    if found is None:
+        found = request.META[KEPT] = metadata_of_headers(request.headers)
+    trace = trace_of_span()
+    return found if trace is None else {**found, TRACEPARENT: trace}
+
+
+def of_user() -> Mapping[str, str] | None:
+    """Provide the primary key of the user who is logged in, in a request."""
+    user: Any = getattr(_request.get(), "user", None)
+    return {USER: str(user.pk)} if user is not None and user.is_authenticated else None
+
+
+def make_collector(found: Sequence[Configured]) -> Collector | None:
+    """Return what collects the metadata of a save, or None where none are to be stored.
+
+    :param found: the applications in one database, which share it.
+    :raises ConfigurationError: when they do not agree, or a provider cannot be imported.
+    """
+    first = found[0]
+    for each in found[1:]:
+        if (each.metadata, each.metadata_user) != (first.metadata, first.metadata_user):
+            raise ConfigurationError(
+                f"{SETTING}[{first.name!r}] and {SETTING}[{each.name!r}] are in one database, {first.alias!r}: write "
+                "the same for METADATA and METADATA_USER in both."
+            )
+    if first.metadata is False:
+        return None
+    providers: list[Provider] = [of_user] if first.metadata_user else []
+    return Collector([*providers, *(_provider(first, path) for path in first.metadata)], of_request)
+
+
+def _provider(one: Configured, path: str) -> Provider:
+    try:
+        found: Provider = import_string(path)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{SETTING}[{one.name!r}]['METADATA'] has {path!r}, which cannot be imported: {error}"
+        ) from error
+    return found

@@ -1,0 +1,315 @@
+"""Celery and RQ in a Django project, and the metadata of its requests and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from celery import Celery, signals
+from django.db import OperationalError, transaction
+from django.http import JsonResponse
+from django.test import RequestFactory, TestCase, override_settings
+from rq import Queue, Retry
+
+from flask_eventsourcing.contrib.django import project_site
+from flask_eventsourcing.contrib.django.middleware import EventSourcingMiddleware
+from flask_eventsourcing.exceptions import ConfigurationError
+from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER
+from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
+from flask_eventsourcing.workers.celery import init_celery, send_after_commit
+from tests.django_host.conftest import DjangoBank
+from tests.django_host.project import database
+from tests.django_host.test_projections import declaring, quiet, run
+from tests.django_host.test_requests import as_test_case
+from tests.domain import Account, conflict_with
+
+__all__ = ["quiet"]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """One database: the others are tried by the storm with real workers."""
+    return f"sqlite:///{tmp_path}/bank.db"
+
+
+def make_task(body: Any, *, eager: bool = False, retries: int = 10) -> Any:
+    """Make a Celery app for the project, and a task of it."""
+    celery_app = Celery("django", set_as_current=False)
+    celery_app.conf.update(broker_url="memory://", task_always_eager=eager, task_eager_propagates=True)
+    init_celery(celery_app, project_site, conflict_retries=retries)
+    return celery_app.task(body, name=f"task_{uuid4().hex}", shared=False)
+
+
+@contextmanager
+def published() -> Iterator[list[dict[str, Any]]]:
+    """Note the headers of the tasks that are sent."""
+    found: list[dict[str, Any]] = []
+
+    def note(headers: Any = None, **_: Any) -> None:
+        found.append(headers)
+
+    signals.before_task_publish.connect(note)
+    try:
+        yield found
+    finally:
+        signals.before_task_publish.disconnect(note)
+
+
+def nothing_to_do(number: int) -> None:
+    """Be a task."""
+
+
+def metadata_of(site: DjangoBank) -> list[dict[str, str]]:
+    """Return the metadata of all events, in the order of the log."""
+    from tests.django_host.ledger.models import BankRecords
+
+    events = BankRecords.StoredEvent.objects.using(site.alias).order_by("notification_id")
+    return [{**(each.metadata or {}), "id": str(each.event_id)} for each in events]
+
+
+def answer(view: Any, *, user: Any = None, **headers: str) -> Any:
+    """Have the middleware answer a request."""
+    request = RequestFactory().get("/", headers=headers)
+    request.user = user
+    return EventSourcingMiddleware(view)(request)
+
+
+def test_tasks_are_sent_after_the_commit(site: DjangoBank) -> None:
+    """A task goes out after the commit of the outermost ``atomic()``, and never after a rollback of what sent it."""
+    task = make_task(nothing_to_do)
+    with published() as sent:
+        with site.atomic():
+            send_after_commit(task, 1)
+            with site.rolled_back():
+                send_after_commit(task, 2)
+            assert sent == []
+        assert len(sent) == 1
+        with site.rolled_back():
+            send_after_commit(task, 3)
+        assert len(sent) == 1
+        send_after_commit(task, 4)
+        assert len(sent) == 2
+        with as_test_case(site):
+            with TestCase.captureOnCommitCallbacks(using=site.alias) as callbacks:
+                send_after_commit(task, 5)
+            assert len(sent) == 2
+            assert len(callbacks) == 1
+            callbacks[0]()
+        assert len(sent) == 3
+
+
+def test_unit_of_work_of_a_task(site: DjangoBank) -> None:
+    """A task's events and models are committed at its end, and gone when it fails; eager tasks join a transaction."""
+    account_id = site.opened()
+
+    def work(fails: bool) -> None:
+        assert site.connection.in_atomic_block
+        site.bank.deposit(account_id, 5)
+        site.note()
+        if fails:
+            raise KeyError
+
+    task = make_task(work, eager=True)
+    task.delay(fails=False)
+    assert site.stored() == (2, 1)
+    with pytest.raises(KeyError):
+        task.delay(fails=True)
+    assert site.stored() == (2, 1)
+    with site.rolled_back():
+        task.delay(fails=False)
+    with as_test_case(site):
+        task.delay(fails=False)
+        assert site.bank.balance(account_id) == 10
+    assert site.stored() == (2, 1)
+
+
+def test_conflict_of_a_task(site: DjangoBank) -> None:
+    """A task that had a conflict is run again."""
+    account_id = site.opened()
+    tries: list[int] = []
+
+    def work() -> None:
+        save = conflict_with(site.bank, account_id)
+        tries.append(1)
+        if len(tries) < 3:
+            # As another writer would do it.
+            site.bank.deposit(account_id, 1)
+        save()
+
+    make_task(work, eager=True).delay()
+    assert len(tries) == 3
+    assert site.bank.balance(account_id) == 1000
+
+
+def test_errors_of_django_stay_its_own(site: DjangoBank) -> None:
+    """A task sees Django's errors, so that its own ``autoretry_for`` works."""
+
+    def work() -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute("SELECT nothing FROM nowhere")
+
+    with pytest.raises(OperationalError), task_unit(project_site()):
+        work()
+    assert not site.connection.in_atomic_block
+
+
+def test_jobs(site: DjangoBank, redis_url: str) -> None:
+    """RQ's jobs are enqueued after the commit, with what was in force; a job that asks for a retry is rolled back."""
+    from redis import Redis
+
+    account_id = site.opened()
+    with Redis.from_url(redis_url) as redis:
+        queue = rq.EventSourcingQueue(f"django-{uuid4().hex}", connection=redis)
+
+        def view(request: Any) -> JsonResponse:
+            with site.atomic():
+                rq.enqueue_after_commit(queue, deposit, str(account_id), 5)
+                assert queue.count == 0
+            return JsonResponse({})
+
+        answer(view, X_Request_ID="r1")
+        assert queue.jobs[0].meta[CARRIED][CORRELATION_ID] == "r1"
+        worker = _worker(queue)
+        worker.work(burst=True)
+        assert site.bank.balance(account_id) == 5
+        assert metadata_of(site)[1][CORRELATION_ID] == "r1"
+        queue.enqueue(deposit_and_retry, str(account_id))
+        worker.work(burst=True)
+        queue.delete(delete_jobs=True)
+    assert site.bank.balance(account_id) == 5
+
+
+def _worker(queue: Queue) -> Any:
+    class Worker(rq.EventSourcingSimpleWorker):
+        flask_app = staticmethod(project_site)
+
+    return Worker([queue], connection=queue.connection)
+
+
+def deposit(account_id: str, amount: int) -> None:
+    """Pay in, as a job."""
+    from flask_eventsourcing.contrib.django import get_application
+
+    get_application("Bank").deposit(UUID(account_id), amount)
+
+
+def deposit_and_retry(account_id: str) -> Any:
+    """Pay in, and want to be run again."""
+    deposit(account_id, 1)
+    return Retry(max=1)
+
+
+def test_metadata_of_a_request(site: DjangoBank) -> None:
+    """The events of a request have its correlation, whatever comes of them; who was logged in only if that is asked."""
+
+    class User:
+        pk = 7
+        is_authenticated = True
+
+    def view(request: Any) -> JsonResponse:
+        site.opened()
+        site.opened()
+        return JsonResponse(carried())
+
+    response = answer(view, user=User(), X_Correlation_ID="c1")
+    assert b"c1" in response.content
+    answer(view, user=User(), X_Correlation_ID="\t")
+    site.opened()
+    first, second, third, fourth, fifth = metadata_of(site)
+    assert first[CORRELATION_ID] == second[CORRELATION_ID] == "c1"
+    assert USER not in first
+    assert third[CORRELATION_ID] == fourth[CORRELATION_ID]
+    assert len({each[CORRELATION_ID] for each in (first, third, fifth)}) == 3
+    assert carried() == {}
+    with _setting(site, METADATA_USER=True, METADATA=["tests.django_host.test_tasks.release"]):
+        answer(view, user=User())
+        answer(view, user=None)
+        answer(view, user=type("Nobody", (), {"is_authenticated": False})())
+    asked, _, unknown, _, nobody, _ = metadata_of(site)[5:]
+    assert (asked[USER], asked["release"]) == ("7", "1.4")
+    assert USER not in unknown
+    assert USER not in nobody
+
+
+def release() -> dict[str, str]:
+    """Provide metadata."""
+    return {"release": "1.4"}
+
+
+@contextmanager
+def _setting(site: DjangoBank, **further: Any) -> Iterator[None]:
+    found = {"Bank": {"APPLICATION": "tests.domain.Bank", "DATABASE": site.alias, **further}}
+    with override_settings(EVENTSOURCING=found):
+        yield
+
+
+def test_no_metadata(site: DjangoBank) -> None:
+    """Where metadata are switched off, none are stored and none are carried; what makes no sense is refused."""
+
+    def view(request: Any) -> JsonResponse:
+        site.opened()
+        return JsonResponse(carried())
+
+    with _setting(site, METADATA=False):
+        assert answer(view, X_Request_ID="r1").content == b"{}"
+    assert metadata_of(site) == [{"id": "None"}]
+    for further in ({"METADATA": True}, {"METADATA": ["no.such"]}, {"METADATA_USER": "flask-login"}):
+        with _setting(site, **further), pytest.raises(ConfigurationError, match="METADATA"):
+            site.opened()
+
+
+def test_causes(site: DjangoBank) -> None:
+    """What a reaction saves has the event as its cause, and its correlation; handlers are told of them."""
+    from flask_eventsourcing.contrib.django.projections import ModelProjection, on, reaction
+
+    told: list[Any] = []
+
+    class Paying(ModelProjection):
+        @on(Account.Created)
+        def opened(self, event: Any, using: str, recorded: Any) -> None:
+            told.append((using, recorded.correlation_id, str(recorded.event_id)))
+
+        @reaction(Account.Created)
+        def pay(self, event: Any, key: str) -> None:
+            site.bank.deposit(event.originator_id, 7)
+
+    def view(request: Any) -> JsonResponse:
+        site.opened()
+        return JsonResponse({})
+
+    answer(view, X_Request_ID="r1")
+    with declaring(Paying):
+        run("Paying")
+        run("Paying:reactions")
+    cause, effect = metadata_of(site)
+    assert told == [(site.alias, "r1", cause["id"])]
+    assert (effect[CORRELATION_ID], effect[CAUSATION_ID]) == ("r1", cause["id"])
+
+
+def test_two_databases(site: DjangoBank, tmp_path: Path) -> None:
+    """A task has a block in each database with events, and what it sends waits for the one it has written."""
+    with (
+        database("shop", f"sqlite:///{tmp_path}/shop.db"),
+        override_settings(
+            EVENTSOURCING={
+                "Bank": {"APPLICATION": "tests.domain.Bank", "DATABASE": site.alias},
+                "Shop": {"APPLICATION": "tests.domain.Shop", "DATABASE": "shop"},
+            }
+        ),
+    ):
+        from flask_eventsourcing.contrib.django import get_application
+
+        task = make_task(nothing_to_do)
+        with published() as sent:
+            with task_unit(project_site()):
+                get_application("Shop").open_account()
+                assert transaction.get_connection("shop").in_atomic_block
+                assert site.connection.in_atomic_block
+                send_after_commit(task, 1)
+                assert sent == []
+            assert len(sent) == 1
+        assert {type(each).__name__ for each in project_site().applications.values()} == {"Bank", "Shop"}
