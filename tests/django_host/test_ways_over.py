@@ -31,9 +31,14 @@ from flask_eventsourcing.contrib.django.imports import (
 from flask_eventsourcing.exceptions import ConfigurationError, ImportedEventsError
 from tests.contract.backends import url_for
 from tests.django_host import project
+from tests.django_host.conftest import DjangoBank
 from tests.django_host.former.domain import Account, Bank, Shop
 from tests.django_host.former.make_eventsourcing_django import ENV
 from tests.django_host.ledger.models import BankRecords, ShopRecords
+from tests.django_host.test_program import bank_project
+from tests.django_host.test_requests import as_test_case
+from tests.docs.pages import files
+from tests.source import ROOT
 
 FORMER = Path(__file__).parent / "former"
 KEYS = {key.removeprefix("BANK_"): value for key, value in ENV.items() if key.startswith("BANK_")}
@@ -177,12 +182,17 @@ def test_what_differs_is_named(former: None) -> None:
     """A second run compares again, and names what differs."""
     take_over("Bank", "Shop")
     for statement, problem in DIFFERENCES.items():
-        with transaction.atomic(using="ledger"), connections["ledger"].cursor() as cursor:
+        with as_test_case(DjangoBank("ledger", "")), connections["ledger"].cursor() as cursor:
             cursor.execute(statement)
             assert cursor.rowcount == 1
             with pytest.raises(CommandError, match=problem):
                 take_over("Bank", "Shop")
-            transaction.set_rollback(True, using="ledger")
+
+
+def test_another_block_is_refused(former: None) -> None:
+    """It is no part of another transaction, which might be rolled back behind positions that are given up."""
+    with transaction.atomic(using="ledger"), pytest.raises(RuntimeError, match="durable"):
+        take_over("Bank")
 
 
 def test_a_missing_version_is_refused(former: None) -> None:
@@ -383,3 +393,79 @@ def test_mapping_that_does_not_fit(journal: None) -> None:
         with pytest.raises(error, match=problem):
             import_journal(mapping)
         assert positions(BankRecords) == []
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+PROGRAM = """
+import io
+from django.apps import apps
+from django.core.management import call_command
+from django.db import connection
+from eventsourcing.persistence import StoredEvent
+from bank.domain import Account, Bank
+from bank.journal import take_over
+from bank.models import ShopRecords
+from bank.shop import Shop, Voucher
+from bank.tasks import Errand
+from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django.imports import sources
+
+call_command("migrate", verbosity=0)
+tables = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+with connection.schema_editor() as editor:
+    for each in tables:
+        editor.create_model(each)
+
+def store(position, name, aggregate):
+    for event in aggregate.collect_events():
+        made = get_application(name).mapper.to_stored_event(event)
+        tables[0].objects.create(id=position, application_name=name, originator_id=made.originator_id,
+                                 originator_version=1, topic=made.topic, state=made.state)
+
+store(1, "Bank", Account("Ada"))
+store(2, "Shop", Voucher("Ada"))
+store(3, "Bank", Account("Bob"))
+tables[2].objects.create(application_name="Shop", upstream_application_name="Bank", notification_id=1)
+call_command("import_eventsourcing_django")
+call_command("sync_followers", no_color=True)
+bank = apps.get_app_config("bank").bank
+print([each.id for each in bank.notification_log.select(1, 10)], ShopRecords.StoredEvent.objects.count())
+errand = Errand()
+errand.name("Bread")
+old = b'{"title":"Bread","timestamp":"2018-01-15 06:40:01.25"}'
+topic = "bank.tasks:Task.Named"
+read = bank.mapper.to_domain_event(StoredEvent(errand.id, 2, topic, old))
+print(errand.label, read.label, bank.mapper.to_stored_event(errand.collect_events()[1]).topic == topic)
+call_command("eventsourcing", "run", "--once", verbosity=0)
+bank_events = apps.get_model("bank", "BankStoredEvent")
+bank_events.objects.all().delete()
+tables[3].objects.create(id=5, event_id="a2f5c6d0-f9c1-11e7-8f1a-0242ac110002", event_data='{"owner":"Cyd"}',
+    aggregate_id="6deaca4c-d866-4b28-9878-8814a55a4688", aggregate_version=0, metadata="null",
+    create_date="2018-01-15 06:40:01+00:00", module_name="accounts.aggregates", class_name="Account.Opened")
+print(take_over(), bank_events.objects.get().recorded_at)
+"""
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """The project of the page works, and its commands print what it says."""
+    project_of_page = bank_project(tmp_path)
+    shown = files(ROOT / "docs" / "django-migrating.md", "project")
+    project_of_page.append("site_of_bank/settings.py", shown.pop("settings.py"))
+    for name in ("bank/models.py", "bank/projections.py"):
+        project_of_page.append(name, shown.pop(name))
+    for name, text in shown.items():
+        project_of_page.write(name, text)
+    head, _, _ = shown["bank/apps.py"].partition("    @property")
+    project_of_page.write("bank/apps.py", f"{head}    def ready(self):\n        self.bank = get_application('Bank')\n")
+    project_of_page.manage("makemigrations", "bank")
+    project_of_page.write("bank/apps.py", shown["bank/apps.py"])
+    said = project_of_page.manage("shell", "-v", "0", "-c", PROGRAM)
+    page = (ROOT / "docs" / "django-migrating.md").read_text()
+    consoles = [each.split("\n```")[0] for each in page.split("```console\n$ python manage.py ")[1:]]
+    assert len(consoles) == 2
+    for console in consoles:
+        assert console.partition("\n")[2] in said
+    assert "[1, 3] 2\nBread Bread True" in said
+    assert "Dear Bob, welcome." in said
+    assert "events=1, position=5, was_there=False, snapshots=0, tracking=0) 2018-01-15 06:40:01+00:00" in said
