@@ -177,10 +177,10 @@ class _Journal:
                 f"is read as {type(read).__name__} with other values than it was given: let the function return what "
                 "the transcoder gives back"
             )
-        if getattr(stored, "event_id", None) not in (None, found.event_id):
-            return "has another event_id than in the journal"
-        if getattr(stored, "metadata", None) not in (None, found.metadata):
-            return "has other metadata than in the journal"
+        has = {field.name for field in stored._meta.local_concrete_fields}
+        for name, value in {"event_id": found.event_id, "metadata": found.metadata}.items():
+            if name in has and getattr(stored, name) != value:
+                return f"has another {name} than in the journal"
         return None
 
 
