@@ -78,8 +78,9 @@ def _read(name: Any, value: Any) -> Configured:
     return found
 
 
-def _refuse_former(where: str, env: Mapping[str, str]) -> None:
-    key = next((each for each in env if str(each).upper().endswith("DJANGO_DB_ALIAS")), None)
+def _refuse_former(where: str, env: Any) -> None:
+    keys = env if isinstance(env, Mapping) else ()
+    key = next((each for each in keys if str(each).upper().endswith("DJANGO_DB_ALIAS")), None)
     if key is not None:
         raise ConfigurationError(
             f"{where}['ENV'] has {key!r}, a setting of eventsourcing-django that would have no effect here: write "
@@ -93,7 +94,7 @@ def _check_values(where: str, found: Configured) -> None:
             f"{where}['APPLICATION'] must be the dotted path of a class, such as 'bank.domain.Bank'; found "
             f"{found.path!r}."
         )
-    _refuse_former(where, found.env if isinstance(found.env, Mapping) else {})
+    _refuse_former(where, found.env)
     if found.alias not in connections:
         known = ", ".join(map(repr, connections))
         raise ConfigurationError(f"{where}['DATABASE'] is {found.alias!r}, and DATABASES has {known}.")
