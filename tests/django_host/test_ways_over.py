@@ -14,8 +14,10 @@ from uuid import UUID
 
 import pytest
 from django.apps import apps
+from django.apps.registry import Apps
 from django.core.management import CommandError, call_command
 from django.db import connections, transaction
+from django.db import models as django_models
 from django.test import override_settings
 from eventsourcing.system import SingleThreadedRunner, System
 
@@ -65,35 +67,38 @@ def former(url: str) -> Iterator[None]:
         yield
 
 
+PLAIN = {"RecordUUIDField": django_models.UUIDField, "RecordBinaryField": django_models.BinaryField}
+
+
+def as_made(model: Any) -> Any:
+    """Return the model with Django's own fields, as the other package has made its table; some have native UUIDs."""
+    options = {"app_label": "made", "apps": Apps(), "db_table": model._meta.db_table}
+    fields = {
+        each.name: PLAIN[type(each).__name__]() if type(each).__name__ in PLAIN else each.clone()
+        for each in model._meta.local_concrete_fields
+    }
+    return type("Made", (django_models.Model,), {"__module__": __name__, "Meta": type("Meta", (), options), **fields})
+
+
 def load(dump: Path) -> None:
     """Make the tables of a dump, with their rows."""
     stored = sqlite3.connect(":memory:")
     stored.executescript(dump.read_text())
-    names = [name for (name,) in stored.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%'")]
-    models = {
-        each._meta.db_table: each
-        for each in (
-            sources.stored_events(),
-            sources.snapshots(),
-            sources.notification_tracking(),
-            sources.event_journal(),
-        )
-    }
+    known = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+    names = {name for (name,) in stored.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     connection: Any = connections["ledger"]
-    for name in names:
-        if name not in models:
-            continue
+    for made in (as_made(each) for each in known if each._meta.db_table in names):
         with connection.schema_editor() as editor:
-            editor.create_model(models[name])
-        rows = stored.execute(f"SELECT * FROM {name}")
-        columns = [column for column, *_ in rows.description]
-        fields = {field.column: field.attname for field in models[name]._meta.local_concrete_fields}
+            editor.create_model(made)
+        rows = stored.execute(f"SELECT * FROM {made._meta.db_table}")
+        fields = {field.column: field.attname for field in made._meta.local_concrete_fields}
+        attributes = [fields[column] for column, *_ in rows.description]
         for row in rows:
-            values = {fields[column]: value for column, value in zip(columns, row, strict=True)}
+            values = dict(zip(attributes, row, strict=True))
             if "create_date" in values:
                 # As Django has stored it, with USE_TZ.
                 values["create_date"] = datetime.fromisoformat(values["create_date"]).replace(tzinfo=UTC)
-            models[name].objects.using("ledger").create(**values)
+            made.objects.using("ledger").create(**values)
     stored.close()
 
 
