@@ -61,6 +61,8 @@ TEMPLATES = [
 STATIC_URL = "static/"
 # One style sheet for every bank of this repository.
 STATICFILES_DIRS = [BASE_DIR.parents[1] / "example_app" / "static"]
+# Where collectstatic puts them for the web server.
+STATIC_ROOT = os.environ.get("STATIC_ROOT")
 
 LANGUAGE_CODE = "en"
 TIME_ZONE = "UTC"

@@ -14,8 +14,10 @@ from uuid import UUID
 
 import pytest
 from django.apps import apps
+from django.apps.registry import Apps
 from django.core.management import CommandError, call_command
 from django.db import connections, transaction
+from django.db import models as django_models
 from django.test import override_settings
 from eventsourcing.system import SingleThreadedRunner, System
 
@@ -31,9 +33,14 @@ from flask_eventsourcing.contrib.django.imports import (
 from flask_eventsourcing.exceptions import ConfigurationError, ImportedEventsError
 from tests.contract.backends import url_for
 from tests.django_host import project
+from tests.django_host.conftest import DjangoBank
 from tests.django_host.former.domain import Account, Bank, Shop
 from tests.django_host.former.make_eventsourcing_django import ENV
 from tests.django_host.ledger.models import BankRecords, ShopRecords
+from tests.django_host.test_program import bank_project
+from tests.django_host.test_requests import as_test_case
+from tests.docs.pages import files
+from tests.source import ROOT
 
 FORMER = Path(__file__).parent / "former"
 KEYS = {key.removeprefix("BANK_"): value for key, value in ENV.items() if key.startswith("BANK_")}
@@ -60,35 +67,38 @@ def former(url: str) -> Iterator[None]:
         yield
 
 
+PLAIN = {"RecordUUIDField": django_models.UUIDField, "RecordBinaryField": django_models.BinaryField}
+
+
+def as_made(model: Any) -> Any:
+    """Return the model with Django's own fields, as the other package has made its table; some have native UUIDs."""
+    options = {"app_label": "made", "apps": Apps(), "db_table": model._meta.db_table}
+    fields = {
+        each.name: PLAIN[type(each).__name__]() if type(each).__name__ in PLAIN else each.clone()
+        for each in model._meta.local_concrete_fields
+    }
+    return type("Made", (django_models.Model,), {"__module__": __name__, "Meta": type("Meta", (), options), **fields})
+
+
 def load(dump: Path) -> None:
     """Make the tables of a dump, with their rows."""
     stored = sqlite3.connect(":memory:")
     stored.executescript(dump.read_text())
-    names = [name for (name,) in stored.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE '%'")]
-    models = {
-        each._meta.db_table: each
-        for each in (
-            sources.stored_events(),
-            sources.snapshots(),
-            sources.notification_tracking(),
-            sources.event_journal(),
-        )
-    }
+    known = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+    names = {name for (name,) in stored.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     connection: Any = connections["ledger"]
-    for name in names:
-        if name not in models:
-            continue
+    for made in (as_made(each) for each in known if each._meta.db_table in names):
         with connection.schema_editor() as editor:
-            editor.create_model(models[name])
-        rows = stored.execute(f"SELECT * FROM {name}")
-        columns = [column for column, *_ in rows.description]
-        fields = {field.column: field.attname for field in models[name]._meta.local_concrete_fields}
+            editor.create_model(made)
+        rows = stored.execute(f"SELECT * FROM {made._meta.db_table}")
+        fields = {field.column: field.attname for field in made._meta.local_concrete_fields}
+        attributes = [fields[column] for column, *_ in rows.description]
         for row in rows:
-            values = {fields[column]: value for column, value in zip(columns, row, strict=True)}
+            values = dict(zip(attributes, row, strict=True))
             if "create_date" in values:
                 # As Django has stored it, with USE_TZ.
                 values["create_date"] = datetime.fromisoformat(values["create_date"]).replace(tzinfo=UTC)
-            models[name].objects.using("ledger").create(**values)
+            made.objects.using("ledger").create(**values)
     stored.close()
 
 
@@ -177,12 +187,17 @@ def test_what_differs_is_named(former: None) -> None:
     """A second run compares again, and names what differs."""
     take_over("Bank", "Shop")
     for statement, problem in DIFFERENCES.items():
-        with transaction.atomic(using="ledger"), connections["ledger"].cursor() as cursor:
+        with as_test_case(DjangoBank("ledger", "")), connections["ledger"].cursor() as cursor:
             cursor.execute(statement)
             assert cursor.rowcount == 1
             with pytest.raises(CommandError, match=problem):
                 take_over("Bank", "Shop")
-            transaction.set_rollback(True, using="ledger")
+
+
+def test_another_block_is_refused(former: None) -> None:
+    """It is no part of another transaction, which might be rolled back behind positions that are given up."""
+    with transaction.atomic(using="ledger"), pytest.raises(RuntimeError, match="durable"):
+        take_over("Bank")
 
 
 def test_a_missing_version_is_refused(former: None) -> None:
@@ -383,3 +398,79 @@ def test_mapping_that_does_not_fit(journal: None) -> None:
         with pytest.raises(error, match=problem):
             import_journal(mapping)
         assert positions(BankRecords) == []
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+PROGRAM = """
+import io
+from django.apps import apps
+from django.core.management import call_command
+from django.db import connection
+from eventsourcing.persistence import StoredEvent
+from bank.domain import Account, Bank
+from bank.journal import take_over
+from bank.models import ShopRecords
+from bank.shop import Shop, Voucher
+from bank.tasks import Errand
+from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django.imports import sources
+
+call_command("migrate", verbosity=0)
+tables = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+with connection.schema_editor() as editor:
+    for each in tables:
+        editor.create_model(each)
+
+def store(position, name, aggregate):
+    for event in aggregate.collect_events():
+        made = get_application(name).mapper.to_stored_event(event)
+        tables[0].objects.create(id=position, application_name=name, originator_id=made.originator_id,
+                                 originator_version=1, topic=made.topic, state=made.state)
+
+store(1, "Bank", Account("Ada"))
+store(2, "Shop", Voucher("Ada"))
+store(3, "Bank", Account("Bob"))
+tables[2].objects.create(application_name="Shop", upstream_application_name="Bank", notification_id=1)
+call_command("import_eventsourcing_django")
+call_command("sync_followers", no_color=True)
+bank = apps.get_app_config("bank").bank
+print([each.id for each in bank.notification_log.select(1, 10)], ShopRecords.StoredEvent.objects.count())
+errand = Errand()
+errand.name("Bread")
+old = b'{"title":"Bread","timestamp":"2018-01-15 06:40:01.25"}'
+topic = "bank.tasks:Task.Named"
+read = bank.mapper.to_domain_event(StoredEvent(errand.id, 2, topic, old))
+print(errand.label, read.label, bank.mapper.to_stored_event(errand.collect_events()[1]).topic == topic)
+call_command("eventsourcing", "run", "--once", verbosity=0)
+bank_events = apps.get_model("bank", "BankStoredEvent")
+bank_events.objects.all().delete()
+tables[3].objects.create(id=5, event_id="a2f5c6d0-f9c1-11e7-8f1a-0242ac110002", event_data='{"owner":"Cyd"}',
+    aggregate_id="6deaca4c-d866-4b28-9878-8814a55a4688", aggregate_version=0, metadata="null",
+    create_date="2018-01-15 06:40:01+00:00", module_name="accounts.aggregates", class_name="Account.Opened")
+print(take_over(), bank_events.objects.get().recorded_at)
+"""
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """The project of the page works, and its commands print what it says."""
+    project_of_page = bank_project(tmp_path)
+    shown = files(ROOT / "docs" / "django-migrating.md", "project")
+    project_of_page.append("site_of_bank/settings.py", shown.pop("settings.py"))
+    for name in ("bank/models.py", "bank/projections.py"):
+        project_of_page.append(name, shown.pop(name))
+    for name, text in shown.items():
+        project_of_page.write(name, text)
+    head, _, _ = shown["bank/apps.py"].partition("    @property")
+    project_of_page.write("bank/apps.py", f"{head}    def ready(self):\n        self.bank = get_application('Bank')\n")
+    project_of_page.manage("makemigrations", "bank")
+    project_of_page.write("bank/apps.py", shown["bank/apps.py"])
+    said = project_of_page.manage("shell", "-v", "0", "-c", PROGRAM)
+    page = (ROOT / "docs" / "django-migrating.md").read_text()
+    consoles = [each.split("\n```")[0] for each in page.split("```console\n$ python manage.py ")[1:]]
+    assert len(consoles) == 2
+    for console in consoles:
+        assert console.partition("\n")[2] in said
+    assert "[1, 3] 2\nBread Bread True" in said
+    assert "Dear Bob, welcome." in said
+    assert "events=1, position=5, was_there=False, snapshots=0, tracking=0) 2018-01-15 06:40:01+00:00" in said

@@ -15,7 +15,6 @@ from ...exceptions import ConfigurationError
 
 SETTING = "EVENTSOURCING"
 KEYS = ("APPLICATION", "DATABASE", "ENV", "METADATA", "METADATA_USER")
-FORMER_ALIAS = "DJANGO_DB_ALIAS"
 EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
 
@@ -86,24 +85,29 @@ def _read(name: Any, value: Any) -> Configured:
     return found
 
 
+def _refuse_former(where: str, env: Any) -> None:
+    keys = env if isinstance(env, Mapping) else ()
+    key = next((each for each in keys if str(each).upper().endswith("DJANGO_DB_ALIAS")), None)
+    if key is not None:
+        raise ConfigurationError(
+            f"{where}['ENV'] has {key!r}, a setting of eventsourcing-django that would have no effect here: write "
+            f"{where}['DATABASE']."
+        )
+
+
 def _check_values(where: str, found: Configured) -> None:
     if not isinstance(found.path, str) or "." not in found.path:
         raise ConfigurationError(
             f"{where}['APPLICATION'] must be the dotted path of a class, such as 'bank.domain.Bank'; found "
             f"{found.path!r}."
         )
+    _refuse_former(where, found.env)
     if found.alias not in connections:
         known = ", ".join(map(repr, connections))
         raise ConfigurationError(f"{where}['DATABASE'] is {found.alias!r}, and DATABASES has {known}.")
     env: Any = found.env
     if not isinstance(env, Mapping) or not all(isinstance(item, str) for pair in env.items() for item in pair):
         raise ConfigurationError(f"{where}['ENV'] must be a mapping of strings to strings.")
-    former = next((key for key in env if key.upper().endswith(FORMER_ALIAS)), None)
-    if former is not None:
-        raise ConfigurationError(
-            f"{where}['ENV'] has {former!r}, a setting of eventsourcing-django that would have no effect here: write "
-            f"{where}['DATABASE']."
-        )
     _check_metadata(where, found)
 
 

@@ -154,17 +154,21 @@ class _Journal:
 
     def _made(self, found: _Found) -> Any:
         stored = self.landing.write(found.event.position, found.converted)
-        return self.landing.records.StoredEvent(
-            notification_id=found.event.position,
-            originator_id=stored.originator_id,
-            originator_version=stored.originator_version,
-            topic=stored.topic,
-            state=stored.state,
-            event_id=found.event_id,
-            recorded_at=found.event.created,
-            metadata=found.metadata,
-            correlation_id=found.metadata.get("correlation_id"),
-        )
+        values = {
+            "notification_id": found.event.position,
+            "originator_id": stored.originator_id,
+            "originator_version": stored.originator_version,
+            "topic": stored.topic,
+            "state": stored.state,
+            "event_id": found.event_id,
+            "recorded_at": found.event.created,
+            "metadata": found.metadata,
+            "correlation_id": found.metadata.get("correlation_id"),
+        }
+        model = self.landing.records.StoredEvent
+        # A record class of the user's may be without some of those for metadata.
+        has = {field.name for field in model._meta.local_concrete_fields}
+        return model(**{name: value for name, value in values.items() if name in has})
 
     def _differs(self, found: _Found, stored: Any) -> str | None:
         read = self.landing.read(stored)
@@ -173,8 +177,10 @@ class _Journal:
                 f"is read as {type(read).__name__} with other values than it was given: let the function return what "
                 "the transcoder gives back"
             )
-        if (stored.event_id, stored.metadata) != (found.event_id, found.metadata):
-            return "has another event_id, or other metadata, than in the journal"
+        has = {field.name for field in stored._meta.local_concrete_fields}
+        for name, value in {"event_id": found.event_id, "metadata": found.metadata}.items():
+            if name in has and getattr(stored, name) != value:
+                return f"has another {name} than in the journal"
         return None
 
 

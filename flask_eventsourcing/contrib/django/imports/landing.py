@@ -65,8 +65,9 @@ class Landing(Generic[R]):
         :param beside: called in the same transaction with whether the events were there; returns further counts.
         :param dry_run: whether to roll back at the end.
         :raises ImportedEventsError: naming the position of an event that differs, or cannot be read.
+        :raises RuntimeError: inside another ``atomic()``.
         """
-        with transaction.atomic(using=self.alias):
+        with transaction.atomic(using=self.alias, durable=True):
             self._lock()
             was_there = self._events.exists()
             if not was_there:
@@ -74,10 +75,11 @@ class Landing(Generic[R]):
             count = self._compare(rows(), last)
             self._check_versions(last)
             counts = beside(was_there)
-            transaction.set_rollback(dry_run, using=self.alias)
+            if dry_run:
+                transaction.set_rollback(True, using=self.alias)
         if not dry_run:
             # Later, as a sequence is raised at once for everybody: readers would be at the end before the commit.
-            with transaction.atomic(using=self.alias):
+            with transaction.atomic(using=self.alias, durable=True):
                 self._lock()
                 self._count_from(last)
         return Imported(self.name, count, last, was_there, *counts)
