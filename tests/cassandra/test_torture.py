@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SECONDS = 60 if IS_LONG else 20
+LONGEST = 4
+"""How many times as long it may take until writers were killed at each step, and a node was."""
 PROCESSES = 4
 DOWN, BETWEEN = 3.0, 4.0
 """Seconds for which a node is down, and for which all are up behind."""
@@ -60,35 +62,43 @@ class Torture:
 
     def run(self, seconds: float) -> None:
         """Run it."""
-        end = time.monotonic() + seconds
         threads = [threading.Thread(target=each) for each in (self._kill_nodes, self._follow)]
         for thread in threads:
             thread.start()
         try:
-            self._run_processes(end)
+            self._run_processes(seconds)
         finally:
             self.over.set()
             for thread in threads:
                 thread.join()
 
-    def _run_processes(self, end: float) -> None:
+    def _run_processes(self, seconds: float) -> None:
         from tests.cassandra.tortured import STEPS
 
-        steady = [self._start(end - time.monotonic(), "") for _ in range(PROCESSES - 1)]
+        began = time.monotonic()
+        timer = threading.Timer(LONGEST * seconds, self._stop.touch)
+        timer.start()
+        steady = [self._start("") for _ in range(PROCESSES - 1)]
         for step in itertools.cycle(STEPS):
-            left = end - time.monotonic()
-            if left < 3:
+            enough = set(STEPS) <= set(self.killed) and self.nodes_killed
+            if self._stop.exists() or (enough and time.monotonic() - began > seconds):
                 break
-            victim = self._start(left, step)
+            victim = self._start(step)
             if victim.wait() == -9:
                 self.killed[step] += 1
+        timer.cancel()
+        self._stop.touch()
         for process in steady:
             if process.wait() != 0:
                 self.failures.append(f"a process ended with {process.returncode}")
 
-    def _start(self, seconds: float, step: str) -> subprocess.Popen[bytes]:
+    @property
+    def _stop(self) -> Path:
+        return self.folder / "stop.log"
+
+    def _start(self, step: str) -> subprocess.Popen[bytes]:
         name = uuid4().hex
-        plan = replace(self.plan, seconds=seconds, step=step, seed=uuid4().int, journal=str(self.folder / name))
+        plan = replace(self.plan, step=step, seed=uuid4().int, journal=str(self.folder / name), stop=str(self._stop))
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.cassandra.tortured", json.dumps(asdict(plan))], stdout=log, stderr=log
@@ -148,7 +158,7 @@ def prepare(nodes: list[Node], folder: Path) -> Plan:
     from flask_eventsourcing.cassandra import schema
     from tests.cassandra.tortured import Plan
 
-    plan = Plan([node.address for node in nodes], nodes[0].port, f"t{uuid4().hex}", "bank", "", 0, 0)
+    plan = Plan([node.address for node in nodes], nodes[0].port, f"t{uuid4().hex}", "bank", "", "", 0)
     connection = replace(plan, contact_points=[nodes[0].address]).connection()
     schema.create(connection, plan.prefix)
     connection.close()
