@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
+import ssl
 import sys
 import unicodedata
 import warnings
@@ -18,10 +20,12 @@ PREFIX = "EVENTSOURCING_"
 CommitMode = Literal["explicit", "request", "save"]
 OriginatorIdType = Literal["uuid", "text"]
 PostgresOrder = Literal["advisory-lock", "table-lock"]
+REQUIRED_BY_CASSANDRA = ("cassandra_contact_points", "cassandra_keyspace", "cassandra_replication")
 RENAMED = {(f"{PREFIX}POSTGRES_ORDER", "floor"): "advisory-lock"}
 """Values that had another name before, each with its present one: accepted, with a ``DeprecationWarning``."""
 ProjectionLock = Literal["database", "lease"]
 Construct = Literal["first-use", "init"]
+Persistence = Literal["sqlalchemy", "cassandra"]
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
@@ -106,6 +110,41 @@ def _user(value: Any) -> str | None:
     return None if callable(value) else "must be 'flask-login', or a function without arguments that returns a string"
 
 
+def _contact_points(value: Any) -> str | None:
+    items: list[Any] = list(value) if isinstance(value, list | tuple) else []
+    # An address of IPv6 has more than one colon.
+    if not items or any(_name(each) or each.count(":") == 1 for each in items):
+        return (
+            "must be a list of names or addresses of nodes, without a port, as ['127.0.0.1']; the port is that of "
+            f"{PREFIX}CASSANDRA_PORT"
+        )
+    return None
+
+
+def _keyspace(value: Any) -> str | None:
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{1,48}", value) and not value.startswith("system"):
+        return None
+    return "must be a name of 1 to 48 letters, digits and underscores from A to Z, and none of the system's"
+
+
+def _replication(value: Any) -> str | None:
+    copies: list[Any] = [value]
+    if isinstance(value, Mapping):
+        copies = list(value.values()) if all(isinstance(name, str) and name for name in value) else []
+    if copies and all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in copies):
+        return None
+    return "must be how many nodes have each row, as 3, or that for each data centre, as {'datacenter1': 3}"
+
+
+def _port(value: Any) -> str | None:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return None if number and 0 < value < 65_536 else "must be a whole number from 1 to 65,535"
+
+
+def _ssl_context(value: Any) -> str | None:
+    return None if isinstance(value, ssl.SSLContext) else "must be an ssl.SSLContext"
+
+
 def _type(value: Any) -> str:
     # Of a value that can be secret, such as a key of a cipher, not even a part is shown.
     return type(value).__name__
@@ -176,6 +215,29 @@ class Config:
     projection_lock: ProjectionLock = field(
         default="database", metadata=_checked(_one_of("database", "lease"), shown=True)
     )
+    persistence: Persistence = field(
+        default="sqlalchemy", metadata=_checked(_one_of("sqlalchemy", "cassandra"), shown=True)
+    )
+    cassandra_contact_points: Sequence[str] = field(default=(), metadata=_checked(_contact_points))
+    cassandra_keyspace: str | None = field(default=None, metadata=_checked(_keyspace))
+    cassandra_replication: int | Mapping[str, int] | None = field(default=None, metadata=_checked(_replication))
+    cassandra_port: int = field(default=9042, metadata=_checked(_port, shown=True))
+    cassandra_local_dc: str | None = field(default=None, metadata=_checked(_optional(_identifier)))
+    cassandra_username: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    cassandra_password: str | None = field(default=None, metadata=_checked(_optional(_name)))
+    cassandra_ssl_context: ssl.SSLContext | None = field(default=None, metadata=_checked(_optional(_ssl_context)))
+    cassandra_consistency: str = field(
+        default="LOCAL_QUORUM", metadata=_checked(_one_of("LOCAL_QUORUM", "QUORUM", "ALL"), shown=True)
+    )
+    cassandra_serial_consistency: str = field(
+        default="LOCAL_SERIAL", metadata=_checked(_one_of("LOCAL_SERIAL", "SERIAL"), shown=True)
+    )
+    cassandra_patience: float = field(default=10.0, metadata=_checked(_seconds, shown=True))
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the events are in a store of their own, and not in a database of SQLAlchemy's."""
+        return self.persistence != "sqlalchemy"
 
     def bind_key_of(self, application_name: str) -> str | None:
         """Return the bind key of the database that has an application's events."""
@@ -204,7 +266,35 @@ class Config:
             values[known[key].name] = dict(value) if isinstance(value, Mapping) else value
             if isinstance(value, list):
                 values[known[key].name] = list(value)
-        return cls(**values)
+        return cls(**_fitting(values))
+
+
+def _fitting(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that fit each other, where the default of one depends on another.
+
+    :raises ConfigurationError: naming one that does not fit.
+    """
+    given = sorted(name for name in values if name.startswith("cassandra_"))
+    if values.get("persistence") != "cassandra":
+        if given and "persistence" not in values:
+            raise ConfigurationError(
+                f"{PREFIX}{given[0].upper()} is set, but the events would be in the database of SQLAlchemy: set "
+                f"{PREFIX}PERSISTENCE to 'cassandra', or to 'sqlalchemy' if that is meant."
+            )
+        return values
+    for name in REQUIRED_BY_CASSANDRA:
+        if name not in values:
+            raise ConfigurationError(
+                f"{PREFIX}PERSISTENCE is 'cassandra', but {PREFIX}{name.upper()} is missing, which has no default."
+            )
+    if (values.get("cassandra_username") is None) != (values.get("cassandra_password") is None):
+        raise ConfigurationError(f"{PREFIX}CASSANDRA_USERNAME and {PREFIX}CASSANDRA_PASSWORD go together: set both.")
+    if values.setdefault("commit", "save") != "save":
+        raise ConfigurationError(
+            f"{PREFIX}COMMIT is {values['commit']!r}, but Cassandra has no transaction that could be committed later: "
+            "an event is stored when save() returns. Remove the setting, or set it to 'save'."
+        )
+    return values
 
 
 _FIELDS = {item.name: item for item in fields(Config)}

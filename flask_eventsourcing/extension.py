@@ -29,8 +29,9 @@ from .projections.upkeep.following import Health
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
+from .web.making import made_again, made_state
 from .web.sessions import check_extension, register_extension, registered_extension
-from .web.setup import RecordClasses, construct_now, constructor_of, make_state, untouched_on_error
+from .web.setup import RecordClasses, construct_now, constructor_of, untouched_on_error
 from .web.state import EXTENSION, Database, current_state, keep, state_of
 
 P = ParamSpec("P")
@@ -136,9 +137,7 @@ class EventSourcing(Generic[First_co, Db_co]):
         application_class, constructor = constructor_of(given)
         constructors = {application_class: constructor}
         with self._records.untouched_on_error():
-            states = [
-                make_state(s.app, s.db, s.config, constructors, self._records, self._registrations) for s in former
-            ]
+            states = [made_again(each, constructors, self._records, self._registrations) for each in former]
             for made in states:
                 construct_now(made)
         for state, made in zip(former, states, strict=True):
@@ -166,8 +165,7 @@ class EventSourcing(Generic[First_co, Db_co]):
             # All is checked before anything is registered.
             models = check_projection(decorated).models
             for state in states:
-                bind_key = state.config.bind_key_of(followed.name)
-                state.host.database.check_models(decorated, models, bind_key)
+                state.check_models(decorated, models, followed)
                 state.projections.check_owner(decorated, followed)
             registration = self._registrations.add(decorated, followed)
             for state in states:
@@ -207,8 +205,8 @@ class EventSourcing(Generic[First_co, Db_co]):
         constructors = self._constructors or {Application: Application}
         with untouched_on_error(app), self._records.untouched_on_error():
             db = self._db or registered_extension(app)
-            made_db = None if db is not None else register_extension(app, self._made_db)
-            state = make_state(app, db or made_db, config, constructors, self._records, self._registrations)
+            made_db = None if db is not None or config.is_apart else register_extension(app, self._made_db)
+            state = made_state(app, db or made_db, config, constructors, self._records, self._registrations)
             construct_now(state)
             uncommitted.install(state)
             app.cli.add_command(group)
@@ -317,7 +315,7 @@ class EventSourcing(Generic[First_co, Db_co]):
         :param status: set it to False for a function that is no view, whose return value has no status.
         :raises ConfigurationError: for a generator function.
         """
-        decorate = partial(in_unit, times=None, status=status)
+        decorate = partial(in_unit, times=None, status=status, noted=self._registrations.transactional)
         return decorate if function is None else decorate(function)
 
     @overload

@@ -172,6 +172,7 @@ class CheckedRepository(Repository[Any]):
         recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
         snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
         aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
+        has_dialect = isinstance(recorder, SQLAlchemyAggregateRecorder)
         if aggregate is not None and type(aggregate) not in _warned:
             _warned.add(type(aggregate))
             logger.warning(
@@ -180,7 +181,7 @@ class CheckedRepository(Repository[Any]):
                 type(aggregate).__qualname__,
                 aggregate_id,
                 snapshots[0].originator_version,
-                recorder.dialect.command("snapshots take --all"),
+                recorder.dialect.command("snapshots take --all") if has_dialect else "take_snapshot()",
                 type(error).__name__,
                 error,
             )
@@ -249,10 +250,12 @@ class CommittedCache(Cache[Any, Any]):
 
     :param inner: the cache that the library made, with its size.
     :param unit: returns the unit of work in which the caller is, or None.
-    :param events_table: the table of the aggregates' events.
+    :param events_table: the table of the aggregates' events, where there are units of work.
     """
 
-    def __init__(self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable) -> None:
+    def __init__(
+        self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable | None
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.cache: dict[Any, Any] = inner.cache
@@ -268,7 +271,7 @@ class CommittedCache(Cache[Any, Any]):
         unit = self._unit()
         if unit is not None and unit.pending.has_events_of(key):
             raise KeyError(key)
-        if unit is not None and unit.queue.active:
+        if unit is not None and self._events_table is not None and unit.queue.active:
             # Before the library takes the aggregate's fast-forward lock: a unit that waited in the queue with that lock
             # would be in the way of the one that is first in it.
             with unit.dialect.translated:

@@ -114,7 +114,7 @@ def recorder_of(application: Application[Any]) -> SQLAlchemyApplicationRecorder:
     :raises ConfigurationError: when it is not one of this package.
     """
     if not isinstance(application.recorder, SQLAlchemyApplicationRecorder):
-        raise ConfigurationError(f"The events of {application.name} are not stored by this package.")
+        raise ConfigurationError(f"The events of {application.name} are not in a database of SQLAlchemy.")
     return application.recorder
 
 
@@ -262,7 +262,7 @@ def erase(
     :raises IntegrityError: when another writer has saved an event of it meanwhile.
     :raises UncommittedEventsError: when the unit of work has events of it that are not committed.
     :raises NotInitializedError: where there is no unit of work.
-    :raises ConfigurationError: when the application's events are not stored by this package.
+    :raises ConfigurationError: when the application's events are not in a database of SQLAlchemy.
     """
     recorder = recorder_of(application)
     unit = _unit(application, recorder, aggregate_id)

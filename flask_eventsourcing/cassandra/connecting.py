@@ -3,50 +3,95 @@
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from cassandra import ConsistencyLevel
-from cassandra.auth import PlainTextAuthProvider
-from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, Session
-from cassandra.policies import DCAwareRoundRobinPolicy, FallthroughRetryPolicy, RoundRobinPolicy, TokenAwarePolicy
-from cassandra.query import BoundStatement, PreparedStatement, SimpleStatement
+from eventsourcing.persistence import OperationalError
 
 from ..exceptions import InheritedDatabaseError
+from ..failures import OnError
+from ..lifecycle import ProcessLock, keep_for_ever
+from .drivers import check_drivers
 from .settings import CassandraSettings
+
+# Two projects bring the package of this name, so that what is imported might be half of each.
+check_drivers()
+
+from cassandra import ConsistencyLevel, UnresolvableContactPoints  # noqa: E402
+from cassandra.auth import PlainTextAuthProvider  # noqa: E402
+from cassandra.cluster import (  # noqa: E402
+    EXEC_PROFILE_DEFAULT,
+    Cluster,
+    ExecutionProfile,
+    NoHostAvailable,
+    Session,
+)
+from cassandra.policies import (  # noqa: E402
+    DCAwareRoundRobinPolicy,
+    FallthroughRetryPolicy,
+    RoundRobinPolicy,
+    TokenAwarePolicy,
+)
+from cassandra.pool import Host  # noqa: E402
+from cassandra.query import BoundStatement, PreparedStatement, SimpleStatement  # noqa: E402
+
+TIMEOUT = 5.0
+"""Seconds for an answer, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    pid: int
+    session: Session
+    prepared: dict[str, PreparedStatement] = field(default_factory=dict)
 
 
 class Connection:
     """Connects to a cluster when it is first needed, in the process that needs it.
 
-    Nothing is sent a second time by itself: who calls knows what can be repeated.
+    Nothing is sent a second time by itself: who calls knows what can be repeated. After :meth:`close` it connects again
+    when it is used. A session that was open when the process was forked is refused in the child, where it would never
+    answer, and left as it is, as it is the parent's.
     """
 
     def __init__(self, settings: CassandraSettings) -> None:
         self.settings = settings
         self.consistency: int = ConsistencyLevel.name_to_value[settings.consistency]
         self.serial_consistency: int = ConsistencyLevel.name_to_value[settings.serial_consistency]
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._session: Session | None = None
-        self._prepared: dict[str, PreparedStatement] = {}
+        self._lock = ProcessLock()
+        self._held: _Held | None = None
 
     @property
     def session(self) -> Session:
         """The session of this process.
 
         :raises InheritedDatabaseError: when another process made it.
+        :raises OperationalError: when no node can be reached.
         """
-        if self._session is None:
+        return self._own().session
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has a session now."""
+        return self._held is not None and self._held.pid == os.getpid()
+
+    def _own(self) -> _Held:
+        held = self._held
+        if held is None:
             with self._lock:
-                if self._session is None:
-                    self._session, self._pid = self._connect(), os.getpid()
-        if self._pid != os.getpid():
+                if self._held is None:
+                    self._held = _Held(os.getpid(), self._connect())
+                held = self._held
+        if held.pid != os.getpid():
+            # Its finalizers would close what belongs to the parent.
+            keep_for_ever(held)
             raise InheritedDatabaseError(
-                "The session with Cassandra was open when this process was forked: it never answers here. "
-                "Close it before the fork."
+                "The session with Cassandra was open when this process was forked, and would never answer here: "
+                "construct the application in the child, or close it before the fork."
             )
-        return self._session
+        return held
 
     def _connect(self) -> Session:
         settings = self.settings
@@ -56,25 +101,39 @@ class Connection:
             retry_policy=FallthroughRetryPolicy(),
             consistency_level=self.consistency,
             serial_consistency_level=self.serial_consistency,
-            request_timeout=5.0,
+            request_timeout=TIMEOUT,
         )
         options: dict[str, Any] = {}
         if settings.username is not None:
             options["auth_provider"] = PlainTextAuthProvider(settings.username, settings.password)
-        cluster = Cluster(
-            settings.contact_points,
-            port=settings.port,
-            execution_profiles={EXEC_PROFILE_DEFAULT: profile},
-            ssl_context=settings.ssl_context,
-            **options,
-        )
-        return cluster.connect()
+        with self._told():
+            cluster = Cluster(
+                settings.contact_points,
+                port=settings.port,
+                execution_profiles={EXEC_PROFILE_DEFAULT: profile},
+                ssl_context=settings.ssl_context,
+                **options,
+            )
+            # Its threads would go on for ever.
+            with OnError(lambda _: cluster.shutdown()):
+                return cluster.connect()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (NoHostAvailable, UnresolvableContactPoints) as error:
+            where = f"{', '.join(self.settings.contact_points)}, port {self.settings.port}"
+            causes = getattr(error, "errors", None) or {}
+            why = "; ".join(dict.fromkeys(str(each) for each in causes.values())) or str(error)
+            raise OperationalError(f"Cassandra cannot be reached at {where}: {why}") from error
 
     def prepare(self, cql: str) -> PreparedStatement:
         """Return the prepared statement of this text."""
-        found = self._prepared.get(cql)
+        held = self._own()
+        found = held.prepared.get(cql)
         if found is None:
-            found = self._prepared[cql] = self.session.prepare(cql)
+            found = held.prepared[cql] = held.session.prepare(cql)
         return found
 
     def execute(
@@ -84,8 +143,12 @@ class Connection:
         consistency: int | None = None,
         serial: int | None = None,
         timeout: float | None = None,
+        host: Host | None = None,
     ) -> Any:
-        """Run a statement, and return the driver's result."""
+        """Run a statement, and return the driver's result.
+
+        :param host: the node to ask, instead of one that the driver chooses.
+        """
         if isinstance(statement, PreparedStatement):
             statement, parameters = statement.bind(parameters or ()), None
         elif isinstance(statement, str):
@@ -94,10 +157,19 @@ class Connection:
             statement.consistency_level = consistency
         if serial is not None and isinstance(statement, BoundStatement | SimpleStatement):
             statement.serial_consistency_level = serial
-        return self.session.execute(statement, parameters, timeout=timeout or 5.0)
+        return self.session.execute(statement, parameters, timeout=timeout or TIMEOUT, host=host)
+
+    def nodes(self) -> list[Host]:
+        """Return the nodes of the cluster, always in one order."""
+        return sorted(self.session.cluster.metadata.all_hosts(), key=lambda each: str(each.endpoint))
 
     def close(self) -> None:
-        """Close the session, if this process made one."""
-        session, self._session, self._prepared = self._session, None, {}
-        if session is not None and self._pid == os.getpid():
-            session.cluster.shutdown()
+        """Close the session, if this process made one; it may be called again."""
+        with self._lock:
+            held, self._held = self._held, None
+            if held is None:
+                return
+            if held.pid == os.getpid():
+                held.session.cluster.shutdown()
+            else:
+                keep_for_ever(held)

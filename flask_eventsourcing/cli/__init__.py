@@ -14,7 +14,7 @@ import click
 from flask.cli import with_appcontext
 
 from ..commands import Bar, CommandError, Output, Subject, UsageError, aggregates, checkpoints, letters, reports, work
-from ..web.state import current_state
+from ..web.state import PROGRAM, current_state
 
 P = ParamSpec("P")
 
@@ -74,11 +74,13 @@ def subject() -> Subject:
     state = current_state()
     return Subject(
         commit_mode=state.config.commit,
-        datastore=state.datastore,
+        datastore=state.datastore if state.apart is None else None,
         application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],
         applications=lambda: {cls.name: application for cls, application in state.applications.items()},
         projections=state.projections,
         elsewhere=state.elsewhere(),
+        store=None if state.apart is None else state.apart.store,
+        program=PROGRAM,
     )
 
 

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from eventsourcing.application import Application
 from eventsourcing.persistence import PersistenceError
 
+from ..applications.apart import EventStore
 from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
 from ..persistence.dialects import Dialect, dialect_for, hide_values, is_outage, without_values
@@ -28,17 +29,22 @@ class Subject:
     """What commands work on.
 
     :param commit_mode: who commits, as ``check`` tells it.
+    :param datastore: the database of the events, or None where they are apart, and there are no projections.
     :param application_tables: the tables of applications, each with the application's name.
     :param applications: returns the applications of this process by their names; may construct them.
     :param elsewhere: the tables that are in another database than the datastore's, with that.
+    :param store: where the events are, when they are apart.
+    :param program: how the commands are called, where no datastore tells it.
     """
 
     commit_mode: str
-    datastore: Datastore
+    datastore: Datastore | None
     application_tables: Sequence[tuple[str, sa.Table]]
     applications: Callable[[], Mapping[str, Application[Any]]]
     projections: BoundProjections
     elsewhere: Mapping[sa.Table, sa.Engine] = field(default_factory=dict)
+    store: EventStore | None = None
+    program: str = ""
 
     @classmethod
     def of_plain_host(cls, projections: PlainProjections) -> Subject:
@@ -55,20 +61,31 @@ class Subject:
 
     def command(self, words: str) -> str:
         """Return how messages name a command."""
-        return self.datastore.dialect.command(words)
+        return f"{self.program} {words}" if self.datastore is None else self.datastore.dialect.command(words)
+
+    @property
+    def database(self) -> Datastore:
+        """The database of the events.
+
+        :raises CommandError: where there is none.
+        """
+        if self.datastore is None:
+            raise CommandError("The events are not in a database of SQLAlchemy, which this command needs.")
+        return self.datastore
 
     def engine_of(self, table: sa.Table) -> sa.Engine:
         """Return the database that has a table."""
-        return self.elsewhere.get(table, self.datastore.engine)
+        return self.elsewhere.get(table, self.database.engine)
 
     def dialect_of(self, engine: sa.Engine) -> Dialect:
         """Return how a database is looked at."""
-        store = self.datastore
+        store = self.database
         return store.dialect if engine is store.engine else dialect_for(engine, store.options)
 
     def engines(self) -> list[sa.Engine]:
         """Return the databases, that of the first application first."""
-        return list(dict.fromkeys([self.datastore.engine, *self.elsewhere.values()]))
+        own = [] if self.datastore is None else [self.datastore.engine]
+        return list(dict.fromkeys([*own, *self.elsewhere.values()]))
 
     def tables(self) -> list[tuple[str, sa.Table]]:
         """Return the tables of applications, then those that projections need, each with whom it belongs to."""

@@ -199,8 +199,8 @@ def as_id(owner: Application[Any], text: str) -> UUID | str:
 
 def _ids(owner: Application[Any], purpose: str) -> Iterator[Any]:
     """Return the ids of the aggregates that have events, or snapshots, in pages."""
-    recorder = recorder_of(owner)
     with _clear_errors():
+        recorder = recorder_of(owner)
         tables = recorder.datastore.tables(owner.name)
     table = (tables or {"events": recorder.events_table.table})[purpose]
     column = table.c.originator_id

@@ -47,6 +47,7 @@ WORTH_A_BAR = 1000
 
 def init_db(subject: Subject, output: Output) -> int:
     """Create the missing tables of applications, projections and their models; others may do the same meanwhile."""
+    apart = _create_apart(subject)
     left = missing = missing_tables(subject)
     stuck = 0
     while left:
@@ -62,11 +63,18 @@ def init_db(subject: Subject, output: Output) -> int:
                 raise
             time.sleep(PAUSE)
             left = found
-    for table in missing:
-        output.write(f"Created table {table.fullname}.")
-    if not missing:
+    for name in (*apart, *(table.fullname for table in missing)):
+        output.write(f"Created table {name}.")
+    if not missing and not apart:
         output.write("All tables are there.")
     return 0
+
+
+def _create_apart(subject: Subject) -> Sequence[str]:
+    if subject.store is None:
+        return ()
+    with clear_errors():
+        return subject.store.create_tables()
 
 
 def _create(subject: Subject, missing: Sequence[sa.Table]) -> None:
@@ -103,7 +111,11 @@ def _check_databases(subject: Subject, output: Output) -> list[str]:
     for engine in subject.engines():
         address = engine.url.render_as_string(hide_password=True)
         output.write(f"Database: {address} ({engine.dialect.name}, {engine.driver})")
+    if subject.store is not None:
+        output.write(subject.store.address())
     output.write(f"Commit mode: {subject.commit_mode}")
+    if subject.store is not None:
+        _tell(output, (Finding(text, is_fault=fault) for text, fault in subject.store.look()), faults)
     for engine in subject.engines():
         dialect = subject.dialect_of(engine)
         with engine.connect() as connection:

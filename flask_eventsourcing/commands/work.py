@@ -168,7 +168,7 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
     while signals.received is None:
         try:
             with clear_errors():
-                subject.datastore.engine.connect().close()
+                subject.database.engine.connect().close()
                 require_tables(subject)
                 for consumer in consumers:
                     consumer.checkpoint.resume()

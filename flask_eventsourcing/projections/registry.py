@@ -36,9 +36,11 @@ class Registration:
 
 @dataclass
 class Registrations:
-    """The projections that one extension object knows, in the order of their registration."""
+    """The projections that one extension object knows, in the order of their registration, and the functions."""
 
     entries: list[Registration] = field(default_factory=list)
+    transactional: list[str] = field(default_factory=list)
+    """The functions that are to run in a unit of work, by their names."""
 
     def add(self, projection_class: Any, of: type[Application[Any]]) -> Registration:
         """Add a projection.

@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,6 +17,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
+from ..applications.apart import ApartHost, await_again, run_again
 from ..exceptions import ConfigurationError
 from ..uow import Run, UnitOfWork
 from ..uow.running import LONGEST_PAUSE, as_conflict
@@ -36,11 +37,14 @@ class _FailureReturned(Exception):  # noqa: N818
         self.returned = returned
 
 
-def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) -> Callable[..., Any]:
+def in_unit(
+    function: Callable[..., Any], *, times: int | None, status: bool, noted: list[str] | None = None
+) -> Callable[..., Any]:
     """Return a function that runs another one in a unit of work of the current app.
 
     :param times: how often it is run again after a conflict at most, or None if it never is.
     :param status: whether a return value with a status of 400 or more, as Flask reads it, rolls back.
+    :param noted: takes the name of the function.
     :raises ConfigurationError: for a generator, which would run when the unit has ended.
     """
     name = getattr(function, "__qualname__", repr(function))
@@ -50,6 +54,8 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
             f"{name} is a generator function, which runs when its unit of work has ended: decorate the function that "
             "goes through the generator, or use 'with es.transaction():' in it."
         )
+    if noted is not None:
+        noted.append(name)
     is_async = any(inspect.iscoroutinefunction(each) for each in called)
     return (_awaited if is_async else _called)(function, name, times, status=status)
 
@@ -57,6 +63,8 @@ def in_unit(function: Callable[..., Any], *, times: int | None, status: bool) ->
 def _awaited(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
+        if (apart := current_state().apart) is not None:
+            return await await_again(partial(function, *args, **kwargs), _times(apart, times), asyncio.sleep)
         host = current_state().current_host
         judge = _judge(host, name, status=status)
 
@@ -75,6 +83,8 @@ def _awaited(function: Callable[..., Any], name: str, times: int | None, *, stat
 def _called(function: Callable[..., Any], name: str, times: int | None, *, status: bool) -> Callable[..., Any]:
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
+        if (apart := current_state().apart) is not None:
+            return _of_function(run_again(partial(function, *args, **kwargs), _times(apart, times)), name)
         host = current_state().current_host
         judge = _judge(host, name, status=status)
 
@@ -92,6 +102,12 @@ def _called(function: Callable[..., Any], name: str, times: int | None, *, statu
     return called
 
 
+def _times(apart: ApartHost, times: int | None) -> int:
+    if times is None:
+        apart.refuse("@es.transactional")
+    return times
+
+
 def _unit(host: FlaskHost) -> UnitOfWork:
     return host.unit_of(host.database.session())
 
@@ -102,12 +118,7 @@ def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
     looks = status and has_request_context() and not _unit(host).shared.depth
 
     def judge(returned: Any) -> Any:
-        if inspect.iscoroutine(returned):
-            returned.close()
-            raise ConfigurationError(
-                f"{name} returned a coroutine, which would run when its unit of work has ended: decorate the "
-                "'async def' function itself, below other decorators."
-            )
+        _of_function(returned, name)
         code = status_of(returned) if looks else None
         if code is not None and code >= FAILURE:
             rolled_back(current_state(), name, code)
@@ -115,6 +126,17 @@ def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
         return returned
 
     return judge
+
+
+def _of_function(returned: Any, name: str) -> Any:
+    """Return what a function has returned, unless that is to be awaited."""
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise ConfigurationError(
+            f"{name} returned a coroutine, which would run when its unit of work has ended: decorate the "
+            "'async def' function itself, below other decorators."
+        )
+    return returned
 
 
 def status_of(returned: Any) -> int | None:

@@ -15,6 +15,7 @@ from sqlalchemy import orm
 from werkzeug.local import LocalProxy
 
 from ..applications import environment
+from ..applications.apart import ApartHost
 from ..applications.known_sites import add_kind
 from ..config import Config
 from ..exceptions import ConfigurationError, NotInitializedError
@@ -61,6 +62,9 @@ class EventSourcingState:
     :param projections: its projections.
     """
 
+    apart: ApartHost | None = None
+    """The host of applications whose events are apart from the app's sessions; there are no others then."""
+
     def __init__(
         self,
         hosts: Mapping[type[Application[Any]], FlaskHost],
@@ -74,6 +78,16 @@ class EventSourcingState:
         self.models: Mapping[str, Models] = models
         self.slots: Slots = slots
         self.projections: BoundProjections = projections
+
+    def check_models(
+        self, projection_class: Any, models: Sequence[Any], application_class: type[Application[Any]]
+    ) -> None:
+        """Check that the tables of a projection's models are in the database of the events that it follows.
+
+        :raises ConfigurationError: when one is not.
+        """
+        bind_key = self.config.bind_key_of(application_class.name)
+        self.host.database.check_models(projection_class, models, bind_key)
 
     def take(self, other: EventSourcingState) -> None:
         """Become what another state of the same app is."""

@@ -95,6 +95,9 @@ def install(state: EventSourcingState) -> None:
 
     :raises AssertionError: from Flask, when the app has handled a request already; nothing was installed then.
     """
+    if state.apart is not None:
+        # Nothing is ever uncommitted.
+        return
     app = state.app
     app.teardown_appcontext(partial(_check_end, app))
     functions = app.teardown_appcontext_funcs
@@ -105,6 +108,8 @@ def install(state: EventSourcingState) -> None:
 
 def connect(state: EventSourcingState) -> None:
     """Begin to look: what cannot fail, and cannot be taken back."""
+    if state.apart is not None:
+        return
     app = state.app
     request_started.connect(_begin_request, app)
     request_started.connect(_begin_answer, app)

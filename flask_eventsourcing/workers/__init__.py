@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import orm
 
+from ..applications.apart import ApartHost
 from ..applications.known_sites import SiteState, current_site, find_current_site, site_of, working_for
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
 from ..failures import Logged
@@ -118,10 +119,12 @@ def after_commit(send: Callable[[], object], description: str) -> None:
 
     :raises NotInitializedError: outside an application context.
     """
-    unit = current_site().host.unit()
-    if unit is None:
+    host = current_site().host
+    unit = host.unit()
+    if unit is None and not isinstance(host, ApartHost):
         raise NotInitializedError
-    if unit.awaits_commit:
+    # Where events are apart, what was saved so far is stored.
+    if unit is not None and unit.awaits_commit:
         # What is in force now, as the commit may come when the event is handled no more that it belongs to.
         with_metadata = set_metadata_in_context(carried())(send)
         unit.on_commit(Sending(description, with_metadata))

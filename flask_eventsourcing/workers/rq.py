@@ -101,7 +101,8 @@ class EventSourcingWorkerMixin:
         try:
             with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run) as session:
                 result = perform()
-                if isinstance(result, Retry):
+                # There is none where events are apart from sessions.
+                if isinstance(result, Retry) and session is not None:
                     roll_back(session)
                 return result
         except IntegrityError:

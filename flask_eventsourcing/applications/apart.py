@@ -1,0 +1,217 @@
+"""Applications whose events are apart from the host's sessions, in a store where each save is stored when it returns.
+
+There is no unit of work: nothing waits for a commit, and nothing that was saved can be rolled back. So a function is
+run again after a conflict only if it has saved nothing before.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from eventsourcing.application import Application, ProcessingEvent
+from eventsourcing.persistence import IntegrityError
+
+from .._patches import application_method, repository_cache
+from ..exceptions import ConfigurationError
+from ..uow import Run
+from . import CommittedCache, install_repository
+from .stale import Records, refuse_stale_aggregates
+
+A = TypeVar("A", bound=Application[Any])
+R = TypeVar("R")
+
+LONGEST_PAUSE = 0.5
+"""Seconds between two tries, at most."""
+
+
+class EventStore(Protocol):
+    """Where applications have their events, when that is not the database of the host's sessions."""
+
+    title: str
+
+    def environment(self, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
+        """Return the environment with which an application uses the store."""
+
+    def create_tables(self) -> list[str]:
+        """Make the tables where they are missing, and return the names of these."""
+
+    def look(self) -> Iterable[tuple[str, bool]]:
+        """Tell how the servers and the tables are: lines, and which of them are faults."""
+
+    def address(self) -> str:
+        """Return where it is, for people."""
+
+    def close(self) -> None:
+        """Close the connections of this process; they are opened again when they are used."""
+
+
+class _Try:
+    """One try of a function, in this thread or task and in what it calls."""
+
+    def __init__(self, outer: _Try | None) -> None:
+        self.has_saved = False
+        self._outer = outer
+
+    def note(self) -> None:
+        """Note that something was saved, or may have been."""
+        self.has_saved = True
+        if self._outer is not None:
+            self._outer.note()
+
+
+_current: ContextVar[_Try | None] = ContextVar("flask_eventsourcing.try", default=None)
+
+
+@contextmanager
+def _trying() -> Iterator[_Try]:
+    made = _Try(_current.get())
+    token = _current.set(made)
+    try:
+        yield made
+    finally:
+        _current.reset(token)
+
+
+def run_again(function: Callable[[], R], times: int) -> R:
+    """Call a function, and again after a conflict, *times* times at most, while it has saved nothing.
+
+    :raises IntegrityError: for the last conflict, or the first one after something was saved in that try.
+    """
+    for tries in range(times):
+        with _trying() as attempt:
+            try:
+                return function()
+            except IntegrityError:
+                if attempt.has_saved:
+                    raise
+        time.sleep(pause(tries))
+    return function()
+
+
+async def await_again(
+    function: Callable[[], Awaitable[R]], times: int, sleep: Callable[[float], Awaitable[object]]
+) -> R:
+    """Do what :func:`run_again` does with a function whose result is awaited.
+
+    :param sleep: lets others run for so many seconds.
+    """
+    for tries in range(times):
+        with _trying() as attempt:
+            try:
+                return await function()
+            except IntegrityError:
+                if attempt.has_saved:
+                    raise
+        await sleep(pause(tries))
+    return await function()
+
+
+def pause(tries: int) -> float:
+    """Return the seconds to wait before the next try."""
+    return random.uniform(0, min(LONGEST_PAUSE, 0.01 * 2.0**tries))  # noqa: S311
+
+
+class RecordsApart(Records):
+    """What is called as ``Application._record()`` of an application that is apart.
+
+    :param recorded: called with what was recorded.
+    """
+
+    def __init__(self, application: Application[Any], recorded: Callable[[Any], object]) -> None:
+        super().__init__(application)
+        self._recorded = recorded
+
+    def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
+        """Record, note that something is stored now, and tell of it."""
+        is_empty = not processing_event.events and processing_event.tracking is None
+        attempt = _current.get()
+        try:
+            recordings = super().__call__(processing_event)
+        except IntegrityError:
+            # Of nothing else it is known that nothing was stored.
+            raise
+        except BaseException:
+            if attempt is not None and not is_empty:
+                attempt.note()
+            raise
+        if attempt is not None and not is_empty:
+            attempt.note()
+        if recordings:
+            self._recorded(recordings)
+        return recordings
+
+
+def construct_apart(
+    constructor: Callable[..., A],
+    name: str,
+    store: EventStore,
+    env: Mapping[str, str],
+    recorded: Callable[[str, Any], object],
+) -> A:
+    """Construct an application whose recorders use a store.
+
+    :param name: of the application.
+    :param recorded: called with the application's name and what it has recorded, when that is stored.
+    """
+    application = constructor(env=store.environment(env, name))
+    install_repository(application)
+    cache = application.repository.cache
+    if cache is not None:
+        # The library would put the very object into it, which the caller may go on changing.
+        repository_cache(application.repository, CommittedCache(cache, lambda: None, None))
+    application_method(application, "_record", RecordsApart(application, partial(recorded, application.name)))
+    refuse_stale_aggregates(application)
+    return application
+
+
+class ApartHost:
+    """The host of applications that are apart, as far as task queues and decorated functions ask one.
+
+    :param store: where they have their events.
+    :param context: what is around a piece of work, made at each call.
+    """
+
+    def __init__(self, store: EventStore, context: Callable[[], AbstractContextManager[object]]) -> None:
+        self.store = store
+        self.context = context
+
+    def unit(self) -> None:
+        """There is none to join: recorders commit on their own."""
+
+    @contextmanager
+    def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[Any]:
+        """What is around a task that did not ask for it; tells whether it has saved something.
+
+        :raises ConfigurationError: for whoever asks for a transaction.
+        """
+        if run is None or not run.lenient:
+            self.refuse("A transaction")
+        with _trying() as attempt:
+            try:
+                yield None
+            finally:
+                run.has_committed = run.has_committed or attempt.has_saved
+
+    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+        """Call a function, and again after a conflict, *times* times at most, while it has saved nothing."""
+        return run_again(function, times)
+
+    def using_session(self, session: object) -> NoReturn:
+        """Refuse it: no session has the events."""
+        self.refuse("A session of your own")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Say why something cannot be done.
+
+        :raises ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            f"{what} cannot hold events that are in {self.store.title}: each save() is stored when it returns, and "
+            "cannot be rolled back. Save all that belongs together in one save(), which is atomic."
+        )

@@ -1,0 +1,59 @@
+"""Which driver of Cassandra there is: two projects bring one package of the same name, one over the other."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ..exceptions import ConfigurationError
+
+DRIVERS = {"cassandra-driver": "Flask-EventSourcing[cassandra]", "scylla-driver": "Flask-EventSourcing[scylla]"}
+"""The projects that bring the package ``cassandra``, each with what installs it."""
+LAST_WITH_GEVENT = (3, 30)
+
+
+def installed() -> dict[str, str]:
+    """Return the version of each of the projects that is installed."""
+    found = {}
+    for name in DRIVERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_drivers() -> None:
+    """Check that there is one driver, and that it works in this process.
+
+    :raises ConfigurationError: where there is none or both, or gevent is in use and the driver does not work with it.
+    """
+    found = installed()
+    if not found:
+        raise ConfigurationError(
+            "The driver of Cassandra is missing: run pip install 'Flask-EventSourcing[cassandra]', or [scylla]."
+        )
+    if len(found) > 1:
+        raise ConfigurationError(
+            "cassandra-driver and scylla-driver are both installed, and each has overwritten files of the other: "
+            "uninstall both, and install one of them again."
+        )
+    ((name, text),) = found.items()
+    if not _uses_gevent():
+        return
+    if name != "cassandra-driver" or _numbers(text) > LAST_WITH_GEVENT:
+        raise ConfigurationError(
+            f"{name} {text} does not connect where gevent has patched the sockets: use cassandra-driver below 3.31, "
+            "the last one with a reactor for gevent, or another kind of worker."
+        )
+
+
+def _uses_gevent() -> bool:
+    # Who has patched anything has imported this.
+    monkey: Any = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("socket"))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

@@ -1,0 +1,110 @@
+"""Cassandra as a place where a host's applications keep their events: what is asked for from outside of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..config import Config
+from ..lifecycle import PerProcess
+from ..metadata import Collector
+from .connecting import Connection
+from .drivers import check_drivers
+from .infrastructure import Factory, Lent, lend
+from .inspecting import Line, Schema, readable_errors
+from .schema import IdType
+from .settings import CassandraSettings
+
+MODULE = __name__.rpartition(".")[0]
+
+
+class HostedCassandra:
+    """Where the applications of one host have their events.
+
+    :param settings: how the cluster is reached.
+    :param collector: collects the metadata of a save, or None where none are stored.
+    :param id_types: the type of the aggregates' ids by the name of the application.
+    """
+
+    title = "Cassandra"
+
+    def __init__(
+        self, settings: CassandraSettings, collector: Collector | None, id_types: Mapping[str, IdType]
+    ) -> None:
+        self.settings = settings
+        self.id_types = dict(id_types)
+        self._lent = PerProcess(lambda: _Lent(Lent(Connection(settings), collector)))
+
+    @property
+    def connection(self) -> Connection:
+        """The connection of this process, which opens a session when it is first used."""
+        return self._lent.get().lent.connection
+
+    def environment(self, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
+        """Return the environment with which an application uses this store.
+
+        :param env: what the user has configured.
+        :param application_name: of the one application that it is for.
+        """
+        ours = {Factory.PERSISTENCE_MODULE: MODULE, Factory.LENT: self._lent.get().token}
+        if application_name is not None:
+            ours[Factory.ORIGINATOR_ID_TYPE] = self.id_types[application_name]
+            # A variable with the application's name in front, set in the process's environment, would win otherwise.
+            ours |= {f"{application_name.upper()}_{key}": value for key, value in ours.items()}
+        return {**env, **ours}
+
+    def create_tables(self) -> list[str]:
+        """Make the keyspace and the tables where they are missing, and return the names of these tables."""
+        with readable_errors():
+            return self._schema().create()
+
+    def look(self) -> Iterator[Line]:
+        """Tell how the nodes, the keyspace and the tables are: lines, and which of them are faults."""
+        with readable_errors():
+            yield from self._schema().look()
+
+    def address(self) -> str:
+        """Return where it is, for people."""
+        settings = self.settings
+        return f"{self.title}: {', '.join(settings.contact_points)}, port {settings.port}, keyspace {settings.keyspace}"
+
+    def close(self) -> None:
+        """Close the session of this process; it is opened again when it is used."""
+        self.connection.close()
+
+    def _schema(self) -> Schema:
+        return Schema(self.connection, {name.lower(): each for name, each in self.id_types.items()})
+
+
+class _Lent:
+    """What is lent to the factories of one process, and the token by which they find it."""
+
+    def __init__(self, lent: Lent) -> None:
+        self.lent = lent
+        self.token = lend(lent)
+
+
+def make_store(config: Config, collector: Collector | None, id_types: Mapping[str, IdType]) -> HostedCassandra:
+    """Make the store that a host's settings describe; no connection is opened.
+
+    :raises ConfigurationError: where the driver does not work in this process.
+    """
+    # Again, as gevent may have patched the sockets since the driver was imported.
+    check_drivers()
+    return HostedCassandra(settings_of(config), collector, id_types)
+
+
+def settings_of(config: Config) -> CassandraSettings:
+    """Return the settings of the cluster among those of a host."""
+    return CassandraSettings(
+        contact_points=tuple(config.cassandra_contact_points),
+        keyspace=config.cassandra_keyspace or "",
+        replication=config.cassandra_replication,
+        port=config.cassandra_port,
+        local_dc=config.cassandra_local_dc,
+        username=config.cassandra_username,
+        password=config.cassandra_password,
+        ssl_context=config.cassandra_ssl_context,
+        consistency=config.cassandra_consistency,
+        serial_consistency=config.cassandra_serial_consistency,
+        patience=config.cassandra_patience,
+    )

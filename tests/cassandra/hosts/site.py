@@ -1,0 +1,78 @@
+"""The bank of the issue: a Flask app whose events are in Cassandra, and no database beside it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from uuid import UUID
+
+from eventsourcing.application import Application
+from eventsourcing.domain import Aggregate, event
+from flask import Flask, request
+
+from flask_eventsourcing import EventSourcing
+
+
+class Account(Aggregate):
+    """An account."""
+
+    @event("Opened")
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.balance = 0
+
+    @event("Deposited")
+    def deposit(self, amount: int) -> None:
+        """Put money in."""
+        self.balance += amount
+
+
+class Bank(Application[UUID]):
+    """Keeps accounts."""
+
+    def open_account(self, owner: str) -> Account:
+        """Open an account."""
+        account = Account(owner)
+        self.save(account)
+        return account
+
+    def deposit(self, account_id: UUID, amount: int) -> None:
+        """Put money into one."""
+        account: Account = self.repository.get(account_id)
+        account.deposit(amount)
+        self.save(account)
+
+
+def settings(server: str, keyspace: str, **others: Any) -> dict[str, Any]:
+    """Return the settings with which an app finds a node."""
+    host, _, port = server.partition(":")
+    return {
+        "EVENTSOURCING_PERSISTENCE": "cassandra",
+        "EVENTSOURCING_CASSANDRA_CONTACT_POINTS": [host],
+        "EVENTSOURCING_CASSANDRA_PORT": int(port),
+        "EVENTSOURCING_CASSANDRA_KEYSPACE": keyspace,
+        "EVENTSOURCING_CASSANDRA_REPLICATION": 1,
+        # A machine under load may take longer than that of a user.
+        "EVENTSOURCING_CASSANDRA_PATIENCE": 60,
+    } | {f"EVENTSOURCING_{name}": value for name, value in others.items()}
+
+
+es = EventSourcing(application=Bank)
+
+
+def create_app() -> Flask:
+    """Make the app that a web server serves, for the node that the environment names."""
+    app = Flask(__name__)
+    app.config.update(settings(os.environ["NODE"], os.environ["KEYSPACE"]))
+    es.init_app(app)
+
+    @app.post("/accounts")
+    def open_account() -> tuple[dict[str, Any], int]:
+        account = es.application.open_account(request.form["owner"])
+        return {"id": str(account.id), "pid": os.getpid(), "application": id(es.application)}, 201
+
+    @app.get("/")
+    def index() -> dict[str, Any]:
+        return {"pid": os.getpid()}
+
+    return app
