@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.cassandra_nodes import Node, cassandra_cluster, session_on
+from tests.cassandra_nodes import Node
 from tests.length import IS_LONG
-from tests.servers import ServerFolder
 
 if TYPE_CHECKING:
     from tests.cassandra.tortured import Plan
@@ -33,13 +31,6 @@ LONGEST = 4
 PROCESSES = 4
 DOWN, BETWEEN = 3.0, 4.0
 """Seconds for which a node is down, and for which all are up behind."""
-
-
-@pytest.fixture(scope="module")
-def cluster(server_folder: ServerFolder) -> Iterator[list[Node]]:
-    """Three nodes."""
-    with cassandra_cluster(server_folder) as nodes:
-        yield nodes
 
 
 @dataclass
@@ -155,26 +146,14 @@ class Reading:
 
 def prepare(nodes: list[Node], folder: Path) -> Plan:
     """Make the tables of a new application, and wait until each node has them."""
-    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.inspecting import Schema
     from tests.cassandra.tortured import Plan
 
     plan = Plan([node.address for node in nodes], nodes[0].port, f"t{uuid4().hex}", "bank", "", "", 0)
     connection = replace(plan, contact_points=[nodes[0].address]).connection()
-    schema.create(connection, plan.prefix)
+    Schema(connection, {plan.prefix: "uuid"}).create()
     connection.close()
-    for node in nodes:
-        wait_for_tables(node, plan.keyspace)
     return plan
-
-
-def wait_for_tables(node: Node, keyspace: str) -> None:
-    """Wait until a node has the tables."""
-    cql = "SELECT table_name FROM system_schema.tables WHERE keyspace_name = %s"
-    end = time.monotonic() + 60
-    with session_on(node.url) as session:
-        while len(list(session.execute(cql, (keyspace,)))) < 5:
-            assert time.monotonic() < end, "a node does not get the tables"
-            time.sleep(0.2)
 
 
 def check(torture: Torture) -> dict[str, Any]:
