@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,21 +69,31 @@ class Torture:
         from tests.cassandra.tortured import STEPS
 
         began = time.monotonic()
-        timer = threading.Timer(LONGEST * seconds, self._stop.touch)
-        timer.start()
-        steady = [self._start("") for _ in range(PROCESSES - 1)]
-        for step in itertools.cycle(STEPS):
-            enough = set(STEPS) <= set(self.killed) and self.nodes_killed
-            if self._stop.exists() or (enough and time.monotonic() - began > seconds):
-                break
-            victim = self._start(step)
-            if victim.wait() == -9:
-                self.killed[step] += 1
-        timer.cancel()
+        steps = itertools.cycle(STEPS)
+        steady = self._start("")
+        victims = [threading.Thread(target=self._run_victims, args=(steps,)) for _ in range(PROCESSES - 1)]
+        for thread in victims:
+            thread.start()
+        left = seconds
+        while left > 0 and not self.over.wait(0.2):
+            passed = time.monotonic() - began
+            left = LONGEST * seconds - passed
+            if set(STEPS) <= set(self.killed) and self.nodes_killed:
+                left = seconds - passed
         self._stop.touch()
-        for process in steady:
-            if process.wait() != 0:
-                self.failures.append(f"a process ended with {process.returncode}")
+        for thread in victims:
+            thread.join()
+        if steady.wait() != 0:
+            self.failures.append(f"a process ended with {steady.returncode}")
+
+    def _run_victims(self, steps: Iterator[str]) -> None:
+        while not self._stop.exists():
+            step = next(steps)
+            ended = self._start(step).wait()
+            if ended == -signal.SIGKILL:
+                self.killed[step] += 1
+            elif ended != 0:
+                self.failures.append(f"a process ended with {ended}")
 
     @property
     def _stop(self) -> Path:
@@ -223,3 +235,5 @@ def torture_for(seconds: float, nodes: list[Node], folder: Path) -> None:
     figures = check(torture)
     logger.info("%s", figures)
     assert figures["done"] > 0
+    assert torture.nodes_killed
+    assert torture.killed

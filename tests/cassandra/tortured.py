@@ -123,7 +123,8 @@ class KillingStore(CassandraStore):
 class OftenMoving(Writer):
     """A writer that moves the horizon often."""
 
-    horizon_rows = 60
+    horizon_rows = 40
+    fresh_rows = 8
 
 
 class Journal:
