@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flask_eventsourcing.cassandra.schema import IdType
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(server_folder: ServerFolder) -> Iterator[list[Node]]:
     """Three nodes."""
     with cassandra_cluster(server_folder) as nodes:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from flask_eventsourcing.cassandra import Connection, Factory
 
 
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
+
 class Dog(Aggregate):
     """A dog."""
 

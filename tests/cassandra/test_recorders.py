@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from flask_eventsourcing.cassandra.recording import Log
 
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
 NewLog = Callable[..., "Log"]
 
 

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
 SECONDS = 60 if IS_LONG else 20
-LONGEST = 4
+LONGEST = 3
 """How many times as long it may take until writers were killed at each step, and a node was."""
 PROCESSES = 4
 DOWN, BETWEEN = 3.0, 4.0
