@@ -72,9 +72,9 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 150 modules."""
+    """The package has at most 160 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 150
+    assert len(MODULES) <= 160
 
 
 def test_no_two_modules_have_one_name() -> None:
