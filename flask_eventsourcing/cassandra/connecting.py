@@ -30,6 +30,7 @@ from cassandra.cluster import (  # noqa: E402
 )
 from cassandra.policies import (  # noqa: E402
     DCAwareRoundRobinPolicy,
+    ExponentialReconnectionPolicy,
     FallthroughRetryPolicy,
     RoundRobinPolicy,
     TokenAwarePolicy,
@@ -39,6 +40,8 @@ from cassandra.query import BoundStatement, PreparedStatement, SimpleStatement  
 
 TIMEOUT = 5.0
 """Seconds for an answer, unless told otherwise."""
+RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
+"""Seconds between tries to reach a node that is down; by default they grow to minutes."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Connection:
                 protocol_version=ProtocolVersion.V5,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 ssl_context=settings.ssl_context,
+                reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT),
                 **options,
             )
             # Its threads would go on for ever.

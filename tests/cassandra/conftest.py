@@ -8,21 +8,37 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cassandra_nodes import keyspace_on
+from tests.cassandra_nodes import Node, cassandra_cluster, keyspace_on, require_cassandra
+from tests.length import IS_LONG
+from tests.servers import ServerFolder
 
 if TYPE_CHECKING:
     from flask_eventsourcing.cassandra import Connection
     from flask_eventsourcing.cassandra.recording import Log
+    from flask_eventsourcing.cassandra.schema import IdType
 
 
 @pytest.fixture(scope="module")
-def connection(cassandra_server: str) -> Iterator[Connection]:
-    """A connection with the run's node, in a keyspace of its own."""
+def cluster(server_folder: ServerFolder) -> Iterator[list[Node]]:
+    """Three nodes."""
+    with cassandra_cluster(server_folder) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module", params=["node", *(["cluster"] if IS_LONG else [])])
+def connection(request: pytest.FixtureRequest) -> Iterator[Connection]:
+    """A connection in a keyspace of its own: with the run's node, and in a long run with three nodes too."""
+    if request.param == "node":
+        urls, copies = [request.getfixturevalue("cassandra_server")], 1
+    else:
+        urls, copies = [node.url for node in request.getfixturevalue("cluster")], 3
+    require_cassandra()
     from flask_eventsourcing.cassandra import CassandraSettings, Connection
 
-    address, _, port = cassandra_server.partition(":")
-    with keyspace_on(cassandra_server) as keyspace:
-        made = Connection(CassandraSettings((address,), keyspace, 1, port=int(port)))
+    addresses = [url.partition(":")[0] for url in urls]
+    port = urls[0].partition(":")[2]
+    with keyspace_on(urls[0]) as keyspace:
+        made = Connection(CassandraSettings(tuple(addresses), keyspace, copies, port=int(port)))
         yield made
         made.close()
 
@@ -30,12 +46,12 @@ def connection(cassandra_server: str) -> Iterator[Connection]:
 @pytest.fixture
 def new_log(connection: Connection) -> Callable[..., Log]:
     """Makes the log of another application."""
-    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.inspecting import Schema
     from flask_eventsourcing.cassandra.recording import Log
 
-    def make(id_type: schema.IdType = "uuid") -> Log:
+    def make(id_type: IdType = "uuid") -> Log:
         name = f"App{next(NUMBERS)}"
-        schema.create(connection, name.lower(), id_type=id_type)
+        Schema(connection, {name.lower(): id_type}).create()
         return Log(connection, name, id_type=id_type)
 
     return make
@@ -44,10 +60,10 @@ def new_log(connection: Connection) -> Callable[..., Log]:
 @pytest.fixture(scope="module")
 def shared_log(connection: Connection) -> Log:
     """The log of an application that several tests use."""
-    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.inspecting import Schema
     from flask_eventsourcing.cassandra.recording import Log
 
-    schema.create(connection, "shared")
+    Schema(connection, {"shared": "uuid"}).create()
     return Log(connection, "Shared")
 
 

@@ -46,7 +46,7 @@ def env(connection: Connection) -> dict[str, str]:
         "CASSANDRA_CONTACT_POINTS": ", ".join(settings.contact_points),
         "CASSANDRA_PORT": str(settings.port),
         "CASSANDRA_KEYSPACE": settings.keyspace,
-        "CASSANDRA_REPLICATION": "1",
+        "CASSANDRA_REPLICATION": str(settings.replication),
         "CREATE_TABLE": "yes",
     }
 
