@@ -12,6 +12,9 @@ from eventsourcing.domain import Aggregate, event
 class Account(Aggregate):
     """An account."""
 
+    class Closed(Aggregate.Event):
+        """It was closed."""
+
     @event("Opened")
     def __init__(self, owner: str) -> None:
         self.owner = owner

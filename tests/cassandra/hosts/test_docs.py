@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
+from uuid import UUID
 
 from tests.docs.pages import ROOT, files
-from tests.workers.serving import ask, serving
+from tests.workers.serving import serving
 
 PAGE = ROOT / "docs" / "cassandra.md"
 
@@ -28,7 +31,20 @@ def test_program_of_the_page(cassandra_server: str, cassandra_keyspace: str, tmp
     environment = {**variables, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
     for each, said in (("init-db", "Created table bank_log."), ("check", "bank_log ok")):
         done = subprocess.run(
-            [*command, "eventsourcing", each], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [*command, "eventsourcing", each],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert said in done.stdout
+    with serving(lambda at: [*command, "run", "--port", str(at)], tmp_path, None, **variables) as served:
+        connection = HTTPConnection("127.0.0.1", served.port, timeout=60)
+        with closing(connection):
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            connection.request("POST", "/accounts", "owner=ada", headers)
+            answer = connection.getresponse()
+            assert answer.status == 201
+            assert UUID(json.loads(answer.read())["id"]).version == 4

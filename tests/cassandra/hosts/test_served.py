@@ -29,7 +29,7 @@ LINES: dict[str, Callable[[int], list[str]]] = {
 def sockets(served: Served, port: int) -> dict[int, set[int]]:
     """Return the local ports of connections with a node by the process that has them open."""
     found = {each.pid: each.net_connections("tcp") for each in served.processes()}
-    return {pid: {c.laddr.port for c in own if c.raddr and c.raddr.port == port} for pid, own in found.items()}
+    return {pid: {c.laddr.port for c in own if getattr(c.raddr, "port", None) == port} for pid, own in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_one_application_and_one_session_in_every_process(
 ) -> None:
     """Every request is answered and stored, also when the parent had a session: no process uses another's."""
     variables = {"NODE": cassandra_server, "KEYSPACE": bank_keyspace, "IMPORTED": imported}
-    with serving(LINES[server], tmp_path, **variables) as served:
+    with serving(LINES[server], tmp_path, None, **variables) as served:
         answers = served.load([f"/open/{number}" for number in range(60)], clients=8)
         assert answers.failed == {}, served.log.read_text(errors="replace")[-3000:]
         assert {answer["constructed"] for answer in answers.all} == {1}
@@ -60,6 +60,6 @@ def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Pa
     variables = {"NODE": cassandra_server, "KEYSPACE": bank_keyspace, "IMPORTED": "used"}
     with (
         pytest.raises(RuntimeError, match="The master of uWSGI must not connect to Cassandra"),
-        serving(LINES["uwsgi-prefork"], tmp_path, **variables),
+        serving(LINES["uwsgi-prefork"], tmp_path, None, **variables),
     ):
         raise NotImplementedError
