@@ -27,7 +27,7 @@ JARS = "TEST_CASSANDRA_JARS"
 """The environment variable with the folder of the jars, where Maven need not be asked for them."""
 APT = "apt-get install openjdk-17-jre-headless maven"
 HEAP = "256M"
-PATIENCE = 120
+PATIENCE = 240
 """Seconds for a node to answer."""
 
 OPENED = {
@@ -311,7 +311,8 @@ def session_on(url: str) -> Iterator[Any]:
 
     address, _, port = url.partition(":")
     profile = ExecutionProfile(load_balancing_policy=RoundRobinPolicy(), request_timeout=60)
-    cluster = Cluster([address], port=int(port), execution_profiles={EXEC_PROFILE_DEFAULT: profile})
+    profiles = {EXEC_PROFILE_DEFAULT: profile}
+    cluster = Cluster([address], port=int(port), protocol_version=5, execution_profiles=profiles)
     try:
         yield cluster.connect()
     finally:

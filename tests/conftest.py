@@ -177,8 +177,10 @@ def redis_url(server_folder: ServerFolder) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def cassandra_server(server_folder: ServerFolder) -> str:
-    """The address and port of the run's one Cassandra node."""
+    """The address and port of the run's one Cassandra node, or of the one that TEST_CASSANDRA_NODE names."""
     require_cassandra()
+    if node := os.environ.get("TEST_CASSANDRA_NODE"):
+        return node
     return server_folder.shared("cassandra", start_node).url
 
 

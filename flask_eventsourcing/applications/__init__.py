@@ -172,7 +172,6 @@ class CheckedRepository(Repository[Any]):
         recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
         snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
         aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
-        has_dialect = isinstance(recorder, SQLAlchemyAggregateRecorder)
         if aggregate is not None and type(aggregate) not in _warned:
             _warned.add(type(aggregate))
             logger.warning(
@@ -181,7 +180,7 @@ class CheckedRepository(Repository[Any]):
                 type(aggregate).__qualname__,
                 aggregate_id,
                 snapshots[0].originator_version,
-                recorder.dialect.command("snapshots take --all") if has_dialect else "take_snapshot()",
+                recorder.dialect.command("snapshots take --all") if hasattr(recorder, "dialect") else "take_snapshot()",
                 type(error).__name__,
                 error,
             )

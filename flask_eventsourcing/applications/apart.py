@@ -19,6 +19,7 @@ from eventsourcing.persistence import IntegrityError
 
 from .._patches import application_method, repository_cache
 from ..exceptions import ConfigurationError
+from ..failures import OnError
 from ..uow import Run
 from . import CommittedCache, install_repository
 from .stale import Records, refuse_stale_aggregates
@@ -129,22 +130,22 @@ class RecordsApart(Records):
 
     def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
         """Record, note that something is stored now, and tell of it."""
-        is_empty = not processing_event.events and processing_event.tracking is None
-        attempt = _current.get()
-        try:
+        attempt = _current.get() if processing_event.events or processing_event.tracking is not None else None
+        if attempt is None:
             recordings = super().__call__(processing_event)
-        except IntegrityError:
-            # Of nothing else it is known that nothing was stored.
-            raise
-        except BaseException:
-            if attempt is not None and not is_empty:
-                attempt.note()
-            raise
-        if attempt is not None and not is_empty:
+        else:
+            with OnError(partial(_note_unless_conflict, attempt)):
+                recordings = super().__call__(processing_event)
             attempt.note()
         if recordings:
             self._recorded(recordings)
         return recordings
+
+
+def _note_unless_conflict(attempt: _Try, error: BaseException) -> None:
+    # Of nothing else it is known that nothing was stored.
+    if not isinstance(error, IntegrityError):
+        attempt.note()
 
 
 def construct_apart(

@@ -13,13 +13,13 @@ from eventsourcing.persistence import OperationalError
 from ..exceptions import InheritedDatabaseError
 from ..failures import OnError
 from ..lifecycle import ProcessLock, keep_for_ever
-from .drivers import check_drivers
+from .drivers import check_drivers, check_process
 from .settings import CassandraSettings
 
 # Two projects bring the package of this name, so that what is imported might be half of each.
 check_drivers()
 
-from cassandra import ConsistencyLevel, UnresolvableContactPoints  # noqa: E402
+from cassandra import ConsistencyLevel, ProtocolVersion, UnresolvableContactPoints  # noqa: E402
 from cassandra.auth import PlainTextAuthProvider  # noqa: E402
 from cassandra.cluster import (  # noqa: E402
     EXEC_PROFILE_DEFAULT,
@@ -30,6 +30,7 @@ from cassandra.cluster import (  # noqa: E402
 )
 from cassandra.policies import (  # noqa: E402
     DCAwareRoundRobinPolicy,
+    ExponentialReconnectionPolicy,
     FallthroughRetryPolicy,
     RoundRobinPolicy,
     TokenAwarePolicy,
@@ -39,6 +40,8 @@ from cassandra.query import BoundStatement, PreparedStatement, SimpleStatement  
 
 TIMEOUT = 5.0
 """Seconds for an answer, unless told otherwise."""
+RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
+"""Seconds between tries to reach a node that is down; by default they grow to minutes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Connection:
     def session(self) -> Session:
         """The session of this process.
 
+        :raises ConfigurationError: in the master of uWSGI.
         :raises InheritedDatabaseError: when another process made it.
         :raises OperationalError: when no node can be reached.
         """
@@ -94,6 +98,7 @@ class Connection:
         return held
 
     def _connect(self) -> Session:
+        check_process()
         settings = self.settings
         inner = DCAwareRoundRobinPolicy(settings.local_dc) if settings.local_dc else RoundRobinPolicy()
         profile = ExecutionProfile(
@@ -110,8 +115,11 @@ class Connection:
             cluster = Cluster(
                 settings.contact_points,
                 port=settings.port,
+                # What 5.0 has; to find it out takes two connections more, with a warning for each.
+                protocol_version=ProtocolVersion.V5,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 ssl_context=settings.ssl_context,
+                reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT),
                 **options,
             )
             # Its threads would go on for ever.

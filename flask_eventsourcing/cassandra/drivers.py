@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -46,6 +47,21 @@ def check_drivers() -> None:
         raise ConfigurationError(
             f"{name} {text} does not connect where gevent has patched the sockets: use cassandra-driver below 3.31, "
             "the last one with a reactor for gevent, or another kind of worker."
+        )
+
+
+def check_process() -> None:
+    """Check that a session may be opened in this process.
+
+    :raises ConfigurationError: in the master of uWSGI.
+    """
+    # It is there inside of the server only.
+    server: Any = sys.modules.get("uwsgi")
+    if server is not None and server.worker_id() == 0 and server.masterpid() == os.getpid():
+        raise ConfigurationError(
+            "The master of uWSGI must not connect to Cassandra: it forks while the driver's threads run, and a worker "
+            "may then hang before its first request. Use the application in requests, not while the module is "
+            "imported, or start uWSGI with --lazy-apps."
         )
 
 

@@ -19,8 +19,8 @@ from eventsourcing.persistence import (
 from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
 
 from ..metadata import Collector, Metadata
-from . import schema
 from .connecting import Connection
+from .inspecting import Schema
 from .recording import (
     CassandraAggregateRecorder,
     CassandraApplicationRecorder,
@@ -110,7 +110,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
             on_recorded=lent.on_recorded,
         )
         if strtobool(self.env.get(self.CREATE_TABLE) or "no"):
-            schema.create(lent.connection, self.env.name.lower(), id_type=id_type)
+            Schema(lent.connection, {self.env.name.lower(): id_type}).create()
 
     def _find(self, token: str) -> Lent:
         lent = _lent.get(token)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from .connecting import Connection
 from .settings import CassandraSettings
 
 IdType = Literal["uuid", "text"]
@@ -106,9 +105,3 @@ def _replication(replication: int | Mapping[str, int]) -> str:
     else:
         strategy = {"class": "NetworkTopologyStrategy", **replication}
     return json.dumps(strategy).replace('"', "'")
-
-
-def create(connection: Connection, prefix: str, *, id_type: IdType = "uuid") -> None:
-    """Make the keyspace and the tables of an application, where they are missing."""
-    for statement in statements(connection.settings, prefix, id_type=id_type):
-        connection.execute(statement, timeout=60)

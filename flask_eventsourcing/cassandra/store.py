@@ -14,7 +14,7 @@ from eventsourcing.persistence import StoredEvent
 from ..metadata import CORRELATION_ID
 from .connecting import Connection
 from .errors import translated
-from .rows import Content, Horizon, Key, Part, Row, StreamRow, bucket_of, stream_rows
+from .rows import Content, Horizon, Key, MaybeDoneError, Part, Row, StreamRow, bucket_of, stream_rows
 from .schema import TABLES, table
 
 TIMEOUT = 3.0
@@ -118,20 +118,25 @@ class CassandraStore:
             contents,
         )
         found = self._one(self._cql.insert, *values, size=sum(len(each.state) for each in contents))
-        return None if found.applied else _row(found)
+        if found.applied:
+            return None
+        if found.row_id is None:
+            raise MaybeDoneError(f"position {row.position} has a flag without a row")
+        return _row(found)
 
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
         """Read rows at or behind a position plainly: those of its bucket, or if there are none, of the next one."""
         cql = self._cql.read_rows_with_states if states else self._cql.read_rows
         bucket = bucket_of(position)
         found = self._all(cql, bucket, position, limit) or self._all(cql, bucket + 1, position, limit)
-        return [_row(each) for each in found]
+        # A node may have the flag of a row that it has not yet.
+        return [_row(each) for each in found if each.row_id is not None]
 
     def read_row(self, position: int) -> Row | None:
         """Read one row of the log with all that was promised to it."""
         serial = self.connection.serial_consistency
         found = self._one(self._cql.read_row, bucket_of(position), position, consistency=serial)
-        return None if found is None else _row(found)
+        return None if found is None or found.row_id is None else _row(found)
 
     def row_before(self, position: int) -> int | None:
         """Read plainly which row is the last one at or before a position."""

@@ -14,7 +14,7 @@ from .rows import MaybeDoneError, NotDoneError, Row, Store, bucket_of
 T = TypeVar("T")
 PAUSE, LONGEST_PAUSE = 0.01, 0.5
 """Seconds between tries."""
-PAGE = 200
+PAGE = 500
 """Rows that are read at once without their states."""
 FIRST_PAGE = 8
 PAGE_BYTES = 4 * 2**20

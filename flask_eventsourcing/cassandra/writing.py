@@ -141,7 +141,7 @@ class Writer:
         while True:
             batch += self._queue.take(batch)
             memory = self._memory = self._memory or self._begin()
-            batch[:] = [each for each in batch if self._admit(memory, each)]
+            self._admit_all(memory, batch)
             if not batch:
                 return None
             self._pace.before(losses)
@@ -202,6 +202,13 @@ class Writer:
                     return self._follow(Memory(horizon))
         return memory
 
+    def _admit_all(self, memory: Memory, batch: list[Ticket]) -> None:
+        """Keep what can be recorded at the head, all of it checked against the same rows."""
+        head = None
+        while head != memory.head:
+            head = memory.head
+            batch[:] = [each for each in batch if self._admit(memory, each)]
+
     def _admit(self, memory: Memory, ticket: Ticket) -> bool:
         reason = self._refusal(memory, ticket.append)
         if reason is not None and self._is_ahead(memory, ticket.append) and self._settle(memory):
@@ -237,7 +244,7 @@ class Writer:
         return None
 
     def _is_ahead(self, memory: Memory, append: Append) -> bool:
-        return any(span.first > self._last(memory, span.originator_id) + 1 for span in append.spans())
+        return any(span.first > max(self._last(memory, span.originator_id), 0) + 1 for span in append.spans())
 
     def _settle(self, memory: Memory) -> bool:
         """Meet a row at the head that a plain read has missed, and those behind it; return whether there is one."""

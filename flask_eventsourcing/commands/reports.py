@@ -111,11 +111,8 @@ def _check_databases(subject: Subject, output: Output) -> list[str]:
     for engine in subject.engines():
         address = engine.url.render_as_string(hide_password=True)
         output.write(f"Database: {address} ({engine.dialect.name}, {engine.driver})")
-    if subject.store is not None:
-        output.write(subject.store.address())
     output.write(f"Commit mode: {subject.commit_mode}")
-    if subject.store is not None:
-        _tell(output, (Finding(text, is_fault=fault) for text, fault in subject.store.look()), faults)
+    _check_store(subject, output, faults)
     for engine in subject.engines():
         dialect = subject.dialect_of(engine)
         with engine.connect() as connection:
@@ -131,6 +128,12 @@ def _check_databases(subject: Subject, output: Output) -> list[str]:
                 output.write(f"{owner}: table {table.fullname} {state}")
                 _tell(output, findings or (), faults)
     return [f"Tables are missing: {remedy_of_missing(subject)}.", *faults] if missing else faults
+
+
+def _check_store(subject: Subject, output: Output, faults: list[str]) -> None:
+    if subject.store is not None:
+        output.write(subject.store.address())
+        _tell(output, (Finding(text, is_fault=fault) for text, fault in subject.store.look()), faults)
 
 
 def _check_logs(subject: Subject, output: Output) -> list[str]:

@@ -18,25 +18,15 @@ from ..exceptions import ConfigurationError
 from ..host import send_recorded
 from ..lifecycle import ApplicationSlot
 from ..metadata import Recorded
-from ..persistence import Datastore
+from ..persistence import Datastore, DialectOptions
 from ..projections.registry import BoundProjections, Registrations
 from ..signals import events_recorded
 from .request_metadata import make_collector
 from .state import EventSourcingState, Slots, state_of
 
-STORES = {"cassandra": "flask_eventsourcing.cassandra.hosting"}
+STORES = {"cassandra": "flask_eventsourcing.cassandra.hosted"}
 """Where the store of each kind is, whose driver is not always installed."""
-OF_DATABASES = (
-    "bind_key",
-    "binds",
-    "schema",
-    "lock_timeout",
-    "postgres_order",
-    "postgres_notify",
-    "sqlite_wal",
-    "correlation_index",
-    "projection_lock",
-)
+OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
 
 

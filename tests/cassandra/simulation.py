@@ -11,6 +11,7 @@ import greenlet
 from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 
 from flask_eventsourcing.cassandra.fairness import Pace
+from flask_eventsourcing.cassandra.queueing import Queue, Ticket
 from flask_eventsourcing.cassandra.reading import Reader
 from flask_eventsourcing.cassandra.rows import (
     Append,
@@ -215,6 +216,33 @@ class QuickWriter(Writer):
     fresh_rows = 1
 
 
+class Company(Queue):
+    """A queue in which other threads of the process wait too; they have no life of their own.
+
+    :param draw: what decides.
+    :param make: makes the append of another thread, or None.
+    """
+
+    def __init__(self, draw: random.Random, make: Callable[[], Append | None]) -> None:
+        super().__init__()
+        self._draw, self._make = draw, make
+        self.tickets: list[Ticket] = []
+
+    def take(self, taken: Sequence[Ticket]) -> list[Ticket]:
+        """Let others queue, and take what can be committed together."""
+        for _ in range(self._draw.choice([0, 0, 1, 3])):
+            append = self._make()
+            if append is not None:
+                self.tickets.append(Ticket(append))
+                self._waiting.append(self.tickets[-1])
+        return super().take(taken)
+
+    def hand_over(self) -> None:
+        """Nobody is there to lead: who still waits gives up."""
+        self._waiting.clear()
+        super().hand_over()
+
+
 class Simulation:
     """Some writers and a reader on one cluster.
 
@@ -230,6 +258,7 @@ class Simulation:
         self.acknowledged: dict[UUID, int] = {}
         self.refused: set[UUID] = set()
         self.tailed: list[tuple[int, Key, int]] = []
+        self._companies: list[Company] = []
         self._number = 0
 
     def run(self) -> None:
@@ -269,6 +298,9 @@ class Simulation:
     def _write(self) -> None:
         store, writer = self.new_writer()
         known: dict[Key, int] = {}
+        company = Company(self.draw, lambda: self._append(store, known))
+        writer._queue = company
+        self._companies.append(company)
         for _ in range(self.draw.randint(2, 6)):
             self._append_once(store, writer, known)
 
@@ -288,6 +320,12 @@ class Simulation:
         else:
             self.acknowledged[append.id] = position
             known.update({event.originator_id: event.originator_version for event in append.events})
+
+    def _told(self, ticket: Ticket) -> None:
+        if ticket.position is not None:
+            self.acknowledged[ticket.append.id] = ticket.position
+        elif isinstance(ticket.error, IntegrityError):
+            self.refused.add(ticket.append.id)
 
     def _append(self, store: SimulatedStore, known: dict[Key, int]) -> Append | None:
         events: list[StoredEvent] = []
@@ -327,6 +365,8 @@ class Simulation:
 
     def check(self) -> None:
         """Check the log, and what can be done afterwards."""
+        for ticket in (each for company in self._companies for each in company.tickets):
+            self._told(ticket)
         self.cluster.faults = 0.0
         for position in list(self.cluster.hanging):
             self.cluster.decide(position)

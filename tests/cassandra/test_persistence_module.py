@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from flask_eventsourcing.cassandra import Connection, Factory
 
 
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
+
 class Dog(Aggregate):
     """A dog."""
 
@@ -46,7 +49,7 @@ def env(connection: Connection) -> dict[str, str]:
         "CASSANDRA_CONTACT_POINTS": ", ".join(settings.contact_points),
         "CASSANDRA_PORT": str(settings.port),
         "CASSANDRA_KEYSPACE": settings.keyspace,
-        "CASSANDRA_REPLICATION": "1",
+        "CASSANDRA_REPLICATION": str(settings.replication),
         "CREATE_TABLE": "yes",
     }
 

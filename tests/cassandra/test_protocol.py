@@ -79,6 +79,16 @@ class LeavesUnindexed(QuickWriter):
         pass
 
 
+class AdmitsOnce(QuickWriter):
+    """Does not check again what it has checked before it met further rows."""
+
+    def _admit_all(self, memory: Memory, batch: list[Ticket]) -> None:
+        batch[:] = [each for each in batch if self._admit(memory, each)]
+
+    def _is_ahead(self, memory: Memory, append: Append) -> bool:
+        return True
+
+
 class LeavesGaps(Walker):
     """Takes the rows that it sees, be it that they do not touch."""
 
@@ -101,9 +111,10 @@ def leave_gaps(part: object) -> None:
         (ForgetsWinner, id),
         (SendsAnother, id),
         (ReadsNoStream, id),
+        (AdmitsOnce, id),
         (QuickWriter, leave_gaps),
     ],
-    ids=["check of the winner", "same id again", "read of the stream", "touching"],
+    ids=["check of the winner", "same id again", "read of the stream", "one head for a row", "touching"],
 )
 def test_each_protection_is_needed(writer: type[Writer], prepare: object) -> None:
     """Without any one of its protections the log breaks a promise, so that these tests would tell."""

@@ -19,6 +19,7 @@ from eventsourcing.persistence import (
 from eventsourcing.tests import persistence
 
 from flask_eventsourcing.exceptions import EventValueError, IdentifierTypeError
+from tests.length import IS_LONG
 
 if TYPE_CHECKING:
     from flask_eventsourcing.cassandra import (
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
         CassandraSnapshotRecorder,
     )
     from flask_eventsourcing.cassandra.recording import Log
+
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
 
 NewLog = Callable[..., "Log"]
 
@@ -100,6 +103,31 @@ class TestProcesses(OnNode, persistence.ProcessRecorderTestCase):
     def create_recorder(self) -> ProcessRecorder:
         """A recorder of the application."""
         return process_recorder(self.log())
+
+
+if IS_LONG:
+
+    class OnCluster(OnNode):
+        """Makes recorders on three nodes."""
+
+        @pytest.fixture(autouse=True)
+        def _take(self, new_cluster_log: NewLog, shared_cluster_log: Log) -> None:
+            self.new_log, self.shared_log = new_cluster_log, shared_cluster_log
+
+    class TestAggregatesOnCluster(OnCluster, TestAggregates):
+        """Events without a position, on three nodes."""
+
+    class TestApplicationsOnCluster(OnCluster, TestApplications):
+        """Events in the application's log, on three nodes."""
+
+    class TestNonInterleavingOnCluster(OnCluster, TestNonInterleaving):
+        """The events of one save are contiguous, on three nodes."""
+
+    class TestTrackingsOnCluster(OnCluster, TestTrackings):
+        """Positions in the logs of others, on three nodes."""
+
+    class TestProcessesOnCluster(OnCluster, TestProcesses):
+        """Events together with positions, on three nodes."""
 
 
 def application_recorder(log: Log) -> CassandraApplicationRecorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -18,26 +19,22 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tests.cassandra_nodes import Node, cassandra_cluster, session_on
+from tests.cassandra_nodes import Node
 from tests.length import IS_LONG
-from tests.servers import ServerFolder
 
 if TYPE_CHECKING:
     from tests.cassandra.tortured import Plan
 
 logger = logging.getLogger(__name__)
 
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
 SECONDS = 60 if IS_LONG else 20
+LONGEST = 3
+"""How many times as long it may take until writers were killed at each step, and a node was."""
 PROCESSES = 4
 DOWN, BETWEEN = 3.0, 4.0
 """Seconds for which a node is down, and for which all are up behind."""
-
-
-@pytest.fixture(scope="module")
-def cluster(server_folder: ServerFolder) -> Iterator[list[Node]]:
-    """Three nodes."""
-    with cassandra_cluster(server_folder) as nodes:
-        yield nodes
 
 
 @dataclass
@@ -60,35 +57,53 @@ class Torture:
 
     def run(self, seconds: float) -> None:
         """Run it."""
-        end = time.monotonic() + seconds
         threads = [threading.Thread(target=each) for each in (self._kill_nodes, self._follow)]
         for thread in threads:
             thread.start()
         try:
-            self._run_processes(end)
+            self._run_processes(seconds)
         finally:
             self.over.set()
             for thread in threads:
                 thread.join()
 
-    def _run_processes(self, end: float) -> None:
+    def _run_processes(self, seconds: float) -> None:
         from tests.cassandra.tortured import STEPS
 
-        steady = [self._start(end - time.monotonic(), "") for _ in range(PROCESSES - 1)]
-        for step in itertools.cycle(STEPS):
-            left = end - time.monotonic()
-            if left < 3:
-                break
-            victim = self._start(left, step)
-            if victim.wait() == -9:
-                self.killed[step] += 1
-        for process in steady:
-            if process.wait() != 0:
-                self.failures.append(f"a process ended with {process.returncode}")
+        began = time.monotonic()
+        steps = itertools.cycle(STEPS)
+        steady = self._start("")
+        victims = [threading.Thread(target=self._run_victims, args=(steps,)) for _ in range(PROCESSES - 1)]
+        for thread in victims:
+            thread.start()
+        left = seconds
+        while left > 0 and not self.over.wait(0.2):
+            passed = time.monotonic() - began
+            left = LONGEST * seconds - passed
+            if set(STEPS) <= set(self.killed) and self.nodes_killed:
+                left = seconds - passed
+        self._stop.touch()
+        for thread in victims:
+            thread.join()
+        if steady.wait() != 0:
+            self.failures.append(f"a process ended with {steady.returncode}")
 
-    def _start(self, seconds: float, step: str) -> subprocess.Popen[bytes]:
+    def _run_victims(self, steps: Iterator[str]) -> None:
+        while not self._stop.exists():
+            step = next(steps)
+            ended = self._start(step).wait()
+            if ended == -signal.SIGKILL:
+                self.killed[step] += 1
+            elif ended != 0:
+                self.failures.append(f"a process ended with {ended}")
+
+    @property
+    def _stop(self) -> Path:
+        return self.folder / "stop.log"
+
+    def _start(self, step: str) -> subprocess.Popen[bytes]:
         name = uuid4().hex
-        plan = replace(self.plan, seconds=seconds, step=step, seed=uuid4().int, journal=str(self.folder / name))
+        plan = replace(self.plan, step=step, seed=uuid4().int, journal=str(self.folder / name), stop=str(self._stop))
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.cassandra.tortured", json.dumps(asdict(plan))], stdout=log, stderr=log
@@ -145,26 +160,14 @@ class Reading:
 
 def prepare(nodes: list[Node], folder: Path) -> Plan:
     """Make the tables of a new application, and wait until each node has them."""
-    from flask_eventsourcing.cassandra import schema
+    from flask_eventsourcing.cassandra.inspecting import Schema
     from tests.cassandra.tortured import Plan
 
-    plan = Plan([node.address for node in nodes], nodes[0].port, f"t{uuid4().hex}", "bank", "", 0, 0)
+    plan = Plan([node.address for node in nodes], nodes[0].port, f"t{uuid4().hex}", "bank", "", "", 0)
     connection = replace(plan, contact_points=[nodes[0].address]).connection()
-    schema.create(connection, plan.prefix)
+    Schema(connection, {plan.prefix: "uuid"}).create()
     connection.close()
-    for node in nodes:
-        wait_for_tables(node, plan.keyspace)
     return plan
-
-
-def wait_for_tables(node: Node, keyspace: str) -> None:
-    """Wait until a node has the tables."""
-    cql = "SELECT table_name FROM system_schema.tables WHERE keyspace_name = %s"
-    end = time.monotonic() + 60
-    with session_on(node.url) as session:
-        while len(list(session.execute(cql, (keyspace,)))) < 5:
-            assert time.monotonic() < end, "a node does not get the tables"
-            time.sleep(0.2)
 
 
 def check(torture: Torture) -> dict[str, Any]:
@@ -234,3 +237,5 @@ def torture_for(seconds: float, nodes: list[Node], folder: Path) -> None:
     figures = check(torture)
     logger.info("%s", figures)
     assert figures["done"] > 0
+    assert torture.nodes_killed
+    assert torture.killed

@@ -29,7 +29,7 @@ from flask_eventsourcing.cassandra.writing import Writer
 from flask_eventsourcing.exceptions import CommitOutcomeUnknownError
 
 THREADS = 4
-AGGREGATES = [UUID(int=number) for number in range(1, 25)]
+AGGREGATES = [UUID(int=number) for number in range(1, 13)]
 HOT = AGGREGATES[0]
 STEPS = (
     "before the insert",
@@ -56,7 +56,8 @@ class Plan:
     keyspace: str
     prefix: str
     journal: str
-    seconds: float
+    stop: str
+    """A file, which is there when it is over."""
     seed: int
     step: str = ""
 
@@ -122,7 +123,8 @@ class KillingStore(CassandraStore):
 class OftenMoving(Writer):
     """A writer that moves the horizon often."""
 
-    horizon_rows = 60
+    horizon_rows = 40
+    fresh_rows = 8
 
 
 class Journal:
@@ -192,11 +194,11 @@ def run(plan: Plan) -> None:
     store = KillingStore(connection, plan.prefix, plan.step, draw)
     writer = OftenMoving(store, connection.settings.patience)
     journal = Journal(plan.journal)
-    end = time.monotonic() + plan.seconds
+    stop = Path(plan.stop)
 
     def work(seed: int) -> None:
         own = random.Random(seed)
-        while time.monotonic() < end:
+        while not stop.exists():
             save(store, writer, journal, own)
             time.sleep(own.uniform(0, 0.03))
 

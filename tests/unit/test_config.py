@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,28 @@ GOOD: dict[str, list[Any]] = {
     "METADATA": [(), [], [dict], False],
     "METADATA_USER": [None, str],
     "CORRELATION_INDEX": [True, False],
+    "PERSISTENCE": ["sqlalchemy", "cassandra"],
+    "CASSANDRA_CONTACT_POINTS": [["127.0.0.1"], ["node1", "node2.example.com"], ["::1"]],
+    "CASSANDRA_KEYSPACE": ["bank", "Bank_2", "x" * 48],
+    "CASSANDRA_REPLICATION": [1, 3, {"datacenter1": 3}, {"east": 3, "west": 2}],
+    "CASSANDRA_PORT": [9042, 1, 65_535],
+    "CASSANDRA_LOCAL_DC": [None, "datacenter1"],
+    "CASSANDRA_USERNAME": ["bank"],
+    "CASSANDRA_PASSWORD": ["secret"],
+    "CASSANDRA_SSL_CONTEXT": [None, ssl.create_default_context()],
+    "CASSANDRA_CONSISTENCY": ["LOCAL_QUORUM", "QUORUM", "ALL"],
+    "CASSANDRA_SERIAL_CONSISTENCY": ["LOCAL_SERIAL", "SERIAL"],
+    "CASSANDRA_PATIENCE": [10, 0.5],
 }
+BESIDE: dict[str, Any] = {
+    "EVENTSOURCING_PERSISTENCE": "cassandra",
+    "EVENTSOURCING_CASSANDRA_CONTACT_POINTS": ["127.0.0.1"],
+    "EVENTSOURCING_CASSANDRA_KEYSPACE": "bank",
+    "EVENTSOURCING_CASSANDRA_REPLICATION": 3,
+    "EVENTSOURCING_CASSANDRA_USERNAME": "bank",
+    "EVENTSOURCING_CASSANDRA_PASSWORD": "secret",
+}
+"""What goes together with a setting of Cassandra."""
 BAD: dict[str, list[Any]] = {
     "COMMIT": ["Explicit", "", None, True, ["save"]],
     "ENV": [None, "A=b", [("A", "b")], {"A": 1}, {1: "b"}],
@@ -48,6 +70,18 @@ BAD: dict[str, list[Any]] = {
     "METADATA": [True, None, "module:function", [1], dict, {"a": "b"}],
     "METADATA_USER": ["basic", 1, True],
     "CORRELATION_INDEX": ["yes", 1, 0, None],
+    "PERSISTENCE": ["Cassandra", "", None, True],
+    "CASSANDRA_CONTACT_POINTS": [None, [], "127.0.0.1", [""], [1], ["127.0.0.1:9042"], {"127.0.0.1"}],
+    "CASSANDRA_KEYSPACE": [None, "", "ba-nk", "bänk", "x" * 49, "system", "system_auth", 'bank"; DROP'],
+    "CASSANDRA_REPLICATION": [None, 0, -1, True, "3", {}, {"": 3}, {"datacenter1": 0}, {"datacenter1": "3"}, {1: 3}],
+    "CASSANDRA_PORT": [0, 65_536, "9042", None, True],
+    "CASSANDRA_LOCAL_DC": ["", 1, "data\ncenter"],
+    "CASSANDRA_USERNAME": ["", 1],
+    "CASSANDRA_PASSWORD": ["", 1],
+    "CASSANDRA_SSL_CONTEXT": [True, "cert.pem"],
+    "CASSANDRA_CONSISTENCY": ["ONE", "local_quorum", None, 6],
+    "CASSANDRA_SERIAL_CONSISTENCY": ["QUORUM", None, 8],
+    "CASSANDRA_PATIENCE": [0, -1, "10", None, True],
 }
 
 
@@ -66,7 +100,8 @@ def test_every_key_is_tested() -> None:
 @pytest.mark.parametrize(("key", "value"), cases(GOOD))
 def test_good_value_is_taken(key: str, value: Any) -> None:
     """Each documented value of a key is taken as it is."""
-    config = Config.from_mapping({key: value})
+    is_apart = "CASSANDRA" in key or value == "cassandra"
+    config = Config.from_mapping({**(BESIDE if is_apart else {}), key: value})
     assert getattr(config, key.removeprefix(PREFIX).lower()) == value
 
 
@@ -151,6 +186,9 @@ SECRET = "c3VwZXIgc2VjcmV0"
         ("SCHEMA", {SECRET: 1}),
         ("COMMIT", [SECRET]),
         ("LOCK_TIMEOUT", {SECRET}),
+        ("CASSANDRA_PASSWORD", [SECRET]),
+        ("CASSANDRA_USERNAME", [SECRET]),
+        ("CASSANDRA_CONTACT_POINTS", f"cassandra:{SECRET}@127.0.0.1"),
     ],
 )
 def test_no_secret_in_a_message(key: str, value: Any) -> None:

@@ -42,7 +42,7 @@ NAMES_A_DATABASE = {
     "web.setup": {"postgres_order", "postgres_notify", "sqlite_wal"},
 }
 """Where a database is named outside of its own file, and how."""
-ROWS = {"CassandraSettings", "CheckpointRow", "Config", "DeadLetter", "JournalEvent", "ProjectionStatus", "Row"}
+ROWS = {"CassandraSettings", "CheckpointRow", "Config", "DeadLetter", "JournalEvent", "ProjectionStatus", "Row", "Statements"}
 """Values with a field for each column, setting or figure that a user sees."""
 
 
@@ -72,9 +72,9 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 173 modules."""
+    """The package has at most 175 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 173
+    assert len(MODULES) <= 175
 
 
 def test_no_two_modules_have_one_name() -> None:

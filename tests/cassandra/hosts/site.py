@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 from uuid import UUID
 
 from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate, event
-from flask import Flask, request
-
-from flask_eventsourcing import EventSourcing
 
 
 class Account(Aggregate):
     """An account."""
+
+    class Closed(Aggregate.Event):
+        """It was closed."""
 
     @event("Opened")
     def __init__(self, owner: str) -> None:
@@ -55,24 +54,3 @@ def settings(server: str, keyspace: str, **others: Any) -> dict[str, Any]:
         # A machine under load may take longer than that of a user.
         "EVENTSOURCING_CASSANDRA_PATIENCE": 60,
     } | {f"EVENTSOURCING_{name}": value for name, value in others.items()}
-
-
-es = EventSourcing(application=Bank)
-
-
-def create_app() -> Flask:
-    """Make the app that a web server serves, for the node that the environment names."""
-    app = Flask(__name__)
-    app.config.update(settings(os.environ["NODE"], os.environ["KEYSPACE"]))
-    es.init_app(app)
-
-    @app.post("/accounts")
-    def open_account() -> tuple[dict[str, Any], int]:
-        account = es.application.open_account(request.form["owner"])
-        return {"id": str(account.id), "pid": os.getpid(), "application": id(es.application)}, 201
-
-    @app.get("/")
-    def index() -> dict[str, Any]:
-        return {"pid": os.getpid()}
-
-    return app

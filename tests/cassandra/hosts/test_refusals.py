@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_starts_without_a_node() -> None:
 def test_what_has_no_default(name: str) -> None:
     """Contact points, keyspace and replication have no default, and are asked for by name."""
     with pytest.raises(ConfigurationError, match=f"EVENTSOURCING_CASSANDRA_{name} is missing, which has no default"):
-        start(**{f"CASSANDRA_{name}": ...})
+        start(None, **{f"CASSANDRA_{name}": ...})
 
 
 @pytest.mark.parametrize("mode", ["explicit", "request"])
@@ -77,12 +78,12 @@ def test_projection(inline: bool, later: bool) -> None:
     es: EventSourcing[Any, Any] = EventSourcing(application=Bank)
 
     class Balances(ModelProjection):
-        @on(Account.Opened)
+        @on(Account.Closed)
         def opened(self, event: Any, session: Any) -> None:
             raise NotImplementedError
 
     Balances.inline = inline
-    steps = [lambda: start(es), lambda: es.projection(Balances)]
+    steps: list[Callable[[], object]] = [lambda: start(es), lambda: es.projection(Balances)]
     first, second = steps if later else reversed(steps)
     first()
     with pytest.raises(ConfigurationError, match="Balances is inline, but" if inline else "Balances cannot follow"):
