@@ -29,17 +29,16 @@ def test_program_of_the_page(cassandra_server: str, cassandra_keyspace: str, tmp
     }
     command = [sys.executable, "-m", "flask", "--app", "ledger"]
     environment = {**variables, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
-    for each, said in (("init-db", "Created table bank_log."), ("check", "bank_log ok")):
-        done = subprocess.run(
-            [*command, "eventsourcing", each],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert said in done.stdout
+    made = subprocess.run(
+        [*command, "eventsourcing", "init-db"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "Created table bank_log." in made.stdout
     with serving(lambda at: [*command, "run", "--port", str(at)], tmp_path, None, **variables) as served:
         connection = HTTPConnection("127.0.0.1", served.port, timeout=60)
         with closing(connection):
