@@ -112,12 +112,12 @@ def test_init_db(subject: Subject, output: PlainOutput, printed: io.StringIO) ->
     assert printed.getvalue() == "Created table events.\nCreated table rows.\n"
     assert reports.init_db(subject, output) == 0
     assert printed.getvalue().endswith("\nAll tables are there.\n")
-    assert not sa.inspect(subject.datastore.engine).has_table("unrelated")
+    assert not sa.inspect(subject.database.engine).has_table("unrelated")
 
 
 def test_check(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
     """``check`` tells the database, the mode, the tables with their owners, and the logs."""
-    METADATA.create_all(subject.datastore.engine)
+    METADATA.create_all(subject.database.engine)
     assert reports.check(subject, output) == 0
     assert printed.getvalue().splitlines() == [
         "Database: sqlite:// (sqlite, pysqlite)",
@@ -138,7 +138,7 @@ def test_messages_name_the_program(subject: Subject, output: PlainOutput, printe
     missing = r"^Tables are missing \(events, rows\): run 'manage\.py events init-db' or your migrations\.$"
     with pytest.raises(CommandError, match=missing):
         reports.status(subject, output)
-    METADATA.create_all(subject.datastore.engine)
+    METADATA.create_all(subject.database.engine)
     with pytest.raises(CommandError, match=r"^There is no dead letter 7: see 'manage\.py events dead-letters list'\.$"):
         letters.show_letter(subject, output, 7)
 
@@ -184,7 +184,7 @@ def test_every_remedy_is_a_command() -> None:
 
 def test_status_without_projections(subject: Subject, output: PlainOutput, printed: io.StringIO) -> None:
     """Without projections ``status`` says so, to people and to programs, and nothing is wrong."""
-    METADATA.create_all(subject.datastore.engine)
+    METADATA.create_all(subject.database.engine)
     assert reports.status(subject, output, check=True) == 0
     assert printed.getvalue() == "No projection is registered.\n"
     printed.truncate(0)

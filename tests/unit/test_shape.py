@@ -42,7 +42,16 @@ NAMES_A_DATABASE = {
     "web.setup": {"postgres_order", "postgres_notify", "sqlite_wal"},
 }
 """Where a database is named outside of its own file, and how."""
-ROWS = {"CassandraSettings", "CheckpointRow", "Config", "DeadLetter", "JournalEvent", "ProjectionStatus", "Row", "Statements"}
+ROWS = {
+    "CassandraSettings",
+    "CheckpointRow",
+    "Config",
+    "DeadLetter",
+    "JournalEvent",
+    "ProjectionStatus",
+    "Row",
+    "Statements",
+}
 """Values with a field for each column, setting or figure that a user sees."""
 
 

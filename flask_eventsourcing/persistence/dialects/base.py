@@ -395,8 +395,5 @@ class Dialect(Looks, ForProjections, ABC):
         """
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
-        """Keep appends to a log out, to the end of the transaction, once those in progress have ended.
-
-        Here the transaction has written something before and that is enough, as there is one writer at a time.
-        """
-        return
+        """Keep appends to a log out, to the end of the transaction, once those in progress have ended."""
+        # Where there is one writer at a time, that the transaction has written something before is enough.

@@ -75,7 +75,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         "correlation": mysql.VARCHAR(128, collation=EXACT),
         "time": mysql.DATETIME(fsp=6),
     }
-    # The server's default may be an engine that keeps what was rolled back, such as Aria.
+    # The server's default may keep what was rolled back, as Aria does.
     every_table_options: ClassVar[dict[str, Any]] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
     aborts_transactions = True
     driver_knows_end = False
@@ -384,9 +384,8 @@ def _answer(driver: Any, expression: str) -> bool:
 def _tolerate_rolled_back(engine: Engine) -> None:
     """Let a rollback succeed where a Galera node has done it already.
 
-    The node tells a client that another one has overtaken at its next statement, be it ROLLBACK. SQLAlchemy, which has
-    no event around rollbacks, would raise that from ``session.rollback()``, and from the end of a ``with`` block in
-    place of the error that led to it.
+    The node tells a client at its next statement, be it ROLLBACK, that another one has overtaken it. SQLAlchemy, which
+    has no event around rollbacks, would raise that in place of the error that led to it.
     """
     rollback = engine.dialect.do_rollback
 
