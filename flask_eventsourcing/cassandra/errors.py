@@ -16,7 +16,7 @@ from .rows import MaybeDoneError, NotDoneError
 
 CAS_WRITE_UNKNOWN = 0x1700
 """An error of the server that the driver has no class for."""
-UNKNOWN = (
+UNKNOWN: tuple[type[Exception], ...] = (
     cassandra.Timeout,
     cassandra.Unavailable,
     cassandra.CoordinationFailure,

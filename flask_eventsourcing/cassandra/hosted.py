@@ -31,7 +31,7 @@ class HostedCassandra:
         self, settings: CassandraSettings, collector: Collector | None, id_types: Mapping[str, IdType]
     ) -> None:
         self.settings = settings
-        self.id_types = dict(id_types)
+        self.id_types: dict[str, IdType] = dict(id_types)
         self._lent = PerProcess(lambda: _Lent(Lent(Connection(settings), collector)))
 
     @property

@@ -90,19 +90,19 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
     EVENT_METADATA = "EVENT_METADATA"
     CREATE_TABLE = "CREATE_TABLE"
 
-    aggregate_recorder_class = CassandraAggregateRecorder
-    application_recorder_class = CassandraApplicationRecorder
-    tracking_recorder_class = CassandraTrackingRecorder
-    process_recorder_class = CassandraProcessRecorder
+    aggregate_recorder_class: type[CassandraAggregateRecorder] = CassandraAggregateRecorder
+    application_recorder_class: type[CassandraApplicationRecorder] = CassandraApplicationRecorder
+    tracking_recorder_class: type[CassandraTrackingRecorder] = CassandraTrackingRecorder
+    process_recorder_class: type[CassandraProcessRecorder] = CassandraProcessRecorder
 
     def __init__(self, env: Environment | EnvType | None) -> None:
         super().__init__(env)
         token = self.env.get(self.LENT)
         self._owns_connection = token is None
         lent = self._open() if token is None else self._find(token)
-        self.connection = lent.connection
+        self.connection: Connection = lent.connection
         id_type = self._id_type()
-        self.log = Log(
+        self.log: Log = Log(
             lent.connection,
             self.env.name,
             id_type=id_type,

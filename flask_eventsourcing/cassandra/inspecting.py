@@ -21,7 +21,7 @@ from .schema import TABLES, IdType, statements
 
 R = TypeVar("R")
 
-DRIVER_ERRORS = (cassandra.DriverException, NoHostAvailable, ErrorMessage)
+DRIVER_ERRORS: tuple[type[Exception], ...] = (cassandra.DriverException, NoHostAvailable, ErrorMessage)
 PATIENCE = 60.0
 """Seconds for a change of the schema to be on every node."""
 PAUSE = 0.2

@@ -22,9 +22,9 @@ class Memory:
     """
 
     def __init__(self, horizon: Horizon) -> None:
-        self.horizon = horizon.position
-        self.head = horizon.position
-        self.last_event = horizon.last_event
+        self.horizon: int = horizon.position
+        self.head: int = horizon.position
+        self.last_event: int = horizon.last_event
         self._positions: deque[int] = deque()
         self._known: dict[Key, tuple[int, int]] = {}
         """The last version of each aggregate, and the row of which it is known."""

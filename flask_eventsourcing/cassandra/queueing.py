@@ -21,13 +21,13 @@ class Ticket:
     """
 
     def __init__(self, append: Append) -> None:
-        self.append = append
-        self.keys = append.keys
-        self.bytes = sum(len(event.state) for event in append.events)
+        self.append: Append = append
+        self.keys: set[Key] = append.keys
+        self.bytes: int = sum(len(event.state) for event in append.events)
         self.position: int | None = None
         self.error: BaseException | None = None
-        self.leads = False
-        self.woken = threading.Event()
+        self.leads: bool = False
+        self.woken: threading.Event = threading.Event()
 
     def succeed(self, position: int) -> None:
         """Tell that it was recorded."""

@@ -46,10 +46,10 @@ class Parts:
 
     def __init__(self, connection: Connection, prefix: str) -> None:
         patience = connection.settings.patience
-        self.store = CassandraStore(connection, prefix)
-        self.walker = Walker(self.store, patience)
-        self.writer = Writer(self.store, patience)
-        self.reader = Reader(self.store, self.writer, patience)
+        self.store: CassandraStore = CassandraStore(connection, prefix)
+        self.walker: Walker = Walker(self.store, patience)
+        self.writer: Writer = Writer(self.store, patience)
+        self.reader: Reader = Reader(self.store, self.writer, patience)
 
 
 class Log:
@@ -71,8 +71,8 @@ class Log:
         collect: Callable[[], Metadata] | None = None,
         on_recorded: OnRecorded | None = None,
     ) -> None:
-        self.name = name
-        self.id_type = id_type
+        self.name: str = name
+        self.id_type: IdType = id_type
         self._collect = collect
         self._on_recorded = on_recorded
         self._parts = PerProcess(lambda: Parts(connection, name.lower()))
@@ -146,7 +146,7 @@ class CassandraAggregateRecorder(AggregateRecorder):
     """Records events in aggregate sequences only; the log has them too."""
 
     def __init__(self, log: Log) -> None:
-        self.log = log
+        self.log: Log = log
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Insert all of the events, or none.
@@ -183,7 +183,7 @@ class CassandraSnapshotRecorder(AggregateRecorder):
     """Records snapshots: what is stored of the same version is replaced."""
 
     def __init__(self, log: Log) -> None:
-        self.log = log
+        self.log: Log = log
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Store snapshots."""
@@ -292,7 +292,7 @@ class CassandraTrackingRecorder(TrackingRecorder):
     """Records how far the logs of upstream applications have been processed, in rows of the log without events."""
 
     def __init__(self, log: Log) -> None:
-        self.log = log
+        self.log: Log = log
 
     def insert_tracking(self, tracking: Tracking) -> None:
         """Record a position.

@@ -31,7 +31,7 @@ class Tries:
         self._store = store
         self._end = store.now() + patience
         self._pause = PAUSE
-        self.maybe = False
+        self.maybe: bool = False
         """Whether one of them may have been done."""
 
     @property
@@ -69,7 +69,7 @@ class Walker:
     """
 
     def __init__(self, store: Store, patience: float) -> None:
-        self.store = store
+        self.store: Store = store
         self._patience = patience
 
     def repeat(self, work: Callable[[], T]) -> T:
