@@ -86,6 +86,17 @@ class Log:
         """Whether an id is of the type of the tables."""
         return isinstance(originator_id, UUID if self.id_type == "uuid" else str)
 
+    def select(
+        self, purpose: str, originator_id: Key, gt: int | None, lte: int | None, *, desc: bool, limit: int | None
+    ) -> Sequence[StoredEvent]:
+        """Read what a table has of an aggregate."""
+        if not self.has(originator_id) or originator_id == "":
+            return []
+        parts = self.parts
+        return parts.walker.repeat(
+            lambda: parts.store.select(purpose, originator_id, _bounded(gt), _bounded(lte), desc=desc, limit=limit)
+        )
+
     def append(self, events: Sequence[StoredEvent], tracking: Tracking | None = None) -> list[int]:
         """Append events, and return their positions.
 
@@ -169,13 +180,11 @@ class CassandraAggregateRecorder(AggregateRecorder):
         """Read the events of an aggregate."""
         if not self.log.has(originator_id) or originator_id == "":
             return []
-        parts = self.log.parts
-        horizon = parts.writer.horizon()
-        found = parts.walker.repeat(
-            lambda: parts.store.select("events", originator_id, _bounded(gt), _bounded(lte), desc=desc, limit=limit)
-        )
+        writer = self.log.parts.writer
+        horizon = writer.horizon()
+        found = self.log.select("events", originator_id, gt, lte, desc=desc, limit=limit)
         if lte is None and (desc or limit is None):
-            parts.writer.offer(found[:1] if desc else found, horizon)
+            writer.offer(found[:1] if desc else found, horizon)
         return found
 
 
@@ -203,12 +212,7 @@ class CassandraSnapshotRecorder(AggregateRecorder):
         limit: int | None = None,
     ) -> Sequence[StoredEvent]:
         """Read the snapshots of an aggregate."""
-        if not self.log.has(originator_id) or originator_id == "":
-            return []
-        parts = self.log.parts
-        return parts.walker.repeat(
-            lambda: parts.store.select("snapshots", originator_id, _bounded(gt), _bounded(lte), desc=desc, limit=limit)
-        )
+        return self.log.select("snapshots", originator_id, gt, lte, desc=desc, limit=limit)
 
 
 def _bounded(version: int | None) -> int | None:

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from uuid import UUID
 
+from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
 from ..persistence import Dialect
 from ..persistence.datastore import JoinedUnit
+from ..persistence.describing import Description
 from ..persistence.dialects.event_tables import EventTable
 from .contended import AggregateQueue
 from .pending import AfterCommit, AfterRollback, Batch, Item, Refusal
@@ -75,6 +77,22 @@ class Unit(JoinedUnit, ABC):
     @abstractmethod
     def _transaction(self, *, begin: bool) -> object | None:
         """Return what stands for the transaction and is referenced by nobody after it; None where there is none."""
+
+    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """Note a conflict, so that the next try queues."""
+        self.queue.conflicted(table, events)
+
+    def recorded(
+        self,
+        connection: Connection,
+        application_name: str,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        positions: Sequence[int],
+        described: Description,
+    ) -> None:
+        """Note events that were written and are not committed yet."""
+        self._note(Batch(application_name, table, events, positions, described), connection)
 
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function after the work so far is committed; drop it if the work is rolled back."""

@@ -18,7 +18,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ..exceptions import SpanningTransactionError
-from ..persistence import Datastore, Description, Dialect
+from ..persistence import Datastore, Dialect
 from ..persistence.dialects.event_tables import EventTable
 from .abstract import Unit
 from .commit_gate import CommitGate, Commits, Run, current_run
@@ -218,22 +218,6 @@ class UnitOfWork(Unit):
         """Note a write that failed."""
         self._follow(connection)
         self.gate.has_failed = True
-
-    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
-        """Note a conflict, so that the next try queues."""
-        self.queue.conflicted(table, events)
-
-    def recorded(
-        self,
-        connection: Connection,
-        application_name: str,
-        table: EventTable,
-        events: Sequence[StoredEvent],
-        positions: Sequence[int],
-        described: Description,
-    ) -> None:
-        """Note events that were written and are not committed yet."""
-        self._note(Batch(application_name, table, events, positions, described), connection)
 
     def written(self) -> None:
         """After a write: commit, if each save is committed at once and no unit or savepoint is around it."""

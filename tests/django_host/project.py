@@ -22,7 +22,8 @@ if not settings.configured:
     # Not a module, which would set the time zone of the process.
     settings.configure(
         DATABASES={"default": DEFAULT},
-        EVENTSOURCING={"Bank": {"APPLICATION": "tests.domain.Bank"}},
+        # Each test says which applications there are: without any, the project is nobody's site.
+        EVENTSOURCING={},
         INSTALLED_APPS=["flask_eventsourcing.contrib.django", "tests.django_host.ledger"],
         LOGGING_CONFIG=None,
         MIDDLEWARE=["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"],

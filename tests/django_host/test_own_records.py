@@ -89,9 +89,9 @@ def rows() -> list[Any]:
 
 def test_columns_of_their_own(books: Books) -> None:
     """Fields of a record class are filled by ``column_values()``, as the ORM stores them, in saves of every size."""
-    from tests.django_host.ledger.models import Note
+    from tests.django_host.ledger.models import Reason
 
-    key = Note.objects.using("own").create(text="note").pk
+    key = Reason.objects.using("own").create(text="note").pk
     with event_metadata(tenant="north"):
         page = Page("a", {**VALUES, "note_key": key})
         for _ in range(3):

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from celery import Celery, signals
+from celery import Celery
 from django.db import OperationalError, transaction
 from django.http import JsonResponse
 from django.test import RequestFactory, TestCase, override_settings
@@ -26,6 +26,7 @@ from tests.django_host.project import database
 from tests.django_host.test_projections import declaring, quiet, run
 from tests.django_host.test_requests import as_test_case
 from tests.domain import Account, conflict_with
+from tests.published import published
 
 __all__ = ["quiet"]
 
@@ -42,21 +43,6 @@ def make_task(body: Any, *, eager: bool = False, retries: int = 10) -> Any:
     celery_app.conf.update(broker_url="memory://", task_always_eager=eager, task_eager_propagates=True)
     init_celery(celery_app, project_site, conflict_retries=retries)
     return celery_app.task(body, name=f"task_{uuid4().hex}", shared=False)
-
-
-@contextmanager
-def published() -> Iterator[list[dict[str, Any]]]:
-    """Note the headers of the tasks that are sent."""
-    found: list[dict[str, Any]] = []
-
-    def note(headers: Any = None, **_: Any) -> None:
-        found.append(headers)
-
-    signals.before_task_publish.connect(note)
-    try:
-        yield found
-    finally:
-        signals.before_task_publish.disconnect(note)
 
 
 def nothing_to_do(number: int) -> None:

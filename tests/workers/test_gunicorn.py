@@ -47,11 +47,11 @@ def test_a_context_pushed_by_the_module(database: Database, tmp_path: Path) -> N
 
 
 def test_the_check_finds_what_is_shared(database: Database, tmp_path: Path) -> None:
-    """Without the protection the same load finds connections that several processes have used."""
+    """Without the protection the same load finds connections that several processes have used, or breaks them."""
     accounts = database.opened(4)
     with serving(line("sync", "--preload"), tmp_path, database, UNPROTECTED="1") as served:
         answers = served.load([f"/deposit/{accounts[number % 4]}" for number in range(60)], timeout=3)
-        assert shared(answers.backends, database.logged())
+        assert shared(answers.backends, database.logged()) or answers.failed
 
 
 @PRELOAD

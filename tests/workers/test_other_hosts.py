@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from celery import Celery, signals
+from celery import Celery
 from pyramid.request import Request
 from pyramid.scripting import prepare
 
@@ -21,6 +21,7 @@ from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
 from tests.domain import Bank
 from tests.hosts.zope_site import ZopeSite
+from tests.published import published
 from tests.pyramid_site.site import VETO, PyramidSite, bank_of
 from tests.source import ROOT
 
@@ -53,21 +54,6 @@ def make_celery(site: Any, *, eager: bool = False) -> Any:
         es[Bank].deposit(UUID(account_id), 5)
 
     return pay_in
-
-
-@contextmanager
-def published() -> Iterator[list[dict[str, Any]]]:
-    """Note the headers of the tasks that are sent."""
-    found: list[dict[str, Any]] = []
-
-    def note(headers: Any = None, **_: Any) -> None:
-        found.append(headers)
-
-    signals.before_task_publish.connect(note)
-    try:
-        yield found
-    finally:
-        signals.before_task_publish.disconnect(note)
 
 
 def test_task_of_a_script_is_sent_after_the_commit(zope_site: ZopeSite) -> None:

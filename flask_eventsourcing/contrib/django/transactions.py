@@ -17,7 +17,7 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
 from ...failures import OnError
-from ...persistence import Datastore, Description, Dialect
+from ...persistence import Datastore, Dialect
 from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
 from ...uow.contended import AggregateQueue, ContendedAggregates
@@ -186,22 +186,6 @@ class DjangoUnit(Unit):
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
         if self.queue.active:
             self.queue.before_read(connection, table, originator_id, has_written=self.pending.has(Batch))
-
-    def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
-        """Note a conflict, so that the next try queues."""
-        self.queue.conflicted(table, events)
-
-    def recorded(
-        self,
-        connection: Connection,
-        application_name: str,
-        table: EventTable,
-        events: Sequence[StoredEvent],
-        positions: Sequence[int],
-        described: Description,
-    ) -> None:
-        """Note events that were written and are not committed yet."""
-        self._note(Batch(application_name, table, events, positions, described))
 
     def pending_events(self) -> list[tuple[Connection, EventTable, Sequence[StoredEvent]]]:
         """Return the events whose transaction has not ended, with its connection and their table."""

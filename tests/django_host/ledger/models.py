@@ -23,7 +23,7 @@ class Journal(AbstractStoredEvent):
     amount = models.DecimalField(max_digits=9, decimal_places=2, null=True)
     day = models.DateTimeField(null=True)
     details = models.JSONField(null=True)
-    note = models.ForeignKey("ledger.Note", models.PROTECT, null=True, db_column="note_key")
+    note = models.ForeignKey("ledger.Reason", models.PROTECT, null=True, db_column="note_key")
     stored_at = models.DateTimeField(db_default=Now())
 
     class Meta(AbstractStoredEvent.Meta):
@@ -54,6 +54,18 @@ class Balance(models.Model):
 
 class Note(models.Model):
     """A model of the user's beside the events."""
+
+    text = models.TextField()
+
+    class Meta:
+        app_label = "ledger"
+
+    def __str__(self) -> str:
+        return str(self.text)
+
+
+class Reason(models.Model):
+    """What a record class of the user's refers to."""
 
     text = models.TextField()
 
