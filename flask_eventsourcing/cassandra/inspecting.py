@@ -187,7 +187,11 @@ class Schema:
         yield f"{name}: {node.release_version}, {node.datacenter}", False
         if int(str(node.release_version).partition(".")[0] or 0) < 5:
             yield f"{name} has version {node.release_version}: 5.0 is the first that this package is tried with", True
-        settings = {row.name: row.value for row in self._ask(SETTINGS, host=node).all()}
+        try:
+            settings = {row.name: row.value for row in self._ask(SETTINGS, host=node).all()}
+        except cassandra.Unauthorized:
+            yield f"{name} keeps its settings from this role: grant it SELECT on system_views.settings", False
+            return
         sync, paxos = settings.get("commitlog_sync"), settings.get("paxos_variant")
         if sync not in ("batch", "group"):
             yield f"{name} has commitlog_sync: {sync}, {PERIODIC}", True
