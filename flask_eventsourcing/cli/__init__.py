@@ -137,7 +137,8 @@ def _option(parameter: Parameter) -> click.Option:
     return click.Option(
         names,
         type=_kind(parameter),
-        default=parameter.default,
+        # A default of None would count as given, where the option is required.
+        **({} if parameter.default is None else {"default": parameter.default}),
         show_default=parameter.kind is float,
         metavar=parameter.metavar,
         required=parameter.required,

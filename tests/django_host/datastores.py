@@ -51,8 +51,9 @@ def make_datastore(stack: ExitStack, engine: sa.Engine, models: Models) -> Datas
     :param stack: closes its connections.
     """
     alias = f"alias{uuid4().hex}"
-    stack.enter_context(project.alias(alias, engine.url.render_as_string(hide_password=False)))
+    # After Django has closed that of this thread, as one driver refuses to close twice.
     stack.callback(Opened(alias).close)
+    stack.enter_context(project.alias(alias, engine.url.render_as_string(hide_password=False)))
     plain = DjangoDatastore(make_engine(alias), DialectOptions(), {"": models.tables}.get)
     stack.callback(plain.engine.dispose)
     units = DjangoUnits(alias, plain, _ignore, _ignore)
