@@ -139,7 +139,19 @@ def _handle_error(context: ExceptionContext) -> None:
             unit.unknown()
         if context.sqlalchemy_exception is not None:
             raise CommitOutcomeUnknownError from context.original_exception
-        # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+    elif context.statement is None and context.sqlalchemy_exception is not None:
+        _refused([unit for unit in committing if not unit.following.is_prepared], connection)
+    # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+
+
+def _refused(units: list[UnitOfWork], connection: Connection) -> None:
+    """The database has refused a commit, for a deferred constraint or another writer: nothing of it is stored."""
+    for unit in units:
+        unit.following.is_committing = False
+    if units:
+        # Some databases leave the transaction open, and SQLAlchemy takes it for ended: the connection's next user would
+        # commit it.
+        units[0].dialect.roll_back(connection)
 
 
 def _before_statement(

@@ -229,3 +229,29 @@ def test_events_of_a_transaction_of_the_caller(site: HostSite) -> None:
             assert site.bank.balance(account_id) == 0
         outer.rollback()
     assert site.stored() == (0, 0)
+
+
+CHILD = "CREATE TABLE child (of_note INTEGER REFERENCES note (id) DEFERRABLE INITIALLY DEFERRED)"
+
+
+def test_commit_that_the_database_refuses_is_none(site: HostSite) -> None:
+    """Events are neither stored nor announced if the database refuses the commit, for a deferred constraint."""
+    engine = site.host.datastore.engine
+    if engine.dialect.name not in ("sqlite", "postgresql"):
+        # No other database here looks at a constraint at the commit.
+        return
+    with engine.begin() as connection:
+        connection.exec_driver_sql(CHILD)
+    with recorded() as heard:
+        with site.working():
+            if engine.dialect.name == "sqlite":
+                text(site, "PRAGMA foreign_keys = ON")
+            site.bank.open_account()
+            text(site, "INSERT INTO child VALUES (99)")
+            with pytest.raises(sa.exc.IntegrityError):
+                site.commit()
+            site.rollback()
+        assert heard == []
+    assert site.stored() == (0, 0)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE child")

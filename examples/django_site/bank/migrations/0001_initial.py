@@ -28,6 +28,7 @@ class Migration(migrations.Migration):
                 ("last_position", models.BigIntegerField()),
             ],
             options={
+                "default_permissions": ("view",),
                 "verbose_name": "inline range of Bank",
                 "verbose_name_plural": "inline ranges of Bank",
                 "db_table": "bank_inline_ranges",
@@ -67,6 +68,7 @@ class Migration(migrations.Migration):
                 ("reason", flask_eventsourcing.contrib.django.record_fields.RecordTextField(null=True)),
             ],
             options={
+                "default_permissions": ("view",),
                 "verbose_name": "projection of Bank",
                 "verbose_name_plural": "projections of Bank",
                 "db_table": "bank_projections",
@@ -94,6 +96,7 @@ class Migration(migrations.Migration):
                 ("metadata", flask_eventsourcing.contrib.django.record_fields.RecordMetadataField(null=True)),
             ],
             options={
+                "default_permissions": ("view",),
                 "verbose_name": "snapshot of Bank",
                 "verbose_name_plural": "snapshots of Bank",
                 "db_table": "bank_snapshots",
@@ -111,6 +114,7 @@ class Migration(migrations.Migration):
                 ("notification_id", models.BigIntegerField(null=True)),
             ],
             options={
+                "default_permissions": ("view",),
                 "verbose_name": "tracking of Bank",
                 "verbose_name_plural": "trackings of Bank",
                 "db_table": "bank_tracking",
@@ -144,6 +148,7 @@ class Migration(migrations.Migration):
                 ("reason", flask_eventsourcing.contrib.django.record_fields.RecordTextField(null=True)),
             ],
             options={
+                "default_permissions": ("view", "retry", "discard"),
                 "verbose_name": "dead letter of Bank",
                 "verbose_name_plural": "dead letters of Bank",
                 "db_table": "bank_dead_letters",
@@ -172,6 +177,7 @@ class Migration(migrations.Migration):
                 ),
             ],
             options={
+                "default_permissions": ("view",),
                 "verbose_name": "event of Bank",
                 "verbose_name_plural": "events of Bank",
                 "db_table": "bank_events",
