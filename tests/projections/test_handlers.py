@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -163,8 +163,8 @@ def test_subclasses_that_are_imported_later_are_handled(desk: Desk) -> None:
     with desk.running():
         desk.open()
 
-        # A class of another name on each host, as its topic is known to the process from then on.
-        late: Any = type(f"LateAt{type(desk).__name__}", (Account,), {})
+        # A class of another name each time, as its topic is known to the process from then on.
+        late: Any = type(f"Late{uuid4().hex}", (Account,), {})
         with desk.context() as bank:
             bank.save(late("Ada"))
             desk.session.commit()
