@@ -63,9 +63,12 @@ def add_kind(kind: KindOfSite, *, last: bool = False) -> None:
     (_last if last else _kinds).insert(0, kind)
 
 
-def find_current_site() -> SiteState | None:
-    """Return the state of the site whose work this is, or None."""
-    return _current_of(_kinds) or _working_for.get() or _current_of(_last)
+def find_current_site(*, last: bool = True) -> SiteState | None:
+    """Return the state of the site whose work this is, or None.
+
+    :param last: whether it may be one that is current only because no other is.
+    """
+    return _current_of(_kinds) or _working_for.get() or (_current_of(_last) if last else None)
 
 
 def _current_of(kinds: Sequence[KindOfSite]) -> SiteState | None:

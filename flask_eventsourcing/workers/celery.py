@@ -164,7 +164,7 @@ class _Worker:
                 vars(task).pop("override_max_retries", None)
 
     def _state(self, request: Any) -> SiteState:
-        current = find_current_site() if request.is_eager else None
+        current = find_current_site(last=False) if request.is_eager else None
         return self.slot.get() if current is None else current
 
 

@@ -21,6 +21,7 @@ from flask_eventsourcing.exceptions import ConfigurationError
 from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER
 from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
+from tests.bank import make_site
 from tests.django_host.conftest import DjangoBank
 from tests.django_host.project import database
 from tests.django_host.test_projections import declaring, quiet, run
@@ -299,3 +300,18 @@ def test_two_databases(site: DjangoBank, tmp_path: Path) -> None:
                 assert sent == []
             assert len(sent) == 1
         assert {type(each).__name__ for each in project_site().applications.values()} == {"Bank", "Shop"}
+
+
+def test_eager_task_of_a_flask_app_is_that_apps(site: DjangoBank, tmp_path: Path) -> None:
+    """An eager task of a Flask app runs in its app, although the process has a Django project too."""
+    other = make_site(f"sqlite:///{tmp_path}/other.db")
+    celery_app = Celery("other", set_as_current=False)
+    celery_app.conf.update(broker_url="memory://", task_always_eager=True)
+    init_celery(celery_app, other.app)
+
+    def note() -> None:
+        other.note()
+
+    task = celery_app.task(note, name=f"task_{uuid4().hex}", shared=False)
+    assert task.delay().state == "SUCCESS"
+    assert other.stored() == (0, 1)
