@@ -51,7 +51,9 @@ def test_the_check_finds_what_is_shared(database: Database, tmp_path: Path) -> N
     accounts = database.opened(4)
     with serving(line("sync", "--preload"), tmp_path, database, UNPROTECTED="1") as served:
         answers = served.load([f"/deposit/{accounts[number % 4]}" for number in range(60)], timeout=3)
-        assert shared(answers.backends, database.logged()) or answers.failed
+        # What only took too long on a busy machine says nothing.
+        broken = [each for each in answers.failed.values() if each.startswith("AnswerError: 500")]
+        assert shared(answers.backends, database.logged()) or broken
 
 
 @PRELOAD
