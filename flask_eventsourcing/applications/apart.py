@@ -18,7 +18,8 @@ from eventsourcing.application import Application, ProcessingEvent
 from eventsourcing.persistence import IntegrityError
 
 from .._patches import application_method, repository_cache
-from ..exceptions import ConfigurationError
+from ..config import OriginatorIdType
+from ..exceptions import ConfigurationError, HandlerError
 from ..failures import OnError
 from ..uow import Run
 from . import CommittedCache, install_repository
@@ -36,6 +37,10 @@ class EventStore(Protocol):
 
     title: str
 
+    @property
+    def id_types(self) -> Mapping[str, OriginatorIdType]:
+        """The type of the aggregates' ids by the name of the application."""
+
     def environment(self, env: Mapping[str, str], application_name: str | None = None) -> dict[str, str]:
         """Return the environment with which an application uses the store."""
 
@@ -44,6 +49,9 @@ class EventStore(Protocol):
 
     def look(self) -> Iterable[tuple[str, bool]]:
         """Tell how the servers and the tables are: lines, and which of them are faults."""
+
+    def log_identity(self, application_name: str) -> int | None:
+        """Return what tells an application's log from every other, None where it is missing."""
 
     def address(self) -> str:
         """Return where it is, for people."""
@@ -67,10 +75,22 @@ class _Try:
 
 
 _current: ContextVar[_Try | None] = ContextVar("flask_eventsourcing.try", default=None)
+_refused: ContextVar[str | None] = ContextVar("flask_eventsourcing.refused", default=None)
 
 
 @contextmanager
-def _trying() -> Iterator[_Try]:
+def refusing_saves(why: str) -> Iterator[None]:
+    """Refuse every save into a store within the block, in this thread or task, with a ``HandlerError``."""
+    token = _refused.set(why)
+    try:
+        yield
+    finally:
+        _refused.reset(token)
+
+
+@contextmanager
+def trying() -> Iterator[_Try]:
+    """Give what tells whether something was saved into a store within the block."""
     made = _Try(_current.get())
     token = _current.set(made)
     try:
@@ -85,7 +105,7 @@ def run_again(function: Callable[[], R], times: int) -> R:
     :raises IntegrityError: for the last conflict, or the first one after something was saved in that try.
     """
     for tries in range(times):
-        with _trying() as attempt:
+        with trying() as attempt:
             try:
                 return function()
             except IntegrityError:
@@ -103,7 +123,7 @@ async def await_again(
     :param sleep: lets others run for so many seconds.
     """
     for tries in range(times):
-        with _trying() as attempt:
+        with trying() as attempt:
             try:
                 return await function()
             except IntegrityError:
@@ -129,7 +149,13 @@ class RecordsApart(Records):
         self._recorded = recorded
 
     def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
-        """Record, note that something is stored now, and tell of it."""
+        """Record, note that something is stored now, and tell of it.
+
+        :raises HandlerError: where it would be stored although what it belongs to may be rolled back.
+        """
+        why = _refused.get()
+        if why is not None and processing_event.events:
+            raise HandlerError(why)
         attempt = _current.get() if processing_event.events or processing_event.tracking is not None else None
         if attempt is None:
             recordings = super().__call__(processing_event)
@@ -193,7 +219,7 @@ class ApartHost:
         """
         if run is None or not run.lenient:
             self.refuse("A transaction")
-        with _trying() as attempt:
+        with trying() as attempt:
             try:
                 yield None
             finally:

@@ -62,6 +62,11 @@ class HostedCassandra:
         with readable_errors():
             yield from self._schema().look()
 
+    def log_identity(self, application_name: str) -> int | None:
+        """Return what tells an application's log from every other: the identity of its table."""
+        with readable_errors():
+            return self._schema().identity(application_name.lower())
+
     def address(self) -> str:
         """Return where it is, for people."""
         settings = self.settings

@@ -7,12 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import cassandra
 from cassandra.cluster import NoHostAvailable
 from cassandra.pool import Host
 from cassandra.protocol import ConfigurationException, ErrorMessage
+from cassandra.query import SimpleStatement
 from eventsourcing.persistence import OperationalError, ProgrammingError
 
 from ..exceptions import MissingRightError
@@ -30,6 +32,7 @@ COLUMNS = (
     "SELECT table_name, column_name, type, kind, position FROM system_schema.columns "
     "WHERE keyspace_name = %s AND table_name IN ({})"
 )
+IDENTITY = "SELECT id FROM system_schema.tables WHERE keyspace_name = %s AND table_name = %s"
 SETTINGS = "SELECT name, value FROM system_views.settings WHERE name IN ('commitlog_sync', 'paxos_variant')"
 REMEDY = "run the command 'init-db'"
 PERIODIC = (
@@ -130,6 +133,12 @@ class Schema:
                 yield from ((f"{table}: {each}", True) for each in differences)
             else:
                 yield f"table {name}.{table} ok", False
+
+    def identity(self, prefix: str) -> int | None:
+        """Return what tells the log of an application from every other that is made, None where there is none."""
+        names = (self._connection.settings.keyspace, f"{prefix}_log")
+        found = self._connection.execute(SimpleStatement(IDENTITY), names).one()
+        return None if found is None else int.from_bytes(blake2b(found.id.bytes, digest_size=8).digest()) >> 1
 
     def _up(self) -> list[Host]:
         nodes = self._connection.nodes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from uuid import UUID
@@ -36,8 +37,13 @@ class Reader:
         self._head = 1
         """A position up to which there are rows."""
 
-    def page(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> list[Notification]:
-        """Return the events from a position on."""
+    def page(
+        self, start: int, limit: int, stop: int | None, topics: Sequence[str], size: float = math.inf
+    ) -> list[Notification]:
+        """Return the events from a position on.
+
+        :param size: the bytes of states behind which it ends, though not before the first event.
+        """
         found: list[Notification] = []
         if limit <= 0:
             return found
@@ -47,7 +53,8 @@ class Reader:
                     return found
                 if notification.id >= start and (not topics or notification.topic in topics):
                     found.append(notification)
-                    if len(found) == limit:
+                    size -= len(notification.state)
+                    if len(found) == limit or size <= 0:
                         return found
             if stop is not None and row.end > stop:
                 break

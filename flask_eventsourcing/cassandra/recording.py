@@ -27,7 +27,7 @@ from .connecting import Connection
 from .reading import Reader
 from .rows import Append, Key
 from .store import CassandraStore
-from .walking import Walker
+from .walking import PAGE_BYTES, Walker
 from .writing import Writer
 
 LARGEST = 2**63 - 1
@@ -256,6 +256,12 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
     ) -> Sequence[Notification]:
         """As :meth:`select_notifications`: there is no session that it could join."""
         return self.select_notifications(start, limit, stop, topics, inclusive_of_start=inclusive_of_start)
+
+    def read_page(
+        self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()
+    ) -> Sequence[Notification]:
+        """Read events behind a position: up to *limit*, as long as they are not too large to be kept at once."""
+        return self.log.parts.reader.page(after + 1, limit, stop, topics, PAGE_BYTES)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, as long as they are not too large."""

@@ -131,7 +131,7 @@ def _recorded(found: Found) -> dict[str, Any]:
     """Return what was recorded of the letter's event as what JSON can hold; empty where the log has it no more."""
     application, position = found.consumer.application, found.letter.position
     with clear_errors(), application.engine.connect() as connection:
-        recorded = application.recorder.find_recorded([position], connection).get(position)
+        recorded = application.log.find_recorded([position], connection).get(position)
     if recorded is None:
         return {}
     return {

@@ -238,8 +238,10 @@ class Swap:
         return Swapped(row.position, events, dict(zip(names, counts, strict=True)), letters)
 
     def _verify(self, connection: Connection, row: CheckpointRow) -> tuple[int, int]:
-        found = self.live.count_events(connection, 0, row.position)
         failed, waiting = self.application.dead_letters.count(connection, self.rebuild.name)
+        if not self.application.log.can_count:
+            return failed, waiting
+        found = self.live.count_events(connection, 0, row.position)
         if found != row.applied + failed:
             raise RebuildError(
                 f"The rebuild of {self.live.name} has applied {row.applied} events and set {failed} aside, but the "

@@ -194,15 +194,15 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
     desk.balances()
     account_id = desk.open(1)
     assert not desk.run_once()
-    before = desk.consumer().application.log_identity()
+    before = desk.consumer().application.log.identity()
     assert "identity" in command(desk, "new-identity")
-    assert desk.consumer().application.log_identity() != before
+    assert desk.consumer().application.log.identity() != before
     desk.deposit(account_id, 1)
     with desk.engine.begin() as connection:
         # Only the key of an event from before there were ids has the identity.
         connection.execute(sa.update(desk.events_table).values(event_id=None))
     assert not desk.run_once()
-    assert desk.calls[-1][2].split("/")[2] == str(desk.consumer().application.log_identity())
+    assert desk.calls[-1][2].split("/")[2] == str(desk.consumer().application.log.identity())
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -64,7 +64,7 @@ def test_an_event_without_an_id_has_a_key_too(desk: Desk) -> None:
     with desk.engine.begin() as connection:
         connection.execute(sa.update(desk.events_table).values(event_id=None, correlation_id=None))
     assert not desk.run_once()
-    log = desk.any_consumer().application.log_identity()
+    log = desk.any_consumer().application.log.identity()
     for _, version, key in desk.calls:
         assert key.startswith(f"Bank/Reacting/{log}/{account_id}/{version}/")
     assert len({key for _, _, key in desk.calls}) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
+from ...applications.apart import refusing_saves, trying
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
 from ...persistence.dialects.event_values import UnreadableNotification
@@ -32,6 +34,10 @@ SWALLOWED = (
 )
 
 
+APART = (
+    "A handler of {} saves events in a store apart from its models, where they would stay when the batch is rolled "
+    "back, and be saved again by the next try: do that in a method with @reaction(…)."
+)
 UNKNOWN = (
     "The class of topic {!r} is not found, or one that its state names: import its module, or register the topic for "
     "the class that it is now, with eventsourcing.utils.register_topic()."
@@ -177,10 +183,10 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         try:
-            with unit.gate.hold(ENDED.format(name)):
+            with unit.gate.hold(ENDED.format(name)), trying() as attempt:
                 self._handle_one(session, notification)
                 session.flush()
-            if unit.batches:
+            if unit.batches or attempt.has_saved:
                 self.has_saved = True
             if unit.dialect.is_aborted(self.connection(session)):
                 raise HandlerError(SWALLOWED.format(name))
@@ -289,6 +295,11 @@ class Applier:
             batch.end_event()
             session.flush()
 
+    def _saving(self) -> AbstractContextManager[None]:
+        """A block within which handlers save nothing that would stay when their transaction is rolled back."""
+        is_reaction = self.consumer.kind == "reactions"
+        return nullcontext() if is_reaction else refusing_saves(APART.format(self.projection.__class__.__name__))
+
     def _handle_one(self, session: orm.Session, notification: Notification) -> None:
         """Call the handler of one event, if there is one.
 
@@ -310,5 +321,5 @@ class Applier:
         last, named = self.projection.arguments_of(handler, session)
         if self.consumer.kind == "reactions":
             last, named = (self._recordings.key(connection, notification),), {}
-        with self._recordings.causing(connection, position), self.projection.told_errors():
+        with self._recordings.causing(connection, position), self.projection.told_errors(), self._saving():
             call(handler, self.projection, event, last, recorded, **named)

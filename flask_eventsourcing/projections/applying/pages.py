@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
 from ..checkpoint import CheckpointRow
@@ -50,16 +49,14 @@ class LogPages:
 
     def read(self, after: int, limit: int, stop: int) -> Page:
         """Read events after a position, up to another one."""
-        if stop - after >= COLLECT_FROM and stop > self.known_to:
+        log = self.consumer.application.log
+        if log.can_filter and stop - after >= COLLECT_FROM and stop > self.known_to:
             self._collect(stop)
         topics: Sequence[str] = ()
-        if after < self.known_to:
+        if log.can_filter and after < self.known_to:
             stop = min(stop, self.known_to)
             topics = self._filter()
-        if min(limit, stop - after) > 1:
-            limit = self.consumer.application.recorder.fitting(after, limit, stop, topics)
-        read = self.consumer.application.read_log(after, limit, stop, topics)
-        full = len(read) == limit
+        read, full = log.page(after, limit, stop, topics)
         position = read[-1].id if full else stop
         if after == self.known_to:
             self.topics.update(each.topic for each in read)
@@ -77,12 +74,9 @@ class LogPages:
 
     def _collect(self, stop: int) -> None:
         """Find the topics of the rest of the log, in steps, as it may be long."""
-        c = self.consumer.application.recorder.events_table.table.c
         while self.known_to < stop:
             upto = min(stop, self.known_to + COLLECT_AT_ONCE)
-            query = sa.select(c.topic).where(c.notification_id > self.known_to, c.notification_id <= upto).distinct()
-            with self.consumer.application.engine.connect() as connection:
-                self.topics.update(connection.scalars(query))
+            self.topics |= self.consumer.application.log.topics(self.known_to, upto)
             self.known_to = upto
 
     def _filter(self) -> Sequence[str]:

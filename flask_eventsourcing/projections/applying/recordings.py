@@ -18,15 +18,15 @@ class Recordings:
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
-        self._log = consumer.application.log_identity() if consumer.kind == "reactions" else None
+        self._log = consumer.application.log.identity() if consumer.kind == "reactions" else None
         self._found: dict[int, Recorded] = {}
 
     def begin(self, connection: Connection, notifications: Sequence[Notification]) -> None:
         """Read it for all events of a batch at once, if a handler wants to be told."""
         self._found = {}
         if self._consumer.handlers.telling:
-            recorder = self._consumer.application.recorder
-            self._found = recorder.find_recorded([each.id for each in notifications], connection)
+            log = self._consumer.application.log
+            self._found = log.find_recorded([each.id for each in notifications], connection)
 
     def of(self, connection: Callable[[], Connection], position: int) -> Recorded:
         """Return it for one event.
@@ -37,7 +37,7 @@ class Recordings:
         if found is None:
             if len(self._found) >= MOST_EVENTS:
                 self._found.clear()
-            read = self._consumer.application.recorder.find_recorded([position], connection())
+            read = self._consumer.application.log.find_recorded([position], connection())
             found = self._found[position] = read.get(position) or Recorded(position, None, None, {})
         return found
 

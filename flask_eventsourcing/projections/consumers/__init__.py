@@ -14,15 +14,17 @@ from eventsourcing.application import Application
 from eventsourcing.persistence import Mapper, Notification
 from sqlalchemy.engine import Connection, Engine
 
+from ...applications.apart import EventStore
 from ...failures import Kept
 from ...host import Host
 from ...models import ProjectionModels
 from ...persistence import Datastore, SQLAlchemyApplicationRecorder
-from ...persistence.dialects.locks import Lease, OpenWriter, RunnerLock
+from ...persistence.dialects.locks import Lease, RunnerLock
 from ..checkpoint import Checkpoint
 from ..dead_letters import DeadLetters
 from ..definitions import Handlers, ModelProjection
 from ..definitions.fingerprints import fingerprint_of
+from .logs import REST, EventLog, StoreLog, TableLog, python_type
 
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}
@@ -36,6 +38,7 @@ class ProjectedApplication:
     :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
     :param rebuild_with: what rebuilds a projection of it in the place of ``Rebuild``, called with the same.
+    :param store: where its events are, when that is not the host's database.
     """
 
     host: Host
@@ -48,6 +51,7 @@ class ProjectedApplication:
     merged: dict[str, float] = field(default_factory=dict)
     """When what inline projections have applied was merged last in this process, by their names."""
     rebuild_with: Callable[..., Any] | None = None
+    store: EventStore | None = None
 
     def is_orphan(self, name: str) -> bool:
         """Whether the name of a checkpoint is that of no projection here."""
@@ -55,7 +59,7 @@ class ProjectedApplication:
 
     @property
     def datastore(self) -> Datastore:
-        """The database of the events, the projections and their models."""
+        """The database of the projections and their models, and of the events unless these are in a store."""
         return self.host.datastore
 
     @property
@@ -65,26 +69,19 @@ class ProjectedApplication:
 
     @property
     def recorder(self) -> SQLAlchemyApplicationRecorder:
-        """The recorder of the application, from which the log is read."""
+        """The recorder of the application, where its events are in the host's database."""
         return cast(SQLAlchemyApplicationRecorder, self.find().recorder)
+
+    @cached_property
+    def log(self) -> EventLog:
+        """The log of the application."""
+        if self.store is not None:
+            return StoreLog(self.store, self.name, self.find)
+        return TableLog(self.host.datastore, self.name, self.find)
 
     def command(self, words: str) -> str:
         """Return how messages name a command."""
         return self.host.datastore.dialect.command(words)
-
-    @property
-    def tracking_table(self) -> sa.Table | None:
-        """The table that has the identity of the log, unless the host has none."""
-        tables = self.datastore.tables(self.name)
-        return None if tables is None else tables["tracking"]
-
-    def log_identity(self) -> int | None:
-        """Return what tells the log from every other, read on a connection of its own."""
-        table = self.tracking_table
-        if table is None:
-            return None
-        with self.engine.begin() as connection:
-            return self.datastore.dialect.log_identity(connection, table)
 
     @property
     def mapper(self) -> Mapper[Any]:
@@ -107,7 +104,7 @@ class ProjectedApplication:
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own, with placeholders for rows that cannot be read."""
-        return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
+        return self.log.read(after, limit, stop, topics)
 
     def time_of(self, notification: Notification) -> datetime | None:
         """Return the timestamp of an event, None where it has none or cannot be read."""
@@ -120,22 +117,9 @@ class ProjectedApplication:
             return None
         return timestamp if timestamp.tzinfo is not None else timestamp.replace(tzinfo=UTC)
 
-    def last_position(self, connection: Connection) -> int:
-        """Return the high-water mark, read on a given connection: a pool may have no second one."""
-        dialect = self.recorder.dialect
-        return dialect.last_position(connection, dialect.located(connection, self.recorder.events_table)) or 0
-
-    def look_for_writer(self, connection: Connection, mark: int) -> tuple[int, OpenWriter | None]:
-        """Return the last position that is committed, and the oldest writer in progress if it is above the mark."""
-        table = self.recorder.events_table
-        c = table.table.c.notification_id
-        end = max(mark, connection.scalar(sa.select(sa.func.max(c))) or 0)
-        dialect = self.recorder.dialect
-        return end, dialect.oldest_writer(connection, dialect.located(connection, table)) if end > mark else None
-
     def high_water_mark(self) -> int:
         """Return the position up to which the log is complete, read on a connection of its own; 0 for an empty log."""
-        return self.recorder.high_water_mark()
+        return self.log.high_water_mark()
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,29 +191,22 @@ class Consumer:
         """Count the events between two positions that concern it."""
         return sum(self.count_topics(connection, after, to).values())
 
-    def count_topics(self, connection: Connection, after: int, to: int) -> dict[str, int]:
-        """Count the events between two positions that concern it, by their topics."""
-        c = self.application.recorder.events_table.table.c
-        between = (c.notification_id > after, c.notification_id <= to)
-        found = connection.execute(sa.select(c.topic, sa.func.count()).where(*between).group_by(c.topic))
-        return {topic: int(count) for topic, count in found if self.handlers.concerns(topic)}
+    def count_topics(self, connection: Connection, after: int, to: int, *, exact: bool = True) -> dict[str, int]:
+        """Count the events between two positions that concern it, by their topics.
+
+        :param exact: whether every event is counted; else positions that nobody has read count as events.
+        """
+        found = self.application.log.count_topics(connection, after, to, exact=exact)
+        return {topic: count for topic, count in found.items() if topic == REST or self.handlers.concerns(topic)}
 
     def last_event(self, position: int, notifications: Sequence[Notification]) -> dict[str, Any]:
         """Return what the row notes of the event at a position, the last of some or one that has no handler."""
         if notifications and notifications[-1].id == position:
             last = notifications[-1]
-            return {
-                "last_originator_id": str(last.originator_id),
-                "last_originator_version": last.originator_version,
-            }
-        # Read by the statement that notes it.
-        c = self.application.recorder.events_table.table.c
-        at = c.notification_id == position
-        text = self.checkpoint.table.c.last_originator_id.type
-        return {
-            "last_originator_id": sa.select(sa.cast(c.originator_id, text)).where(at).scalar_subquery(),
-            "last_originator_version": sa.select(c.originator_version).where(at).scalar_subquery(),
-        }
+            at: tuple[Any, Any] = str(last.originator_id), last.originator_version
+        else:
+            at = self.application.log.at(position, self.checkpoint.table.c.last_originator_id.type)
+        return {"last_originator_id": at[0], "last_originator_version": at[1]}
 
     def end(self) -> int:
         """How far it may go now: up to the high-water mark, and reactions no further than the projection's models."""
@@ -260,16 +237,8 @@ def id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
     """Return the models whose primary key can be the id of an aggregate, with that column."""
     if consumer.kind == "reactions" or not consumer.projection_class.prefetch:
         return
-    id_type = _python_type(consumer.application.recorder.events_table.table.c.originator_id)
+    id_type = consumer.application.log.id_type()
     for model in consumer.projection_class.models:
         key = sa.inspect(model).primary_key
-        if len(key) == 1 and _python_type(key[0]) is id_type is UUID:
+        if len(key) == 1 and python_type(key[0]) is id_type is UUID:
             yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
-
-
-def _python_type(column: Any) -> type[Any] | None:
-    try:
-        found: type[Any] = column.type.python_type
-    except NotImplementedError:
-        return None
-    return found

@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import CheckpointMismatchError
-from ...persistence.dialects.base import IDENTITY
 from ...persistence.dialects.catalogs import are_filled, is_exact, table_ids
 from ...persistence.dialects.locks import OpenWriter
 from ..checkpoint import CheckpointRow
@@ -50,9 +49,7 @@ class Belonging:
     def __init__(self, consumer: Consumer) -> None:
         self.consumer = consumer
         self.name: str = consumer.name
-        self._tracking = consumer.application.tracking_table
-        self._events = consumer.application.recorder.events_table.table
-        self._read_id = consumer.application.recorder.events_table.read_id
+        self._log = consumer.application.log
 
     # ------------------------------------------------------------------------------------------------------- to look
 
@@ -83,7 +80,7 @@ class Belonging:
             return None
         names = connection.scalars(sa.select(self.consumer.checkpoint.table.c.name)).all()
         orphans = [n for n in names if n.endswith(SUFFIXES["reactions"]) and self.consumer.application.is_orphan(n)]
-        if not orphans or not self.consumer.application.last_position(connection):
+        if not orphans or not self._log.last_position(connection):
             return None
         old = orphans[0].removesuffix(SUFFIXES["reactions"])
         return Mismatch(
@@ -120,7 +117,7 @@ class Belonging:
 
     def find_mismatch_of_log(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
         """Return what does not fit of the log alone."""
-        identity, found = self._look_at_log(connection, row.position)
+        identity, found = self._log.look(connection, row.position)
         if row.log_id is not None and identity is not None and row.log_id != identity:
             return Mismatch(
                 OTHER_LOG, f"{self.name} has followed another log than this one. {self._remedy('was made again')}"
@@ -134,7 +131,7 @@ class Belonging:
                 f"{self.name} has applied another event at position {row.position} than the log has there. "
                 f"{self._remedy('was restored to an earlier point')}",
             )
-        end = self.consumer.application.last_position(connection)
+        end = self._log.last_position(connection)
         if end >= row.position:
             return None
         return Mismatch(
@@ -149,21 +146,6 @@ class Belonging:
         if self.consumer.kind == "reactions" or not self.consumer.tables:
             return f"If the log {what}, run {accept} {rest}."
         return f"If the log {what}, run {self.consumer.command('rebuild')}; or {accept}, {rest}."
-
-    def _look_at_log(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
-        """Return the identity of the log, and the aggregate and version of the event at a position."""
-        event = self._events.c
-        # As the driver gives it: others may have written an id that is none.
-        of_event = (sa.type_coerce(event.originator_id, sa.String()), event.originator_version)
-        at = event.notification_id == position
-        if self._tracking is not None:
-            tracking = self._tracking
-            query = sa.select(tracking.c.notification_id, *of_event).where(tracking.c.application_name == IDENTITY)
-            found = connection.execute(query.select_from(tracking.outerjoin(self._events, at))).first()
-            if found is not None:
-                return int(found[0]), None if found[2] is None else (self._read_id(found[1]), int(found[2]))
-        alone = connection.execute(sa.select(*of_event).where(at)).first()
-        return None, None if alone is None else (self._read_id(alone[0]), int(alone[1]))
 
     # ------------------------------------------------------------------------------------------------------- tables
 
@@ -213,9 +195,8 @@ class Belonging:
         noted: dict[str, Any] = {}
         if (tables := self.note_tables(connection, row)) is not None:
             noted["tables_id"] = tables
-        if self._tracking is not None and row.log_id is None:
-            dialect = self.consumer.application.datastore.dialect
-            noted["log_id"] = dialect.log_identity(connection, self._tracking)
+        if row.log_id is None and (identity := self._log.identity(connection)) is not None:
+            noted["log_id"] = identity
         if self.consumer.kind == "projection":
             code = self.consumer.fingerprint
             if row.fingerprint is None:

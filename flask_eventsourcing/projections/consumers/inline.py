@@ -329,7 +329,7 @@ def applied_inline(
         return missing.first - 1, missing.topics, ranges.mismatch(missing)
     if last > end:
         # Others have appended since.
-        end, _ = consumer.application.look_for_writer(connection, mark)
+        end, _ = consumer.application.log.look_for_writer(connection, mark)
     return end, {}, None if last <= end else ranges.ahead(last, end)
 
 

@@ -51,7 +51,7 @@ def own_tables(consumer: Consumer) -> Callable[[], set[str]]:
 
     def names() -> set[str]:
         # Those of other applications are met when their recorders are made.
-        return own | {table.name for table in application.recorder.dialect.tables.values()}
+        return own | application.log.table_names()
 
     return names
 

@@ -315,7 +315,7 @@ class Runner:
         progress, application = self.progress, self.consumer.application
         delivery = Delivery(self.consumer, self.stop, progress, self.pace)
         pages = LogPages(self.consumer, claimed)
-        waiter = application.recorder.shared_waiter()
+        waiter = application.log.waiter()
         try:
             while not self.stop.is_set():
                 heartbeat.check()

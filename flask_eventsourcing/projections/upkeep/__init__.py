@@ -11,7 +11,6 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import CheckpointError
-from ...persistence.dialects.base import IDENTITY, new_identity
 from ..checkpoint import ACTIVE, HALTED, PAUSED, SWAPPING, Checkpoint, CheckpointRow, FencedError
 from ..consumers import SUFFIXES, Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging
@@ -142,15 +141,9 @@ def give_identity(application: ProjectedApplication) -> int:
 
     :raises CheckpointError: when the host has no table for it.
     """
-    tracking = application.tracking_table
-    if tracking is None:
-        raise CheckpointError(f"{application.name} has no tracking table, where the identity is kept.")
-    made = int(new_identity()["notification_id"])
     c = application.models.tables["projections"].c
     with application.engine.begin() as connection:
-        old = application.datastore.dialect.log_identity(connection, tracking)
-        change = sa.update(tracking).where(tracking.c.application_name == IDENTITY)
-        connection.execute(change.values(notification_id=made))
+        old, made = application.log.give_identity(connection)
         connection.execute(sa.update(c.name.table).where(c.log_id == old).values(log_id=made))
     return made
 

@@ -21,6 +21,7 @@ from ..checkpoint import HALTED, PAUSED, CheckpointRow
 from ..consumers import Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging, Mismatch
 from ..consumers.inline import applied_inline, find_not_applied
+from ..consumers.logs import REST
 from ..runners import stopped_message
 from ..runners.pace import Backoff
 
@@ -104,7 +105,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     with consumer.application.engine.connect() as connection:
         found = consumer.checkpoint.read(connection)
         row = found or CheckpointRow.never_run(consumer.name)
-        end, writer = consumer.application.look_for_writer(connection, mark)
+        end, writer = consumer.application.log.look_for_writer(connection, mark)
         running = _is_running(consumer, connection, row)
         failed, waiting = consumer.application.dead_letters.count(connection, consumer.name)
         mismatch = _mismatch(belonging, connection, found)
@@ -121,7 +122,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         position=position,
         head=end,
         lag_events=sum(topics.values()),
-        lag_seconds=_age(consumer, position, mark, list(topics)) if topics else 0.0,
+        lag_seconds=_age(consumer, position, mark, [topic for topic in topics if topic != REST]) if topics else 0.0,
         **_runner(row, running=running),
         error=row.error,
         failed_position=row.failed_position,
@@ -143,7 +144,7 @@ def _progress(
         return applied_inline(consumer, connection, row, mark, end)
     if row.position >= end:
         return row.position, {}, None
-    topics = consumer.count_topics(connection, row.position, end)
+    topics = consumer.count_topics(connection, row.position, end, exact=False)
     return row.position, topics, find_not_applied(consumer, connection, row, mark)
 
 
