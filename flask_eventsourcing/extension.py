@@ -29,9 +29,9 @@ from .projections.upkeep.following import Health
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
-from .web.making import made_again, made_state
+from .web.making import construct_now, made_again, made_state, untouched_on_error
 from .web.sessions import check_extension, register_extension, registered_extension
-from .web.setup import RecordClasses, construct_now, constructor_of, untouched_on_error
+from .web.setup import RecordClasses, constructor_of
 from .web.state import EXTENSION, Database, current_state, keep, state_of
 
 P = ParamSpec("P")

@@ -67,7 +67,7 @@ def subject() -> Subject:
     state = current_state()
     return Subject(
         commit_mode=state.config.commit,
-        datastore=state.datastore if state.apart is None else None,
+        datastore=state.tables_datastore,
         application_tables=[(name, table) for name, models in state.models.items() for table in models.tables.values()],
         applications=lambda: {cls.name: application for cls, application in state.applications.items()},
         projections=state.projections,

@@ -1,10 +1,13 @@
-"""A Flask app whose events are apart from its sessions, in a store of their own: its state, and how that is made."""
+"""A Flask app whose events are apart from its sessions, in a store of their own: its state, and how that is made.
+
+Its projections have their models, and how far they are, in the app's databases.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn, cast
 
 import sqlalchemy as sa
@@ -15,19 +18,108 @@ from sqlalchemy import orm
 from ..applications.apart import ApartHost, EventStore, construct_apart
 from ..config import PREFIX, Config
 from ..exceptions import ConfigurationError
-from ..host import send_recorded
+from ..host import mapped_tables, send_recorded
 from ..lifecycle import ApplicationSlot
 from ..metadata import Recorded
+from ..models import ProjectionModels
 from ..persistence import Datastore, DialectOptions
+from ..persistence.dialects import is_in_memory
+from ..projections.consumers import ProjectedApplication
 from ..projections.registry import BoundProjections, Registrations
 from ..signals import events_recorded
+from ..uow import Batch, SessionCommits, Units
 from .request_metadata import make_collector
+from .sessions import AppDatabase, FlaskHost, current_context
+from .setup import FIXED_BINDS, RecordClasses, make_datastore
 from .state import EventSourcingState, Slots, state_of
 
 STORES = {"cassandra": "flask_eventsourcing.cassandra.hosted"}
 """Where the store of each kind is, whose driver is not always installed."""
 OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
+OF_EVENTS = ("postgres_order", "correlation_index")
+"""Those of them that are about its tables of events."""
+
+
+class ProjectionHosts:
+    """The app's databases as hosts of projections, each made when the first projection needs it.
+
+    :param app: the app.
+    :param extension: its ``SQLAlchemy`` object, or None.
+    :param records: makes the classes of what projections need.
+    """
+
+    def __init__(self, app: Flask, extension: Any, config: Config, records: RecordClasses, store: EventStore) -> None:
+        self._app = app
+        self._extension = extension
+        self._config = config
+        self._records = records
+        self._store = store
+        self._hosts: dict[str | None, FlaskHost] = {}
+        self._is_prepared = False
+
+    @cached_property
+    def _database(self) -> AppDatabase:
+        return AppDatabase(self._app, self._extension)
+
+    def check(self, projection_class: Any, models: Sequence[Any], of: type[Application[Any]]) -> None:
+        """Check that a projection can follow events of the store.
+
+        :raises ConfigurationError: when it is inline, or there is no database for its models.
+        """
+        name = projection_class.__name__
+        if projection_class.inline:
+            raise ConfigurationError(
+                f"Projection {name} is inline, but the events are in {self._store.title}: it could not be in one "
+                "transaction with them."
+            )
+        if self._extension is None:
+            raise ConfigurationError(
+                f"Projection {name} has no database for its models and its position: pass EventSourcing(db=…), or "
+                "register Flask-SQLAlchemy on the app before."
+            )
+        self._database.check_models(projection_class, models, self._config.bind_key_of(of.name))
+
+    def of(self, application_class: type[Application[Any]]) -> FlaskHost:
+        """Return the host of an application's projections."""
+        key = self._config.bind_key_of(application_class.name)
+        if key not in self._hosts:
+            self._hosts[key] = self._make(key, self.models(application_class))
+        return self._hosts[key]
+
+    def models(self, application_class: type[Application[Any]]) -> ProjectionModels:
+        """Return the classes of what an application's projections need."""
+        return self._records.make_for_projections(self._extension, application_class, self._config)
+
+    def _make(self, key: str | None, models: ProjectionModels) -> FlaskHost:
+        table = models.tables["projections"]
+        datastore = make_datastore(self._database, key, self._config, None)
+        datastore.dialect.check_names(models.tables.values())
+        arguments = self._database.bind_arguments(key, table)
+        # No recorder joins these units, so that there is nothing to tell of.
+        units = Units(datastore, SessionCommits(), _nothing, arguments, _nothing, current_context, FIXED_BINDS)
+        host = FlaskHost(self._app, self._database, units, table)
+        if self._is_prepared:
+            host.prepare()
+        return host
+
+    def prepare(self) -> None:
+        """Install what the engines and sessions need, also of those that are made later."""
+        self._is_prepared = True
+        for host in self.all():
+            host.prepare()
+
+    def all(self) -> list[FlaskHost]:
+        """Return those that were made."""
+        return list(self._hosts.values())
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """Return the tables of a mapped class."""
+        return mapped_tables(model)
+
+
+def _nothing(batches: Sequence[Batch]) -> None:
+    """Tell of no events."""
 
 
 class ApartState(EventSourcingState):
@@ -38,27 +130,35 @@ class ApartState(EventSourcingState):
     """
 
     def __init__(
-        self, app: Flask, extension: Any, config: Config, apart: ApartHost, slots: Slots, projections: BoundProjections
+        self,
+        app: Flask,
+        extension: Any,
+        config: Config,
+        apart: ApartHost,
+        slots: Slots,
+        projections: BoundProjections,
+        projection_hosts: ProjectionHosts,
     ) -> None:
         super().__init__({}, config, {}, slots, projections)
         self._app = app
         self.extension = extension
         self.apart: ApartHost = apart
+        self.projection_hosts: ProjectionHosts = projection_hosts
 
     def check_models(
         self, projection_class: Any, models: Sequence[Any], application_class: type[Application[Any]]
     ) -> None:
-        """Refuse a projection.
+        """Check that a projection can follow events of the store.
 
-        :raises ConfigurationError: always.
+        :raises ConfigurationError: when it is inline, or there is no database for its models.
         """
-        refuse_projection(self.store, projection_class)
+        self.projection_hosts.check(projection_class, models, application_class)
 
     def take(self, other: EventSourcingState) -> None:
         """Become what another state of the same app is."""
         super().take(other)
         if isinstance(other, ApartState):
-            self.apart = other.apart
+            self.apart, self.projection_hosts = other.apart, other.projection_hosts
 
     @property
     def store(self) -> EventStore:
@@ -98,6 +198,11 @@ class ApartState(EventSourcingState):
         self.apart.refuse("A database of SQLAlchemy")
 
     @property
+    def tables_datastore(self) -> Datastore | None:
+        """The database in which projections have their tables, that of the first where there are several."""
+        return next((host.datastore for host in self.projection_hosts.all()), None)
+
+    @property
     def env(self) -> dict[str, str]:
         """The environment with which applications use this app's store."""
         env = dict(self.config.env)
@@ -110,12 +215,24 @@ class ApartState(EventSourcingState):
         self.apart.using_session(session)
 
     def elsewhere(self) -> dict[sa.Table, sa.Engine]:
-        """No table is in another database."""
-        return {}
+        """Return the tables of projections in another database than the first one's, each with that database."""
+        found: dict[sa.Table, sa.Engine] = {}
+        for registration, projected in self.projections.bound.values():
+            own = [table for model in registration.projection_class.models for table in mapped_tables(model)]
+            if projected.datastore is not self.tables_datastore:
+                found |= dict.fromkeys([*projected.models.tables.values(), *own], projected.engine)
+        return found
+
+    def prepare(self) -> None:
+        """Install what the engines and sessions of projections need."""
+        self.projection_hosts.prepare()
 
     def release_connections(self) -> None:
-        """Close the connections to the store."""
+        """Close the connections to the store, and those of projections."""
         self.store.close()
+        for host in self.projection_hosts.all():
+            if not is_in_memory(host.datastore.engine.url):
+                host.datastore.engine.dispose()
 
 
 def make_apart_state(
@@ -124,21 +241,17 @@ def make_apart_state(
     config: Config,
     constructors: Mapping[type[Application[Any]], Any],
     id_types: Mapping[str, str],
+    records: RecordClasses,
     registrations: Registrations,
 ) -> ApartState:
     """Make the state of a Flask app whose events are apart; nothing of it is registered on the app, nothing connected.
 
     :param constructors: what constructs each application class.
     :param id_types: the type of the aggregates' ids by the name of the application.
+    :param records: makes the classes of what projections need.
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
-    defaults = Config()
-    for name in OF_DATABASES:
-        if getattr(config, name) != getattr(defaults, name):
-            raise ConfigurationError(
-                f"{PREFIX}{name.upper()} is a setting of databases of SQLAlchemy, and would have no effect with "
-                f"{PREFIX}PERSISTENCE = {config.persistence!r}: remove it."
-            )
+    _check_effects(config, OF_DATABASES if extension is None else OF_EVENTS)
     try:
         module: Any = importlib.import_module(STORES[config.persistence])
     except ImportError as error:
@@ -150,28 +263,30 @@ def make_apart_state(
     slots = {cls: _slot(app, cls, each, store, config) for cls, each in constructors.items()}
     if registrations.transactional:
         ApartHost(store, app.app_context).refuse(f"{registrations.transactional[0]} with @es.transactional")
-    for registration in registrations.entries:
-        refuse_projection(store, registration.projection_class)
-    apart = ApartHost(store, app.app_context)
-    projections = BoundProjections(cast(Any, apart), partial(_no_application, store), lambda *_: None)
-    return ApartState(app, extension, config, apart, slots, projections)
+    hosts = ProjectionHosts(app, extension, config, records, store)
+    for each in registrations.entries:
+        hosts.check(each.projection_class, each.projection_class.models, each.of)
+
+    def followed(of: type[Application[Any]]) -> ProjectedApplication:
+        lease = config.projection_lock == "lease"
+        return ProjectedApplication(hosts.of(of), of.name, slots[of].get, hosts.models(of), lease=lease, store=store)
+
+    projections = BoundProjections(cast(Any, hosts), followed, lambda *_: None)
+    for each in registrations.entries:
+        projections.add(each)
+    return ApartState(app, extension, config, ApartHost(store, app.app_context), slots, projections, hosts)
 
 
-def refuse_projection(store: EventStore, projection_class: Any) -> NoReturn:
-    """Refuse a projection.
-
-    :raises ConfigurationError: always.
-    """
-    name = projection_class.__name__
-    if projection_class.inline:
-        raise ConfigurationError(
-            f"Projection {name} is inline, but the events are in {store.title}: it could not be in one transaction "
-            "with them."
-        )
-    raise ConfigurationError(
-        f"Projection {name} cannot follow events in {store.title} yet: read application.recorder with "
-        "select_notifications() or subscribe(), or with the library's own ProjectionRunner."
-    )
+def _check_effects(config: Config, names: Sequence[str]) -> None:
+    """Refuse settings that would have no effect."""
+    defaults = Config()
+    for name in names:
+        if getattr(config, name) != getattr(defaults, name):
+            what = "databases of SQLAlchemy" if names is OF_DATABASES else "tables of events"
+            raise ConfigurationError(
+                f"{PREFIX}{name.upper()} is a setting of {what}, and would have no effect with "
+                f"{PREFIX}PERSISTENCE = {config.persistence!r}: remove it."
+            )
 
 
 def _slot(
@@ -193,7 +308,3 @@ def _publish(app: Flask, name: str, recordings: Sequence[Any]) -> None:
     send_recorded(
         app, application, notifications, lambda: [Recorded(each.id, None, None, {}) for each in notifications]
     )
-
-
-def _no_application(store: EventStore, of: Any) -> NoReturn:
-    raise ConfigurationError(f"No projection follows {of.__name__}, whose events are in {store.title}.")

@@ -1,14 +1,16 @@
-"""Chooses how the state of a Flask app is made: with its events in the database of its sessions, or apart from them."""
+"""Makes the state of a Flask app: with its events in the database of its sessions, or apart from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from eventsourcing.application import Application
 from flask import Flask
 
 from ..config import Config
+from ..failures import OnError
 from ..projections.registry import Registrations
 from .apart_state import ApartState, make_apart_state
 from .setup import RecordClasses, check_settings, make_state, originator_id_type
@@ -33,7 +35,7 @@ def made_state(
         return make_state(app, extension, config, constructors, records, registrations)
     check_settings(config, list(constructors))
     id_types = {cls.name: originator_id_type(cls, config) for cls in constructors}
-    return make_apart_state(app, extension, config, constructors, id_types, registrations)
+    return make_apart_state(app, extension, config, constructors, id_types, records, registrations)
 
 
 def made_again(
@@ -45,3 +47,35 @@ def made_again(
     """Make the state of an app that has one, with other applications."""
     extension = state.extension if isinstance(state, ApartState) else state.db
     return made_state(state.app, extension, state.config, constructors, records, registrations)
+
+
+def construct_now(state: EventSourcingState) -> None:
+    """Construct the applications where ``EVENTSOURCING_CONSTRUCT`` says so, on engines that nobody has prepared yet."""
+    if state.config.construct != "init":
+        return
+    # Those that were constructed before the one that fails are of no use either.
+    with OnError(lambda _: state.close()), state.app.app_context():
+        state.construct()
+    state.release_connections()
+
+
+@contextmanager
+def untouched_on_error(app: Flask) -> Iterator[None]:
+    """Take back what was done to an app if the block fails."""
+    mappings: list[MutableMapping[Any, Any]] = [app.extensions, app.config, app.after_request_funcs, app.cli.commands]
+    lists: list[list[Any]] = [app.teardown_appcontext_funcs, app.shell_context_processors]
+    before = [dict(mapping) for mapping in mappings], [list(items) for items in lists]
+    functions = {key: list(value) for key, value in app.after_request_funcs.items()}
+
+    def restore(_: BaseException) -> None:
+        for mapping, old in zip(mappings, before[0], strict=True):
+            mapping.clear()
+            mapping.update(old)
+        for items, old_items in zip(lists, before[1], strict=True):
+            items[:] = old_items
+        for key, value in functions.items():
+            app.after_request_funcs[key][:] = value
+
+    # An app that is half made is no use.
+    with OnError(restore):
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -23,6 +23,7 @@ from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..failures import OnError
 from ..lifecycle import ApplicationSlot
+from ..metadata import Collector
 from ..models import Models, ProjectionModels, check_models, index_correlation, make_models, make_projection_models
 from ..persistence import Datastore, DialectOptions
 from ..persistence.datastore import Tables
@@ -308,14 +309,23 @@ def _make_stores(
     app: Flask, database: AppDatabase, config: Config, classes: Sequence[type[Application[Any]]]
 ) -> dict[str | None, Datastore]:
     """Make the datastore of each database, by its bind key."""
-    options = DialectOptions(program=PROGRAM, **{name: getattr(config, name) for name in DialectOptions.settings()})
-    stores = {
-        key: Datastore(database.engine_of(key), options, metadata=make_collector(app, config))
+    return {
+        key: make_datastore(database, key, config, make_collector(app, config))
         for key in dict.fromkeys(_key(cls, config) for cls in classes)
     }
-    for store in stores.values():
-        _check_schema(store, config)
-    return stores
+
+
+def make_datastore(
+    database: AppDatabase, bind_key: str | None, config: Config, collector: Collector | None
+) -> Datastore:
+    """Make the datastore of one database.
+
+    :raises ConfigurationError: when there is none, or settings do not go with it.
+    """
+    options = DialectOptions(program=PROGRAM, **{name: getattr(config, name) for name in DialectOptions.settings()})
+    store = Datastore(database.engine_of(bind_key), options, metadata=collector)
+    _check_schema(store, config)
+    return store
 
 
 def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:
@@ -361,39 +371,7 @@ def check_settings(config: Config, classes: Sequence[type[Application[Any]]]) ->
     check_environment(config.env, classes)
 
 
-def construct_now(state: EventSourcingState) -> None:
-    """Construct the applications where ``EVENTSOURCING_CONSTRUCT`` says so, on engines that nobody has prepared yet."""
-    if state.config.construct != "init":
-        return
-    # Those that were constructed before the one that fails are of no use either.
-    with OnError(lambda _: state.close()), state.app.app_context():
-        state.construct()
-    state.release_connections()
-
-
 def _check_schema(datastore: Datastore, config: Config) -> None:
     if config.schema is not None and not datastore.dialect.has_schemas:
         name = datastore.dialect.title
         raise ConfigurationError(f"EVENTSOURCING_SCHEMA is set, but {name} has no schemas: remove it.")
-
-
-@contextmanager
-def untouched_on_error(app: Flask) -> Iterator[None]:
-    """Take back what was done to an app if the block fails."""
-    mappings: list[MutableMapping[Any, Any]] = [app.extensions, app.config, app.after_request_funcs, app.cli.commands]
-    lists: list[list[Any]] = [app.teardown_appcontext_funcs, app.shell_context_processors]
-    before = [dict(mapping) for mapping in mappings], [list(items) for items in lists]
-    functions = {key: list(value) for key, value in app.after_request_funcs.items()}
-
-    def restore(_: BaseException) -> None:
-        for mapping, old in zip(mappings, before[0], strict=True):
-            mapping.clear()
-            mapping.update(old)
-        for items, old_items in zip(lists, before[1], strict=True):
-            items[:] = old_items
-        for key, value in functions.items():
-            app.after_request_funcs[key][:] = value
-
-    # An app that is half made is no use.
-    with OnError(restore):
-        yield

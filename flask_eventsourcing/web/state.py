@@ -123,6 +123,11 @@ class EventSourcingState:
         return self.host.datastore
 
     @property
+    def tables_datastore(self) -> Datastore | None:
+        """The database in which commands look for tables, None where there are none."""
+        return self.datastore
+
+    @property
     def application(self) -> Application[Any]:
         """The single application of this app and process, the first one where there are several."""
         return next(iter(self.slots.values())).get()
