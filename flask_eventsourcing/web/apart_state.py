@@ -113,6 +113,11 @@ class ProjectionHosts:
         """Return those that were made."""
         return list(self._hosts.values())
 
+    @property
+    def datastore(self) -> Datastore:
+        """The first of the databases."""
+        return self.all()[0].datastore
+
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
         """Return the tables of a mapped class."""
         return mapped_tables(model)

@@ -74,7 +74,7 @@ def test_transactional_function() -> None:
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("later", [True, False])
 def test_projection(inline: bool, later: bool) -> None:
-    """An inline projection is refused with the reason, before and after the start; others are not there yet."""
+    """An inline projection, and one without a database, are refused with the reason, before and after the start."""
     es: EventSourcing[Any, Any] = EventSourcing(application=Bank)
 
     class Balances(ModelProjection):
@@ -86,7 +86,7 @@ def test_projection(inline: bool, later: bool) -> None:
     steps: list[Callable[[], object]] = [lambda: start(es), lambda: es.projection(Balances)]
     first, second = steps if later else reversed(steps)
     first()
-    with pytest.raises(ConfigurationError, match="Balances is inline, but" if inline else "Balances cannot follow"):
+    with pytest.raises(ConfigurationError, match="Balances is inline, but" if inline else "Balances has no database"):
         second()
 
 
