@@ -41,20 +41,21 @@ OF_EVENTS = ("postgres_order", "correlation_index")
 """Those of them that are about its tables of events."""
 
 
-class ProjectionHosts:
-    """The app's databases as hosts of projections, each made when the first projection needs it.
+class FlaskApart(ApartHost):
+    """A Flask app as the host of applications that are apart, and its databases as hosts of their projections.
 
+    :param store: where the applications have their events.
     :param app: the app.
     :param extension: its ``SQLAlchemy`` object, or None.
     :param records: makes the classes of what projections need.
     """
 
-    def __init__(self, app: Flask, extension: Any, config: Config, records: RecordClasses, store: EventStore) -> None:
+    def __init__(self, store: EventStore, app: Flask, extension: Any, config: Config, records: RecordClasses) -> None:
+        super().__init__(store, app.app_context)
         self._app = app
         self._extension = extension
         self._config = config
         self._records = records
-        self._store = store
         self._hosts: dict[str | None, FlaskHost] = {}
         self._is_prepared = False
 
@@ -70,7 +71,7 @@ class ProjectionHosts:
         name = projection_class.__name__
         if projection_class.inline:
             raise ConfigurationError(
-                f"Projection {name} is inline, but the events are in {self._store.title}: it could not be in one "
+                f"Projection {name} is inline, but the events are in {self.store.title}: it could not be in one "
                 "transaction with them."
             )
         if self._extension is None:
@@ -139,16 +140,14 @@ class ApartState(EventSourcingState):
         app: Flask,
         extension: Any,
         config: Config,
-        apart: ApartHost,
+        apart: FlaskApart,
         slots: Slots,
         projections: BoundProjections,
-        projection_hosts: ProjectionHosts,
     ) -> None:
         super().__init__({}, config, {}, slots, projections)
         self._app = app
         self.extension = extension
-        self.apart: ApartHost = apart
-        self.projection_hosts: ProjectionHosts = projection_hosts
+        self.apart: FlaskApart = apart
 
     def check_models(
         self, projection_class: Any, models: Sequence[Any], application_class: type[Application[Any]]
@@ -157,13 +156,13 @@ class ApartState(EventSourcingState):
 
         :raises ConfigurationError: when it is inline, or there is no database for its models.
         """
-        self.projection_hosts.check(projection_class, models, application_class)
+        self.apart.check(projection_class, models, application_class)
 
     def take(self, other: EventSourcingState) -> None:
         """Become what another state of the same app is."""
         super().take(other)
         if isinstance(other, ApartState):
-            self.apart, self.projection_hosts = other.apart, other.projection_hosts
+            self.apart = other.apart
 
     @property
     def store(self) -> EventStore:
@@ -205,7 +204,7 @@ class ApartState(EventSourcingState):
     @property
     def tables_datastore(self) -> Datastore | None:
         """The database in which projections have their tables, that of the first where there are several."""
-        return next((host.datastore for host in self.projection_hosts.all()), None)
+        return next((host.datastore for host in self.apart.all()), None)
 
     @property
     def env(self) -> dict[str, str]:
@@ -230,12 +229,12 @@ class ApartState(EventSourcingState):
 
     def prepare(self) -> None:
         """Install what the engines and sessions of projections need."""
-        self.projection_hosts.prepare()
+        self.apart.prepare()
 
     def release_connections(self) -> None:
         """Close the connections to the store, and those of projections."""
         self.store.close()
-        for host in self.projection_hosts.all():
+        for host in self.apart.all():
             if not is_in_memory(host.datastore.engine.url):
                 host.datastore.engine.dispose()
 
@@ -266,20 +265,20 @@ def make_apart_state(
         ) from error
     store: EventStore = module.make_store(config, make_collector(app, config), id_types)
     slots = {cls: _slot(app, cls, each, store, config) for cls, each in constructors.items()}
+    apart = FlaskApart(store, app, extension, config, records)
     if registrations.transactional:
-        ApartHost(store, app.app_context).refuse(f"{registrations.transactional[0]} with @es.transactional")
-    hosts = ProjectionHosts(app, extension, config, records, store)
+        apart.refuse(f"{registrations.transactional[0]} with @es.transactional")
     for each in registrations.entries:
-        hosts.check(each.projection_class, each.projection_class.models, each.of)
+        apart.check(each.projection_class, each.projection_class.models, each.of)
 
     def followed(of: type[Application[Any]]) -> ProjectedApplication:
         lease = config.projection_lock == "lease"
-        return ProjectedApplication(hosts.of(of), of.name, slots[of].get, hosts.models(of), lease=lease, store=store)
+        return ProjectedApplication(apart.of(of), of.name, slots[of].get, apart.models(of), lease=lease, store=store)
 
-    projections = BoundProjections(cast(Any, hosts), followed, lambda *_: None)
+    projections = BoundProjections(cast(Any, apart), followed, lambda *_: None)
     for each in registrations.entries:
         projections.add(each)
-    return ApartState(app, extension, config, ApartHost(store, app.app_context), slots, projections, hosts)
+    return ApartState(app, extension, config, apart, slots, projections)
 
 
 def _check_effects(config: Config, names: Sequence[str]) -> None:
