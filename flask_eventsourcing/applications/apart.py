@@ -6,9 +6,11 @@ run again after a conflict only if it has saved nothing before.
 
 from __future__ import annotations
 
+import importlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+import typing
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -18,9 +20,11 @@ from eventsourcing.application import Application, ProcessingEvent
 from eventsourcing.persistence import IntegrityError
 
 from .._patches import application_method, repository_cache
-from ..config import OriginatorIdType
+from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError, HandlerError
 from ..failures import OnError
+from ..host import send_recorded
+from ..metadata import Collector, Recorded
 from ..uow import Run
 from . import CommittedCache, install_repository
 from .stale import Records, refuse_stale_aggregates
@@ -30,6 +34,10 @@ R = TypeVar("R")
 
 LONGEST_PAUSE = 0.5
 """Seconds between two tries, at most."""
+
+
+STORES = {"cassandra": "flask_eventsourcing.cassandra.hosted"}
+"""Where the store of each kind is, whose driver is not always installed."""
 
 
 class EventStore(Protocol):
@@ -58,6 +66,45 @@ class EventStore(Protocol):
 
     def close(self) -> None:
         """Close the connections of this process; they are opened again when they are used."""
+
+
+def make_store(
+    config: Config, collector: Collector | None, id_types: Mapping[str, OriginatorIdType], where: str
+) -> EventStore:
+    """Make the store that settings describe; nothing is connected.
+
+    :param where: how messages name the choice of it.
+    :raises ConfigurationError: when its driver cannot be used in this process.
+    """
+    try:
+        module: Any = importlib.import_module(STORES[config.persistence])
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{where} needs a driver that cannot be imported: {error}. Run pip install "
+            f"'Flask-EventSourcing[{config.persistence}]'."
+        ) from error
+    store: EventStore = module.make_store(config, collector, id_types)
+    return store
+
+
+def id_type_of(application_class: type[Application[Any]], env: Mapping[str, str]) -> OriginatorIdType:
+    """Return the type of an application's ids: as its environment or ``Application[str]`` says, or ``uuid``."""
+    for each in (env, application_class.env):
+        if each.get("ORIGINATOR_ID_TYPE", "").lower() == "text":
+            return "text"
+    for cls in application_class.__mro__:
+        for base in getattr(cls, "__orig_bases__", ()):
+            if typing.get_args(base) == (str,) and issubclass(typing.get_origin(base) or object, Application):
+                return "text"
+    return "uuid"
+
+
+def tell_recorded(sender: object, application: Any, recordings: Sequence[Any]) -> None:
+    """Send ``events_recorded`` for what is stored."""
+    notifications = tuple(each.notification for each in recordings)
+    send_recorded(
+        sender, application, notifications, lambda: [Recorded(each.id, None, None, {}) for each in notifications]
+    )
 
 
 class _Try:

@@ -5,7 +5,6 @@ Its projections have their models, and how far they are, in the app's databases.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NoReturn, cast
@@ -15,12 +14,11 @@ from eventsourcing.application import Application
 from flask import Flask
 from sqlalchemy import orm
 
-from ..applications.apart import ApartHost, EventStore, construct_apart
-from ..config import PREFIX, Config
+from ..applications.apart import ApartHost, EventStore, construct_apart, make_store, tell_recorded
+from ..config import PREFIX, Config, OriginatorIdType
 from ..exceptions import ConfigurationError
-from ..host import mapped_tables, send_recorded
+from ..host import mapped_tables
 from ..lifecycle import ApplicationSlot
-from ..metadata import Recorded
 from ..models import ProjectionModels
 from ..persistence import Datastore, DialectOptions
 from ..persistence.dialects import is_in_memory
@@ -33,8 +31,6 @@ from .sessions import AppDatabase, FlaskHost, current_context
 from .setup import FIXED_BINDS, RecordClasses, make_datastore
 from .state import EventSourcingState, Slots, state_of
 
-STORES = {"cassandra": "flask_eventsourcing.cassandra.hosted"}
-"""Where the store of each kind is, whose driver is not always installed."""
 OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
 OF_EVENTS = ("postgres_order", "correlation_index")
@@ -244,7 +240,7 @@ def make_apart_state(
     extension: Any,
     config: Config,
     constructors: Mapping[type[Application[Any]], Any],
-    id_types: Mapping[str, str],
+    id_types: Mapping[str, OriginatorIdType],
     records: RecordClasses,
     registrations: Registrations,
 ) -> ApartState:
@@ -256,14 +252,8 @@ def make_apart_state(
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
     _check_effects(config, OF_DATABASES if extension is None else OF_EVENTS)
-    try:
-        module: Any = importlib.import_module(STORES[config.persistence])
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{PREFIX}PERSISTENCE = {config.persistence!r} needs a driver that cannot be imported: {error}. Run pip "
-            f"install 'Flask-EventSourcing[{config.persistence}]'."
-        ) from error
-    store: EventStore = module.make_store(config, make_collector(app, config), id_types)
+    where = f"{PREFIX}PERSISTENCE = {config.persistence!r}"
+    store = make_store(config, make_collector(app, config), id_types, where)
     slots = {cls: _slot(app, cls, each, store, config) for cls, each in constructors.items()}
     apart = FlaskApart(store, app, extension, config, records)
     if registrations.transactional:
@@ -307,8 +297,4 @@ def _publish(app: Flask, name: str, recordings: Sequence[Any]) -> None:
         return
     state = state_of(app)
     application = next((state[cls] for cls in state.slots if cls.name == name), None)
-
-    notifications = tuple(each.notification for each in recordings)
-    send_recorded(
-        app, application, notifications, lambda: [Recorded(each.id, None, None, {}) for each in notifications]
-    )
+    tell_recorded(app, application, recordings)

@@ -19,6 +19,7 @@ from sqlalchemy import orm
 
 from .._patches import forget_class
 from ..applications import check_environment, construct
+from ..applications.apart import id_type_of
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..failures import OnError
@@ -256,16 +257,7 @@ def _check_arguments(called: Any, name: str) -> None:
 
 def originator_id_type(application_class: type[Application[Any]], config: Config) -> OriginatorIdType:
     """Return the type of an application's ids: as configured, or as ``Application[str]`` says, or ``uuid``."""
-    if config.originator_id_type is not None:
-        return config.originator_id_type
-    for env in (config.env, application_class.env):
-        if env.get("ORIGINATOR_ID_TYPE", "").lower() == "text":
-            return "text"
-    for cls in application_class.__mro__:
-        for base in getattr(cls, "__orig_bases__", ()):
-            if typing.get_args(base) == (str,) and issubclass(typing.get_origin(base) or object, Application):
-                return "text"
-    return "uuid"
+    return config.originator_id_type or id_type_of(application_class, config.env)
 
 
 def make_state(

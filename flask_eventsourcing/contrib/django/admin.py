@@ -149,7 +149,8 @@ class DeadLetterAdmin(_ReadOnly):
         try:
             if not ids:
                 raise UsageError("These wait for an earlier one of their aggregate: choose that one.")
-            status = command(projections().subject(str(self.alias)), PlainOutput(said), ids, **options)
+            place = configured()[self.of].place
+            status = command(projections().subject(place), PlainOutput(said), ids, **options)
         except (ConfigurationError, CommandError, UsageError) as error:
             self.message_user(request, str(error), messages.ERROR)
             return
@@ -164,7 +165,7 @@ def register(site: admin.AdminSite = admin.site) -> None:
             (records.Projection, CheckpointAdmin),
             (records.DeadLetter, DeadLetterAdmin),
         ):
-            if not site.is_registered(model):
+            if model is not None and not site.is_registered(model):
                 site.register(model, kind, of=name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from django.conf import settings
@@ -11,10 +11,12 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 from eventsourcing.application import Application
 
+from ...config import Config
 from ...exceptions import ConfigurationError
+from .in_cassandra import engine_settings, is_engine, read_settings
 
 SETTING = "EVENTSOURCING"
-KEYS = ("APPLICATION", "DATABASE", "ENV", "METADATA", "METADATA_USER")
+KEYS = ("APPLICATION", "DATABASE", "ENV", "METADATA", "METADATA_USER", "CASSANDRA")
 EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
 
@@ -26,13 +28,30 @@ class Configured:
     path: Any
     """Of the class: ``APPLICATION``."""
     alias: str
-    """Of the database with the events: ``DATABASE``."""
+    """Of the database with the events, or with the models of projections where the events are apart: ``DATABASE``."""
     env: Mapping[str, str]
     """What the library reads: ``ENV``."""
     metadata: Any = ()
     """The dotted paths of functions that return metadata, or False and none are stored: ``METADATA``."""
     metadata_user: Any = False
     """Whether the user of a request is among them: ``METADATA_USER``."""
+    cassandra: Config | None = None
+    """Where the events are in Cassandra: what ``CASSANDRA`` and the settings of the engine say of that."""
+
+    engine: str | None = None
+    """The alias of django-cassandra-engine whose settings they are."""
+
+    @property
+    def place(self) -> str:
+        """How commands name where the events are: an alias, or the keyspace."""
+        if self.cassandra is None:
+            return self.alias
+        return self.engine or f"cassandra:{self.cassandra.cassandra_keyspace}"
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the events are not in a database of Django's."""
+        return self.cassandra is not None
 
     def application_class(self) -> type[Application[Any]]:
         """Import the class.
@@ -77,12 +96,21 @@ def _read(name: Any, value: Any) -> Configured:
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
-    given = [
-        value.get(key, default) for key, default in zip(KEYS, (None, DEFAULT_DB_ALIAS, {}, (), False), strict=True)
-    ]
-    found = Configured(name, *given)
+    defaults = (None, DEFAULT_DB_ALIAS, {}, (), False)
+    found = Configured(name, *(value.get(key, default) for key, default in zip(KEYS, defaults, strict=False)))
     _check_values(where, found)
-    return found
+    return _located(where, found, value)
+
+
+def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configured:
+    """Add where the events are, if that is Cassandra."""
+    own = value.get("CASSANDRA")
+    if not is_engine(found.alias):
+        return found if own is None else replace(found, cassandra=read_settings(f"{where}['CASSANDRA']", own))
+    further = own if isinstance(own, Mapping) else {}
+    config = read_settings(f"{where}['CASSANDRA']", {**engine_settings(found.alias), **further})
+    # The engine has no transactions: models of projections are in the project's first database.
+    return replace(found, alias=DEFAULT_DB_ALIAS, cassandra=config, engine=found.alias)
 
 
 def _refuse_former(where: str, env: Any) -> None:

@@ -30,7 +30,10 @@ def runner_env() -> Mapping[str, str]:
     for name, one in found.configured.items():
         prefix = f"{name.upper()}_"
         env |= {key if key.upper().startswith(prefix) else f"{prefix}{key}": value for key, value in one.env.items()}
-        env = environment(found.database(name).datastore, env, name)
+        if name in found.apart:
+            env = found.apart[name].store.environment(env, name)
+        else:
+            env = environment(found.database(name).datastore, env, name)
     return env
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, overload
 from eventsourcing.application import Application
 
 from ...applications import check_environment, construct
+from ...applications.apart import ApartHost, id_type_of
 from ...exceptions import ApplicationInitializedError, ConfigurationError
 from ...failures import Logged
 from ...host import by_application, recordings_of, send_recorded
@@ -20,6 +22,7 @@ from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
 from ...uow import Batch
 from .configuring import SETTING, Configured, configured
+from .in_cassandra import ApartApplication, new_store
 from .lending import is_shared, make_engine
 from .of_requests import make_collector
 from .records import Records, records_of
@@ -109,6 +112,32 @@ def lost_text(batches: Sequence[Batch]) -> str:
     )
 
 
+def make_apart(found: Sequence[Configured]) -> dict[str, ApartApplication]:
+    """Make what there is of applications whose events are apart; those in one place share a store.
+
+    :raises ConfigurationError: when a class cannot be imported, or the driver cannot be used.
+    """
+    groups: dict[str, list[Configured]] = {}
+    for each in found:
+        first = groups.setdefault(each.place, [each])[0]
+        if (first.cassandra, first.alias) != (each.cassandra, each.alias):
+            raise ConfigurationError(
+                f"{SETTING}[{first.name!r}] and {SETTING}[{each.name!r}] have their events in one place, "
+                f"{each.place!r}: write the same for CASSANDRA and DATABASE in both."
+            )
+        if each is not first:
+            groups[each.place].append(each)
+    made: dict[str, ApartApplication] = {}
+    for group in groups.values():
+        classes = {each.name: each.application_class() for each in group}
+        for each in group:
+            check_environment(each.env, [classes[each.name]], f"{SETTING}[{each.name!r}]['ENV']")
+        id_types = {each.name: id_type_of(classes[each.name], each.env) for each in group}
+        store = new_store(group[0].cassandra, make_collector(group), id_types)
+        made |= {each.name: ApartApplication(classes[each.name], store, dict(each.env)) for each in group}
+    return made
+
+
 class Site:
     """All applications of the project.
 
@@ -119,16 +148,40 @@ class Site:
         self.configured = configured()
         by_alias: dict[str, list[Configured]] = {}
         for each in self.configured.values():
-            by_alias.setdefault(each.alias, []).append(each)
+            if not each.is_apart:
+                by_alias.setdefault(each.alias, []).append(each)
         self.databases = {alias: Database(alias, found) for alias, found in by_alias.items()}
+        self.apart = make_apart([each for each in self.configured.values() if each.is_apart])
+        """The applications whose events are in none of them, by their names."""
+        self._beside: dict[str, Database] = {}
 
     def database(self, name: str) -> Database:
-        """Return the database of an application."""
+        """Return the database of an application.
+
+        :raises ConfigurationError: when its events are in none of Django's.
+        """
+        if name in self.apart:
+            title = self.apart[name].store.title
+            raise ConfigurationError(f"The events of {name} are in {title}, and in no database of Django's.")
         return self.databases[self.configured[name].alias]
+
+    def projected(self, alias: str) -> Database:
+        """Return a database in which projections have their models, with or without events."""
+        if alias not in self.databases and alias not in self._beside:
+            self._beside[alias] = Database(alias, ())
+        return self.databases.get(alias) or self._beside[alias]
 
     def slot(self, name: str) -> ApplicationSlot[Application[Any]]:
         """Return what has the one object of an application."""
-        return self.database(name).slots[name]
+        return self.apart[name].slot if name in self.apart else self.database(name).slots[name]
+
+    def host_apart(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> ApartHost | None:
+        """Return the host of units of work where no database has events, so that nothing can be rolled back.
+
+        :param context: what is around a piece of work.
+        """
+        stores = [each.store for each in self.apart.values()]
+        return ApartHost(stores[0], context) if stores and not self.databases else None
 
     def name_of(self, application: type[Application[Any]] | str | None) -> str:
         """Return the name of an application by its class or name; of the only one by nothing.
@@ -152,7 +205,10 @@ class Site:
 
     def close(self) -> None:
         """Close the applications of this process."""
-        for database in self.databases.values():
+        for each in self.apart.values():
+            each.slot.close()
+            each.store.close()
+        for database in (*self.databases.values(), *self._beside.values()):
             for slot in database.slots.values():
                 slot.close()
             # What it has beside Django's own connections.

@@ -24,7 +24,14 @@ from .record_fields import (
 )
 from .records import Records, add_records
 
-__all__ = ["AbstractSnapshot", "AbstractStoredEvent", "AbstractTracking", "RecordTextField", "event_models"]
+__all__ = [
+    "AbstractSnapshot",
+    "AbstractStoredEvent",
+    "AbstractTracking",
+    "RecordTextField",
+    "event_models",
+    "projection_models",
+]
 
 
 VIEWED = ("view",)
@@ -201,8 +208,7 @@ def event_models(
     :raises ConfigurationError: when the name is of no use, another module has declared the same, or a record class of
         yours would lose events.
     """
-    if not name or not name.isidentifier() or not is_plain(name):
-        raise ConfigurationError(f"event_models(__name__, …) takes the name of an application class; found {name!r}.")
+    _check_name("event_models", name)
     given = {
         "stored_event_model": (stored_event_model, AbstractStoredEvent, VERSION_KEY),
         "snapshot_model": (snapshot_model, AbstractSnapshot, VERSION_KEY),
@@ -216,6 +222,25 @@ def event_models(
     text_ids = _has_text_ids(name, originator_id_type, [own[key] for key in own if key != "tracking_model"])
     made = {**_event_records(module, name, own, text_ids=text_ids), **_projection_records(module, name)}
     return add_records(name, module, made, own, text_ids=text_ids)
+
+
+def projection_models(module: str, name: str) -> Records:
+    """Declare the checkpoints and dead letters of the projections of an application whose events are in Cassandra.
+
+    Their tables are in the database of the projections' models: ``bank_projections`` and so on.
+
+    :param module: ``__name__`` of your app's module with the models.
+    :param name: the application's, ``Bank.name``.
+    :raises ConfigurationError: when the name is of no use, or another module has declared the same.
+    """
+    _check_name("projection_models", name)
+    none = dict.fromkeys(("StoredEvent", "Snapshot", "Tracking"))
+    return add_records(name, module, {**none, **_projection_records(module, name)}, {}, text_ids=False, events=False)
+
+
+def _check_name(function: str, name: str) -> None:
+    if not name or not name.isidentifier() or not is_plain(name):
+        raise ConfigurationError(f"{function}(__name__, …) takes the name of an application class; found {name!r}.")
 
 
 def _has_text_ids(name: str, id_type: OriginatorIdType, own: Sequence[Any]) -> bool:

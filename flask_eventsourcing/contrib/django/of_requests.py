@@ -54,6 +54,8 @@ def make_collector(found: Sequence[Configured]) -> Collector | None:
     :param found: the applications in one database, which share it.
     :raises ConfigurationError: when they do not agree, or a provider cannot be imported.
     """
+    if not found:
+        return None
     first = found[0]
     for each in found[1:]:
         if (each.metadata, each.metadata_user) != (first.metadata, first.metadata_user):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -15,6 +15,7 @@ from eventsourcing.application import Application
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
+from ...applications.apart import ApartHost, EventStore
 from ...commands import Subject
 from ...exceptions import ConfigurationError, HandlerError, RebuildError
 from ...lifecycle import ApplicationSlot
@@ -23,9 +24,11 @@ from ...projections.consumers import ProjectedApplication
 from ...projections.registry import BoundProjections, Registrations
 from ...uow import Run
 from .configuring import SETTING
-from .hosting import Database, Site, get_application, site
+from .hosting import PROGRAM, Database, Site, get_application, site
+from .in_cassandra import is_engine
 from .lending import refresh, sqlalchemy_errors
 from .projections import USING, ModelProjection, registered
+from .records import records_of
 from .retrying import run_again
 from .rewriting import Rewrite
 from .transactions import DjangoUnit, nothing
@@ -136,10 +139,30 @@ class DjangoHost:
 
     def tables_of(self, model: Any) -> Sequence[sa.Table]:
         """The tables of a model: its own, those of the models that it extends, and those of its relations to many."""
-        options = model._meta
-        through = [each.remote_field.through for each in options.local_many_to_many]
-        related = [*options.all_parents, *(each for each in through if each._meta.auto_created)]
-        return [_table_of(each, self._alias) for each in (options.concrete_model, *related)]
+        return _tables_of(model, self._alias)
+
+
+def _tables_of(model: Any, alias: str) -> Sequence[sa.Table]:
+    """Return the tables of a model: its own, those that it extends, and those of its relations to many."""
+    options = model._meta
+    through = [each.remote_field.through for each in options.local_many_to_many]
+    related = [*options.all_parents, *(each for each in through if each._meta.auto_created)]
+    return [_table_of(each, alias) for each in (options.concrete_model, *related)]
+
+
+class DjangoApart(ApartHost):
+    """The host of applications whose events are apart, as far as commands ask one.
+
+    :param alias: of the database in which projections have their models.
+    """
+
+    def __init__(self, store: EventStore, alias: str) -> None:
+        super().__init__(store, nullcontext)
+        self._alias = alias
+
+    def tables_of(self, model: Any) -> Sequence[sa.Table]:
+        """The tables of a model."""
+        return _tables_of(model, self._alias)
 
 
 class Projections:
@@ -153,6 +176,10 @@ class Projections:
         for alias, database in self.site.databases.items():
             host: Any = DjangoHost(database)
             self.bound[alias] = BoundProjections(host, self._maker(host), _check_nothing)
+        for name, one in self.site.apart.items():
+            each = self.site.configured[name]
+            apart: Any = DjangoApart(one.store, each.alias)
+            self.bound.setdefault(each.place, BoundProjections(apart, self._follow_apart, _check_nothing))
         for cls, of in registered:
             self._bind(cls, of)
 
@@ -164,17 +191,35 @@ class Projections:
 
         return make
 
+    def _follow_apart(self, of: type[Application[Any]]) -> ProjectedApplication:
+        """Make what the projections of an application share whose events are apart."""
+        host: Any = DjangoHost(self.site.projected(self.site.configured[of.name].alias))
+        models = records_of(of.name, projected=True).mirror.projections
+        store = self.site.apart[of.name].store
+        find = partial(get_application, of)
+        return ProjectedApplication(host, of.name, find, models, rebuild_with=Rewrite, store=store)
+
     def _bind(self, cls: type[ModelProjection], of: type[Application[Any]] | str | None) -> None:
         name = self.site.name_of(of)
         application_class = self.site.configured[name].application_class()
-        alias = self.site.configured[name].alias
-        _check_router(cls, alias)
-        cls.engine = self.site.databases[alias].datastore.engine
-        self.bound[alias].add(self._registrations.add(cls, application_class))
+        one = self.site.configured[name]
+        if is_engine(one.alias):
+            raise ConfigurationError(
+                f"Projection {cls.__name__} has no database for its models and its position: the project's first one, "
+                f"{one.alias!r}, is in Cassandra."
+            )
+        _check_router(cls, one.alias)
+        cls.engine = self.site.projected(one.alias).datastore.engine
+        for place, bound in self.bound.items():
+            if place != one.place:
+                bound.check_owner(cls, application_class)
+        self.bound[one.place].add(self._registrations.add(cls, application_class))
 
-    def subject(self, alias: str) -> Subject:
-        """Return what commands work on in one database."""
-        database = self.site.databases[alias]
+    def subject(self, place: str) -> Subject:
+        """Return what commands work on in one database, or in one cluster with the database of its projections."""
+        if place not in self.site.databases:
+            return self._subject_apart(place)
+        database = self.site.databases[place]
         return Subject(
             commit_mode="atomic",
             datastore=database.datastore,
@@ -182,7 +227,20 @@ class Projections:
                 (name, table) for name, records in database.records.items() for table in records.mirror.tables.values()
             ],
             applications=lambda: {name: slot.get() for name, slot in database.slots.items()},
-            projections=self.bound[alias],
+            projections=self.bound[place],
+        )
+
+    def _subject_apart(self, place: str) -> Subject:
+        found = {name: each for name, each in self.site.apart.items() if self.site.configured[name].place == place}
+        followed = [each.datastore for each in self.bound[place].applications.values()]
+        return Subject(
+            commit_mode="save",
+            datastore=next(iter(followed), None),
+            application_tables=[],
+            applications=lambda: {name: each.slot.get() for name, each in found.items()},
+            projections=self.bound[place],
+            store=next(each.store for each in found.values()),
+            program=PROGRAM,
         )
 
     def bound_to(self, projection: type[ModelProjection] | str) -> BoundProjections:
@@ -215,7 +273,7 @@ def _check_router(cls: type[ModelProjection], alias: str) -> None:
         found = router.db_for_write(model)
         if found != alias:
             raise ConfigurationError(
-                f"Projection {cls.__name__} writes {model._meta.label}, which is in {found!r}, and its events are in "
+                f"Projection {cls.__name__} writes {model._meta.label}, which is in {found!r}, and its position is in "
                 f"{alias!r}: name 'using' in its handlers and pass it on, or let your router send the model there."
             )
 

@@ -41,11 +41,19 @@ class Records:
     InlineRange: Any
     mirror: Mirror
     """The same for SQLAlchemy."""
+    module: str = ""
+    """Where they were declared."""
 
     @property
     def models(self) -> tuple[Any, ...]:
         """Django's models."""
-        return self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter, self.InlineRange
+        found = self.StoredEvent, self.Snapshot, self.Tracking, self.Projection, self.DeadLetter, self.InlineRange
+        return tuple(each for each in found if each is not None)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether there are some for the events, which there are not where these are apart."""
+        return self.StoredEvent is not None
 
 
 _records: dict[str, Records] = {}
@@ -54,12 +62,13 @@ _modules: dict[str, str] = {}
 
 
 def add_records(
-    name: str, module: str, models: Mapping[str, Any], own: Mapping[str, Any], *, text_ids: bool
+    name: str, module: str, models: Mapping[str, Any], own: Mapping[str, Any], *, text_ids: bool, events: bool = True
 ) -> Records:
     """Note the record classes of an application.
 
     :param models: Django's.
     :param own: those of the user's, by the keyword arguments of ``make_models``.
+    :param events: whether there are some for events.
     :raises ConfigurationError: when another module has some for that name.
     """
     known = _modules.get(name)
@@ -70,19 +79,28 @@ def add_records(
         )
     base: Any = orm.declarative_base()
     given = {key: mirrored(base, model) for key, model in own.items()}
-    events = make_models(base, name, originator_id_type="text" if text_ids else "uuid", **given)
-    mirror = Mirror(events.tables, make_projection_models(base, name))
-    made = _records[name] = Records(name, **models, mirror=mirror)
+    tables: Mapping[str, sa.Table] = {}
+    if events:
+        tables = make_models(base, name, originator_id_type="text" if text_ids else "uuid", **given).tables
+    mirror = Mirror(tables, make_projection_models(base, name))
+    made = _records[name] = Records(name, **models, mirror=mirror, module=module)
     _modules[name] = module
     return made
 
 
-def records_of(name: str) -> Records:
+def records_of(name: str, *, projected: bool = False) -> Records:
     """Return the record classes of an application.
 
+    :param projected: whether those of its projections are enough.
     :raises ConfigurationError: when there are none.
     """
-    if name not in _records:
+    if name not in _records and projected:
+        raise ConfigurationError(
+            f"The projections of {name!r} have no tables: write {name}Records = projection_models(__name__, {name!r}) "
+            "in the models.py of an app, with 'from flask_eventsourcing.contrib.django.models import "
+            "projection_models'."
+        )
+    if name not in _records or not (projected or _records[name].has_events):
         raise ConfigurationError(
             f"Application {name!r} has no tables: write {name}Records = event_models(__name__, {name!r}) in the "
             "models.py of an app, with 'from flask_eventsourcing.contrib.django.models import event_models'."

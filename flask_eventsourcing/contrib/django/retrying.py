@@ -14,6 +14,7 @@ from django.db import transaction
 from django.db.utils import Error
 from eventsourcing.persistence import IntegrityError
 
+from ...applications.apart import trying
 from ...exceptions import ConfigurationError, RollbackOnlyError
 from ...uow import LONGEST_PAUSE, check_times
 from .hosting import site
@@ -83,7 +84,12 @@ class _Aliases(set[str]):
         self._using = using
 
     def __contains__(self, alias: object) -> bool:
-        return super().__contains__(alias) or (self._using is None and alias == _alias(None))
+        return super().__contains__(alias) or (self._using is None and _is_only(alias))
+
+
+def _is_only(alias: object) -> bool:
+    """Whether an alias is that of the only database with events; there may be none, where all are apart."""
+    return site().host_apart() is None and alias == _alias(None)
 
 
 def _alias(using: str | None) -> str:
@@ -99,6 +105,9 @@ def _alias(using: str | None) -> str:
 
 def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any:
     """Call a function in a block, and again after a conflict, *times* times at most."""
+    apart = site().host_apart() if using is None else None
+    if apart is not None:
+        return apart.retry(function, times)
     alias = _alias(using)
     unit = site().databases[alias].units.current()
     blocks: Any = unit.wrapper.atomic_blocks
@@ -106,11 +115,12 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
         raise RuntimeError(NESTED.format(alias=alias))
     for tries in range(times + 1):
         try:
-            with transaction.atomic(using=alias, durable=True), queueing_for(unit):
+            with trying() as attempt, transaction.atomic(using=alias, durable=True), queueing_for(unit):
                 return function()
         except (IntegrityError, Error) as error:
             conflict = as_conflict(unit, error)
-            if conflict is None:
+            if conflict is None or attempt.has_saved:
+                # What is apart from the database would be saved again.
                 raise
             if tries == times:
                 conflict.add_note(f"Tried {tries + 1} times.")

@@ -15,7 +15,8 @@ from ...exceptions import ConfigurationError
 from ...persistence.dialects import DIALECTS
 from .configuring import EXAMPLE, SETTING, Configured, configured
 from .hosting import site
-from .records import all_records, records_of
+from .in_cassandra import new_store
+from .records import Records, all_records, records_of
 
 
 def check_setting(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
@@ -30,7 +31,7 @@ def check_setting(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
     messages: list[CheckMessage] = []
     for each in found.values():
         messages += _check_application(each)
-    for alias in sorted({each.alias for each in found.values()}):
+    for alias in sorted({each.alias for each in found.values() if not each.is_apart}):
         messages += _check_options(alias)
     messages += _without_application(found)
     return messages
@@ -42,11 +43,38 @@ def _check_application(one: Configured) -> list[CheckMessage]:
         check_environment(one.env, [application_class], f"{SETTING}[{one.name!r}]['ENV']")
     except ConfigurationError as error:
         return [Error(str(error), hint=f"Correct {SETTING}[{one.name!r}].", id="eventsourcing.E002")]
+    if one.is_apart:
+        return _check_apart(one)
     try:
         records = records_of(one.name)
     except ConfigurationError as error:
         hint = f"Call event_models(__name__, {one.name!r}) there, then run makemigrations and migrate."
         return [Error(str(error), hint=hint, id="eventsourcing.E003")]
+    return _check_router(one, records)
+
+
+def _check_apart(one: Configured) -> list[CheckMessage]:
+    try:
+        new_store(one.cassandra, None, {})
+    except ConfigurationError as error:
+        return [
+            Error(str(error), hint="Install one driver, the one that goes with the server.", id="eventsourcing.E007")
+        ]
+    records = all_records().get(one.name)
+    if records is None:
+        return []
+    if records.has_events:
+        return [
+            Error(
+                f"{records.module} declares tables for the events of {one.name}, which are in Cassandra.",
+                hint=f"Write projection_models(__name__, {one.name!r}) where it has projections, else nothing.",
+                id="eventsourcing.E008",
+            )
+        ]
+    return _check_router(one, records)
+
+
+def _check_router(one: Configured, records: Records) -> list[CheckMessage]:
     refused = [model for model in records.models if not router.allow_migrate_model(one.alias, model)]
     if refused:
         return [
@@ -64,7 +92,7 @@ def _check_application(one: Configured) -> list[CheckMessage]:
 def _without_application(found: Collection[str]) -> list[CheckMessage]:
     return [
         Warning(
-            f"{records.StoredEvent.__module__} declares the tables of {name!r}, and {SETTING} has no such application.",
+            f"{records.module} declares the tables of {name!r}, and {SETTING} has no such application.",
             hint=f'Add "{name}": {{"APPLICATION": "…"}} to {SETTING}, or take event_models(…) away.',
             id="eventsourcing.W002",
         )

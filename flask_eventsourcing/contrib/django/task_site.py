@@ -87,7 +87,11 @@ class ProjectHost:
 class ProjectSite:
     """The project, as ``init_celery(celery_app, project_site)`` and RQ's workers take it."""
 
-    host: ProjectHost = ProjectHost()
+    @property
+    def host(self) -> Any:
+        """What task queues ask: another host where all events are apart from Django's databases."""
+        found = ProjectHost()
+        return site().host_apart(found.context) or found
 
     @property
     def applications(self) -> Mapping[type[Application[Any]], Application[Any]]:

@@ -10,7 +10,16 @@ from django.core.management.base import CommandError as DjangoCommandError
 from django.db import connections
 from django.db.migrations.recorder import MigrationRecorder
 
-from flask_eventsourcing.commands import CommandError, PlainOutput, Subject, UsageError, reports, work
+from flask_eventsourcing.applications.apart import EventStore
+from flask_eventsourcing.commands import (
+    CommandError,
+    PlainOutput,
+    Subject,
+    UsageError,
+    clear_errors,
+    reports,
+    work,
+)
 from flask_eventsourcing.commands.listing import COMMANDS
 from flask_eventsourcing.commands.parsing import add_commands, options_of
 from flask_eventsourcing.contrib.django.hosting import site
@@ -25,6 +34,8 @@ def _init_db(subject: Subject, output: PlainOutput) -> int:
 
     :raises CommandError: where there are none of another site's, or migrations have made some.
     """
+    if subject.store is not None:
+        return _init_store(subject.store, output)
     (database,) = [each for each in site().databases.values() if each.datastore is subject.datastore]
     connection: Any = connections[database.alias]
     there = set(connection.introspection.table_names())
@@ -43,6 +54,17 @@ def _init_db(subject: Subject, output: PlainOutput) -> int:
             editor.create_model(model)
             output.write(f"{name}: created table {model._meta.db_table}")
     output.write("Run 'manage.py migrate --fake-initial' now.")
+    return 0
+
+
+def _init_store(store: EventStore, output: PlainOutput) -> int:
+    """Make the tables of events that are apart; those of projections are migrated."""
+    with clear_errors():
+        made = store.create_tables()
+    for name in made:
+        output.write(f"Created table {name}.")
+    if not made:
+        output.write("All tables are there.")
     return 0
 
 
@@ -83,9 +105,9 @@ class Command(BaseCommand):
 
 
 def _alias(given: str | None) -> str:
-    aliases = list(site().databases)
-    if given is None and len(aliases) == 1:
-        return aliases[0]
-    if given not in aliases:
-        raise UsageError(f"Say in which database: --database {' or --database '.join(aliases)}.")
+    places = list(dict.fromkeys(each.place for each in site().configured.values()))
+    if given is None and len(places) == 1:
+        return places[0]
+    if given not in places:
+        raise UsageError(f"Say in which database: --database {' or --database '.join(places)}.")
     return given

@@ -1,0 +1,118 @@
+"""Applications of a Django project whose events are in Cassandra: no model and no migration belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from django.db import connections
+from eventsourcing.application import Application
+
+from ...applications.apart import EventStore, construct_apart, make_store, tell_recorded
+from ...config import REQUIRED_BY_CASSANDRA, Config, checked
+from ...exceptions import ConfigurationError
+from ...lifecycle import ApplicationSlot
+from ...metadata import Collector
+from ...signals import events_recorded
+
+ENGINE = "django_cassandra_engine"
+"""What an alias has as its ``ENGINE`` that is one of django-cassandra-engine's."""
+PREFIX = "cassandra_"
+KEYS = {each.name.removeprefix(PREFIX).upper(): each.name for each in fields(Config) if each.name.startswith(PREFIX)}
+"""The keys of the mapping, each with the setting that it is in a Flask app."""
+NOT_READ = ("auth_provider", "cloud", "ssl_options")
+"""Options of the engine without which a session of our own would reach other nodes, or none."""
+
+
+def is_engine(alias: str) -> bool:
+    """Whether an alias is one of django-cassandra-engine's, without making its connection."""
+    settings: Any = connections.settings
+    return str(settings.get(alias, {}).get("ENGINE", "")).partition(".")[0] == ENGINE
+
+
+def engine_settings(alias: str) -> dict[str, Any]:
+    """Return what the engine's settings say of the cluster: its own session is not used.
+
+    :raises ConfigurationError: for an option that has no place among ours.
+    """
+    settings: Any = connections.settings
+    given = settings[alias]
+    options = given.get("OPTIONS", {})
+    connection = options.get("connection", {})
+    where = f"DATABASES[{alias!r}]"
+    for name in NOT_READ:
+        if connection.get(name):
+            raise ConfigurationError(
+                f"{where}['OPTIONS']['connection'] has {name!r}, which is not read for events: write USER and PASSWORD "
+                "or 'ssl_context', or name the cluster in 'CASSANDRA'."
+            )
+    found: dict[str, Any] = {
+        "CONTACT_POINTS": [each.strip() for each in str(given.get("HOST") or "").split(",") if each.strip()],
+        "KEYSPACE": given.get("NAME"),
+        "PORT": connection.get("port") or int(given.get("PORT") or 9042),
+        "USERNAME": given.get("USER") or None,
+        "PASSWORD": given.get("PASSWORD") or None,
+        "SSL_CONTEXT": connection.get("ssl_context"),
+    }
+    replication = _replication(options.get("replication", {}))
+    return found if replication is None else {**found, "REPLICATION": replication}
+
+
+def _replication(given: Mapping[str, Any]) -> Any:
+    """Return the copies as our setting has them, None where they are not said."""
+    centres = {key: value for key, value in given.items() if key not in ("strategy_class", "replication_factor")}
+    return centres or given.get("replication_factor")
+
+
+def read_settings(where: str, given: Any) -> Config:
+    """Check what a mapping says of the cluster.
+
+    :param where: how messages name the mapping.
+    :raises ConfigurationError: naming a key, and what is wrong with it.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f'{where} must be a mapping such as {{"CONTACT_POINTS": ["127.0.0.1"], "KEYSPACE": "bank", "REPLICATION": '
+            "3}."
+        )
+    unknown = [key for key in given if key not in KEYS]
+    if unknown:
+        raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
+    for key, name in KEYS.items():
+        if name in REQUIRED_BY_CASSANDRA and key not in given:
+            raise ConfigurationError(f"{where}[{key!r}] is missing, which has no default.")
+    if (given.get("USERNAME") is None) != (given.get("PASSWORD") is None):
+        raise ConfigurationError(f"{where}: 'USERNAME' and 'PASSWORD' go together: set both.")
+    values = {KEYS[key]: checked(KEYS[key], value, f"{where}[{key!r}]") for key, value in given.items()}
+    return Config(persistence="cassandra", commit="save", **values)
+
+
+class ApartApplication:
+    """One application whose events are in Cassandra.
+
+    :param application_class: its class.
+    :param env: what the library reads from the environment.
+    """
+
+    def __init__(self, application_class: type[Application[Any]], store: EventStore, env: Mapping[str, str]) -> None:
+        self.store = store
+        self.slot: ApplicationSlot[Application[Any]] = ApplicationSlot(
+            partial(construct_apart, application_class, application_class.name, store, env, self._publish)
+        )
+
+    def _publish(self, name: str, recordings: Any) -> None:
+        if events_recorded.receivers:
+            application = self.slot.get()
+            tell_recorded(application, application, recordings)
+
+
+def new_store(config: Config | None, collector: Collector | None, id_types: Mapping[str, Any]) -> EventStore:
+    """Make a store; nothing is connected before it is used.
+
+    :raises ConfigurationError: when the driver is missing, or cannot be used in this process.
+    """
+    if config is None:
+        raise ConfigurationError("There are no settings of a cluster.")
+    return make_store(config, collector, id_types, "An application in Cassandra")
