@@ -96,7 +96,7 @@ def _read(name: Any, value: Any) -> Configured:
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
-    defaults = (None, DEFAULT_DB_ALIAS, {}, (), False)
+    defaults: tuple[Any, ...] = (None, DEFAULT_DB_ALIAS, {}, (), False)
     found = Configured(name, *(value.get(key, default) for key, default in zip(KEYS, defaults, strict=False)))
     _check_values(where, found)
     return _located(where, found, value)

@@ -114,17 +114,18 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
     if blocks and not blocks[-1]._from_testcase:
         raise RuntimeError(NESTED.format(alias=alias))
     for tries in range(times + 1):
-        try:
-            with trying() as attempt, transaction.atomic(using=alias, durable=True), queueing_for(unit):
-                return function()
-        except (IntegrityError, Error) as error:
-            conflict = as_conflict(unit, error)
-            if conflict is None or attempt.has_saved:
-                # What is apart from the database would be saved again.
-                raise
-            if tries == times:
-                conflict.add_note(f"Tried {tries + 1} times.")
-                raise conflict from conflict.__cause__
+        with trying() as attempt:
+            try:
+                with transaction.atomic(using=alias, durable=True), queueing_for(unit):
+                    return function()
+            except (IntegrityError, Error) as error:
+                conflict = as_conflict(unit, error)
+                if conflict is None or attempt.has_saved:
+                    # What is apart from the database would be saved again.
+                    raise
+                if tries == times:
+                    conflict.add_note(f"Tried {tries + 1} times.")
+                    raise conflict from conflict.__cause__
         time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
     raise IntegrityError
 
