@@ -41,6 +41,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.python = [sys.executable, "-W", "error"]
         self.run("-m", "django", "startproject", "site_of_bank", ".")
         self.run("manage.py", "startapp", "bank")
 
@@ -49,7 +50,7 @@ class Project:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         environment.pop("DJANGO_SETTINGS_MODULE", None)
         done = subprocess.run(
-            [sys.executable, "-W", "error", *command],
+            [*self.python, *command],
             cwd=self.folder,
             env=environment,
             capture_output=True,

@@ -112,10 +112,10 @@ def handler() -> Any:
 
 def test_rebuild_while_events_are_saved(desk: FlaskDesk) -> None:
     """A rebuild takes in all events, also those that are saved while it runs."""
-    account_id = desk.open(*range(5))
+    account_id = desk.open(1, 2, 3)
     desk.balances(batch_size=3)
     desk.run_once()
-    appending = Thread(target=desk.deposit, args=(account_id, *[1] * 20))
+    appending = Thread(target=desk.deposit, args=(account_id, *[1] * 9))
     with desk.running():
         appending.start()
         with desk.app.app_context():
@@ -125,7 +125,7 @@ def test_rebuild_while_events_are_saved(desk: FlaskDesk) -> None:
         with desk.app.app_context():
             desk.wait_for("Balances", head, timeout=60)
     assert done is not None
-    assert desk.amounts()[account_id] == 10 + 20
+    assert desk.amounts()[account_id] == 6 + 9
     assert desk.command("rebuild", "--dry-run", "Balances").exit_code == 0
 
 
@@ -164,7 +164,7 @@ def test_halted_skipped_paused(desk: FlaskDesk) -> None:
 
 def test_reactions_save_events(desk: FlaskDesk) -> None:
     """A reaction saves events in Cassandra, which know what caused them; a run ends when there are no more."""
-    account_id = desk.open(5)
+    account_id = desk.open(3)
     called = []
 
     class Bonus(ModelProjection):
@@ -177,8 +177,8 @@ def test_reactions_save_events(desk: FlaskDesk) -> None:
     desk.register(Bonus)
     desk.balances()
     assert list(desk.run_once()) == []
-    assert len(set(called)) == len(called) == 4
-    assert desk.amounts()[account_id] == 5 + 4 + 3 + 2 + 1
+    assert len(set(called)) == len(called) == 2
+    assert desk.amounts()[account_id] == 3 + 2 + 1
     with desk.context() as bank:
         recorded = bank.recorder.find_recorded([desk.head() - 1, desk.head()])  # type: ignore[attr-defined]
     first, second = recorded.values()
@@ -260,7 +260,7 @@ def test_another_log(make_desk: MakeDesk, cassandra_server: str, cassandra_keysp
     assert desk.amounts() == {account_id: 1} | dict.fromkeys(set(desk.amounts()) - {account_id}, 0)
     desk.close()
     with session_on(cassandra_server) as session:
-        for name in ("log", "events", "state"):
+        for name in ("log", "state"):
             session.execute(f"TRUNCATE {cassandra_keyspace}.bank_{name}", timeout=60)
     again = make_desk(cassandra_keyspace)
     again.balances()
