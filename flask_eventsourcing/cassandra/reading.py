@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from uuid import UUID
@@ -37,13 +36,8 @@ class Reader:
         self._head = 1
         """A position up to which there are rows."""
 
-    def page(
-        self, start: int, limit: int, stop: int | None, topics: Sequence[str], size: float = math.inf
-    ) -> list[Notification]:
-        """Return the events from a position on.
-
-        :param size: the bytes of states behind which it ends, though not before the first event.
-        """
+    def page(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> list[Notification]:
+        """Return the events from a position on."""
         found: list[Notification] = []
         if limit <= 0:
             return found
@@ -53,12 +47,32 @@ class Reader:
                     return found
                 if notification.id >= start and (not topics or notification.topic in topics):
                     found.append(notification)
-                    size -= len(notification.state)
-                    if len(found) == limit or size <= 0:
+                    if len(found) == limit:
                         return found
             if stop is not None and row.end > stop:
                 break
         return found
+
+    def page_to(self, start: int, limit: int, stop: int, size: int = PAGE_BYTES) -> tuple[list[Notification], int]:
+        """Return the events from a position on, and up to where these are all: no further than rows were seen.
+
+        :param size: the bytes of states behind which it ends, though not before the first event.
+        """
+        found: list[Notification] = []
+        upto = start - 1
+        for row in self._rows(start, page=max(1, min(limit, FIRST_PAGE))):
+            for notification in self._notifications(row):
+                if notification.id > stop:
+                    return found, stop
+                if notification.id >= start:
+                    found.append(notification)
+                    size -= len(notification.state)
+                    if len(found) == limit or size <= 0:
+                        return found, notification.id
+            upto = max(upto, min(row.end - 1, stop))
+            if upto == stop:
+                break
+        return found, upto
 
     def fitting(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> int:
         """Return how many of the events from a position on are not too large to be returned at once, at least one."""

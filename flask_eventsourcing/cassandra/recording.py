@@ -27,7 +27,7 @@ from .connecting import Connection
 from .reading import Reader
 from .rows import Append, Key
 from .store import CassandraStore
-from .walking import PAGE_BYTES, Walker
+from .walking import Walker
 from .writing import Writer
 
 LARGEST = 2**63 - 1
@@ -257,11 +257,12 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         """As :meth:`select_notifications`: there is no session that it could join."""
         return self.select_notifications(start, limit, stop, topics, inclusive_of_start=inclusive_of_start)
 
-    def read_page(
-        self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()
-    ) -> Sequence[Notification]:
-        """Read events behind a position: up to *limit*, as long as they are not too large to be kept at once."""
-        return self.log.parts.reader.page(after + 1, limit, stop, topics, PAGE_BYTES)
+    def read_page(self, after: int, limit: int, stop: int) -> tuple[Sequence[Notification], int]:
+        """Read events behind a position, as long as they are not too large to be kept at once.
+
+        :return: the events, and the position up to which these are all.
+        """
+        return self.log.parts.reader.page_to(after + 1, limit, stop)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, as long as they are not too large."""

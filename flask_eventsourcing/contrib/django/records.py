@@ -41,8 +41,12 @@ class Records:
     InlineRange: Any
     mirror: Mirror
     """The same for SQLAlchemy."""
-    module: str = ""
-    """Where they were declared."""
+
+    @property
+    def module(self) -> str:
+        """Where they were declared."""
+        found: str = self.Projection.__module__
+        return found
 
     @property
     def models(self) -> tuple[Any, ...]:
@@ -83,7 +87,7 @@ def add_records(
     if events:
         tables = make_models(base, name, originator_id_type="text" if text_ids else "uuid", **given).tables
     mirror = Mirror(tables, make_projection_models(base, name))
-    made = _records[name] = Records(name, **models, mirror=mirror, module=module)
+    made = _records[name] = Records(name, **models, mirror=mirror)
     _modules[name] = module
     return made
 

@@ -56,13 +56,12 @@ class LogPages:
         if log.can_filter and after < self.known_to:
             stop = min(stop, self.known_to)
             topics = self._filter()
-        read, full = log.page(after, limit, stop, topics)
-        position = read[-1].id if full else stop
+        read, position = log.page(after, limit, stop, topics)
         if after == self.known_to:
             self.topics.update(each.topic for each in read)
             self.known_to = position
         concerns = self.consumer.handlers.concerns
-        return Page([each for each in read if concerns(each.topic)], position, len(read), full)
+        return Page([each for each in read if concerns(each.topic)], position, len(read), position < stop)
 
     def notes(self) -> dict[str, object]:
         """Return what the checkpoint is to keep of the topics, if there is something new."""

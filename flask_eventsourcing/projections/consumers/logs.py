@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 from uuid import UUID
@@ -24,6 +24,7 @@ AT_ONCE = 500
 """Events of a store that are read at once to count them."""
 COUNTED = 10_000
 """Positions of a store that are read for a count that need not be exact."""
+REMEMBERED = 64
 REST = ""
 """The topic under which positions are counted that nobody has read."""
 
@@ -48,8 +49,8 @@ class EventLog(Protocol):
     def read(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read events on a connection of its own, with placeholders for those that cannot be read."""
 
-    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], bool]:
-        """Read as many events as are not too large to be kept at once, and tell whether there may be more."""
+    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
+        """Read as many events as are not too large to be kept at once, and tell up to where these are all."""
 
     def topics(self, after: int, to: int) -> set[str]:
         """Return the topics between two positions."""
@@ -140,12 +141,12 @@ class TableLog:
         """See ``EventLog``."""
         return self.recorder.read_log(after, limit, stop, topics, inclusive_of_start=False, damaged=True)
 
-    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], bool]:
+    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
         """See ``EventLog``."""
         if min(limit, stop - after) > 1:
             limit = self.recorder.fitting(after, limit, stop, topics)
         found = self.read(after, limit, stop, topics)
-        return found, len(found) == limit
+        return found, found[-1].id if len(found) == limit else stop
 
     def topics(self, after: int, to: int) -> set[str]:
         """See ``EventLog``."""
@@ -237,6 +238,8 @@ class StoreLog:
         self.store = store
         self.name = name
         self._find = find
+        self._ends: OrderedDict[int, tuple[str, int]] = OrderedDict()
+        """The last events of pages that were read lately, by their positions."""
 
     @property
     def _recorder(self) -> Any:
@@ -260,17 +263,22 @@ class StoreLog:
         found: Sequence[Notification] = self._recorder.read_log(after, limit, stop, topics, inclusive_of_start=False)
         return found
 
-    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], bool]:
+    def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
         """See ``EventLog``."""
-        found: Sequence[Notification] = self._recorder.read_page(after, limit, stop, topics)
-        return found, bool(found) and found[-1].id < stop
+        found: Sequence[Notification]
+        found, upto = self._recorder.read_page(after, limit, stop)
+        if found and found[-1].id == upto:
+            self._ends[upto] = str(found[-1].originator_id), found[-1].originator_version
+            while len(self._ends) > REMEMBERED:
+                self._ends.popitem(last=False)
+        return found, upto
 
     def _pages(self, after: int, to: int) -> Iterator[Sequence[Notification]]:
-        more = True
-        while more and after < to:
-            found, more = self.page(after, AT_ONCE, to, ())
+        before = -1
+        while before < after < to:
+            before = after
+            found, after = self.page(after, AT_ONCE, to, ())
             yield found
-            after = found[-1].id if found else to
 
     def topics(self, after: int, to: int) -> set[str]:
         """See ``EventLog``."""
@@ -284,6 +292,10 @@ class StoreLog:
 
     def at(self, position: int, text: Any) -> tuple[Any, Any]:
         """See ``EventLog``."""
+        known = self._ends.get(position)
+        if known is not None:
+            # What was read, and not what may be there by now; and a transaction is open.
+            return known
         found = self.read(position - 1, 1, position, ()) if position > 0 else ()
         return (str(found[0].originator_id), found[0].originator_version) if found else (None, None)
 

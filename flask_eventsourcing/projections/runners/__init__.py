@@ -340,6 +340,10 @@ class Runner:
         mark = self.progress.high_water_mark
         page = pages.read(claimed.position, self.pace.limit, mark)
         self.progress.state = "catching up" if page.full else "up to date"
+        if page.position == claimed.position:
+            # A node that has not yet what another one has.
+            self.stop.wait(SKIP_PAUSE)
+            return claimed
         if not page.events and page.position == mark:
             self.stop.wait(0 if once else SKIP_PAUSE)
         return delivery.deliver(claimed, page)

@@ -230,13 +230,16 @@ def test_long_lag_is_not_read(desk: FlaskDesk, monkeypatch: pytest.MonkeyPatch) 
     assert status.lag_seconds is not None
 
 
-def test_pages_end_with_large_events(desk: FlaskDesk) -> None:
-    """A page of the log ends where its events are too large to be kept at once, and has one at least."""
+def test_pages(desk: FlaskDesk) -> None:
+    """A page of the log ends where its events are too large to be kept at once, and says no more than it has seen."""
     desk.open(1, 2, 3)
     with desk.context() as bank:
         reader: Any = bank.recorder.log.parts.reader  # type: ignore[attr-defined]
-        assert len(reader.page(1, 10, None, (), 1)) == 1
-        assert len(reader.page(1, 2, None, ())) == 2
+        head = desk.head()
+        assert [reader.page_to(1, 10, head, 1)[1], reader.page_to(1, 2, head)[1]] == [1, 2]
+        events, upto = reader.page_to(head - 1, 10, head + 1000)
+        assert ([each.id for each in events], upto) == ([head - 1, head], head)
+        assert reader.page_to(head + 5, 10, head + 1000) == ([], head + 4)
 
 
 def test_another_log(make_desk: MakeDesk, cassandra_server: str, cassandra_keyspace: str) -> None:
