@@ -22,7 +22,7 @@ from ..lifecycle import ApplicationSlot
 from ..models import ProjectionModels
 from ..persistence import Datastore, DialectOptions
 from ..persistence.dialects import is_in_memory
-from ..projections.consumers import ProjectedApplication
+from ..projections.consumers import ProjectedApart
 from ..projections.registry import BoundProjections, Registrations
 from ..signals import events_recorded
 from ..uow import Batch, SessionCommits, Units
@@ -33,8 +33,8 @@ from .state import EventSourcingState, Slots, state_of
 
 OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
-OF_EVENTS = ("postgres_order", "correlation_index")
-"""Those of them that are about its tables of events."""
+OF_EVENTS = ("correlation_index",)
+"""Those of them that are about its tables of events alone."""
 
 
 class FlaskApart(ApartHost):
@@ -261,9 +261,9 @@ def make_apart_state(
     for each in registrations.entries:
         apart.check(each.projection_class, each.projection_class.models, each.of)
 
-    def followed(of: type[Application[Any]]) -> ProjectedApplication:
+    def followed(of: type[Application[Any]]) -> ProjectedApart:
         lease = config.projection_lock == "lease"
-        return ProjectedApplication(apart.of(of), of.name, slots[of].get, apart.models(of), lease=lease, store=store)
+        return ProjectedApart(apart.of(of), of.name, slots[of].get, apart.models(of), lease=lease, store=store)
 
     projections = BoundProjections(cast(Any, apart), followed, lambda *_: None)
     for each in registrations.entries:

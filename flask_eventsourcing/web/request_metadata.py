@@ -21,7 +21,7 @@ from ..metadata import (
     get_metadata_from_context,
     new_id,
 )
-from ..metadata.headers import metadata_of_headers, trace_of_span
+from ..metadata.values import metadata_of_headers, trace_of_span
 
 KEPT = "flask_eventsourcing.metadata"
 """Where the environment of a request has what was filled in for it, for all of its saves."""

@@ -11,7 +11,7 @@ from django.utils.module_loading import import_string
 
 from ...exceptions import ConfigurationError
 from ...metadata import TRACEPARENT, USER, Collector, Provider
-from ...metadata.headers import metadata_of_headers, trace_of_span
+from ...metadata.values import metadata_of_headers, trace_of_span
 from .configuring import SETTING, Configured
 
 KEPT = "flask_eventsourcing.metadata"

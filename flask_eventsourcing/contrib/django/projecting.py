@@ -20,7 +20,7 @@ from ...commands import Subject
 from ...exceptions import ConfigurationError, HandlerError, RebuildError
 from ...lifecycle import ApplicationSlot
 from ...persistence import Datastore
-from ...projections.consumers import ProjectedApplication
+from ...projections.consumers import ProjectedApart, ProjectedApplication
 from ...projections.registry import BoundProjections, Registrations
 from ...uow import Run
 from .configuring import SETTING
@@ -197,7 +197,7 @@ class Projections:
         models = records_of(of.name, projected=True).mirror.projections
         store = self.site.apart[of.name].store
         find = partial(get_application, of)
-        return ProjectedApplication(host, of.name, find, models, rebuild_with=Rewrite, store=store)
+        return ProjectedApart(host, of.name, find, models, rebuild_with=Rewrite, store=store)
 
     def _bind(self, cls: type[ModelProjection], of: type[Application[Any]] | str | None) -> None:
         name = self.site.name_of(of)

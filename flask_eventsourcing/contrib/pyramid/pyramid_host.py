@@ -11,7 +11,7 @@ from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError
 from ...metadata import TRACEPARENT, USER
-from ...metadata.headers import metadata_of_headers, trace_of_span
+from ...metadata.values import metadata_of_headers, trace_of_span
 from ...uow import Batch
 from ..zope.zope_host import ZopeHost
 

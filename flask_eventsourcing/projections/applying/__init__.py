@@ -22,7 +22,7 @@ from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
 from ..definitions import ModelProjection, call
 from .batches import Batches, ObservedError
-from .recordings import Recordings
+from .pages import Recordings
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "

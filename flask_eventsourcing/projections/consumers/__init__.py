@@ -38,7 +38,6 @@ class ProjectedApplication:
     :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
     :param rebuild_with: what rebuilds a projection of it in the place of ``Rebuild``, called with the same.
-    :param store: where its events are, when that is not the host's database.
     """
 
     host: Host
@@ -51,7 +50,6 @@ class ProjectedApplication:
     merged: dict[str, float] = field(default_factory=dict)
     """When what inline projections have applied was merged last in this process, by their names."""
     rebuild_with: Callable[..., Any] | None = None
-    store: EventStore | None = None
 
     def is_orphan(self, name: str) -> bool:
         """Whether the name of a checkpoint is that of no projection here."""
@@ -75,8 +73,6 @@ class ProjectedApplication:
     @cached_property
     def log(self) -> EventLog:
         """The log of the application."""
-        if self.store is not None:
-            return StoreLog(self.store, self.name, self.find)
         return TableLog(self.host.datastore, self.name, self.find)
 
     def command(self, words: str) -> str:
@@ -120,6 +116,21 @@ class ProjectedApplication:
     def high_water_mark(self) -> int:
         """Return the position up to which the log is complete, read on a connection of its own; 0 for an empty log."""
         return self.log.high_water_mark()
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedApart(ProjectedApplication):
+    """An application whose events are in a store, apart from the database of its projections.
+
+    :param store: where they are.
+    """
+
+    store: EventStore = field(kw_only=True)
+
+    @cached_property
+    def log(self) -> EventLog:
+        """The log of the application."""
+        return StoreLog(self.store, self.name, self.find)
 
 
 @dataclass(frozen=True, eq=False)

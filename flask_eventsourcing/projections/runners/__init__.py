@@ -340,13 +340,11 @@ class Runner:
         mark = self.progress.high_water_mark
         page = pages.read(claimed.position, self.pace.limit, mark)
         self.progress.state = "catching up" if page.full else "up to date"
-        if page.position == claimed.position:
-            # A node that has not yet what another one has.
-            self.stop.wait(SKIP_PAUSE)
-            return claimed
-        if not page.events and page.position == mark:
-            self.stop.wait(0 if once else SKIP_PAUSE)
-        return delivery.deliver(claimed, page)
+        # A node may not have yet what another one has.
+        seen = page.position > claimed.position
+        if not page.events and (page.position == mark or not seen):
+            self.stop.wait(0 if once and seen else SKIP_PAUSE)
+        return delivery.deliver(claimed, page) if seen else claimed
 
     def _find_goal(self) -> int:
         """Where a run that is to happen once ends: what is saved in the meantime is left to the next one."""
