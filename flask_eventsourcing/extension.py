@@ -272,7 +272,10 @@ class EventSourcing(Generic[First_co, Db_co]):
 
     def _known_models(self) -> dict[str, Models]:
         if has_app_context():
-            return dict(current_state().models)
+            state = current_state()
+            if state.apart is not None:
+                raise ConfigurationError(f"There are no record classes: the events are in {state.apart.store.title}.")
+            return dict(state.models)
         return self._records.only()
 
     def transaction(self) -> AbstractContextManager[orm.Session]:

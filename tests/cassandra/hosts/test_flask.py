@@ -33,6 +33,8 @@ def test_program(make_app: MakeApp) -> None:
         assert current_application.repository.get(UUID(answer.json["id"])).owner == "ada"  # type: ignore[index]
     with app.app_context(), pytest.raises(ConfigurationError, match="There is no db: the events are in Cassandra"):
         _ = es.db
+    with app.app_context(), pytest.raises(ConfigurationError, match="There are no record classes"):
+        _ = es.StoredEvent
 
 
 def test_failed_view_keeps_what_it_saved(make_app: MakeApp) -> None:

@@ -272,6 +272,7 @@ def test_another_log(make_desk: MakeDesk, cassandra_server: str, cassandra_keysp
     assert again.status().state == "another log"
     with again.app.app_context(), pytest.raises(CheckpointMismatchError, match="has applied another event at position"):
         again.wait_for("Balances", 1)
+    assert "every table that is made has an identity of its own" in again.command("new-identity", input="y").output
     assert again.command("projections", "accept", "Balances").exit_code == 0
     assert again.status().state == "stopped"
 
