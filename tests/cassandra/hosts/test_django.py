@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connections, transaction
 from django.test import override_settings
 from eventsourcing.persistence import IntegrityError
@@ -25,8 +25,10 @@ from flask_eventsourcing.contrib.django import (
     wait_for,
 )
 from flask_eventsourcing.contrib.django.configuring import configured
+from flask_eventsourcing.contrib.django.hosting import site
 from flask_eventsourcing.contrib.django.system_checks import check_setting
 from flask_eventsourcing.exceptions import ApplicationInitializedError, ConfigurationError
+from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from tests.cassandra_nodes import keyspace_on
 from tests.django_host import project
 from tests.django_host.test_projections import quiet, run, status
@@ -203,3 +205,37 @@ def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine["OPTIONS"] = {"connection": {"auth_provider": object()}}
     with setting(DATABASE="cassandra"), pytest.raises(ConfigurationError, match="has 'auth_provider', which is not"):
         configured()
+
+
+def test_beside_an_application_in_a_database(cassandra_server: str, keyspace: str, tmp_path: Path) -> None:
+    """In a project with both, a function that has saved in Cassandra is not run again; commands ask which is meant."""
+    both = {
+        "Bank": {"APPLICATION": "tests.domain.Bank", "CASSANDRA": cluster(cassandra_server, keyspace)},
+        "Shop": {"APPLICATION": "tests.domain.Shop", "DATABASE": "ledger"},
+    }
+    tries: list[int] = []
+
+    @retry_on_conflict
+    def move(*, saves: bool) -> None:
+        tries.append(1)
+        if saves:
+            get_application(Bank).open_account()
+        if len(tries) < 3:
+            raise ConflictError
+
+    with (
+        project.database("ledger", f"sqlite:///{tmp_path / 'models.db'}"),
+        override_settings(EVENTSOURCING={name: {"DATABASE": "ledger", **one} for name, one in both.items()}),
+    ):
+        with pytest.raises(IntegrityError):
+            move(saves=True)
+        assert len(tries) == 1
+        tries.clear()
+        move(saves=False)
+        assert len(tries) == 3
+        assert project_site().host.unit() is not None
+        with pytest.raises(CommandError, match=f"--database cassandra:{keyspace} or --database ledger"):
+            command("check")
+        assert "Bank: log ok" in command("--database", PLACE.format(keyspace), "check")
+        with pytest.raises(ConfigurationError, match="The events of Bank are in Cassandra, and in no database"):
+            site().database("Bank")
