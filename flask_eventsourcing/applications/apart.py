@@ -112,6 +112,8 @@ class _Try:
 
     def __init__(self, outer: _Try | None) -> None:
         self.has_saved = False
+        self.conflict: IntegrityError | None = None
+        """The last conflict in a store."""
         self._outer = outer
 
     def note(self) -> None:
@@ -119,6 +121,12 @@ class _Try:
         self.has_saved = True
         if self._outer is not None:
             self._outer.note()
+
+    def note_conflict(self, error: IntegrityError) -> None:
+        """Note that another writer was first, and that nothing was saved by that."""
+        self.conflict = error
+        if self._outer is not None:
+            self._outer.note_conflict(error)
 
 
 _current: ContextVar[_Try | None] = ContextVar("flask_eventsourcing.try", default=None)
@@ -217,7 +225,9 @@ class RecordsApart(Records):
 
 def _note_unless_conflict(attempt: _Try, error: BaseException) -> None:
     # Of nothing else it is known that nothing was stored.
-    if not isinstance(error, IntegrityError):
+    if isinstance(error, IntegrityError):
+        attempt.note_conflict(error)
+    else:
         attempt.note()
 
 

@@ -119,7 +119,7 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
                 with transaction.atomic(using=alias, durable=True), queueing_for(unit):
                     return function()
             except (IntegrityError, Error) as error:
-                conflict = as_conflict(unit, error)
+                conflict = attempt.conflict if error is attempt.conflict else as_conflict(unit, error)
                 if conflict is None or attempt.has_saved:
                     # What is apart from the database would be saved again.
                     raise

@@ -32,7 +32,7 @@ from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from tests.cassandra_nodes import keyspace_on
 from tests.django_host import project
 from tests.django_host.test_projections import quiet, run, status
-from tests.domain import Bank
+from tests.domain import Bank, in_thread
 
 __all__ = ["quiet"]
 PLACE = "cassandra:{}"
@@ -209,7 +209,7 @@ def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_beside_an_application_in_a_database(cassandra_server: str, keyspace: str, tmp_path: Path) -> None:
     """In a project with both, a function that has saved in Cassandra is not run again; commands ask which is meant."""
-    both = {
+    both: dict[str, dict[str, Any]] = {
         "Bank": {"APPLICATION": "tests.domain.Bank", "CASSANDRA": cluster(cassandra_server, keyspace)},
         "Shop": {"APPLICATION": "tests.domain.Shop", "DATABASE": "ledger"},
     }
@@ -223,6 +223,16 @@ def test_beside_an_application_in_a_database(cassandra_server: str, keyspace: st
         if len(tries) < 3:
             raise ConflictError
 
+    @retry_on_conflict
+    def deposit(account_id: UUID) -> None:
+        tries.append(1)
+        bank = get_application(Bank)
+        account = bank.account(account_id)
+        if len(tries) == 1:
+            in_thread(lambda: bank.deposit(account_id, 5))
+        account.deposit(1)
+        bank.save(account)
+
     with (
         project.database("ledger", f"sqlite:///{tmp_path / 'models.db'}"),
         override_settings(EVENTSOURCING={name: {"DATABASE": "ledger", **one} for name, one in both.items()}),
@@ -233,6 +243,9 @@ def test_beside_an_application_in_a_database(cassandra_server: str, keyspace: st
         tries.clear()
         move(saves=False)
         assert len(tries) == 3
+        tries.clear()
+        deposit(account_id := get_application(Bank).open_account())
+        assert (len(tries), get_application(Bank).account(account_id).balance) == (2, 6)
         assert project_site().host.unit() is not None
         with pytest.raises(CommandError, match=f"--database cassandra:{keyspace} or --database ledger"):
             command("check")
