@@ -108,7 +108,10 @@ def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configu
     if not is_engine(found.alias):
         return found if own is None else replace(found, cassandra=read_settings(f"{where}['CASSANDRA']", own))
     further = own if isinstance(own, Mapping) else {}
-    config = read_settings(f"{where}['CASSANDRA']", {**engine_settings(found.alias), **further})
+    try:
+        config = read_settings(f"{where}['CASSANDRA']", {**engine_settings(found.alias), **further}, replicated=False)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} What it does not have is that of DATABASES[{found.alias!r}].") from error
     # The engine has no transactions: models of projections are in the project's first database.
     return replace(found, alias=DEFAULT_DB_ALIAS, cassandra=config, engine=found.alias)
 

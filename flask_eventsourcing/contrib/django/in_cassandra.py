@@ -41,17 +41,19 @@ def engine_settings(alias: str) -> dict[str, Any]:
     given = settings[alias]
     options = given.get("OPTIONS", {})
     connection = options.get("connection", {})
-    where = f"DATABASES[{alias!r}]"
+    # The engine adds what it makes of these to the settings.
+    is_known = bool(given.get("USER") and given.get("PASSWORD"))
     for name in NOT_READ:
-        if connection.get(name):
+        if connection.get(name) and not (is_known and name == "auth_provider"):
             raise ConfigurationError(
-                f"{where}['OPTIONS']['connection'] has {name!r}, which is not read for events: write USER and PASSWORD "
-                "or 'ssl_context', or name the cluster in 'CASSANDRA'."
+                f"DATABASES[{alias!r}]['OPTIONS']['connection'] has {name!r}, which is not read for events: write "
+                "USER and PASSWORD or 'ssl_context', or name the cluster in 'CASSANDRA'."
             )
+    port = str(given.get("PORT") or "")
     found: dict[str, Any] = {
         "CONTACT_POINTS": [each.strip() for each in str(given.get("HOST") or "").split(",") if each.strip()],
         "KEYSPACE": given.get("NAME"),
-        "PORT": connection.get("port") or int(given.get("PORT") or 9042),
+        "PORT": connection.get("port") or (int(port) if port.isdigit() else port or 9042),
         "USERNAME": given.get("USER") or None,
         "PASSWORD": given.get("PASSWORD") or None,
         "SSL_CONTEXT": connection.get("ssl_context"),
@@ -66,10 +68,11 @@ def _replication(given: Mapping[str, Any]) -> Any:
     return centres or given.get("replication_factor")
 
 
-def read_settings(where: str, given: Any) -> Config:
+def read_settings(where: str, given: Any, *, replicated: bool = True) -> Config:
     """Check what a mapping says of the cluster.
 
     :param where: how messages name the mapping.
+    :param replicated: whether it has to say the replication; the engine, which makes keyspaces too, may forget it.
     :raises ConfigurationError: naming a key, and what is wrong with it.
     """
     if not isinstance(given, Mapping):
@@ -81,7 +84,7 @@ def read_settings(where: str, given: Any) -> Config:
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
     for key, name in KEYS.items():
-        if name in REQUIRED_BY_CASSANDRA and key not in given:
+        if name in REQUIRED_BY_CASSANDRA and key not in given and (replicated or key != "REPLICATION"):
             raise ConfigurationError(f"{where}[{key!r}] is missing, which has no default.")
     if (given.get("USERNAME") is None) != (given.get("PASSWORD") is None):
         raise ConfigurationError(f"{where}: 'USERNAME' and 'PASSWORD' go together: set both.")

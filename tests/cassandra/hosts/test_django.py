@@ -202,8 +202,22 @@ def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(config.cassandra_contact_points) == ["127.0.0.1", "127.0.0.2"]
     assert (config.cassandra_keyspace, config.cassandra_replication, config.cassandra_port) == ("bank", 2, 9042)
     assert (config.cassandra_username, config.cassandra_password, config.cassandra_patience) == ("ada", "secret", 3)
-    engine["OPTIONS"] = {"connection": {"auth_provider": object()}}
+    # As the engine leaves them when it has connected.
+    engine["OPTIONS"] = {"replication": {"dc1": 3}, "connection": {"auth_provider": object(), "port": 9999}}
+    with setting(DATABASE="cassandra"):
+        config = configured()["Bank"].cassandra
+    assert config is not None
+    assert (config.cassandra_replication, config.cassandra_port) == ({"dc1": 3}, 9999)
+    del engine["USER"], engine["PASSWORD"]
     with setting(DATABASE="cassandra"), pytest.raises(ConfigurationError, match="has 'auth_provider', which is not"):
+        configured()
+    # As its test databases leave them.
+    engine["OPTIONS"] = {"replication": {"strategy_class": "SimpleStrategy"}}
+    with setting(DATABASE="cassandra"):
+        assert configured()["Bank"].place == "cassandra"
+    del engine["NAME"]
+    missing = r"\['KEYSPACE'\] must be a name .* is that of DATABASES\['cassandra'\]"
+    with setting(DATABASE="cassandra"), pytest.raises(ConfigurationError, match=missing):
         configured()
 
 
