@@ -260,7 +260,9 @@ class StoreLog:
 
     def read(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """See ``EventLog``."""
-        found: Sequence[Notification] = self._recorder.read_log(after, limit, stop, topics, inclusive_of_start=False)
+        found: Sequence[Notification]
+        known = [topic for topic in topics if topic != REST]
+        found = self._recorder.read_log(after, limit, stop, known, inclusive_of_start=False)
         return found
 
     def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:

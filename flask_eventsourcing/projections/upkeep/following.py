@@ -21,7 +21,6 @@ from ..checkpoint import HALTED, PAUSED, CheckpointRow
 from ..consumers import Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging, Mismatch
 from ..consumers.inline import applied_inline, find_not_applied
-from ..consumers.logs import REST
 from ..runners import stopped_message
 from ..runners.pace import Backoff
 
@@ -122,7 +121,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         position=position,
         head=end,
         lag_events=sum(topics.values()),
-        lag_seconds=_age(consumer, position, mark, [topic for topic in topics if topic != REST]) if topics else 0.0,
+        lag_seconds=_age(consumer, position, mark, list(topics)) if topics else 0.0,
         **_runner(row, running=running),
         error=row.error,
         failed_position=row.failed_position,
