@@ -41,6 +41,24 @@ def engine_settings(alias: str) -> dict[str, Any]:
     given = settings[alias]
     options = given.get("OPTIONS", {})
     connection = options.get("connection", {})
+    _refuse_unread(alias, given, connection)
+    found: dict[str, Any] = {
+        "CONTACT_POINTS": [each.strip() for each in str(given.get("HOST") or "").split(",") if each.strip()],
+        "KEYSPACE": given.get("NAME"),
+        "PORT": connection.get("port") or _port(str(given.get("PORT") or 9042)),
+        "USERNAME": given.get("USER") or None,
+        "PASSWORD": given.get("PASSWORD") or None,
+        "SSL_CONTEXT": connection.get("ssl_context"),
+    }
+    replication = _replication(options.get("replication", {}))
+    return found if replication is None else {**found, "REPLICATION": replication}
+
+
+def _port(text: str) -> Any:
+    return int(text) if text.isdigit() else text
+
+
+def _refuse_unread(alias: str, given: Mapping[str, Any], connection: Mapping[str, Any]) -> None:
     # The engine adds what it makes of these to the settings.
     is_known = bool(given.get("USER") and given.get("PASSWORD"))
     for name in NOT_READ:
@@ -49,17 +67,6 @@ def engine_settings(alias: str) -> dict[str, Any]:
                 f"DATABASES[{alias!r}]['OPTIONS']['connection'] has {name!r}, which is not read for events: write "
                 "USER and PASSWORD or 'ssl_context', or name the cluster in 'CASSANDRA'."
             )
-    port = str(given.get("PORT") or "")
-    found: dict[str, Any] = {
-        "CONTACT_POINTS": [each.strip() for each in str(given.get("HOST") or "").split(",") if each.strip()],
-        "KEYSPACE": given.get("NAME"),
-        "PORT": connection.get("port") or (int(port) if port.isdigit() else port or 9042),
-        "USERNAME": given.get("USER") or None,
-        "PASSWORD": given.get("PASSWORD") or None,
-        "SSL_CONTEXT": connection.get("ssl_context"),
-    }
-    replication = _replication(options.get("replication", {}))
-    return found if replication is None else {**found, "REPLICATION": replication}
 
 
 def _replication(given: Mapping[str, Any]) -> Any:
@@ -80,6 +87,12 @@ def read_settings(where: str, given: Any, *, replicated: bool = True) -> Config:
             f'{where} must be a mapping such as {{"CONTACT_POINTS": ["127.0.0.1"], "KEYSPACE": "bank", "REPLICATION": '
             "3}."
         )
+    _check_keys(where, given, replicated=replicated)
+    values = {KEYS[key]: checked(KEYS[key], value, f"{where}[{key!r}]") for key, value in given.items()}
+    return Config(persistence="cassandra", commit="save", **values)
+
+
+def _check_keys(where: str, given: Mapping[str, Any], *, replicated: bool) -> None:
     unknown = [key for key in given if key not in KEYS]
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
@@ -88,8 +101,6 @@ def read_settings(where: str, given: Any, *, replicated: bool = True) -> Config:
             raise ConfigurationError(f"{where}[{key!r}] is missing, which has no default.")
     if (given.get("USERNAME") is None) != (given.get("PASSWORD") is None):
         raise ConfigurationError(f"{where}: 'USERNAME' and 'PASSWORD' go together: set both.")
-    values = {KEYS[key]: checked(KEYS[key], value, f"{where}[{key!r}]") for key, value in given.items()}
-    return Config(persistence="cassandra", commit="save", **values)
 
 
 class ApartApplication:
