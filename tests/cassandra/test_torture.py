@@ -20,9 +20,8 @@ from uuid import UUID, uuid4
 import pytest
 from eventsourcing.persistence import IntegrityError
 
-from tests.cassandra_nodes import FAKETIME, Node, ahead_of_time
+from tests.cassandra_nodes import Node, ahead_of_time
 from tests.length import IS_LONG
-from tests.servers import REQUIRED
 
 if TYPE_CHECKING:
     from tests.cassandra.tortured import Plan
@@ -228,9 +227,9 @@ def check(torture: Torture) -> dict[str, Any]:
     }
 
 
-def clocks(apart: bool) -> Sequence[Sequence[str]]:
+def clocks(folder: Path, apart: bool) -> Sequence[Sequence[str]]:
     """Return what wraps the nodes that come back: in turns a clock that is ahead, and their own, if they are apart."""
-    return [ahead_of_time(30), ()] if apart else [()]
+    return [ahead_of_time(folder, 30), ()] if apart else [()]
 
 
 def test_nothing_is_lost_while_writers_and_nodes_are_killed(cluster: list[Node], tmp_path: Path) -> None:
@@ -238,9 +237,7 @@ def test_nothing_is_lost_while_writers_and_nodes_are_killed(cluster: list[Node],
 
     Plain reads are stale now and then, the log goes through many buckets, and nodes come back with other clocks.
     """
-    if not REQUIRED and not FAKETIME.exists():
-        logger.warning("all nodes have one clock: libfaketime is missing")
-    torture_for(SECONDS, cluster, tmp_path, apart=REQUIRED or FAKETIME.exists())
+    torture_for(SECONDS, cluster, tmp_path, apart=True)
 
 
 @pytest.mark.torture
@@ -270,7 +267,7 @@ def test_torture_finds_what_is_missing(protection: str, cluster: list[Node], tmp
 
 def torture_for(seconds: float, nodes: list[Node], folder: Path, *, apart: bool) -> None:
     """Torture nodes and processes for some seconds, and check what is left."""
-    torture = Torture(prepare(nodes, folder), nodes, folder, clocks=clocks(apart))
+    torture = Torture(prepare(nodes, folder), nodes, folder, clocks=clocks(nodes[0].folder.parent, apart))
     torture.run(seconds)
     assert torture.failures == []
     figures = check(torture)
