@@ -34,8 +34,9 @@ class World:
         self._due: list[tuple[float, int, greenlet.greenlet]] = []
         self._numbers = itertools.count()
         self.rows: dict[int, Row] = {}
-        self.head = 1
         self.inserting = 0
+        self.flags = True
+        """Whether rows are flagged."""
 
     def start(self, work: Callable[[], None]) -> None:
         """Let something run beside the others."""
@@ -66,7 +67,6 @@ class World:
         found = self.rows.get(row.position)
         if found is None:
             self.rows[row.position] = row
-            self.head = row.end
         self.sleep(took * 0.4)
         self.inserting -= 1
         return found
@@ -85,9 +85,9 @@ class TimedStore:
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
         """Read rows."""
         self._world.sleep(READ)
-        found = []
+        found: list[Row] = []
         while (row := self._world.rows.get(position)) is not None and len(found) < limit:
-            found.append(row.flagged())
+            found.append(row.flagged() if self._world.flags else row)
             position = row.end
         return found
 

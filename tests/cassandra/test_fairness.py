@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flask_eventsourcing.cassandra.fairness import Pace
-from tests.cassandra.contention import Contention, bare
+from flask_eventsourcing.cassandra.rows import Row, row_of
+from flask_eventsourcing.cassandra.writing import Writer
+from tests.cassandra.contention import Contention, TimedStore, World, bare, new_append
+from tests.length import IS_LONG
 
 SECONDS = 15.0
+ROWS = 100_000 if IS_LONG else 10_000
 
 
 class BacksOff(Pace):
@@ -35,3 +41,29 @@ def test_who_is_alone_waits_for_nobody() -> None:
     alone = Contention(1, 1, 4)
     assert alone.run(SECONDS) < 0.2
     assert len(alone.done) > 1.5 * bare(1, 1, SECONDS)
+
+
+class Started(TimedStore):
+    """Notes when the first insert began."""
+
+    began: float | None = None
+
+    def insert(self, row: Row) -> Row | None:
+        """Insert a row."""
+        self.began = self.began or self._world.now
+        return super().insert(row)
+
+
+def test_process_that_starts_behind_a_long_log_is_ready_soon() -> None:
+    """Where the horizon is many rows old that nobody has flagged, a save goes on at once when they are read."""
+    world = World(1)
+    world.flags = False
+    one = row_of(1, 1, [new_append()])
+    world.rows = {at: replace(one, position=at, last_event=at) for at in range(1, ROWS + 1)}
+    store = Started(world)
+    position = []
+    world.start(lambda: position.append(Writer(store, 60.0).append(new_append())))
+    world.run(600.0)
+    assert position == [ROWS + 1]
+    assert store.began is not None
+    assert world.now - store.began < 1.0
