@@ -201,8 +201,8 @@ def run(urls: list[str], rounds: int, seconds: float) -> str:
 def to_markdown(found: dict[str, tuple[Rates, Rates]], rounds: int) -> str:
     """Return the section."""
     text = (
-        f"Three nodes on this machine, {rounds} rounds, load {os.getloadavg()[0]:.1f}. Saves of one event a second, "
-        "and conditional inserts a second by the bare driver: in partitions of their own, in the last line at the head of "
+        f"Three nodes on one machine, {rounds} rounds, load {os.getloadavg()[0]:.1f}. Saves of one event a second, and "
+        "conditional inserts a second by the bare driver: in partitions of their own, in the last line at the end of "
         "one. The ratio is the median of those of each round.\n"
     )
     lines = ["| writers | saves | bare | ratio | wanted | p99 of a save, s |", "|---|---:|---:|---|---:|---:|"]
