@@ -26,8 +26,8 @@ def connection_to(url: str, **settings: Any) -> Iterator[Connection]:
     from flask_eventsourcing.cassandra import CassandraSettings, Connection
 
     host, _, port = url.partition(":")
-    settings = {"keyspace": f"missing_{uuid4().hex}", "replication": 1, "patience": 5.0} | settings
-    made = Connection(CassandraSettings((host,), port=int(port), **settings))
+    defaults: dict[str, Any] = {"keyspace": f"missing_{uuid4().hex}", "replication": 1, "patience": 5.0}
+    made = Connection(CassandraSettings((host,), port=int(port), **defaults | settings))
     yield made
     made.close()
 

@@ -43,7 +43,7 @@ def create_app() -> Flask:
     def sessions() -> dict[str, Any]:
         from cassandra.cluster import Session
 
-        return {"pid": os.getpid(), "sessions": sum(isinstance(each, Session) for each in gc.get_objects())}
+        return {"pid": os.getpid(), "sessions": [type(each) for each in gc.get_objects()].count(Session)}
 
     @app.post("/open/<owner>")
     def open_account(owner: str) -> dict[str, Any]:
