@@ -103,5 +103,5 @@ def test_every_request_is_answered_while_a_node_is_down(cluster: list[Node], tmp
         with app.app_context():
             recorder = es.application.recorder
             assert recorder.max_notification_id() == 2000
-            owners = {es.application.repository.get(UUID(answer["id"])).owner for answer in answers}
+            owners: set[str] = {es.application.repository.get(UUID(answer["id"])).owner for answer in answers}
     assert owners == {str(number) for number in range(2000)}
