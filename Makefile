@@ -80,6 +80,7 @@ ifeq ($(filter-out --quick,$(ARGS)),)
 	$(BIN)/python -m benchmarks.metadata $(ARGS)
 	$(BIN)/python -m benchmarks.sessions $(ARGS)
 	$(BIN)/python -m benchmarks.django_rows $(ARGS)
+	$(BIN)/python -m benchmarks.cassandra $(ARGS)
 endif
 
 docs: $(DOCS_STAMP)

@@ -187,6 +187,18 @@ class Node:
             return connection.recv(9)[4:5] == b"\x06"  # SUPPORTED
 
 
+def ahead_of_time(folder: Path, seconds: int) -> list[str]:
+    """Return what runs a node whose clock is ahead of the machine's.
+
+    :param folder: where the library is made that does it.
+    """
+    require(shutil.which("cc"), "A compiler of C, for other clocks,", "apt-get install build-essential")
+    library = folder / "ahead.so"
+    # A JVM under libfaketime, which does more, takes minutes to start.
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(POM.with_name("ahead.c"))], check=True)
+    return ["env", f"LD_PRELOAD={library}", f"AHEAD={seconds}"]
+
+
 def nodes_of(folders: Sequence[Path], **settings: object) -> list[Node]:
     """Return the nodes of a new cluster, none of them started; they have ports of their own on 127.0.0.1 and further.
 

@@ -98,3 +98,12 @@ def test_a_host_is_measured_beside_its_own_commits(module: str, shown: str) -> N
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert shown in result.stdout
+
+
+@pytest.mark.long
+def test_saves_in_cassandra_are_measured_beside_the_bare_driver(cassandra_server: str) -> None:
+    """The benchmark of Cassandra prints the ratio to conditional inserts for one writer, its threads, and processes."""
+    command = [sys.executable, "-m", "benchmarks.cassandra", "--quick", "--nodes", cassandra_server]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| 4 processes with 4 threads |" in result.stdout

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from eventsourcing.persistence import OperationalError
 
-from ..exceptions import InheritedDatabaseError
+from ..exceptions import InheritedDatabaseError, MissingRightError
 from ..failures import OnError
 from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
@@ -19,7 +19,7 @@ from .settings import CassandraSettings
 # Two projects bring the package of this name, so that what is imported might be half of each.
 check_drivers()
 
-from cassandra import ConsistencyLevel, ProtocolVersion, UnresolvableContactPoints  # noqa: E402
+from cassandra import AuthenticationFailed, ConsistencyLevel, ProtocolVersion, UnresolvableContactPoints  # noqa: E402
 from cassandra.auth import PlainTextAuthProvider  # noqa: E402
 from cassandra.cluster import (  # noqa: E402
     EXEC_PROFILE_DEFAULT,
@@ -72,6 +72,7 @@ class Connection:
 
         :raises ConfigurationError: in the master of uWSGI.
         :raises InheritedDatabaseError: when another process made it.
+        :raises MissingRightError: when the nodes refuse user name and password.
         :raises OperationalError: when no node can be reached.
         """
         return self._own().session
@@ -130,11 +131,21 @@ class Connection:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (NoHostAvailable, UnresolvableContactPoints) as error:
-            where = f"{', '.join(self.settings.contact_points)}, port {self.settings.port}"
-            causes = getattr(error, "errors", None) or {}
-            why = "; ".join(dict.fromkeys(str(each) for each in causes.values())) or str(error)
-            raise OperationalError(f"Cassandra cannot be reached at {where}: {why}") from error
+        except UnresolvableContactPoints as error:
+            raise OperationalError(f"Cassandra cannot be reached {self._where}: no such name.") from error
+        except NoHostAvailable as error:
+            # What each node has answered; without any answer the nodes that could have been asked.
+            causes = list(error.errors.values()) if isinstance(error.errors, Mapping) else []
+            why = "; ".join(dict.fromkeys(str(each) for each in causes)) or str(error)
+            if any(isinstance(each, AuthenticationFailed) for each in causes):
+                raise MissingRightError(f"Cassandra refuses the login {self._where}: {why}") from error
+            raise OperationalError(f"Cassandra cannot be reached {self._where}: {why}") from error
+
+    @property
+    def _where(self) -> str:
+        settings = self.settings
+        centre = f", data centre {settings.local_dc}" if settings.local_dc else ""
+        return f"at {', '.join(settings.contact_points)}, port {settings.port}{centre}"
 
     def prepare(self, cql: str) -> PreparedStatement:
         """Return the prepared statement of this text."""

@@ -101,8 +101,7 @@ class Schema:
 
         :raises OperationalError: when a node does not have them in time.
         """
-        first = self._up()[0]
-        missing = self._missing(first)
+        first, missing = self._again(self._first)
         if missing:
             for prefix, id_type in self._id_types.items():
                 for statement in statements(self._connection.settings, prefix, id_type=id_type):
@@ -110,6 +109,11 @@ class Schema:
                     self._again(lambda cql=statement: self._ask(cql, host=first))  # type: ignore[misc]
         self._wait()
         return missing
+
+    def _first(self) -> tuple[Host, list[str]]:
+        """Return the first node that can be asked, and what it lacks."""
+        node = self._up()[0]
+        return node, self._missing(node)
 
     def look(self) -> Iterator[Line]:
         """Tell how the nodes, the keyspace and the tables are."""

@@ -42,6 +42,8 @@ class Writer:
     """Rows by which it is moved at once."""
     fresh_rows = 16
     """The last rows, whose writers are about to index them."""
+    most_indexed = 32
+    """Rows that are indexed at once for others, while a save waits."""
 
     def __init__(self, store: Store, patience: float, pace: Pace | None = None) -> None:
         self._store = store
@@ -293,11 +295,14 @@ class Writer:
         last = memory.head
         horizon = self._walker.repeat(self._store.read_horizon)
         rows = list(islice(self._walker.rows(horizon.position), self.most_rows))
+        left = self.most_indexed
         for row in rows if len(rows) == self.most_rows else rows[: -self.fresh_rows]:
-            if row.end > last:
+            is_open = not row.indexed and memory.is_unindexed(row.position)
+            if row.end > last or (is_open and not left):
                 break
-            if not row.indexed and memory.is_unindexed(row.position):
+            if is_open:
                 self._walker.index(row)
+                left -= 1
             horizon = Horizon(row.end, row.last_event)
         self._walker.repeat(partial(self._store.move_horizon, horizon))
         memory.forget(horizon.position)

@@ -6,8 +6,6 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -16,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_eventsourcing.cassandra import rows
-from flask_eventsourcing.cassandra.memory import NOTHING, Memory
-from flask_eventsourcing.cassandra.queueing import Ticket
-from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, MaybeDoneError, NotDoneError, Row
-from flask_eventsourcing.cassandra.walking import Tries, Walker
+from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, Row
 from flask_eventsourcing.cassandra.writing import Writer
+from tests.cassandra.sabotage import TOUCHING, WITHOUT, LeavesUnindexed, leave_gaps, without
 from tests.cassandra.simulation import Cluster, Crash, QuickWriter, SimulatedStore, Simulation
 from tests.length import examples
 
@@ -40,87 +36,13 @@ def test_log_keeps_its_promises_whatever_fails(seed: int) -> None:
     Simulation(seed).run()
 
 
-class ForgetsWinner(QuickWriter):
-    """Does not look at the row that won."""
-
-    def _check(self, memory: Memory, winner: Row) -> None:
-        memory.meet(replace(winner, parts=[], versions=[]))
-
-
-class SendsAnother(QuickWriter):
-    """Sends a row with another id after a time-out."""
-
-    def _insert(self, row: Row, tries: Tries) -> Row | None:
-        sent = replace(row, id=uuid4())
-        try:
-            return self._store.insert(sent)
-        except (NotDoneError, MaybeDoneError) as error:
-            self._again(row, tries, error)
-            return self._insert(row, tries)
-
-
-class ReadsNoStream(QuickWriter):
-    """Takes for granted what the caller has read of an aggregate."""
-
-    def _refusal(self, memory: Memory, append: Append) -> str | None:
-        for span in append.spans():
-            if memory.known(span.originator_id) is None:
-                memory.offer(span.originator_id, span.first - 1, memory.horizon)
-        return super()._refusal(memory, append)
-
-    def _load(self, memory: Memory, key: Key) -> int:
-        return super()._load(memory, key) if str(key).startswith("\0") else NOTHING
-
-
-class LeavesUnindexed(QuickWriter):
-    """Refuses without writing what a writer that died has left."""
-
-    def _before_refusal(self, memory: Memory, ticket: Ticket) -> None:
-        pass
-
-
-class AdmitsOnce(QuickWriter):
-    """Does not check again what it has checked before it met further rows."""
-
-    def _admit_all(self, memory: Memory, batch: list[Ticket]) -> None:
-        batch[:] = [each for each in batch if self._admit(memory, each)]
-
-    def _is_ahead(self, memory: Memory, append: Append) -> bool:
-        return True
-
-
-class LeavesGaps(Walker):
-    """Takes the rows that it sees, be it that they do not touch."""
-
-    def rows(self, position: int, *, states: bool = False, page: int = 200) -> Iterator[Row]:
-        """Yield what is there."""
-        while found := self.repeat(partial(self.store.read_rows, position, page, states=states)):
-            yield from found
-            position = found[-1].end
-
-
-def leave_gaps(part: object) -> None:
-    """Let a writer or reader take rows that do not touch."""
-    walker: Walker = part._walker  # type: ignore[attr-defined]
-    part._walker = LeavesGaps(walker.store, walker._patience)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("writer", "prepare"),
-    [
-        (ForgetsWinner, id),
-        (SendsAnother, id),
-        (ReadsNoStream, id),
-        (AdmitsOnce, id),
-        (QuickWriter, leave_gaps),
-    ],
-    ids=["check of the winner", "same id again", "read of the stream", "one head for a row", "touching"],
-)
-def test_each_protection_is_needed(writer: type[Writer], prepare: object) -> None:
+@pytest.mark.parametrize("protection", [*WITHOUT, TOUCHING])
+def test_each_protection_is_needed(protection: str) -> None:
     """Without any one of its protections the log breaks a promise, so that these tests would tell."""
+    prepare = leave_gaps if protection == TOUCHING else id
     for seed in range(300):
         try:
-            Simulation(seed, writer, prepare).run()  # type: ignore[arg-type]
+            Simulation(seed, without(protection, QuickWriter), prepare).run()
         except AssertionError:
             return
     pytest.fail("nothing was found missing")
@@ -196,7 +118,10 @@ def test_stream_is_read_where_the_log_does_not_tell() -> None:
     cluster.horizon = Horizon(10, 9)
     with pytest.raises(IntegrityError):
         QuickWriter(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 9)]))
-    assert ReadsNoStream(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 9)])) == 10
+    assert (
+        without("read of the stream", QuickWriter)(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 9)]))
+        == 10
+    )
 
 
 class SlowStore(SimulatedStore):

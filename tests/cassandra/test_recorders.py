@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
         CassandraSnapshotRecorder,
     )
     from flask_eventsourcing.cassandra.recording import Log
+
+logger = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.xdist_group("cassandra-cluster")
 
@@ -233,6 +237,39 @@ def test_log_goes_on_in_the_next_bucket(new_log: NewLog) -> None:
     assert [each.id for each in again.select_notifications(10_010, 3)] == [10_010, 10_011, 10_012]
     assert again.max_notification_id() == 10_016
     assert again.insert_events([event(keys[2], 1)]) == [10_017]
+
+
+@pytest.mark.torture
+def test_process_that_starts_behind_100_000_appends(new_log: NewLog) -> None:
+    """Where the horizon lies 100,000 appends back, a new process reads these once, and then saves."""
+    from cassandra.concurrent import execute_concurrent_with_args
+
+    from flask_eventsourcing.cassandra.rows import Append, bucket_of, row_of
+
+    log = new_log()
+    store, connection = log.parts.store, log.parts.store.connection
+    plainly = connection.prepare(store._cql.insert.removesuffix(" IF NOT EXISTS"))
+    rows = [row_of(at, at - 1, [Append([event(uuid4(), 1)])]) for at in range(1, 100_001)]
+    values = [
+        (bucket_of(at), at, row.id, 1, row.last_event, [*map(tuple, row.parts)], row.versions, row.contents)
+        for at, row in enumerate(rows, 1)
+    ]
+    while values:
+        # A node that is busy may not answer in time; the same row again changes nothing.
+        done = execute_concurrent_with_args(
+            connection.session, plainly, values, concurrency=16, raise_on_first_error=False
+        )
+        values = [each for each, (is_done, _) in zip(values, done, strict=True) if not is_done]
+    again = type(log)(connection, log.name)
+    began = time.monotonic()
+    assert sum(1 for _ in again.parts.walker.rows(1)) == 100_000
+    read = time.monotonic()
+    assert application_recorder(again).insert_events([event(uuid4(), 1)]) == [100_001]
+    saved = time.monotonic()
+    assert application_recorder(again).insert_events([event(uuid4(), 1)]) == [100_002]
+    logger.info(
+        "read in %.1f s, first save %.1f s, second %.1f s", read - began, saved - read, time.monotonic() - saved
+    )
 
 
 def test_large_saves(shared_log: Log) -> None:

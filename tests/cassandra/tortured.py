@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from uuid import UUID
 
 from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 
-from flask_eventsourcing.cassandra import CassandraSettings, Connection
+from flask_eventsourcing.cassandra import CassandraSettings, Connection, rows
 from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, MaybeDoneError, NotDoneError, Row, stream_rows
 from flask_eventsourcing.cassandra.store import CassandraStore
 from flask_eventsourcing.cassandra.writing import Writer
 from flask_eventsourcing.exceptions import CommitOutcomeUnknownError
+from tests.cassandra.sabotage import TOUCHING, leave_gaps, without
 
 THREADS = 4
 AGGREGATES = [UUID(int=number) for number in range(1, 13)]
@@ -60,6 +61,12 @@ class Plan:
     """A file, which is there when it is over."""
     seed: int
     step: str = ""
+    bucket: int = 400
+    """Positions in a partition, few, so that all of them cross from one into the next."""
+    faults: float = 0.02
+    """The part of the plain reads that miss a late row, and of the inserts whose answer is lost."""
+    lacks: str = ""
+    """The protection that its writers, or those who read the log, do without."""
 
     def connection(self) -> Connection:
         """Return a connection with the cluster."""
@@ -67,16 +74,36 @@ class Plan:
         return Connection(settings)
 
 
-class KillingStore(CassandraStore):
-    """A store that kills its process when it has reached a step some times.
+class FaultyStore(CassandraStore):
+    """A store of which some plain reads are stale, and some answers are lost."""
 
-    :param step: one of the steps, or empty.
-    """
+    def __init__(self, connection: Connection, plan: Plan) -> None:
+        super().__init__(connection, plan.prefix)
+        self._faults = plan.faults
+        self._draw = random.Random()
 
-    def __init__(self, connection: Connection, prefix: str, step: str, draw: random.Random) -> None:
-        super().__init__(connection, prefix)
-        self._step = step
-        self._left = 1 if "horizon" in step else draw.randint(3, 12)
+    def insert(self, row: Row) -> Row | None:
+        """Insert a row."""
+        found = super().insert(row)
+        if self._draw.random() < self._faults:
+            raise MaybeDoneError("the answer was lost")
+        return found
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Read rows, as from nodes that have not got one of the last ones yet."""
+        found = list(super().read_rows(position, limit, states=states))
+        if found and self._draw.random() < self._faults:
+            found.remove(self._draw.choice(found[-4:]))
+        return found
+
+
+class KillingStore(FaultyStore):
+    """A store that kills its process when it has reached a step some times."""
+
+    def __init__(self, connection: Connection, plan: Plan, draw: random.Random) -> None:
+        super().__init__(connection, plan)
+        self._step = plan.step
+        self._left = 1 if "horizon" in plan.step else draw.randint(3, 12)
         self._lock = threading.Lock()
 
     def _reach(self, step: str) -> None:
@@ -125,6 +152,15 @@ class OftenMoving(Writer):
 
     horizon_rows = 40
     fresh_rows = 8
+
+
+def prepared(plan: Plan, store: CassandraStore) -> Writer:
+    """Return a writer as the plan has it."""
+    rows.BUCKET = plan.bucket
+    writer = without(plan.lacks, OftenMoving)(store, store.connection.settings.patience)
+    if plan.lacks == TOUCHING:
+        leave_gaps(writer)
+    return writer
 
 
 class Journal:
@@ -191,8 +227,8 @@ def run(plan: Plan) -> None:
     """Save from some threads until the time is over."""
     draw = random.Random(plan.seed)
     connection = plan.connection()
-    store = KillingStore(connection, plan.prefix, plan.step, draw)
-    writer = OftenMoving(store, connection.settings.patience)
+    store = KillingStore(connection, plan, draw)
+    writer = prepared(plan, store)
     journal = Journal(plan.journal)
     stop = Path(plan.stop)
 

@@ -34,6 +34,7 @@ GRACEFUL = ["--die-on-term", "--hook-master-start", "unix_signal:15 gracefully_k
 UWSGI: dict[str, list[str]] = {
     "prefork": ["--processes", "3"],
     "prefork-threads": ["--processes", "2", "--threads", "4", "--enable-threads"],
+    "prefork-four": ["--processes", "4", "--threads", "2", "--enable-threads"],
     "lazy-apps": ["--processes", "3", "--lazy-apps"],
     "lazy-apps-threads": ["--processes", "2", "--threads", "4", "--enable-threads", "--lazy-apps"],
     "gevent": ["--processes", "2", "--gevent", "50", "--gevent-early-monkey-patch"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -30,11 +31,19 @@ def create_app() -> Flask:
     """Make the app."""
     app = Flask(__name__)
     app.config.update(settings(os.environ["NODE"], os.environ["KEYSPACE"]))
+    if points := os.environ.get("CONTACT_POINTS"):
+        app.config.update(EVENTSOURCING_CASSANDRA_CONTACT_POINTS=points.split())
     es.init_app(app)
 
     @app.get("/")
     def index() -> dict[str, Any]:
         return {}
+
+    @app.post("/sessions")
+    def sessions() -> dict[str, Any]:
+        from cassandra.cluster import Session
+
+        return {"pid": os.getpid(), "sessions": [type(each) for each in gc.get_objects()].count(Session)}
 
     @app.post("/open/<owner>")
     def open_account(owner: str) -> dict[str, Any]:

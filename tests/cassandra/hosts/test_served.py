@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from flask import Flask
 
+from flask_eventsourcing import EventSourcing
 from tests.cassandra.hosts.conftest import MakeApp
+from tests.cassandra.hosts.site import Bank, settings
+from tests.cassandra_nodes import Node, keyspace_on
 from tests.workers.serving import Served, gunicorn, serving, uwsgi
 
 TARGET = "tests.cassandra.hosts.served:app"
@@ -23,6 +28,7 @@ def preloaded(port: int) -> list[str]:
 LINES: dict[str, Callable[[int], list[str]]] = {
     "gunicorn-preload": preloaded,
     "uwsgi-prefork": partial(uwsgi, "prefork-threads", TARGET),
+    "uwsgi-four": partial(uwsgi, "prefork-four", TARGET),
 }
 
 
@@ -63,3 +69,39 @@ def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Pa
         serving(LINES["uwsgi-prefork"], tmp_path, None, **variables),
     ):
         raise NotImplementedError
+
+
+@pytest.mark.torture
+@pytest.mark.xdist_group("cassandra-cluster")
+def test_every_request_is_answered_while_a_node_is_down(cluster: list[Node], tmp_path: Path) -> None:
+    """Of 2,000 requests to four processes none fails when a node dies; each has one application and one session."""
+    paths = [f"/open/{number}" for number in range(2000)]
+    points = {"CASSANDRA_CONTACT_POINTS": [node.address for node in cluster], "CASSANDRA_REPLICATION": 3}
+    with keyspace_on(cluster[0].url) as keyspace, ExitStack() as stack:
+        app, es = Flask(__name__), EventSourcing(application=Bank)
+        app.config.update(settings(cluster[0].url, keyspace, **points))
+        es.init_app(app)
+        stack.callback(es.close)
+        result = app.test_cli_runner().invoke(args=["eventsourcing", "init-db"])
+        assert result.exit_code == 0, result.output
+        variables = {"NODE": cluster[0].url, "KEYSPACE": keyspace, "IMPORTED": ""}
+        variables["CONTACT_POINTS"] = " ".join(node.address for node in cluster)
+        with serving(LINES["uwsgi-four"], tmp_path, None, **variables) as served:
+            first = served.load(paths[:200], clients=8)
+            cluster[1].kill()
+            stack.callback(cluster[1].wait)
+            stack.callback(cluster[1].start)
+            then = served.load(paths[200:], clients=8)
+            assert first.failed | then.failed == {}, served.log.read_text(errors="replace")[-3000:]
+            answers = [*first.all, *then.all]
+            assert {answer["constructed"] for answer in answers} == {1}
+            assert len({answer["pid"] for answer in answers}) == 4
+            counted = served.load([f"/sessions?{number}" for number in range(100)], clients=8)
+            assert {answer["sessions"] for answer in counted.all} == {1}
+            found = sockets(served, cluster[0].port)
+            assert sum(map(len, found.values())) == len(set().union(*found.values()))
+        with app.app_context():
+            recorder = es.application.recorder
+            assert recorder.max_notification_id() == 2000
+            owners: set[str] = {es.application.repository.get(UUID(answer["id"])).owner for answer in answers}
+    assert owners == {str(number) for number in range(2000)}

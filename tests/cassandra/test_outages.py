@@ -1,0 +1,92 @@
+"""What is told where a cluster cannot be used: one clear error, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+from eventsourcing.persistence import OperationalError, StoredEvent
+
+from flask_eventsourcing.exceptions import MissingRightError, MissingTableError
+from tests.cassandra_nodes import cassandra_cluster
+from tests.servers import ServerFolder, free_port
+
+if TYPE_CHECKING:
+    from flask_eventsourcing.cassandra import Connection
+
+pytestmark = pytest.mark.xdist_group("cassandra-cluster")
+
+
+@contextmanager
+def connection_to(url: str, **settings: Any) -> Iterator[Connection]:
+    """Give a connection with a cluster that may not be there."""
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection
+
+    host, _, port = url.partition(":")
+    defaults: dict[str, Any] = {"keyspace": f"missing_{uuid4().hex}", "replication": 1, "patience": 5.0}
+    made = Connection(CassandraSettings((host,), port=int(port), **defaults | settings))
+    yield made
+    made.close()
+
+
+def save(connection: Connection) -> None:
+    """Save something."""
+    from flask_eventsourcing.cassandra import CassandraApplicationRecorder
+    from flask_eventsourcing.cassandra.recording import Log
+
+    CassandraApplicationRecorder(Log(connection, "bank")).insert_events([StoredEvent(uuid4(), 1, "topic", b"")])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_no_node_answers(host: str) -> None:
+    """Where no node answers, or none has the name, the error says where one was looked for."""
+    pytest.importorskip("cassandra.cluster", reason="cassandra-driver is not installed")
+    port = free_port()
+    with connection_to(f"{host}:{port}") as connection:
+        with pytest.raises(OperationalError, match=f"cannot be reached at {host}, port {port}: "):
+            save(connection)
+        assert not connection.is_open
+
+
+def test_what_the_nodes_do_not_have(cassandra_server: str) -> None:
+    """A keyspace that is missing, and a data centre that is, are named; the first with the command that makes it."""
+    with connection_to(cassandra_server) as connection, pytest.raises(MissingTableError, match="command 'init-db'"):
+        save(connection)
+    reason = r"cannot be reached at .*, data centre moon: "
+    with connection_to(cassandra_server, local_dc="moon") as connection, pytest.raises(OperationalError, match=reason):
+        save(connection)
+
+
+@pytest.mark.long
+def test_role_without_rights(server_folder: ServerFolder) -> None:
+    """A wrong password, and a role that may not do it, are each one clear error, and what may be done goes on."""
+    from flask_eventsourcing.cassandra.inspecting import Schema, readable_errors
+
+    rights = {
+        "authenticator": {"class_name": "PasswordAuthenticator"},
+        "authorizer": {"class_name": "CassandraAuthorizer"},
+    }
+    with cassandra_cluster(server_folder, 1, **rights) as (node,):
+        admin = {"username": "cassandra", "password": "cassandra", "keyspace": "bank"}
+        with connection_to(node.url, **admin) as connection:
+            Schema(connection, {"bank": "uuid"}).create()
+            save(connection)
+            connection.execute("CREATE ROLE reader WITH LOGIN = true AND PASSWORD = 'reader'")
+            connection.execute("GRANT SELECT ON KEYSPACE bank TO reader")
+            wrong = {**admin, "password": "wrong"}
+            with (
+                connection_to(node.url, **wrong) as refused,
+                pytest.raises(MissingRightError, match="refuses the login"),
+            ):
+                save(refused)
+            reader = {**admin, "username": "reader", "password": "reader"}
+            with connection_to(node.url, **reader) as refused:
+                with pytest.raises(MissingRightError, match="reader has no MODIFY permission"):
+                    save(refused)
+                with pytest.raises(MissingRightError, match="reader has no CREATE permission"), readable_errors():
+                    Schema(refused, {"other": "uuid"}).create()
+                assert refused.execute("SELECT count(*) FROM bank.bank_log").one()[0] == 1
+            save(connection)
