@@ -118,7 +118,7 @@ class Log:
         return Append(
             events=events,
             tracking=tracking,
-            event_ids=[UUID(int=each.int) for each in new_ids(len(events))],
+            event_ids=[UUID(int=each) for each in new_ids(len(events))],
             # The nodes keep milliseconds.
             time=now.replace(microsecond=now.microsecond // 1000 * 1000),
             metadata=self._collect() if self._collect is not None and events else {},

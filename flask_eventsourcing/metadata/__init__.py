@@ -10,7 +10,7 @@ late, in another context, neither fails nor removes metadata that were added lat
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -153,6 +153,8 @@ class MetadataBlock:
 
     def __call__(self, function: F) -> F:
         """Decorate a function."""
+        if isinstance(function, classmethod | staticmethod):
+            return type(function)(self(function.__func__))
         return wraps(function)(self._decorated(function))  # type: ignore[return-value]
 
     def _again(self) -> MetadataBlock:
@@ -173,9 +175,15 @@ class MetadataBlock:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._again():
-                return function(*args, **kwargs)
+                found = function(*args, **kwargs)
+            # Another decorator, or an object that is called, may hide that it is a coroutine function.
+            return self._awaited(found) if inspect.iscoroutine(found) else found
 
         return run
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with self._again():
+            return await coroutine
 
 
 class _Steps:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from operator import attrgetter
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -17,9 +17,11 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import EventMetadataError
 from ..metadata import CORRELATION_ID, Metadata, Recorded, new_ids
+from ..metadata.values import to_json
 from .dialects import Dialect
 from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, EventTable, Shape
 from .record_checks import KINDS
+from .tables import MetadataType
 
 Collect = Callable[[], Metadata]
 
@@ -43,14 +45,14 @@ def saving(domain_events: Sequence[Any]) -> Iterator[None]:
 class Description(NamedTuple):
     """What is stored beside the events of one save."""
 
-    ids: Sequence[Any]
+    ids: Sequence[int]
     time: datetime | None
     metadata: Metadata
     beside: Beside
 
     def recorded(self, positions: Sequence[int]) -> tuple[Recorded, ...]:
         """Return it for each event."""
-        ids: list[UUID | None] = [UUID(int=each.int) for each in self.ids]
+        ids: list[UUID | None] = [UUID(int=each) for each in self.ids]
         ids = ids or [None] * len(positions)
         return tuple(Recorded(*each, self.time, self.metadata) for each in zip(positions, ids, strict=True))
 
@@ -86,11 +88,11 @@ class Describer:
         time = datetime.now(UTC) if "recorded_at" in self._shared else None
         values = {"recorded_at": time, "metadata": metadata, "correlation_id": metadata.get(CORRELATION_ID)}
         shared = tuple([encode(values[name]) for name, encode in self._shared.items()])
-        ids: Sequence[Any] = ()
+        ids = range(0)
         rows: list[tuple[Any, ...]]
         if self._id is not None:
             ids = new_ids(len(events))
-            rows = list(zip(map(self._id, ids)))
+            rows = list(zip(self._id(ids)))
         else:
             rows = [()] * len(events)
         own: tuple[str, ...] = ()
@@ -153,6 +155,9 @@ class Describer:
     def _encoder(self, name: str) -> Callable[[Any], Any]:
         dialect = self._dialect.engine.dialect
         column_type = self._table.c[name].type.dialect_impl(dialect)
+        if isinstance(column_type, MetadataType) and isinstance(column_type.load_dialect_impl(dialect), sa.JSON):
+            # As text, which the statement gives the column's type.
+            return to_json
         bind: Callable[[Any], Any] = column_type.bind_processor(dialect) or _as_it_is
         if name == "recorded_at" and not getattr(column_type, "timezone", False):
             if bind(_EXAMPLE) == _as_iso(_EXAMPLE):
@@ -160,24 +165,31 @@ class Describer:
             return lambda time: bind(time.replace(tzinfo=None))
         return bind
 
-    def _id_encoder(self) -> Callable[[Any], Any]:
+    def _id_encoder(self) -> Callable[[range], list[Any]]:
         dialect = self._dialect.engine.dialect
         column_type: Any = self._table.c["event_id"].type
         bind = column_type.dialect_impl(dialect).bind_processor(dialect) or _as_it_is
-        example = UUID(int=7 << 76)
-        # As text, without a detour, which takes longer than all else.
-        for text in (str, _hexadecimal):
-            if bind(example) == text(example):
-                return text
-        return lambda found: bind(UUID(int=found.int))
+        if bind(_EXAMPLE_ID) in (str(_EXAMPLE_ID), _EXAMPLE_ID.hex):
+            return partial(_as_texts, bind)
+        return lambda ids: [bind(UUID(int=each)) for each in ids]
 
 
 def _as_it_is(value: Any) -> Any:
     return value
 
 
-_hexadecimal: Callable[[Any], str] = attrgetter("hex")
 _EXAMPLE = datetime(2026, 1, 2, 3, 4, 5, 6)
+_EXAMPLE_ID = UUID(int=7 << 76)
+_DIGITS = tuple([f"{number:03x}" for number in range(16**3)])
+
+
+def _as_texts(bind: Callable[[UUID], str], ids: range) -> list[str]:
+    """Return ids as text, which a column takes as *bind* makes it. They begin with one whose last digits are zeros."""
+    found: list[str] = []
+    for block in range(ids[0], ids[-1] + 1, len(_DIGITS)):
+        start = bind(UUID(int=block))[:-3]
+        found += [start + each for each in _DIGITS[: ids[-1] + 1 - block]]
+    return found
 
 
 def _as_iso(time: datetime) -> str:

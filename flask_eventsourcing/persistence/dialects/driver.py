@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -182,7 +183,7 @@ class Driver:
         own = len(rows[0])
         again = [f"{self.mark}{own + number}" for number in range(1, len(shared) + 1)]
         marks = f", ({', '.join([self.mark] * own + again)})" * (len(rows) - 1)
-        values = [*rows[0], *shared, *(item for row in rows[1:] for item in row)]
+        values = [*rows[0], *shared, *chain.from_iterable(rows[1:])]
         return self.modify(connection, statement + marks, values).lastrowid
 
     def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import add, attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -70,11 +70,11 @@ class Beside(NamedTuple):
 
     def joined(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Return the rows of the events with the values of each beside them."""
-        return [(*row, *own) for row, own in zip(rows, self.rows, strict=True)] if self.shape.each else rows
+        return list(map(add, rows, self.rows)) if self.shape.each else rows
 
     def completed(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Return the rows of the events with all that is beside them."""
-        return [(*row, *self.shared) for row in self.joined(rows)] if self.shape.shared else self.joined(rows)
+        return [row + self.shared for row in self.joined(rows)] if self.shape.shared else self.joined(rows)
 
 
 NOTHING = Beside()

@@ -37,14 +37,13 @@ from .event_tables import (
     columns_of,
     gap,
     heads,
-    transposed,
 )
 from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
 from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, code_of, prepare_connections, status_of, text_of
-from .postgresql_statements import SMALL_BLOCK, literal, make_draw, make_statement, regclass
+from .postgresql_statements import SMALL_BLOCK, key_arrays, literal, make_draw, make_statement, regclass, row_arrays
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
 
@@ -127,8 +126,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             rows = self.fetch(connection, statement, (*values.rows[0], *values.shared, log.identity, floor))
         else:
             statement = self._append_statement(connection, table, log, "block", values.shape)
-            keys = _keys(table, heads(events))
-            parameters = (floor, log.identity, *keys, len(events), *values.shared, *transposed(values.rows))
+            keys = key_arrays(table, heads(events))
+            parameters = (floor, log.identity, *keys, len(events), *values.shared, *row_arrays(table, values))
             rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
@@ -139,14 +138,14 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
         :raises IntegrityError: for an event that would leave a gap.
         """
-        first, columns = heads(events), [*values.shared, *transposed(values.rows)]
+        first, columns = heads(events), [*values.shared, *row_arrays(table, values)]
         # The floor is the transaction's. Should a statement fail, the pool's rollback ends one that is begun here.
         autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
         if autocommit:
             self.modify(connection, "BEGIN")
         floor = Known.of(connection).floors_of(connection).get(log.identity)
         statement = self._append_statement(connection, table, log, "gap")
-        rows = self.fetch(connection, statement, (floor, log.identity, *_keys(table, first)))
+        rows = self.fetch(connection, statement, (floor, log.identity, *key_arrays(table, first)))
         start: int | None = None
         if rows:
             if rows[0][0] is not None:
@@ -386,10 +385,6 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""
         return self.listen(table.name) if self.options.postgres_notify else Waiter()
-
-
-def _keys(table: EventTable, events: Sequence[StoredEvent]) -> list[list[Any]]:
-    return transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
 
 
 LOCK_NOT_AVAILABLE = "55P03"

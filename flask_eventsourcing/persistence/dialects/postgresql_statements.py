@@ -6,19 +6,24 @@ after that. ``CASE`` and materialised CTEs force the order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from uuid import UUID
+
+from eventsourcing.persistence import StoredEvent
 
 from .event_tables import (
     EVENT_COLUMNS,
     LATEST_FIRST_VERSION,
     POSITION,
     VERSION_KEY,
+    Beside,
     EventTable,
     KnownLog,
     Shape,
     Snapshot,
     snapshot_in,
+    transposed,
 )
 
 BLOCK_TRIES = 20
@@ -26,6 +31,8 @@ SHARED_TRIES = 5
 """Tries of a small block in which it keeps only large ones out."""
 SMALL_BLOCK = 100
 """The most events whose positions are drawn beside others, in the statement that inserts them."""
+UUID_LENGTH = 36
+"""The characters of a UUID as text, with its hyphens."""
 GATE = 0x67617465
 """The first of the two 32-bit keys of the gate; the second is the oid of the sequence."""
 
@@ -229,6 +236,32 @@ def _snapshot_if_there(name: str) -> Snapshot:
         return f"CASE WHEN to_regclass({literal(name)}) IS NULL THEN false ELSE {found} END"
 
     return condition
+
+
+def key_arrays(table: EventTable, events: Sequence[StoredEvent]) -> list[Any]:
+    """Return the parameters of the columns of ``VERSION_KEY``."""
+    ids, versions = transposed(table.row(event)[: len(VERSION_KEY)] for event in events)
+    return [_of_uuids(ids) if table.accepted.id_class is UUID else ids, versions]
+
+
+def row_arrays(table: EventTable, values: Beside) -> list[Any]:
+    """Return the parameters of the columns that have a value of each event."""
+    columns: list[Any] = transposed(values.rows)
+    if table.accepted.id_class is UUID:
+        columns[0] = _of_uuids(columns[0])
+    for number, kind in zip(range(len(EVENT_COLUMNS), len(columns)), values.shape.kinds, strict=False):
+        if kind == "UUID":
+            columns[number] = _of_uuids(columns[number])
+    return columns
+
+
+def _of_uuids(column: list[Any]) -> Any:
+    """Return UUIDs as the text of an array: the driver would look into each of a list for what is to be quoted.
+
+    A text of this length has no second UUID in it, whatever else it has.
+    """
+    is_plain = set(map(type, column)) == {str} and set(map(len, column)) == {UUID_LENGTH}
+    return f"{{{','.join(column)}}}" if is_plain else column
 
 
 def make_draw(log: KnownLog, count: int, lock_timeout: float) -> str:
