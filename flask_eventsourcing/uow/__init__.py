@@ -7,7 +7,7 @@ from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, describe, log_lost
 from .routes import FIXED, same_database, writer_of
-from .running import LONGEST_PAUSE, SessionCommits, UnitRunner, check_times, commit, roll_back
+from .running import LONGEST_PAUSE, SessionCommits, UnitRunner, check_times, close, commit, roll_back
 from .unit import LENT, UnitOfWork, Units
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "UnitRunner",
     "Units",
     "check_times",
+    "close",
     "commit",
     "describe",
     "follow",

@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -155,8 +155,24 @@ def roll_back(session: orm.Session) -> None:
         # A listener of after_commit raised: the transaction is committed, and only to be closed.
         session.close()
     except sa.exc.SQLAlchemyError as error:
-        logger.warning("A rollback failed, its connection is closed: %s", error)
-        session.invalidate()
+        logger.warning("A rollback failed, its session is closed: %s", error)
+        close(session)
+
+
+def close(session: orm.Session) -> None:
+    """Close a session whose rollback has failed; only if that fails too, its connection is given up.
+
+    A database in memory is gone with its connection, and what fails is mostly a savepoint that has ended before.
+    """
+    transactions = [session.get_nested_transaction() or session.get_transaction()]
+    while transactions[-1] is not None:
+        transactions.append(transactions[-1].parent)
+    for _ in transactions:
+        # Each failure is that of one more savepoint.
+        with suppress(sa.exc.SQLAlchemyError):
+            session.close()
+            return
+    session.invalidate()
 
 
 class SessionCommits:

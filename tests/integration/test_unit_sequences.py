@@ -99,6 +99,10 @@ SHORTEST: list[tuple[Step, ...]] = [
     *_within("unit", COMMITS, OTHER, None, Step("fault")),
     *_within("retry", COMMITS, READ, OTHER, None, OVERTAKEN, SAVE),
     *_within("begin", ("save", "row", "read"), SAVE, None, SAVE),
+    (Step("unit", caught=True, body=(SAVE, READ, COMMIT)), UNCHANGED),
+    (SAVE, COMMIT, Step("statement error", caught=True), Step("unit", body=(SAVE,))),
+    (Step("unit", body=(SAVE, Step("orm savepoint"), Step("text rollback"), Step("fault"))),),
+    (SAVE, Step("savepoint", body=(Step("orm savepoint"), Step("text rollback"), ROLLBACK))),
 ]
 """What failed once, in as few steps as that takes."""
 SETTINGS_OF_FLASK = (

@@ -285,6 +285,11 @@ class SessionDriver(Driver):
                 raise
             truth.rolled_back(truth.frames.index(frame), stays=False)
             return error
+        except AssertionError as error:
+            if self.stage.begins or isinstance(error, Violation):
+                raise
+            # SQLAlchemy's, for a session that the manager has closed, with a savepoint that a statement had ended.
+            raise sa.exc.InvalidRequestError("the session was closed") from error
         finally:
             self._units.begun -= 1
         if frame in truth.frames:

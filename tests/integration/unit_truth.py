@@ -101,13 +101,14 @@ class Truth:
 
     def expected(self, holding: Holding, *, aborted: bool) -> Expected:
         """Return what a save of an object has to do."""
-        if holding.unsure:
-            return "any"
-        if holding.lost or not holding.unsaved:
-            return "stale" if holding.lost else "nothing"
+        if holding.unsure or holding.lost:
+            return "any" if holding.unsure else "stale"
         stream = self.stream(holding.id)
         if stream[: len(holding.history)] != holding.history:
+            # It was read with events that are gone.
             return "refused"
+        if not holding.unsaved:
+            return "nothing"
         if self.odd or aborted:
             return "any"
         if stream != holding.history:

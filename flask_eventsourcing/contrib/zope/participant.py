@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 from ...exceptions import ConfigurationError, UncommittedEventsError
 from ...persistence.dialects.event_tables import ConflictError
-from ...uow import LENT, Batch, UnitOfWork, roll_back
+from ...uow import LENT, Batch, UnitOfWork, close, roll_back
 from .registered import (
     REGISTER,
     check_registration,
@@ -313,8 +313,8 @@ class ManagerCommits:
             try:
                 manager.abort()
             except sa.exc.SQLAlchemyError as error:
-                logger.warning("An abort failed, the session's connection is closed: %s", error)
-                session.invalidate()
+                logger.warning("An abort failed, its session is closed: %s", error)
+                close(session)
         else:
             # One whose commit has failed cannot be committed anyway.
             with suppress(ValueError):
