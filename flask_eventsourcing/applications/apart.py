@@ -272,7 +272,7 @@ class ApartHost:
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[Any]:
         """What is around a task that did not ask for it; tells whether it has saved something.
 
-        :raises ConfigurationError: for whoever asks for a transaction.
+        :raises ConfigurationError: when it asks for a transaction.
         """
         if run is None or not run.lenient:
             self.refuse("A transaction")

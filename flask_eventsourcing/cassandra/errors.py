@@ -26,7 +26,7 @@ UNKNOWN: tuple[type[Exception], ...] = (
     OverloadedErrorMessage,
     IsBootstrappingErrorMessage,
 )
-"""After these a write may have been done, or may be completed by whoever comes next."""
+"""After these a write may have been done, or may be completed by the next request for the row."""
 
 
 class SaveTooLargeError(EventValueError, DataError):

@@ -105,7 +105,7 @@ class Schema:
         if missing:
             for prefix, id_type in self._id_types.items():
                 for statement in statements(self._connection.settings, prefix, id_type=id_type):
-                    # One node, the same for whoever does this meanwhile: two would give a table two identities.
+                    # One node, the same for all that do this at the same time: two would give a table two identities.
                     self._again(lambda cql=statement: self._ask(cql, host=first))  # type: ignore[misc]
         self._wait()
         return missing

@@ -72,7 +72,7 @@ CQL = Statements(
     write_snapshot="INSERT INTO {snapshots} ({stream}) VALUES (?, ?, ?, ?)",
     select="SELECT {stream} FROM {purpose} WHERE originator_id = ?",
 )
-"""What is derived has the position as its time: whoever writes it, however late, never replaces what is newer."""
+"""What is derived has the position as its time: a write, however late, never replaces what is newer."""
 
 
 class CassandraStore:

@@ -125,7 +125,7 @@ class Swap:
     def _hold_live(self) -> None:
         """Have the live projection stand still, also on other servers: they know nothing of the lock on its row.
 
-        Whoever runs it would move it again and again, and each time this swap would be the one that is ended.
+        A worker that runs it would move it again and again, and each time this swap would be the one that is ended.
         """
         with self.application.engine.begin() as connection:
             self.confirm(connection)

@@ -106,7 +106,7 @@ class Losses:
         self._asked = (innermost,) if rollback else None
 
     def failed(self, error: BaseException) -> None:
-        """Told that the commit has failed, with an error that whoever commits is told by."""
+        """Told that the commit has failed, with an error that tells the caller of the commit."""
         self._asked = (None,)
 
     @property
