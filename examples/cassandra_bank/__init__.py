@@ -30,6 +30,7 @@ def create_app(config: Mapping[str, Any] | None = None) -> Flask:
         EVENTSOURCING_CASSANDRA_REPLICATION=min(len(nodes), 3),
         SQLALCHEMY_DATABASE_URI="sqlite:///lists.db",
     )
+    app.config.from_prefixed_env()  # FLASK_SQLALCHEMY_DATABASE_URI, for one
     app.config.update(config or {})
     db.init_app(app)
     es.init_app(app)

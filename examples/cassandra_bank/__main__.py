@@ -1,6 +1,6 @@
 """Starts the bank: ``python -m examples.cassandra_bank`` makes its tables, serves, and runs the projections.
 
-Without ``CASSANDRA_NODES`` it starts a node of its own, of the tests, which goes with it.
+Without ``CASSANDRA_NODES`` it starts a node of its own, of the tests. It and the lists are removed at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def main(port: int = 5000) -> None:
             stack.callback(folder.remove)
             (node,) = stack.enter_context(cassandra_cluster(folder, 1))
             os.environ["CASSANDRA_NODES"] = node.url
+            # The lists go with the node: those of another log would be refused at the next start.
+            os.environ["FLASK_SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{folder.path}/lists.db"
         subprocess.run([*FLASK, "eventsourcing", "init-db"], check=True)  # noqa: S603
         # In production the web server and the worker are programs of their own, with their own restarts.
         worker = subprocess.Popen([*FLASK, "eventsourcing", "run", "--all"], start_new_session=True)  # noqa: S603
