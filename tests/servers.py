@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,6 +40,11 @@ def require(condition: object, what: str, how: str) -> None:
     if REQUIRED:
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
+
+
+def require_mysqlclient() -> None:
+    """Skip the test, or fail it, where the driver is missing that is compiled."""
+    require(find_spec("MySQLdb"), "mysqlclient", "apt-get install libmariadb-dev && pip install mysqlclient")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import TestCase
@@ -18,7 +17,7 @@ from sqlalchemy.pool import StaticPool
 
 from flask_eventsourcing.models import Models, make_models
 from flask_eventsourcing.persistence import Datastore
-from tests.servers import require
+from tests.servers import require_mysqlclient
 
 BACKENDS = ("sqlite-file", "sqlite-memory", "postgresql", "postgresql-psycopg2", "mariadb", "mariadb-mysqlclient")
 FURTHER = ("sqlite-memory", "postgresql-psycopg2", "mariadb-mysqlclient")
@@ -32,7 +31,7 @@ def url_for(backend: str, folder: Path, request: pytest.FixtureRequest) -> str:
     if backend == "sqlite-memory":
         return "sqlite://"
     if backend == "mariadb-mysqlclient":
-        require(find_spec("MySQLdb"), "mysqlclient", "apt-get install libmariadb-dev; pip install mysqlclient")
+        require_mysqlclient()
     url: str = request.getfixturevalue("mariadb_url" if backend.startswith("mariadb") else "postgres_url")
     driver = {"postgresql-psycopg2": "postgresql+psycopg2", "mariadb-mysqlclient": "mysql+mysqldb"}.get(backend)
     return sa.make_url(url).set(drivername=driver).render_as_string(hide_password=False) if driver else url

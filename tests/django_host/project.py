@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import django
+import sqlalchemy as sa
 from django.conf import settings
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
 from tests.django_host.databases import database_settings
+from tests.servers import require_mysqlclient
 
 __all__ = ["alias", "applications", "database", "database_settings"]
 
@@ -37,6 +39,8 @@ if not settings.configured:
 @contextmanager
 def alias(name: str, url: str, **further: Any) -> Iterator[None]:
     """Within it, Django has a database of that alias."""
+    if sa.make_url(url).get_backend_name() in {"mysql", "mariadb"}:
+        require_mysqlclient()
     handler: Any = connections
     found = handler.configure_settings({"default": DEFAULT, name: database_settings(url, **further)})
     handler.settings[name] = found[name]

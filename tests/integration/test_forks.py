@@ -20,7 +20,7 @@ from sqlalchemy.exc import StatementError
 from flask_eventsourcing import EventSourcing, events_discarded, events_recorded
 from tests.bank import Site, make_site
 from tests.domain import Bank
-from tests.servers import require
+from tests.servers import require_mysqlclient
 from tests.unit.test_lifecycle_fork import fork_in_c, in_child
 
 BACKEND = sa.text("SELECT pg_backend_pid()")
@@ -399,7 +399,7 @@ def test_the_end_of_a_forked_process(driver: str, use: str, fork: str, request: 
         identify = "SELECT pg_backend_pid()"
     else:
         if driver == "mysqldb":
-            require(_has_mysqldb(), "mysqlclient", "apt-get install libmariadb-dev && pip install mysqlclient")
+            require_mysqlclient()
         url = request.getfixturevalue("mariadb_url").replace("+pymysql", f"+{driver}")
         identify = "SELECT connection_id()"
     done = subprocess.run(
@@ -411,9 +411,3 @@ def test_the_end_of_a_forked_process(driver: str, use: str, fork: str, request: 
         cwd=Path(__file__).parents[2],
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def _has_mysqldb() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("MySQLdb") is not None
