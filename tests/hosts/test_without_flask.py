@@ -19,7 +19,6 @@ FILES = (
     "tests/django_host/test_transactions.py",
     "examples/pyramid_site",
     pytest.param("tests/contract/test_recorders.py", marks=pytest.mark.long),
-    pytest.param("tests/contract/test_factory.py", marks=pytest.mark.long),
     pytest.param("tests/unit/test_lifecycle.py", marks=pytest.mark.long),
     pytest.param("tests/unit/test_lifecycle_fork.py", marks=pytest.mark.long),
 )
@@ -29,7 +28,9 @@ FILES = (
 def test_without_flask(file: str) -> None:
     """Scripts, Zope's transactions, Pyramid and Django get what a Flask app gets, recorders, units and a lifecycle."""
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    # What is long has run in this process too.
+    for name in ("PYTEST_XDIST_WORKER", "REQUIRE_SERVERS", "LONG"):
+        environment.pop(name, None)
     # What needs a server has run in this process; there is no second one in that.
     options = [
         "-q",

@@ -45,8 +45,9 @@ def descriptors() -> int:
     ("kind", "number"),
     [
         ("file", 60),
-        pytest.param("memory", 225, marks=pytest.mark.long),
-        pytest.param("file", 225, marks=pytest.mark.long),
+        pytest.param("memory", 60, marks=pytest.mark.long),
+        pytest.param("memory", 225, marks=pytest.mark.torture),
+        pytest.param("file", 225, marks=pytest.mark.torture),
     ],
 )
 def test_hundreds_of_apps_leave_nothing(kind: str, number: int, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from tests.domain import Account
 from tests.projections.desk import Created, Deposited, Desk, until
 from tests.projections.test_locks import end_locks
 
-LOST = 20
 EVENTS = 40
 """What is saved between two losses."""
 
@@ -75,41 +74,49 @@ def save_and_wait(desk: Desk, after: str | None = None) -> None:
     until(lambda: (row := desk.row("Listing")).position == head and row.token not in (None, after))
 
 
-def lose(desk: Desk, lose_claim: Callable[[], Any]) -> Counter[str]:
-    """Have a worker lose its claim again and again while events come; return of what it has more in the end."""
+def lose(desk: Desk, lose_claim: Callable[[], Any], times: int) -> Counter[str]:
+    """Have a worker lose its claim so many times while events come; return of what it has more in the end."""
     listing(desk)
     save(desk)
     assert desk.run_once() == []
     with desk.running():
         save_and_wait(desk)
         before = kept(desk)
-        for _ in range(LOST):
+        for _ in range(times):
             token = desk.row("Listing").token
             lose_claim()
             save_and_wait(desk, token)
         after = kept(desk)
-    assert desk.position("Listing") == (2 + LOST) * EVENTS
+    assert desk.position("Listing") == (2 + times) * EVENTS
     # The worker is not in the midst of the same thing both times.
-    return Counter({name: number for name, number in (after - before).items() if number >= LOST})
+    return Counter({name: number for name, number in (after - before).items() if number >= times})
 
 
 @pytest.mark.parametrize(
-    "uri",
+    ("uri", "times"),
     [
-        "sqlite-file",
-        pytest.param("postgresql", marks=pytest.mark.long),
-        pytest.param("mariadb", marks=pytest.mark.long),
+        ("sqlite-file", 8),
+        pytest.param("postgresql", 8, marks=pytest.mark.long),
+        pytest.param("mariadb", 8, marks=pytest.mark.long),
+        pytest.param("postgresql", 20, marks=pytest.mark.torture),
     ],
-    indirect=True,
+    indirect=["uri"],
 )
-def test_claims_that_others_took(desk: Desk) -> None:
-    """A worker that loses its claim twenty times keeps no row, listener or other object of it."""
-    assert lose(desk, lambda: desk.consumer("Listing").checkpoint.claim(lease=False)) == {}
+def test_claims_that_others_took(desk: Desk, times: int) -> None:
+    """A worker that loses its claim again and again keeps no row, listener or other object of it."""
+    assert lose(desk, lambda: desk.consumer("Listing").checkpoint.claim(lease=False), times) == {}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
-def test_claims_whose_connection_was_lost(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("uri", "times"),
+    [
+        pytest.param("postgresql", 6, marks=pytest.mark.long),
+        pytest.param("mariadb", 6, marks=pytest.mark.long),
+        pytest.param("postgresql", 20, marks=pytest.mark.torture),
+    ],
+    indirect=["uri"],
+)
+def test_claims_whose_connection_was_lost(desk: Desk, times: int, caplog: pytest.LogCaptureFixture) -> None:
     """The same where the connection with the lock ends, and the worker takes it again."""
     caplog.set_level(logging.CRITICAL, logger="flask_eventsourcing")
-    assert lose(desk, lambda: end_locks(desk, "Listing")) == {}
+    assert lose(desk, lambda: end_locks(desk, "Listing"), times) == {}

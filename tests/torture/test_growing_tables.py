@@ -161,7 +161,7 @@ def url_of(database: str, request: pytest.FixtureRequest, folder: Path) -> str:
 @DATABASES
 def test_columns_come_under_writers(database: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Writers go on while a generated migration adds columns and an index: none fails, and nothing is lost."""
-    columns_come(database, url_of(database, request, tmp_path), tmp_path, 20_000)
+    columns_come(database, url_of(database, request, tmp_path), tmp_path, 10_000)
 
 
 @pytest.mark.torture

@@ -181,7 +181,7 @@ def check_speed(found: dict[str, object]) -> None:
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"])
 def test_a_long_log(database: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A rebuild's memory does not grow with the log; readers see whole tables, and writers go on."""
-    check_memory(rebuild_long_log(address(database, request, tmp_path), 20_000), 20_000)
+    check_memory(rebuild_long_log(address(database, request, tmp_path), 12_000), 12_000)
 
 
 @pytest.mark.torture

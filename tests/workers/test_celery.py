@@ -90,20 +90,22 @@ def worker(place: Place, pool: str, *options: str) -> Iterator[Program]:
 
 
 @pytest.mark.parametrize(
-    ("place", "pool"),
+    ("place", "pool", "count"),
     [
-        ("postgresql", "prefork"),
-        ("sqlite", "prefork"),
-        ("postgresql", "threads"),
-        ("postgresql", "gevent"),
-        ("sqlite", "solo"),
+        ("postgresql", "prefork", 200),
+        ("sqlite", "prefork", 100),
+        ("postgresql", "threads", 200),
+        ("postgresql", "gevent", 200),
+        ("sqlite", "solo", 100),
+        pytest.param("postgresql", "prefork", 500, marks=pytest.mark.torture),
+        pytest.param("sqlite", "prefork", 500, marks=pytest.mark.torture),
     ],
     indirect=["place"],
 )
-def test_every_task_is_done_once(place: Place, client: Client, pool: str) -> None:
-    """Of 500 tasks of all kinds, a tenth fails and a tenth has a conflict: the right events are stored, none twice."""
+def test_every_task_is_done_once(place: Place, client: Client, pool: str, count: int) -> None:
+    """Of many tasks of all kinds, a tenth fails and a tenth has a conflict: the right events are stored, none twice."""
     require(pool != "gevent" or importlib.util.find_spec("gevent"), "gevent", "pip install gevent")
-    numbers = range(500)
+    numbers = range(count)
     # Each kind gets all sorts of numbers: those that fail, that conflict and that do neither.
     ids = client.send_all([(KINDS[(number + number // 5) % len(KINDS)], number) for number in numbers])
     with worker(place, pool) as program:

@@ -53,7 +53,7 @@ def events(place: Place) -> int:
 
 @pytest.mark.parametrize(
     ("place", "count"),
-    [("postgresql", 150), ("sqlite", 60), pytest.param("postgresql", 500, marks=pytest.mark.torture)],
+    [("postgresql", 60), ("sqlite", 30), pytest.param("postgresql", 500, marks=pytest.mark.torture)],
     indirect=["place"],
 )
 def test_every_job_is_done_once(place: Place, queue: Any, count: int) -> None:
