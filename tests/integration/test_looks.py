@@ -26,6 +26,7 @@ from flask_eventsourcing import (
     UnsafeTableError,
 )
 from flask_eventsourcing.exceptions import EventValueError
+from flask_eventsourcing.persistence.dialects.looks import LOOK_LASTS
 from flask_eventsourcing.persistence.dialects.sqlite import SCHEMA_HOLDS_FOR
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
@@ -233,7 +234,7 @@ def test_columns_are_added_one_by_one(new_site: MakeSite, seed: int) -> None:
             refused(new_site(create=False), UnsafeTableError, "is missing: let a migration add it")
         assert saved_after_a_look(site) == (1 if number == len(names) else 0)
     change(site, f"ALTER TABLE bank_events DROP COLUMN {names[0]}")
-    time.sleep(SCHEMA_HOLDS_FOR)
+    time.sleep(max(SCHEMA_HOLDS_FOR, LOOK_LASTS))
     with site.app.app_context(), pytest.raises(PersistenceError):
         site.bank.open_account()
     with site.app.app_context(), pytest.raises(UnsafeTableError, match=f"bank_events.{names[0]} is missing"):

@@ -8,7 +8,9 @@ same looks.
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,6 +40,8 @@ FAMILIES = {
 }
 FAMILY = {word: family for family, words in FAMILIES.items() for word in words.split()}
 SAME = {"integer": "int", "int4": "int", "int8": "bigint", "character": "char"}
+LOOK_LASTS = 1.0
+"""Seconds within which what a look has found is used."""
 KIND = re.compile(r"([a-z0-9]+)( varying)?\s*(?:\((\d+)[^)]*\))?")
 
 
@@ -141,11 +145,9 @@ class Looks(Driver):
         return {}
 
     @cached_property
-    def _had_none(self) -> set[tuple[Any, str]]:
-        """The tables in which this process has seen none of the columns of metadata, and not all of them since."""
-        return set()
-
-    # ------------------------------------------------------------------------------------------ what dialects say
+    def _grow_until(self) -> dict[tuple[Any, str], float]:
+        """Until when tables without columns of metadata may have some of them, in seconds of the monotonic clock."""
+        return {}
 
     @classmethod
     def missing_options(cls, name: str, options: Mapping[str, Any]) -> Iterable[MissingOptions]:
@@ -208,12 +210,13 @@ class Looks(Driver):
         connection.info[Seen.KEY] = seen
 
     def _growing(self, key: tuple[Any, str], findings: list[Finding]) -> list[Finding]:
-        """Go on without the columns of metadata until a table that had none of them has all."""
+        """Go on without the columns of metadata until a table that had none of them has all, in every thread's look."""
+        now = time.monotonic()
         if any(each.leaves_out for each in findings):
-            self._had_none.add(key)
+            self._grow_until[key] = math.inf
         elif not any(each.may_grow for each in findings):
-            self._had_none.discard(key)
-        elif key in self._had_none:
+            self._grow_until[key] = min(self._grow_until.get(key, 0), now + LOOK_LASTS)
+        elif now < self._grow_until.get(key, 0):
             return [each._replace(refuses=(), leaves_out=True) if each.may_grow else each for each in findings]
         return findings
 
