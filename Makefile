@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` opens the example, `make test` runs the tests.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test minimum torture bench run-bench docs style clean
+.PHONY: help demo test minimum django6 torture bench run-bench docs style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,12 +17,17 @@ MINIMUM_VENV ?= .venv-minimum
 # Each driver, each extra and the commands; `tox -e min` runs every test.
 MINIMUM := tests/subscriptions tests/test_metadata.py tests/unit/test_config.py tests/unit/test_lifecycle.py \
 	tests/unit/test_errors.py tests/unit/test_models.py tests/unit/test_orjson_transcoder.py tests/integration/test_cli.py
+DJANGO6_VENV ?= .venv-django6
+# What a new Django may break; the ways over from other packages and the killed workers do not depend on it.
+DJANGO6 := tests/django_host --ignore=tests/django_host/test_ways_over.py --ignore=tests/django_host/test_killed_workers.py \
+	-m "not torture and not long"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo 'make demo     open the example bank at http://127.0.0.1:$(PORT)/ (PORT=... for another port)'
 	@echo 'make test     run the tests, in some minutes (LONG=1 for every one; ARGS=... goes to pytest)'
 	@echo 'make minimum  run some of them on the oldest versions that are admitted'
+	@echo 'make django6  run the tests of the Django host with Django 6, on a Python 3.12 or later'
 	@echo 'make torture  run the long tests under load'
 	@echo 'make bench    measure, beside other packages (ARGS=--quick to see that it works)'
 	@echo 'make docs     build the documentation into docs/_build/html'
@@ -64,6 +69,15 @@ test: $(STAMP)
 minimum:
 	PIP_CONSTRAINT=tests/minimum.txt $(MAKE) --no-print-directory VENV=$(MINIMUM_VENV) EXTRAS=test ARGS='$(MINIMUM)' test
 
+django6:
+	@newer="$$($(PYTHON) tests/newer_python.py)"; if [ -n "$$newer" ]; then \
+		PIP_CONSTRAINT=tests/django6.txt $(MAKE) --no-print-directory VENV=$(DJANGO6_VENV) PYTHON="$$newer" \
+			EXTRAS=test-django ARGS='$(DJANGO6)' test; \
+	else \
+		echo 'Skipped: Django 6 needs Python 3.12 or later, and there is none on PATH or among those of pyenv.' >&2; \
+		[ "$$REQUIRE_SERVERS" != 1 ]; \
+	fi
+
 torture: $(STAMP)
 	$(BIN)/python -m pytest -n 0 -m torture --timeout 3600 $(ARGS)
 
@@ -96,5 +110,5 @@ style: $(STAMP) $(TYPES_STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.typing.verify
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(MINIMUM_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results
+	rm -rf $(VENV) $(BENCH_VENV) $(MINIMUM_VENV) $(DJANGO6_VENV) .tox .mypy_cache .pytest_cache .ruff_cache build dist docs/_build benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

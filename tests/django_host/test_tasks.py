@@ -315,3 +315,4 @@ def test_eager_task_of_a_flask_app_is_that_apps(site: DjangoBank, tmp_path: Path
     task = celery_app.task(note, name=f"task_{uuid4().hex}", shared=False)
     assert task.delay().state == "SUCCESS"
     assert other.stored() == (0, 1)
+    other.close()
