@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -137,6 +138,68 @@ def test_another_event_at_the_position_is_a_named_state(desk: Desk) -> None:
     refused(desk, "another log")
     rebuild(desk)
     assert desk.amounts() == {account_id: 0, other: 18}
+
+
+def test_another_event_of_the_same_aggregate_is_a_named_state(desk: Desk) -> None:
+    """A restored log that has grown again is noticed although aggregate and version at the position are the same."""
+    desk.balances()
+    account_id = desk.open(1, 2, 3)
+    assert not desk.run_once()
+    restore_log(desk, 2)
+    desk.deposit(account_id, 50)
+    desk.deposit(account_id, 60)
+    desk.deposit(account_id, 70)
+    refused(desk, "another log", position=4)
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 181}
+    assert desk.status().state == "stopped"
+    desk.deposit(account_id, 1)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 182}
+
+
+def test_an_idle_worker_notices_another_event_of_the_same_aggregate(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner that waits for events looks at the one that it applied last, and leaves its read model alone."""
+    monkeypatch.setattr(claims, "LOOK_EVERY", 0.0)
+    desk.balances()
+    account_id = desk.open(1, 2, 3)
+    stop = threading.Event()
+    runner = Runner(desk.consumer(), stop)
+    thread = threading.Thread(target=lambda: suppressed(runner))
+    thread.start()
+    try:
+        until(lambda: runner.progress.position == 4 and runner.progress.state == "up to date")
+        restore_log(desk, 3)
+        desk.deposit(account_id, 50)
+        until(lambda: runner.progress.halted is not None)
+    finally:
+        stop.set()
+        thread.join()
+    assert desk.amounts() == {account_id: 6}
+
+
+def suppressed(runner: Runner) -> None:
+    """Run it until it is stopped, whatever it says then."""
+    with contextlib.suppress(CheckpointMismatchError):
+        runner.run()
+
+
+def test_a_checkpoint_without_the_id_of_its_event_gets_it_with_the_next(desk: Desk) -> None:
+    """A row of an older release is no alarm, and notes the id of the event that it applies next."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    execute(desk, "UPDATE bank_projections SET last_event_id = NULL")
+    assert desk.status().problem is None
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    assert desk.row().last_event_id is not None
+    with desk.engine.begin() as connection:
+        # As of an event that was erased in place.
+        connection.execute(sa.update(desk.events_table).values(event_id=None))
+    assert desk.status().problem is None
 
 
 def test_an_event_that_the_projection_does_not_handle_tells_the_log_too(desk: Desk) -> None:

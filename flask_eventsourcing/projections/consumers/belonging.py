@@ -20,6 +20,7 @@ from ...persistence.dialects.locks import OpenWriter
 from ..checkpoint import CheckpointRow
 from ..definitions.fingerprints import add_run, retired
 from . import SUFFIXES, Consumer
+from .logs import Found
 
 AHEAD = "ahead of its log"
 OTHER_LOG = "another log"
@@ -122,9 +123,8 @@ class Belonging:
             return Mismatch(
                 OTHER_LOG, f"{self.name} has followed another log than this one. {self._remedy('was made again')}"
             )
-        noted = (row.last_originator_id, row.last_originator_version)
         if found is not None:
-            if noted[0] is None or (_as(found[0], str(noted[0])), noted[1]) == found:
+            if _is_noted(row, found):
                 return None
             return Mismatch(
                 OTHER_LOG,
@@ -209,6 +209,16 @@ class Belonging:
 def _may_lack_rows(noted: Sequence[Any] | None, found: str, applied: bool) -> bool:
     """Whether a table may lack what it had; one that was empty, and into which nothing was written, lacks nothing."""
     return noted is None or (noted[0] != found and (bool(noted[1]) or applied))
+
+
+def _is_noted(row: CheckpointRow, found: Found) -> bool:
+    """Whether an event may be the one that a row notes; what is not known, or was erased, tells nothing."""
+    if row.last_event_id is not None and found.event_id is not None and row.last_event_id != found.event_id:
+        return False
+    if row.last_originator_id is None:
+        return True
+    noted = (_as(found.originator_id, str(row.last_originator_id)), row.last_originator_version)
+    return noted == (found.originator_id, found.originator_version)
 
 
 def _as(found: Any, noted: str) -> Any:
