@@ -271,6 +271,56 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
+def test_a_table_that_is_missing_is_a_named_state(desk: Desk) -> None:
+    """A projection whose table was dropped, or never created, is a fault that names the table and the remedy."""
+    desk.balances()
+    table = desk.Balance.__table__
+    engine = desk.consumer().application.engine
+    table.drop(engine)
+    account_id = desk.open(1)
+    assert desk.status().state == "tables missing"
+    (error,) = desk.run_once()
+    assert isinstance(error, CheckpointMismatchError)
+    table.create(engine)
+    assert not desk.run_once()
+    table.drop(engine)
+    desk.deposit(account_id, 2)
+    status = desk.status()
+    assert status.state == "tables missing"
+    with desk.context():
+        assert not desk.health().ok
+        with pytest.raises(CheckpointMismatchError, match=table.name):
+            desk.wait_for("Balances", 3, timeout=5)
+    done = desk.command("check")
+    assert (done.exit_code, f"table {table.name} is missing" in done.output) == (1, True)
+    assert desk.command("status", "--check").exit_code == 1
+    (error,) = desk.run_once()
+    assert str(error) == status.problem
+    table.create(engine)
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 3}
+
+
+def test_a_table_that_is_dropped_under_a_runner_sets_no_event_aside(desk: Desk) -> None:
+    """The events of a projection whose table is dropped while it runs are no dead letters, and do not halt it."""
+    desk.balances(on_failure="dead-letter", retries=0)
+    account_id = desk.open(1)
+    stop = threading.Event()
+    runner = Runner(desk.consumer(), stop)
+    thread = threading.Thread(target=lambda: suppressed(runner))
+    thread.start()
+    try:
+        until(lambda: runner.progress.position == 2 and runner.progress.state == "up to date")
+        desk.Balance.__table__.drop(desk.consumer().application.engine)
+        desk.deposit(account_id, 2)
+        until(lambda: isinstance(runner.progress.halted, CheckpointMismatchError))
+    finally:
+        stop.set()
+        thread.join()
+    status = desk.status()
+    assert (status.state, status.dead_letters, status.position) == ("tables missing", 0, 2)
+
+
 def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:
     """A projection whose table was dropped and created again is a fault, until a rebuild."""
     desk.balances()
