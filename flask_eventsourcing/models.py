@@ -79,6 +79,7 @@ class CheckpointMixin(OnTable):
     log_id = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
     last_originator_id = orm.mapped_column(TEXT_ID, nullable=True)  # type: orm.Mapped[str | None]
     last_originator_version = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
+    last_event_id = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
     tables_id = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
     topics = orm.mapped_column(sa.Text(), nullable=True)  # type: orm.Mapped[str | None]
     topics_position = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -63,6 +63,7 @@ class CheckpointRow(NamedTuple):
     log_id: int | None = None
     last_originator_id: str | None = None
     last_originator_version: int | None = None
+    last_event_id: str | None = None
     tables_id: str | None = None
     topics: str | None = None
     topics_position: int | None = None
@@ -77,13 +78,6 @@ class CheckpointRow(NamedTuple):
     def is_run_by(self, fingerprint: str) -> bool:
         """Whether the code of a fingerprint has the claim."""
         return self.token is not None and self.token.endswith(fingerprint[:CODE_OF_TOKEN])
-
-
-class LastEvent(NamedTuple):
-    """Which event is at a position."""
-
-    originator_id: UUID | str
-    originator_version: int
 
 
 class FencedError(PassingError):
@@ -101,6 +95,7 @@ HANDED_OVER = (
     "log_id",
     "last_originator_id",
     "last_originator_version",
+    "last_event_id",
     "topics",
     "topics_position",
 )

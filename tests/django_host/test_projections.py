@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -18,7 +18,12 @@ from flask_eventsourcing.contrib.django import projecting, wait_for
 from flask_eventsourcing.contrib.django import projections as declared
 from flask_eventsourcing.contrib.django.projecting import projections
 from flask_eventsourcing.contrib.django.projections import ModelProjection, on, projection, reaction
-from flask_eventsourcing.exceptions import ConfigurationError, ProjectionHaltedError, UncommittedEventsError
+from flask_eventsourcing.exceptions import (
+    CheckpointMismatchError,
+    ConfigurationError,
+    ProjectionHaltedError,
+    UncommittedEventsError,
+)
 from flask_eventsourcing.projections.runners import Runner
 from tests.django_host.conftest import DjangoBank
 from tests.django_host.test_requests import as_test_case
@@ -244,6 +249,20 @@ def test_waiting(site: DjangoBank) -> None:
         worker.stop()
         thread.join(60)
     assert worker.errors == []
+
+
+def test_another_event_at_the_position(site: DjangoBank) -> None:
+    """A checkpoint knows the event that it applied last by its id, so that another one in its place is noticed."""
+    from tests.django_host.ledger.models import BankRecords
+
+    site.bank.deposit(site.opened(), 1)
+    run()
+    assert BankRecords.Projection.objects.using(site.alias).get(name="Balances").last_event_id
+    assert status().problem is None
+    BankRecords.StoredEvent.objects.using(site.alias).filter(notification_id=2).update(event_id=uuid4())
+    assert status().state == "another log"
+    with pytest.raises(CheckpointMismatchError):
+        run()
 
 
 def test_in_a_test_case(site: DjangoBank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -139,6 +140,68 @@ def test_another_event_at_the_position_is_a_named_state(desk: Desk) -> None:
     assert desk.amounts() == {account_id: 0, other: 18}
 
 
+def test_another_event_of_the_same_aggregate_is_a_named_state(desk: Desk) -> None:
+    """A restored log that has grown again is noticed although aggregate and version at the position are the same."""
+    desk.balances()
+    account_id = desk.open(1, 2, 3)
+    assert not desk.run_once()
+    restore_log(desk, 2)
+    desk.deposit(account_id, 50)
+    desk.deposit(account_id, 60)
+    desk.deposit(account_id, 70)
+    refused(desk, "another log", position=4)
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 181}
+    assert desk.status().state == "stopped"
+    desk.deposit(account_id, 1)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 182}
+
+
+def test_an_idle_worker_notices_another_event_of_the_same_aggregate(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner that waits for events looks at the one that it applied last, and leaves its read model alone."""
+    monkeypatch.setattr(claims, "LOOK_EVERY", 0.0)
+    desk.balances()
+    account_id = desk.open(1, 2, 3)
+    stop = threading.Event()
+    runner = Runner(desk.consumer(), stop)
+    thread = threading.Thread(target=lambda: suppressed(runner))
+    thread.start()
+    try:
+        until(lambda: runner.progress.position == 4 and runner.progress.state == "up to date")
+        restore_log(desk, 3)
+        desk.deposit(account_id, 50)
+        until(lambda: runner.progress.halted is not None)
+    finally:
+        stop.set()
+        thread.join()
+    assert desk.amounts() == {account_id: 6}
+
+
+def suppressed(runner: Runner) -> None:
+    """Run it until it is stopped, whatever it says then."""
+    with contextlib.suppress(CheckpointMismatchError):
+        runner.run()
+
+
+def test_a_checkpoint_without_the_id_of_its_event_gets_it_with_the_next(desk: Desk) -> None:
+    """A row of an older release is no alarm, and notes the id of the event that it applies next."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    execute(desk, "UPDATE bank_projections SET last_event_id = NULL")
+    assert desk.status().problem is None
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    assert desk.row().last_event_id is not None
+    with desk.engine.begin() as connection:
+        # As of an event that was erased in place.
+        connection.execute(sa.update(desk.events_table).values(event_id=None))
+    assert desk.status().problem is None
+
+
 def test_an_event_that_the_projection_does_not_handle_tells_the_log_too(desk: Desk) -> None:
     """The checkpoint notes the event at its position, also if the projection has no handler for it."""
 
@@ -206,6 +269,56 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_that_is_missing_is_a_named_state(desk: Desk) -> None:
+    """A projection whose table was dropped, or never created, is a fault that names the table and the remedy."""
+    desk.balances()
+    table = desk.Balance.__table__
+    engine = desk.consumer().application.engine
+    table.drop(engine)
+    account_id = desk.open(1)
+    assert desk.status().state == "tables missing"
+    (error,) = desk.run_once()
+    assert isinstance(error, CheckpointMismatchError)
+    table.create(engine)
+    assert not desk.run_once()
+    table.drop(engine)
+    desk.deposit(account_id, 2)
+    status = desk.status()
+    assert status.state == "tables missing"
+    with desk.context():
+        assert not desk.health().ok
+        with pytest.raises(CheckpointMismatchError, match=table.name):
+            desk.wait_for("Balances", 3, timeout=5)
+    done = desk.command("check")
+    assert (done.exit_code, f"table {table.name} is missing" in done.output) == (1, True)
+    assert desk.command("status", "--check").exit_code == 1
+    (error,) = desk.run_once()
+    assert str(error) == status.problem
+    table.create(engine)
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 3}
+
+
+def test_a_table_that_is_dropped_under_a_runner_sets_no_event_aside(desk: Desk) -> None:
+    """The events of a projection whose table is dropped while it runs are no dead letters, and do not halt it."""
+    desk.balances(on_failure="dead-letter", retries=0)
+    account_id = desk.open(1)
+    stop = threading.Event()
+    runner = Runner(desk.consumer(), stop)
+    thread = threading.Thread(target=lambda: suppressed(runner))
+    thread.start()
+    try:
+        until(lambda: runner.progress.position == 2 and runner.progress.state == "up to date")
+        desk.Balance.__table__.drop(desk.consumer().application.engine)
+        desk.deposit(account_id, 2)
+        until(lambda: isinstance(runner.progress.halted, CheckpointMismatchError))
+    finally:
+        stop.set()
+        thread.join()
+    status = desk.status()
+    assert (status.state, status.dead_letters, status.position) == ("tables missing", 0, 2)
 
 
 def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:

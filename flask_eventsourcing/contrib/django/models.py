@@ -133,6 +133,7 @@ class AbstractProjection(models.Model):
     log_id = models.BigIntegerField(null=True)
     last_originator_id = RecordTextField(kind="text id", null=True)
     last_originator_version = models.BigIntegerField(null=True)
+    last_event_id = RecordTextField(null=True)
     tables_id = RecordTextField(null=True)
     topics = RecordTextField(null=True)
     topics_position = models.BigIntegerField(null=True)

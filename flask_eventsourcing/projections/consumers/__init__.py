@@ -210,14 +210,18 @@ class Consumer:
         found = self.application.log.count_topics(connection, after, to, exact=exact)
         return {topic: count for topic, count in found.items() if topic == REST or self.handlers.concerns(topic)}
 
-    def last_event(self, position: int, notifications: Sequence[Notification]) -> dict[str, Any]:
+    def last_event(
+        self, connection: Connection, position: int, notifications: Sequence[Notification]
+    ) -> dict[str, Any]:
         """Return what the row notes of the event at a position, the last of some or one that has no handler."""
+        log = self.application.log
         if notifications and notifications[-1].id == position:
             last = notifications[-1]
             at: tuple[Any, Any] = str(last.originator_id), last.originator_version
         else:
-            at = self.application.log.at(position, self.checkpoint.table.c.last_originator_id.type)
-        return {"last_originator_id": at[0], "last_originator_version": at[1]}
+            at = log.at(position, self.checkpoint.table.c.last_originator_id.type)
+        event_id = log.event_id(connection, position)
+        return {"last_originator_id": at[0], "last_originator_version": at[1], "last_event_id": event_id}
 
     def end(self) -> int:
         """How far it may go now: up to the high-water mark, and reactions no further than the projection's models."""

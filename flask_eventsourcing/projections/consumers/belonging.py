@@ -17,13 +17,15 @@ from sqlalchemy.engine import Connection
 from ...exceptions import CheckpointMismatchError
 from ...persistence.dialects.catalogs import are_filled, is_exact, table_ids
 from ...persistence.dialects.locks import OpenWriter
-from ..checkpoint import CheckpointRow
+from ..checkpoint import SWAPPING, CheckpointRow
 from ..definitions.fingerprints import add_run, retired
 from . import SUFFIXES, Consumer
+from .logs import Found
 
 AHEAD = "ahead of its log"
 OTHER_LOG = "another log"
 MADE_AGAIN = "tables made again"
+MISSING = "tables missing"
 OLD_CODE = "old code"
 ORPHAN = "beside an orphan"
 HELD_BACK = "held back"
@@ -55,9 +57,30 @@ class Belonging:
 
     def find_mismatch(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
         """Return what does not fit of log and tables."""
+        if row.state != SWAPPING and (missing := self.find_missing(connection)) is not None:
+            return missing
         if row.position == 0 and not self.consumer.projection_class.inline:
             return None
         return self.find_mismatch_of_log(connection, row) or self._of_tables(connection, row)
+
+    def find_missing(self, connection: Connection) -> Mismatch | None:
+        """Return the state of a projection without one of its tables."""
+        if self.consumer.kind != "projection" or not self.consumer.tables:
+            return None
+        ids, is_there = (
+            table_ids(connection, self.consumer.tables),
+            self.consumer.application.datastore.dialect.is_there,
+        )
+        # A view, or a name that the database folds, is known to the second only.
+        missing = [t.fullname for t in self.consumer.tables if t.key not in ids and not is_there(connection, t)]
+        if not missing:
+            return None
+        return Mismatch(
+            MISSING,
+            f"{self.name} lacks its table {', '.join(missing)}. Create it with your migrations or "
+            f"{self.consumer.application.command('init-db')}; if the projection had applied events, run "
+            f"{self.consumer.command('rebuild')} after that.",
+        )
 
     def find_old_code(self, row: CheckpointRow) -> Mismatch | None:
         """Return the state of a worker whose code ran before the last rebuild, which was by other code."""
@@ -122,9 +145,8 @@ class Belonging:
             return Mismatch(
                 OTHER_LOG, f"{self.name} has followed another log than this one. {self._remedy('was made again')}"
             )
-        noted = (row.last_originator_id, row.last_originator_version)
         if found is not None:
-            if noted[0] is None or (_as(found[0], str(noted[0])), noted[1]) == found:
+            if _is_noted(row, found):
                 return None
             return Mismatch(
                 OTHER_LOG,
@@ -209,6 +231,16 @@ class Belonging:
 def _may_lack_rows(noted: Sequence[Any] | None, found: str, applied: bool) -> bool:
     """Whether a table may lack what it had; one that was empty, and into which nothing was written, lacks nothing."""
     return noted is None or (noted[0] != found and (bool(noted[1]) or applied))
+
+
+def _is_noted(row: CheckpointRow, found: Found) -> bool:
+    """Whether an event may be the one that a row notes; what is not known, or was erased, tells nothing."""
+    if row.last_event_id is not None and found.event_id is not None and row.last_event_id != found.event_id:
+        return False
+    if row.last_originator_id is None:
+        return True
+    noted = (_as(found.originator_id, str(row.last_originator_id)), row.last_originator_version)
+    return noted == (found.originator_id, found.originator_version)
 
 
 def _as(found: Any, noted: str) -> Any:

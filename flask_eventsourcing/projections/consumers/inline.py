@@ -243,7 +243,7 @@ class Ranges:
         if position == row.position:
             return {}
         mismatch = self.mismatch(self.find_missing(connection, row.position, position))
-        return mismatch or {"position": position, **self.consumer.last_event(position, ())}
+        return mismatch or {"position": position, **self.consumer.last_event(connection, position, ())}
 
     # ----------------------------------------------------------------------------------------------------- to merge
 

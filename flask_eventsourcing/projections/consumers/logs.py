@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -27,6 +27,14 @@ COUNTED = 10_000
 REMEMBERED = 64
 REST = ""
 """The topic under which positions are counted that nobody has read."""
+
+
+class Found(NamedTuple):
+    """Which event is at a position; not each has an id of its own."""
+
+    originator_id: Any
+    originator_version: int
+    event_id: str | None
 
 
 class EventLog(Protocol):
@@ -67,11 +75,14 @@ class EventLog(Protocol):
         :param text: the type of the column that has the id as a text.
         """
 
+    def event_id(self, connection: Connection, position: int) -> Any:
+        """Return the id of the event at a position as a text, None where it has none, as a value of a statement."""
+
     def identity(self, connection: Connection | None = None) -> int | None:
         """Return what tells the log from every other, None where there is nothing to tell it by."""
 
-    def look(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
-        """Return the identity of the log, and the aggregate and version of the event at a position."""
+    def look(self, connection: Connection, position: int) -> tuple[int | None, Found | None]:
+        """Return the identity of the log, and which event is at a position."""
 
     def give_identity(self, connection: Connection) -> tuple[int | None, int]:
         """Give the log another identity; returns the old one and the new one.
@@ -171,6 +182,20 @@ class TableLog:
             sa.select(c.originator_version).where(there).scalar_subquery(),
         )
 
+    def event_id(self, connection: Connection, position: int) -> Any:
+        """See ``EventLog``; it is read by the statement that notes it."""
+        return sa.select(self._id_text(connection)).where(self._columns.notification_id == position).scalar_subquery()
+
+    def _id_text(self, connection: Connection) -> sa.ColumnElement[Any]:
+        """Return the ids of events as texts; NULL for a table without them, and for bytes, which may be no text."""
+        events, dialect = self.recorder.events_table, self.recorder.dialect
+        column = events.table.c.get("event_id")
+        located = dialect.located(connection, events)
+        dialect.look(connection, located, "read")
+        if column is None or getattr(column.type, "binary", False) or dialect.leaves_out_metadata(connection, located):
+            return sa.null()
+        return sa.cast(column, sa.Text())
+
     def identity(self, connection: Connection | None = None) -> int | None:
         """See ``EventLog``."""
         table = self._tracking
@@ -181,20 +206,20 @@ class TableLog:
         with self.datastore.engine.begin() as own:
             return self.datastore.dialect.log_identity(own, table)
 
-    def look(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
+    def look(self, connection: Connection, position: int) -> tuple[int | None, Found | None]:
         """See ``EventLog``."""
         events = self.recorder.events_table
         c, read_id, tracking = events.table.c, events.read_id, self._tracking
         # As the driver gives it: others may have written an id that is none.
-        of_event = (sa.type_coerce(c.originator_id, sa.String()), c.originator_version)
+        of_event = (sa.type_coerce(c.originator_id, sa.String()), c.originator_version, self._id_text(connection))
         at = c.notification_id == position
         if tracking is not None:
             query = sa.select(tracking.c.notification_id, *of_event).where(tracking.c.application_name == IDENTITY)
             found = connection.execute(query.select_from(tracking.outerjoin(events.table, at))).first()
             if found is not None:
-                return int(found[0]), None if found[2] is None else (read_id(found[1]), int(found[2]))
+                return int(found[0]), None if found[2] is None else Found(read_id(found[1]), int(found[2]), found[3])
         alone = connection.execute(sa.select(*of_event).where(at)).first()
-        return None, None if alone is None else (read_id(alone[0]), int(alone[1]))
+        return None, None if alone is None else Found(read_id(alone[0]), int(alone[1]), alone[2])
 
     def give_identity(self, connection: Connection) -> tuple[int | None, int]:
         """See ``EventLog``."""
@@ -301,15 +326,22 @@ class StoreLog:
         found = self.read(position - 1, 1, position, ()) if position > 0 else ()
         return (str(found[0].originator_id), found[0].originator_version) if found else (None, None)
 
+    def event_id(self, connection: Connection, position: int) -> Any:
+        """See ``EventLog``: of an event that was read lately, as it was then."""
+        recorded = self.find_recorded([position], connection).get(position) if position > 0 else None
+        return None if recorded is None or recorded.event_id is None else str(recorded.event_id)
+
     def identity(self, connection: Connection | None = None) -> int | None:
         """See ``EventLog``."""
         return self.store.log_identity(self.name)
 
-    def look(self, connection: Connection, position: int) -> tuple[int | None, tuple[Any, int] | None]:
+    def look(self, connection: Connection, position: int) -> tuple[int | None, Found | None]:
         """See ``EventLog``."""
         found = self.read(position - 1, 1, position, ()) if position > 0 else ()
-        at = (found[0].originator_id, found[0].originator_version) if found else None
-        return self.identity(), at
+        if not found:
+            return self.identity(), None
+        last = found[0]
+        return self.identity(), Found(last.originator_id, last.originator_version, self.event_id(connection, position))
 
     def give_identity(self, connection: Connection) -> tuple[int | None, int]:
         """See ``EventLog``."""

@@ -25,15 +25,14 @@ from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Mismatch
 from ..dead_letters import describe
 from ..swap import is_rebuilding, settle
-from .claims import Turn
+from .claims import Turn, refuse_missing
 from .pace import Backoff, Pace
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 STANDBY_PAUSE = 0.5
 """Seconds between the tries of a runner that stands by to take over."""
-SHORTEST_WAIT = 0.005
-GROWTH = 1.5
+SHORTEST_WAIT, GROWTH = 0.005, 1.5
 SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -139,6 +138,7 @@ class Delivery:
             # An outage is raised from here.
             self._note(claimed, notification, error, attempts)
             if attempts > self.consumer.projection_class.retries:
+                refuse_missing(self.consumer)
                 return self._fail(claimed, notification, error, attempts)
             if self.stop.wait(pause.seconds):
                 return claimed

@@ -169,3 +169,13 @@ class Turn:
         """Give the lock back, unless it is the caller's."""
         if self._owns_lock:
             self.lock.release()
+
+
+def refuse_missing(consumer: Consumer) -> None:
+    """Look whether an event failed because a table of the projection is missing, which is no fault of the event.
+
+    :raises FencedError: when one is; the next turn says which.
+    """
+    with consumer.application.engine.connect() as connection:
+        if Belonging(consumer).find_missing(connection) is not None:
+            raise FencedError

@@ -130,7 +130,7 @@ def accept(consumer: Consumer) -> None:
             "error": None,
             "failed_position": None,
             "earlier_fingerprints": accept_fingerprint(row.earlier_fingerprints, consumer.fingerprint),
-            **dict.fromkeys(("log_id", "last_originator_id", "last_originator_version", "tables_id")),
+            **dict.fromkeys(("log_id", "last_originator_id", "last_originator_version", "last_event_id", "tables_id")),
             **dict.fromkeys(("topics", "topics_position", "token", "leased_until")),
         }
         checkpoint.set_values(connection, **values)
@@ -218,7 +218,7 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
         noted = _noted(by, reason)
         letters.add_skipped(connection, consumer.name, found[0], error, noted["changed_by"], noted["reason"])
         moved = {"position": position, "state": ACTIVE, "error": None, "failed_position": None}
-        consumer.checkpoint.set_values(connection, **moved, **noted, **consumer.last_event(position, found))
+        consumer.checkpoint.set_values(connection, **moved, **noted, **consumer.last_event(connection, position, found))
     return name
 
 
@@ -254,7 +254,7 @@ def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str =
         row = _locked(consumer, connection)
         consumer.application.dead_letters.remove_all(connection, consumer.name, position)
         moved = {"position": position, "error": None, "failed_position": None, **_noted(by, reason)}
-        moved |= consumer.last_event(position, ())
+        moved |= consumer.last_event(connection, position, ())
         consumer.checkpoint.set_values(connection, state=PAUSED if row.state == PAUSED else ACTIVE, **moved)
 
 

@@ -37,9 +37,9 @@ class ProjectionStatus:
     """The state of one projection, of the reactions of one, or of a rebuild.
 
     ``state`` is ``inline``, ``halted``, ``paused``, ``running`` or ``stopped``. It is a fault if it is ``ahead of its
-    log``, ``another log``, ``tables made again``, ``not applied inline``, ``old code`` (this process would stand by),
-    or ``held back`` by a transaction that has been open for longer than ``EVENTSOURCING_STALL_LIMIT``. Then, and if it
-    is paused, ``problem`` has the remedy.
+    log``, ``another log``, ``tables missing``, ``tables made again``, ``not applied inline``, ``old code`` (this
+    process would stand by), or ``held back`` by a transaction that has been open for longer than
+    ``EVENTSOURCING_STALL_LIMIT``. Then, and if it is paused, ``problem`` has the remedy.
 
     ``head`` is the last committed position. ``writer`` is the oldest transaction that keeps readers from reaching the
     head, and ``writer_seconds`` its age, or None if the role may not see it. ``lag_events`` counts the events of its
@@ -178,7 +178,9 @@ def _writer(writer: OpenWriter | None) -> dict[str, Any]:
 
 
 def _mismatch(belonging: Belonging, connection: Connection, row: CheckpointRow | None) -> Mismatch | None:
-    return belonging.find_orphan(connection) if row is None else belonging.find_mismatch(connection, row)
+    if row is None:
+        return belonging.find_missing(connection) or belonging.find_orphan(connection)
+    return belonging.find_mismatch(connection, row)
 
 
 def _aware(time: datetime | None) -> datetime | None:

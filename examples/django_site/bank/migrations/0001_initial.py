@@ -61,6 +61,7 @@ class Migration(migrations.Migration):
                     flask_eventsourcing.contrib.django.record_fields.RecordTextField(kind="text id", null=True),
                 ),
                 ("last_originator_version", models.BigIntegerField(null=True)),
+                ("last_event_id", flask_eventsourcing.contrib.django.record_fields.RecordTextField(null=True)),
                 ("tables_id", flask_eventsourcing.contrib.django.record_fields.RecordTextField(null=True)),
                 ("topics", flask_eventsourcing.contrib.django.record_fields.RecordTextField(null=True)),
                 ("topics_position", models.BigIntegerField(null=True)),

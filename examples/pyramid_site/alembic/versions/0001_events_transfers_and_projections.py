@@ -163,6 +163,7 @@ def upgrade() -> None:
             nullable=True,
         ),
         sa.Column("last_originator_version", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
+        sa.Column("last_event_id", sa.Text(), nullable=True),
         sa.Column("tables_id", sa.Text(), nullable=True),
         sa.Column("topics", sa.Text(), nullable=True),
         sa.Column("topics_position", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),
