@@ -6,8 +6,10 @@ What cannot be used of a request's headers as it was sent is left out.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from json.encoder import encode_basestring
@@ -20,7 +22,22 @@ from ..exceptions import EventMetadataError
 if sys.version_info >= (3, 14):
     from uuid import uuid7
 else:
-    from uuid_utils import uuid7
+    import uuid_utils
+
+    class _Seeded(threading.local):
+        pid = 0
+
+    _seeded = _Seeded()
+
+    def uuid7() -> Any:
+        """Return a UUID of version 7, from random numbers that no process had before a fork."""
+        # uuid_utils has a generator for each thread, and uWSGI forks without telling it.
+        pid = os.getpid()
+        if _seeded.pid != pid:
+            uuid_utils.reseed_rng()
+            _seeded.pid = pid
+        return uuid_utils.uuid7()
+
 
 Metadata = Mapping[str, str]
 

@@ -329,3 +329,28 @@ def test_ids_are_of_version_seven_and_in_order() -> None:
     ids = [UUID(int=each) for each in (*new_ids(3000), *new_ids(1), *new_ids(2000))]
     assert {each.version for each in ids} == {7}
     assert sorted(set(ids)) == ids
+
+
+FORKS = """
+import ctypes, os, time
+from flask_eventsourcing.metadata import new_id, new_ids
+
+new_ids(1)
+time.sleep(0.01)
+for fork in (ctypes.CDLL(None).fork, os.fork):
+    for _ in range(2):
+        child = fork()
+        if child == 0:
+            # Without the time.
+            print(new_ids(1)[0] % 2**62 >> 32, int(new_id().replace("-", ""), 16) % 2**32, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+
+
+def test_forked_processes_make_different_ids() -> None:
+    """Processes that were forked, also without Python as uWSGI does it, do not make the same ids at the same time."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert len(set(found)) == len(found) == 8
