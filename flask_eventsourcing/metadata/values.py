@@ -44,6 +44,8 @@ Metadata = Mapping[str, str]
 CORRELATION_ID = "correlation_id"
 CAUSATION_ID = "causation_id"
 TRACEPARENT = "traceparent"
+FILLED_IN = frozenset({CORRELATION_ID, CAUSATION_ID, TRACEPARENT})
+"""What the package fills in by itself, which ``null_metadata_in_context()`` does not hide."""
 USER = "user"
 LONGEST_CORRELATION = 128
 """Characters of a correlation id, as its column has them."""
@@ -164,14 +166,15 @@ def metadata_of_headers(headers: Any) -> dict[str, str]:
     :param headers: those of the request, of any framework.
     """
     sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
-    found = {CORRELATION_ID: next(filter(_is_correlation, sent), None) or new_id()}
+    found = {CORRELATION_ID: next(filter(is_correlation, sent), None) or new_id()}
     trace = headers.get(TRACEPARENT, "")
     if is_trace(trace):
         found[TRACEPARENT] = trace
     return found
 
 
-def _is_correlation(value: str) -> bool:
+def is_correlation(value: str) -> bool:
+    """Whether a string that comes from outside can be a correlation id."""
     return 0 < len(value) <= LONGEST_CORRELATION and value.isascii() and value.isprintable() and not value.isspace()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,13 @@ import pytest
 from flask_eventsourcing import EventMetadataError
 from flask_eventsourcing.metadata import (
     Collector,
+    MetadataBlock,
     Recorded,
+    brought_along,
     caused_by,
     event_metadata,
     get_metadata_from_context,
+    kept_for_later,
     new_ids,
     null_metadata_in_context,
     put_metadata_in_context,
@@ -322,6 +326,61 @@ def test_cause_is_looked_up_once_and_late() -> None:
     assert calls == [1]
     with caused_by(lambda: None):
         assert Collector()().keys() == {"correlation_id"}
+
+
+CAUSED = caused_by(lambda: Recorded(1, UUID(int=7), None, {"correlation_id": "c"}))
+FILLED = {"correlation_id": "c", "causation_id": str(UUID(int=7))}
+
+
+@pytest.mark.parametrize(
+    ("around", "filled"),
+    [(CAUSED, FILLED), (brought_along({"correlation_id": "c", "reason": "r"}), {"correlation_id": "c"})],
+)
+def test_what_the_package_fills_in_is_not_hidden(around: MetadataBlock, filled: dict[str, str]) -> None:
+    """In a handler or task, metadata that are hidden or replaced leave correlation and cause: a tree has no gap."""
+    with around:
+        with null_metadata_in_context():
+            assert Collector()() == filled
+            with event_metadata(correlation_id="mine"):
+                assert Collector()() == {**filled, "correlation_id": "mine"}
+        with event_metadata(a="1", causation_id="other"), set_metadata_in_context({"b": "2"}):
+            assert Collector()() == {**filled, "b": "2"}
+        with kept_for_later({"correlation_id": "d"}):
+            assert Collector()() == {"correlation_id": "d"}
+
+
+def test_blocks_that_end_in_another_order_are_let_go() -> None:
+    """Generators that are left in another order than they were begun in do not fill the context of a thread."""
+    ended: list[weakref.ref[MetadataBlock]] = []
+
+    def steps() -> Iterator[None]:
+        with event_metadata(a="1") as block:
+            ended.append(weakref.ref(block))
+            del block
+            yield
+
+    running = steps()
+    next(running)
+    for _ in range(50):
+        following = steps()
+        next(following)
+        running.close()  # type: ignore[attr-defined]
+        running = following
+    gc.collect()
+    assert sum(each() is not None for each in ended) <= 3
+    running.close()  # type: ignore[attr-defined]
+
+
+def test_current_span_takes_the_place_of_a_trace_that_was_sent() -> None:
+    """In a worker with a current span of OpenTelemetry's that is the trace, else the one that came with the task."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    with brought_along({"correlation_id": "c", "traceparent": "sent"}):
+        assert Collector()()["traceparent"] == "sent"
+        with trace.use_span(span):
+            assert Collector()()["traceparent"] == f"00-{7:032x}-{9:016x}-00"
+            with event_metadata(traceparent="mine"):
+                assert Collector()()["traceparent"] == "mine"
 
 
 def test_ids_are_of_version_seven_and_in_order() -> None:
