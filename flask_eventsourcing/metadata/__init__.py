@@ -174,9 +174,7 @@ class MetadataBlock:
         return wraps(function)(self._decorated(function))  # type: ignore[return-value]
 
     def _again(self) -> MetadataBlock:
-        return MetadataBlock(
-            self._values, hides=self._hides, fills=self._fills, find=self._find, is_over=self._is_over
-        )
+        return MetadataBlock(self._values, hides=self._hides, fills=self._fills, find=self._find, is_over=self._is_over)
 
     def _found(self) -> Metadata:
         return self._values if self._find is None else self._find() or {}
@@ -352,7 +350,7 @@ def brought_along(metadata: Metadata) -> MetadataBlock:
 
 
 def kept_for_later(metadata: Metadata) -> MetadataBlock:
-    """Put metadata in force as they were, in the place of all that are in the context, what the package fills in too."""
+    """Put metadata in force as they were, in the place of all in the context, what the package fills in too."""
     return MetadataBlock(metadata, hides=True, fills=True)
 
 

@@ -42,7 +42,7 @@ def assert_carried(found: dict[str, set[str]]) -> None:
 
 @pytest.mark.xdist_group("celery")
 def test_celery(place: Place) -> None:
-    """Tries, redeliveries, links and chains of a request's task have its correlation; those of another task have one."""
+    """Tries, redeliveries, links and chains of a request's task have its correlation; those of another have one."""
     require(find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
     place.python(f"from {CARRYING} import prepare; prepare('celery')")
     counts = {"fails": 3, "retries": 2, "dies": 2, "sends": 2, "chain": 3, "link": 2}
