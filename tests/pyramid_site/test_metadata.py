@@ -12,7 +12,9 @@ import sqlalchemy as sa
 from pyramid_retry import RetryableException
 from webtest import TestApp
 
+from flask_eventsourcing.exceptions import EventMetadataError
 from flask_eventsourcing.metadata import event_metadata
+from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import carried
 from tests.headers import HOSTILE, TRACE, assert_left_out
 from tests.pyramid_site.conftest import MakePyramidSite
@@ -84,6 +86,62 @@ def test_metadata_are_of_one_request(site: PyramidSite) -> None:
     assert all(each == {"who": each["who"], "correlation_id": each["who"]} for each in found)
     assert last.keys() == {"correlation_id"}
     assert not last["correlation_id"].startswith("r")
+
+
+def test_provider_that_fails_fails_the_save(new_site: MakePyramidSite) -> None:
+    """If a provider raises, ``save()`` names it and stores nothing; one that returns a mapping adds to the metadata."""
+    fails = [True, False]
+
+    def release() -> dict[str, str]:
+        if fails.pop(0):
+            raise LookupError("secret")
+        return {"release": "1.4"}
+
+    def view(request: Any) -> Any:
+        with pytest.raises(EventMetadataError, match=r"release failed.*LookupError"):
+            bank_of(request).open_account()
+        bank_of(request).open_account()
+        return {}
+
+    site = new_site(metadata=[release], **VETO)
+    assert site.answer(view, headers={"X-Request-ID": "r1"}).status_int == 200
+    assert described(site) == [{"release": "1.4", "correlation_id": "r1"}]
+
+
+def test_no_metadata(new_site: MakePyramidSite) -> None:
+    """Where metadata are switched off none are stored, and none are carried."""
+
+    def view(request: Any) -> Any:
+        bank_of(request).open_account()
+        return carried()
+
+    site = new_site(metadata=False, **VETO)
+    assert site.answer(view, headers={"X-Request-ID": "r1"}).json == {}
+    with site.engine.connect() as connection:
+        (row,) = connection.execute(site.models.StoredEvent.__table__.select()).mappings()
+    assert [row[name] for name in ("event_id", "recorded_at", "metadata", "correlation_id")] == [None] * 4
+
+
+def test_current_span_and_receivers(site: PyramidSite) -> None:
+    """The trace is that of a current span of OpenTelemetry's; receivers of the signal are told what was recorded."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    told: list[Any] = []
+
+    def receiver(sender: object, recorded: Any, **_: Any) -> None:
+        told.extend(recorded)
+
+    def view(request: Any) -> Any:
+        with trace.use_span(span):
+            bank_of(request).open_account()
+        bank_of(request).open_account()
+        return {}
+
+    with events_recorded.connected_to(receiver):
+        site.answer(view, headers={"X-Request-ID": "r1", "traceparent": TRACE})
+    assert [each.metadata for each in told] == described(site)
+    assert [each.metadata["traceparent"] for each in told] == [f"00-{7:032x}-{9:016x}-00", TRACE]
+    assert {each.correlation_id for each in told} == {"r1"}
 
 
 @pytest.mark.parametrize("headers", HOSTILE.values(), ids=HOSTILE)
