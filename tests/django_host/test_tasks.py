@@ -23,8 +23,9 @@ from rq import Queue, Retry
 
 from flask_eventsourcing.contrib.django import project_site
 from flask_eventsourcing.contrib.django.middleware import EventSourcingMiddleware
-from flask_eventsourcing.exceptions import ConfigurationError
+from flask_eventsourcing.exceptions import ConfigurationError, EventMetadataError
 from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER, event_metadata
+from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
 from tests.bank import make_site
@@ -34,7 +35,7 @@ from tests.django_host.test_projections import declaring, quiet, run
 from tests.django_host.test_requests import as_test_case
 from tests.django_host.urls import route
 from tests.domain import Account, conflict_with
-from tests.headers import HOSTILE, assert_left_out
+from tests.headers import HOSTILE, TRACE, assert_left_out
 from tests.published import published
 
 __all__ = ["quiet"]
@@ -304,6 +305,42 @@ def _setting(site: DjangoBank, **further: Any) -> Iterator[None]:
     found = {"Bank": {"APPLICATION": "tests.domain.Bank", "DATABASE": site.alias, **further}}
     with override_settings(EVENTSOURCING=found):
         yield
+
+
+def failing_release() -> dict[str, str]:
+    """Fail to provide metadata."""
+    raise LookupError("secret")
+
+
+def test_provider_that_fails_fails_the_save(site: DjangoBank) -> None:
+    """If a provider raises, ``save()`` names it and stores nothing, and the transaction can go on."""
+    with _setting(site, METADATA=["tests.django_host.test_tasks.failing_release"]), site.atomic():
+        with pytest.raises(EventMetadataError, match=r"failing_release failed.*LookupError"):
+            site.opened()
+        site.note()
+    assert site.stored() == (0, 1)
+
+
+def test_current_span_and_receivers(site: DjangoBank) -> None:
+    """The trace is that of a current span of OpenTelemetry's; receivers of the signal are told what was recorded."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    told: list[Any] = []
+
+    def receiver(sender: object, recorded: Any, **_: Any) -> None:
+        told.extend(recorded)
+
+    def view(request: Any) -> JsonResponse:
+        with trace.use_span(span), site.atomic():
+            site.opened()
+        site.opened()
+        return JsonResponse({})
+
+    with events_recorded.connected_to(receiver):
+        answer(view, X_Request_ID="r1", traceparent=TRACE)
+    assert [{**each.metadata, "id": str(each.event_id)} for each in told] == metadata_of(site)
+    assert [each.metadata["traceparent"] for each in told] == [f"00-{7:032x}-{9:016x}-00", TRACE]
+    assert {each.correlation_id for each in told} == {"r1"}
 
 
 def test_no_metadata(site: DjangoBank) -> None:

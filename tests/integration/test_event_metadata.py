@@ -18,7 +18,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
-from flask_eventsourcing.metadata import null_metadata_in_context
+from flask_eventsourcing.metadata import null_metadata_in_context, put_metadata_in_context
 from tests.bank import Site
 from tests.domain import Account, Bank
 from tests.headers import CORRELATION, HOSTILE, TRACE, assert_left_out
@@ -298,6 +298,67 @@ def test_snapshots_have_none(new_site: MakeSite) -> None:
         site.db.session.commit()
         (found,) = site.db.session.scalars(sa.select(site.es.Snapshot))
         assert (found.event_id, found.event_metadata) == (None, None)
+
+
+def test_metadata_are_those_at_the_save(site: Site) -> None:
+    """Events have the metadata in force at ``save()``, not those in force when they were triggered."""
+    with site.app.app_context():
+        with site.es.event_metadata(reason="triggered"):
+            account = Account("Ada")
+        with site.es.event_metadata(reason="saved"):
+            site.bank.save(account)
+        with site.es.event_metadata(reason="committed"):
+            site.db.session.commit()
+    assert [each.event_metadata["reason"] for each in records(site)] == ["saved"]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_is_accepted_is_read_back(site: Site, outside: bool) -> None:
+    """Each database gives back every character that is accepted, up to the longest correlation and the most bytes."""
+    special = {"text": '\U0001f980 "quoted" \\ \n\r\t\x1b é\'%s:a', "ключ": "", "correlation_id": "é" * 128}
+    longest = {"note": "x" * (4096 - len('{"note":"","correlation_id":"c"}')), "correlation_id": "c"}
+    for given in (special, longest):
+        with site.app.app_context():
+            bank = site.bank
+
+            def save(bank: Bank = bank, given: dict[str, str] = given) -> None:
+                with put_metadata_in_context(given):
+                    bank.open_account()
+
+            if outside:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(save).result()
+            else:
+                save()
+            site.db.session.commit()
+    found = records(site)
+    assert [each.event_metadata for each in found] == [special, longest]
+    assert [each.correlation_id for each in found] == ["é" * 128, "c"]
+
+
+TYPES = {
+    "sqlite": ("CHAR(32)", "BLOB", "DATETIME", "VARCHAR(128)"),
+    "postgresql": ("UUID", "JSONB", "TIMESTAMP", "VARCHAR(128)"),
+    "mysql": ("CHAR(32)", "BLOB", "DATETIME(6)", "VARCHAR(128)"),
+}
+
+
+def test_types_of_the_columns(new_site: MakeSite) -> None:
+    """The columns are nullable and have their types whatever the settings are; snapshots have two of them."""
+    names = ("event_id", "metadata", "recorded_at", "correlation_id")
+    for settings in ({}, {"EVENTSOURCING_METADATA": False}):
+        site = new_site(**settings)
+        with site.app.app_context():
+            look = sa.inspect(site.db.engine)
+            expected = TYPES["mysql" if site.db.engine.dialect.name == "mariadb" else site.db.engine.dialect.name]
+            columns = {each["name"]: each for each in look.get_columns("bank_events")}
+            compiled = [columns[name]["type"].compile(site.db.engine.dialect) for name in names]
+            assert tuple(each.split()[0] for each in compiled) == expected, compiled
+            assert all(columns[name]["nullable"] for name in names)
+            snapshots = {each["name"]: each["type"] for each in look.get_columns("bank_snapshots")}
+            assert [snapshots[name].compile(site.db.engine.dialect) for name in names[:2]] == compiled[:2]
+            assert not snapshots.keys() & set(names[2:])
+            site.db.drop_all()
 
 
 def own_site(uri: str, **columns: Any) -> Site:
