@@ -141,7 +141,7 @@ class MetadataBlock:
         find: Provider | None = None,
         is_over: Callable[[], bool] = _never,
     ) -> None:
-        self._values = checked(values) if values else {}
+        self._values = dict(checked(values)) if values else {}
         self._hides = hides
         self._fills = fills
         self._find = find

@@ -93,9 +93,10 @@ def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
     if not isinstance(values, Mapping):
         raise EventMetadataError(f"A mapping of strings to strings is expected; {what} is a {type(values).__name__}.")
     for key, value in values.items():
-        if not isinstance(key, str) or not key or not is_plain(key):
+        # Not by isinstance(), which believes proxies.
+        if not issubclass(type(key), str) or not key or not is_plain(key):
             raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
-        if not isinstance(value, str):
+        if not issubclass(type(value), str):
             raise EventMetadataError(
                 f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
             )

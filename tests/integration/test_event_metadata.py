@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -312,10 +313,16 @@ def test_metadata_are_those_at_the_save(site: Site) -> None:
     assert [each.event_metadata["reason"] for each in records(site)] == ["saved"]
 
 
+class Kinds(StrEnum):
+    """Texts of a subclass of ``str``."""
+
+    LONGEST = "é" * 128
+
+
 @pytest.mark.parametrize("outside", [False, True])
 def test_what_is_accepted_is_read_back(site: Site, outside: bool) -> None:
     """Each database gives back every character that is accepted, up to the longest correlation and the most bytes."""
-    special = {"text": '\U0001f980 "quoted" \\ \n\r\t\x1b é\'%s:a', "ключ": "", "correlation_id": "é" * 128}
+    special = {"text": '\U0001f980 "quoted" \\ \n\r\t\x1b é\'%s:a', "ключ": "", "correlation_id": Kinds.LONGEST}
     longest = {"note": "x" * (4096 - len('{"note":"","correlation_id":"c"}')), "correlation_id": "c"}
     for given in (special, longest):
         with site.app.app_context():

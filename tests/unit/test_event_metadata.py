@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from werkzeug.local import LocalProxy
 
 from flask_eventsourcing import EventMetadataError
 from flask_eventsourcing.metadata import (
@@ -267,6 +268,23 @@ def test_what_is_no_text_is_refused(values: Any) -> None:
     """Keys and values are texts that every database takes; others are refused where they are put."""
     with pytest.raises(EventMetadataError):
         put_metadata_in_context(values)
+
+
+def test_proxy_of_a_text_is_refused() -> None:
+    """What only stands for a text, such as a proxy of Flask's, is refused where it is put, with what to do."""
+    proxy: Any = LocalProxy(lambda: "ada")
+    assert isinstance(proxy, str)
+    with pytest.raises(EventMetadataError, match=r"'user' is of type LocalProxy.*str"):
+        put_metadata_in_context({"user": proxy})
+
+
+def test_mapping_that_is_changed_later_changes_nothing() -> None:
+    """What was checked is in force, whatever the caller does with the mapping afterwards."""
+    given: dict[str, Any] = {"a": "1"}
+    with put_metadata_in_context(given):
+        given.update(a=5, b="2")
+        assert Collector()()["a"] == "1"
+        assert "b" not in get_metadata_from_context()
 
 
 def test_collector_names_the_provider() -> None:
