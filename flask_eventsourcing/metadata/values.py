@@ -121,7 +121,10 @@ def check_size(metadata: Mapping[str, str]) -> None:
     :raises EventMetadataError: otherwise.
     """
     # A character takes six bytes at most.
-    if sum(map(len, metadata.values())) + sum(map(len, metadata)) + 6 * len(metadata) > MOST_BYTES // 6:
+    characters = 6 * len(metadata)
+    for key, value in metadata.items():
+        characters += len(key) + len(value)
+    if characters > MOST_BYTES // 6:
         size = len(to_json(metadata).encode())
         if size > MOST_BYTES:
             raise EventMetadataError(

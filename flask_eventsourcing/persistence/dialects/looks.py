@@ -226,8 +226,9 @@ class Looks(Driver):
 
     def leaves_out_metadata(self, connection: Connection, table: EventTable) -> bool:
         """Whether the table has none of the columns of metadata, as its look has found."""
-        findings = self.looked_at.get((self._seen(connection).scope, table.name))
-        return findings is not None and any(each.leaves_out for each in findings)
+        if not self._had_none:
+            return False
+        return any(each.leaves_out for each in self.looked_at.get((self._seen(connection).scope, table.name), ()))
 
     def look_again(self, connection: Connection, table: EventTable, use: Use) -> None:
         """Look at the tables of a log as if that had not been done."""
