@@ -22,6 +22,7 @@ from ..failures import Kept
 from .values import (
     CAUSATION_ID,
     CORRELATION_ID,
+    FILLED_IN,
     LONGEST_CORRELATION,
     RECORDED,
     TRACEPARENT,
@@ -33,6 +34,7 @@ from .values import (
     names_recorded,
     new_id,
     new_ids,
+    trace_of_span,
 )
 
 __all__ = [
@@ -46,10 +48,12 @@ __all__ = [
     "Metadata",
     "MetadataBlock",
     "Recorded",
+    "brought_along",
     "caused_by",
     "checked",
     "event_metadata",
     "get_metadata_from_context",
+    "kept_for_later",
     "names_recorded",
     "new_id",
     "new_ids",
@@ -65,20 +69,12 @@ Provider = Callable[[], Metadata | None]
 class _Link:
     """What one block has put, before what was put around it."""
 
-    __slots__ = ("before", "find", "hides", "is_over", "values")
+    __slots__ = ("before", "block", "is_over")
 
     def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
         self.before = before
-        self.values = block._values
-        self.find = block._find
-        self.hides = block._hides
+        self.block = block
         self.is_over: Callable[[], bool] = block._is_over
-
-    def found(self) -> Metadata:
-        """Return the values, which are looked up at the first call."""
-        if self.find is not None:
-            self.values, self.find = self.find() or {}, None
-        return self.values
 
 
 def _never() -> bool:
@@ -89,22 +85,37 @@ def _always() -> bool:
     return True
 
 
+def _living(link: _Link | None) -> _Link | None:
+    """Return the first link that is not over, and let those go that are over below it, which may be many."""
+    while link is not None and link.is_over():
+        link = link.before
+    if link is not None:
+        while link.before is not None and link.before.is_over():
+            link.before = link.before.before
+    return link
+
+
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
 
 
 def get_metadata_from_context() -> dict[str, str]:
     """Return a copy of the metadata in the context, a dict that may be empty."""
-    links: list[_Link] = []
-    link = _chain.get()
+    parts: list[Metadata] = []
+    link, hidden = _chain.get(), False
     while link is not None:
+        block = link.block
         if not link.is_over():
-            links.append(link)
-            if link.hides:
+            if not hidden:
+                parts.append(block._found())
+            elif block._fills:
+                parts.append({key: value for key, value in block._found().items() if key in FILLED_IN})
+            if block._hides and block._fills:
                 break
+            hidden = hidden or block._hides
         link = link.before
     found: dict[str, str] = {}
-    for each in reversed(links):
-        found.update(each.found())
+    for each in reversed(parts):
+        found.update(each)
     return found
 
 
@@ -115,6 +126,9 @@ class MetadataBlock:
     while it runs, but not between its steps. A ``with`` block within a generator is in force between them, for the
     caller too.
 
+    :param hides: whether it hides what was put around it.
+    :param fills: whether it is the package that puts it: no user hides what it fills in.
+    :param find: returns values, whenever metadata are collected; they are not checked.
     :raises EventMetadataError: for a key or a value that is not a string.
     """
 
@@ -123,11 +137,13 @@ class MetadataBlock:
         values: Metadata,
         *,
         hides: bool = False,
+        fills: bool = False,
         find: Provider | None = None,
         is_over: Callable[[], bool] = _never,
     ) -> None:
-        self._values = checked(values) if values else {}
+        self._values = dict(checked(values)) if values else {}
         self._hides = hides
+        self._fills = fills
         self._find = find
         self._is_over = is_over
         self._link: _Link | None = None
@@ -135,7 +151,7 @@ class MetadataBlock:
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        self._link = _Link(_chain.get(), self)
+        self._link = _Link(_living(_chain.get()), self)
         _chain.set(self._link)
         return self
 
@@ -146,7 +162,7 @@ class MetadataBlock:
         if link is None:
             return
         if _chain.get() is link:
-            _chain.set(link.before)
+            _chain.set(_living(link.before))
         else:
             # Others have put something on top, or it is another context's.
             link.is_over = _always
@@ -158,7 +174,10 @@ class MetadataBlock:
         return wraps(function)(self._decorated(function))  # type: ignore[return-value]
 
     def _again(self) -> MetadataBlock:
-        return MetadataBlock(self._values, hides=self._hides, find=self._find, is_over=self._is_over)
+        return MetadataBlock(self._values, hides=self._hides, fills=self._fills, find=self._find, is_over=self._is_over)
+
+    def _found(self) -> Metadata:
+        return self._values if self._find is None else self._find() or {}
 
     def _decorated(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(function):
@@ -300,17 +319,39 @@ def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] =
     :param is_over: whether the event is no longer handled, even if the block was not left.
     """
 
+    found: dict[str, str] | None = None
+
     def values() -> Metadata:
-        recorded = find()
-        if recorded is None:
-            return {}
-        # All that comes of it belongs together, be it that it has none itself.
-        found = {CORRELATION_ID: recorded.correlation_id or new_id()}
-        if recorded.event_id is not None:
-            found[CAUSATION_ID] = str(recorded.event_id)
+        nonlocal found
+        if found is None:
+            recorded, known = find(), {}
+            if recorded is not None:
+                # All that comes of it belongs together, be it that it has none itself.
+                known[CORRELATION_ID] = recorded.correlation_id or new_id()
+                if recorded.event_id is not None:
+                    known[CAUSATION_ID] = str(recorded.event_id)
+            found = known
         return found
 
-    return MetadataBlock({}, find=values, is_over=is_over)
+    return MetadataBlock({}, fills=True, find=values, is_over=is_over)
+
+
+def brought_along(metadata: Metadata) -> MetadataBlock:
+    """Put the metadata in force that another process has sent with a piece of work.
+
+    A current span of OpenTelemetry's in this process takes the place of the trace that was sent.
+    """
+
+    def values() -> Metadata:
+        trace = trace_of_span()
+        return metadata if trace is None else {**metadata, TRACEPARENT: trace}
+
+    return MetadataBlock(metadata, fills=True, find=values)
+
+
+def kept_for_later(metadata: Metadata) -> MetadataBlock:
+    """Put metadata in force as they were, in the place of all in the context, what the package fills in too."""
+    return MetadataBlock(metadata, hides=True, fills=True)
 
 
 @dataclass(frozen=True, eq=False)

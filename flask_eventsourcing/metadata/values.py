@@ -6,8 +6,10 @@ What cannot be used of a request's headers as it was sent is left out.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from json.encoder import encode_basestring
@@ -20,13 +22,30 @@ from ..exceptions import EventMetadataError
 if sys.version_info >= (3, 14):
     from uuid import uuid7
 else:
-    from uuid_utils import uuid7
+    import uuid_utils
+
+    class _Seeded(threading.local):
+        pid = 0
+
+    _seeded = _Seeded()
+
+    def uuid7() -> Any:
+        """Return a UUID of version 7, from random numbers that no process had before a fork."""
+        # uuid_utils has a generator for each thread, and uWSGI forks without telling it.
+        pid = os.getpid()
+        if _seeded.pid != pid:
+            uuid_utils.reseed_rng()
+            _seeded.pid = pid
+        return uuid_utils.uuid7()
+
 
 Metadata = Mapping[str, str]
 
 CORRELATION_ID = "correlation_id"
 CAUSATION_ID = "causation_id"
 TRACEPARENT = "traceparent"
+FILLED_IN = frozenset({CORRELATION_ID, CAUSATION_ID, TRACEPARENT})
+"""What the package fills in by itself, which ``null_metadata_in_context()`` does not hide."""
 USER = "user"
 LONGEST_CORRELATION = 128
 """Characters of a correlation id, as its column has them."""
@@ -74,9 +93,10 @@ def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
     if not isinstance(values, Mapping):
         raise EventMetadataError(f"A mapping of strings to strings is expected; {what} is a {type(values).__name__}.")
     for key, value in values.items():
-        if not isinstance(key, str) or not key or not is_plain(key):
+        # Not by isinstance(), which believes proxies.
+        if not issubclass(type(key), str) or not key or not is_plain(key):
             raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
-        if not isinstance(value, str):
+        if not issubclass(type(value), str):
             raise EventMetadataError(
                 f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
             )
@@ -101,7 +121,10 @@ def check_size(metadata: Mapping[str, str]) -> None:
     :raises EventMetadataError: otherwise.
     """
     # A character takes six bytes at most.
-    if sum(map(len, metadata.values())) + sum(map(len, metadata)) + 6 * len(metadata) > MOST_BYTES // 6:
+    characters = 6 * len(metadata)
+    for key, value in metadata.items():
+        characters += len(key) + len(value)
+    if characters > MOST_BYTES // 6:
         size = len(to_json(metadata).encode())
         if size > MOST_BYTES:
             raise EventMetadataError(
@@ -147,14 +170,15 @@ def metadata_of_headers(headers: Any) -> dict[str, str]:
     :param headers: those of the request, of any framework.
     """
     sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
-    found = {CORRELATION_ID: next(filter(_is_correlation, sent), None) or new_id()}
+    found = {CORRELATION_ID: next(filter(is_correlation, sent), None) or new_id()}
     trace = headers.get(TRACEPARENT, "")
     if is_trace(trace):
         found[TRACEPARENT] = trace
     return found
 
 
-def _is_correlation(value: str) -> bool:
+def is_correlation(value: str) -> bool:
+    """Whether a string that comes from outside can be a correlation id."""
     return 0 < len(value) <= LONGEST_CORRELATION and value.isascii() and value.isprintable() and not value.isspace()
 
 

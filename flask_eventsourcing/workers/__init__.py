@@ -17,7 +17,15 @@ from ..applications.known_sites import SiteState, current_site, find_current_sit
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
 from ..failures import Logged
 from ..lifecycle import ApplicationSlot
-from ..metadata import MetadataBlock, get_metadata_from_context, put_metadata_in_context, set_metadata_in_context
+from ..metadata import (
+    CORRELATION_ID,
+    MetadataBlock,
+    brought_along,
+    get_metadata_from_context,
+    kept_for_later,
+    new_id,
+)
+from ..metadata.values import is_correlation
 from ..uow import Run
 
 if TYPE_CHECKING:
@@ -126,7 +134,7 @@ def after_commit(send: Callable[[], object], description: str) -> None:
     # Where events are apart, what was saved so far is stored.
     if unit is not None and unit.awaits_commit:
         # What is in force now, as the commit may come when the event is handled no more that it belongs to.
-        with_metadata = set_metadata_in_context(carried())(send)
+        with_metadata = kept_for_later(carried())(send)
         unit.on_commit(Sending(description, with_metadata))
     else:
         send()
@@ -142,12 +150,18 @@ def carried() -> dict[str, str]:
     return get_metadata_from_context() if state is None else state.metadata_to_carry()
 
 
-def received(found: Any) -> MetadataBlock:
-    """Return a context with the metadata that came with a task; invalid ones are ignored."""
+def received(found: Any, task_id: str | None = None) -> MetadataBlock:
+    """Return a context with the metadata that came with a task; invalid ones are ignored.
+
+    :param task_id: what the task and its retries have in common: their correlation if no other came with it.
+    """
+    known = dict(found) if isinstance(found, Mapping) else {}
+    if CORRELATION_ID not in known:
+        known[CORRELATION_ID] = task_id if task_id and is_correlation(task_id) else new_id()
     try:
-        return put_metadata_in_context(found if isinstance(found, Mapping) else {})
+        return brought_along(known)
     except EventMetadataError:
-        return put_metadata_in_context({})
+        return received(None, task_id)
 
 
 def describe(name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -152,7 +152,7 @@ class _Worker:
                 return state.host.retry(body, retries, lenient=True)
         run = Run(lenient=True)
         try:
-            with received(brought(request)), task_unit(state, run):
+            with received(brought(request), request.root_id or request.id), task_unit(state, run):
                 return body()
         except IntegrityError as error:
             if run.has_committed or request.retries >= retries:

@@ -103,7 +103,7 @@ class EventSourcingWorkerMixin:
         retries = job.number_of_retries or 0
         run, result = Run(lenient=True), None
         try:
-            with received(job.meta.get(CARRIED)), task_unit(self._slot.get(), run):
+            with received(job.meta.get(CARRIED), job.id), task_unit(self._slot.get(), run):
                 result = perform()
                 if isinstance(result, Retry):
                     raise _UndoneError
@@ -144,7 +144,8 @@ def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session
     slot = state_slot(flask_app_or_factory, "job_context")
     try:
         job = get_current_job()
-        with received(job.meta.get(CARRIED) if job is not None else None), task_unit(slot.get()) as session:
+        brought = (None, None) if job is None else (job.meta.get(CARRIED), job.id)
+        with received(*brought), task_unit(slot.get()) as session:
             yield session
     finally:
         if site_of(flask_app_or_factory) is None:

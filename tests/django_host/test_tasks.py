@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from asgiref.sync import sync_to_async
 from celery import Celery
+from django.core.handlers.asgi import ASGIRequest
 from django.db import OperationalError, transaction
-from django.http import JsonResponse
-from django.test import RequestFactory, TestCase, override_settings
+from django.http import HttpResponse, JsonResponse
+from django.test import AsyncClient, Client, RequestFactory, TestCase, override_settings
 from rq import Queue, Retry
 
 from flask_eventsourcing.contrib.django import project_site
 from flask_eventsourcing.contrib.django.middleware import EventSourcingMiddleware
-from flask_eventsourcing.exceptions import ConfigurationError
-from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER
+from flask_eventsourcing.exceptions import ConfigurationError, EventMetadataError
+from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER, event_metadata
+from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
 from tests.bank import make_site
@@ -26,7 +33,9 @@ from tests.django_host.conftest import DjangoBank
 from tests.django_host.project import database
 from tests.django_host.test_projections import declaring, quiet, run
 from tests.django_host.test_requests import as_test_case
+from tests.django_host.urls import route
 from tests.domain import Account, conflict_with
+from tests.headers import HOSTILE, TRACE, assert_left_out
 from tests.published import published
 
 __all__ = ["quiet"]
@@ -222,6 +231,70 @@ def test_metadata_of_a_request(site: DjangoBank) -> None:
     assert USER not in nobody
 
 
+def test_metadata_are_of_one_request(site: DjangoBank) -> None:
+    """Sixteen threads at once, and sixteen asynchronous views, have their own metadata; an error leaves nothing."""
+    start = threading.Barrier(16)
+
+    def view(request: Any) -> HttpResponse:
+        with event_metadata(who=request.headers["X-Request-ID"]):
+            if not isinstance(request, ASGIRequest):
+                start.wait()
+            site.opened()
+        return HttpResponse()
+
+    async def asynchronous(request: Any) -> HttpResponse:
+        with event_metadata(task="yes"):
+            await asyncio.sleep(0)
+            return await sync_to_async(view)(request)
+
+    async def at_once() -> None:
+        client = AsyncClient()
+        await asyncio.gather(*(client.get("/", headers={"X-Request-ID": f"a{number}"}) for number in range(16)))
+
+    def send(number: int) -> None:
+        try:
+            Client().get("/", headers={"X-Request-ID": f"t{number}"})
+        finally:
+            site.connection.close()
+
+    route(view)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(send, range(16)))
+    route(asynchronous)
+    asyncio.run(at_once())
+
+    def failing(request: Any) -> HttpResponse:
+        raise KeyError
+
+    route(failing)
+    with pytest.raises(KeyError):
+        Client().get("/", headers={"X-Request-ID": "failing"})
+    site.opened()
+    *found, last = metadata_of(site)
+    assert len({each["who"] for each in found}) == len(found) == 32
+    assert all(each[CORRELATION_ID] == each["who"] and ("task" in each) == (each["who"][0] == "a") for each in found)
+    assert last.keys() == {CORRELATION_ID, "id"}
+    assert last[CORRELATION_ID] != "failing"
+
+
+@pytest.mark.parametrize("headers", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_headers_are_left_out(
+    site: DjangoBank, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A header that is not as it should be is left out: the request works, and nothing of it is logged."""
+
+    def view(request: Any) -> HttpResponse:
+        site.opened()
+        return HttpResponse()
+
+    route(view)
+    with caplog.at_level(logging.DEBUG):
+        assert Client().get("/", **headers).status_code == 200
+    (found,) = metadata_of(site)
+    del found["id"]
+    assert_left_out(found, headers, caplog.text)
+
+
 def release() -> dict[str, str]:
     """Provide metadata."""
     return {"release": "1.4"}
@@ -232,6 +305,42 @@ def _setting(site: DjangoBank, **further: Any) -> Iterator[None]:
     found = {"Bank": {"APPLICATION": "tests.domain.Bank", "DATABASE": site.alias, **further}}
     with override_settings(EVENTSOURCING=found):
         yield
+
+
+def failing_release() -> dict[str, str]:
+    """Fail to provide metadata."""
+    raise LookupError("secret")
+
+
+def test_provider_that_fails_fails_the_save(site: DjangoBank) -> None:
+    """If a provider raises, ``save()`` names it and stores nothing, and the transaction can go on."""
+    with _setting(site, METADATA=["tests.django_host.test_tasks.failing_release"]), site.atomic():
+        with pytest.raises(EventMetadataError, match=r"failing_release failed.*LookupError"):
+            site.opened()
+        site.note()
+    assert site.stored() == (0, 1)
+
+
+def test_current_span_and_receivers(site: DjangoBank) -> None:
+    """The trace is that of a current span of OpenTelemetry's; receivers of the signal are told what was recorded."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    told: list[Any] = []
+
+    def receiver(sender: object, recorded: Any, **_: Any) -> None:
+        told.extend(recorded)
+
+    def view(request: Any) -> JsonResponse:
+        with trace.use_span(span), site.atomic():
+            site.opened()
+        site.opened()
+        return JsonResponse({})
+
+    with events_recorded.connected_to(receiver):
+        answer(view, X_Request_ID="r1", traceparent=TRACE)
+    assert [{**each.metadata, "id": str(each.event_id)} for each in told] == metadata_of(site)
+    assert [each.metadata["traceparent"] for each in told] == [f"00-{7:032x}-{9:016x}-00", TRACE]
+    assert {each.correlation_id for each in told} == {"r1"}
 
 
 def test_no_metadata(site: DjangoBank) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -18,13 +19,13 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
-from flask_eventsourcing.metadata import null_metadata_in_context
+from flask_eventsourcing.metadata import null_metadata_in_context, put_metadata_in_context
 from tests.bank import Site
 from tests.domain import Account, Bank
+from tests.headers import CORRELATION, HOSTILE, TRACE, assert_left_out
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_sqlite_file
 
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 on_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)
 
 
@@ -35,7 +36,12 @@ def records(site: Site) -> list[Any]:
         return list(site.db.session.scalars(query))
 
 
-def send(site: Site, headers: dict[str, str] | None = None, view: Callable[[], Any] | None = None) -> Any:
+def send(
+    site: Site,
+    headers: dict[str, str] | None = None,
+    view: Callable[[], Any] | None = None,
+    environ: dict[str, str] | None = None,
+) -> Any:
     """Open an account in a request."""
 
     def opened() -> str:
@@ -45,7 +51,9 @@ def send(site: Site, headers: dict[str, str] | None = None, view: Callable[[], A
             site.bank.open_account()
         return "done"
 
-    return site.app.test_client().post("/", headers=headers, environ_overrides={"tests.view": opened})
+    return site.app.test_client().post(
+        "/", headers=headers, environ_overrides={"tests.view": opened, **(environ or {})}
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 150])
@@ -125,51 +133,21 @@ def test_each_request_has_a_correlation_of_its_own(site: Site) -> None:
     assert len(set(found)) == 3
 
 
-HOSTILE = {
-    "long": {"X-Correlation-ID": "x" * 129},
-    "not ASCII": {"X-Correlation-ID": "caf\u00e9"},
-    "wrong UTF-8": {"X-Correlation-ID": b"\xff\xfe".decode("latin-1")},
-    "tab": {"X-Correlation-ID": "a\tb"},
-    "empty": {"X-Correlation-ID": ""},
-    "blank": {"X-Request-ID": "   "},
-    "no trace": {"traceparent": "x" * 55},
-    "zero trace": {"traceparent": f"00-{'0' * 32}-b7ad6b7169203331-01"},
-    "zero span": {"traceparent": f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01"},
-    "version ff": {"traceparent": "ff" + TRACE[2:]},
-    "capitals": {"traceparent": TRACE.upper()},
-    "more than version 00 has": {"traceparent": f"{TRACE}-more"},
-    "two": {"traceparent": f"{TRACE},{TRACE}"},
-    "ten megabytes": {"X-Correlation-ID": "x" * 10_000_000, "traceparent": TRACE * 100_000},
-}
-
-
 @on_memory
 @pytest.mark.parametrize("headers", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_headers_are_left_out(site: Site, headers: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """A header that is not as it should be is left out: the request works, and nothing of it is logged."""
     with caplog.at_level(logging.DEBUG):
-        assert send(site, headers).status_code == 200
-    (found,) = records(site)
-    assert UUID(found.correlation_id).version == 7
-    assert found.event_metadata.keys() == {"correlation_id"}
-    assert not any(value and value in record.getMessage() for value in headers.values() for record in caplog.records)
+        assert send(site, environ=headers).status_code == 200
+    assert_left_out(records(site)[0].event_metadata, headers, caplog.text)
 
 
 @on_memory
-@pytest.mark.parametrize("raw", ["a\nERROR forged", "a\r\nSet-Cookie: b", "\0", "\x1b[2J"])
-def test_line_breaks_forge_nothing(site: Site, raw: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that lets control characters through has no forged lines in its log, and none in the events."""
-    environment = {"HTTP_X_CORRELATION_ID": raw, "HTTP_X_REQUEST_ID": "good"}
-
-    def view() -> str:
-        with site.es.transaction():
-            site.bank.open_account()
-        return "done"
-
-    with caplog.at_level(logging.DEBUG):
-        site.app.test_client().post("/", environ_overrides={"tests.view": view, **environment})
-    assert records(site)[0].correlation_id == "good"
-    assert "forged" not in caplog.text
+def test_second_header_takes_the_place_of_one_that_cannot_be_used(site: Site) -> None:
+    """An ``X-Request-ID`` is the correlation also where an ``X-Correlation-ID`` was left out."""
+    for raw in ("a\nb", "x" * 129, ""):
+        send(site, environ={CORRELATION: raw, "HTTP_X_REQUEST_ID": "good"})
+    assert {each.correlation_id for each in records(site)} == {"good"}
 
 
 @on_memory
@@ -321,6 +299,73 @@ def test_snapshots_have_none(new_site: MakeSite) -> None:
         site.db.session.commit()
         (found,) = site.db.session.scalars(sa.select(site.es.Snapshot))
         assert (found.event_id, found.event_metadata) == (None, None)
+
+
+def test_metadata_are_those_at_the_save(site: Site) -> None:
+    """Events have the metadata in force at ``save()``, not those in force when they were triggered."""
+    with site.app.app_context():
+        with site.es.event_metadata(reason="triggered"):
+            account = Account("Ada")
+        with site.es.event_metadata(reason="saved"):
+            site.bank.save(account)
+        with site.es.event_metadata(reason="committed"):
+            site.db.session.commit()
+    assert [each.event_metadata["reason"] for each in records(site)] == ["saved"]
+
+
+class Kinds(StrEnum):
+    """Texts of a subclass of ``str``."""
+
+    LONGEST = "é" * 128
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_what_is_accepted_is_read_back(site: Site, outside: bool) -> None:
+    """Each database gives back every character that is accepted, up to the longest correlation and the most bytes."""
+    special = {"text": '\U0001f980 "quoted" \\ \n\r\t\x1b é\'%s:a', "ключ": "", "correlation_id": Kinds.LONGEST}
+    longest = {"note": "x" * (4096 - len('{"note":"","correlation_id":"c"}')), "correlation_id": "c"}
+    for given in (special, longest):
+        with site.app.app_context():
+            bank = site.bank
+
+            def save(bank: Bank = bank, given: dict[str, str] = given) -> None:
+                with put_metadata_in_context(given):
+                    bank.open_account()
+
+            if outside:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(save).result()
+            else:
+                save()
+            site.db.session.commit()
+    found = records(site)
+    assert [each.event_metadata for each in found] == [special, longest]
+    assert [each.correlation_id for each in found] == ["é" * 128, "c"]
+
+
+TYPES = {
+    "sqlite": ("CHAR(32)", "BLOB", "DATETIME", "VARCHAR(128)"),
+    "postgresql": ("UUID", "JSONB", "TIMESTAMP", "VARCHAR(128)"),
+    "mysql": ("CHAR(32)", "BLOB", "DATETIME(6)", "VARCHAR(128)"),
+}
+
+
+def test_types_of_the_columns(new_site: MakeSite) -> None:
+    """The columns are nullable and have their types whatever the settings are; snapshots have two of them."""
+    names = ("event_id", "metadata", "recorded_at", "correlation_id")
+    for settings in ({}, {"EVENTSOURCING_METADATA": False}):
+        site = new_site(**settings)
+        with site.app.app_context():
+            look = sa.inspect(site.db.engine)
+            expected = TYPES["mysql" if site.db.engine.dialect.name == "mariadb" else site.db.engine.dialect.name]
+            columns = {each["name"]: each for each in look.get_columns("bank_events")}
+            compiled = [columns[name]["type"].compile(site.db.engine.dialect) for name in names]
+            assert tuple(each.split()[0] for each in compiled) == expected, compiled
+            assert all(columns[name]["nullable"] for name in names)
+            snapshots = {each["name"]: each["type"] for each in look.get_columns("bank_snapshots")}
+            assert [snapshots[name].compile(site.db.engine.dialect) for name in names[:2]] == compiled[:2]
+            assert not snapshots.keys() & set(names[2:])
+            site.db.drop_all()
 
 
 def own_site(uri: str, **columns: Any) -> Site:

@@ -33,6 +33,7 @@ class PyramidSite:
     :param catching: the status that an exception view answers to ``UsersError``, or None for no such view.
     :param configure: adds to the configuration.
     :param application: the bank's class.
+    :param metadata: the functions that provide metadata, or False.
     :param settings: of the application.
     """
 
@@ -46,6 +47,7 @@ class PyramidSite:
         includes: tuple[str, ...] = ("pyramid_tm", "pyramid_retry"),
         session: Any = "dbsession",
         application: type[Bank] = Bank,
+        metadata: Any = (),
         **settings: Any,
     ) -> None:
         self.Base = orm.declarative_base()
@@ -62,7 +64,7 @@ class PyramidSite:
             config.registry["dbsession_factory"] = self.factory
             config.add_request_method(self.session_of, "dbsession", reify=True)
             config.include("flask_eventsourcing.contrib.pyramid")
-            config.add_eventsourcing(application, models=self.models, session=session)
+            config.add_eventsourcing(application, models=self.models, session=session, metadata=metadata)
             config.add_route("bank", "/")
             config.add_view(self._answer, route_name="bank", renderer="json")
             if catching is not None:

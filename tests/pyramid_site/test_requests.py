@@ -384,30 +384,6 @@ def test_test_config(site: PyramidSite) -> None:
     assert site.stored() == (1, 1)
 
 
-def test_metadata(new_site: MakePyramidSite) -> None:
-    """Events have the request's id, its trace, and the user where that is asked for; a retry has the same."""
-
-    class Policy:
-        def authenticated_userid(self, request: Any) -> str:
-            return "ada"
-
-        def identity(self, request: Any) -> str:
-            return "ada"
-
-    site = new_site(
-        configure=lambda config: config.set_security_policy(Policy()), **VETO, **{"eventsourcing.metadata_user": "true"}
-    )
-    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    site.answer(
-        lambda request: str(bank_of(request).open_account()), headers={"X-Request-ID": "r1", "traceparent": trace}
-    )
-    with site.engine.connect() as connection:
-        row = connection.execute(site.models.StoredEvent.__table__.select()).mappings().one()
-    assert row["correlation_id"] == "r1"
-    assert row["metadata"]["user"] == "ada"
-    assert row["metadata"]["traceparent"] == trace
-
-
 def test_log_of_a_worker_thread(site: PyramidSite, caplog: pytest.LogCaptureFixture) -> None:
     """Without a request, each save commits by itself, and units of work have sessions of the factory."""
     caplog.set_level(logging.WARNING)

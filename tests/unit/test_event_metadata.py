@@ -9,20 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
 
 import pytest
+from werkzeug.local import LocalProxy
 
 from flask_eventsourcing import EventMetadataError
 from flask_eventsourcing.metadata import (
     Collector,
+    MetadataBlock,
     Recorded,
+    brought_along,
     caused_by,
     event_metadata,
     get_metadata_from_context,
+    kept_for_later,
     new_ids,
     null_metadata_in_context,
     put_metadata_in_context,
@@ -265,6 +270,23 @@ def test_what_is_no_text_is_refused(values: Any) -> None:
         put_metadata_in_context(values)
 
 
+def test_proxy_of_a_text_is_refused() -> None:
+    """What only stands for a text, such as a proxy of Flask's, is refused where it is put, with what to do."""
+    proxy: Any = LocalProxy(lambda: "ada")
+    assert isinstance(proxy, str)
+    with pytest.raises(EventMetadataError, match=r"'user' is of type LocalProxy.*str"):
+        put_metadata_in_context({"user": proxy})
+
+
+def test_mapping_that_is_changed_later_changes_nothing() -> None:
+    """What was checked is in force, whatever the caller does with the mapping afterwards."""
+    given: dict[str, Any] = {"a": "1"}
+    with put_metadata_in_context(given):
+        given.update(a=5, b="2")
+        assert Collector()()["a"] == "1"
+        assert "b" not in get_metadata_from_context()
+
+
 def test_collector_names_the_provider() -> None:
     """A provider that fails, or returns what is none, is named, and what it said is not."""
 
@@ -324,8 +346,88 @@ def test_cause_is_looked_up_once_and_late() -> None:
         assert Collector()().keys() == {"correlation_id"}
 
 
+CAUSED = caused_by(lambda: Recorded(1, UUID(int=7), None, {"correlation_id": "c"}))
+FILLED = {"correlation_id": "c", "causation_id": str(UUID(int=7))}
+
+
+@pytest.mark.parametrize(
+    ("around", "filled"),
+    [(CAUSED, FILLED), (brought_along({"correlation_id": "c", "reason": "r"}), {"correlation_id": "c"})],
+)
+def test_what_the_package_fills_in_is_not_hidden(around: MetadataBlock, filled: dict[str, str]) -> None:
+    """In a handler or task, metadata that are hidden or replaced leave correlation and cause: a tree has no gap."""
+    with around:
+        with null_metadata_in_context():
+            assert Collector()() == filled
+            with event_metadata(correlation_id="mine"):
+                assert Collector()() == {**filled, "correlation_id": "mine"}
+        with event_metadata(a="1", causation_id="other"), set_metadata_in_context({"b": "2"}):
+            assert Collector()() == {**filled, "b": "2"}
+        with kept_for_later({"correlation_id": "d"}):
+            assert Collector()() == {"correlation_id": "d"}
+
+
+def test_blocks_that_end_in_another_order_are_let_go() -> None:
+    """Generators that are left in another order than they were begun in do not fill the context of a thread."""
+    ended: list[weakref.ref[MetadataBlock]] = []
+
+    def steps() -> Iterator[None]:
+        with event_metadata(a="1") as block:
+            ended.append(weakref.ref(block))
+            del block
+            yield
+
+    running = steps()
+    next(running)
+    for _ in range(50):
+        following = steps()
+        next(following)
+        running.close()  # type: ignore[attr-defined]
+        running = following
+    gc.collect()
+    assert sum(each() is not None for each in ended) <= 3
+    running.close()  # type: ignore[attr-defined]
+
+
+def test_current_span_takes_the_place_of_a_trace_that_was_sent() -> None:
+    """In a worker with a current span of OpenTelemetry's that is the trace, else the one that came with the task."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    with brought_along({"correlation_id": "c", "traceparent": "sent"}):
+        assert Collector()()["traceparent"] == "sent"
+        with trace.use_span(span):
+            assert Collector()()["traceparent"] == f"00-{7:032x}-{9:016x}-00"
+            with event_metadata(traceparent="mine"):
+                assert Collector()()["traceparent"] == "mine"
+
+
 def test_ids_are_of_version_seven_and_in_order() -> None:
     """The ids of events are UUIDs of version 7, all different and in their order."""
     ids = [UUID(int=each) for each in (*new_ids(3000), *new_ids(1), *new_ids(2000))]
     assert {each.version for each in ids} == {7}
     assert sorted(set(ids)) == ids
+
+
+FORKS = """
+import ctypes, os, time
+from flask_eventsourcing.metadata import new_id, new_ids
+
+new_ids(1)
+time.sleep(0.01)
+for fork in (ctypes.CDLL(None).fork, os.fork):
+    for _ in range(2):
+        child = fork()
+        if child == 0:
+            # Without the time.
+            print(new_ids(1)[0] % 2**62 >> 32, int(new_id().replace("-", ""), 16) % 2**32, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+
+
+def test_forked_processes_make_different_ids() -> None:
+    """Processes that were forked, also without Python as uWSGI does it, do not make the same ids at the same time."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert len(set(found)) == len(found) == 8

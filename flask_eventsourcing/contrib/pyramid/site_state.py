@@ -119,10 +119,6 @@ class EventSourcing(Facade):
                 self._built = self._make()
             return self._built
 
-    def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata for a task that is sent now; empty if metadata are not stored."""
-        return {**of_request(), **super().metadata_to_carry()} if self.settings.metadata else {}
-
     def is_at_work(self) -> bool:
         """Return False, as the current request decides it."""
         return False
@@ -131,6 +127,9 @@ class EventSourcing(Facade):
         """Construct the applications of this process now, so that the first request does not have to."""
         for application_class in self.hosts:
             self[application_class]
+
+    def _of_request(self) -> Mapping[str, str]:
+        return of_request()
 
     def _make(self) -> Built:
         if not self._entries:

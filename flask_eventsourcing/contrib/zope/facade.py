@@ -145,8 +145,13 @@ class Facade:
         return any(host.is_at_work() for host in set(self.hosts.values()))
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata for a task that is sent now."""
-        return get_metadata_from_context()
+        """Return the metadata for a task that is sent now; empty if no application stores any."""
+        if all(each.datastore.metadata is None for each in set(self.hosts.values())):
+            return {}
+        return {**self._of_request(), **get_metadata_from_context()}
+
+    def _of_request(self) -> Mapping[str, str]:
+        return {}
 
     def close(self) -> None:
         """Close the applications of this process. They are constructed again when they are used."""

@@ -229,6 +229,8 @@ class Looks(Driver):
 
     def leaves_out_metadata(self, connection: Connection, table: EventTable) -> bool:
         """Whether the table has none of the columns of metadata, as its look has found."""
+        if not self._had_none:
+            return False
         return any(each.leaves_out for each in self.looked_at.get((self._seen(connection).scope, table.name), ()))
 
     def look_again(self, connection: Connection, table: EventTable, use: Use) -> None:

@@ -1,0 +1,154 @@
+"""Metadata of a Pyramid application: each request has its own, a retry has the same, bad headers leave nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from pyramid_retry import RetryableException
+from webtest import TestApp
+
+from flask_eventsourcing.exceptions import EventMetadataError
+from flask_eventsourcing.metadata import event_metadata
+from flask_eventsourcing.signals import events_recorded
+from flask_eventsourcing.workers import carried
+from tests.headers import HOSTILE, TRACE, assert_left_out
+from tests.pyramid_site.conftest import MakePyramidSite
+from tests.pyramid_site.site import VETO, PyramidSite, bank_of
+
+
+class Policy:
+    """Every request is Ada's."""
+
+    def authenticated_userid(self, request: Any) -> str:
+        """Return her id."""
+        return "ada"
+
+    def identity(self, request: Any) -> str:
+        """Return it."""
+        return "ada"
+
+
+def described(site: PyramidSite) -> list[dict[str, Any]]:
+    """Return the metadata of all events."""
+    with site.engine.connect() as connection:
+        return [dict(each) for each in connection.scalars(sa.select(site.models.StoredEvent.__table__.c.metadata))]
+
+
+def test_metadata(new_site: MakePyramidSite) -> None:
+    """Events have the request's id, its trace, and the user where that is asked for; a retry has the same."""
+    site = new_site(
+        configure=lambda config: config.set_security_policy(Policy()), **VETO, **{"eventsourcing.metadata_user": "true"}
+    )
+    tries: list[str] = []
+
+    def view(request: Any) -> Any:
+        with event_metadata(reason="mine"):
+            bank_of(request).open_account()
+        tries.append(carried()["correlation_id"])
+        if len(tries) % 2:
+            raise RetryableException
+        return {}
+
+    site.answer(view, headers={"X-Request-ID": "r1", "traceparent": TRACE})
+    site.answer(view)
+    first, second = described(site)
+    assert first == {"correlation_id": "r1", "traceparent": TRACE, "user": "ada", "reason": "mine"}
+    assert second == {"correlation_id": tries[2], "user": "ada", "reason": "mine"}
+    assert tries == ["r1", "r1", tries[2], tries[2]]
+    assert len(set(tries)) == 2
+
+
+def test_metadata_are_of_one_request(site: PyramidSite) -> None:
+    """Sixteen requests at once have their own metadata, and what is saved outside of requests has none of theirs."""
+    start = threading.Barrier(16)
+
+    def view(request: Any) -> Any:
+        with event_metadata(who=request.headers["X-Request-ID"]):
+            start.wait()
+            bank_of(request).open_account()
+        return {}
+
+    site.view = view
+
+    def send(number: int) -> None:
+        TestApp(site.app).post("/", headers={"X-Request-ID": f"r{number}"})
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(send, range(16)))
+    site.opened()
+    *found, last = described(site)
+    assert len({each["who"] for each in found}) == 16
+    assert all(each == {"who": each["who"], "correlation_id": each["who"]} for each in found)
+    assert last.keys() == {"correlation_id"}
+    assert not last["correlation_id"].startswith("r")
+
+
+def test_provider_that_fails_fails_the_save(new_site: MakePyramidSite) -> None:
+    """If a provider raises, ``save()`` names it and stores nothing; one that returns a mapping adds to the metadata."""
+    fails = [True, False]
+
+    def release() -> dict[str, str]:
+        if fails.pop(0):
+            raise LookupError("secret")
+        return {"release": "1.4"}
+
+    def view(request: Any) -> Any:
+        with pytest.raises(EventMetadataError, match=r"release failed.*LookupError"):
+            bank_of(request).open_account()
+        bank_of(request).open_account()
+        return {}
+
+    site = new_site(metadata=[release], **VETO)
+    assert site.answer(view, headers={"X-Request-ID": "r1"}).status_int == 200
+    assert described(site) == [{"release": "1.4", "correlation_id": "r1"}]
+
+
+def test_no_metadata(new_site: MakePyramidSite) -> None:
+    """Where metadata are switched off none are stored, and none are carried."""
+
+    def view(request: Any) -> Any:
+        bank_of(request).open_account()
+        return carried()
+
+    site = new_site(metadata=False, **VETO)
+    assert site.answer(view, headers={"X-Request-ID": "r1"}).json == {}
+    with site.engine.connect() as connection:
+        (row,) = connection.execute(site.models.StoredEvent.__table__.select()).mappings()
+    assert [row[name] for name in ("event_id", "recorded_at", "metadata", "correlation_id")] == [None] * 4
+
+
+def test_current_span_and_receivers(site: PyramidSite) -> None:
+    """The trace is that of a current span of OpenTelemetry's; receivers of the signal are told what was recorded."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 9, is_remote=False))
+    told: list[Any] = []
+
+    def receiver(sender: object, recorded: Any, **_: Any) -> None:
+        told.extend(recorded)
+
+    def view(request: Any) -> Any:
+        with trace.use_span(span):
+            bank_of(request).open_account()
+        bank_of(request).open_account()
+        return {}
+
+    with events_recorded.connected_to(receiver):
+        site.answer(view, headers={"X-Request-ID": "r1", "traceparent": TRACE})
+    assert [each.metadata for each in told] == described(site)
+    assert [each.metadata["traceparent"] for each in told] == [f"00-{7:032x}-{9:016x}-00", TRACE]
+    assert {each.correlation_id for each in told} == {"r1"}
+
+
+@pytest.mark.parametrize("headers", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_headers_are_left_out(
+    site: PyramidSite, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A header that is not as it should be is left out: the request works, and nothing of it is logged."""
+    with caplog.at_level(logging.DEBUG):
+        assert site.answer(lambda request: str(bank_of(request).open_account()), environ=headers).status_int == 200
+    assert_left_out(described(site)[0], headers, caplog.text)
