@@ -138,7 +138,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
             if page:
                 return page
             pause = SHORTEST_WAIT
-            # After news that is not to be seen yet, because of a writer in progress, look again soon.
+            # After news that cannot be read yet, because a writer is in progress, look again soon.
             news = self._waiter.wait(wait)
             wait = SHORTEST_WAIT if news else min(wait * GROWTH, self._waiter.longest)
         return ()

@@ -54,7 +54,7 @@ class _Held:
 class Connection:
     """Connects to a cluster when it is first needed, in the process that needs it.
 
-    Nothing is sent a second time by itself: who calls knows what can be repeated. After :meth:`close` it connects again
+    It sends nothing twice by itself: the caller knows what can be repeated. After :meth:`close` it connects again
     when it is used. A session that was open when the process was forked is refused in the child, where it would never
     answer, and left as it is, as it is the parent's.
     """

@@ -66,7 +66,7 @@ def check_process() -> None:
 
 
 def _uses_gevent() -> bool:
-    # Who has patched anything has imported this.
+    # A program that has patched anything has imported this.
     monkey: Any = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("socket"))
 

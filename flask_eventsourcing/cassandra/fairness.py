@@ -1,4 +1,4 @@
-"""How long writers of several processes wait for each other: who has won lets the others go first."""
+"""How long writers of several processes wait for each other: the winner lets the others go first."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def first_line(error: object) -> str:
 
 
 def wanted(prefix: str, id_type: IdType) -> dict[str, Shape]:
-    """Return the tables of an application by their names, as they are to be."""
+    """Return the tables of an application by their names, as they should be."""
     found: dict[str, Shape] = {}
     for purpose, statement in TABLES.items():
         text = statement.replace("{id_type}", id_type)

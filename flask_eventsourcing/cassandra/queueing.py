@@ -1,4 +1,4 @@
-"""The queue of the threads of a process that save: one leads, and hands over."""
+"""The queue of the threads of a process that save. One thread leads, and hands the lead over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_APPENDS = 256
 class Ticket:
     """An append that waits for its outcome.
 
-    :param append: what is to be recorded.
+    :param append: the events to record.
     """
 
     def __init__(self, append: Append) -> None:
@@ -55,7 +55,7 @@ class Ticket:
 
 
 class Queue:
-    """Keeps the appends of all threads in their order, and says who leads.
+    """Keeps the appends of all threads in their order, and says which thread leads.
 
     The leader takes what waits, and hands over to the first of those that came meanwhile.
     """

@@ -58,7 +58,7 @@ class Log:
     :param connection: how the nodes are reached.
     :param name: the application's.
     :param id_type: the type of the aggregates' ids.
-    :param collect: returns the metadata in force, or is None where none are to be stored.
+    :param collect: returns the metadata in force, or is None where no metadata is stored.
     :param on_recorded: called after each save with the application's name, what was saved, and its positions.
     """
 

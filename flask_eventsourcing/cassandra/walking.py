@@ -98,7 +98,7 @@ class Walker:
             page = fitting(page, rows) if states else page
 
     def settled(self, position: int) -> Row:
-        """Return the row at a position at which one is known to begin, so that all who read plainly see it too.
+        """Return the row at a position at which one is known to begin, so that every plain read sees it too.
 
         :raises UnreadableEventError: when there is none: others have written the log.
         """

@@ -1,7 +1,8 @@
 """Appending to the log: what the order, the versions and the outcome of every save depend on.
 
 One conditional insert is the point at which a row is committed. Writers that race write the same key, as rows touch:
-the next row's position is the last one's plus its size. Who loses reads on to the end of the log, and tries again.
+the next row's position is the last one's plus its size. A writer that loses
+reads on to the end of the log, and tries again.
 """
 
 from __future__ import annotations
@@ -271,9 +272,9 @@ class Writer:
         return self._walker.repeat(has_snapshot)
 
     def _finish(self, memory: Memory, row: Row, before: Sequence[int], batch: Sequence[Ticket]) -> None:
-        """Index a row that is committed, and tell those who wait for it."""
+        """Index a row that is committed, and tell the threads that wait for it."""
         with Kept() as kept, OnError(partial(unfinished, batch, row)):
-            # Otherwise a stream would have a gap for who reads it now.
+            # Otherwise a reader would see a gap in a stream now.
             self._index(memory, before)
             self._walker.index(row)
             memory.indexed(row.position)
@@ -314,7 +315,7 @@ def interrupted(error: BaseException) -> CommitOutcomeUnknownError:
 
 
 def unfinished(batch: Sequence[Ticket], row: Row, error: BaseException) -> None:
-    """Tell those who wait that a row is in the log, and cannot be read by aggregate yet."""
+    """Tell waiting threads that a row is in the log, and cannot be read by aggregate yet."""
     for ticket in batch:
         ticket.fail(
             CommitOutcomeUnknownError(

@@ -63,7 +63,7 @@ PLAIN_DESCRIPTION = Description((), None, {}, NOTHING)
 class Describer:
     """Describes the events of each save for one table.
 
-    :param collect: returns the metadata in force, or None where none are to be stored.
+    :param collect: returns the metadata in force, or None where no metadata is stored.
     """
 
     def __init__(self, dialect: Dialect, table: sa.Table, collect: Collect | None) -> None:

@@ -32,12 +32,12 @@ from .dialects import closing_threads, descriptor_id, guard_forks, is_in_memory,
 
 PID = "flask_eventsourcing.pid"
 IDLE = "flask_eventsourcing.idle"
-"""There for a connection in the pool, until it is taken away by who uses it next or who closes it before a fork."""
+"""Set for a connection in the pool, until its next user or the code that closes it before a fork takes it away."""
 USER = "flask_eventsourcing.user"
 """The thread that has a connection, or had it last."""
 
 LONGEST_WAIT = 2.0
-"""The seconds for which a fork waits, at most, for what other threads do on connections that are to be closed."""
+"""The seconds for which a fork waits, at most, for what other threads do on the connections that it closes."""
 
 _lock = ProcessLock()
 _watched: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -184,7 +184,7 @@ def _forks_without_hooks() -> bool:
 
 
 def _close_idle() -> None:
-    """Close what is idle, and wait a moment for what other threads have in hand. No lock is taken."""
+    """Close what is idle, and wait a moment for what other threads are doing. No lock is taken."""
     me = threading.get_ident()
     deadline = _forking[me] = time.monotonic() + LONGEST_WAIT
     while True:

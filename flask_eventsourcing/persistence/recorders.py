@@ -61,7 +61,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Insert all of the events, or none.
 
-        :raises IntegrityError: when another writer has recorded one of these versions, unless they are to be replaced.
+        :raises IntegrityError: when another writer has recorded one of these versions, unless the caller replaces them.
         """
         if stored_events:
             with self.datastore.writing() as write:

@@ -143,7 +143,7 @@ def receive(driver: Any, seconds: float) -> set[str]:
 
 
 def poll(driver: Any, seconds: float) -> set[str]:
-    """Wait for one on a driver connection that is to be polled."""
+    """Wait for one on a driver connection that must be polled."""
     readable, _, _ = select.select([driver], [], [], seconds)
     if not readable:
         return set()

@@ -1,4 +1,4 @@
-"""The checkpoint of a projection: how far it is, who runs it, and what stopped it.
+"""The checkpoint of a projection: how far it is, which process runs it, and what stopped it.
 
 A runner that applies events first moves the position, in the same transaction, from its old value and with the token of
 its claim. The row's lock keeps others out until the commit, and a runner that has lost its claim moves nothing. So no

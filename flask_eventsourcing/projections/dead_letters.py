@@ -39,7 +39,7 @@ class DeadLetter(NamedTuple):
     attempts: int
     failed_at: datetime | None
     changed_by: str | None = None
-    """Who has skipped the event, where an operator did."""
+    """The operator who skipped the event, if one did."""
     reason: str | None = None
 
 

@@ -96,7 +96,7 @@ class Rebuild:
     """
 
     keeps_writers_waiting: bool = False
-    """Whether everybody who writes waits for its end."""
+    """Whether every writer waits for its end."""
 
     def __init__(self, consumer: Consumer, stop: threading.Event | None = None) -> None:
         self.live: Consumer = consumer.of_kind("projection")
@@ -339,7 +339,7 @@ class Rebuild:
                 return True
 
     def _shape(self) -> str:
-        """What the tables are to be and which events are asked for, beside the code."""
+        """The shape of the tables and the events that are asked for, beside the code."""
         parts = [str(CreateTable(table).compile(self.application.engine)) for table in self.live.tables]
         # Not those of subclasses: which of them there are depends on what was imported, and collected.
         parts += sorted(get_topic(event_class) for event_class in self.live.handlers.functions)

@@ -101,11 +101,11 @@ class Swap:
         try:
             return self.application.datastore.dialect.holders(self.live.tables, PATIENCE)
         except sa.exc.DBAPIError as error:
-            logger.debug("%s: it is unknown who has the tables locked: %s", self.rebuild.name, error)
+            logger.debug("%s: the sessions that lock the tables cannot be listed: %s", self.rebuild.name, error)
             return ()
 
     def check(self) -> bool:
-        """Whether the rows of the live tables are to be replaced, as new tables would not have all that these have.
+        """Whether to replace the rows of the live tables, because new tables would lack something that these have.
 
         :raises RebuildError: naming what would be lost where that cannot be done.
         """
@@ -256,7 +256,7 @@ def _why(held: Sequence[str]) -> str:
 
 
 def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bool:
-    """Whether the rows of live tables are to be replaced, as new tables would not have all that these have.
+    """Whether to replace the rows of live tables, because new tables would lack something that these have.
 
     :raises RebuildError: naming what would be lost where that cannot be done.
     """

@@ -52,7 +52,7 @@ class World:
         self.hub.switch()
 
     def run(self, seconds: float) -> None:
-        """Run for some time, and drop who still waits."""
+        """Run for some time, and drop the writers that still wait."""
         while self._due and self._due[0][0] < seconds:
             self.now, _, waiter = heapq.heappop(self._due)
             waiter.switch()

@@ -47,7 +47,7 @@ class Cluster:
         self.unseen: set[int] = set()
         """Rows that are decided, but which a plain read may miss."""
         self.hanging: dict[int, Row] = {}
-        """Proposals that whoever comes next may complete."""
+        """Proposals that the next writer may complete."""
         self.flags: set[int] = set()
         self.streams: dict[Key, dict[int, bytes]] = {}
         self.upstream: dict[str, int] = {}
@@ -111,7 +111,7 @@ class SimulatedStore:
             cluster.unseen.add(position)
             cluster.step()
             raise MaybeDoneError("timed out")
-        # Who lost has seen the row, which says nothing about what others see.
+        # A writer that lost has seen the row. Others may not see it yet.
         if found is None:
             cluster.unseen.discard(position)
         cluster.step()
@@ -238,7 +238,7 @@ class Company(Queue):
         return super().take(taken)
 
     def hand_over(self) -> None:
-        """Nobody is there to lead: who still waits gives up."""
+        """No thread leads: the waiting ones give up."""
         self._waiting.clear()
         super().hand_over()
 

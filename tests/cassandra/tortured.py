@@ -66,7 +66,7 @@ class Plan:
     faults: float = 0.02
     """The part of the plain reads that miss a late row, and of the inserts whose answer is lost."""
     lacks: str = ""
-    """The protection that its writers, or those who read the log, do without."""
+    """The protection that its writers or its readers do without."""
 
     def connection(self) -> Connection:
         """Return a connection with the cluster."""

@@ -74,7 +74,7 @@ class AdminTest(EventSourcingTestCase):
         self.assertNotContains(self.client.get(EVENTS, {"q": "ccc"}), "Account.Opened")
 
     def test_permissions(self) -> None:
-        """Who may see one thing sees no other, and does nothing with it."""
+        """A user with the permission to view one model sees no other, and can change nothing."""
         self.enter("view_bankdeadletter")
         assert self.client.get(EVENTS).status_code == 403
         assert self.client.get(LETTERS).status_code == 200

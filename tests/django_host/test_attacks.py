@@ -133,7 +133,7 @@ def test_connection_closed_in_a_block(site: DjangoBank, told: Told, client: Clie
 
 
 def test_commit_that_fails_is_told_by_its_error(site: DjangoBank, told: Told, client: Client) -> None:  # noqa: F811
-    """Where the commit itself fails, the error says so: who catches it may answer as he likes."""
+    """Where the commit itself fails, an error says so. A view that catches it may answer as it likes."""
     if site.connection.vendor == "mysql":
         # It has no constraint that waits for the commit.
         return

@@ -229,7 +229,7 @@ def test_two_runners(site: DjangoBank) -> None:
 
 
 def test_waiting(site: DjangoBank) -> None:
-    """Who has saved can wait until the projection has it, while a worker runs."""
+    """A caller can wait until a projection has applied its events, while a worker runs."""
     bound = projections().bound[site.alias]
     worker = bound.worker()
     thread = threading.Thread(target=worker.run)

@@ -257,7 +257,7 @@ def test_retry(site: DjangoBank) -> None:
         site.bank.save(account)
 
     if site.connection.vendor == "sqlite":
-        # Whoever has begun keeps all others from writing.
+        # The transaction that began first keeps all others from writing.
         site.elsewhere(lambda: site.bank.deposit(account_id, 10))
         tries.append(0)
     work()

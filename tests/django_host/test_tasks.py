@@ -200,7 +200,7 @@ def deposit_and_retry(account_id: str) -> Any:
 
 
 def test_metadata_of_a_request(site: DjangoBank) -> None:
-    """The events of a request have its correlation, whatever comes of them; who was logged in only if that is asked."""
+    """The events of a request have its correlation, also in its tasks. The user is recorded only on request."""
 
     class User:
         pk = 7

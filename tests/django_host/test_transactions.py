@@ -211,7 +211,7 @@ def test_many_events_of_one_save(site: DjangoBank) -> None:
 
 
 def test_manual_transactions(site: DjangoBank) -> None:
-    """Where autocommit is switched off, whoever commits or rolls back does it for the events too."""
+    """Where autocommit is switched off, a commit or a rollback by any code includes the events."""
     site.connection.set_autocommit(False)
     try:
         site.opened()

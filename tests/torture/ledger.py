@@ -107,7 +107,7 @@ def make_books(url: str, lock: str, define: Callable[[Any, Any], type[ModelProje
 
 
 def take_fence_away() -> None:
-    """Move the position no matter who runs the projection and wherever it was, to see what the fence is good for."""
+    """Move the position without checking the runner or the old position, to show what the check prevents."""
 
     def advance(self: Checkpoint, connection: Any, claimed: Any, position: int, applied: int, **_: Any) -> None:
         change = sa.update(self.table).where(self.table.c.name == self.name)

@@ -35,7 +35,7 @@ class Gone(BaseException):
 
 
 class Ledger:
-    """What was told to those who saved."""
+    """The outcomes that the writers were told."""
 
     def __init__(self, site: Site) -> None:
         self.site = site

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("torture-projections")
 
 
 class Storm(Torture):
-    """Workers with new, slow and old code, under a load, and operators who know nothing of each other."""
+    """Workers with new, slow and old code, under a load, and operators that do not coordinate."""
 
     def __init__(self, url: str, lock: str) -> None:
         super().__init__(url, lock, "fenced")
@@ -57,7 +57,7 @@ class Storm(Torture):
                 time.sleep(LOAD_PAUSE)
 
     def rebuild(self) -> None:
-        """Rebuild, as one of two operators who do it at once."""
+        """Rebuild, as one of two operators that do it at the same time."""
 
         def one() -> None:
             try:

@@ -48,7 +48,7 @@ class Schemas:
         self.dialect: Any = self.recorder.dialect
 
     def note(self, storm: Storm, error: Exception) -> None:
-        """Count an error, which is to be that of a killed connection."""
+        """Count an error, which must be that of a killed connection."""
         storm.count("killed" if is_kill(error) else "surprise")
         if not is_kill(error):
             storm.surprises.append(repr(error)[:300])

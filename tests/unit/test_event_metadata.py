@@ -57,7 +57,7 @@ def test_put_merges_set_replaces_null_hides() -> None:
 
 
 def test_what_is_got_is_a_copy() -> None:
-    """Who changes what he got changes nothing that is in force."""
+    """A caller that changes the mapping it got does not change the metadata in force."""
     with event_metadata(a="1"):
         get_metadata_from_context()["b"] = "2"
         assert get_metadata_from_context() == {"a": "1"}

@@ -27,7 +27,7 @@ def test_nothing_is_undone_without_an_error() -> None:
 
 
 def test_failure_is_kept() -> None:
-    """An error of the block is kept for the caller, who goes on; without one there is none."""
+    """An error of the block is kept, and the caller goes on. Without an error, none is kept."""
     error = ValueError("x")
     with Kept() as kept:
         raise error

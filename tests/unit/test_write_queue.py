@@ -145,7 +145,7 @@ def test_release_in_the_midst_of_an_acquire() -> None:
 
 
 def test_release_while_another_thread_is_within_the_queue() -> None:
-    """One who waits is served although the release found the queue's own lock taken."""
+    """A waiting thread is served even if the release found the queue's own lock taken."""
     queue = WriteQueue("bank.db")
     owner, other = Connection(), Connection()
     queue.acquire(owner, 1)
@@ -160,7 +160,7 @@ def test_release_while_another_thread_is_within_the_queue() -> None:
 
 
 def test_thread_that_waits_and_is_stopped_leaves_the_queue() -> None:
-    """Ctrl-C while a thread waits leaves nobody behind who would be given the queue."""
+    """Ctrl-C while a thread waits removes that thread from the queue."""
 
     class Stopped(BaseException):
         """Ctrl-C."""
@@ -213,7 +213,7 @@ def test_reading_passes_the_transaction_of_the_same_thread_only() -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_connection_that_is_gone_owns_the_queue_no_longer(waits: bool) -> None:
-    """The queue of a connection that was collected without being closed goes to the next, who may wait already."""
+    """The queue of a connection that was collected without being closed goes to the next thread."""
     queue = WriteQueue("bank.db")
     holder: list[Connection] = [Connection()]
     queue.acquire(holder[0], 1)
@@ -233,7 +233,7 @@ def test_connection_that_is_gone_owns_the_queue_no_longer(waits: bool) -> None:
 
 
 def test_one_queue_for_each_file() -> None:
-    """Everyone who opens a file gets its one queue, while another file has another."""
+    """Every connection to a file shares one queue. Another file has another queue."""
     queue = write_queue_of("a.db")
     assert write_queue_of("a.db") is queue
     assert write_queue_of("b.db") is not queue

@@ -44,13 +44,13 @@ class Bank(domain.Bank):
 
 
 def answer(request: Any) -> JsonResponse:
-    """Tell who has answered."""
+    """Tell which process has answered."""
     return JsonResponse({"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid())})
 
 
 @retry_on_conflict(times=50)
 def deposit(request: Any, account_id: UUID) -> JsonResponse:
-    """Pay in, and tell who has answered on which connection."""
+    """Pay in, and tell which process has answered on which connection."""
     get_application(Bank).deposit(account_id)
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT {os.environ['BACKEND']} /* process={os.getpid()} */")

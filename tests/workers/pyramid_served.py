@@ -24,7 +24,7 @@ class ServedBank(Bank):
 
 
 def answer(request: Any) -> dict[str, Any]:
-    """Pay in, and tell who has answered."""
+    """Pay in, and tell which process has answered."""
     if request.method == "POST":
         account_id = UUID(request.path_info.rpartition("/")[2])
         request.eventsourcing[ServedBank].deposit(account_id)

@@ -60,7 +60,7 @@ def backend() -> int:
 
 
 def report() -> dict[str, Any]:
-    """Return what tells who has answered."""
+    """Return the values that tell which process has answered."""
     bank: Any = site.bank
     pid = os.getpid()
     return {

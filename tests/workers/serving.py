@@ -1,4 +1,4 @@
-"""Starts web servers, sends them requests, and reads at the database's server who has used which connection."""
+"""Starts web servers, sends them requests, and asks the database's server which process has used which connection."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class _ReadOnly(admin.ModelAdmin):
         return False
 
     def has_view_permission(self, request: Any, obj: Any = None) -> bool:
-        """Who has the permission to view sees them; one to change, which others may have made, is none."""
+        """Show them to users with the permission to view. A permission to change is not enough."""
         return self._may(request, "view")
 
     def _may(self, request: Any, what: str) -> bool:
@@ -100,10 +100,10 @@ class EventAdmin(_ReadOnly):
 
 
 class CheckpointAdmin(_ReadOnly):
-    """How far each projection is, who runs it, and what stopped it."""
+    """How far each projection is, which process runs it, and what stopped it."""
 
     list_display = ("name", "state", "position", "runner", "error", "changed_by", "reason")
-    # Who has it may write in the name of the runner.
+    # A user with that permission may write in the name of the runner.
     exclude = ("token",)
 
 

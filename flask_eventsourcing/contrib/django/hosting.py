@@ -53,7 +53,7 @@ class DjangoDatastore(Datastore):
         """Leave the connections as Django has made them."""
 
     def reading(self, *, join: bool = True) -> Read:
-        """Return a connection to read with: the thread's, unless that has a transaction that is not to be seen.
+        """Return a connection to read with: the thread's, unless that has a transaction that the reader must not see.
 
         That of a test case is the whole database of the test.
         """

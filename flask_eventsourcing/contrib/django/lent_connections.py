@@ -59,7 +59,7 @@ class LentCursor:
     """
 
     format: Any = None
-    """Set by who wants binary values; Django's cursor decides by itself."""
+    """Set by callers that want binary values. Django's cursor decides by itself."""
 
     def __init__(self, cursor: Any, *, marks: bool, before: Callable[[str], None] | None = None) -> None:
         self._cursor = cursor

@@ -199,7 +199,7 @@ class Marked:
             or hooks[-1][1] is not last.mark()
             or hooks[-1][0] != savepoints
             or last.savepoints != wrapper.savepoint_state
-            # One function for each save, so that who looks for those of a block sees it.
+            # One function for each save, so that a search for those of a block finds it.
             or (last.has_events and not isinstance(item, AfterCommit))
         ):
             if not self.noted:

@@ -49,7 +49,7 @@ def of_user() -> Mapping[str, str] | None:
 
 
 def make_collector(found: Sequence[Configured]) -> Collector | None:
-    """Return what collects the metadata of a save, or None where none are to be stored.
+    """Return what collects the metadata of a save, or None where no metadata is stored.
 
     :param found: the applications in one database, which share it.
     :raises ConfigurationError: when they do not agree, or a provider cannot be imported.

@@ -50,7 +50,7 @@ def check_record_class(model: Any, base: type[models.Model], unique: Collection[
     """Check a record class of the user's: that what is stored by it can be read, and that conflicts are seen.
 
     :param base: the abstract class of ``models``.
-    :param unique: the fields that are to be unique together.
+    :param unique: the fields whose values must be unique together.
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
     options: Any = getattr(model, "_meta", None)

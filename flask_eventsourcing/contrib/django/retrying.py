@@ -69,7 +69,7 @@ def retry_on_conflict(
         def run(*args: Any, **kwargs: Any) -> Any:
             return run_again(lambda: decorated(*args, **kwargs), times, using)
 
-        # Django looks for it on what the URL is for, and the setting is not to be read when views are imported.
+        # Django looks for it on the view of the URL. The setting must not be read while views are imported.
         run._non_atomic_requests = _Aliases(using)  # type: ignore[attr-defined]
         return run
 

@@ -2,7 +2,7 @@
 
 Handlers write their models through Django's ORM, which has no other tables for them to write. So readers see the old
 rows until the commit, the live projection waits meanwhile, and of a rebuild that is killed nothing is left. Where the
-database has one writer at a time, everybody who writes waits, which is done only for those who ask for it.
+database has one writer at a time, every writer waits. That is done only on request.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Rewrite:
 
     @property
     def keeps_writers_waiting(self) -> bool:
-        """Whether everybody who writes waits for its end."""
+        """Whether every writer waits for its end."""
         return self.application.datastore.dialect.has_one_writer
 
     def run(self, *, restart: bool = False) -> Rebuilt | None:

@@ -82,7 +82,7 @@ class DjangoUnit(Unit):
 
     @property
     def gate(self) -> Gate:
-        """Who may commit: Django lets nobody do it inside a block."""
+        """The rule for commits: inside a block, Django lets no code commit."""
         return Gate()
 
     @property

@@ -125,6 +125,6 @@ def _behind_view(batches: Sequence[Batch], reason: str, response: Any) -> FlaskE
     message = f"{describe(batches)} rolled back, as {reason}, and the answer was {response.status}"
     if response.status_code >= 300:
         # To raise a redirect aborts, as it does for rows.
-        logger.warning("%s: return the redirect if the events are to be stored.", message)
+        logger.warning("%s: return the redirect instead of raising it, to store the events.", message)
         return None
     return UncommittedEventsError(f"{message}: let it answer a failure.")

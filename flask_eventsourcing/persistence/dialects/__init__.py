@@ -161,7 +161,7 @@ MAY_PASS = (PassingError, sa.exc.SQLAlchemyError, persistence.OperationalError, 
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error passes by itself, so that the same is to be tried again, and nobody's statement is to blame."""
+    """Whether an error passes by itself: no statement is at fault, and the caller may try the same again."""
     if isinstance(error, PassingError | sa.exc.TimeoutError | sa.exc.DisconnectionError):
         return True
     if isinstance(error, sa.exc.PendingRollbackError):

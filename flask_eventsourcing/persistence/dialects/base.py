@@ -69,7 +69,7 @@ HEADS_AT_ONCE = 100
 
 
 class FrozenSnapshotError(Exception):
-    """The transaction's snapshot is older than the high-water mark: the log is to be read on another connection."""
+    """The transaction's snapshot is older than the high-water mark: read the log on another connection."""
 
 
 class _KnownMark(NamedTuple):

@@ -49,7 +49,7 @@ class OID(sa.types.UserDefinedType[int]):
 
 
 def _mysql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
-    # The identity that the storage engine has is for those who administer the server.
+    # Only administrators of the server may read the identity that the storage engine has.
     query = sa.text(
         "SELECT table_name, create_time FROM information_schema.tables "
         "WHERE table_schema = coalesce(:schema, database()) AND table_name IN :names"

@@ -89,7 +89,7 @@ class EventTable:
     """Quoted, and qualified by the schema if there is one."""
     accepted: Accepted
     binds: tuple[tuple[int, Processor], ...]
-    """What makes the driver's value of a column's, by the number of the column; none where nothing is to be done."""
+    """Functions that turn a column's value into the driver's, by the column's number, for the columns that need one."""
     decode_id: Processor
     counter: str | None = None
     """The quoted name of the tracking table, where a database counts positions in it."""

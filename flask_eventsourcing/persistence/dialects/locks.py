@@ -111,11 +111,11 @@ class Lease(RunnerLock):
 
 
 LOOK_AGAIN = 0.5
-"""Seconds after which one who waits looks whether the owner of the queue is still there."""
+"""Seconds after which a waiting thread looks whether the owner of the queue is still there."""
 
 
 class _Place:
-    """The place of an owner, or of one who waits.
+    """The place of an owner, or of a waiting thread.
 
     The connection is held weakly: one that is gone has the queue no longer, nor has one of SQLAlchemy's that is closed.
     It was closed without the driver's being told where a listener had refused its commit.
@@ -128,7 +128,7 @@ class _Place:
         # Only to tell a thread at once that it would wait for itself.
         self.thread = weakref.ref(threading.current_thread())
         self.called: threading.Event | None = None
-        """Set for one who waits when the queue is acquired."""
+        """Set for a waiting thread when it acquires the queue."""
         self.over = False
 
     def is_left(self) -> bool:
@@ -140,7 +140,7 @@ class WriteQueue:
     """The right to use a database, of one owner at a time.
 
     ``threading.Lock`` would not do: another thread than the one that acquired the queue may release it, and a thread
-    that would wait for itself is to be told so at once.
+    that would wait for itself gets an error at once.
     """
 
     def __init__(self, name: str) -> None:
@@ -216,7 +216,7 @@ class WriteQueue:
             self._call_next()
 
     def _leave(self, place: _Place) -> bool:
-        """Leave those who wait; returns False for one who was called in the meantime."""
+        """Stop waiting. Returns False if the queue was handed to this place in the meantime."""
         try:
             with self._lock:
                 self._waiting.remove(place)
@@ -235,7 +235,7 @@ class WriteQueue:
 
     def _call_next(self) -> None:
         # A release may come from the garbage collector, in the midst of what this thread does with the lock, so it must
-        # not wait for that. Everyone who had the lock comes here afterwards and sees what was released meanwhile.
+        # not wait for that. Every thread that had the lock comes here afterwards and sees what was released meanwhile.
         while self._waiting and self._is_free() and self._lock.acquire(blocking=False):
             try:
                 if self._waiting and self._is_free():
@@ -285,7 +285,7 @@ class ForProjections(ForSwaps):
         return False
 
     has_one_writer = False
-    """Whether one who has written keeps all others from it, so that a handler that waits is waiting for itself."""
+    """Whether one writer keeps out all others, so that a handler that waits is waiting for itself."""
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
@@ -306,7 +306,7 @@ class ForProjections(ForSwaps):
         return Waiter()
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
-        """Update rows of a table, tell those who wait for that, and return how many rows were changed."""
+        """Update rows of a table, notify waiting readers, and return how many rows were changed."""
         return connection.execute(change).rowcount
 
     def update_waiter(self, table: sa.Table) -> Waiter:

@@ -151,7 +151,7 @@ class Looks(Driver):
 
     @classmethod
     def missing_options(cls, name: str, options: Mapping[str, Any]) -> Iterable[MissingOptions]:
-        """Return what is to be set where another framework makes the connections.
+        """Return the settings for connections that another framework makes.
 
         :param name: of the database, and the *options* of its connections as that framework takes them.
         """
@@ -159,7 +159,7 @@ class Looks(Driver):
 
     @classmethod
     def needs_transaction(cls, statement: str) -> bool:
-        """Whether a statement is to be in a transaction; what only reads may not be, where that would lock."""
+        """Whether a statement needs a transaction. One that only reads does not where a transaction would lock."""
         return True
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:

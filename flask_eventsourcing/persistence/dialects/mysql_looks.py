@@ -63,7 +63,7 @@ class MySQLLooks(Dialect):
         """Look at the modes of the session."""
         isolation = "@@tx_isolation" if getattr(self.engine.dialect, "is_mariadb", False) else "@@transaction_isolation"
         mode, level, seen.longest = self.fetch(connection, f"SELECT @@sql_mode, {isolation}, @@max_allowed_packet")[0]
-        # While there is a connection to ask on: the next one who wants to know may have the last of the pool.
+        # Asked now, while there is a connection: the next caller may hold the last one of the pool.
         self.is_node(connection)
         if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
             text = (

@@ -180,7 +180,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         return log.statements.get(use) or self._make_statement(table, log, how, use, shape)
 
     def _is_quiet(self, connection: Connection) -> bool:
-        # The server prepares no transaction that has notified. Those who wait look again by themselves.
+        # The server prepares no transaction that has notified. Waiting readers look again by themselves.
         return not self.options.postgres_notify or isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
     def _make_statement(self, table: EventTable, log: KnownLog, how: str, use: str, shape: Shape = PLAIN) -> str:
@@ -377,7 +377,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         return AdvisoryLock(self.engine, name)
 
     def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
-        """Notify those who wait with the row itself, so that it costs no round trip."""
+        """Notify waiting readers in the statement that writes the row, so that it costs no round trip."""
         if self._is_quiet(connection):
             return super().update_and_notify(connection, table, change, message)
         return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())

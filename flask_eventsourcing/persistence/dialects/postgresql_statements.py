@@ -94,7 +94,7 @@ _LOOK_FOR_GAP = f"{_HELD} SELECT (SELECT place FROM gap) FROM held"
 
 # The lock of the gate goes with the inner block, which is rolled back at once; what was drawn stays drawn. Whatever
 # ends the statement, an error, a timeout, a cancellation or the end of the connection, gives the lock back too, as it
-# is the transaction's. Those who draw few positions do not keep each other out.
+# is the transaction's. Writers that draw few positions do not lock each other out.
 _DRAW = """
 DO $flask_eventsourcing$
 DECLARE

@@ -87,7 +87,7 @@ class LockConnection:
     def _ask(self, statement: str, lock: SessionLock | None = None) -> Any:
         if self._connection is None:
             connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            # Out of the pool, which is for those who come and go.
+            # Out of the pool, which is for connections that are used for a short time.
             connection.detach()
             self._connection = connection
         try:

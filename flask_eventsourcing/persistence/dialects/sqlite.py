@@ -80,9 +80,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     title = "SQLite"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
     missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"no such table: (?P<name>\S+)")
-    # SQLITE_BUSY_SNAPSHOT, to one who has read what others have changed since; SQLITE_CONSTRAINT_UNIQUE and the same of
-    # the primary key.
+    # SQLITE_BUSY_SNAPSHOT, for a transaction that has read what others have changed since.
     serialization_failures: ClassVar[frozenset[object]] = frozenset({517})
+    # SQLITE_CONSTRAINT_UNIQUE, SQLITE_CONSTRAINT_PRIMARYKEY and SQLITE_CONSTRAINT_ROWID.
     duplicates: ClassVar[frozenset[object]] = frozenset({2067, 1555, 2579})
     column_types: ClassVar[dict[str, Any]] = {
         "position": sa.Integer(),
@@ -347,7 +347,7 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
     """Give up connections from before, which do not queue; the content of an in-memory database is copied."""
     pool = engine.pool
     if not memory or (isinstance(pool, sa.pool.StaticPool) and "connection" not in vars(pool)):
-        # Nothing to copy: its one connection was not made yet, and is not to be made by looking for it.
+        # Nothing to copy: its one connection was not made yet, and looking for it must not make it.
         engine.dispose()
         return
     before = engine.raw_connection()

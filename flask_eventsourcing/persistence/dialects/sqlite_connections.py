@@ -93,7 +93,7 @@ class QueuedConnection(sqlite3.Connection):
     def _begin_again(self) -> None:
         """Begin with the lock to write in place of a BEGIN that was told, after which nothing was written yet.
 
-        SQLite would not give the lock to one who has read, once another has committed since.
+        SQLite refuses the lock to a transaction that has read, if another has committed since.
         """
         self.execute("COMMIT").close()
         self.deferred = False
@@ -157,7 +157,7 @@ class QueuedConnection(sqlite3.Connection):
             queue.release(owner)
 
     def _ending(self, how: str) -> object | None:
-        """Return the owner whose transaction is to be ended, or None when there is nothing of its own to end."""
+        """Return the owner whose transaction the caller ends, or None when it has no transaction of its own."""
         return self
 
     def _forget(self) -> None:
@@ -289,7 +289,7 @@ class SharedConnection(QueuedConnection):
             _level.__set__(self, level)
 
     def _leave_parents(self) -> None:
-        # What the parent had not committed is not to be committed here; its threads, which may have the lock, are gone.
+        # The child must not commit what the parent had not. The parent's threads, which may have the lock, are gone.
         self.calls = threading.RLock()
         sqlite3.Connection.rollback(self)
         self._forget()
@@ -371,7 +371,7 @@ class SharedConnection(QueuedConnection):
             return None
         found = owner or self
         if owner is None and how == "commit":
-            # Of a user of the driver, who must not be told that what has joined another's transaction is committed.
+            # Called by user code on the driver. It must not report as committed what has joined another's transaction.
             queue.acquire(self, 0)
         elif not queue.try_acquire(found, blocking=owner is not None):
             # The pool's rollback may come from the garbage collector, and waits for nothing.

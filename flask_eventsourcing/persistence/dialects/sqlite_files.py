@@ -1,9 +1,9 @@
 """SQLite's files: those that were open at a fork, and whether a file can use the journal mode WAL.
 
-SQLite keeps book of its locks in each process, by inode, since a process has but one lock on a part of a file. A forked
-process inherits the book and not the locks: where a file was open at the fork, it believes to have locks that it has
-not, and another process may end its write-ahead log under its hands. Connections that were closed before the fork leave
-nothing in the book.
+SQLite keeps a list of its locks in each process, by inode, because a process has only one lock on a part of a file. A
+forked process inherits the list but not the locks. If a file was open at the fork, the child believes that it has locks
+that it does not have, and another process may end the write-ahead log that the child uses. Connections that were closed
+before the fork leave nothing in the list.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _descriptors() -> Iterator[int]:
 
 
 def _open_files() -> dict[int, FileId]:
-    """Return the files that are open in this process, by their descriptors, no matter who has opened them."""
+    """Return all files that are open in this process, by their descriptors."""
     return {} if os.getpid() == _begun_in else _open(stat.S_ISREG)
 
 
@@ -158,7 +158,7 @@ class JournalMode:
     It is done on a connection of its own. Where a file's shared memory cannot be used, a connection that has found it
     in the mode WAL can neither use it nor let another one take the mode back.
 
-    :param wal: whether files are to be switched to WAL.
+    :param wal: whether to switch files to WAL.
     :param timeout: for how many seconds to wait for others, up to ``LONGEST_WAIT``.
     """
 
@@ -231,7 +231,7 @@ class JournalMode:
                 return True
             except sqlite3.OperationalError as error:
                 if _is(error, "SQLITE_READONLY"):
-                    # It is opened to be read: its mode is for those to choose who write.
+                    # It is opened for reading only: its writers choose its mode.
                     return True
                 if not _is(error, "SQLITE_BUSY"):
                     self._warn(path, str(error))

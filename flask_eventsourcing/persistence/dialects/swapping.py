@@ -58,7 +58,7 @@ class ForSwaps:
     """What lets an INSERT give values to columns that the database fills."""
 
     def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit how long DDL waits for those who use a table, to the end of the transaction or the connection."""
+        """Limit how long DDL waits for users of a table, until the transaction or the connection ends."""
 
     def qualified(self, table: sa.Table, name: str) -> str:
         """Return the quoted name of what is in the schema of a table."""
@@ -100,7 +100,7 @@ class ForSwaps:
         return {name for (_, name), keys in found.items() if any(key["referred_table"] == table.name for key in keys)}
 
     def holders(self, tables: Sequence[sa.Table], seconds: int) -> Sequence[str]:
-        """Return who has used some tables for longer than so many seconds, as far as the database says so."""
+        """Return the sessions that have used some tables for more than so many seconds, if the database tells them."""
         return ()
 
     # ------------------------------------------------------------------------------------- the end

@@ -213,7 +213,7 @@ class Applier:
             return False
         if not has_waited(error):
             return True
-        # Others may have had the lock. But who waits on a further connection may wait for the handler's transaction.
+        # Others may have had the lock. A wait on a further connection may be for the handler's own transaction.
         dialect = self.consumer.application.datastore.dialect
         return dialect.has_one_writer if isinstance(error, WriteTimeoutError) else not batch.has_failed
 

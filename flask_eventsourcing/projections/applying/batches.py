@@ -75,9 +75,9 @@ class Batches:
         self._id_keys = id_keys
         self.ended = ended
         self.flushes_each = False
-        """Whether each event is to be flushed, as the handlers have been found to need it."""
+        """Whether to flush after each event, because the handlers were found to need it."""
         self.last: Batch | None = None
-        """The last one, for what is to be known when it has failed."""
+        """The last one, to describe it when it has failed."""
         self._plain: dict[type[Any], bool] = {}
         for model in models:
             self.is_plain(model)
@@ -148,7 +148,7 @@ class Batch:
         self._begun = session.get_transaction(), connection.get_transaction()
         self._state = _State(batches.flushes_each or not session.autoflush or _has_flush_listeners(session))
         self._flushes = self._state.always_flushes
-        """Whether the present event is to be flushed, and what the session has to be expired."""
+        """Whether the present event is flushed, and the session's objects expired."""
         self._kept: list[Any] = []
         self._added: list[Any] = []
         """What was added in the present event."""

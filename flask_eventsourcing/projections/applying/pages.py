@@ -108,7 +108,7 @@ class Recordings:
     def of(self, connection: Callable[[], Connection], position: int) -> Recorded:
         """Return it for one event.
 
-        :param connection: called only if it is to be read.
+        :param connection: called only if the log must be read.
         """
         found = self._found.get(position)
         if found is None:

@@ -366,7 +366,7 @@ class Runner:
                     self.progress.high_water_mark = self.turn.find_end(claimed)
                     if self.progress.high_water_mark > claimed.position:
                         return
-                    # After news that is not to be seen yet, because of a writer in progress, look again soon.
+                    # After news that cannot be read yet, because a writer is in progress, look again soon.
                     pause.reset() if news else pause.grow()
                     look = now
         finally:

@@ -20,7 +20,7 @@ from ..definitions.fingerprints import accept as accept_fingerprint
 from ..runners import event_name, stopped_message
 
 LONGEST_NAME = 255
-"""Characters of who has changed something."""
+"""Characters of the name of the operator who changed something."""
 LOOK_BACK = 1000
 """Positions before a time in which there may be an event with a later timestamp: its writer took as long to commit."""
 
@@ -156,7 +156,7 @@ def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
 
     It waits for a batch in progress; nothing is applied after that. A reaction in progress is finished.
 
-    :param by: who asks for it, as ``status`` shows it.
+    :param by: the operator who asks for it, as ``status`` shows it.
     :param reason: why.
     :raises CheckpointError: when it is inline, or its rebuild is swapping tables.
     :raises CheckpointMismatchError: for reactions without a checkpoint, if there is a checkpoint of an unknown
@@ -172,7 +172,7 @@ def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
 def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
     """Let a paused consumer go on, or a halted one try again.
 
-    :param by: who asks for it, as ``status`` shows it.
+    :param by: the operator who asks for it, as ``status`` shows it.
     :param reason: why.
     :raises CheckpointError: when it is neither.
     """
@@ -191,7 +191,7 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
     it until it is retried or discarded.
 
     :param position: the event's position, as ``status`` shows it.
-    :param by: who asks for it.
+    :param by: the operator who asks for it.
     :param reason: why.
     :raises CheckpointError: when it has not halted at this event, or there are earlier events that it handles now.
     :raises CheckpointMismatchError: when the consumer does not fit its log or its tables.
@@ -240,7 +240,7 @@ def reset_reactions(consumer: Consumer, position: int, *, by: str, reason: str =
 
     :param consumer: the reactions of a projection.
     :param position: the position, from 0 (the beginning of the log) to the log's end.
-    :param by: who asks for it.
+    :param by: the operator who asks for it.
     :param reason: why.
     :raises CheckpointError: when there is no such position in the log, or the consumer is not one of reactions.
     """

@@ -98,7 +98,7 @@ def _check_mapping(rows: Any, mapping: Mapping[tuple[str, str], Converted | None
         listed = ", ".join(map(repr, missing))
         raise ConfigurationError(
             f"The journal has events of classes that the mapping has not: {listed}. Add them, with None for those that "
-            "are to be left out."
+            "shall be left out."
         )
 
 

@@ -48,7 +48,7 @@ def _names(applications: Sequence[type[Application[Any]] | str], using: str) -> 
         wanted = next((each for each in found if each not in known.configured), None)
         text = (
             f"Table stored_events of {using!r} has events of {wanted!r}, which EVENTSOURCING does not have: add it "
-            f"there, or name the applications that are to be taken over, of {_listed(found)}."
+            f"there, or name the applications to take over, of {_listed(found)}."
         )
     if wanted is not None:
         raise ConfigurationError(text)
