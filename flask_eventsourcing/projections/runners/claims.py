@@ -97,7 +97,7 @@ class Turn:
         :raises FencedError: when an older release, or a newer one, applies events inline; the next turn says what then.
         """
         end = self.consumer.end()
-        if self.consumer.kind == "projection":
+        if self.consumer.kind == "projection" and end > row.position:
             # After the end was known, so that what is noted of the events before it is there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:
