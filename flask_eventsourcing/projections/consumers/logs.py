@@ -143,8 +143,8 @@ class TableLog:
 
     def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
         """See ``EventLog``."""
-        if min(limit, stop - after) > 1:
-            limit = self.recorder.fitting(after, limit, stop, topics)
+        if (most := min(limit, stop - after)) > 1:
+            limit = self.recorder.fitting(after, most, stop, topics)
         found = self.read(after, limit, stop, topics)
         return found, found[-1].id if len(found) == limit else stop
 
