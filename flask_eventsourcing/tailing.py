@@ -31,8 +31,10 @@ LONGEST_PAUSE = 5.0
 class Waiter:
     """Waits for a time, or until :attr:`stopped` is set."""
 
+    first: float = 0.0
+    """Seconds after which to look into the log for the first time although there was no news."""
     longest: float = 0.25
-    """Seconds after which to look into the log although there was no news."""
+    """The longest time between two looks."""
 
     def __init__(self) -> None:
         # By its name at the time of the call, as gevent may put another in its place.

@@ -36,6 +36,9 @@ T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
 
+NEVER_TOO_MANY = 4
+"""Events that are read with no look at their sizes, which would keep them waiting, unless others were large."""
+
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
     """Records events, or snapshots, in aggregate sequences only."""
@@ -208,6 +211,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         :raises PersistenceError: when the database cannot be asked.
         """
+        if limit <= NEVER_TOO_MANY <= self._looks_at:
+            return limit
         limit = min(limit, self._looks_at)
         c = self.events_table.table.c
         sizes = sa.select(c.notification_id, sa.func.length(c.state).label("size")).where(c.notification_id > after)

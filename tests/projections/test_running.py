@@ -86,8 +86,8 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
         patch.setattr(type(consumer.checkpoint), "advance", advance)
         with desk.running():
             until(lambda: desk.position() == 4001)
-            assert moved[:3] == [1, 16, 32]
-            assert max(moved) == 1000
+            # Quick as the first one is, the others are as large as they may be.
+            assert moved == [1, 1000, 1000, 1000, 1000]
             del moved[:]
             desk.deposit(account_id, 1)
             until(lambda: desk.position() == 4002)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flask_eventsourcing.projections.runners import Progress
-from flask_eventsourcing.projections.runners.pace import FIRST_BATCH, Backoff, Pace
+from flask_eventsourcing.projections.runners.pace import Backoff, Pace
 
 
 def test_a_pause_grows_to_its_longest_and_begins_again() -> None:
@@ -29,21 +29,30 @@ def test_a_pause_grows_as_fast_as_is_asked() -> None:
 
 
 def test_batches_grow_while_they_are_full_and_quick() -> None:
-    """Catching up begins with one event, goes on with a first batch and doubles up to the most."""
-    pace = Pace(40, 1.0)
+    """Catching up begins with one event, and goes on with as many as are done in most of the time for a batch."""
+    pace = Pace(1000, 1.0)
     seen = []
-    for _ in range(4):
+    for _ in range(5):
         seen.append(pace.limit)
-        pace.adapt(0.1, pace.limit)
-    assert seen == [1, FIRST_BATCH, 32, 40]
+        # What each batch takes, and each event.
+        pace.adapt(0.03125 + pace.limit * 0.0009765625, pace.limit)
+    assert seen == [1, 23, 321, 698, 698]
 
 
-def test_a_batch_that_takes_too_long_is_halved() -> None:
-    """A slow batch makes the next one half as large, but never empty."""
+@pytest.mark.parametrize("seconds", [0.0, 1e-9])
+def test_batches_have_a_most(seconds: float) -> None:
+    """However quick they are, and even if the clock has not moved, batches have no more events than the most."""
+    pace = Pace(40, 1.0)
+    pace.adapt(seconds, 1)
+    assert pace.limit == 40
+
+
+def test_a_batch_that_takes_too_long_makes_the_next_one_smaller() -> None:
+    """After a slow batch the next one has as many events as fit into the time, and never none."""
     pace = Pace(1000, 0.5)
-    pace.limit = 3
-    for expected in (1, 1):
-        pace.adapt(0.6, pace.limit)
+    pace.limit = 100
+    for size, seconds, expected in [(100, 1.0, 37), (10, 0.625, 6), (6, 5.0, 1), (1, 5.0, 1)]:
+        pace.adapt(seconds, size)
         assert pace.limit == expected
 
 

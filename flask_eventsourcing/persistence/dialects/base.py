@@ -297,18 +297,21 @@ class Dialect(Looks, ForProjections, ABC):
         """Read the log by position, up to the high-water mark; a page with rows that cannot be read says so."""
         page = _Page(start, limit, stop, topics, inclusive_of_start)
         if not joined:
-            # While catching up, a full page below a mark that was found a moment ago needs no look at the locks.
+            # A full page, or one that ends below a mark that was found a moment ago, needs no look at the locks.
             known = self._marks.get(table.name)
             if known is not None and known.until > time.monotonic():
                 found = self._select_page(connection, table, page, known.position, known.condition)
-                if len(found) == limit:
+                # An empty one may be that of a table made again.
+                if len(found) == limit or (found and stop is not None and stop <= known.position):
                     return found
+        return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
+
+    def _find_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
-            self._marks[table.name] = _KnownMark(
-                mark, time.monotonic() + MARK_HOLDS_FOR, self.is_meant(connection, table)
-            )
-        return self._select_page(connection, table, page, mark)
+            until = time.monotonic() + MARK_HOLDS_FOR
+            self._marks[table.name] = _KnownMark(mark, until, self.is_meant(connection, table))
+        return mark
 
     def _select_page(
         self, connection: Connection, table: EventTable, page: _Page, mark: int | None, condition: str = ""
@@ -334,13 +337,10 @@ class Dialect(Looks, ForProjections, ABC):
 
     def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
         """Return the position of the last event up to the high-water mark, or None for an empty log."""
-        mark = self.high_water_mark(connection, table, joined=joined)
-        statement = f"SELECT max({POSITION}) FROM {table.name}"
-        parameters: list[Any] = []
-        if mark is not None:
-            statement += f" WHERE {POSITION} <= {self.mark}"
-            parameters = [mark]
-        position: int | None = self.fetch(connection, statement, parameters)[0][0]
+        mark = self._find_mark(connection, table, joined=joined)
+        upto = "" if mark is None else f" WHERE {POSITION} <= {self.mark}"
+        statement = f"SELECT max({POSITION}) FROM {table.name}{upto}"
+        position: int | None = self.fetch(connection, statement, [] if mark is None else [mark])[0][0]
         return position
 
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:

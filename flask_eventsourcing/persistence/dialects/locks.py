@@ -16,7 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -305,9 +305,11 @@ class ForProjections(ForSwaps):
         """Return what waits for news of a log, for one of many runners; here it polls."""
         return Waiter()
 
-    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
+    def update_and_notify(
+        self, connection: Connection, table: sa.Table, change: sa.Update, message: str, parameters: dict[str, Any]
+    ) -> int:
         """Update rows of a table, notify waiting readers, and return how many rows were changed."""
-        return connection.execute(change).rowcount
+        return connection.execute(change, parameters).rowcount
 
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for updates of a table; here it polls."""

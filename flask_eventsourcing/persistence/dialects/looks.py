@@ -211,12 +211,12 @@ class Looks(Driver):
 
     def _growing(self, key: tuple[Any, str], findings: list[Finding]) -> list[Finding]:
         """Go on without the columns of metadata until a table that had none of them has all, in every thread's look."""
-        now = time.monotonic()
+        now, until = time.monotonic(), self._grow_until
         if any(each.leaves_out for each in findings):
-            self._grow_until[key] = math.inf
-        elif not any(each.may_grow for each in findings):
-            self._grow_until[key] = min(self._grow_until.get(key, 0), now + LOOK_LASTS)
-        elif now < self._grow_until.get(key, 0):
+            until[key] = math.inf
+        elif key in until and not any(each.may_grow for each in findings):
+            until[key] = min(until[key], now + LOOK_LASTS)
+        elif now < until.get(key, 0):
             return [each._replace(refuses=(), leaves_out=True) if each.may_grow else each for each in findings]
         return findings
 
@@ -229,7 +229,7 @@ class Looks(Driver):
 
     def leaves_out_metadata(self, connection: Connection, table: EventTable) -> bool:
         """Whether the table has none of the columns of metadata, as its look has found."""
-        if not self._had_none:
+        if not self._grow_until:
             return False
         return any(each.leaves_out for each in self.looked_at.get((self._seen(connection).scope, table.name), ()))
 
@@ -342,9 +342,8 @@ class Looks(Driver):
         text = f"{table.fullname}.{column.name} is {found.kind}, and not {self._type_of(column)}"
         if wanted.family != there.family:
             if wanted.family and frozenset((wanted.family, there.family)) not in self.equal_families:
-                refuses = USES if needed else ()
                 remedy = "make the table as the record class has it, or give the class the type of the column"
-                yield Finding(f"{text}: {remedy}.", refuses, is_fault=needed)
+                yield Finding(f"{text}: {remedy}.", USES if needed else (), is_fault=needed)
         elif self.compares_lengths and self._is_shorter(wanted, there):
             yield Finding(f"{text}, which holds less.", is_fault=False)
 
@@ -374,8 +373,7 @@ def _further(table: sa.Table, column: sa.Column[Any], found: FoundTable, text: s
         if is_of_library:
             return Finding(text, is_fault=False, leaves_out=True)
         return Finding(text, DESCRIBE, may_grow=True)
-    is_written = COLUMN_VALUES in table.info
-    return Finding(text, DESCRIBE if is_written else (), is_fault=is_written)
+    return Finding(text, DESCRIBE, is_fault=True) if COLUMN_VALUES in table.info else Finding(text, is_fault=False)
 
 
 def keys_of(rows: Iterable[Sequence[Any]]) -> list[frozenset[str]]:

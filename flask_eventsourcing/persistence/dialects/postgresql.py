@@ -9,6 +9,7 @@ the argument.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 from uuid import UUID
@@ -83,6 +84,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         self.appends_in_autocommit: bool = options.postgres_order == "advisory-lock"
         self.appends_one_by_one: bool = options.postgres_order == "table-lock"
         self._logs: dict[tuple[str, int], KnownLog] = {}
+        self._notifying: weakref.WeakKeyDictionary[sa.Update, sa.Update] = weakref.WeakKeyDictionary()
 
     @classmethod
     def code(cls, driver_error: Any) -> object:
@@ -376,11 +378,16 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Return an advisory lock."""
         return AdvisoryLock(self.engine, name)
 
-    def update_and_notify(self, connection: Connection, table: sa.Table, change: sa.Update, message: str) -> int:
+    def update_and_notify(
+        self, connection: Connection, table: sa.Table, change: sa.Update, message: str, parameters: dict[str, Any]
+    ) -> int:
         """Notify waiting readers in the statement that writes the row, so that it costs no round trip."""
         if self._is_quiet(connection):
-            return super().update_and_notify(connection, table, change, message)
-        return len(connection.execute(change.returning(sa.func.pg_notify(table.name, message))).all())
+            return super().update_and_notify(connection, table, change, message, parameters)
+        notifying = self._notifying.get(change)
+        if notifying is None:
+            notifying = self._notifying[change] = change.returning(sa.func.pg_notify(table.name, message))
+        return len(connection.execute(notifying, parameters).all())
 
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""

@@ -77,7 +77,8 @@ class Applier:
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
-        self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name))
+        look = Undeclared(consumer).look
+        self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name), look)
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._recordings = Recordings(consumer)
@@ -89,10 +90,6 @@ class Applier:
     def _mapper(self) -> Mapper[Any]:
         # Looked up once, as there are many thousand events a second.
         return self.consumer.application.mapper
-
-    @cached_property
-    def _undeclared(self) -> Undeclared:
-        return Undeclared(self.consumer)
 
     @property
     def letters(self) -> DeadLetters:
@@ -241,7 +238,7 @@ class Applier:
         *,
         called: bool = False,
     ) -> None:
-        last, leased = self.consumer.last_event(connection, position, notifications), self.consumer.leased
+        last, leased = self.consumer.noted_event(connection, position, notifications), self.consumer.leased
         checkpoint = self.consumer.checkpoint
         checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
 
@@ -262,7 +259,7 @@ class Applier:
         try:
             with (
                 unit.gate.hold(ENDED.format(name)),
-                self._undeclared.watching(connection),
+                self._refusing_saves(),
                 self._batches.applying(session, connection, notifications) as batch,
             ):
                 for notification in notifications:
@@ -290,12 +287,12 @@ class Applier:
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""
-        with self._batches.applying(session, self.connection(session), [notification]) as batch:
+        with self._refusing_saves(), self._batches.applying(session, self.connection(session), [notification]) as batch:
             self._handle_one(session, notification)
             batch.end_event()
             session.flush()
 
-    def _saving(self) -> AbstractContextManager[None]:
+    def _refusing_saves(self) -> AbstractContextManager[None]:
         """A block within which handlers save nothing that would stay when their transaction is rolled back."""
         is_reaction = self.consumer.kind == "reactions"
         return nullcontext() if is_reaction else refusing_saves(APART.format(self.projection.__class__.__name__))
@@ -321,5 +318,5 @@ class Applier:
         last, named = self.projection.arguments_of(handler, session)
         if self.consumer.kind == "reactions":
             last, named = (self._recordings.key(connection, notification),), {}
-        with self._recordings.causing(connection, position), self.projection.told_errors(), self._saving():
+        with self._recordings.causing(connection, position), self.projection.told_errors():
             call(handler, self.projection, event, last, recorded, **named)

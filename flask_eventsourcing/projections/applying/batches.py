@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,10 +68,19 @@ class Batches:
 
     :param id_keys: the models whose primary key can be the id of an aggregate, with that column.
     :param ended: what is said when a handler ends the transaction.
+    :param look: called with each statement before it is executed, and its context.
     """
 
-    def __init__(self, dialect: Dialect, models: Sequence[Any], id_keys: Sequence[tuple[Any, Any]], ended: str) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        models: Sequence[Any],
+        id_keys: Sequence[tuple[Any, Any]],
+        ended: str,
+        look: Callable[[str, Any], None],
+    ) -> None:
         self.dialect = dialect
+        self.look = look
         self._id_keys = id_keys
         self.ended = ended
         self.flushes_each = False
@@ -143,7 +152,7 @@ class Batch:
 
     def __init__(self, batches: Batches, session: orm.Session, connection: Connection) -> None:
         self._batches = batches
-        self._session = session
+        self._session: Any = session
         self._connection = connection
         self._begun = session.get_transaction(), connection.get_transaction()
         self._state = _State(batches.flushes_each or not session.autoflush or _has_flush_listeners(session))
@@ -155,27 +164,26 @@ class Batch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to the session and the connection."""
-        targets: list[tuple[Any, str, Callable[..., None]]] = [
-            (self._session, "transient_to_pending", self._add),
-            # These two as in the recipe "Creating a Strong Referencing Identity Map" of SQLAlchemy's documentation.
-            (self._session, "pending_to_persistent", self._inserted),
-            (self._session, "loaded_as_persistent", self._loaded),
-            (self._session, "before_flush", self._before_flush),
-            (self._session, "after_flush_postexec", self._after_flush),
-            (self._session, "after_soft_rollback", self._after_flush),
-            (self._connection, "before_cursor_execute", self._before_statement),
-            (self._connection, "after_cursor_execute", self._after_statement),
-        ]
-        for target in targets:
-            sa.event.listen(*target)
+        """Hear of what the session and the connection do."""
+        if self._session not in _heard:
+            # For all batches to come, as that takes longer than what is heard of one.
+            _heard.add(self._session)
+            for name, listener in _OF_SESSIONS.items():
+                sa.event.listen(self._session, name, listener)
+        # Not to the engine: other threads use it.
+        of_connection = (
+            ("before_cursor_execute", self._before_statement),
+            ("after_cursor_execute", self._after_statement),
+        )
+        for target in of_connection:
+            sa.event.listen(self._connection, *target)
         self._session.info[_KEY] = self
         try:
             yield
         finally:
             del self._session.info[_KEY]
-            for target in targets:
-                sa.event.remove(*target)
+            for target in of_connection:
+                sa.event.remove(self._connection, *target)
             # The last batch is known until the next one, which may be long.
             self._kept.clear()
             self._added.clear()
@@ -197,9 +205,10 @@ class Batch:
             raise ObservedError
         if (
             self._flushes
-            or self._session.deleted
+            # Not the property, which makes a set for each event.
+            or self._session._deleted
             or len(self._kept) > MOST_KEPT
-            or not all(map(self._batches.keeps_row, self._added))
+            or (self._added and not all(map(self._batches.keeps_row, self._added)))
         ):
             self._flushes = True
             self._session.flush()
@@ -214,16 +223,14 @@ class Batch:
         self._kept += instances
 
     def noted(self, column: sa.Column[Any], value: Any) -> None:
-        """Told of a value that is set in a row of a plain class."""
+        """Hear of a value that is set in a row of a plain class."""
         if not self._flushes and not self._batches.keeps(column, value):
             self._flushes = True
 
-    # ------------------------------------------------------------------------------------------------- of sessions
-
-    def _add(self, session: orm.Session, instance: Any) -> None:
+    def _add(self, instance: Any) -> None:
         self._added.append(instance)
 
-    def _inserted(self, session: orm.Session, instance: Any) -> None:
+    def _inserted(self, instance: Any) -> None:
         self._kept.append(instance)
         if not self._flushes and not self._batches.keeps_row(instance):
             # A default has given it a value that may come back as another, and an earlier event may have added it.
@@ -231,17 +238,17 @@ class Batch:
             self._flushes = True
             self._state.is_observed = self._state.has_waiting
 
-    def _loaded(self, session: orm.Session, instance: Any) -> None:
+    def _loaded(self, instance: Any) -> None:
         self._kept.append(instance)
         if not self._flushes and not self._batches.is_plain(type(instance)):
             self._flushes = True
 
-    def _before_flush(self, session: orm.Session, context: Any, instances: Any) -> None:
+    def _before_flush(self, context: Any, instances: Any) -> None:
         self._state.is_flushing = True
         # The database may delete and change further rows with it.
-        self._flushes = self._flushes or bool(session.deleted)
+        self._flushes = self._flushes or bool(self._session.deleted)
 
-    def _after_flush(self, session: orm.Session, context: Any) -> None:
+    def _after_flush(self, context: Any) -> None:
         self._state.is_flushing = False
 
     def _forget(self) -> None:
@@ -252,17 +259,10 @@ class Batch:
                 self._session.expire(instance)
         self._kept.clear()
 
-    def _observe(self) -> None:
-        if self._state.has_waiting:
-            # Noted, too: handlers catch errors.
-            self._state.is_observed = True
-            raise ObservedError
-
-    # ---------------------------------------------------------------------------------------------- of statements
-
     def _before_statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
+        self._batches.look(statement, context)
         self._state.is_waiting = True
         if self._state.is_flushing or statement.startswith(_OF_SAVEPOINTS):
             return
@@ -270,12 +270,14 @@ class Batch:
         is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
         if (is_text and _ENDS.match(statement)) or self._batches.dialect.commits_implicitly(statement):
             raise HandlerError(self._batches.ended)
-        session: Any = self._session
+        session = self._session
         # A bulk operation has the session marked as flushing, without a flush.
         if session.autoflush and not session._flushing:
             session.flush()
-        elif not self._flushes and (session.new or session.dirty):
-            self._observe()
+        elif self._state.has_waiting and not self._flushes and (session.new or session.dirty):
+            # Noted, too: handlers catch errors.
+            self._state.is_observed = True
+            raise ObservedError
 
     def _after_statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
@@ -283,6 +285,32 @@ class Batch:
         self._state.is_waiting = False
         if not self._state.is_flushing and _CHANGES.search(statement):
             self._forget()
+
+
+Listener = Callable[..., None]
+_heard: weakref.WeakSet[orm.Session] = weakref.WeakSet()
+
+
+def _telling(method: Callable[..., None]) -> Listener:
+    """Return what tells the batch of a session, while there is one."""
+
+    def heard(session: orm.Session, *what: Any) -> None:
+        batch = session.info.get(_KEY)
+        if batch is not None:
+            method(batch, *what)
+
+    return heard
+
+
+_OF_SESSIONS: Mapping[str, Listener] = {
+    "transient_to_pending": _telling(Batch._add),
+    # These two as in the recipe "Creating a Strong Referencing Identity Map" of SQLAlchemy's documentation.
+    "pending_to_persistent": _telling(Batch._inserted),
+    "loaded_as_persistent": _telling(Batch._loaded),
+    "before_flush": _telling(Batch._before_flush),
+    "after_flush_postexec": _telling(Batch._after_flush),
+    "after_soft_rollback": _telling(Batch._after_flush),
+}
 
 
 @dataclass
@@ -341,20 +369,21 @@ def _watch(model: type[Any]) -> None:
         return
     _watched.add(model)
     for each in sa.inspect(model).column_attrs:
-        sa.event.listen(each.class_attribute, "set", _setter(each.columns[0]), raw=True)
+        # With all that SQLAlchemy offers, as it puts nothing around such a function.
+        sa.event.listen(each.class_attribute, "set", _setter(each.columns[0]), raw=True, retval=True, include_key=True)
 
 
-def _setter(column: sa.Column[Any]) -> Callable[..., None]:
+def _setter(column: sa.Column[Any]) -> Callable[..., Any]:
     expected = _python_type(column)
     is_moment = expected is datetime
 
-    def noted(state: Any, value: Any, old: Any, initiator: Any) -> None:
-        if type(value) is expected and not is_moment:
-            return
-        session = state.session
-        batch: Batch | None = None if session is None else session.info.get(_KEY)
-        if batch is not None:
-            batch.noted(column, value)
+    def noted(state: Any, value: Any, old: Any, initiator: Any, **key: Any) -> Any:
+        if type(value) is not expected or is_moment:
+            session = state.session
+            batch: Batch | None = None if session is None else session.info.get(_KEY)
+            if batch is not None:
+                batch.noted(column, value)
+        return value
 
     return noted
 
@@ -362,9 +391,10 @@ def _setter(column: sa.Column[Any]) -> Callable[..., None]:
 def _has_flush_listeners(session: orm.Session) -> bool:
     """Whether somebody does something at each flush, so that their number can be observed."""
     dispatch: Any = session.dispatch
-    listeners = [each for name in _FLUSHES for each in getattr(dispatch, name)]
+    listeners = [each for name in _FLUSHES for each in getattr(dispatch, name) if each not in _OWN]
     # SQLAlchemy-Utils has one on each session, which does nothing for whom has no aggregated attributes.
     return any(each != manager.construct_aggregate_queries or manager.generator_registry for each in listeners)
 
 
 _FLUSHES = ("before_flush", "after_flush", "after_flush_postexec")
+_OWN = tuple(_OF_SESSIONS.values())

@@ -29,6 +29,11 @@ REST = ""
 """The topic under which positions are counted that nobody has read."""
 
 
+TEXT = sa.Text()
+NOTED = "of_position"
+"""The parameter of statements that note which event is at a position."""
+
+
 class Found(NamedTuple):
     """Which event is at a position; not each has an id of its own."""
 
@@ -72,11 +77,13 @@ class EventLog(Protocol):
     def at(self, position: int, text: Any) -> tuple[Any, Any]:
         """Return id and version of the event at a position, None where there is none, as values of a statement.
 
+        What is not known yet is a subquery whose parameter :data:`NOTED` is the position.
+
         :param text: the type of the column that has the id as a text.
         """
 
     def event_id(self, connection: Connection, position: int) -> Any:
-        """Return the id of the event at a position as a text, None where it has none, as a value of a statement."""
+        """Return the id of the event at a position as a text, or None, as a value of a statement like :meth:`at`."""
 
     def identity(self, connection: Connection | None = None) -> int | None:
         """Return what tells the log from every other, None where there is nothing to tell it by."""
@@ -117,6 +124,7 @@ class TableLog:
         self.datastore = datastore
         self.name = name
         self._find = find
+        self._noted: dict[tuple[sa.Table, str, Any], sa.ScalarSelect[Any]] = {}
 
     @property
     def recorder(self) -> SQLAlchemyApplicationRecorder:
@@ -154,8 +162,8 @@ class TableLog:
 
     def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
         """See ``EventLog``."""
-        if min(limit, stop - after) > 1:
-            limit = self.recorder.fitting(after, limit, stop, topics)
+        if (most := min(limit, stop - after)) > 1:
+            limit = self.recorder.fitting(after, most, stop, topics)
         found = self.read(after, limit, stop, topics)
         return found, found[-1].id if len(found) == limit else stop
 
@@ -175,26 +183,32 @@ class TableLog:
 
     def at(self, position: int, text: Any) -> tuple[Any, Any]:
         """See ``EventLog``; it is read by the statement that notes it."""
-        c = self._columns
-        there = c.notification_id == position
-        return (
-            sa.select(sa.cast(c.originator_id, text)).where(there).scalar_subquery(),
-            sa.select(c.originator_version).where(there).scalar_subquery(),
-        )
+        return self._once("originator_id", text), self._once("originator_version")
 
     def event_id(self, connection: Connection, position: int) -> Any:
         """See ``EventLog``; it is read by the statement that notes it."""
-        return sa.select(self._id_text(connection)).where(self._columns.notification_id == position).scalar_subquery()
+        return self._once("event_id", TEXT) if self._has_ids(connection) else None
 
-    def _id_text(self, connection: Connection) -> sa.ColumnElement[Any]:
-        """Return the ids of events as texts; NULL for a table without them, and for bytes, which may be no text."""
+    def _once(self, name: str, text: Any = None) -> Any:
+        """Return a column of the event at a position, the same object each time, so that statements are built once."""
+        table = self.recorder.events_table.table
+        found = self._noted.get((table, name, text))
+        if found is None:
+            c = table.c
+            value = c[name] if text is None else sa.cast(c[name], text)
+            there = c.notification_id == sa.bindparam(NOTED, type_=c.notification_id.type)
+            found = self._noted[table, name, text] = sa.select(value).where(there).scalar_subquery()
+        return found
+
+    def _has_ids(self, connection: Connection) -> bool:
+        """Whether events have ids as texts, which bytes may not be."""
         events, dialect = self.recorder.events_table, self.recorder.dialect
         column = events.table.c.get("event_id")
         located = dialect.located(connection, events)
         dialect.look(connection, located, "read")
-        if column is None or getattr(column.type, "binary", False) or dialect.leaves_out_metadata(connection, located):
-            return sa.null()
-        return sa.cast(column, sa.Text())
+        if column is None or getattr(column.type, "binary", False):
+            return False
+        return not dialect.leaves_out_metadata(connection, located)
 
     def identity(self, connection: Connection | None = None) -> int | None:
         """See ``EventLog``."""
@@ -211,7 +225,8 @@ class TableLog:
         events = self.recorder.events_table
         c, read_id, tracking = events.table.c, events.read_id, self._tracking
         # As the driver gives it: others may have written an id that is none.
-        of_event = (sa.type_coerce(c.originator_id, sa.String()), c.originator_version, self._id_text(connection))
+        event_id = sa.cast(c.event_id, TEXT) if self._has_ids(connection) else sa.null()
+        of_event = (sa.type_coerce(c.originator_id, sa.String()), c.originator_version, event_id)
         at = c.notification_id == position
         if tracking is not None:
             query = sa.select(tracking.c.notification_id, *of_event).where(tracking.c.application_name == IDENTITY)

@@ -222,21 +222,10 @@ class Undeclared:
         self._own = own_tables(consumer)
         self._is_told = consumer.kind != "projection"
 
-    @contextmanager
-    def watching(self, connection: Connection) -> Iterator[None]:
-        """Watch what handlers execute on a connection within this context."""
+    def look(self, statement: str, context: Any) -> None:
+        """Look at a statement before it is executed."""
         if self._is_told:
-            yield
             return
-        sa.event.listen(connection, "before_cursor_execute", self._look)
-        try:
-            yield
-        finally:
-            sa.event.remove(connection, "before_cursor_execute", self._look)
-
-    def _look(
-        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
-    ) -> None:
         for table in written_tables(statement, context):
             if self._is_told or table in self._consumer.tables:
                 continue

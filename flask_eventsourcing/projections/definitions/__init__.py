@@ -194,6 +194,9 @@ class Handlers:
         return None
 
 
+ERRORS_AS_THEY_ARE: AbstractContextManager[object] = nullcontext()
+
+
 def call(
     handler: Callable[..., Any],
     projection: ModelProjection,
@@ -257,7 +260,7 @@ class ModelProjection:
 
     def told_errors(self) -> AbstractContextManager[object]:
         """Return the context in which a handler is called, and in which errors are SQLAlchemy's."""
-        return nullcontext()
+        return ERRORS_AS_THEY_ARE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -32,7 +32,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 STANDBY_PAUSE = 0.5
 """Seconds between the tries of a runner that stands by to take over."""
-SHORTEST_WAIT, GROWTH = 0.005, 1.5
+SHORTEST_WAIT, GROWTH = 0.003, 1.5
 SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -324,9 +324,6 @@ class Runner:
                     progress.state = "up to date"
                     return True
                 if claimed.position >= progress.high_water_mark:
-                    progress.high_water_mark = self.turn.find_end(claimed)
-                if claimed.position >= progress.high_water_mark:
-                    progress.state = "up to date"
                     self._wait(waiter, claimed, heartbeat)
                     continue
                 claimed = self._move(claimed, once, pages, delivery)
@@ -355,7 +352,7 @@ class Runner:
     def _wait(self, waiter: Waiter, claimed: CheckpointRow, heartbeat: Heartbeat) -> None:
         """Wait until there is something to do."""
         pause = Backoff(SHORTEST_WAIT, waiter.longest, GROWTH)
-        look = time.monotonic()
+        look = time.monotonic() + waiter.first - pause.seconds
         heartbeat.resting = claimed
         try:
             while not self.stop.is_set():
@@ -366,6 +363,7 @@ class Runner:
                     self.progress.high_water_mark = self.turn.find_end(claimed)
                     if self.progress.high_water_mark > claimed.position:
                         return
+                    self.progress.state = "up to date"
                     # After news that cannot be read yet, because a writer is in progress, look again soon.
                     pause.reset() if news else pause.grow()
                     look = now

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
 from ...persistence.dialects import MAY_PASS, is_outage
 from ...persistence.dialects.locks import RunnerLock
-from ..checkpoint import CheckpointRow, FencedError, LeaseWatch
+from ..checkpoint import LEASE, CheckpointRow, FencedError
 from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Belonging, Mismatch
 from ..consumers.inline import Ranges, merge_ranges
@@ -21,6 +22,22 @@ MERGE_EVERY = 20.0
 """Seconds between two times at which an idle worker merges what inline projections have noted."""
 LOOK_EVERY = 5.0
 """Seconds between two looks of an idle runner at its log and its tables."""
+
+
+class LeaseWatch:
+    """Notices that a lease is not renewed, by the clock of this process, as the other's may be wrong."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str | None, datetime | None] = (None, None)
+        self._since = time.monotonic()
+
+    def abandoned(self, row: CheckpointRow | None) -> CheckpointRow | None:
+        """Return the row if its lease has not changed for as long as a lease lasts."""
+        seen = (None, None) if row is None else (row.token, row.leased_until)
+        if seen != self._seen or seen[0] is None:
+            self._seen, self._since = seen, time.monotonic()
+            return None
+        return row if time.monotonic() - self._since > LEASE else None
 
 
 class Turn:
@@ -97,7 +114,7 @@ class Turn:
         :raises FencedError: when an older release, or a newer one, applies events inline; the next turn says what then.
         """
         end = self.consumer.end()
-        if self.consumer.kind == "projection":
+        if self.consumer.kind == "projection" and end > row.position:
             # After the end was known, so that what is noted of the events before it is there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:

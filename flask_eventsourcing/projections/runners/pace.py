@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-FIRST_BATCH = 16
+AIM = 0.75
+"""The part of the longest time of a batch that the next one is to take."""
 
 
 class Backoff:
@@ -56,7 +57,6 @@ class Pace:
     def adapt(self, seconds: float, size: int) -> None:
         """Adapt to the time that a batch of a size has taken."""
         # At the end of the log a page has what there is, often a single event: that says nothing.
-        if seconds > self.seconds:
-            self.limit = max(1, min(size, self.limit) // 2)
-        elif size == self.limit and seconds < self.seconds / 2:
-            self.limit = min(self.most, max(FIRST_BATCH, self.limit * 2))
+        if seconds > self.seconds or (size == self.limit and seconds < self.seconds / 2):
+            fitting = int(size * AIM * self.seconds / seconds) if seconds > 0 else self.most
+            self.limit = min(self.most, max(1, fitting))
