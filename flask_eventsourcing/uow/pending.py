@@ -15,9 +15,10 @@ from sqlalchemy.engine import Connection
 
 from ..failures import Logged
 from ..metadata import Recorded
+from ..persistence import Dialect
 from ..persistence.describing import PLAIN_DESCRIPTION, Description
-from ..persistence.dialects.calls import Calls
-from ..persistence.dialects.event_tables import POSITION, EventTable
+from ..persistence.dialects.calls import Calls, ask
+from ..persistence.dialects.event_tables import EventTable
 
 T = TypeVar("T")
 
@@ -230,14 +231,15 @@ def state_of(connection: Connection) -> ConnectionState:
     return found
 
 
-def is_there(connection: Connection, batch: Batch) -> bool:
-    """Whether a connection's transaction sees the events of a batch, at their positions."""
-    table = batch.table.table
-    columns = table.c[POSITION], table.c.originator_version
-    wanted = set(zip(batch.positions, (event.originator_version for event in batch.events), strict=True))
-    first, last = min(batch.positions), max(batch.positions)
-    found = connection.execute(sa.select(*columns).where(columns[0] >= first, columns[0] <= last))
-    return wanted <= {(row[0], row[1]) for row in found}
+def is_there(dialect: Dialect, connection: Connection, batch: Batch) -> bool:
+    """Whether the driver's connection sees the events of a batch, and not others that have got their positions since.
+
+    :raises: the driver's errors.
+    """
+    table = dialect.located(connection, batch.table)
+    statement = table.between(min(batch.positions), max(batch.positions))
+    found = {event.id: event for event in table.page(ask(connection.connection.dbapi_connection, statement))}
+    return all(found.get(event.id) == event for event in batch.notifications)
 
 
 def _no_connection() -> Connection | None:
@@ -257,7 +259,6 @@ class Following:
         self.is_prepared: bool = False
         """Whether it waits for the second phase of its commit: no statement can be run, and it outlives connections."""
         self._suspicion: int = 0
-        self.is_asking: bool = False
         self.ends: int = 0
         """How often the driver's connection had been committed or rolled back when the first event was noted."""
         self.strays: int = 0
@@ -301,26 +302,16 @@ class Following:
         """Whether it may have been ended and another begun, which sees everything that was committed."""
         return self._suspicion > 0
 
-    def ask(
-        self, connection: Connection, batches: Iterable[Batch], text: Callable[[BaseException], str]
-    ) -> set[int] | None:
+    def ask(self, dialect: Dialect, connection: Connection, batches: Iterable[Batch]) -> set[int] | None:
         """Return which batches the transaction sees, by their ``id()``, or None if that cannot be asked."""
-        self.is_asking = True
         try:
-            return {id(batch) for batch in batches if is_there(connection, batch)}
-        except sa.exc.SQLAlchemyError as error:
-            reason = text(getattr(error, "orig", None) or error)
+            return {id(batch) for batch in batches if is_there(dialect, connection, batch)}
+        except (sa.exc.SQLAlchemyError, dialect.driver_error) as error:
+            reason = dialect.text(getattr(error, "orig", None) or error)
             logger.warning("It is unknown whether events that were saved are stored: %s", reason)
             return None
-        finally:
-            self.is_asking = False
 
     def open_connection(self) -> Connection | None:
         """Return the connection that is followed, unless it is closed or lost."""
         connection = self.connection()
         return None if connection is None or connection.closed or connection.invalidated else connection
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the database cannot be asked now."""
-        return self.is_asking or self.is_prepared

@@ -283,7 +283,7 @@ class UnitOfWork(Unit):
         if not (self.pending or self.following.is_committing):
             return
         connection = self.following.open_connection()
-        if connection is None or self.following.is_busy:
+        if connection is None or self.following.is_prepared:
             return
         if self.following.is_committing and not connection.in_transaction():
             self.committed()
@@ -300,14 +300,14 @@ class UnitOfWork(Unit):
         self.following.asked(self.dialect.calls(connection))
         if self.dialect.is_over(connection):
             self.dialect.ended_past(connection)
-        if self._find_gone(connection):
+        if self._find_gone(connection, is_over=is_over):
             self.note_rollback_in_run()
         if is_over and self.pending.has(Batch):
             self._committed_past()
 
     def look_for_commit(self, connection: Connection) -> None:
         """Before a rollback, find out whether there was a commit without SQLAlchemy."""
-        if connection.invalidated or self.following.is_busy or not self.pending.has(Batch):
+        if connection.invalidated or self.following.is_prepared or not self.pending.has(Batch):
             return
         is_over = self._is_over(connection)
         if not (is_over or self.following.was_suspicious) or self.dialect.is_aborted(connection):
@@ -315,7 +315,7 @@ class UnitOfWork(Unit):
         # What this transaction has would look like what one before it has committed.
         if not is_over and not self.dialect.roll_back(connection):
             return
-        gone = self._find_gone(connection)
+        gone = self._find_gone(connection, is_over=True)
         if self.pending.has(Batch):
             self._committed_past()
         self.following.rolled_back += of_kind(gone, Batch)
@@ -326,12 +326,18 @@ class UnitOfWork(Unit):
             run.has_committed = True
         self.committed()
 
-    def _find_gone(self, connection: Connection) -> list[Item]:
-        """Forget the events that the transaction does not see, and return what was forgotten."""
-        there = self.following.ask(connection, self.pending.all(Batch), self.dialect.text)
+    def _find_gone(self, connection: Connection, *, is_over: bool) -> list[Item]:
+        """Forget the events that the transaction does not see, and return what was forgotten.
+
+        :param is_over: whether it has ended; what cannot be asked is forgotten then, as nobody may be told a guess.
+        """
+        there = self.following.ask(self.dialect, connection, self.pending.all(Batch))
         if there is None:
-            # It stays pending, so that it is told in the end.
-            return []
+            if not is_over:
+                # It stays pending, and is asked again.
+                self.following.suspect()
+                return []
+            there = set()
         gone = self.pending.keep(lambda batch: id(batch) in there)
         call_all(of_kind(gone, AfterRollback))
         return gone

@@ -14,7 +14,7 @@ from django.test import Client
 from flask_eventsourcing.signals import events_discarded, events_recorded
 from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
 from tests.django_host.test_requests import ask, client, swallowing
-from tests.domain import Account
+from tests.domain import Account, in_thread
 
 __all__ = ["client"]
 
@@ -231,6 +231,25 @@ def test_manual_transaction_past_django(site: DjangoBank) -> None:
             site.connection.rollback()
         site.connection.set_autocommit(True)
     assert site.stored()[0] == 2
+
+
+@pytest.mark.parametrize("url", DATABASES[:2], indirect=True)
+def test_events_of_others_at_a_lost_position(site: DjangoBank) -> None:
+    """Events that the driver has rolled back are not taken for those of others that have got their positions since."""
+    site.connection.set_autocommit(False)
+    try:
+        with told() as (stored, _):
+            site.opened()
+            site.connection.connection.rollback()
+            in_thread(site.opened)
+            with pytest.raises(Error):
+                site.connection.commit()
+            assert stored == [1]
+    finally:
+        with suppress(Error):
+            site.connection.rollback()
+        site.connection.set_autocommit(True)
+    assert site.stored()[0] == 1
 
 
 def test_statements_of_a_block_are_not_suspected(site: DjangoBank) -> None:

@@ -34,6 +34,8 @@ WITHOUT_MEANING = {
     "test_save_with_a_session_inside_a_unit": SESSIONS,
     "test_unit_in_which_somebody_rolls_back_stores_nothing": "Django refuses both inside a block with its own error",
     "test_only_the_unit_commits_inside_a_unit": "Django refuses both inside a block with its own error",
+    "test_events_of_others_at_a_lost_position_are_not_ours": "an end past Django is not one that it knows",
+    "test_what_is_unknown_is_not_announced": SESSIONS,
     "test_object_is_refused_whatever_ended_the_transaction[reset": SESSIONS,
     **{
         f"test_{what}_by_any_way_{how}[{way}": "an end past Django is not one that it knows"

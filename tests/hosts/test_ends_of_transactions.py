@@ -115,6 +115,42 @@ def test_another_transaction_of_psycopg2_is_another(site: HostSite, end: str) ->
     assert site.stored() == (int(end == "commit"), 0)
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["another account", "the same account"])
+def test_events_of_others_at_a_lost_position_are_not_ours(site: HostSite, same: bool) -> None:
+    """Events that are rolled back past the session are not taken for those of others that get their positions."""
+    if is_shared(site, "driver"):
+        return
+    account_id, other_id = site.opened(), site.opened()
+    with site.working():
+        site.bank.deposit(account_id, 7)
+        driver(site).rollback()
+        site.elsewhere(lambda: site.bank.deposit(account_id if same else other_id, 9))
+        with recorded() as heard:
+            with suppress(sa.exc.SQLAlchemyError):
+                # Rolled back past it, the session may refuse to commit.
+                site.commit()
+            assert heard == []
+    assert site.stored() == (3, 0)
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+def test_what_is_unknown_is_not_announced(site: HostSite, savepoint: bool) -> None:
+    """Events are announced only if the database says that they are there, not if SQLAlchemy cannot ask it any more."""
+    if is_shared(site, "driver"):
+        return
+    with recorded() as heard:
+        with site.working(), suppress(sa.exc.SQLAlchemyError, RollbackOnlyError):
+            site.session.begin_nested()
+            with site.host.transaction():
+                # The savepoint is gone too, which SQLAlchemy does not know.
+                driver(site).rollback()
+                if savepoint:
+                    text(site, "SAVEPOINT mine")
+                site.bank.open_account()
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
 SAVEPOINTS: dict[str, tuple[Callable[[HostSite], Any], Callable[[HostSite, Any], Any]]] = {
     "session": (lambda site: site.session.begin_nested(), lambda site, savepoint: savepoint.rollback()),
     "connection": (lambda site: of_connection(site).begin_nested(), lambda site, savepoint: savepoint.rollback()),

@@ -103,6 +103,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     (SAVE, COMMIT, Step("statement error", caught=True), Step("unit", body=(SAVE,))),
     (Step("unit", body=(SAVE, Step("orm savepoint"), Step("text rollback"), Step("fault"))),),
     (SAVE, Step("savepoint", body=(Step("orm savepoint"), Step("text rollback"), ROLLBACK))),
+    (Step("orm savepoint"), Step("unit", body=(Step("driver rollback"), Step("text savepoint"), SAVE))),
 ]
 """What failed once, in as few steps as that takes."""
 SETTINGS_OF_FLASK = (

@@ -255,7 +255,7 @@ class DjangoUnit(Unit):
         is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
         if is_refused or is_doubtful or (self.dialect.driver_knows_end and self._is_over()):
             batches = self._marked.all(Batch)
-            if batches and (is_refused or not all(is_there(connection, each) for each in batches)):
+            if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
                 raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:
@@ -263,7 +263,7 @@ class DjangoUnit(Unit):
         try:
             with driver_errors():
                 connection = self._borrowed.connection()
-                return {id(each) for each in batches if is_there(connection, each)}
+                return {id(each) for each in batches if is_there(self.dialect, connection, each)}
         except (sa.exc.SQLAlchemyError, Error, self.dialect.driver_error) as error:
             logger.warning("Nobody knows what became of events that were saved: %s", type(error).__name__)
             return None

@@ -176,6 +176,11 @@ class EventTable:
             parameters += [originator_id] * (1 + snapshots) if first else ()
         return " UNION ALL ".join(statements), parameters
 
+    def between(self, first: int, last: int) -> str:
+        """Return the statement that reads what :meth:`page` takes, without parameters."""
+        columns = ", ".join((POSITION, *EVENT_COLUMNS))
+        return f"SELECT {columns} FROM {self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
+
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
 

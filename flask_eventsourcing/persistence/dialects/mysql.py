@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Collection, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from traceback import walk_tb
 from typing import Any, ClassVar
 from uuid import UUID
@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..._patches import dialect_rollback
 from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
-from .calls import count_calls
+from .calls import ask, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, columns_of, gap, heads
 from .event_values import check_tracking
 from .locks import RunnerLock
@@ -374,11 +374,7 @@ def _has_ended(connection: Connection, error: BaseException) -> bool:
 
 
 def _answer(driver: Any, expression: str) -> bool:
-    # Past what counts the cursors of others.
-    with closing(type(driver).cursor(driver)) as cursor:
-        cursor.execute(f"SELECT {expression}")
-        row: Any = cursor.fetchone()
-    return bool(row[0])
+    return bool(ask(driver, f"SELECT {expression}")[0][0])
 
 
 def _tolerate_rolled_back(engine: Engine) -> None:
