@@ -44,7 +44,7 @@ class ApplicationConstructingError(LifecycleError):
 
 
 class UncommittedEventsError(FlaskEventSourcingError):
-    """Events were saved and then neither committed nor rolled back: call db.session.commit()."""
+    """Events were saved and then neither committed nor rolled back: commit them, or roll them back."""
 
 
 class RollbackOnlyError(FlaskEventSourcingError):
@@ -168,7 +168,7 @@ class CommitOutcomeUnknownError(FlaskEventSourcingError, persistence.Operational
 
 
 class OldSnapshotError(FlaskEventSourcingError):
-    """The session's transaction reads from an older snapshot: call db.session.rollback() before wait_for."""
+    """The session's transaction reads from an older snapshot: end the transaction before wait_for."""
 
 
 class ImportedEventsError(FlaskEventSourcingError):

@@ -14,7 +14,7 @@ import pytest
 from tests import servers
 from tests.cassandra_nodes import keyspace_on, require_cassandra, start_node
 from tests.galera import galera_cluster
-from tests.length import IS_LONG
+from tests.length import is_drawn
 from tests.servers import ServerFolder, require
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ def pytest_configure_node(node: WorkerController) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked ``long``, but in a long run."""
-    if IS_LONG:
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    config.stash[LEFT_OUT] = len(long)
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    """Leave out the tests marked ``long``, but in a long run; where all servers are, a part of them is drawn."""
+    run: str = getattr(config, "workerinput", {}).get("testrunuid", "")
+    drawn = {item: not item.get_closest_marker("long") or is_drawn(item.nodeid, run) for item in items}
+    left_out = [item for item in items if not drawn[item]]
+    config.stash[LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if drawn[item]]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

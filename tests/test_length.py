@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import length
+
 TESTS = """
 import pytest
 
@@ -24,7 +26,7 @@ def test_once(): pass
 
 @pytest.mark.parametrize(
     ("workers", "variables", "passed"),
-    [("2", {}, 2), ("0", {"LONG": "1"}, 4), pytest.param("0", {"REQUIRE_SERVERS": "1"}, 4, marks=pytest.mark.long)],
+    [("2", {}, 2), ("0", {"LONG": "1"}, 4), pytest.param("2", {"LONG": "1", "REQUIRE_SERVERS": "1"}, 4)],
 )
 def test_long_tests(workers: str, variables: dict[str, str], passed: int, tmp_path: Path) -> None:
     """A run leaves out the long tests and says in one line how many and how they run, or runs all where it is told."""
@@ -45,3 +47,14 @@ def test_long_tests(workers: str, variables: dict[str, str], passed: int, tmp_pa
     assert ("2 long tests were left out: 'make test LONG=1' runs them too." in done.stdout.splitlines()) == (
         passed == 2
     )
+
+
+def test_a_part_of_the_long_tests_is_drawn_where_all_servers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with all servers has about a quarter of the long tests, the same in each of its processes."""
+    monkeypatch.setattr(length, "IS_WHOLE", False)
+    monkeypatch.setattr(length, "IS_LONG", True)
+    tests = [f"tests/test_some.py::test_case[{number}]" for number in range(1000)]
+    first, second = ([each for each in tests if length.is_drawn(each, run)] for run in ("first", "second"))
+    assert 150 < len(first) < 350
+    assert first != second
+    assert first == [each for each in tests if length.is_drawn(each, "first")]

@@ -40,6 +40,8 @@ LEASE = 3.0
 """Seconds after which another may take over from a runner that did not renew its lease."""
 BEAT = 1.0
 """Seconds between two beats of a runner's heart."""
+NOTED = "of_position"
+"""The parameter with the position, for values that a statement reads of the event there."""
 CODE_OF_TOKEN = 8
 """How many characters of its code's fingerprint a runner's token ends with."""
 
@@ -185,7 +187,7 @@ class Checkpoint:
             change = change.where(free)
             values["leased_until"] = now + timedelta(seconds=LEASE)
         with self.engine.begin() as connection:
-            if connection.execute(change.values(values)).rowcount == 0:
+            if connection.execute(change.values(values), {NOTED: values.get("position")}).rowcount == 0:
                 return None
             return self.read(connection)
 
@@ -213,23 +215,24 @@ class Checkpoint:
             noted["leased_until"] = utc_now() + timedelta(seconds=LEASE)
         # Built once, as that takes a third as long as all else of a batch with a single event.
         read = {name: value for name, value in noted.items() if isinstance(value, sa.ClauseElement)}
-        change = self._advancing(frozenset(noted), read, called)
+        change = self._advancing(frozenset(noted), read, called, claimed.token is None)
         parameters = {"its_token": claimed.token, "its_position": claimed.position, "further": applied}
         parameters |= {f"of_{name}": value for name, value in noted.items() if name not in read}
         if self.datastore.dialect.update_and_notify(connection, self.table, change, self.name, parameters) != 1:
             raise FencedError
 
-    def _advancing(self, noted: frozenset[str], read: Mapping[str, Any], called: bool) -> sa.Update:
-        key = noted, frozenset((name, id(value)) for name, value in read.items()), called
+    def _advancing(self, noted: frozenset[str], read: Mapping[str, Any], called: bool, unclaimed: bool) -> sa.Update:
+        key = noted, frozenset((name, id(value)) for name, value in read.items()), called, unclaimed
         made = self._made.get(key)
         if made is None:
             c, bind = self.table.c, sa.bindparam
             values: dict[str, Any] = {"applied": c.applied + bind("further"), "error": None, "failed_position": None}
             values["state"] = sa.case((c.state == PAUSED, PAUSED), else_=ACTIVE)
             values |= {name: bind(f"of_{name}", type_=c[name].type) for name in sorted(noted - read.keys())} | {**read}
-            change = sa.update(self.table).where(self._row, c.token == bind("its_token"))
-            change = change.where(
-                c.position == bind("its_position"), c.state.not_in((SWAPPING,) if called else (SWAPPING, PAUSED))
+            same_token = c.token.is_(None) if unclaimed else c.token == bind("its_token")
+            states = (SWAPPING,) if called else (SWAPPING, PAUSED)
+            change = sa.update(self.table).where(
+                self._row, same_token, c.position == bind("its_position"), c.state.not_in(states)
             )
             made = self._made[key] = change.values(values)
         return made
@@ -303,7 +306,8 @@ class Checkpoint:
 
     def set_values(self, connection: Connection, **values: Any) -> None:
         """Set values that an operator may change."""
-        connection.execute(sa.update(self.table).where(self._row).values(values))
+        change = sa.update(self.table).where(self._row).values(values)
+        connection.execute(change, {NOTED: values.get("position")})
 
     def set_state(self, connection: Connection, state: str) -> None:
         """Set the state."""

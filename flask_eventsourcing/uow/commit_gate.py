@@ -162,7 +162,7 @@ class CommitGate:
         refusals = self._pending.all(Refusal)
         if refusals:
             raise AbortedTransactionError(
-                f"{refusals[0].reason}, so the events that were saved cannot be committed: call db.session.rollback()."
+                f"{refusals[0].reason}, so the events that were saved cannot be committed: call {self._rollback}."
             )
         if not self._dialect.aborts_transactions or not (self.has_failed or self._pending.has(Batch)):
             return
@@ -170,5 +170,10 @@ class CommitGate:
         if connection is not None and not connection.closed and self._dialect.is_aborted(connection):
             raise AbortedTransactionError(
                 "The database aborted this transaction after an error, and a commit would drop everything in it: "
-                "call db.session.rollback(), or put what may fail into a savepoint, db.session.begin_nested()."
+                f"call {self._rollback}, or put what may fail into a savepoint."
             )
+
+    @property
+    def _rollback(self) -> str:
+        """The call that rolls back the host's session, as messages name it."""
+        return self._dialect.options.ends[1]

@@ -314,7 +314,8 @@ def make_datastore(
 
     :raises ConfigurationError: when there is none, or settings do not go with it.
     """
-    options = DialectOptions(program=PROGRAM, **{name: getattr(config, name) for name in DialectOptions.settings()})
+    given = {name: getattr(config, name) for name in DialectOptions.settings()}
+    options = DialectOptions(program=PROGRAM, ends=("db.session.commit()", "db.session.rollback()"), **given)
     store = Datastore(database.engine_of(bind_key), options, metadata=collector)
     _check_schema(store, config)
     return store

@@ -181,7 +181,7 @@ def run_storm(url: str, redis: str, folder: Path, seconds: float) -> None:
     storm.engine.dispose()
 
 
-@pytest.mark.xdist_group("web-servers-uwsgi")
+@pytest.mark.xdist_group("web-servers")
 def test_two_sites(postgres_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sites and tasks transfer among the same accounts: no update is lost, and one projection is right."""
     monkeypatch.setenv("DATABASE_URL", postgres_url)

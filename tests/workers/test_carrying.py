@@ -40,7 +40,7 @@ def assert_carried(found: dict[str, set[str]]) -> None:
     assert len(set().union(*of_kind["nobody"])) == len(of_kind["nobody"]), found
 
 
-@pytest.mark.xdist_group("celery")
+@pytest.mark.xdist_group("queues")
 def test_celery(place: Place) -> None:
     """Tries, redeliveries, links and chains of a request's task have its correlation; those of another have one."""
     require(find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
@@ -53,7 +53,7 @@ def test_celery(place: Place) -> None:
         assert_carried(correlations(place, program, expected))
 
 
-@pytest.mark.xdist_group("rq")
+@pytest.mark.xdist_group("queues")
 def test_rq(place: Place) -> None:
     """Tries, dependent jobs and many at once of a request have its correlation; of another job, its tries have one."""
     require(find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")

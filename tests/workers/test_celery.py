@@ -26,7 +26,7 @@ POOLS = {
 }
 KINDS = ("tests.workers.celery_tasks.before", "classy", "loud", "shared", "again")
 
-pytestmark = pytest.mark.xdist_group("celery")
+pytestmark = pytest.mark.xdist_group("queues")
 
 
 class Client:

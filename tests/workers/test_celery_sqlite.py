@@ -21,7 +21,7 @@ WORKER = (
 )
 COUNT = 40
 
-pytestmark = [pytest.mark.xdist_group("celery"), pytest.mark.parametrize("place", ["sqlite"], indirect=True)]
+pytestmark = [pytest.mark.xdist_group("queues"), pytest.mark.parametrize("place", ["sqlite"], indirect=True)]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.workers.serving import serving, uwsgi
 
 CHAIN = "tests.workers.chain"
 
-pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
+pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from tests.workers.serving import Database, gunicorn, serving, shared, uwsgi
 
-pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
+pytestmark = pytest.mark.xdist_group("web-servers")
 APP = "tests.workers.django_served:app"
 
 

@@ -27,7 +27,7 @@ assert answer.status_code == 202, answer.text
 print(answer.get_json()["task_id"])
 """
 
-pytestmark = pytest.mark.xdist_group("rq")
+pytestmark = pytest.mark.xdist_group("queues")
 
 
 class MailServer(socketserver.ThreadingTCPServer):

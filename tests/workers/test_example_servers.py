@@ -12,7 +12,7 @@ import pytest
 from tests.servers import require
 from tests.workers.serving import BIN, ROOT, serving
 
-pytestmark = pytest.mark.xdist_group("web-servers-flask")
+pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tests.workers.serving import AnswerError, Database, Served, check, serving
 
-pytestmark = pytest.mark.xdist_group("web-servers-flask")
+pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 def line(port: int) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from tests.workers import checks
 from tests.workers.serving import GUNICORN, Database, Served, check, gunicorn, serving, shared
 
-pytestmark = pytest.mark.xdist_group("web-servers-gunicorn")
+pytestmark = pytest.mark.xdist_group("web-servers")
 PRELOAD = pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preload"])
 CONFIGURATION = "from flask_eventsourcing.workers.gunicorn import post_worker_init, worker_exit\n"
 

@@ -24,7 +24,7 @@ CELERY = [
 ]
 RQ = ["rq.cli", "worker", "--worker-class", f"{SITE}.SiteWorker", "--burst", "--url"]
 
-pytestmark = pytest.mark.xdist_group("celery")
+pytestmark = pytest.mark.xdist_group("queues")
 
 
 def balance(place: Place, account_id: str) -> int:

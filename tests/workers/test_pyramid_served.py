@@ -12,7 +12,7 @@ import pytest
 from tests.hosts.zope_site import ZopeSite
 from tests.workers.serving import gunicorn, serving, uwsgi
 
-pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
+pytestmark = pytest.mark.xdist_group("web-servers")
 APP = "tests.workers.pyramid_served:app"
 
 

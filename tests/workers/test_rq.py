@@ -17,7 +17,7 @@ from tests.workers.test_celery import assert_stored
 
 JOBS = "tests.workers.rq_jobs"
 
-pytestmark = pytest.mark.xdist_group("rq")
+pytestmark = pytest.mark.xdist_group("queues")
 
 
 @pytest.fixture

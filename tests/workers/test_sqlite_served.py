@@ -23,7 +23,7 @@ LINES: dict[str, Callable[[int], list[str]]] = {
 }
 COUNT = 30
 
-pytestmark = pytest.mark.xdist_group("web-servers-sqlite")
+pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 def stored(path: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.workers import checks
 from tests.workers.serving import UWSGI, Database, check, serving, shared, uwsgi
 
-pytestmark = pytest.mark.xdist_group("web-servers-uwsgi")
+pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 def line(kind: str, target: str = "tests.workers.served:app") -> Callable[[int], list[str]]:

@@ -73,7 +73,8 @@ class Database:
         self.records: dict[str, Records] = {each.name: records_of(each.name) for each in found}
         engine = make_engine(alias)
         tables = {name: records.mirror.tables for name, records in self.records.items()}
-        plain = DjangoDatastore(engine, DialectOptions(program=PROGRAM), tables.get, metadata=make_collector(found))
+        options = DialectOptions(program=PROGRAM, ends=("transaction.commit()", "transaction.rollback()"))
+        plain = DjangoDatastore(engine, options, tables.get, metadata=make_collector(found))
         for each in tables.values():
             plain.dialect.check_names(each.values())
         self.units = DjangoUnits(alias, plain, self._publish, self.lose)

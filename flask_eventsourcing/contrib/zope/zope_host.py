@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
@@ -60,7 +61,7 @@ class ZopeHost(PlainHost):
         super().__init__(
             factory,
             models,
-            options=options,
+            options=replace(options or DialectOptions(), ends=("transaction.commit()", "transaction.abort()")),
             env=env,
             metadata=metadata,
             commits=commits,

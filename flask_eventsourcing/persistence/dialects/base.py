@@ -30,6 +30,7 @@ class DialectOptions:
     """What the configuration says about databases; ``lock_timeout`` and ``stall_limit`` in seconds.
 
     :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
+    :param ends: how messages name the calls that commit and roll back the host's session.
     :raises ConfigurationError: for a value that the setting of that name refuses.
     """
 
@@ -39,16 +40,16 @@ class DialectOptions:
     sqlite_wal: bool = True
     stall_limit: float = 60.0
     program: str | None = None
+    ends: tuple[str, str] = ("session.commit()", "session.rollback()")
 
     def __post_init__(self) -> None:
         for name in self.settings():
-            value = checked(name, getattr(self, name), f"DialectOptions({name}=…)")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, checked(name, getattr(self, name), f"DialectOptions({name}=…)"))
 
     @classmethod
     def settings(cls) -> Sequence[str]:
-        """Return the names of those that are settings too; the host knows the other one."""
-        return [each.name for each in fields(cls) if each.name != "program"]
+        """Return the names of those that are settings too; the host knows the others."""
+        return [each.name for each in fields(cls) if each.name not in ("program", "ends")]
 
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()

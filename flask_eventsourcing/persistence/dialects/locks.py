@@ -181,7 +181,8 @@ class WriteQueue:
         if not self._wait(place, called, timeout):
             raise WriteTimeoutError(
                 f"Waited {timeout:g} s for another thread's transaction on {self.name}: end transactions with "
-                "db.session.commit() or .rollback(), keep them short, or raise EVENTSOURCING_LOCK_TIMEOUT."
+                "commit() or rollback() (in Flask, db.session.commit()), keep them short, or raise "
+                "EVENTSOURCING_LOCK_TIMEOUT."
             )
         return True
 

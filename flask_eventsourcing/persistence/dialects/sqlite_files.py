@@ -117,8 +117,8 @@ def _refuse_inherited(path: str) -> None:
             continue
         raise InheritedDatabaseError(
             f"{path} was open when this process was forked (as descriptor {descriptor}), and SQLite's locks do not "
-            "survive that: what is committed here could be lost. Before the fork, end all that uses the file: sessions "
-            "and connections by db.session.remove() and connection.close(), sqlite3 connections of your own too. See "
+            "survive that: what is committed here could be lost. Before the fork, end all that uses the file: close "
+            "sessions (in Flask, by db.session.remove()) and connections, sqlite3 connections of your own too. See "
             '"SQLite and forks" in the documentation of deployment.'
         )
 

@@ -238,7 +238,7 @@ class Applier:
         *,
         called: bool = False,
     ) -> None:
-        last, leased = self.consumer.noted_event(connection, position, notifications), self.consumer.leased
+        last, leased = self.consumer.last_event(connection, position, notifications), self.consumer.leased
         checkpoint = self.consumer.checkpoint
         checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
 

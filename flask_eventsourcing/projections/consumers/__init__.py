@@ -24,7 +24,7 @@ from ..checkpoint import Checkpoint
 from ..dead_letters import DeadLetters
 from ..definitions import Handlers, ModelProjection
 from ..definitions.fingerprints import fingerprint_of
-from .logs import NOTED, REST, EventLog, StoreLog, TableLog, python_type
+from .logs import REST, EventLog, StoreLog, TableLog, python_type
 
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}
@@ -214,13 +214,6 @@ class Consumer:
         self, connection: Connection, position: int, notifications: Sequence[Notification]
     ) -> dict[str, Any]:
         """Return what the row notes of the event at a position, the last of some or one that has no handler."""
-        noted = self.noted_event(connection, position, notifications)
-        return {k: v.params({NOTED: position}) if isinstance(v, sa.ClauseElement) else v for k, v in noted.items()}
-
-    def noted_event(
-        self, connection: Connection, position: int, notifications: Sequence[Notification]
-    ) -> dict[str, Any]:
-        """Return the same for a statement that has the position as its parameter :data:`.logs.NOTED`."""
         log = self.application.log
         if notifications and notifications[-1].id == position:
             last = notifications[-1]

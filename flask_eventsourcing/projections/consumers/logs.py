@@ -19,6 +19,7 @@ from ...persistence import Datastore, SQLAlchemyApplicationRecorder
 from ...persistence.dialects.base import IDENTITY, new_identity
 from ...persistence.dialects.locks import OpenWriter
 from ...tailing import Waiter
+from ..checkpoint import NOTED
 
 AT_ONCE = 500
 """Events of a store that are read at once to count them."""
@@ -30,8 +31,6 @@ REST = ""
 
 
 TEXT = sa.Text()
-NOTED = "of_position"
-"""The parameter of statements that note which event is at a position."""
 
 
 class Found(NamedTuple):
@@ -77,7 +76,7 @@ class EventLog(Protocol):
     def at(self, position: int, text: Any) -> tuple[Any, Any]:
         """Return id and version of the event at a position, None where there is none, as values of a statement.
 
-        What is not known yet is a subquery whose parameter :data:`NOTED` is the position.
+        What is not known yet is a subquery whose parameter :data:`~.checkpoint.NOTED` is the position.
 
         :param text: the type of the column that has the id as a text.
         """

@@ -255,7 +255,7 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     """
     unit = consumer.application.host.open_unit()
     if unit is not None and unit.batches:
-        raise UncommittedEventsError("wait_for waits for committed events: call db.session.commit() before it.")
+        raise UncommittedEventsError(f"wait_for waits for committed events: call {_ends(consumer)[0]} before it.")
     position = last_position(recordings)
     if position == 0:
         return
@@ -270,7 +270,14 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     if unit is not None and unit.has_begun:
         seen = consumer.checkpoint.read(unit.connection())
         if seen is None or seen.position < position:
-            raise OldSnapshotError
+            raise OldSnapshotError(
+                "The session's transaction reads from an older snapshot than the one that has the events: call "
+                f"{_ends(consumer)[1]} before wait_for."
+            )
+
+
+def _ends(consumer: Consumer) -> tuple[str, str]:
+    return consumer.application.datastore.dialect.options.ends
 
 
 def _check_inline(consumer: Consumer) -> None:
