@@ -21,10 +21,10 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from ..exceptions import MissingTableError
 from ..failures import Kept
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
+from ..persistence.dialects.catalogs import lacking
 from ..persistence.dialects.locks import RunnerLock, utc_now
 from .definitions.fingerprints import retire
 
@@ -141,6 +141,7 @@ class Checkpoint:
 
         :param latest: read the committed row even if the transaction's snapshot is older.
         :raises MissingTableError: when the table was not created.
+        :raises UnsafeTableError: when it lacks a column.
         """
         if connection is None:
             with self.engine.connect() as own:
@@ -150,9 +151,8 @@ class Checkpoint:
             query = sa.select(*columns).where(self._row)
             found = connection.execute(query.with_for_update(read=True) if latest else query).first()
         except sa.exc.DBAPIError as error:
-            translated = self.datastore.dialect.translate(error)
-            if isinstance(translated, MissingTableError):
-                raise translated from error
+            if (named := lacking(self.datastore.dialect, error, self.table)) is not None:
+                raise named from error
             raise
         return None if found is None else CheckpointRow(*found)
 

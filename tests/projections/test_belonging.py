@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from eventsourcing import utils
 from sqlalchemy import orm
 
-from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError
+from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError, UnsafeTableError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
 from flask_eventsourcing.persistence.dialects.mysql_looks import ORDER
 from flask_eventsourcing.projections import ModelProjection, on, reaction, upkeep
@@ -332,6 +332,31 @@ def test_a_table_that_was_made_again_is_a_named_state(desk: Desk) -> None:
     assert desk.amounts() == {account_id: 3}
     assert desk.status().state == "stopped"
     assert not desk.run_once()
+
+
+def test_a_checkpoint_without_a_column_of_this_version_is_named(desk: Desk) -> None:
+    """Before the migration that adds a column, each says which command names it; after that, projections go on."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    kind = desk.consumer().checkpoint.table.c.last_event_id.type.compile(desk.engine.dialect)
+    execute(desk, "ALTER TABLE bank_projections DROP COLUMN last_event_id")
+    (error,) = desk.run_once()
+    assert isinstance(error, UnsafeTableError)
+    assert "bank_projections lacks a column" in str(error)
+    with desk.context():
+        with pytest.raises(UnsafeTableError, match="check"):
+            desk.health()
+        with pytest.raises(UnsafeTableError, match="check"):
+            desk.wait_for("Balances", 2, timeout=5)
+    assert "lacks a column" in desk.command("status").output
+    done = desk.command("check")
+    assert done.exit_code == 1
+    assert "bank_projections.last_event_id is missing: let a migration add it" in done.output
+    execute(desk, f"ALTER TABLE bank_projections ADD COLUMN last_event_id {kind}")
+    desk.deposit(account_id, 1)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 2}
 
 
 def test_a_model_that_was_added_is_a_named_state(desk: Desk) -> None:

@@ -158,7 +158,7 @@ def test_many_events_are_read_at_once(desk: FlaskDesk) -> None:
     statements: list[str] = []
 
     def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "event_id" in statement:
+        if "metadata" in statement:
             statements.append(statement)
 
     sa.event.listen(engine, "before_cursor_execute", note)

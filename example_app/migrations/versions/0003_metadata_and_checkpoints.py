@@ -40,7 +40,6 @@ NEW_COLUMNS = {
         "log_id": BIG,
         "last_originator_id": NAME,
         "last_originator_version": BIG,
-        "last_event_id": sa.Text(),
         "tables_id": sa.Text(),
         "topics": sa.Text(),
         "topics_position": BIG,

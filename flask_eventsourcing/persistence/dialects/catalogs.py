@@ -8,14 +8,33 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from ...exceptions import MissingTableError, UnsafeTableError
+from .driver import Driver
+
 EXACT = {"postgresql"}
 """Where a table has another identity only after it was made again; elsewhere also after it was altered."""
+
+UNDEFINED_COLUMN = frozenset({"42703", 1054})
+"""The servers' codes that mean: there is no column of this name."""
 
 
 def table_ids(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
     """Return what tells tables from those that are made in their place, by their keys; only of those that there are."""
     find = _FINDERS.get(connection.dialect.name)
     return {} if find is None or not tables else find(connection, tables)
+
+
+def lacking(dialect: Driver, error: sa.exc.DBAPIError, table: sa.Table) -> Exception | None:
+    """Return the error that says that a table is missing, or a column of it, where a statement failed for that."""
+    translated = dialect.translate(error)
+    if isinstance(translated, MissingTableError):
+        return translated
+    if dialect.code(error.orig) not in UNDEFINED_COLUMN and "no such column" not in str(error.orig):
+        return None
+    return UnsafeTableError(
+        f"Table {table.fullname} lacks a column of this version: let a migration add what {dialect.command('check')} "
+        "names."
+    )
 
 
 def is_exact(connection: Connection) -> bool:
