@@ -114,6 +114,7 @@ def test_what_an_operator_does_with_such_an_event(new_desk: MakeDesk) -> None:
     forget_killed_connections()
 
 
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_a_connection_that_was_lost_once_is_no_fault_of_a_handler(desk: Desk) -> None:
     """An event whose handler ran during an outage is applied after it, and leaves no failed try."""
     tries: list[int] = []

@@ -53,7 +53,7 @@ def test_uncommitted_events(desk: Desk) -> None:
     with desk.context() as bank:
         account = Account("Ada")
         recordings = bank.save(account)
-        with pytest.raises(UncommittedEventsError, match=r"call db.session.commit\(\) before it"):
+        with pytest.raises(UncommittedEventsError, match=r"call (db\.session|session|transaction)\.commit\(\) before"):
             desk.wait_for("Balances", recordings)
         desk.session.rollback()
 
