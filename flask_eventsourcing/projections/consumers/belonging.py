@@ -67,10 +67,8 @@ class Belonging:
         """Return the state of a projection without one of its tables."""
         if self.consumer.kind != "projection" or not self.consumer.tables:
             return None
-        ids, is_there = (
-            table_ids(connection, self.consumer.tables),
-            self.consumer.application.datastore.dialect.is_there,
-        )
+        ids = table_ids(connection, self.consumer.tables)
+        is_there = self.consumer.application.datastore.dialect.is_there
         # A view, or a name that the database folds, is known to the second only.
         missing = [t.fullname for t in self.consumer.tables if t.key not in ids and not is_there(connection, t)]
         if not missing:
