@@ -44,3 +44,9 @@ def test_names_and_links_lead_somewhere(page: Path) -> None:
     assert [name for name in NAME.findall(text) if not exists(name)] == []
     paths = [page.parent / found["path"] for found in LINK.finditer(text)]
     assert [path.relative_to(ROOT) for path in paths if not path.exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_leaves_its_contents_to_the_theme(page: Path) -> None:
+    """A page shows no error: the theme lists the sections itself, and puts one in the place of a second list."""
+    assert "{contents}" not in page.read_text()
