@@ -50,7 +50,7 @@ def create_app() -> Flask:
     """Make the app."""
     app = create_queue_app()
 
-    @app.route("/", methods=["GET", "POST"])
+    @app.post("/")
     def request_view() -> dict[str, str]:
         es.application.open_account("request")
         db.session.commit()
