@@ -1,4 +1,4 @@
-"""Recorders on Django's connections, for the library's tests of recorders and for the storm."""
+"""Recorders on Django's connections, for the library's tests of recorders and for tests under load."""
 
 from __future__ import annotations
 

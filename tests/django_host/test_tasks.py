@@ -43,7 +43,7 @@ __all__ = ["quiet"]
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """One database: the others are tried by the storm with real workers."""
+    """One database: the others are tried under load with real workers."""
     return f"sqlite:///{tmp_path}/bank.db"
 
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import pytest
 from eventsourcing.application import Application
 
-from tests.projections.desk import Desk, FlaskDesk, make_desk, make_plain_desk, make_zope_desk
+from tests.projections.desk import Desk
+from tests.projections.desk_hosts import FlaskDesk, make_desk, make_plain_desk, make_zope_desk
 
 DATABASES = ("sqlite-file", "postgresql", "mariadb")
 HOSTS = ("flask", "plain", "zope")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from tests.projections.desk import Desk, make_desk
+from tests.projections.desk import Desk
+from tests.projections.desk_hosts import make_desk
 
 
 def make(uri: str) -> Desk:

@@ -14,7 +14,8 @@ from flask_eventsourcing import ConfigurationError
 from flask_eventsourcing.metadata import Recorded
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from tests.projections.conftest import MakeFlaskDesk
-from tests.projections.desk import Created, Deposited, FlaskDesk
+from tests.projections.desk import Created, Deposited
+from tests.projections.desk_hosts import FlaskDesk
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.domain import Account, in_thread
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Desk, FlaskDesk, PoisonError, make_desk, on_flask
+from tests.projections.desk import Created, Desk, PoisonError, on_flask
+from tests.projections.desk_hosts import FlaskDesk, make_desk
 
 
 def test_a_read_model_in_the_same_transaction(desk: Desk) -> None:

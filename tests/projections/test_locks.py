@@ -15,7 +15,8 @@ from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.registry import Worker
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import PATIENCE, Created, Deposited, Desk, make_desk, until
+from tests.projections.desk import PATIENCE, Created, Deposited, Desk, until
+from tests.projections.desk_hosts import make_desk
 from tests.servers import ServerFolder, forget_killed_connections, start_postgres
 
 on_servers = pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)

@@ -14,7 +14,8 @@ from flask_eventsourcing.host import PlainHost
 from flask_eventsourcing.models import make_models
 from flask_eventsourcing.projections import ModelProjection, on
 from tests.domain import Bank, Shop
-from tests.projections.desk import Created, PlainDesk, make_plain_desk
+from tests.projections.desk import Created
+from tests.projections.desk_hosts import PlainDesk, make_plain_desk
 
 
 class Idle(ModelProjection):

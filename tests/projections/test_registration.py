@@ -23,7 +23,8 @@ from tests.bank import make_app
 from tests.domain import Bank, Shop
 from tests.integration.test_databases import Club, TextId
 from tests.projections.conftest import MakeFlaskDesk
-from tests.projections.desk import Created, Deposited, FlaskDesk, make_desk, make_models
+from tests.projections.desk import Created, Deposited, make_models
+from tests.projections.desk_hosts import FlaskDesk, make_desk
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 

@@ -12,7 +12,8 @@ from sqlalchemy import orm
 
 from tests import servers
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Desk, make_desk
+from tests.projections.desk import Desk
+from tests.projections.desk_hosts import make_desk
 from tests.servers import ServerFolder
 
 LIMIT = 0.001

@@ -32,8 +32,8 @@ THREADS, WRITES, PATIENCE = 2, 8, 300
 
 
 @dataclass
-class Storm:
-    """What happened; what processes tell is a line in a file of their own."""
+class ForkingWriters:
+    """Writers that fork, and what happened; what processes tell is a line in a file of their own."""
 
     folder: Path
     engine: sa.Engine = field(init=False)
@@ -143,9 +143,9 @@ class Storm:
         assert len(set(stored) - told) <= self.children * 0.5
 
 
-def storm(folder: Path, seconds: float) -> Storm:
-    """Let a storm loose, and check what is stored."""
-    made = Storm(folder)
+def run_and_check(folder: Path, seconds: float) -> ForkingWriters:
+    """Let writers fork for a while, and check what is stored."""
+    made = ForkingWriters(folder)
     command = [sys.executable, "-c", LOOK_IN, str(made.path)]
     with subprocess.Popen(command) as other:
         try:
@@ -158,12 +158,12 @@ def storm(folder: Path, seconds: float) -> Storm:
 
 def test_no_commit_of_a_forked_process_is_lost(tmp_path: Path) -> None:
     """What parent and children were told to be committed is stored, whatever forks, closes and is killed meanwhile."""
-    storm(tmp_path, 3)
+    run_and_check(tmp_path, 3)
 
 
 @pytest.mark.torture
 def test_no_commit_of_a_forked_process_is_lost_in_a_minute(tmp_path: Path) -> None:
     """The same for a minute, in which few children are refused."""
-    made = storm(tmp_path, 60)
+    made = run_and_check(tmp_path, 60)
     assert made.children > 100
     assert made.refused < made.children / 4

@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from tests.projections.desk import FlaskDesk, make_desk
+from tests.projections.desk_hosts import FlaskDesk, make_desk
 
 ROOT = Path(__file__).parents[2]
 ACCOUNTS = 1000

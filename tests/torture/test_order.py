@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 from eventsourcing.persistence import StoredEvent
 
-from tests.torture.storm import PLACES, Storm, scene
+from tests.torture.log_under_load import Observations, under_load
+from tests.torture.writing_hosts import HOSTS
 
 DATABASES = ["postgres_url", "mariadb_url"]
 
 
-def check(storm: Storm) -> None:
+def check(observed: Observations) -> None:
     """Check that nothing was skipped, doubled, disordered or torn, and that enough was going on."""
-    assert storm.skipped() == {}
-    assert storm.disorder() == []
-    assert storm.torn() == []
-    assert storm.surprises == []
-    assert min(storm.counts[what] for what in ("committed", "rolled back", "conflict")) > 0
-    assert len(storm.stored) > storm.counts["committed"]
+    assert observed.skipped() == {}
+    assert observed.disorder() == []
+    assert observed.torn() == []
+    assert observed.surprises == []
+    assert min(observed.counts[what] for what in ("committed", "rolled back", "conflict")) > 0
+    assert len(observed.stored) > observed.counts["committed"]
 
 
 def without_protection(recorder: Any) -> None:
@@ -36,35 +37,35 @@ def without_protection(recorder: Any) -> None:
         dialect.append = append
 
 
-@pytest.mark.parametrize("host", PLACES)
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("database", DATABASES)
 def test_nothing_is_skipped(database: str, host: str, request: pytest.FixtureRequest) -> None:
     """Readers see every stored event once and in order while writers pause, collide, roll back and are killed."""
     # Writers on MariaDB take turns, so shorter pauses and more time let as much happen.
     pause, seconds = (0.02, 6) if database == "postgres_url" else (0.004, 10)
-    with scene(request.getfixturevalue(database), seconds=seconds, longest_pause=pause, host=host) as storm:
-        check(storm.run())
-        assert storm.storm.counts["kills"] > 0
+    with under_load(request.getfixturevalue(database), seconds=seconds, longest_pause=pause, host=host) as load:
+        check(load.run())
+        assert load.observations.counts["kills"] > 0
 
 
 def test_nothing_is_skipped_behind_pgbouncer(pgbouncer_url: str) -> None:
     """The same holds behind a PgBouncer in transaction mode, where each transaction may get another connection."""
     options = {"connect_args": {"prepare_threshold": None}}
-    with scene(pgbouncer_url, seconds=6, engine_options=options, kills=False) as storm:
-        check(storm.run())
+    with under_load(pgbouncer_url, seconds=6, engine_options=options, kills=False) as load:
+        check(load.run())
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("database", DATABASES)
 def test_nothing_is_skipped_in_a_minute(database: str, request: pytest.FixtureRequest) -> None:
     """The same holds for a minute."""
-    with scene(request.getfixturevalue(database), seconds=60) as storm:
-        check(storm.run())
+    with under_load(request.getfixturevalue(database), seconds=60) as load:
+        check(load.run())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("database", DATABASES)
-def test_the_storm_finds_skips_without_protection(database: str, request: pytest.FixtureRequest) -> None:
-    """With the protection switched off the same storm makes readers skip events, so its silence means something."""
-    with scene(request.getfixturevalue(database), seconds=4, unprotected=without_protection) as storm:
-        assert storm.run().skipped()
+def test_the_load_finds_skips_without_protection(database: str, request: pytest.FixtureRequest) -> None:
+    """With the protection switched off the same load makes readers skip events, so its silence means something."""
+    with under_load(request.getfixturevalue(database), seconds=4, unprotected=without_protection) as load:
+        assert load.run().skipped()

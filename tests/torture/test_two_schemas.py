@@ -18,7 +18,7 @@ from sqlalchemy import orm
 from flask_eventsourcing.models import make_models
 from flask_eventsourcing.persistence import Datastore, SQLAlchemyApplicationRecorder
 from tests.servers import forget_killed_connections
-from tests.torture.storm import KILL, VICTIMS, Storm, is_kill
+from tests.torture.log_under_load import KILL, VICTIMS, Observations, is_kill
 
 TENANTS = ("tenant_a", "tenant_b")
 WRITERS = 12
@@ -30,7 +30,7 @@ class Schemas:
     def __init__(self, url: str, seconds: float) -> None:
         self.engine = sa.create_engine(url, pool_size=WRITERS, max_overflow=4)
         self.seconds = seconds
-        self.storms = {tenant: Storm() for tenant in TENANTS}
+        self.observations = {tenant: Observations() for tenant in TENANTS}
         self.stop = threading.Event()
         self.calm = threading.Event()
         models = make_models(orm.declarative_base(), "Bank")
@@ -47,11 +47,11 @@ class Schemas:
         )
         self.dialect: Any = self.recorder.dialect
 
-    def note(self, storm: Storm, error: Exception) -> None:
+    def note(self, observed: Observations, error: Exception) -> None:
         """Count an error, which must be that of a killed connection."""
-        storm.count("killed" if is_kill(error) else "surprise")
+        observed.count("killed" if is_kill(error) else "surprise")
         if not is_kill(error):
-            storm.surprises.append(repr(error)[:300])
+            observed.surprises.append(repr(error)[:300])
 
     def write(self, number: int) -> None:
         """Append for one tenant and for the other in the same transactions, and commit or roll back."""
@@ -61,7 +61,7 @@ class Schemas:
                 with self.engine.connect() as connection:
                     self._unit(connection, chance)
             except (PersistenceError, sa.exc.SQLAlchemyError) as error:
-                self.note(self.storms[TENANTS[0]], error)
+                self.note(self.observations[TENANTS[0]], error)
 
     def _unit(self, connection: sa.Connection, chance: random.Random) -> None:
         blocks = []
@@ -72,16 +72,16 @@ class Schemas:
         if chance.random() < 0.1:
             connection.rollback()
             for tenant, _ in blocks:
-                self.storms[tenant].count("rolled back")
+                self.observations[tenant].count("rolled back")
             return
         connection.commit()
         for tenant, block in blocks:
-            self.storms[tenant].count("committed")
-            self.storms[tenant].blocks.append(block)
+            self.observations[tenant].count("committed")
+            self.observations[tenant].blocks.append(block)
 
     def _append(self, connection: sa.Connection, tenant: str, chance: random.Random) -> list[int]:
         events = [
-            StoredEvent(uuid4(), 1, f"storm:{tenant}", b"{}") for _ in range(chance.choice([1, 1, 1, 2, 3, 3, 150]))
+            StoredEvent(uuid4(), 1, f"bank:{tenant}", b"{}") for _ in range(chance.choice([1, 1, 1, 2, 3, 3, 150]))
         ]
         way = chance.choice(["SET", "SET LOCAL", "map"])
         if way == "map":
@@ -98,11 +98,11 @@ class Schemas:
         while True:
             last_round, found = self.calm.is_set(), 0
             for tenant in TENANTS:
-                seen = self.storms[tenant].seen.setdefault(name, [])
+                seen = self.observations[tenant].seen.setdefault(name, [])
                 try:
                     found += self._page(tenant, seen)
                 except (PersistenceError, sa.exc.SQLAlchemyError) as error:
-                    self.note(self.storms[tenant], error)
+                    self.note(self.observations[tenant], error)
                     found += 1
             if last_round and not found:
                 return
@@ -114,9 +114,9 @@ class Schemas:
                 connection, self.recorder.events_table, seen[-1] if seen else None, 100, inclusive_of_start=False
             )
         seen.extend(each.id for each in page)
-        wrong = {each.topic for each in page} - {f"storm:{tenant}"}
+        wrong = {each.topic for each in page} - {f"bank:{tenant}"}
         if wrong:
-            self.storms[tenant].surprises.append(f"{tenant} has {wrong}")
+            self.observations[tenant].surprises.append(f"{tenant} has {wrong}")
         return len(page)
 
     def kill(self) -> None:
@@ -128,10 +128,10 @@ class Schemas:
                 victims = list(connection.exec_driver_sql(VICTIMS["postgresql"]).scalars())
                 if victims:
                     connection.exec_driver_sql(KILL["postgresql"].format(chance.choice(victims)))
-                    self.storms[TENANTS[0]].count("kills")
+                    self.observations[TENANTS[0]].count("kills")
 
-    def run(self) -> dict[str, Storm]:
-        """Let the storm loose, and return what happened to each tenant."""
+    def run(self) -> dict[str, Observations]:
+        """Let all threads work for a while, and return what happened to each tenant."""
         jobs = [threading.Thread(target=self.write, args=(number,)) for number in range(WRITERS)]
         jobs.append(threading.Thread(target=self.kill))
         readers = [threading.Thread(target=self.read, args=(f"reader {number}",)) for number in range(2)]
@@ -145,10 +145,10 @@ class Schemas:
         for thread in readers:
             thread.join()
         with self.engine.connect() as connection:
-            for tenant, storm in self.storms.items():
+            for tenant, observed in self.observations.items():
                 statement = f"SELECT notification_id FROM {tenant}.bank_events ORDER BY notification_id"
-                storm.stored = list(connection.exec_driver_sql(statement).scalars())
-        return self.storms
+                observed.stored = list(connection.exec_driver_sql(statement).scalars())
+        return self.observations
 
 
 @contextmanager
@@ -163,16 +163,16 @@ def schemas(url: str, seconds: float) -> Iterator[Schemas]:
         forget_killed_connections()
 
 
-def check(storms: dict[str, Storm]) -> None:
+def check(observations: dict[str, Observations]) -> None:
     """Check that nothing was skipped, doubled, disordered, torn or written to the other tenant."""
-    for storm in storms.values():
-        assert storm.surprises == []
-        assert storm.skipped() == {}
-        assert storm.disorder() == []
-        assert storm.torn() == []
-        assert min(storm.counts[what] for what in ("committed", "rolled back")) > 0
-        assert len(storm.stored) >= storm.counts["committed"]
-    assert storms[TENANTS[0]].counts["kills"] > 0
+    for observed in observations.values():
+        assert observed.surprises == []
+        assert observed.skipped() == {}
+        assert observed.disorder() == []
+        assert observed.torn() == []
+        assert min(observed.counts[what] for what in ("committed", "rolled back")) > 0
+        assert len(observed.stored) >= observed.counts["committed"]
+    assert observations[TENANTS[0]].counts["kills"] > 0
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from eventsourcing.persistence import Notification
 
 from tests.servers import postgres_database
 from tests.torture.two_sites import Ledger, make_pyramid_app
-from tests.workers.programs import Place
+from tests.workers.programs import Workspace
 from tests.workers.serving import ROOT, Answers, Served, gunicorn, serving, uwsgi
 
 ACCOUNTS = 6
@@ -36,7 +36,7 @@ def pyramid_line(port: int) -> list[str]:
     return [sys.executable, "-m", "tests.torture.two_sites", str(port)]
 
 
-class Storm:
+class Transfers:
     """Transfers among the same accounts, asked of all sites, while workers take turns.
 
     :param url: the database.
@@ -61,14 +61,14 @@ class Storm:
         return [f"/{view}/{one}_{other}_{chance.randint(1, 9)}" for one, other in drawn]
 
     def load(self, served: Served, seed: int, found: list[Answers]) -> None:
-        """Send transfers to a site until the storm is over."""
+        """Send transfers to a site until the time is over."""
         deadline = time.monotonic() + self.seconds
         paths = iter(self.paths(seed))
         while time.monotonic() < deadline:
             found.append(served.load([next(paths) for _ in range(CLIENTS * 5)], clients=CLIENTS))
 
     def load_tasks(self, served: Served, seed: int, found: list[Answers]) -> None:
-        """Have transfers sent as tasks until the storm is over, no more than a worker can do."""
+        """Have transfers sent as tasks until the time is over, no more than a worker can do."""
         deadline = time.monotonic() + self.seconds
         paths = iter(self.paths(seed, "later"))
         while time.monotonic() < deadline:
@@ -125,27 +125,27 @@ class Storm:
             return list(connection.execute(sa.select(tables[table])))
 
 
-def check(storm: Storm, done: int) -> None:
+def check(transfers: Transfers, done: int) -> None:
     """Check that no update was lost, that the log is complete and in order, and that the projection is right."""
-    notifications = storm.log()
+    notifications = transfers.log()
     positions = [each.id for each in notifications]
-    assert storm.seen == positions
+    assert transfers.seen == positions
     assert len(positions) == ACCOUNTS + 2 * done
     streams: dict[UUID, list[int]] = {}
     for each in notifications:
         streams.setdefault(each.originator_id, []).append(each.originator_version)  # type: ignore[arg-type]
     assert all(versions == list(range(1, len(versions) + 1)) for versions in streams.values())
-    ledger: Any = storm.ledger
-    balances: dict[UUID, int] = {each: ledger.repository.get(each).balance for each in storm.accounts}
+    ledger: Any = transfers.ledger
+    balances: dict[UUID, int] = {each: ledger.repository.get(each).balance for each in transfers.accounts}
     assert sum(balances.values()) == 0
-    assert storm.es.projections.worker(once=True).run() == []
-    assert {row.account_id: row.amount for row in storm.rows("total")} == balances
-    assert len(storm.rows("line")) == 2 * done
+    assert transfers.es.projections.worker(once=True).run() == []
+    assert {row.account_id: row.amount for row in transfers.rows("total")} == balances
+    assert len(transfers.rows("line")) == 2 * done
 
 
-def run_storm(url: str, redis: str, folder: Path, seconds: float) -> None:
+def run_transfers(url: str, redis: str, folder: Path, seconds: float) -> None:
     """Let all sites transfer among the same accounts, and check what came of it."""
-    storm = Storm(url, seconds)
+    transfers = Transfers(url, seconds)
     flask_line = partial(uwsgi, "prefork-threads", "tests.torture.two_sites_flask:app")
     queue = {"QUEUE_REDIS": redis, "DJANGO_SETTINGS_MODULE": DJANGO}
     django_line = partial(gunicorn, "gthread", "tests.torture.two_sites_django.wsgi:application")
@@ -159,33 +159,33 @@ def run_storm(url: str, redis: str, folder: Path, seconds: float) -> None:
             stack.enter_context(serving(django_line, folder / "django", None, DATABASE_URL=url, **queue)),
         ]
         celery = stack.enter_context(
-            Place(folder, url, redis).program(*CELERY, DATABASE_URL=url, DJANGO_SETTINGS_MODULE=DJANGO),
+            Workspace(folder, url, redis).program(*CELERY, DATABASE_URL=url, DJANGO_SETTINGS_MODULE=DJANGO),
         )
-        threads = [threading.Thread(target=storm.load, args=(each, n, answers)) for n, each in enumerate(served)]
-        threads.append(threading.Thread(target=storm.load_tasks, args=(served[2], 3, answers)))
-        reader = threading.Thread(target=storm.read)
-        worker = threading.Thread(target=storm.work, args=(folder / "worker",))
+        threads = [threading.Thread(target=transfers.load, args=(each, n, answers)) for n, each in enumerate(served)]
+        threads.append(threading.Thread(target=transfers.load_tasks, args=(served[2], 3, answers)))
+        reader = threading.Thread(target=transfers.read)
+        worker = threading.Thread(target=transfers.work, args=(folder / "worker",))
         for thread in [*threads, reader, worker]:
             thread.start()
         for thread in threads:
             thread.join()
         done = sum(len(each.all) for each in answers)
-        celery.wait_for(lambda: storm.is_complete(done), PATIENCE + seconds)
-        storm.over.set()
+        celery.wait_for(lambda: transfers.is_complete(done), PATIENCE + seconds)
+        transfers.over.set()
         worker.join()
         reader.join()
         logs = [each.log.read_text(errors="replace")[-3000:] for each in served]
     assert {path: why for each in answers for path, why in each.failed.items()} == {}, "\n".join(logs)
-    check(storm, done)
-    storm.es.close()
-    storm.engine.dispose()
+    check(transfers, done)
+    transfers.es.close()
+    transfers.engine.dispose()
 
 
 @pytest.mark.xdist_group("web-servers")
 def test_two_sites(postgres_url: str, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sites and tasks transfer among the same accounts: no update is lost, and one projection is right."""
     monkeypatch.setenv("DATABASE_URL", postgres_url)
-    run_storm(postgres_url, redis_url, tmp_path, 6)
+    run_transfers(postgres_url, redis_url, tmp_path, 6)
 
 
 @pytest.mark.torture
@@ -195,4 +195,4 @@ def test_two_sites_for_a_minute(
     """The same holds for a minute."""
     with postgres_database(postgres_server_url) as url:
         monkeypatch.setenv("DATABASE_URL", url)
-        run_storm(url, redis_url, tmp_path, 60)
+        run_transfers(url, redis_url, tmp_path, 60)

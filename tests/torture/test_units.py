@@ -218,7 +218,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 @pytest.mark.torture
 def test_accounts_hold_what_was_answered(site: Site) -> None:
-    """After a storm each account holds the sum of what was answered 2xx, and each stream can be read."""
+    """After a load by many clients each account holds the sum of what was answered 2xx, and each stream can be read."""
     accounts = [site.opened() for _ in range(ACCOUNTS)]
     clients = [Client(site, accounts, number) for number in range(CLIENTS)]
     in_threads([client.run for client in clients], patience=SECONDS * 10)

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ServerFolder
-from tests.workers.programs import Place
+from tests.workers.programs import Workspace
 from tests.workers.serving import Database, logged_database
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Place:
+def workspace(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Workspace:
     """A Redis and a database of its own, PostgreSQL unless the test is parametrised with ``"sqlite"``."""
     kind = getattr(request, "param", "postgresql")
     if kind == "sqlite":
-        return Place(tmp_path, f"sqlite:///{tmp_path / 'queues.db'}", redis_url)
-    return Place(tmp_path, request.getfixturevalue("postgres_url"), redis_url)
+        return Workspace(tmp_path, f"sqlite:///{tmp_path / 'queues.db'}", redis_url)
+    return Workspace(tmp_path, request.getfixturevalue("postgres_url"), redis_url)
 
 
 @pytest.fixture

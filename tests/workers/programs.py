@@ -22,7 +22,7 @@ PATIENCE = 400.0
 
 
 @dataclass
-class Place:
+class Workspace:
     """Where one test's programs keep their data, and what they need to know."""
 
     folder: Path

@@ -8,21 +8,21 @@ from importlib.util import find_spec
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import Place, Program
+from tests.workers.programs import Program, Workspace
 
 CARRYING = "tests.workers.carrying"
 
-pytestmark = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+pytestmark = pytest.mark.parametrize("workspace", ["sqlite"], indirect=True)
 
 
-def correlations(place: Place, program: Program, expected: dict[str, int]) -> dict[str, set[str]]:
+def correlations(workspace: Workspace, program: Program, expected: dict[str, int]) -> dict[str, set[str]]:
     """Return the correlations of the events by their owner, when as many are stored as are expected."""
     found: dict[str, list[str]] = {}
 
     def are_stored() -> bool:
         found.clear()
         query = "SELECT correlation_id, json_extract(CAST(state AS TEXT), '$.owner') FROM ledger_events"
-        for correlation, owner in place.query(query):
+        for correlation, owner in workspace.query(query):
             found.setdefault(owner, []).append(correlation)
         return {owner: len(each) for owner, each in found.items()} == expected
 
@@ -41,29 +41,29 @@ def assert_carried(found: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.xdist_group("queues")
-def test_celery(place: Place) -> None:
+def test_celery(workspace: Workspace) -> None:
     """Tries, redeliveries, links and chains of a request's task have its correlation; those of another have one."""
     require(find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
-    place.python(f"from {CARRYING} import prepare; prepare('celery')")
+    workspace.python(f"from {CARRYING} import prepare; prepare('celery')")
     counts = {"fails": 3, "retries": 2, "dies": 2, "sends": 2, "chain": 3, "link": 2}
     expected = {f"{who} {kind}": count for who in ("request", "nobody") for kind, count in counts.items()}
     expected |= {"request itself": 1, "request chord": 4, "request hides": 1}
     command = ["celery", "-A", CARRYING, "worker", "--without-gossip", "--without-mingle", "--concurrency=2"]
-    with place.program(*command) as program:
-        assert_carried(correlations(place, program, expected))
+    with workspace.program(*command) as program:
+        assert_carried(correlations(workspace, program, expected))
 
 
 @pytest.mark.xdist_group("queues")
-def test_rq(place: Place) -> None:
+def test_rq(workspace: Workspace) -> None:
     """Tries, dependent jobs and many at once of a request have its correlation; of another job, its tries have one."""
     require(find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")
-    place.python(f"from {CARRYING} import prepare; prepare('rq')")
+    workspace.python(f"from {CARRYING} import prepare; prepare('rq')")
     expected = {f"request {kind}": count for kind, count in {"itself": 1, "fails": 3, "depends": 2, "many": 2}.items()}
     expected |= {"nobody fails": 3, "nobody depends": 2, "nobody many": 2}
     worker = "flask_eventsourcing.workers.rq.EventSourcingWorker"
-    command = ["rq.cli", "worker", "--url", place.redis, "--worker-class", worker]
-    with place.program(*command, FLASK_APP=CARRYING) as program:
-        found = correlations(place, program, expected)
+    command = ["rq.cli", "worker", "--url", workspace.redis, "--worker-class", worker]
+    with workspace.program(*command, FLASK_APP=CARRYING) as program:
+        found = correlations(workspace, program, expected)
         # RQ's jobs that are enqueued one by one have nothing in common.
         assert (len(found.pop("nobody depends")), len(found.pop("nobody many"))) == (2, 2)
         assert_carried(found)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import Place, Program
+from tests.workers.programs import Program, Workspace
 from tests.workers.test_celery import Client
 
 WORKER = (
@@ -21,25 +21,25 @@ WORKER = (
 )
 COUNT = 40
 
-pytestmark = [pytest.mark.xdist_group("queues"), pytest.mark.parametrize("place", ["sqlite"], indirect=True)]
+pytestmark = [pytest.mark.xdist_group("queues"), pytest.mark.parametrize("workspace", ["sqlite"], indirect=True)]
 
 
 @pytest.fixture
-def client(place: Place) -> Iterator[Client]:
+def client(workspace: Workspace) -> Iterator[Client]:
     """A client."""
     require(importlib.util.find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
-    with closing(Client(place)) as made:
+    with closing(Client(workspace)) as made:
         yield made
 
 
 @pytest.fixture
-def shared(place: Place, client: Client) -> str:
+def shared(workspace: Workspace, client: Client) -> str:
     """The account into which all tasks pay."""
     code = """
 from tests.workers.sqlite_served import app, site
 print(site.opened())
 """
-    return place.python(code)
+    return workspace.python(code)
 
 
 def run(program: Program, client: Client, shared: str, path: Path, count: int) -> list[dict[str, Any]]:
@@ -55,52 +55,54 @@ def run(program: Program, client: Client, shared: str, path: Path, count: int) -
     return client.results(ids)
 
 
-def check_stored(place: Place, results: list[dict[str, Any]], shared: str) -> None:
+def check_stored(workspace: Workspace, results: list[dict[str, Any]], shared: str) -> None:
     """Check that just what the tasks that succeeded have said is stored."""
     said = sorted(each["result"][0].replace("-", "") for each in results if each["status"] == "SUCCESS")
-    opened = place.query("SELECT originator_id FROM bank_events WHERE CAST(state AS TEXT) LIKE '%\"task %'")
+    opened = workspace.query("SELECT originator_id FROM bank_events WHERE CAST(state AS TEXT) LIKE '%\"task %'")
     assert sorted(row[0] for row in opened) == said
-    (last,) = place.query(
+    (last,) = workspace.query(
         f"SELECT max(originator_version) FROM bank_events WHERE originator_id = '{shared.replace('-', '')}'"
     )
     assert last[0] == 1 + len(said)
 
 
 @pytest.mark.parametrize("options", [(), ("--max-tasks-per-child=4",)])
-def test_parent_that_has_used_the_file(place: Place, client: Client, shared: str, options: tuple[str, ...]) -> None:
+def test_parent_that_has_used_the_file(
+    workspace: Workspace, client: Client, shared: str, options: tuple[str, ...]
+) -> None:
     """Tasks at once in several processes, forked at the start or all the time, are each stored once."""
-    with place.program(*WORKER, *options) as program:
-        results = run(program, client, shared, place.folder / "queues.db", COUNT)
+    with workspace.program(*WORKER, *options) as program:
+        results = run(program, client, shared, workspace.folder / "queues.db", COUNT)
         program.end()
     assert {each["status"] for each in results} == {"SUCCESS"}, program.output[-6000:]
     assert len({each["result"][1] for each in results}) >= (COUNT // 4 if options else 2)
-    check_stored(place, results, shared)
+    check_stored(workspace, results, shared)
 
 
-def test_parent_that_goes_on_to_write(place: Place, client: Client, shared: str) -> None:
+def test_parent_that_goes_on_to_write(workspace: Workspace, client: Client, shared: str) -> None:
     """A thread of the parent writes while it forks: all that was told to be done is stored, the parent's too.
 
     Where its transaction was longer than a fork waits, the task fails, and says why.
     """
-    with place.program(*WORKER, "--max-tasks-per-child=2", IMPORTED="busy") as program:
-        program.wait_for(lambda: place.happened("parent wrote"))
-        results = run(program, client, shared, place.folder / "queues.db", COUNT)
+    with workspace.program(*WORKER, "--max-tasks-per-child=2", IMPORTED="busy") as program:
+        program.wait_for(lambda: workspace.happened("parent wrote"))
+        results = run(program, client, shared, workspace.folder / "queues.db", COUNT)
         program.end()
     failed = {each["result"]["exc_type"] for each in results if each["status"] == "FAILURE"}
     assert failed <= {"InheritedDatabaseError"}, program.output[-6000:]
     assert sum(each["status"] == "SUCCESS" for each in results) > COUNT // 2
-    check_stored(place, results, shared)
-    (found,) = place.query("SELECT count(*) FROM bank_events WHERE CAST(state AS TEXT) LIKE '%\"parent\"%'")
-    assert len(place.happened("parent wrote")) <= found[0] <= len(place.happened("parent wrote")) + 1
+    check_stored(workspace, results, shared)
+    (found,) = workspace.query("SELECT count(*) FROM bank_events WHERE CAST(state AS TEXT) LIKE '%\"parent\"%'")
+    assert len(workspace.happened("parent wrote")) <= found[0] <= len(workspace.happened("parent wrote")) + 1
 
 
-def test_parent_that_has_a_session_open(place: Place, client: Client, shared: str) -> None:
+def test_parent_that_has_a_session_open(workspace: Workspace, client: Client, shared: str) -> None:
     """Each task fails with an error that names the file and the remedy, and stores nothing."""
-    with place.program(*WORKER, IMPORTED="pushed") as program:
-        results = run(program, client, shared, place.folder / "queues.db", 4)
+    with workspace.program(*WORKER, IMPORTED="pushed") as program:
+        results = run(program, client, shared, workspace.folder / "queues.db", 4)
         program.end()
     assert {each["status"] for each in results} == {"FAILURE"}
     assert {each["result"]["exc_type"] for each in results} == {"InheritedDatabaseError"}
-    assert f"{place.folder / 'queues.db'} was open when this process was forked" in program.output
+    assert f"{workspace.folder / 'queues.db'} was open when this process was forked" in program.output
     assert "db.session.remove()" in program.output
-    check_stored(place, results, shared)
+    check_stored(workspace, results, shared)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import Place, Program
+from tests.workers.programs import Program, Workspace
 from tests.workers.serving import serving, uwsgi
 
 CHAIN = "tests.workers.chain"
@@ -21,38 +21,38 @@ pytestmark = pytest.mark.xdist_group("web-servers")
 
 
 @contextmanager
-def task_worker(place: Place, kind: str) -> Iterator[Program]:
+def task_worker(workspace: Workspace, kind: str) -> Iterator[Program]:
     """Run the worker of a task queue."""
     if kind == "celery":
         command = ["celery", "-A", CHAIN, "worker", "--without-gossip", "--without-mingle", "--concurrency=1"]
     else:
         worker = "flask_eventsourcing.workers.rq.EventSourcingWorker"
-        command = ["rq.cli", "worker", "--url", place.redis, "--worker-class", worker]
-    with place.program(*command, CHAIN=kind, FLASK_APP=CHAIN) as program:
+        command = ["rq.cli", "worker", "--url", workspace.redis, "--worker-class", worker]
+    with workspace.program(*command, CHAIN=kind, FLASK_APP=CHAIN) as program:
         yield program
 
 
-@pytest.mark.parametrize("place", ["postgresql", "sqlite"], indirect=True)
+@pytest.mark.parametrize("workspace", ["postgresql", "sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["celery", "rq"])
-def test_request_event_projection_reaction_task_event(place: Place, kind: str) -> None:
+def test_request_event_projection_reaction_task_event(workspace: Workspace, kind: str) -> None:
     """What comes of a request in three processes has its correlation, and each event the one that caused it."""
     require(find_spec("celery") and find_spec("rq"), "Celery and RQ", "pip install Flask-EventSourcing[celery,rq]")
-    place.python(f"import os; os.environ['CHAIN'] = {kind!r}; from {CHAIN} import prepare; prepare()")
-    variables = {**place.environment, "CHAIN": kind, "PYTHONPATH": place.environment["PYTHONPATH"]}
+    workspace.python(f"import os; os.environ['CHAIN'] = {kind!r}; from {CHAIN} import prepare; prepare()")
+    variables = {**workspace.environment, "CHAIN": kind, "PYTHONPATH": workspace.environment["PYTHONPATH"]}
     run = ["flask", "--app", CHAIN, "eventsourcing", "run"]
     with (
-        serving(partial(uwsgi, "prefork", f"{CHAIN}:create_app()"), place.folder, None, **variables) as served,
-        place.program(*run, CHAIN=kind) as projections,
-        task_worker(place, kind),
+        serving(partial(uwsgi, "prefork", f"{CHAIN}:create_app()"), workspace.folder, None, **variables) as served,
+        workspace.program(*run, CHAIN=kind) as projections,
+        task_worker(workspace, kind),
     ):
         # Not what waits for the server's start: a look that was given up is answered too once the app is loaded.
         served.ask("/")
         count = "SELECT count(*) FROM ledger_events"
-        projections.wait_for(lambda: place.query(count)[0][0] >= 5, 120)
+        projections.wait_for(lambda: workspace.query(count)[0][0] >= 5, 120)
     query = "SELECT event_id, correlation_id, metadata FROM ledger_events ORDER BY notification_id"
     rows: list[tuple[str, str, dict[str, Any]]] = [
         (str(row[0]).replace("-", ""), row[1], row[2] if isinstance(row[2], dict) else json.loads(row[2]))
-        for row in place.query(query)
+        for row in workspace.query(query)
     ]
     assert len({row[1] for row in rows}) == 1
     request, handler, *others = (row[0] for row in rows)

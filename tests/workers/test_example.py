@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import ROOT, Place
+from tests.workers.programs import ROOT, Workspace
 
 REQUEST = """
 from example_app import create_app
@@ -78,27 +78,27 @@ def commands() -> dict[str, list[str]]:
     return {command[0]: command for command in found}
 
 
-@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("workspace", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("queue", ["celery", "rq"])
 def test_a_statement_is_mailed(
-    place: Place, mail_server: MailServer, queue: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, mail_server: MailServer, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker started by the README's line sends the mail that a request asked for."""
     require(importlib.util.find_spec(queue), queue, f"pip install Flask-EventSourcing[{queue}]")
     host, port = mail_server.server_address[:2]
     for name, value in {
-        "DATABASE_URL": place.database,
+        "DATABASE_URL": workspace.database,
         "MAIL_SERVER": f"{host!s}:{port}",
-        "REDIS_URL": place.redis,
+        "REDIS_URL": workspace.redis,
         "SECRET_KEY": "only for tests",
         "STATEMENT_QUEUE": queue,
     }.items():
         monkeypatch.setenv(name, value)
-    task_id = place.python(REQUEST)
+    task_id = workspace.python(REQUEST)
     program, *arguments = commands()[queue]
     module = {"celery": "celery", "rq": "rq.cli"}[program]
-    arguments = [place.redis if argument.startswith("redis://") else argument for argument in arguments]
-    with place.program(module, *arguments) as worker:
+    arguments = [workspace.redis if argument.startswith("redis://") else argument for argument in arguments]
+    with workspace.program(module, *arguments) as worker:
         worker.wait_for(lambda: mail_server.mails)
         worker.end()
     (text,) = mail_server.mails

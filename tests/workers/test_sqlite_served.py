@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import PATIENCE, Place
+from tests.workers.programs import PATIENCE, Workspace
 from tests.workers.serving import gunicorn, serving, uwsgi
 
 TARGET = "tests.workers.sqlite_served:app"
@@ -63,19 +63,26 @@ def test_module_that_leaves_a_session_open(server: str, tmp_path: Path) -> None:
     assert stored(path) == 1
 
 
-@pytest.mark.parametrize("place", ["sqlite"], indirect=True)
-def test_work_horses(place: Place) -> None:
+@pytest.mark.parametrize("workspace", ["sqlite"], indirect=True)
+def test_work_horses(workspace: Workspace) -> None:
     """Each work-horse of an RQ worker that has used the file commits its job."""
     require(importlib.util.find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")
     from redis import Redis
     from rq import Queue
 
-    with Redis.from_url(place.redis) as connection:
+    with Redis.from_url(workspace.redis) as connection:
         queue = Queue(connection=connection)
         for number in range(5):
             queue.enqueue("tests.workers.sqlite_jobs.open_account", str(number))
-        command = ("rq.cli", "worker", "--url", place.redis, "--worker-class", "tests.workers.sqlite_jobs.UsedWorker")
-        with place.program(*command, "--burst") as program:
+        command = (
+            "rq.cli",
+            "worker",
+            "--url",
+            workspace.redis,
+            "--worker-class",
+            "tests.workers.sqlite_jobs.UsedWorker",
+        )
+        with workspace.program(*command, "--burst") as program:
             assert program.process.wait(PATIENCE) == 0, program.output
         assert len(queue.failed_job_registry) == 0, program.output
-    assert place.query("SELECT count(*) FROM bank_events") == [(6,)]
+    assert workspace.query("SELECT count(*) FROM bank_events") == [(6,)]

@@ -25,7 +25,8 @@ from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.cassandra.hosts.site import settings
 from tests.cassandra_nodes import session_on
 from tests.domain import Bank
-from tests.projections.desk import Created, Deposited, FlaskDesk, make_models
+from tests.projections.desk import Created, Deposited, make_models
+from tests.projections.desk_hosts import FlaskDesk
 
 MakeDesk = Callable[..., FlaskDesk]
 

@@ -27,7 +27,7 @@ KEPT = "kept_"
 pytestmark = pytest.mark.xdist_group("torture-projections")
 
 
-class Storm(Torture):
+class EverythingAtOnce(Torture):
     """Workers with new, slow and old code, under a load, and operators that do not coordinate."""
 
     def __init__(self, url: str, lock: str) -> None:
@@ -77,9 +77,9 @@ class Storm(Torture):
     def pause(self) -> None:
         """Pause the projection, and let it go on."""
         with suppress(CheckpointError):
-            pause(self.consumer, by="storm", reason="storm")
+            pause(self.consumer, by="test", reason="test")
             time.sleep(0.3)
-            resume(self.consumer, by="storm", reason="storm")
+            resume(self.consumer, by="test", reason="test")
 
     def keep(self) -> None:
         """Copy every table, as a backup."""
@@ -153,7 +153,7 @@ class Storm(Torture):
         self.over.set()
         self.loading.join()
         with suppress(CheckpointError):
-            resume(self.consumer, by="storm", reason="its end")
+            resume(self.consumer, by="test", reason="its end")
         deadline = time.monotonic() + PATIENCE
         while True:
             status = status_of(self.consumer)
@@ -165,33 +165,33 @@ class Storm(Torture):
             time.sleep(0.05)
 
 
-def rage(url: str, lock: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the storm rage, and compare."""
-    storm = Storm(url, lock)
-    storm.loading.start()
+def run_and_compare(url: str, lock: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything happen at once, and compare."""
+    torture = EverythingAtOnce(url, lock)
+    torture.loading.start()
     try:
-        storm.start_worker("old_ledger")
-        storm.active()
+        torture.start_worker("old_ledger")
+        torture.active()
         # From here on the code before is old.
-        assert Rebuild(storm.consumer).run() is not None
-        storm.start_worker()
+        assert Rebuild(torture.consumer).run() is not None
+        torture.start_worker()
         monkeypatch.setenv("LEDGER_SECONDS", "0.3")
-        storm.start_worker()
+        torture.start_worker()
         monkeypatch.delenv("LEDGER_SECONDS")
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not storm.troubles:
-            storm.strike()
-        state = storm.end()
-        storm.compare()
-        print(url.partition(":")[0], lock, state, storm.outcome, storm.done)  # noqa: T201  # with ARGS=-s
+        while time.monotonic() < until and not torture.troubles:
+            torture.strike()
+        state = torture.end()
+        torture.compare()
+        print(url.partition(":")[0], lock, state, torture.outcome, torture.done)  # noqa: T201  # with ARGS=-s
         if state in ("running", "stopped"):
-            assert (storm.outcome.twice, storm.outcome.missed, storm.outcome.right) == (0, 0, True)
-        assert Rebuild(storm.consumer).run() is not None
-        storm.compare()
-        assert (storm.outcome.twice, storm.outcome.missed, storm.outcome.right) == (0, 0, True)
+            assert (torture.outcome.twice, torture.outcome.missed, torture.outcome.right) == (0, 0, True)
+        assert Rebuild(torture.consumer).run() is not None
+        torture.compare()
+        assert (torture.outcome.twice, torture.outcome.missed, torture.outcome.right) == (0, 0, True)
     finally:
-        storm.close()
-    assert not storm.troubles, storm.troubles
+        torture.close()
+    assert not torture.troubles, torture.troubles
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def rage(url: str, lock: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -
     ("database", "lock"),
     [("postgres_url", "database"), ("postgres_url", "lease"), ("mariadb_url", "database"), ("sqlite", "database")],
 )
-def test_storm(
+def test_everything_at_once(
     database: str,
     lock: str,
     seconds: float,
@@ -210,4 +210,4 @@ def test_storm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Takeovers, restores, failovers, two operators, slow handlers and old code: the read model is right in the end."""
-    rage(url_of(database, request, tmp_path), lock, seconds, monkeypatch)
+    run_and_compare(url_of(database, request, tmp_path), lock, seconds, monkeypatch)
