@@ -1,4 +1,4 @@
-"""Waiting at the end of a log, and subscriptions: iterators over a log that wait there; no database."""
+"""Subscriptions: iterators over a log that wait for new events at its end. This module knows no database."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ class Waiter:
 
     @property
     def stopped(self) -> threading.Event:
-        """Set in order to end the waiting, in this process."""
+        """Set it to end the waiting in this process."""
         return self._stopped.get()
 
     def wait(self, seconds: float) -> bool:
-        """Wait, and return whether there was news, as far as this waiter can know."""
+        """Wait, and return whether there may be new events."""
         self.stopped.wait(seconds)
         return False
 
     def rest(self) -> None:
-        """Hear nothing until the next :meth:`wait`."""
+        """Receive no notifications until the next :meth:`wait`."""
 
     def close(self) -> None:
-        """Give up what the waiter holds."""
+        """Release the connection, if the waiter has one."""
         self.stopped.set()
 
 
 class LogReader(Protocol):
-    """A recorder whose log can be read with a connection of its own, and waited for."""
+    """A recorder whose log can be read on a separate connection, and followed."""
 
     def read_log(
         self,
@@ -74,17 +74,17 @@ class LogReader(Protocol):
         """Read the log by position."""
 
     def fitting(self, after: int, limit: int) -> int:
-        """Return how many of the next events, up to a limit, are not too large to be read at once."""
+        """Return how many of the next events to read at once because of their size, up to a limit."""
 
     def waiter(self) -> Waiter:
-        """Return what waits for news."""
+        """Return an object that waits for new events."""
 
     def cause(self, position: int, is_over: Callable[[], bool]) -> AbstractContextManager[object]:
-        """Return a block within which events are saved that one of this log has caused."""
+        """Return a context for saves that an event of this log has caused."""
 
 
 class LogSubscription(Subscription[ApplicationRecorder]):
-    """Reads the log in pages, and waits at its end as the database allows: for a notification, or polling.
+    """Reads the log in pages, and waits at its end: for a notification if the database has them, else by polling.
 
     It has no thread: reading and waiting happen in ``next()``, in the thread that iterates. :meth:`stop` may be called
     from any thread. While the database cannot be reached it tries again, and goes on where it was.
@@ -107,7 +107,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         self._waiter.close()
 
     def stop(self) -> None:
-        """End the iteration, waking it if it waits."""
+        """End the iteration, also while it waits."""
         super().stop()
         self._waiter.stopped.set()
 

@@ -1,4 +1,4 @@
-"""Which driver of Cassandra there is: two projects bring one package of the same name, one over the other."""
+"""Finds the driver of Cassandra: two projects install a package of the same name, and one overwrites the other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def installed() -> dict[str, str]:
 def check_drivers() -> None:
     """Check that there is one driver, and that it works in this process.
 
-    :raises ConfigurationError: where there is none or both, or gevent is in use and the driver does not work with it.
+    :raises ConfigurationError: when there is none, or both are installed, or the driver does not work with gevent.
     """
     found = installed()
     if not found:
@@ -51,7 +51,7 @@ def check_drivers() -> None:
 
 
 def check_process() -> None:
-    """Check that a session may be opened in this process.
+    """Check that this process may open a session: the master of uWSGI forks, and must not.
 
     :raises ConfigurationError: in the master of uWSGI.
     """

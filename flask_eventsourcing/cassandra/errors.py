@@ -1,4 +1,4 @@
-"""What an error of the driver means: not done, nobody knows, or never to be tried again."""
+"""What an error of the driver means: the work was not done, the outcome is unknown, or a new try is useless."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ UNKNOWN: tuple[type[Exception], ...] = (
 
 
 class SaveTooLargeError(EventValueError, DataError):
-    """A save has more bytes than the nodes take at once: save less at a time."""
+    """A save has more bytes than the nodes accept in one statement: save fewer or smaller events at a time."""
 
 
 @contextmanager
 def translated(size: int = 0) -> Iterator[None]:
-    """Raise what the protocol knows in the place of the driver's errors.
+    """Raise the errors of the protocol instead of the driver's.
 
     :param size: the bytes that are written.
     :raises NotDoneError: when it was not done, and can be tried again.

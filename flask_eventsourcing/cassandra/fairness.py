@@ -15,7 +15,7 @@ MOST_OTHERS = 8
 
 
 class Pace:
-    """Measures how long an insert takes, and how many rows others write between two of this process, and waits by it.
+    """Lets writers of several processes take turns: waits as long as inserts take and as other writers are active.
 
     Exponential back-off would let the one starve that loses most. So who has won waits for about as many inserts as
     there are others; who lost waits the less the more often, and not at all when it has lost as often as there are
@@ -33,7 +33,7 @@ class Pace:
         self._wrote_last = False
 
     def before(self, losses: int) -> None:
-        """Let others go first, if this process has written the last row while they write too."""
+        """Wait before an insert if this process has written the last row and others write too."""
         turn = self._typical * min(self._others, MOST_OTHERS)
         if losses == 0 and self._wrote_last and self._store.now() - self._lost < SINCE + turn:
             self._store.sleep(turn * self._draw.uniform(0.75, 1.25))
@@ -50,7 +50,7 @@ class Pace:
     def lost(self, losses: int) -> None:
         """Wait after a loss.
 
-        :param losses: how many there were for these appends.
+        :param losses: how often these appends have lost so far.
         """
         self._lost_since += 1
         self._lost, self._wrote_last = self._store.now(), False

@@ -1,4 +1,4 @@
-"""Cassandra as a place where a host's applications keep their events: what is asked for from outside of this room."""
+"""Cassandra as the store of a host's applications: what the hosts call of this package."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MODULE = __name__.rpartition(".")[0]
 
 
 class HostedCassandra:
-    """Where the applications of one host have their events.
+    """The store of the events of one host's applications.
 
     :param settings: how the cluster is reached.
-    :param collector: collects the metadata of a save, or None where none are stored.
+    :param collector: collects the metadata of a save; None if none are stored.
     :param id_types: the type of the aggregates' ids by the name of the application.
     """
 
@@ -43,7 +43,7 @@ class HostedCassandra:
         """Return the environment with which an application uses this store.
 
         :param env: what the user has configured.
-        :param application_name: of the one application that it is for.
+        :param application_name: the application's name.
         """
         ours = {Factory.PERSISTENCE_MODULE: MODULE, Factory.LENT: self._lent.get().token}
         if application_name is not None:
@@ -53,27 +53,27 @@ class HostedCassandra:
         return {**env, **ours}
 
     def create_tables(self) -> list[str]:
-        """Make the keyspace and the tables where they are missing, and return the names of these tables."""
+        """Make the keyspace and the tables that are missing, and return the names of these tables."""
         with readable_errors():
             return self._schema().create()
 
     def look(self) -> Iterator[Line]:
-        """Tell how the nodes, the keyspace and the tables are: lines, and which of them are faults."""
+        """Return a report on the nodes, the keyspace and the tables: lines, and which of them are faults."""
         with readable_errors():
             yield from self._schema().look()
 
     def log_identity(self, application_name: str) -> int | None:
-        """Return what tells an application's log from every other: the identity of its table."""
+        """Return the identity of an application's log, which is that of its table."""
         with readable_errors():
             return self._schema().identity(application_name.lower())
 
     def address(self) -> str:
-        """Return where it is, for people."""
+        """Return the address of the store, as users read it."""
         settings = self.settings
         return f"{self.title}: {', '.join(settings.contact_points)}, port {settings.port}, keyspace {settings.keyspace}"
 
     def close(self) -> None:
-        """Close the session of this process; it is opened again when it is used."""
+        """Close the session of this process; the next use opens one again."""
         self.connection.close()
 
     def _schema(self) -> Schema:
@@ -91,7 +91,7 @@ class _Lent:
 def make_store(config: Config, collector: Collector | None, id_types: Mapping[str, IdType]) -> HostedCassandra:
     """Make the store that a host's settings describe; no connection is opened.
 
-    :raises ConfigurationError: where the driver does not work in this process.
+    :raises ConfigurationError: when the driver does not work in this process.
     """
     # Again, as gevent may have patched the sockets since the driver was imported.
     check_drivers()

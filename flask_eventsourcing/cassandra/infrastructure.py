@@ -1,4 +1,4 @@
-"""The infrastructure factory: what makes this package a ``PERSISTENCE_MODULE`` of the library."""
+"""The infrastructure factory, with which this package is a ``PERSISTENCE_MODULE`` of the library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .settings import CassandraSettings
 
 @dataclass(frozen=True, eq=False)
 class Lent:
-    """What a host lends to the factories of its applications: how the nodes are reached, and what is told of saves."""
+    """The connection and the functions that a host shares with the factories of its applications."""
 
     connection: Connection
     metadata: Callable[[], Metadata] | None = None
@@ -48,7 +48,7 @@ _lent: WeakValueDictionary[str, Lent] = WeakValueDictionary()
 
 
 def lend(lent: Lent) -> str:
-    """Return the value of ``FLASK_EVENTSOURCING_CASSANDRA`` by which factories find it; somebody has to keep it."""
+    """Return the value of ``FLASK_EVENTSOURCING_CASSANDRA`` by which factories find this; the host must keep it."""
     token = uuid4().hex
     _lent[token] = lent
     return token
@@ -214,7 +214,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
         return cls
 
     def close(self) -> None:
-        """Close the session if it is the factory's own; that of a host is the host's."""
+        """Close the session, unless it belongs to a host."""
         connection = getattr(self, "connection", None)
         if connection is not None and self._owns_connection:
             connection.close()

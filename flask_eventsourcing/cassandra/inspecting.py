@@ -1,4 +1,4 @@
-"""Makes the keyspace and the tables on every node, and looks whether they, and the nodes, are as they should be."""
+"""Makes the keyspace and the tables on every node, and checks them and the nodes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ Shape = tuple[Mapping[str, str], Sequence[str]]
 def readable_errors() -> Iterator[None]:
     """Turn the driver's errors into the library's.
 
-    :raises MissingRightError: when the role may not do it.
-    :raises OperationalError: when nodes do not answer, or not in time.
+    :raises MissingRightError: when the role lacks a right.
+    :raises OperationalError: when nodes do not answer in time.
     :raises ProgrammingError: when a node refuses it.
     """
     try:
@@ -65,12 +65,12 @@ def readable_errors() -> Iterator[None]:
 
 
 def first_line(error: object) -> str:
-    """Return what a driver's error says, in one line."""
+    """Return the text of a driver's error in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def wanted(prefix: str, id_type: IdType) -> dict[str, Shape]:
-    """Return the tables of an application by their names, as they should be."""
+    """Return the tables that an application needs, by their names."""
     found: dict[str, Shape] = {}
     for purpose, statement in TABLES.items():
         text = statement.replace("{id_type}", id_type)
@@ -97,7 +97,7 @@ class Schema:
             self.tables |= wanted(prefix, id_type)
 
     def create(self) -> list[str]:
-        """Make what is missing, and return the names of the tables that were; blocks until every node has them.
+        """Make what is missing, and return the names of the tables that were made; blocks until every node has them.
 
         :raises OperationalError: when a node does not have them in time.
         """
@@ -116,7 +116,7 @@ class Schema:
         return node, self._missing(node)
 
     def look(self) -> Iterator[Line]:
-        """Tell how the nodes, the keyspace and the tables are."""
+        """Return a report on the nodes, the keyspace and the tables."""
         nodes = self._connection.nodes()
         for node in nodes:
             yield from self._look_at(node)
@@ -139,7 +139,7 @@ class Schema:
                 yield f"table {name}.{table} ok", False
 
     def identity(self, prefix: str) -> int | None:
-        """Return what tells the log of an application from every other that is made, None where there is none."""
+        """Return the identity of an application's log, or None if it has no table."""
         names = (self._connection.settings.keyspace, f"{prefix}_log")
         found = self._connection.execute(SimpleStatement(IDENTITY), names).one()
         return None if found is None else int.from_bytes(blake2b(found.id.bytes, digest_size=8).digest()) >> 1

@@ -1,4 +1,4 @@
-"""What a process knows of the log from its horizon on."""
+"""The memory of one process: the log from its horizon on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NOTHING = -1
 class Memory:
     """Follows the log row by row.
 
-    For an aggregate that was not met since the horizon, one read of its stream that was made after the horizon was read
-    says which version is the last. What is known from a row may be forgotten only when a later horizon has passed it.
+    If no row since the horizon has an aggregate, one read of its stream after the horizon was read gives its last
+    version. What is known from a row may be forgotten only when a later horizon has passed the row.
 
-    :param horizon: where it begins, read before.
+    :param horizon: where it begins; it must be read before everything else.
     """
 
     def __init__(self, horizon: Horizon) -> None:
@@ -32,21 +32,21 @@ class Memory:
         self._lock = threading.Lock()
 
     def known(self, key: Key) -> int | None:
-        """Return the last version of an aggregate, or position of an upstream application; None if it is unknown."""
+        """Return the last version of an aggregate, or the last position of an upstream application; None if unknown."""
         found = self._known.get(key)
         return None if found is None else found[0]
 
     def offer(self, key: Key, version: int | None, horizon: int) -> None:
-        """Take what was read of an aggregate not met yet.
+        """Take the last version of an aggregate that no row has had yet.
 
-        :param horizon: that of this memory before it was read.
+        :param horizon: the horizon of this memory before the version was read.
         """
         with self._lock:
             if horizon == self.horizon and key not in self._known:
                 self._known[key] = (NOTHING if version is None else version, horizon)
 
     def meet(self, row: Row) -> None:
-        """Follow the log by the row at its head."""
+        """Take the row at the head of the log, and move the head behind it."""
         with self._lock:
             for key, version in row.versions:
                 self._known[key] = (version, row.position)
@@ -60,7 +60,7 @@ class Memory:
 
     @property
     def rows(self) -> int:
-        """How many rows it has met since the horizon."""
+        """How many rows of the log it knows since the horizon."""
         return len(self._positions)
 
     def row(self, appends: list[Append]) -> Row:
@@ -68,7 +68,7 @@ class Memory:
         return row_of(self.head, self.last_event, appends)
 
     def unindexed(self, keys: Collection[Key], before: int | None = None) -> list[int]:
-        """Return the rows about some of these keys that nobody is known to have indexed, in their order."""
+        """Return the rows about some of these keys that may not be indexed, in their order."""
         with self._lock:
             found = [position for position, about in self._unindexed.items() if not about.isdisjoint(keys)]
         return sorted(each for each in found if before is None or each < before)
@@ -79,11 +79,11 @@ class Memory:
             self._unindexed.pop(position, None)
 
     def is_unindexed(self, position: int) -> bool:
-        """Whether a row that was met is not known to be indexed."""
+        """Whether a row of the memory may not be indexed."""
         return position in self._unindexed
 
     def forget(self, horizon: int) -> None:
-        """Forget what lies below a later horizon."""
+        """Forget the rows below a later horizon."""
         with self._lock:
             self._known = {key: known for key, known in self._known.items() if known[1] >= horizon}
             self._unindexed = {at: about for at, about in self._unindexed.items() if at >= horizon}

@@ -1,4 +1,4 @@
-"""Reading the log by position: only rows that touch, none before its streams are written."""
+"""Reads the log by position: only rows without a gap between them, and each after its streams are written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reader:
     """Reads the log of one application.
 
     :param store: what keeps the log.
-    :param writer: that of this process, which knows what is indexed.
+    :param writer: the writer of this process, which knows what is indexed.
     :param patience: seconds for which each step is tried again.
     """
 
@@ -54,9 +54,9 @@ class Reader:
         return found
 
     def page_to(self, start: int, limit: int, stop: int, size: int = PAGE_BYTES) -> tuple[list[Notification], int]:
-        """Return the events from a position on, and up to where these are all: no further than rows were seen.
+        """Return the events from a position on, and the position up to which they are complete.
 
-        :param size: the bytes of states behind which it ends, though not before the first event.
+        :param size: the bytes of states after which it ends; at least one event is returned.
         """
         found: list[Notification] = []
         upto = start - 1
@@ -75,7 +75,7 @@ class Reader:
         return found, upto
 
     def fitting(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> int:
-        """Return how many of the events from a position on are not too large to be returned at once, at least one."""
+        """Return how many events from a position on can be returned at once because of their size, at least one."""
         found = size = 0
         for row in self._rows(start, page=1):
             for (position, *_), content in zip(row.located(), row.contents or (), strict=True):
@@ -86,7 +86,7 @@ class Reader:
         return max(1, limit)
 
     def recorded(self, positions: Sequence[int]) -> dict[int, Recorded]:
-        """Return what was recorded of events beside their states, by position."""
+        """Return the metadata and ids that were recorded with events, by position."""
         found: dict[int, Recorded] = {}
         for position in sorted(positions):
             if position not in found and position not in self._recorded:
@@ -99,7 +99,7 @@ class Reader:
         return {position: found[position] for position in positions if position in found}
 
     def last_row(self) -> Row | None:
-        """Return the last row of the log without its states, None for an empty log."""
+        """Return the last row of the log without its states, or None for an empty log."""
         if self._head == 1:
             self._head = self._walker.repeat(self._store.read_horizon).position
         last: Row | None = None
@@ -144,7 +144,7 @@ def notification(position: int, key: Key, version: int, topic: str, state: bytes
 
 
 def recorded_of(row: Row) -> dict[int, Recorded]:
-    """Return what a row has of its events beside their states, by position."""
+    """Return the metadata and ids of a row's events, by position."""
     found: dict[int, Recorded] = {}
     for (position, _, _, at), content in zip(row.located(), row.contents or (), strict=True):
         event_id: UUID | None = content.event_id

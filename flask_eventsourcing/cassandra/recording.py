@@ -38,7 +38,7 @@ OnRecorded = Callable[[str, Append, Sequence[int]], None]
 
 
 class Parts:
-    """What one process has of an application's log.
+    """The objects with which one process uses an application's log.
 
     :param connection: how the nodes are reached.
     :param prefix: what the names of the tables begin with.
@@ -58,7 +58,7 @@ class Log:
     :param connection: how the nodes are reached.
     :param name: the application's.
     :param id_type: the type of the aggregates' ids.
-    :param collect: returns the metadata in force, or is None where no metadata is stored.
+    :param collect: returns the metadata in force; None if no metadata are stored.
     :param on_recorded: called after each save with the application's name, what was saved, and its positions.
     """
 
@@ -79,17 +79,17 @@ class Log:
 
     @property
     def parts(self) -> Parts:
-        """What this process has of it."""
+        """The objects of this process."""
         return self._parts.get()
 
     def has(self, originator_id: Key) -> bool:
-        """Whether an id is of the type of the tables."""
+        """Whether an id has the type of the ids in the tables."""
         return isinstance(originator_id, UUID if self.id_type == "uuid" else str)
 
     def select(
         self, purpose: str, originator_id: Key, gt: int | None, lte: int | None, *, desc: bool, limit: int | None
     ) -> Sequence[StoredEvent]:
-        """Read what a table has of an aggregate."""
+        """Read the rows of an aggregate in a table."""
         if not self.has(originator_id) or originator_id == "":
             return []
         parts = self.parts
@@ -125,10 +125,10 @@ class Log:
         )
 
     def check(self, event: StoredEvent) -> None:
-        """Check that an event can be stored, and read as it was.
+        """Check that an event can be stored, and read back unchanged.
 
         :raises IdentifierTypeError: for an id of another type than the tables'.
-        :raises EventValueError: for a value that the nodes do not take.
+        :raises EventValueError: for a value that the nodes do not accept.
         """
         if not self.has(event.originator_id):
             raise IdentifierTypeError(
@@ -154,7 +154,7 @@ def _check_text(text: str) -> None:
 
 
 class CassandraAggregateRecorder(AggregateRecorder):
-    """Records events in aggregate sequences only; the log has them too."""
+    """Records events of aggregates; they are in the log too."""
 
     def __init__(self, log: Log) -> None:
         self.log: Log = log
@@ -189,7 +189,7 @@ class CassandraAggregateRecorder(AggregateRecorder):
 
 
 class CassandraSnapshotRecorder(AggregateRecorder):
-    """Records snapshots: what is stored of the same version is replaced."""
+    """Records snapshots. A snapshot of the same version is replaced."""
 
     def __init__(self, log: Log) -> None:
         self.log: Log = log
@@ -254,18 +254,18 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         join: bool = False,
         damaged: bool = False,
     ) -> Sequence[Notification]:
-        """As :meth:`select_notifications`: there is no session that it could join."""
+        """As :meth:`select_notifications`, since there is no session to join."""
         return self.select_notifications(start, limit, stop, topics, inclusive_of_start=inclusive_of_start)
 
     def read_page(self, after: int, limit: int, stop: int) -> tuple[Sequence[Notification], int]:
-        """Read events behind a position, as long as they are not too large to be kept at once.
+        """Read events behind a position, no more bytes than fit into memory at once.
 
-        :return: the events, and the position up to which these are all.
+        :return: the events, and the position up to which they are complete.
         """
         return self.log.parts.reader.page_to(after + 1, limit, stop)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
-        """Return how many of the next events to read at once: up to *limit*, as long as they are not too large."""
+        """Return how many of the next events to read at once because of their size, up to *limit*."""
         return self.log.parts.reader.fitting(after + 1, limit, stop, topics)
 
     def find_recorded(self, positions: Sequence[int], connection: object = None) -> dict[int, Recorded]:
@@ -273,7 +273,7 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         return self.log.parts.reader.recorded(positions)
 
     def cause(self, position: int, is_over: Callable[[], bool] = bool) -> MetadataBlock:
-        """Return a block within which events are saved that one of this log has caused."""
+        """Return a context for saves that an event of this log has caused."""
         return caused_by(lambda: self.find_recorded([position]).get(position), is_over)
 
     def max_notification_id(self) -> int | None:
@@ -282,7 +282,7 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         return (row.last_event or None) if row is not None else None
 
     def high_water_mark(self) -> int:
-        """Return the position up to which no event can appear any more; 0 for none."""
+        """Return the position up to which the log is complete; 0 for an empty log."""
         row = self.log.parts.reader.last_row()
         return row.end - 1 if row is not None else 0
 
@@ -291,11 +291,11 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         return LogSubscription(recorder=self, gt=gt, topics=topics)
 
     def waiter(self) -> Waiter:
-        """Return what waits for news of this log."""
+        """Return an object that waits for new events of this log."""
         return Waiter()
 
     def shared_waiter(self) -> Waiter:
-        """Return the same for one of many in this process."""
+        """Return such an object for one of many that wait in this process."""
         return Waiter()
 
 

@@ -1,4 +1,4 @@
-"""Rows of the log, and what keeps them: the little that the protocol asks of a database."""
+"""Rows of the log, and the store that keeps them: the few operations that the protocol needs of a database."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def bucket_of(position: int) -> int:
 
 
 class NotDoneError(Exception):
-    """The database has surely not done what it was asked for."""
+    """The database has certainly not done the work."""
 
 
 class MaybeDoneError(Exception):
-    """Nobody knows yet whether the database has done it, or is going to."""
+    """It is unknown whether the database has done the work, or will do it."""
 
 
 class Span(NamedTuple):
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What an event is beside its aggregate and version."""
+    """The content of an event without its aggregate and version."""
 
     topic: str
     state: bytes
@@ -67,7 +67,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class Append:
-    """What one save asks to be recorded."""
+    """The events and the position that one save records."""
 
     events: Sequence[StoredEvent] = ()
     tracking: Tracking | None = None
@@ -84,7 +84,7 @@ class Append:
     def spans(self) -> list[Span]:
         """Return the versions of each aggregate.
 
-        :raises IntegrityError: when those of one do not follow each other.
+        :raises IntegrityError: when the versions of one do not follow each other.
         """
         found: dict[Key, Span] = {}
         for event in self.events:
@@ -99,7 +99,7 @@ class Append:
 
     @property
     def keys(self) -> set[Key]:
-        """What it is about: aggregates, and the name of an upstream application."""
+        """The aggregates, and the name of an upstream application, that it is about."""
         keys: set[Key] = {event.originator_id for event in self.events}
         if self.tracking is not None:
             keys.add(upstream_key(self.tracking.application_name))
@@ -107,7 +107,7 @@ class Append:
 
     @property
     def part(self) -> Part:
-        """What a row has of it beside its events."""
+        """Its part of the row, without the events."""
         tracking = self.tracking
         upstream = (None, None) if tracking is None else (tracking.application_name, tracking.notification_id)
         return Part(self.id, len(self.events), self.time, self.metadata, *upstream)
@@ -121,7 +121,7 @@ class Append:
 
 
 def upstream_key(name: str) -> str:
-    """Return how an upstream application is told from aggregates."""
+    """Return the key of an upstream application, which no aggregate has."""
     return f"\0upstream {name}"
 
 
@@ -147,12 +147,12 @@ class Row:
 
     @property
     def keys(self) -> set[Key]:
-        """What it is about: aggregates, and names of upstream applications."""
+        """The aggregates, and the names of upstream applications, that it is about."""
         keys: set[Key] = {key for key, _ in self.versions}
         return keys | {upstream_key(part.upstream) for part in self.parts if part.upstream is not None}
 
     def flagged(self) -> Row:
-        """Return it with the flag that it is indexed."""
+        """Return the row with the flag that it is indexed."""
         return replace(self, indexed=True)
 
     def located(self) -> Iterator[tuple[int, Key, int, int]]:
@@ -212,25 +212,25 @@ class Horizon(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps the tables. What it raises are ``NotDoneError`` and ``MaybeDoneError``, or errors that stay."""
+    """Keeps the tables. It raises ``NotDoneError``, ``MaybeDoneError``, or an error that a new try does not change."""
 
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""
 
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
-        """Read rows at or behind a position plainly: those of its bucket, or if there are none, of the next one."""
+        """Read rows at or behind a position, without SERIAL: those of its bucket, or of the next one if it has none."""
 
     def read_row(self, position: int) -> Row | None:
-        """Read one row of the log with all that was promised to it (SERIAL)."""
+        """Read one row of the log with SERIAL, which sees inserts whose outcome is still open."""
 
     def row_before(self, position: int) -> int | None:
-        """Read plainly which row is the last one at or before a position."""
+        """Find the last row at or before a position, without SERIAL."""
 
     def last_version(self, originator_id: Key) -> int | None:
         """Read the last version in the table of streams."""
 
     def tracked(self, name: str) -> int | None:
-        """Read how far an upstream application was processed."""
+        """Read the position up to which an upstream application was processed."""
 
     def has_snapshot(self, originator_id: Key, version: int) -> bool:
         """Whether there is a snapshot of a version."""
@@ -239,16 +239,16 @@ class Store(Protocol):
         """Write the rows that are derived from a row of the log."""
 
     def flag(self, row: Row) -> None:
-        """Note that they are written; nobody waits for it."""
+        """Note that the derived rows are written, without waiting for the nodes."""
 
     def read_horizon(self) -> Horizon:
         """Read the horizon."""
 
     def move_horizon(self, horizon: Horizon) -> None:
-        """Write the horizon, unless it is further already."""
+        """Write the horizon, unless a later one is written already."""
 
     def now(self) -> float:
-        """Return the seconds of a clock that never goes back."""
+        """Return the seconds of a monotonic clock."""
 
     def sleep(self, seconds: float) -> None:
         """Wait."""

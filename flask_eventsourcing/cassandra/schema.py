@@ -71,7 +71,7 @@ TABLES: Mapping[str, str] = {
 
 
 def quote(name: str) -> str:
-    """Return a name as CQL has it, upper and lower case told apart."""
+    """Return a name quoted for CQL, so that upper and lower case differ."""
     return '"{}"'.format(name.replace('"', '""'))
 
 

@@ -1,4 +1,4 @@
-"""How a Cassandra cluster is reached, and how the tables of an application are kept there."""
+"""The settings for a Cassandra cluster and for the tables of an application in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CassandraSettings:
-    """Where the nodes are, and how they are asked."""
+    """The addresses of the nodes, and the options of a session."""
 
     contact_points: tuple[str, ...]
     keyspace: str

@@ -26,7 +26,7 @@ EVENT_BYTES = 200
 
 
 class Statements(NamedTuple):
-    """What is sent to the nodes."""
+    """The statements for the tables of an application."""
 
     insert: str
     read_rows: str
@@ -125,7 +125,7 @@ class CassandraStore:
         return _row(found)
 
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
-        """Read rows at or behind a position plainly: those of its bucket, or if there are none, of the next one."""
+        """Read rows at or behind a position, without SERIAL: those of its bucket, or of the next one if it has none."""
         cql = self._cql.read_rows_with_states if states else self._cql.read_rows
         bucket = bucket_of(position)
         found = self._all(cql, bucket, position, limit) or self._all(cql, bucket + 1, position, limit)
@@ -133,13 +133,13 @@ class CassandraStore:
         return [_row(each) for each in found if each.row_id is not None]
 
     def read_row(self, position: int) -> Row | None:
-        """Read one row of the log with all that was promised to it."""
+        """Read one row of the log with SERIAL, which sees inserts whose outcome is still open."""
         serial = self.connection.serial_consistency
         found = self._one(self._cql.read_row, bucket_of(position), position, consistency=serial)
         return None if found is None or found.row_id is None else _row(found)
 
     def row_before(self, position: int) -> int | None:
-        """Read plainly which row is the last one at or before a position."""
+        """Find the last row at or before a position, without SERIAL."""
         bucket = bucket_of(position)
         for each in (bucket, bucket - 1):
             found = self._one(self._cql.row_before, each, position)
@@ -153,7 +153,7 @@ class CassandraStore:
         return None if found is None else int(found.originator_version)
 
     def tracked(self, name: str) -> int | None:
-        """Read how far an upstream application was processed."""
+        """Read the position up to which an upstream application was processed."""
         found = self._one(self._cql.tracked, name)
         return None if found is None else int(found.notification_id)
 
@@ -162,7 +162,7 @@ class CassandraStore:
         return self._one(self._cql.snapshot, originator_id, version) is not None
 
     def index(self, row: Row) -> None:
-        """Write the rows that are derived from a row of the log, of each aggregate in their order."""
+        """Write the rows that are derived from a row of the log; those of one aggregate in their order."""
         streams = [list(self._batches(each)) for each in stream_rows(row)]
         tracking = [
             self._bind(self._cql.write_tracking, (part.upstream, part.upstream_position, part.upstream_position))
@@ -201,7 +201,7 @@ class CassandraStore:
             yield _batch(batch)
 
     def flag(self, row: Row) -> None:
-        """Note that they are written; nobody waits for it."""
+        """Note that the derived rows are written, without waiting for the nodes."""
         self.connection.session.execute_async(self._bind(self._cql.flag, (bucket_of(row.position), row.position)))
 
     def read_horizon(self) -> Horizon:
@@ -210,11 +210,11 @@ class CassandraStore:
         return Horizon() if found is None else Horizon(found.horizon, found.last_event)
 
     def move_horizon(self, horizon: Horizon) -> None:
-        """Write the horizon, unless it is further already."""
+        """Write the horizon, unless a later one is written already."""
         self._one(self._cql.move_horizon, *horizon, horizon.position)
 
     def now(self) -> float:
-        """Return the seconds of a clock that never goes back."""
+        """Return the seconds of a monotonic clock."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
@@ -239,7 +239,7 @@ class CassandraStore:
         return [StoredEvent(*each) for each in self._all(cql, *values)]
 
     def write_snapshot(self, snapshot: StoredEvent) -> None:
-        """Write a snapshot, in the place of one of the same version."""
+        """Write a snapshot; one of the same version is replaced."""
         values = (snapshot.originator_id, snapshot.originator_version, snapshot.topic, snapshot.state)
         self._one(self._cql.write_snapshot, *values, size=len(snapshot.state))
 

@@ -1,4 +1,4 @@
-"""Walking along the log: rows where they touch, and the tries of what is safe to repeat."""
+"""Walks along the log row by row, and repeats what is safe to repeat."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE_BYTES = 4 * 2**20
 
 
 class Tries:
-    """Repeats what may be repeated, until it succeeds or the time is over.
+    """Repeats a function until it succeeds or the time is over.
 
     :param patience: seconds.
     """
@@ -80,7 +80,7 @@ class Walker:
         return Tries(self.store, self._patience).repeat(work)
 
     def rows(self, position: int, *, states: bool = False, page: int = PAGE) -> Iterator[Row]:
-        """Yield the rows from a position on, at which one begins, to the end of the log."""
+        """Yield the rows from a position on to the end of the log; a row must begin at the position."""
         while True:
             at = position
             rows = self.repeat(partial(self.store.read_rows, at, page, states=states))
@@ -98,9 +98,9 @@ class Walker:
             page = fitting(page, rows) if states else page
 
     def settled(self, position: int) -> Row:
-        """Return the row at a position at which one is known to begin, so that every plain read sees it too.
+        """Return the row at a position where one is known to begin. Afterwards, reads without SERIAL see it too.
 
-        :raises UnreadableEventError: when there is none: others have written the log.
+        :raises UnreadableEventError: when there is none, as another program has written the log.
         """
         found = self.repeat(lambda: self.store.read_row(position))
         if found is None:
@@ -111,13 +111,13 @@ class Walker:
         return found
 
     def index(self, row: Row) -> None:
-        """Write what is derived from a row, and flag it."""
+        """Write the rows that are derived from a row, and flag it."""
         full = self.settled(row.position) if row.contents is None else row
         self.repeat(lambda: self.store.index(full))
         self.store.flag(full)
 
 
 def fitting(page: int, rows: Sequence[Row]) -> int:
-    """Return how many rows to read next, after some were read with their states."""
+    """Return how many rows to read next, by the size of those that were read with their states."""
     size = sum(len(each.state) for row in rows for each in row.contents or ())
     return max(1, page // 2) if size > PAGE_BYTES else min(2 * page, PAGE)

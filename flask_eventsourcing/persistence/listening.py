@@ -38,7 +38,7 @@ class Listener:
         self._ended = threading.Event()
 
     def add(self, waiter: SharedWaiter) -> None:
-        """Listen for one more."""
+        """Add a waiter; the first one begins the thread."""
         with self._lock:
             self._waiters.add(waiter)
             if self._thread is None:
@@ -47,7 +47,7 @@ class Listener:
                 self._thread.start()
 
     def remove(self, waiter: SharedWaiter) -> None:
-        """Listen for one less; after the last, the connection is closed."""
+        """Remove a waiter; after the last one, the connection is closed."""
         with self._lock:
             self._waiters.discard(waiter)
             if self._waiters or self._thread is None:
@@ -91,7 +91,7 @@ class Listener:
 
 
 class SharedWaiter(Waiter):
-    """Waits for what a listener hears on one channel."""
+    """Waits for notifications of one channel, which the shared listener receives."""
 
     # Not at once: only a writer that rolls back uncovers events of others without a notification.
     first: float = 0.02
@@ -124,7 +124,7 @@ _listeners: weakref.WeakValueDictionary[tuple[int, int], Listener] = weakref.Wea
 
 
 def listener_of(engine: Engine, receive: Receive) -> Listener:
-    """Return the one that this process has for an engine."""
+    """Return the listener of this process for an engine."""
     key = (os.getpid(), id(engine))
     # It keeps the engine, so that no other one gets its id.
     return _listeners.get(key) or _listeners.setdefault(key, Listener(engine, receive))

@@ -1,7 +1,8 @@
 """The admin of events, checkpoints and dead letters, for each application, where Django's admin is installed.
 
-All of it is read only, for superusers too. The permissions are those of the models, as ``bank.view_bankstoredevent``;
-what is done with dead letters has its own: ``bank.retry_bankdeadletter`` and ``bank.discard_bankdeadletter``.
+Everything is read only, for superusers too. The permissions are those of the models, such as
+``bank.view_bankstoredevent``. The actions on dead letters have permissions of their own: ``bank.retry_bankdeadletter``
+and ``bank.discard_bankdeadletter``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _ReadOnly(admin.ModelAdmin):
 
     @property
     def alias(self) -> str | None:
-        """The database, where the setting has the application."""
+        """The alias of the database, if the setting has the application."""
         try:
             found = configured().get(self.of)
         except ConfigurationError:
@@ -45,7 +46,7 @@ class _ReadOnly(admin.ModelAdmin):
         return None if found is None else found.alias
 
     def get_queryset(self, request: Any) -> Any:
-        """Return the rows, whatever a router says of reads."""
+        """Return the rows of that database, even if a router names another one for reads."""
         return super().get_queryset(request).using(self.alias)
 
     def has_add_permission(self, request: Any) -> bool:
@@ -83,7 +84,7 @@ class EventAdmin(_ReadOnly):
         return [each for each in self.list_display if each in names]
 
     def get_search_results(self, request: Any, queryset: Any, search_term: str) -> tuple[Any, bool]:
-        """Look for exactly what is given, by an index where there is one."""
+        """Find rows that have exactly this value, with an index if there is one."""
         term = search_term.strip()
         if not term:
             return queryset, False
@@ -108,7 +109,7 @@ class CheckpointAdmin(_ReadOnly):
 
 
 class DeadLetterAdmin(_ReadOnly):
-    """The events that were set aside, which can be applied again, or given up."""
+    """The events that were set aside. Actions apply them again or discard them."""
 
     list_display = (
         "id",
@@ -125,11 +126,11 @@ class DeadLetterAdmin(_ReadOnly):
     actions = ("retry", "discard")
 
     def has_retry_permission(self, request: Any) -> bool:
-        """Whether somebody may have events applied again."""
+        """Whether the user may apply events again."""
         return self._may(request, "retry")
 
     def has_discard_permission(self, request: Any) -> bool:
-        """Whether somebody may give events up."""
+        """Whether the user may discard events."""
         return self._may(request, "discard")
 
     @admin.action(permissions=["retry"], description="Apply again, with those that wait behind them")
@@ -158,7 +159,7 @@ class DeadLetterAdmin(_ReadOnly):
 
 
 def register(site: admin.AdminSite = admin.site) -> None:
-    """Register the record classes of all applications; one that is registered already stays as it is."""
+    """Register the record classes of all applications, except those that you have registered yourself."""
     for name, records in all_records().items():
         for model, kind in (
             (records.StoredEvent, EventAdmin),

@@ -77,7 +77,7 @@ class Configured:
 def configured() -> dict[str, Configured]:
     """Return what the setting says, by the names of the applications.
 
-    :raises ConfigurationError: naming what is of no use.
+    :raises ConfigurationError: naming what cannot be used.
     """
     found = getattr(settings, SETTING, None)
     if found is None:

@@ -1,4 +1,4 @@
-"""The library's ``System`` in a Django project: its runner, and followers that a command brings up to date."""
+"""The library's ``System`` in a Django project: its runner, and a command that brings followers up to date."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ SETTING = "EVENTSOURCING_RUNNER"
 
 
 def runner_env() -> Mapping[str, str]:
-    """Return the environment with which runners of a ``System`` use the databases and ``ENV`` of the setting.
+    """Return the environment for a runner of a ``System``, so that its applications use the databases of the setting.
 
-    ``SingleThreadedRunner(system, env=runner_env())``: every application of the system is one of the setting.
+    The setting must have every application of the system::
 
-    :raises ConfigurationError: when the setting is of no use.
+        runner = SingleThreadedRunner(system, env=runner_env())
+
+    :raises ConfigurationError: when the setting cannot be used.
     """
     found = site()
     env: dict[str, str] = {}
@@ -79,7 +81,7 @@ def _named(path: Any) -> Runner[Any]:
 
 
 def sync_follower(follower: Follower[Any], leaders: Iterable[str], using: str) -> Mapping[str, int]:
-    """Process what a follower has not seen of its leaders; each event is a transaction, with its position.
+    """Process the events of the leaders that a follower has not seen; each event is one transaction with its position.
 
     :param leaders: their names.
     :param using: the alias of the follower's database.

@@ -36,7 +36,7 @@ _opened_in: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def note_process(*, connection: Any, **_: Any) -> None:
-    """Note in which process a connection was made, as Django tells with ``connection_created``."""
+    """Note the process that made a connection; a receiver of Django's ``connection_created``."""
     _opened_in[connection] = os.getpid()
 
 
@@ -49,9 +49,9 @@ def close_before_fork() -> None:
 
 
 def own_connection(alias: str) -> Any:
-    """Return Django's connection of this thread; one that was inherited at a fork is the parent's, and is left to it.
+    """Return Django's connection of this thread. One that was inherited at a fork is left to the parent.
 
-    :raises InheritedDatabaseError: where it is in a transaction, or its database cannot be opened again.
+    :raises InheritedDatabaseError: when it is in a transaction, or its database cannot be opened again.
     """
     wrapper: Any = connections[alias]
     if wrapper.connection is None or _opened_in.get(wrapper, os.getpid()) == os.getpid():
@@ -69,30 +69,30 @@ def own_connection(alias: str) -> Any:
 
 
 class LentDialect:
-    """What a SQLAlchemy dialect leaves to Django, of whose connections it has one."""
+    """The part of a SQLAlchemy dialect that leaves transactions to Django, whose connection it uses."""
 
     supports_statement_cache = True
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Begin where the connection is not a thread's."""
+        """Begin a transaction, unless the connection is a thread's."""
         dbapi_connection.begin()
 
     def do_commit(self, dbapi_connection: Any) -> None:
-        """Commit where the connection is not a thread's."""
+        """Commit, unless the connection is a thread's."""
         dbapi_connection.commit()
 
     def do_rollback(self, dbapi_connection: Any) -> None:
-        """Roll back where the connection is not a thread's."""
+        """Roll back, unless the connection is a thread's."""
         dbapi_connection.rollback()
 
     def do_close(self, dbapi_connection: Any) -> None:
-        """Close what is not a thread's."""
+        """Close the connection, unless it is a thread's."""
         dbapi_connection.close()
 
     do_terminate = do_close
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
-        """Keep the isolation level that Django has set, but for connections that are not a thread's."""
+        """Set the isolation level, unless the connection is a thread's, which has Django's."""
         dbapi_connection.isolate(level)
 
     def reset_isolation_level(self, dbapi_connection: Any) -> None:
@@ -100,11 +100,11 @@ class LentDialect:
         dbapi_connection.isolate(None)
 
     def get_default_isolation_level(self, dbapi_connection: Any) -> Any:
-        """There is none that could be set again."""
+        """Refuse: Django has set the level, and none is ever set again."""
         raise NotImplementedError
 
     def detect_autocommit_setting(self, dbapi_connection: Any) -> bool:
-        """Whether SQLAlchemy is to roll nothing back."""
+        """Whether SQLAlchemy must not roll back."""
         return False
 
 
@@ -144,7 +144,7 @@ def drivername(wrapper: Any) -> str:
 
 
 def address(wrapper: Any) -> sa.URL:
-    """Return what tells a database from others, without user and password."""
+    """Return a text that identifies a database, without user and password."""
     settings = wrapper.settings_dict
     host, port, name = (settings.get(key) or None for key in ("HOST", "PORT", "NAME"))
     return sa.URL.create(
@@ -153,7 +153,7 @@ def address(wrapper: Any) -> sa.URL:
 
 
 def make_engine(alias: str) -> Engine:
-    """Return an engine on the connections of one of Django's databases; nothing is connected for it.
+    """Return an engine on the connections of one of Django's databases, without connecting.
 
     :raises ConfigurationError: for a database that is not supported.
     """
@@ -181,17 +181,17 @@ def _lend(engine: Engine, wrapper: Any) -> Connection:
 
 
 def initialize(engine: Engine, connection: Connection) -> None:
-    """Have a dialect ask the server what it has to know, as SQLAlchemy's own function has it done at first."""
+    """Let a dialect read the server's settings, as SQLAlchemy does for its first connection."""
     if engine not in _initialized:
         engine.dialect.initialize(connection)
         _initialized.add(engine)
 
 
 class LentEngine(Engine):
-    """Has connections of its own, with Django's settings, for what must not be in a thread's transaction.
+    """An engine with connections of its own, with Django's settings, for work outside a thread's transaction.
 
-    Where others could not see what the thread does, in the transaction of a test case or in memory, it lends the
-    thread's.
+    In a test case's transaction, or with a database in memory, no other connection would see the thread's rows, so the
+    thread's own connection is used.
     """
 
     def __init__(self, alias: str, *arguments: Any) -> None:
@@ -216,19 +216,19 @@ class LentEngine(Engine):
 
 
 def is_shared(wrapper: Any) -> bool:
-    """Whether a connection of Django's is the only one that sees what it does."""
+    """Whether no other connection sees the rows of this one."""
     blocks = wrapper.atomic_blocks
     return bool(blocks and blocks[0]._from_testcase) or is_in_memory(wrapper)
 
 
 def is_in_memory(wrapper: Any) -> bool:
-    """Whether a database is in this process's memory."""
+    """Whether a database is in the memory of this process."""
     found = getattr(wrapper, "is_in_memory_db", None)
     return found is not None and bool(found())
 
 
 def refresh(wrapper: Any) -> None:
-    """Close a connection of Django's that is lost, as Django does it between two requests."""
+    """Close a connection of Django's that is lost, as Django does between two requests."""
     if wrapper.connection is not None and wrapper.errors_occurred and not wrapper.in_atomic_block:
         if wrapper.is_usable():
             wrapper.errors_occurred = False
@@ -238,7 +238,7 @@ def refresh(wrapper: Any) -> None:
 
 @contextmanager
 def sqlalchemy_errors(engine: Engine) -> Iterator[None]:
-    """Raise SQLAlchemy's error in the place of the one that Django has made of a driver's."""
+    """Raise SQLAlchemy's error instead of Django's for an error of the driver."""
     found: BaseException | None = None
     try:
         with driver_errors():
@@ -259,7 +259,7 @@ def sqlalchemy_errors(engine: Engine) -> Iterator[None]:
 
 
 class Borrowed:
-    """A connection of Django's, with SQLAlchemy's on the driver's that it has now.
+    """A connection of Django's, and SQLAlchemy's connection on the same driver connection.
 
     :param wrapper: ``django.db.connections[alias]``.
     """
@@ -279,7 +279,7 @@ class Borrowed:
         return self._wrapper()
 
     def connection(self) -> Connection:
-        """Return SQLAlchemy's connection; Django connects if it has to."""
+        """Return SQLAlchemy's connection; Django connects if necessary."""
         wrapper = self.wrapper
         if self.known is not None and self.known.invalidated:
             refresh(wrapper)
@@ -291,6 +291,6 @@ class Borrowed:
         return self.known
 
     def end(self) -> None:
-        """Tell SQLAlchemy, and nobody else, that the transaction has ended."""
+        """Tell only SQLAlchemy that the transaction has ended."""
         if self.known is not None and self.known.in_transaction():
             self.known.rollback()

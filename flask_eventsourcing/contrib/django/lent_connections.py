@@ -20,7 +20,7 @@ _QUOTED_OR_MARK = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\?(\d*
 
 @contextmanager
 def driver_errors() -> Iterator[None]:
-    """Raise the driver's error in the place of the one that Django has made of it."""
+    """Raise the driver's own error instead of Django's."""
     found: BaseException | None = None
     try:
         yield
@@ -36,7 +36,7 @@ def driver_errors() -> Iterator[None]:
 
 @lru_cache(500)
 def formatted(statement: str) -> tuple[str, Sequence[int]]:
-    """Return a statement with the marks that Django's cursors take, and which parameter belongs to each."""
+    """Return a statement with the placeholders of Django's cursors, and the number of the parameter for each."""
     order: list[int] = []
 
     def replace(found: re.Match[str]) -> str:
@@ -51,10 +51,10 @@ def formatted(statement: str) -> tuple[str, Sequence[int]]:
 
 
 class LentCursor:
-    """A cursor of Django's, with what SQLAlchemy calls.
+    """A cursor of Django's, with the methods that SQLAlchemy calls.
 
     :param cursor: the one of ``connection.cursor()``.
-    :param marks: whether statements come with marks that Django does not take.
+    :param marks: whether statements have placeholders that Django's cursors do not take.
     :param before: called with each statement before it is run.
     """
 

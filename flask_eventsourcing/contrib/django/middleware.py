@@ -1,8 +1,8 @@
-"""The middleware: events have the correlation of their request, and no client is told "done" for those that are gone.
+"""The middleware: events get the correlation of their request, and no client is told "done" for events that are lost.
 
-An exception rolls back, and a returned 4xx does not: that is Django's, and for events it is the same. What is looked
-for are events that are gone although nobody has asked for that: after an error that was swallowed inside ``atomic()``,
-or where autocommit was switched off and nobody has committed.
+Django rolls back after an exception and not after a returned 4xx, and so it is for events. The middleware finds events
+that were lost although no code asked for a rollback: after an error that was caught inside ``atomic()``, or where
+autocommit was switched off and no code has committed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAILURE = 400
 
 
 class _Looked:
-    """What is known of one database while a request is answered."""
+    """The state of one database while a request is answered."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -34,7 +34,7 @@ class _Looked:
         self.unit.losses.lost = self.lost
 
     def end(self) -> Sequence[Batch]:
-        """Return what is lost, and see to it that what is not committed will not be."""
+        """Return the lost events, and roll back what was not committed."""
         self.unit.losses.lost = self._outer
         pending = [each for each in self.unit.batches if each not in self._before]
         wrapper = self.unit.wrapper
@@ -48,7 +48,11 @@ class _Looked:
 
 
 class EventSourcingMiddleware:
-    """Answers 500 in the place of a success for events that are not stored.
+    """Answers 500 instead of a success if events of the request are not stored.
+
+    Add it to ``MIDDLEWARE``::
+
+        MIDDLEWARE += ["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"]
 
     :param get_response: the rest of the middleware, and the view.
     """
@@ -59,7 +63,7 @@ class EventSourcingMiddleware:
     def __call__(self, request: Any) -> Any:
         """Answer a request.
 
-        :raises UncommittedEventsError: for an answer below 400 although events were dropped; Django makes a 500 of it.
+        :raises UncommittedEventsError: for a response below 400 although events were lost; Django answers 500 for it.
         """
         with answering(request), _looking() as looked:
             response = self._get_response(request)

@@ -45,7 +45,7 @@ class AbstractStoredEvent(models.Model):
     aggregate's; ``topic`` names the event's class and ``state`` is the serialised event.
 
     Derive a record class of your own from it, with ``class Meta(AbstractStoredEvent.Meta)``, and give it to
-    :func:`event_models`. It may have further fields, which are nullable, or have a ``db_default``, or are filled by
+    :func:`event_models`. Further fields must be nullable, have a ``db_default``, or get their values from
     :meth:`column_values`. For ids that are texts, write ``originator_id = RecordTextField(kind="text id")``.
     """
 
@@ -68,12 +68,12 @@ class AbstractStoredEvent(models.Model):
 
     @classmethod
     def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
-        """Return the values of fields of your own, by the columns' names; NULL is stored where there is none.
+        """Return the values of your own fields by the columns' names; a column without a value is NULL.
 
         It is called for each event that is saved. Override it in your class.
 
-        :param event: the domain event where an application saves it, else the library's ``StoredEvent``.
-        :param metadata: what is stored as its metadata.
+        :param event: the domain event if an application saves it, else the library's ``StoredEvent``.
+        :param metadata: the metadata that are stored with it.
         """
         return {}
 
@@ -101,7 +101,7 @@ class AbstractSnapshot(models.Model):
 
 
 class AbstractTracking(models.Model):
-    """Columns of how far the log of each upstream application was processed."""
+    """Columns of the positions up to which the logs of upstream applications were processed."""
 
     application_name = RecordTextField(kind="text id", primary_key=True)
     notification_id = models.BigIntegerField(null=True)
@@ -149,7 +149,7 @@ class AbstractProjection(models.Model):
 
 
 class AbstractDeadLetter(models.Model):
-    """Columns of the events that a projection could not apply, and of those that wait behind them."""
+    """Columns of the dead letters: events that a projection could not apply, and later ones of the same aggregate."""
 
     id = models.BigAutoField(primary_key=True)
     projection = RecordTextField(kind="text id")
@@ -173,7 +173,7 @@ class AbstractDeadLetter(models.Model):
 
 
 class AbstractInlineRange(models.Model):
-    """Columns of what projections have applied that run within ``save()``, as they do on other hosts."""
+    """Columns of the positions that inline projections have applied. Only other hosts of the database have such."""
 
     id = models.BigAutoField(primary_key=True)
     projection = RecordTextField(kind="text id")
@@ -199,14 +199,17 @@ def event_models(
 ) -> Records:
     """Declare the events, snapshots, positions, checkpoints and dead letters of an application as models of your app.
 
-    The tables have the names that the application has on every other host: ``bank_events`` and so on.
+    The tables are named as on every other host, ``bank_events`` and so on. As they are models of your app, its
+    migrations make and change them::
+
+        BankRecords = event_models(__name__, "Bank")
 
     :param module: ``__name__`` of your app's module with the models.
     :param name: the application's, ``Bank.name``.
     :param originator_id_type: whether the ids of aggregates are UUIDs (``"uuid"``) or texts (``"text"``).
     :param stored_event_model: a record class of your own, derived from :class:`AbstractStoredEvent`; so are
-        *snapshot_model* and *tracking_model* from theirs. It takes the place of the one that would be made.
-    :raises ConfigurationError: when the name is of no use, another module has declared the same, or a record class of
+        *snapshot_model* and *tracking_model* from theirs. It is used instead of a class that is made here.
+    :raises ConfigurationError: when the name cannot be used, another module has declared the same, or a record class of
         yours would lose events.
     """
     _check_name("event_models", name)
@@ -232,7 +235,7 @@ def projection_models(module: str, name: str) -> Records:
 
     :param module: ``__name__`` of your app's module with the models.
     :param name: the application's, ``Bank.name``.
-    :raises ConfigurationError: when the name is of no use, or another module has declared the same.
+    :raises ConfigurationError: when the name cannot be used, or another module has declared the same.
     """
     _check_name("projection_models", name)
     none = dict.fromkeys(("StoredEvent", "Snapshot", "Tracking"))

@@ -1,4 +1,4 @@
-"""Record classes of the user's: what they have to be, and the same for SQLAlchemy, by which statements are made."""
+"""Record classes of the user's: their checks, and their equivalents for SQLAlchemy, which makes the statements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT_ID = "text id"
 
 
 class OwnType(sa.types.UserDefinedType[Any]):
-    """The type of a field of the user's: Django says what the column is, and prepares the values.
+    """The SQLAlchemy type of a field of the user's: Django knows the column's type and prepares the values.
 
     :param field: the field.
     """
@@ -47,7 +47,7 @@ def _compiled(kind: OwnType, compiler: Any, **_: Any) -> str:
 
 
 def check_record_class(model: Any, base: type[models.Model], unique: Collection[str]) -> None:
-    """Check a record class of the user's: that what is stored by it can be read, and that conflicts are seen.
+    """Check that a record class of the user's stores events that can be read, and that it finds conflicts.
 
     :param base: the abstract class of ``models``.
     :param unique: the fields whose values must be unique together.
@@ -75,7 +75,7 @@ def check_record_class(model: Any, base: type[models.Model], unique: Collection[
 
 
 def _check_brought(model: Any, theirs: Any) -> None:
-    """Check a field that the abstract class brings, which the user's may have taken away or replaced."""
+    """Check a field of the abstract class, which the user's class may have removed or replaced."""
     own = next((each for each in model._meta.local_concrete_fields if each.name == theirs.name), None)
     if own is None and theirs.name in METADATA_COLUMNS:
         return
@@ -92,7 +92,7 @@ def _check_brought(model: Any, theirs: Any) -> None:
 
 
 def _further(model: Any, base: type[models.Model]) -> list[Any]:
-    """Return the fields that a record class has beside those of the abstract one."""
+    """Return the fields of a record class that the abstract class does not have."""
     brought = {each.name for each in base._meta.local_concrete_fields}
     return [each for each in model._meta.local_concrete_fields if each.name not in brought]
 
@@ -131,7 +131,7 @@ def has_text_ids(model: Any) -> bool:
 
 
 def mirrored(base: Any, model: Any) -> Any:
-    """Return a class of SQLAlchemy's for a record class of the user's.
+    """Return the SQLAlchemy class for a record class of the user's.
 
     :param base: a declarative base.
     """

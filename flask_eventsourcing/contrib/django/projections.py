@@ -10,8 +10,8 @@
         def opened(self, event):
             Balance.objects.create(account_id=event.originator_id, amount=0)
 
-A handler that names ``using`` is given the alias of the database, one that names ``recorded`` what is known of the
-event beside its state. Position and models are committed together.
+A handler with a parameter ``using`` gets the alias of the database, one with ``recorded`` gets the position, time and
+metadata of the event. The position and the models are committed together, so no event is applied twice or missed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ registered: list[tuple[type[ModelProjection], type[Application[Any]] | str | Non
 def on(*event_classes: type[Any]) -> Callable[[F], F]:
     """Mark a method of a :class:`ModelProjection` as the handler of event classes and their subclasses.
 
-    The method takes the domain event: ``def opened(self, event)``; and ``using`` and ``recorded`` if it names them. The
-    handler of the most specific class is called, and only that one.
+    The method takes the domain event, and ``using`` and ``recorded`` if it has these parameters: ``def opened(self,
+    event)``. Only the handler of the most specific class is called.
 
-    :raises ConfigurationError: when something else than event classes is given.
+    :raises ConfigurationError: when an argument is not an event class.
     """
     marked: Any = plain_on(*event_classes)
     found: Callable[[F], F] = marked
@@ -56,7 +56,10 @@ def on(*event_classes: type[Any]) -> Callable[[F], F]:
 
 
 class ModelProjection(PlainProjection):
-    """A read model: handlers that keep Django models up to date with the events of an application."""
+    """A read model: handlers that keep Django models up to date with the events of an application.
+
+    Handlers run in a transaction of the worker, and neither commit nor roll it back.
+    """
 
     prefetch: ClassVar[bool] = False
     handled_with: ClassVar[Sequence[str]] = ()
@@ -69,12 +72,12 @@ class ModelProjection(PlainProjection):
         return isinstance(model, type) and issubclass(model, models.Model) and not options.abstract
 
     def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Return what a handler names."""
+        """Return the arguments that a handler has parameters for."""
         names = USING in inspect.signature(handler).parameters
         return (), {USING: session.info[USING]} if names else {}
 
     def told_errors(self) -> AbstractContextManager[object]:
-        """Return a block within which errors of a connection are those of SQLAlchemy, by which outages are known."""
+        """Return a context that turns errors of Django's connections into SQLAlchemy's, which tell an outage."""
         return sqlalchemy_errors(self.engine)
 
     engine: Any = None
@@ -84,8 +87,8 @@ class ModelProjection(PlainProjection):
 def projection(*, of: type[Application[Any]] | str | None = None) -> Callable[[P], P]:
     """Register a projection, as a decorator of its class.
 
-    :param of: the application whose events it follows, or its name; not needed where there is only one.
-    :raises ConfigurationError: when it is no class of this module's kind, or is to run within ``save()``.
+    :param of: the application whose events it follows, or its name; not needed if there is only one.
+    :raises ConfigurationError: when it is no subclass of this module's ``ModelProjection``, or is inline.
     """
 
     def register(cls: P) -> P:

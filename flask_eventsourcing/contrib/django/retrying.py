@@ -48,15 +48,16 @@ def retry_on_conflict(
 ) -> Any:
     """Run a function in ``atomic(durable=True)``, and again after a conflict; usable as a decorator of views.
 
-    The view gets no transaction from ``ATOMIC_REQUESTS`` then. A conflict is another writer who was first, a
-    serialisation failure or a deadlock. What had one queues for its aggregate before it reads again.
+    A decorated view gets no transaction from ``ATOMIC_REQUESTS``. A conflict is another writer who was first, a
+    serialisation failure or a deadlock. The next try queues for the aggregates that had the conflict before it reads
+    them, so that it does not lose the race again.
 
     :param times: how often it is run again, at most.
     :param using: the alias of the database; by default, that of the only one with events.
     :raises IntegrityError: after the last try.
-    :raises RollbackOnlyError: when the function has swallowed an error after which the block can only be rolled back.
-    :raises ConfigurationError: for a coroutine function or a generator, which would run when the block has ended.
-    :raises RuntimeError: inside another ``atomic()``, but for that of a test case, where each try is a savepoint.
+    :raises RollbackOnlyError: when the function caught an error after which the block can only be rolled back.
+    :raises ConfigurationError: for a coroutine function or a generator, which would run after the end of the block.
+    :raises RuntimeError: inside another ``atomic()`` block. In that of a test case, each try is a savepoint.
     """
     check_times(times)
 
@@ -132,7 +133,7 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
 
 @contextmanager
 def queueing_for(unit: DjangoUnit) -> Iterator[None]:
-    """Within it, aggregates with conflicts are queued for, in a transaction that can be run again."""
+    """A context in which reads queue for the aggregates that had conflicts, as the transaction can be run again."""
     unit.queue.active = True
     unit.losses.forget()
     try:
@@ -147,7 +148,7 @@ def queueing_for(unit: DjangoUnit) -> Iterator[None]:
 
 
 def as_conflict(unit: DjangoUnit, error: Exception) -> IntegrityError | None:
-    """Return the library's error for one after which the unit may be run again, or None for any other."""
+    """Return the library's conflict error if the unit may be run again after this error, else None."""
     if isinstance(error, IntegrityError):
         return error if unit.dialect.is_conflict(error) else None
     driver_error = error.__cause__

@@ -23,14 +23,14 @@ R = TypeVar("R")
 
 
 def _close_old_connections() -> None:
-    """Do as Django's function, but for connections in a transaction, in which a task may be called."""
+    """Close lost and old connections as Django does, except those in a transaction, in which a task may be called."""
     for each in connections.all(initialized_only=True):
         if not each.in_atomic_block:
             each.close_if_unusable_or_obsolete()
 
 
 class ProjectHost:
-    """What task queues ask of a host: all databases with events are one."""
+    """The host that task queues use: it treats all databases with events as one."""
 
     @property
     def _databases(self) -> Sequence[Database]:
@@ -38,7 +38,7 @@ class ProjectHost:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Around a task, connections are closed that are lost or too old, as around a request."""
+        """A context for a task: lost and old connections are closed before and after it, as for a request."""
         _close_old_connections()
         try:
             yield
@@ -46,7 +46,7 @@ class ProjectHost:
             _close_old_connections()
 
     def unit(self) -> DjangoUnit:
-        """The unit of work of this thread: that of a database with a transaction, if there is one."""
+        """The unit of work of this thread, of a database with a transaction if there is one."""
         units = [each.units.current() for each in self._databases]
         if not units:
             raise NotInitializedError(f"{SETTING} has no application.")
@@ -57,7 +57,7 @@ class ProjectHost:
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[None]:
         """A block of ``atomic()`` in each database with events.
 
-        :raises IntegrityError: of the library's, for what another try may cure.
+        :raises IntegrityError: the library's, for a conflict.
         """
         units = [each.units.current() for each in self._databases]
         try:
@@ -85,22 +85,22 @@ class ProjectHost:
 
 
 class ProjectSite:
-    """The project, as ``init_celery(celery_app, project_site)`` and RQ's workers take it."""
+    """The project as a site: what ``init_celery(celery_app, project_site)`` and RQ's workers use."""
 
     @property
     def host(self) -> Any:
-        """What task queues ask: another host where all events are apart from Django's databases."""
+        """The host of tasks. It is another one where no database of Django's has events."""
         found = ProjectHost()
         return site().host_apart(found.context) or found
 
     @property
     def applications(self) -> Mapping[type[Application[Any]], Application[Any]]:
-        """The single instance of each application class in this process; asking constructs them."""
+        """The single instance of each application class in this process; this constructs them."""
         made = [get_application(name) for name in site().configured]
         return {type(each): each for each in made}
 
     def metadata_to_carry(self) -> dict[str, str]:
-        """Return the metadata that a task which is sent now is to have; none where none are stored."""
+        """Return the metadata for a task that is sent now; empty if no application stores any."""
         if all(each.metadata is False for each in site().configured.values()):
             return {}
         return {**of_request(), **get_metadata_from_context()}
@@ -116,21 +116,21 @@ _project = ProjectSite()
 def project_site() -> ProjectSite:
     """Return the project as a site of task queues; nothing is constructed, and no setting is read.
 
-    Give the function itself: ``init_celery(celery_app, project_site)``.
+    Pass the function itself, which a worker calls after its fork: ``init_celery(celery_app, project_site)``.
     """
     return _project
 
 
 class DjangoSites:
-    """Finds the project, which is the current site where no other is."""
+    """Finds the project, which is the current site if there is no other."""
 
     def current(self) -> ProjectSite | None:
-        """Return it, if there is one."""
+        """Return the project, if there is one."""
         return _project if getattr(settings, SETTING, None) else None
 
     def of(self, given: object) -> ProjectSite | None:
-        """Return what is that of a project."""
+        """Return the argument if it is a project."""
         return given if isinstance(given, ProjectSite) else None
 
     def refuse(self) -> None:
-        """Do nothing: the general message says it."""
+        """Do nothing: the general message is enough."""

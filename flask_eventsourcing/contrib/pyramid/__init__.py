@@ -26,11 +26,15 @@ __all__ = ["EventSourcing", "event_models", "guard_tween_factory", "includeme", 
 J = TypeVar("J", bound=ModelProjection)
 
 LAST: int = PHASE3_CONFIG + 1000
-"""When everything is known that a configuration says."""
+"""The order of the action that runs after all others, when the configuration is complete."""
 
 
 def includeme(config: Configurator) -> None:
-    """Add the directives, ``request.eventsourcing`` and the guard."""
+    """Add the directives, ``request.eventsourcing`` and the guard.
+
+    Pyramid calls it for ``config.include("flask_eventsourcing.contrib.pyramid")``. Include pyramid_tm and pyramid_retry
+    as well: they commit and try again.
+    """
     config.add_directive("add_eventsourcing", add_eventsourcing)
     config.add_directive("add_projection", add_projection)
     config.add_request_method(_eventsourcing, "eventsourcing", property=True)
@@ -52,6 +56,11 @@ def add_eventsourcing(
     metadata: Sequence[Provider] | Literal[False] = (),
 ) -> None:
     """Add an event-sourced application to a Pyramid application; call it once for each.
+
+    Afterwards ``request.eventsourcing.application`` is the application, whose events are committed with
+    ``request.dbsession``::
+
+        config.add_eventsourcing(Bank, models=models.events)
 
     :param config: the configurator.
     :param application: the application class.
@@ -95,6 +104,8 @@ def add_projection(
 ) -> None:
     """Register a projection, a subclass of ``ModelProjection``.
 
+    ``pyramid-eventsourcing INI run --all`` keeps it up to date, in a process beside the web server.
+
     :param config: the configurator.
     :param projection_class: the class, or its dotted name.
     :param of: the application class whose events it follows; not needed if there is only one.
@@ -118,6 +129,8 @@ def projection(*, of: type[Application[Any]] | None = None) -> Callable[[type[J]
 def projection(projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
     """Have ``config.scan()`` register a projection, a subclass of ``ModelProjection``; a decorator.
 
+    The module needs no configurator then, so that tests and scripts can import it.
+
     :param of: the application class whose events it follows; not needed if there is only one.
     """
 
@@ -125,7 +138,7 @@ def projection(projection_class: Any = None, /, *, of: type[Application[Any]] | 
         def register(scanner: Any, name: str, found: type[J]) -> None:
             scanner.config.with_package(info.module).add_projection(found, of=of)
 
-        # Seen from the module in which the class stands.
+        # The depth counts the calls up to the module of the class.
         info = venusian.attach(decorated, register, category="pyramid", depth=1 if projection_class is None else 2)
         return decorated
 

@@ -16,7 +16,7 @@ from ...persistence import DialectOptions
 PREFIX = "eventsourcing."
 PROGRAM = "pyramid-eventsourcing"
 ENV = "env."
-"""What comes before the names of what the library reads from the environment: ``eventsourcing.env.CIPHER_KEY``."""
+"""The prefix of what the library reads from the environment, as in ``eventsourcing.env.CIPHER_KEY``."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class IniSettings:
 
 
 def _value(key: str, name: str, given: Any, default: Any) -> Any:
-    """Return the value of a setting, which is a text where it comes from an ini file."""
+    """Return the value of a setting; an ini file gives it as a text."""
     value = given
     if isinstance(given, str) and isinstance(default, bool):
         if given.strip().lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n"):

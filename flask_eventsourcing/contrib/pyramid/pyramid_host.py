@@ -16,17 +16,17 @@ from ...uow import Batch
 from ..zope.zope_host import ZopeHost
 
 CONFLICTS = "flask_eventsourcing.conflicts"
-"""Where a request has the conflicts of its earlier tries, in its WSGI environment."""
+"""The key in the WSGI environment of the conflicts of a request's earlier tries."""
 DOOMED = "flask_eventsourcing.doomed"
-"""Where a request notes that a unit of work which failed has doomed its transaction."""
+"""The key that says that a failed unit of work has doomed the transaction of the request."""
 DROPPED = "flask_eventsourcing.dropped"
-"""Where a request has the events that were rolled back when it had been answered, with the kind of error behind it."""
+"""The key of the events that were rolled back after the view had answered, with the type of the error."""
 SESSIONS = "flask_eventsourcing.sessions"
-"""Where a request has the sessions that were found for it."""
+"""The key of the sessions that were found for a request."""
 KEPT = "flask_eventsourcing.metadata"
-"""Where a request has what was filled in for it, for all of its saves."""
+"""The key of the metadata that all saves of a request share."""
 SAFE = ("GET", "HEAD", "OPTIONS")
-"""Methods of requests that change nothing, and so need not queue for contended aggregates."""
+"""Methods of requests that change nothing, so that they need not queue for contended aggregates."""
 
 
 class PyramidHost(ZopeHost):
@@ -59,13 +59,13 @@ class PyramidHost(ZopeHost):
         return found
 
     def doomed(self) -> None:
-        """Note that the answer must not be a success."""
+        """Note that the response must not be a success."""
         request = get_current_request()
         if request is not None:
             request.environ[DOOMED] = True
 
     def dropped(self, batches: Sequence[Batch]) -> None:
-        """Note events that were rolled back at the end of the request, not by its view."""
+        """Note events that were rolled back at the end of the request rather than by its view."""
         request = get_current_request()
         if request is not None and not is_managed(request):
             request.environ.setdefault(DROPPED, []).append((batches, type(sys.exception())))

@@ -31,7 +31,7 @@ from .pyramid_host import PyramidHost, of_request, of_user
 logger: logging.Logger = logging.getLogger(__name__)
 
 KEY = "flask_eventsourcing"
-"""Where a registry has its state."""
+"""The key of the state in a registry."""
 NO_VETO = (
     "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as its rows: set "
     "tm.commit_veto = pyramid_tm.default_commit_veto, unless that is meant."
@@ -67,6 +67,9 @@ class Built:
 
 class EventSourcing(Facade):
     """The event sourcing of one Pyramid application, ``request.eventsourcing``.
+
+    It has the same methods in every host: ``transaction()``, ``retry_on_conflict()``, ``wait_for()``, ``erase()``. In a
+    request, pyramid_tm commits, so that a view needs none of them to save events.
 
     :param registry: of the application.
     :raises ConfigurationError: for a setting that cannot be used.
@@ -106,7 +109,7 @@ class EventSourcing(Facade):
 
     @property
     def projections(self) -> PlainProjections:
-        """The registered projections, with their operations."""
+        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own."""
         return self.build().projections
 
     def build(self) -> Built:
@@ -120,7 +123,7 @@ class EventSourcing(Facade):
             return self._built
 
     def is_at_work(self) -> bool:
-        """Return False, as the current request decides it."""
+        """Return False: the current request decides which site is used."""
         return False
 
     def construct(self) -> None:
@@ -178,7 +181,7 @@ class EventSourcing(Facade):
             logger.warning(NO_VETO)
 
     def warn_of_missing_guard(self) -> None:
-        """Log that nobody looks at answers, where the settings list every tween and leave ours out."""
+        """Log a warning if the settings list every tween and leave out the guard, as no response is checked then."""
         tweens: Any = self._registry.queryUtility(ITweens)
         names = [name for name, _ in tweens.explicit] if tweens is not None else []
         if names and GUARD not in names[: names.index(MANAGER) if MANAGER in names else None]:
@@ -227,12 +230,12 @@ class PyramidSites:
     """Finds the states of Pyramid applications."""
 
     def current(self) -> EventSourcing | None:
-        """Return that of the current request."""
+        """Return the state of the current request's application."""
         found: EventSourcing | None = getattr(get_current_request(), "registry", {}).get(KEY)
         return found
 
     def of(self, given: object) -> EventSourcing | None:
-        """Return that of a registry, or of the application that a configurator has made."""
+        """Return the state of a registry, or of the application that a configurator has made."""
         registry = getattr(given, "registry", given)
         return registry.get(KEY) if isinstance(registry, Registry) else None
 

@@ -27,7 +27,11 @@ J = TypeVar("J", bound=ModelProjection)
 
 
 class EventSourcing(Facade, Generic[A]):
-    """Applications whose events are committed by a transaction manager, with the rows beside them.
+    """Applications whose events a transaction manager commits, together with the rows of the same session.
+
+    Make one object where you make your sessions::
+
+        es = EventSourcing(Bank, models=events, session=Session)
 
     :param application: the application class, a subclass of ``eventsourcing.application.Application``.
     :param models: its record classes, as :func:`event_models` makes them; with several classes, a mapping of them.
@@ -66,17 +70,17 @@ class EventSourcing(Facade, Generic[A]):
 
     @property
     def hosts(self) -> Mapping[type[Application[Any]], ZopeHost]:
-        """The host of each application class."""
+        """The host of each application class: how recorders find the session and its transaction."""
         return dict.fromkeys(self._host.models, self._host)
 
     @property
     def projections(self) -> PlainProjections:
-        """The registered projections, with their operations."""
+        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own."""
         return self._projections
 
     @property
     def application(self) -> A:
-        """The single application of this process."""
+        """The single application of this process, the first one where there are several."""
         return self._host[self._application_class]
 
     @overload

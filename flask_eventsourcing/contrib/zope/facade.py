@@ -1,4 +1,4 @@
-"""The object that users work with: applications of hosts, units of work and projections."""
+"""The object that users call: it has the applications, the units of work and the projections."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Facade:
 
     @property
     def projections(self) -> PlainProjections:
-        """The registered projections, with their operations."""
+        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own."""
         raise NotImplementedError
 
     @property
     def host(self) -> ZopeHost:
-        """What the first application, projections and commands run in."""
+        """The host of the first application, in which projections and commands run too."""
         return next(iter(self.hosts.values()))
 
     def __getitem__(self, application_class: type[A]) -> A:
@@ -65,14 +65,21 @@ class Facade:
     def transaction(self) -> AbstractContextManager[orm.Session]:
         """A unit of work: commits the manager's transaction on success, aborts it on error.
 
-        Within a transaction that other code has begun it joins that, and its owner commits; an error dooms it.
+        If other code has begun a transaction, the unit joins it and the owner commits. An error then dooms the
+        transaction, so that no half of the unit is committed.
 
         :raises RollbackOnlyError: from the outermost, when an inner one had failed.
         """
         return self.host.transaction()
 
     def transactional(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Run a function in :meth:`transaction`."""
+        """Run a function in :meth:`transaction`.
+
+        Use it as a decorator of a function of your own::
+
+            @es.transactional
+            def open_account(owner): ...
+        """
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -84,8 +91,8 @@ class Facade:
     def retry_on_conflict(self, times: int = 3) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Run a function in :meth:`transaction`, and run it again after a conflict.
 
-        Within a transaction that other code has begun, the owner has to try again: ``transaction.attempts()`` or
-        pyramid_retry.
+        If other code has begun a transaction, the function runs once: only the owner can begin again, with
+        ``transaction.attempts()`` or pyramid_retry.
 
         :param times: how often it is run again, at most.
         :raises ConfigurationError: when it is not a whole number from 0 up.
@@ -125,13 +132,18 @@ class Facade:
         self.projections.wait_for(projection, recordings, timeout)
 
     def health(self) -> Health:
-        """Return the state of every projection; it takes a few queries for each."""
+        """Return the state of every projection; it takes a few queries for each.
+
+        A view for a load balancer or a monitor answers 503 if ``.ok`` is False.
+        """
         return self.projections.health()
 
     def erase(
         self, aggregate_id: Any, *, application: type[Application[Any]] | None = None, redact: bool = False
     ) -> Erasure:
         """Erase an aggregate with the next commit: its events, snapshots and dead letters.
+
+        An event ``AggregateErased`` stays in the log, so that projections hear of it and the id is not used again.
 
         :param application: the application class, if there are several.
         :param redact: empty the events, rather than delete their rows.
@@ -154,7 +166,10 @@ class Facade:
         return {}
 
     def close(self) -> None:
-        """Close the applications of this process. They are constructed again when they are used."""
+        """Close the applications of this process and their idle connections.
+
+        It may be called again. An application that is used afterwards is constructed again.
+        """
         self.projections.close()
         for host in set(self.hosts.values()):
             host.close()
@@ -164,15 +179,15 @@ _known: weakref.WeakSet[Facade] = weakref.WeakSet()
 
 
 class FacadeSites:
-    """Finds the object of a script, in a transaction."""
+    """Finds the object that a script or a task uses, while a transaction is open."""
 
     def current(self) -> Facade | None:
-        """Return the one whose transaction manager is at work here, if it is one only."""
+        """Return the object whose transaction manager has a transaction in this thread, unless there are several."""
         found = [each for each in list(_known) if each.is_at_work()]
         return found[0] if len(found) == 1 else None
 
     def of(self, given: object) -> Facade | None:
-        """Return what is given, if it is one."""
+        """Return the argument if it is such an object."""
         return given if isinstance(given, Facade) else None
 
     def refuse(self) -> None:

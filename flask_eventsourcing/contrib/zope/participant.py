@@ -1,4 +1,4 @@
-"""The transaction manager commits on this host; a participant takes part in its transactions for the events."""
+"""The participant of the events in the transactions of a transaction manager, which commits on this host."""
 
 from __future__ import annotations
 
@@ -56,11 +56,15 @@ LATE = (
 
 
 class TransientConflictError(ConflictError, TransientError):
-    """Another writer was first: the transaction may succeed when it is run again."""
+    """Another writer was first: the transaction may succeed when it is run again.
+
+    It is a ``TransientError`` of the ``transaction`` package, so ``transaction.attempts()`` and pyramid_retry run the
+    transaction again.
+    """
 
 
 class Managed(Protocol):
-    """What a participant asks and tells its host about transactions."""
+    """What a participant asks its host about transactions, and tells it."""
 
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session."""
@@ -80,7 +84,7 @@ class Managed(Protocol):
 
 @implementer(IDataManagerSavepoint)
 class _Savepoint:
-    """The part of the events in a savepoint: zope.sqlalchemy's rolls back, and the unit of work hears of it."""
+    """The savepoint of the events: zope.sqlalchemy's own rolls back, and the unit of work hears of that."""
 
     def rollback(self) -> None:
         """Do nothing."""
@@ -104,9 +108,9 @@ class Participant:
         self._host = host
         self._durable = False
         self.is_over: bool = False
-        """Whether its part was aborted; a savepoint does so too that is older than it, and the transaction goes on."""
+        """Whether its part was aborted. A rollback to an older savepoint does so too, and the transaction goes on."""
         self.is_following: bool = False
-        """Whether it hears of the database's own commit, which the status of the transaction does not tell."""
+        """Whether it listens to the database's own commit, which the status of the transaction does not show."""
 
     def follow(self) -> None:
         """Listen to the database's own commit from now on."""
@@ -118,7 +122,7 @@ class Participant:
         self._durable = True
 
     def asked(self) -> None:
-        """Told that somebody has asked for the rollback that is happening."""
+        """Note that a caller asked for the rollback in progress."""
         self._unit.shared.asked = True
 
     def roll_back(self) -> None:
@@ -132,12 +136,12 @@ class Participant:
         roll_back(session)
 
     def abort(self, transaction: Any) -> None:
-        """Told that the transaction is aborted, or that its commit has failed by now."""
+        """Note that the transaction was aborted, or that its commit failed."""
         self.is_over = True
         self.roll_back()
 
     def tpc_begin(self, transaction: Any) -> None:
-        """Told that the transaction is about to be committed.
+        """Check the transaction before its commit.
 
         :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
         :raises UncommittedEventsError: when the session has joined the transaction of another manager.
@@ -150,12 +154,12 @@ class Participant:
             self.asked()
 
     def _has_session(self, transaction: Any) -> bool:
-        """Whether the session takes part in a transaction, which nothing public tells."""
+        """Whether the session takes part in a transaction; no public name shows it."""
         session = self._session()
         return any(getattr(each, "session", None) is session for each in transaction._resources)
 
     def refuse_late(self) -> None:
-        """Refuse a save by what hears of the commit, while it lasts: nobody would commit that.
+        """Refuse saves of receivers that are called during the commit: no commit would follow.
 
         :raises UncommittedEventsError: saying what to do instead.
         """
@@ -170,11 +174,11 @@ class Participant:
         """Agree."""
 
     def tpc_finish(self, transaction: Any) -> None:
-        """Told that all participants have agreed."""
+        """Note that all participants have agreed."""
         self._host.memory(self.transaction_manager).clear()
 
     def tpc_abort(self, transaction: Any) -> None:
-        """Told that the transaction failed; with one phase, the events may be committed nevertheless."""
+        """Note that the transaction failed. In one phase, the events may have been committed before that."""
         if self._durable:
             logger.error(
                 "The transaction failed after its events were committed, as the database commits before others have "
@@ -188,9 +192,9 @@ class Participant:
 
     @property
     def savepoint(self) -> Callable[[], _Savepoint]:
-        """What makes a savepoint.
+        """Return an object that rolls back to this moment.
 
-        :raises AttributeError: where zope.sqlalchemy has none, which says so to the transaction.
+        :raises AttributeError: where zope.sqlalchemy has no savepoints; the transaction package expects this error.
         """
         name = self._unit.units.datastore.engine.dialect.name
         if name in _no_savepoint_support():
@@ -215,7 +219,7 @@ def _no_savepoint_support() -> set[str]:
 
 
 def _failed_participant(own: Participant) -> str:
-    """Name the data manager in which the error that is being handled came up."""
+    """Return the name of the data manager that raised the current error."""
     traceback = sys.exc_info()[2]
     while traceback is not None:
         found = traceback.tb_frame.f_locals.get("self")
@@ -239,10 +243,10 @@ class ManagerCommits:
         self._host = host
         self._participants: weakref.WeakKeyDictionary[orm.Session, Participant] = weakref.WeakKeyDictionary()
         self._own: weakref.WeakSet[Any] = weakref.WeakSet()
-        """The managers of threads whose transaction was begun here, for a unit of work."""
+        """The managers whose transaction was begun here, for a unit of work, by thread."""
 
     def begin(self, session: orm.Session) -> None:
-        """Begin a transaction for a unit of work, unless other code has begun one, which then ends it."""
+        """Begin a transaction for a unit of work, unless other code has begun one; that code then ends it."""
         registered = registration_of(session)
         if registered is None:
             return
@@ -254,9 +258,9 @@ class ManagerCommits:
         self._participant(session, manager)
 
     def joining(self, session: orm.Session) -> None:
-        """Let the manager's transaction commit what a session is about to do.
+        """Make a session take part in the manager's transaction before it is used.
 
-        :raises ConfigurationError: when it would not commit it.
+        :raises ConfigurationError: when the manager would not commit the session.
         """
         registered = registration_of(session)
         if registered is None:
@@ -275,7 +279,7 @@ class ManagerCommits:
         participant.follow()
 
     def _participant(self, session: orm.Session, manager: Any) -> Participant:
-        """Return what takes part in the manager's transaction for a session, which joins it at the first call."""
+        """Return the participant of a session; the first call makes it join the manager's transaction."""
         transaction = manager.get()
         known = self._participants.get(session)
         if known is None or known.is_over or known.transaction() is not transaction:
@@ -323,7 +327,7 @@ class ManagerCommits:
             roll_back(session)
 
     def ended(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:
-        """Told of the end of a session's transaction; if zope.sqlalchemy ends it, as in a savepoint, that was asked."""
+        """Note the end of a session's transaction; where zope.sqlalchemy ended it, a caller has asked for that."""
         known = self._participants.get(session)
         if transaction.parent is None and known is not None and has_left(session):
             known.asked()

@@ -27,7 +27,10 @@ from ...models import (
 
 @dataclass(frozen=True)
 class EventModels:
-    """The record classes of an application and of its projections, on the declarative base in use."""
+    """The record classes of an application and of its projections, on the declarative base in use.
+
+    Query them as any model: ``dbsession.scalars(select(events.StoredEvent))``.
+    """
 
     events: Models
     projections: ProjectionModels
@@ -64,7 +67,7 @@ class EventModels:
 
     @property
     def tables(self) -> dict[str, sa.Table]:
-        """The tables by their use."""
+        """The tables by their use, such as ``events`` and ``projections``."""
         return {**self.events.tables, **self.projections.tables}
 
 

@@ -1,4 +1,4 @@
-"""Finds out how zope.sqlalchemy has registered a session: in which manager's transactions it takes part, and how."""
+"""Finds out how a session was registered with zope.sqlalchemy, and in which manager's transactions it takes part."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from zope.sqlalchemy.datamanager import STATUS_READONLY
 from ...exceptions import ConfigurationError
 
 IMPLICIT = "flask_eventsourcing.implicit"
-"""The transaction of its manager that the session has begun itself, as nobody else had, in ``Session.info``."""
+"""The key in ``Session.info`` of the manager's transaction, if the session began it because no other code had."""
 REGISTERED = "flask_eventsourcing.registered"
-"""Where a session has the listeners of zope.sqlalchemy, in ``Session.info``."""
+"""The key in ``Session.info`` of the listeners of zope.sqlalchemy."""
 REGISTER = "call zope.sqlalchemy.register(session, transaction_manager=…) on its factory or on itself"
 
 
@@ -72,12 +72,12 @@ def of_thread(manager: Any) -> Any:
 
 
 class _Probe:
-    """A synchronizer that hears of the transaction that there is."""
+    """A synchronizer that is told the current transaction."""
 
     transaction: Any = None
 
     def newTransaction(self, transaction: Any) -> None:  # noqa: N802
-        """Told when it is registered within a transaction."""
+        """Note the transaction; the manager also calls this on registration within one."""
         self.transaction = transaction
 
 
@@ -90,7 +90,7 @@ def current_transaction(manager: Any) -> Any:
 
 
 def has_left(session: orm.Session) -> bool:
-    """Whether zope.sqlalchemy has ended the part of a session that had joined, which nothing public tells."""
+    """Whether zope.sqlalchemy has ended the part of a session that had joined; no public name shows it."""
     return session not in datamanager._SESSION_STATE
 
 
@@ -103,7 +103,7 @@ def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
 
 
 def note_owner(session: orm.Session, *_: object) -> None:
-    """Begin the manager's transaction for a session, and note that, unless there is one."""
+    """Begin the manager's transaction for a session unless there is one, and note that it was begun here."""
     registered = registration_of(session)
     if registered is None:
         return
@@ -113,6 +113,6 @@ def note_owner(session: orm.Session, *_: object) -> None:
 
 
 def has_owner(session: orm.Session, manager: Any) -> bool:
-    """Whether somebody has begun the manager's transaction, and is going to end it."""
+    """Whether other code has begun the manager's transaction and will end it."""
     current, own = current_transaction(manager), session.info.get(IMPLICIT)
     return current is not None and (own is None or own() is not current)

@@ -81,7 +81,7 @@ class ZopeHost(PlainHost):
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """A context: a piece of work that begins without a transaction leaves none open."""
+        """A context that leaves no transaction open if there was none at its beginning."""
         managers = {id(each): each for each in map(manager_of, (self._session, self._factory)) if each is not None}
         free = [manager for manager in managers.values() if current_transaction(manager) is None]
         try:

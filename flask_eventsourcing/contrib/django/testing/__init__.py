@@ -1,6 +1,6 @@
-"""Test cases of a Django project, each of whose tests has an application of its own; ``fixtures`` is for pytest.
+"""Test cases for a Django project: each test has an application of its own. ``fixtures`` has the same for pytest.
 
-What isolates the tests is Django's: ``TestCase`` rolls back, ``TransactionTestCase`` empties the tables.
+Django isolates the tests: ``TestCase`` rolls back, ``TransactionTestCase`` empties the tables.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ __all__ = ["EventSourcingTestCase", "EventSourcingTransactionTestCase", "initial
 
 @contextmanager
 def initialized() -> Iterator[Application[Any]]:
-    """Within it, the applications of the project are new ones; at its end they are closed.
+    """A context with new applications, which are closed at its end; its value is the first one of the setting.
 
-    What a test has cached in them, or set on them, is not there for the next one. The block's value is the first
-    application of the setting.
+    So no test sees what another one has cached in an application, or set on it.
     """
     # One may have been constructed for data that several tests share.
     close_application()
@@ -40,10 +39,10 @@ def initialized() -> Iterator[Application[Any]]:
 def run_projections(*names: str) -> None:
     """Run projections, and their reactions, to the end of the log, in this thread and on its connection.
 
-    Within a ``TestCase`` they see what the test has saved, which a worker does not.
+    In a ``TestCase`` they see what the test has saved, which no worker does.
 
-    :param names: which ones, as ``manage.py eventsourcing status`` names them; without any, all.
-    :raises ConfigurationError: when there is none of a name.
+    :param names: their names, as ``manage.py eventsourcing status`` shows them; by default all.
+    :raises ConfigurationError: when there is no projection of a name.
     :raises ProjectionHaltedError: when a handler fails.
     """
     known = {each.name: each for bound in projections().bound.values() for each in bound.runnable()}
@@ -58,7 +57,7 @@ class _Initialized:
     """Gives each test applications of its own."""
 
     def setUp(self) -> None:
-        """Initialise the applications, which are closed after the test and whatever cleans up after it."""
+        """Initialise the applications. They are closed after the test and all of its clean-up functions."""
         super().setUp()  # type: ignore[misc]
         self.application: Any = self.enterContext(initialized())  # type: ignore[attr-defined]
 
@@ -66,8 +65,8 @@ class _Initialized:
 class EventSourcingTestCase(_Initialized, TestCase):
     """A ``TestCase`` that initialises the applications before each test, and closes them after it.
 
-    ``self.application`` is the first one. ``events_recorded`` waits for a commit that never comes: use
-    ``captureOnCommitCallbacks(execute=True)``.
+    ``self.application`` is the first one. A ``TestCase`` never commits, so ``events_recorded`` is not sent unless the
+    test uses ``captureOnCommitCallbacks(execute=True)``.
     """
 
 
