@@ -1,4 +1,7 @@
-"""What to do when a block of code fails with any error, Ctrl-C and the end of a greenlet included."""
+"""What to do when a block of code may fail with any error, because it calls what a user has written.
+
+What has to be undone after an error, and raises it, is a callback of an :class:`contextlib.ExitStack`.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,18 @@ from types import TracebackType
 from typing import Self
 
 
-class OnError:
-    """Calls a function if the block fails, to undo what it began. The error is raised.
-
-    :param undo: called with the error.
-    """
-
-    __slots__ = ("_undo",)
-
-    def __init__(self, undo: Callable[[BaseException], object]) -> None:
-        self._undo = undo
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._undo(error)
-
-
 class Kept:
     """Keeps the error of the block for the caller, and goes on: for calls that may raise anything.
 
     An error that is not an ``Exception``, such as Ctrl-C, is raised.
+
+    :param tell: called with the error, also with one that is raised.
     """
 
-    __slots__ = ("error",)
+    __slots__ = ("_tell", "error")
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[BaseException], object] | None = None) -> None:
+        self._tell = tell
         self.error: Exception | None = None
 
     def __enter__(self) -> Self:
@@ -46,6 +31,8 @@ class Kept:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if error is not None and self._tell is not None:
+            self._tell(error)
         if not isinstance(error, Exception):
             return False
         self.error = error

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import sqlalchemy as sa
+from blinker import NamedSignal
 from eventsourcing.application import Application
 from eventsourcing.persistence import Notification
 from sqlalchemy import orm
@@ -23,7 +24,7 @@ from sqlalchemy.engine import Connection
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
 from .failures import Logged
-from .lifecycle import ApplicationSlot
+from .lifecycle import ApplicationSlot, HostSlot
 from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
 from .persistence import Datastore, DialectOptions
@@ -115,11 +116,18 @@ def send_recorded(
 
     :param find_recorded: returns what those receivers are told that name ``recorded``.
     """
-    for receiver in events_recorded.receivers_for(sender):
-        further = {RECORDED: find_recorded()} if names_recorded(receiver) else {}
-        # The caller of commit() must not take that for a failure.
-        with Logged(logger, "A receiver of events_recorded failed."):
-            receiver(sender, application=application, notifications=notifications, **further)
+    send_each(events_recorded, sender, find_recorded, application=application, notifications=notifications)
+
+
+def send_each(
+    signal: NamedSignal, sender: object, find_recorded: Callable[[], Sequence[Recorded]] | None = None, **told: Any
+) -> None:
+    """Send a signal of what has happened; what a receiver raises is logged, and the others are told all the same."""
+    for receiver in signal.receivers_for(sender):
+        further = {RECORDED: find_recorded()} if find_recorded is not None and names_recorded(receiver) else {}
+        # Receivers may raise anything, and the caller of commit() must not take that for a failure.
+        with Logged(logger, "A receiver of %s failed.", signal.name.replace("-", "_")):
+            receiver(sender, **told, **further)
 
 
 class PlainHost:
@@ -167,7 +175,7 @@ class PlainHost:
         for store in (plain, self._datastore):
             store.dialect.conflict_error = conflict_error
         self._slots: dict[type[Application[Any]], ApplicationSlot[Application[Any]]] = {
-            application_class: ApplicationSlot(
+            application_class: HostSlot(
                 partial(construct, application_class, self._datastore, dict(env or {}), self.unit, self.using_session)
             )
             for application_class in models

@@ -11,8 +11,10 @@ import atexit
 import ctypes
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,7 +25,6 @@ from .exceptions import (
     ApplicationInitializedError,
     ApplicationNotInitializedError,
 )
-from .failures import OnError
 
 T = TypeVar("T")
 
@@ -84,13 +85,18 @@ class ApplicationSlot(Generic[T]):
 
     A process that was forked from one that has an application never uses, nor closes, what it inherited: it
     constructs its own at the first :meth:`get`. A slot is also a context manager that closes at exit.
+
+    A slot that is garbage-collected before it was closed warns with a ``ResourceWarning``, in the process that has
+    constructed the application. What is there until the process ends needs no ``close()``.
     """
+
+    _warns = True
+    _held: _Held[T] | None = None
 
     def __init__(self, constructor: Callable[[], T] | None = None) -> None:
         self._lazy = constructor
         self._constructor = constructor
         self._lock = ProcessLock()
-        self._held: _Held[T] | None = None
         self._constructing: int | None = None
         self._failed = ""
         _slots.add(self)
@@ -113,10 +119,15 @@ class ApplicationSlot(Generic[T]):
             if constructor is None:
                 return self._construct()
             self._constructor, self._failed = constructor, ""
-            with OnError(self._note_failure):
+            with ExitStack() as stack:
+                stack.push(self._note_failure)
                 return self._construct()
 
-    def _note_failure(self, error: BaseException) -> None:
+    def _note_failure(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
         made_by = self._constructor.func if isinstance(self._constructor, partial) else self._constructor
         name = getattr(made_by, "__qualname__", repr(made_by))
         self._constructor, self._failed = None, f"{name} failed with {type(error).__name__}: {error}"
@@ -180,6 +191,22 @@ class ApplicationSlot(Generic[T]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if self._warns and self._held is not None and self.constructed and hasattr(self._held.application, "close"):
+            name = type(self._held.application).__qualname__
+            warnings.warn(
+                f"An ApplicationSlot with a {name} was not closed: call its close(), or use it in a with statement.",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+
+class HostSlot(ApplicationSlot[T]):
+    """The slot of a Flask app or of another site, which frameworks never end: it is let go without a warning."""
+
+    _warns = False
+
 
 _slots: weakref.WeakSet[ApplicationSlot[Any]] = weakref.WeakSet()
 
@@ -188,6 +215,8 @@ _slots: weakref.WeakSet[ApplicationSlot[Any]] = weakref.WeakSet()
 def _keep_inherited_at_exit() -> None:
     for slot in list(_slots):
         slot._keep_inherited()
+        # The end of the process closes what is left.
+        slot._warns = False
 
 
 _process_slot: ApplicationSlot[Any] = ApplicationSlot()

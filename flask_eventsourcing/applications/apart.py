@@ -22,7 +22,6 @@ from eventsourcing.persistence import IntegrityError
 from .._patches import application_method, repository_cache
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError, HandlerError
-from ..failures import OnError
 from ..host import send_recorded
 from ..metadata import Collector, Recorded
 from ..uow import Run
@@ -212,23 +211,21 @@ class RecordsApart(Records):
         if why is not None and processing_event.events:
             raise HandlerError(why)
         attempt = _current.get() if processing_event.events or processing_event.tracking is not None else None
-        if attempt is None:
+        conflict = None
+        try:
             recordings = super().__call__(processing_event)
-        else:
-            with OnError(partial(_note_unless_conflict, attempt)):
-                recordings = super().__call__(processing_event)
-            attempt.note()
+        except IntegrityError as error:
+            conflict = error
+            raise
+        finally:
+            # Of nothing else than a conflict it is known that nothing was stored.
+            if attempt is not None and conflict is not None:
+                attempt.note_conflict(conflict)
+            elif attempt is not None:
+                attempt.note()
         if recordings:
             self._recorded(recordings)
         return recordings
-
-
-def _note_unless_conflict(attempt: _Try, error: BaseException) -> None:
-    # Of nothing else it is known that nothing was stored.
-    if isinstance(error, IntegrityError):
-        attempt.note_conflict(error)
-    else:
-        attempt.note()
 
 
 def construct_apart(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from sqlalchemy import orm
 
 from .._patches import application_method
 from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
-from ..failures import OnError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..persistence.describing import saving
 from ..uow import Unit
@@ -72,6 +71,11 @@ class RefusedObjects:
         found = self._found.get(id(obj))
         if found is not None and found[0]() is obj:
             raise found[1](f"{type(obj).__name__} {getattr(obj, 'id', '')} cannot be saved: {found[2]}.")
+
+    def is_shared(self, obj: Any) -> bool:
+        """Whether an object is refused because the cache shares it."""
+        found = self._found.get(id(obj))
+        return found is not None and found[0]() is obj and found[1] is SharedAggregateError
 
     def __contains__(self, obj: object) -> bool:
         found = self._found.get(id(obj))
@@ -151,7 +155,8 @@ class Records:
         ids = {each.originator_id for each in processing_event.events}
         changed = [obj for key, obj in aggregates.items() if key in ids]
         # Whatever it was, save() has taken the events away.
-        with OnError(lambda error: _give_up(application, changed, error)):
+        with ExitStack() as failed:
+            failed.callback(_give_up, application, changed)
             if processing_event.saved_kwargs.get("session") is not None:
                 raise ConfigurationError(f"A session is given to save() of {application.name} itself: {SESSION}.")
             for obj in aggregates.values():
@@ -159,13 +164,15 @@ class Records:
             if ids:
                 _note(unit, changed, ids)
             with saving(processing_event.events):
-                return type(application)._record(application, processing_event)
+                recordings = type(application)._record(application, processing_event)
+            failed.pop_all()
+        return recordings
 
 
-def _give_up(application: Application[Any], changed: list[Any], error: BaseException) -> None:
+def _give_up(application: Application[Any], changed: list[Any]) -> None:
     for obj in changed:
         lose(obj, NOT_STORED)
-        if isinstance(error, SharedAggregateError) or not application.repository.fastforward:
+        if refused.is_shared(obj) or not application.repository.fastforward:
             # It was changed, or is older than what is stored and would stay so.
             evict(application.repository.cache, obj.id)
 

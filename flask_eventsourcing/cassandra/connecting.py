@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from eventsourcing.persistence import OperationalError
 
 from ..exceptions import InheritedDatabaseError, MissingRightError
-from ..failures import OnError
 from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
 from .settings import CassandraSettings
@@ -54,9 +53,9 @@ class _Held:
 class Connection:
     """Connects to a cluster when it is first needed, in the process that needs it.
 
-    It sends nothing twice by itself: the caller knows what can be repeated. After :meth:`close` it connects again
-    when it is used. A session that was open when the process was forked is refused in the child, where it would never
-    answer, and left as it is, as it is the parent's.
+    It sends no statement twice by itself, since only the caller knows what can be repeated. After :meth:`close`, the
+    next use connects again. A session that was open when the process was forked belongs to the parent: the child would
+    get no answers on it, so that it refuses the session and leaves it open.
     """
 
     def __init__(self, settings: CassandraSettings) -> None:
@@ -124,8 +123,11 @@ class Connection:
                 **options,
             )
             # Its threads would go on for ever.
-            with OnError(lambda _: cluster.shutdown()):
-                return cluster.connect()
+            with ExitStack() as failed:
+                failed.callback(cluster.shutdown)
+                session = cluster.connect()
+                failed.pop_all()
+            return session
 
     @contextmanager
     def _told(self) -> Iterator[None]:

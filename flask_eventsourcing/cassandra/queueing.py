@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-from ..failures import OnError
 from .rows import Append, Key
 
 MOST_BYTES = 512 * 1024
@@ -35,7 +35,7 @@ class Ticket:
         self.woken.set()
 
     def fail(self, error: BaseException) -> None:
-        """Tell that it was not, or that nobody knows."""
+        """Tell that it was not, or that this is unknown."""
         if not self.is_done:
             self.error = error
             self.woken.set()
@@ -46,7 +46,7 @@ class Ticket:
         return self.position is not None or self.error is not None
 
     def outcome(self) -> int:
-        """Return its position, or raise why there is none."""
+        """Return its position, or raise the error of the append."""
         if self.error is not None:
             raise self.error
         if self.position is None:
@@ -57,7 +57,7 @@ class Ticket:
 class Queue:
     """Keeps the appends of all threads in their order, and says which thread leads.
 
-    The leader takes what waits, and hands over to the first of those that came meanwhile.
+    The leader commits what waits, and then hands over to the first thread that came meanwhile.
     """
 
     def __init__(self) -> None:
@@ -66,14 +66,16 @@ class Queue:
         self._is_led = False
 
     def join(self, ticket: Ticket) -> bool:
-        """Queue, and return whether this thread is to lead; otherwise there is an outcome."""
+        """Wait in the queue; return True if this thread leads now, and False if its append has an outcome."""
         with self._lock:
             self._waiting.append(ticket)
             if not self._is_led:
                 self._is_led = ticket.leads = True
                 return True
-        with OnError(lambda _: self._leave(ticket)):
+        with ExitStack() as interrupted:
+            interrupted.callback(self._leave, ticket)
             ticket.woken.wait()
+            interrupted.pop_all()
         return not ticket.is_done
 
     def _leave(self, ticket: Ticket) -> None:
@@ -84,7 +86,7 @@ class Queue:
             self.hand_over()
 
     def take(self, taken: Sequence[Ticket]) -> list[Ticket]:
-        """Take what can be committed together with what is taken: nothing about the same aggregate."""
+        """Take the appends that can be committed with those that are taken: no two are about one aggregate."""
         room = MOST_BYTES - sum(each.bytes for each in taken)
         about: set[Key] = {key for each in taken for key in each.keys}
         found: list[Ticket] = []
@@ -104,7 +106,7 @@ class Queue:
         return found
 
     def hand_over(self) -> None:
-        """Let the first one that waits lead, if there is one."""
+        """Let the first thread that waits lead, if there is one."""
         with self._lock:
             if not self._waiting:
                 self._is_led = False

@@ -1,8 +1,8 @@
-"""Appending to the log: what the order, the versions and the outcome of every save depend on.
+"""Appends to the log. The order, the versions and the outcome of every save depend on this module.
 
-One conditional insert is the point at which a row is committed. Writers that race write the same key, as rows touch:
-the next row's position is the last one's plus its size. A writer that loses
-reads on to the end of the log, and tries again.
+One conditional insert commits a row. There are no gaps between rows: the position of the next row is that of the last
+one plus its size, so writers that race insert the same key and one of them wins. A writer that loses reads on to the
+end of the log, and tries again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 
-from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
+from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError, StoredEvent
 
 from ..exceptions import CommitOutcomeUnknownError, EventValueError
-from ..failures import Kept, Logged, OnError
+from ..failures import Kept
 from .fairness import Pace
 from .memory import NOTHING, Memory
 from .queueing import Queue, Ticket
@@ -33,8 +33,8 @@ class Writer:
     """Appends to the log of one application, for all threads of a process.
 
     :param store: what keeps the log.
-    :param patience: seconds for which a save goes on while nodes do not answer, or others are first.
-    :param pace: how this process waits for others.
+    :param patience: seconds for which a save tries again while nodes do not answer, or others are first.
+    :param pace: lets other processes go first.
     """
 
     horizon_rows = 256
@@ -74,12 +74,12 @@ class Writer:
         return ticket.outcome()
 
     def horizon(self) -> int | None:
-        """Return the horizon of what is known; None before the first save and after one whose outcome is unknown."""
+        """Return the horizon of the memory, or None before the first save and after one whose outcome is unknown."""
         memory = self._memory
         return None if memory is None else memory.horizon
 
     def offer(self, events: Sequence[StoredEvent], horizon: int | None) -> None:
-        """Take what an application has read of a stream up to its end, so that it is not read again.
+        """Take the events that an application has read up to the end of a stream, so that the end is not read again.
 
         :param horizon: what :meth:`horizon` returned before.
         """
@@ -88,13 +88,13 @@ class Writer:
             memory.offer(events[-1].originator_id, events[-1].originator_version, horizon)
 
     def is_indexed(self, row: Row) -> bool:
-        """Whether a row is known to be indexed, be it that its flag is not seen yet."""
+        """Whether a row is known to be indexed, even if its flag cannot be seen yet."""
         memory = self._memory
         known = memory is not None and memory.horizon <= row.position < memory.head
         return row.indexed or (known and memory is not None and not memory.is_unindexed(row.position))
 
     def was_indexed(self, row: Row) -> None:
-        """Note that somebody else in this process has indexed it."""
+        """Note that a reader of this process has indexed the row."""
         memory = self._memory
         if memory is not None:
             memory.indexed(row.position)
@@ -129,8 +129,8 @@ class Writer:
 
         done = None
         try:
-            # Each of them has the error, the own one too.
-            with Kept(), OnError(failed):
+            # Threads of others wait for it, so that each of them has any error, the own one too.
+            with Kept(failed):
                 done = self._commit(batch)
         finally:
             self._queue.hand_over()
@@ -273,8 +273,8 @@ class Writer:
 
     def _finish(self, memory: Memory, row: Row, before: Sequence[int], batch: Sequence[Ticket]) -> None:
         """Index a row that is committed, and tell the threads that wait for it."""
-        with Kept() as kept, OnError(partial(unfinished, batch, row)):
-            # Otherwise a reader would see a gap in a stream now.
+        # Any error is told to the threads that wait for it. Otherwise a reader would see a gap in a stream now.
+        with Kept(partial(unfinished, batch, row)) as kept:
             self._index(memory, before)
             self._walker.index(row)
             memory.indexed(row.position)
@@ -286,8 +286,9 @@ class Writer:
             position += ticket.append.size
         if memory.rows >= self.horizon_rows and self._moving.acquire(blocking=False):
             try:
-                with Logged(logger, "The horizon of a log was not moved; the next save tries again"):
-                    self._move_horizon(memory)
+                self._move_horizon(memory)
+            except PersistenceError:
+                logger.exception("The horizon of a log was not moved; the next save tries again")
             finally:
                 self._moving.release()
 
@@ -310,12 +311,12 @@ class Writer:
 
 
 def interrupted(error: BaseException) -> CommitOutcomeUnknownError:
-    """Return what is told to threads whose leader was interrupted."""
+    """Return the error for threads whose leader was interrupted."""
     return CommitOutcomeUnknownError(f"The thread that saved was interrupted ({type(error).__name__}): look before.")
 
 
 def unfinished(batch: Sequence[Ticket], row: Row, error: BaseException) -> None:
-    """Tell waiting threads that a row is in the log, and cannot be read by aggregate yet."""
+    """Tell waiting threads that a row is in the log, but not yet in the streams of its aggregates."""
     for ticket in batch:
         ticket.fail(
             CommitOutcomeUnknownError(

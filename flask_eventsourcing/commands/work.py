@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import sqlalchemy as sa
 
-from ..failures import Kept
 from ..projections.consumers import Consumer
 from ..projections.rebuilding import Estimate, Rebuild, Rebuilt
 from ..projections.registry import Worker
@@ -337,30 +337,20 @@ def _find(subject: Subject, name: str, stopping: threading.Event) -> Any:
 
 def _build(building: Any, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
     """Build in a thread, as the main thread is the one that signals interrupt."""
-    results: list[Rebuilt | None] = []
-    kept = Kept()
-
-    def build() -> None:
-        # Raised below, in the main thread.
-        with kept:
-            results.append(building.run(restart=restart))
-
-    thread = threading.Thread(target=build, name=f"rebuild {building.live.name}")
     signals = Signals()
+    threads = ThreadPoolExecutor(1, f"rebuild {building.live.name}")
     with shown_log(), signals.handled():
         reporter = Reporter([building.runner], output, LOG_EVERY)
-        thread.start()
+        built: Future[Rebuilt | None] = threads.submit(building.run, restart=restart)
         try:
-            while thread.is_alive():
+            while not built.done():
                 watch(signals, stopping, reporter)
-                thread.join(TICK)
+                wait([built], TICK)
         finally:
             stopping.set()
-            thread.join()
+            threads.shutdown()
             reporter.finish_bar()
-    if kept.error is not None:
-        raise kept.error
-    return results[0]
+    return built.result()
 
 
 def _duration(seconds: float) -> str:

@@ -384,6 +384,7 @@ class Collector:
 
 def _provided(provider: Provider) -> Metadata:
     values: Metadata | None = None
+    # A function of the user's may raise anything.
     with Kept() as kept:
         values = provider()
     if kept.error is not None:

@@ -1,4 +1,4 @@
-"""Waiting for news of a log on a connection that the server notifies."""
+"""Waits for new events of a log on a connection that the server notifies."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import select
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import Any
 
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..failures import OnError
 from ..lifecycle import ProcessLock, keep_for_ever
 from ..tailing import Waiter
 
@@ -44,7 +44,7 @@ class ListenWaiter(Waiter):
         self._resting = False
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a notification; without a connection to listen on, only for the time to pass."""
+        """Wait for a notification. Without a connection to listen on, sleep for that time."""
         deadline = time.monotonic() + seconds
         while not self.stopped.is_set():
             remaining = deadline - time.monotonic()
@@ -80,12 +80,14 @@ class ListenWaiter(Waiter):
     def _listen(self) -> Any:
         driver = listening_connection(self._engine)
         # Nobody else knows of the connection, and no pool.
-        with OnError(lambda _: driver.close()):
+        with ExitStack() as failed:
+            failed.callback(driver.close)
             execute(driver, "LISTEN", self._channel)
+            failed.pop_all()
         return driver
 
     def rest(self) -> None:
-        """Stop listening: the server keeps all notifications until the last listener has read them."""
+        """Stop listening, since the server keeps all notifications until the last listener has read them."""
         error_class: Any = getattr(self._engine.dialect.dbapi, "Error", Exception)
         with self._lock:
             if self._driver is None or self._resting:
@@ -118,7 +120,7 @@ class ListenWaiter(Waiter):
 
 
 def listening_connection(engine: Engine) -> Any:
-    """Return a driver's connection, out of the pool, on which each statement counts at once."""
+    """Return a driver's connection in autocommit, which is taken out of the pool."""
     fairy = engine.raw_connection()
     driver: Any = fairy.driver_connection
     fairy.detach()
@@ -127,7 +129,7 @@ def listening_connection(engine: Engine) -> Any:
 
 
 def execute(driver: Any, verb: str, channel: str) -> None:
-    """Listen on a channel, or no more."""
+    """Run LISTEN or UNLISTEN for a channel."""
     # Not the preparer's way, which doubles percent signs: the statement goes to the driver without parameters.
     name = channel.replace('"', '""')
     cursor = driver.cursor()
@@ -138,12 +140,12 @@ def execute(driver: Any, verb: str, channel: str) -> None:
 
 
 def receive(driver: Any, seconds: float) -> set[str]:
-    """Wait for a notification on a driver connection that yields them, and return the channels that had some."""
+    """Wait for a notification on a driver connection that yields them, and return the notified channels."""
     return {each.channel for each in driver.notifies(timeout=seconds, stop_after=1)}
 
 
 def poll(driver: Any, seconds: float) -> set[str]:
-    """Wait for one on a driver connection that must be polled."""
+    """Wait for a notification on a driver connection that must be polled."""
     readable, _, _ = select.select([driver], [], [], seconds)
     if not readable:
         return set()

@@ -368,6 +368,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT):
+            # Whatever ends this thread ends the run: check() raises it in the runner's.
             with Kept() as kept:
                 if self._lock.leased:
                     self._control.renew(self._claimed)
@@ -378,7 +379,7 @@ class Heartbeat:
             if error and self._lock.leased and is_outage(error) and not isinstance(error, FencedError):
                 logger.info("%s: its lease could not be renewed in time: %s", self._control.name, error)
             elif error:
-                self._error = error  # Raised in the runner's thread by check().
+                self._error = error
                 return
 
     def _look(self) -> None:

@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection, Engine
 
-from ..failures import Kept
 from ..persistence.dialects import hide_values
 from ..persistence.dialects.event_values import printable
 from ..persistence.dialects.locks import utc_now
@@ -54,12 +53,8 @@ class Aggregate(NamedTuple):
 def describe(error: BaseException) -> str:
     """Return an error in one line that every database can store, without the values of a statement."""
     hide_values(error)
-    text = ""
-    # An error that cannot even be printed must not keep the projection from being halted.
-    with Kept() as kept:
-        text = str(error)
-    if kept.error is not None:
-        text = f"(its text cannot be made: {type(kept.error).__name__})"
+    # Has a text also for an error whose own raises another one, which must not keep the projection from being halted.
+    text = str(traceback.TracebackException(type(error), error, None, limit=0, lookup_lines=False))
     return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
 

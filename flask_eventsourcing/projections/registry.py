@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,6 @@ import sqlalchemy as sa
 from eventsourcing.application import Application
 
 from ..exceptions import ConfigurationError, HandlerError, ProjectionHaltedError
-from ..failures import Kept, OnError
 from ..host import Host, PlainHost
 from ..models import ProjectionModels
 from ..persistence.dialects import hide_values
@@ -339,35 +339,36 @@ class Worker:
         for thread in threads:
             thread.start()
         try:
-            with OnError(lambda _: self.stop()):
+            with ExitStack() as interrupted:
+                interrupted.callback(self.stop)
                 while any(thread.is_alive() for thread in threads):
                     if tick is not None:
                         tick()
                     for thread in threads:
                         thread.join(period / len(threads))
+                interrupted.pop_all()
         finally:
             for thread in threads:
                 thread.join()
 
     def _run_one(self, runner: Runner) -> None:
         try:
-            with Kept() as kept:
-                runner.run(once=self.once)
-        except BaseException as error:
-            # It ends no more than this thread, and nobody must take that for an end in order.
-            logger.exception("%s has ended", runner.name)
-            ended = HandlerError(f"{runner.name} was ended by {type(error).__name__}.")
-            ended.__cause__ = error
-            self._note(runner, ended)
-            return
-        if (failure := kept.error) is not None:
-            # Reported by run(); the other consumers go on.
-            hide_values(failure)
-            # The traceback of a handler was logged with its first try.
-            cause = None if isinstance(failure, ProjectionHaltedError) else failure.__cause__
-            logger.error("%s", failure, exc_info=cause)
-            self._note(runner, failure)
+            runner.run(once=self.once)
+        except BaseException as error:  # noqa: BLE001  # reported by run()
+            # Handlers may raise anything. It ends no more than this thread, and the others go on.
+            self._failed.add(runner)
+            self.errors.append(_told(runner, error))
 
-    def _note(self, runner: Runner, error: Exception) -> None:
-        self._failed.add(runner)
-        self.errors.append(error)
+
+def _told(runner: Runner, error: BaseException) -> Exception:
+    """Log why a consumer has ended, and return the error that ``run()`` reports."""
+    if not isinstance(error, Exception):
+        # Nobody must take that for an end in order.
+        logger.error("%s has ended", runner.name, exc_info=error)
+        ended = HandlerError(f"{runner.name} was ended by {type(error).__name__}.")
+        ended.__cause__ = error
+        return ended
+    hide_values(error)
+    # The traceback of a handler was logged with its first try.
+    logger.error("%s", error, exc_info=None if isinstance(error, ProjectionHaltedError) else error.__cause__)
+    return error

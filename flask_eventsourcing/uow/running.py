@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -14,7 +14,6 @@ from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, RollbackOnlyError
-from ..failures import OnError
 from .commit_gate import Run, running
 from .unit import UnitOfWork
 
@@ -56,7 +55,8 @@ class UnitRunner:
             unit.queue.active = queueing
             try:
                 # Ctrl-C and the end of a greenlet too must leave no transaction open.
-                with OnError(lambda _: self._roll_back(run, unit, session)):
+                with ExitStack() as failed:
+                    failed.callback(self._roll_back, run, unit, session)
                     self._begin(unit, session)
                     yield session
                     # Somebody may have rolled the driver's connection back since the last save.
@@ -65,6 +65,7 @@ class UnitRunner:
                         raise RollbackOnlyError(run.rollback_only or None)
                     run.is_ending = True
                     commit(self._current())
+                    failed.pop_all()
             finally:
                 unit.queue.active = False
 
@@ -207,14 +208,13 @@ class SessionCommits:
 
 @contextmanager
 def _joined(run: Run) -> Iterator[None]:
-    def fail(error: BaseException) -> None:
-        # The default message says so.
-        run.rollback_only = run.rollback_only or ""
-
     run.depth += 1
+    is_whole = False
     try:
-        # Whatever it was, the outer unit must not commit half of this one.
-        with OnError(fail):
-            yield
+        yield
+        is_whole = True
     finally:
         run.depth -= 1
+        if not is_whole:
+            # Whatever it was, the outer unit must not commit half of this one. The default message says so.
+            run.rollback_only = run.rollback_only or ""

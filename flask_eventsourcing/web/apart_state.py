@@ -18,7 +18,7 @@ from ..applications.apart import ApartHost, EventStore, construct_apart, make_st
 from ..config import PREFIX, Config, OriginatorIdType
 from ..exceptions import ConfigurationError
 from ..host import mapped_tables
-from ..lifecycle import ApplicationSlot
+from ..lifecycle import ApplicationSlot, HostSlot
 from ..models import ProjectionModels
 from ..persistence import Datastore, DialectOptions
 from ..persistence.dialects import is_in_memory
@@ -286,7 +286,7 @@ def _check_effects(config: Config, names: Sequence[str]) -> None:
 def _slot(
     app: Flask, application_class: type[Application[Any]], constructor: Any, store: EventStore, config: Config
 ) -> ApplicationSlot[Any]:
-    return ApplicationSlot(
+    return HostSlot(
         partial(construct_apart, constructor, application_class.name, store, config.env, partial(_publish, app))
     )
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from eventsourcing.application import Application
 from flask import Flask
 
 from ..config import Config
-from ..failures import OnError
 from ..projections.registry import Registrations
 from .apart_state import ApartState, make_apart_state
 from .setup import RecordClasses, check_settings, make_state, originator_id_type
@@ -54,8 +53,10 @@ def construct_now(state: EventSourcingState) -> None:
     if state.config.construct != "init":
         return
     # Those that were constructed before the one that fails are of no use either.
-    with OnError(lambda _: state.close()), state.app.app_context():
+    with ExitStack() as failed, state.app.app_context():
+        failed.callback(state.close)
         state.construct()
+        failed.pop_all()
     state.release_connections()
 
 
@@ -67,7 +68,7 @@ def untouched_on_error(app: Flask) -> Iterator[None]:
     before = [dict(mapping) for mapping in mappings], [list(items) for items in lists]
     functions = {key: list(value) for key, value in app.after_request_funcs.items()}
 
-    def restore(_: BaseException) -> None:
+    def restore() -> None:
         for mapping, old in zip(mappings, before[0], strict=True):
             mapping.clear()
             mapping.update(old)
@@ -77,5 +78,7 @@ def untouched_on_error(app: Flask) -> Iterator[None]:
             app.after_request_funcs[key][:] = value
 
     # An app that is half made is no use.
-    with OnError(restore):
+    with ExitStack() as failed:
+        failed.callback(restore)
         yield
+        failed.pop_all()

@@ -6,7 +6,7 @@ import inspect
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -22,8 +22,7 @@ from ..applications import check_environment, construct
 from ..applications.apart import id_type_of
 from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError
-from ..failures import OnError
-from ..lifecycle import ApplicationSlot
+from ..lifecycle import ApplicationSlot, HostSlot
 from ..metadata import Collector
 from ..models import Models, ProjectionModels, check_models, index_correlation, make_models, make_projection_models
 from ..persistence import Datastore, DialectOptions
@@ -116,15 +115,17 @@ class RecordClasses:
         kinds: list[Mapping[Any, dict[str, Any]]] = [self._made, self._projections]
         before = [{base: set(made) for base, made in each.items()} for each in kinds]
 
-        def forget(_: BaseException) -> None:
+        def forget() -> None:
             for each, names in zip(kinds, before, strict=True):
                 for base, made in each.items():
                     for name in set(made) - names.get(base, set()):
                         self._forget(made.pop(name))
 
         # A later attempt makes them again.
-        with OnError(forget):
+        with ExitStack() as failed:
+            failed.callback(forget)
             yield
+            failed.pop_all()
 
     def watch(self, application_name: str) -> None:
         """Note in :attr:`created` when a table of an application is created."""
@@ -322,7 +323,7 @@ def make_datastore(
 
 
 def _slot(constructor: Any, host: FlaskHost, config: Config) -> ApplicationSlot[Any]:
-    return ApplicationSlot(partial(construct, constructor, host.datastore, config.env, host.unit, host.using_session))
+    return HostSlot(partial(construct, constructor, host.datastore, config.env, host.unit, host.using_session))
 
 
 def _make_hosts(

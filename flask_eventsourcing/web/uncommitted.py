@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,6 @@ from werkzeug.exceptions import InternalServerError
 
 from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
-from ..failures import OnError
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
 from .sessions import ENDED, LEFT
@@ -233,8 +233,10 @@ def _commit(state: EventSourcingState) -> None:
     if session is None:
         return
     # The worker may go on after any error, with this session's connection in its pool.
-    with OnError(lambda _: roll_back(session)):
+    with ExitStack() as failed:
+        failed.callback(roll_back, session)
         commit(state.host.unit_of(session))
+        failed.pop_all()
 
 
 def _tell(state: EventSourcingState, batches: Sequence[Batch], response: Response) -> str:

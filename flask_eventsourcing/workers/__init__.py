@@ -16,7 +16,7 @@ from ..applications.apart import ApartHost
 from ..applications.known_sites import SiteState, current_site, find_current_site, site_of, working_for
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
 from ..failures import Logged
-from ..lifecycle import ApplicationSlot
+from ..lifecycle import ApplicationSlot, HostSlot
 from ..metadata import (
     CORRELATION_ID,
     MetadataBlock,
@@ -51,12 +51,12 @@ def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
     """
     state = site_of(flask_app_or_factory)
     if state is not None:
-        return ApplicationSlot(lambda: state)
+        return HostSlot(lambda: state)
     if not callable(flask_app_or_factory):
         raise ConfigurationError(
             f"{user} takes a Flask app or a function that makes one; found {flask_app_or_factory!r}."
         )
-    return ApplicationSlot(lambda: made_state(flask_app_or_factory, user))
+    return HostSlot(lambda: made_state(flask_app_or_factory, user))
 
 
 def made_state(factory: Callable[[], Any], user: str) -> SiteState:

@@ -6,16 +6,13 @@ closed at the end.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from flask import Flask
 
-from ..failures import Logged
 from ..web.state import state_of
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 
 def init_uwsgi(app: Flask) -> None:
@@ -49,10 +46,10 @@ def init_uwsgi(app: Flask) -> None:
 
 def _chained(*functions: Callable[[], Any] | None) -> Callable[[], None]:
     def call() -> None:
-        for function in functions:
-            if function is not None:
-                # uWSGI prints what a hook raises and goes on; the others are called as well.
-                with Logged(logger, "A hook of uWSGI failed."):
-                    function()
+        # uWSGI prints what a hook raises and goes on; the others are called as well.
+        with ExitStack() as stack:
+            for function in reversed(functions):
+                if function is not None:
+                    stack.callback(function)
 
     return call

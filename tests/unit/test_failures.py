@@ -6,24 +6,7 @@ import logging
 
 import pytest
 
-from flask_eventsourcing.failures import Kept, Logged, OnError
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), GeneratorExit()])
-def test_what_was_begun_is_undone_and_the_error_goes_on(error: BaseException) -> None:
-    """Whatever ends the block, its function is called with it, once, and the caller gets the error."""
-    seen: list[BaseException] = []
-    with pytest.raises(type(error)), OnError(seen.append):
-        raise error
-    assert seen == [error]
-
-
-def test_nothing_is_undone_without_an_error() -> None:
-    """A block that succeeds calls nothing."""
-    seen: list[BaseException] = []
-    with OnError(seen.append):
-        pass
-    assert seen == []
+from flask_eventsourcing.failures import Kept, Logged
 
 
 def test_failure_is_kept() -> None:
@@ -42,6 +25,19 @@ def test_end_of_the_program_is_not_kept() -> None:
     with pytest.raises(KeyboardInterrupt), Kept() as kept:
         raise KeyboardInterrupt
     assert kept.error is None
+
+
+def test_failure_that_is_kept_is_told() -> None:
+    """Threads that wait for the block are told of its error, and of Ctrl-C as well, which goes on."""
+    seen: list[BaseException] = []
+    error, end = ValueError("x"), KeyboardInterrupt()
+    with Kept(seen.append):
+        raise error
+    with pytest.raises(KeyboardInterrupt), Kept(seen.append):
+        raise end
+    with Kept(seen.append):
+        pass
+    assert seen == [error, end]
 
 
 def test_failure_is_logged_and_passes(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +19,13 @@ from flask_eventsourcing.exceptions import (
     ApplicationNotInitializedError,
     FlaskEventSourcingError,
 )
-from flask_eventsourcing.lifecycle import ApplicationSlot, close_application, get_application, init_application
+from flask_eventsourcing.lifecycle import (
+    ApplicationSlot,
+    HostSlot,
+    close_application,
+    get_application,
+    init_application,
+)
 from tests.domain import in_threads
 
 
@@ -111,11 +121,11 @@ def test_lazy_slot_constructs_at_the_first_get() -> None:
         made.append(App())
         return made[-1]
 
-    slot = ApplicationSlot(construct)
-    assert made == []
-    assert slot.get() is slot.get()
-    assert slot.constructed
-    assert len(made) == 1
+    with ApplicationSlot(construct) as slot:
+        assert made == []
+        assert slot.get() is slot.get()
+        assert slot.constructed
+        assert len(made) == 1
 
 
 def test_lazy_slot_keeps_its_constructor() -> None:
@@ -137,8 +147,8 @@ def test_racing_threads_construct_once() -> None:
         made.append(App())
         return made[-1]
 
-    slot = ApplicationSlot(construct)
-    in_threads([lambda: got.append(slot.get())] * 16)
+    with ApplicationSlot(construct) as slot:
+        in_threads([lambda: got.append(slot.get())] * 16)
     assert len(made) == 1
     assert len(got) == 16
     assert {id(application) for application in got} == {id(made[0])}
@@ -187,11 +197,11 @@ def test_failed_construction_can_be_tried_again() -> None:
             raise failures.pop()
         return App()
 
-    slot = ApplicationSlot(construct)
-    with pytest.raises(OSError, match="no database"):
-        slot.get()
-    assert not slot.constructed
-    assert slot.get().closed == 0
+    with ApplicationSlot(construct) as slot:
+        with pytest.raises(OSError, match="no database"):
+            slot.get()
+        assert not slot.constructed
+        assert slot.get().closed == 0
 
 
 @pytest.mark.parametrize("slot", [ApplicationSlot[App](), ApplicationSlot(App)], ids=["empty", "lazy"])
@@ -239,3 +249,69 @@ def test_slot_is_a_context_manager() -> None:
     with pytest.raises(KeyError):
         work()
     assert [application.closed for application in applications] == [1]
+
+
+def test_slot_that_was_not_closed_warns() -> None:
+    """A program that lets a slot go without closing its application is told which one, by a ``ResourceWarning``."""
+    slot = ApplicationSlot(App)
+    slot.get()
+    with pytest.warns(ResourceWarning, match=r"ApplicationSlot with a App was not closed: call its close\(\)"):
+        del slot
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda _: None,
+        lambda slot: slot.close(),
+        lambda slot: (slot.get(), slot.close()),
+        lambda slot: slot.init(object),
+    ],
+    ids=["never constructed", "closed", "constructed and closed", "nothing to close"],
+)
+def test_slot_with_nothing_to_close_does_not_warn(use: Callable[[ApplicationSlot[Any]], object]) -> None:
+    """Nobody is told to close a slot that holds nothing that could be closed."""
+    slot: ApplicationSlot[Any] = ApplicationSlot(App)
+    use(slot)
+    assert warnings_of(slot) == []
+
+
+def test_host_does_not_warn() -> None:
+    """A Flask app that a test does not close is let go without a warning."""
+    slot = HostSlot(App)
+    slot.get()
+    assert warnings_of(slot) == []
+
+
+def test_slot_of_the_parent_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process that lets go what its parent has constructed is told nothing."""
+    slot = ApplicationSlot(App)
+    slot.get()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert warnings_of(slot) == []
+
+
+def test_slot_that_lives_as_long_as_its_process_does_not_warn() -> None:
+    """A program that ends with an open application, as one with a slot in a module, prints no warning."""
+    program = (
+        "import io, flask_eventsourcing.lifecycle as lifecycle\n"
+        "slot = lifecycle.ApplicationSlot(io.StringIO)\n"
+        "slot.get()\n"
+        "lifecycle.init_application(io.StringIO)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def warnings_of(slot: ApplicationSlot[Any]) -> list[str]:
+    """Return the warnings of a slot's finalizer."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        slot.__del__()
+    return [str(each.message) for each in seen]

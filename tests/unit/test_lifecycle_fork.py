@@ -55,8 +55,9 @@ def test_child_constructs_its_own() -> None:
         own = slot.get()
         return [before, own is parents, own is slot.get(), own.arguments, slot.constructed]
 
-    assert in_child(child) == [False, False, True, [["same"], {}], True]
-    assert slot.get() is parents
+    with slot:
+        assert in_child(child) == [False, False, True, [["same"], {}], True]
+        assert slot.get() is parents
 
 
 def test_child_never_closes_the_parents() -> None:
@@ -72,7 +73,8 @@ def test_child_never_closes_the_parents() -> None:
         slot.close()
         return [inherited_only, own.closed, parents.closed]
 
-    assert in_child(child) == [0, 1, 0]
+    with slot:
+        assert in_child(child) == [0, 1, 0]
 
 
 def test_child_does_not_drop_the_parents() -> None:
@@ -91,15 +93,17 @@ def test_child_does_not_drop_the_parents() -> None:
         slot.close()
         return len(dropped)
 
-    # The child's own is dropped at its close, the inherited one is not.
-    assert in_child(child) == 1
+    with slot:
+        # The child's own is dropped at its close, the inherited one is not.
+        assert in_child(child) == 1
 
 
 def test_child_may_init_although_the_parent_did() -> None:
     """A worker that initialises after the fork is not told that its parent had done so already."""
     slot: ApplicationSlot[App] = ApplicationSlot()
-    slot.init(App)
-    assert in_child(lambda: slot.init(lambda: App("own")).arguments[0]) == ["own"]
+    with slot:
+        slot.init(App)
+        assert in_child(lambda: slot.init(lambda: App("own")).arguments[0]) == ["own"]
 
 
 def test_child_is_not_blocked_by_a_lock_that_the_parent_held() -> None:
@@ -123,7 +127,8 @@ def test_child_is_not_blocked_by_a_lock_that_the_parent_held() -> None:
     finally:
         go_on.set()
         thread.join(20)
-    assert slot.get().arguments[0] == (parent,)
+    with slot:
+        assert slot.get().arguments[0] == (parent,)
 
 
 def test_grandchild_constructs_its_own() -> None:
@@ -135,7 +140,8 @@ def test_grandchild_constructs_its_own() -> None:
         slot.get()
         return in_child(lambda: slot.get().arguments[0] == (os.getpid(),))
 
-    assert in_child(child) is True
+    with slot:
+        assert in_child(child) is True
 
 
 def test_process_id_decides_rather_than_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +151,7 @@ def test_process_id_decides_rather_than_a_hook(monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patched:
         patched.setattr(os, "getpid", lambda: -1)
         assert slot.get() is not parents
+        slot.close()
 
 
 def test_process_lock_excludes_other_threads() -> None:

@@ -1,17 +1,16 @@
-"""What a connection of Django's does at the end of its transactions, and what is told of it."""
+"""Follows the ends of the transactions of Django's connections."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 from django.db import transaction
 
 from ..._patches import django_atomic_exit, django_method
-from ...failures import OnError
 from .marks import Marked
 
 
@@ -26,7 +25,7 @@ class Checks(Protocol):
 
 
 class Ends:
-    """Called in the place of some methods of a connection of Django's, which are called by it.
+    """Replaces some methods of a connection of Django's, and calls them.
 
     :param checks: asked before a commit.
     :param marked: what was noted on the connection.
@@ -44,7 +43,7 @@ class Ends:
 
     @contextmanager
     def left(self, wrapper: Any, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
-        """Around the end of a block."""
+        """A context around the end of a block."""
         with self._marked.losses.left(savepoint, is_quiet=is_quiet):
             try:
                 yield
@@ -56,21 +55,23 @@ class Ends:
                     self._marked.watch(wrapper, watched=False)
 
     def commit(self, wrapper: Any, commit: Callable[[], Any]) -> Any:
-        """Commit, if everything is there; where there is no block, nobody else tells of it.
+        """Commit, unless events would not be stored; without a block, tell here that they are committed.
 
         :raises TransactionManagementError: when events would not be stored.
         """
         checks = self._checks()
-        with OnError(self._marked.losses.failed):
+        with ExitStack() as failed:
+            failed.callback(self._marked.losses.failed)
             if checks is not None:
                 checks.check_commit()
             commit()
+            failed.pop_all()
         self._marked.all_committed()
         if self._marked.losses.leaving is None and not self._running:
             self._marked.tell()
 
     def run_and_clear_commit_hooks(self, wrapper: Any, run: Callable[[], Any]) -> Any:
-        """Call the functions that wait for the commit; where one of a user's fails, ours are called all the same."""
+        """Call the functions that wait for the commit; ours are called even if one of the user's fails."""
         self._running += 1
         try:
             run()
@@ -81,13 +82,13 @@ class Ends:
                 self._marked.tell()
 
     def savepoint_rollback(self, wrapper: Any, roll_back: Callable[..., Any], sid: Any) -> Any:
-        """Roll back to a savepoint, also to one that is no block's."""
+        """Roll back to a savepoint, also to one that belongs to no block."""
         roll_back(sid)
         if sid is not None and wrapper.run_on_commit:
             self._marked.rolled_back_to(wrapper.run_on_commit, int(str(sid).rpartition("x")[2]))
 
     def close(self, wrapper: Any, close: Callable[[], Any]) -> Any:
-        """Close the connection, with what is not committed."""
+        """Close the connection; what was not committed is lost."""
         if wrapper.autocommit and not wrapper.in_atomic_block:
             # Where autocommit was switched on again, that has committed what there was.
             self._marked.all_committed()
@@ -99,7 +100,7 @@ class Ends:
             self._marked.losses.is_closing = False
 
     def set_rollback(self, wrapper: Any, set_rollback: Callable[..., Any], rollback: bool) -> Any:
-        """Ask for a rollback, or not any more."""
+        """Ask for a rollback, or take that back."""
         set_rollback(rollback)
         self._marked.losses.asked(rollback=rollback)
 

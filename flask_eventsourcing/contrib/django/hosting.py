@@ -14,9 +14,8 @@ from eventsourcing.application import Application
 from ...applications import check_environment, construct
 from ...applications.apart import ApartHost, id_type_of
 from ...exceptions import ApplicationInitializedError, ConfigurationError
-from ...failures import Logged
-from ...host import by_application, recordings_of, send_recorded
-from ...lifecycle import ApplicationSlot
+from ...host import by_application, recordings_of, send_each, send_recorded
+from ...lifecycle import ApplicationSlot, HostSlot
 from ...persistence import Datastore, DialectOptions
 from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
@@ -42,7 +41,7 @@ REMEDY = (
 
 @dataclass(frozen=True, eq=False)
 class DjangoDatastore(Datastore):
-    """A database whose connections are Django's: there is always one to join, and nothing to prepare."""
+    """A database that is used on Django's connections: recorders always join the thread's connection."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,9 +52,9 @@ class DjangoDatastore(Datastore):
         """Leave the connections as Django has made them."""
 
     def reading(self, *, join: bool = True) -> Read:
-        """Return a connection to read with: the thread's, unless that has a transaction that the reader must not see.
+        """Return a connection for a reader: the thread's, unless its transaction hides what others have committed.
 
-        That of a test case is the whole database of the test.
+        In a test case the thread's is used, as no other connection sees what the test has saved.
         """
         unit: Any = self.unit()
         return Read(self, unit if join or not _has_own_transaction(unit) else None)
@@ -80,7 +79,7 @@ class Database:
         self.units = DjangoUnits(alias, plain, self._publish, self.lose)
         self.datastore = plain.joining(self.units.current)
         self.slots: dict[str, ApplicationSlot[Application[Any]]] = {
-            each.name: ApplicationSlot(partial(self._construct, each)) for each in found
+            each.name: HostSlot(partial(self._construct, each)) for each in found
         }
 
     def _construct(self, one: Configured) -> Application[Any]:
@@ -95,17 +94,15 @@ class Database:
                 send_recorded(application, application, notifications, partial(recordings_of, batches, name))
 
     def lose(self, batches: Sequence[Batch]) -> None:
-        """Log, and tell with ``events_discarded``, that events are gone although nobody asked for it."""
+        """Log that events were lost although no code asked for a rollback, and send ``events_discarded``."""
         logger.error("%s", lost_text(batches))
         for name, notifications in by_application(batches).items():
             application = self.slots[name].get()
-            # The caller is in the middle of the end of a transaction.
-            with Logged(logger, "A receiver of events_discarded failed."):
-                events_discarded.send(application, application=application, notifications=notifications)
+            send_each(events_discarded, application, application=application, notifications=notifications)
 
 
 def lost_text(batches: Sequence[Batch]) -> str:
-    """Return what is said of events that were saved and are not stored."""
+    """Return the message for events that were saved and are not stored."""
     events = [f"{each.originator_id} version {each.originator_version}" for batch in batches for each in batch.events]
     named = ", ".join(events[:NAMED]) + (", …" if len(events) > NAMED else "")
     return (
@@ -114,7 +111,7 @@ def lost_text(batches: Sequence[Batch]) -> str:
 
 
 def make_apart(found: Sequence[Configured]) -> dict[str, ApartApplication]:
-    """Make what there is of applications whose events are apart; those in one place share a store.
+    """Make the applications whose events are in Cassandra; those in one keyspace share a store.
 
     :raises ConfigurationError: when a class cannot be imported, or the driver cannot be used.
     """
@@ -142,7 +139,7 @@ def make_apart(found: Sequence[Configured]) -> dict[str, ApartApplication]:
 class Site:
     """All applications of the project.
 
-    :raises ConfigurationError: when the setting is of no use.
+    :raises ConfigurationError: when the setting cannot be used.
     """
 
     def __init__(self) -> None:
@@ -173,11 +170,11 @@ class Site:
         return self.databases.get(alias) or self._beside[alias]
 
     def slot(self, name: str) -> ApplicationSlot[Application[Any]]:
-        """Return what has the one object of an application."""
+        """Return the slot that holds the single object of an application."""
         return self.apart[name].slot if name in self.apart else self.database(name).slots[name]
 
     def host_apart(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> ApartHost | None:
-        """Return the host of units of work where no database has events, so that nothing can be rolled back.
+        """Return the host of units of work where no database of Django's has events, so that none can be rolled back.
 
         :param context: what is around a piece of work.
         """
@@ -185,7 +182,7 @@ class Site:
         return ApartHost(stores[0], context) if stores and not self.databases else None
 
     def name_of(self, application: type[Application[Any]] | str | None) -> str:
-        """Return the name of an application by its class or name; of the only one by nothing.
+        """Return the name of an application, given by its class or name; None means the only one.
 
         :raises ConfigurationError: when the setting does not have it.
         """
@@ -220,13 +217,13 @@ class Site:
         return {alias: database.units.current() for alias, database in self.databases.items()}
 
 
-_site: ApplicationSlot[Site] = ApplicationSlot(Site)
+_site: ApplicationSlot[Site] = HostSlot(Site)
 
 
 def site() -> Site:
-    """Return the applications of the project; made at the first call in a process.
+    """Return the applications of the project; the first call in a process makes them.
 
-    :raises ConfigurationError: when the setting is of no use.
+    :raises ConfigurationError: when the setting cannot be used.
     """
     return _site.get()
 
@@ -240,7 +237,8 @@ def reset(*, setting: str = SETTING, **_: Any) -> None:
 def init_application() -> Application[Any]:
     """Construct all applications of the project, and return the first one.
 
-    It need not be called: :func:`get_application` constructs what was not constructed.
+    You need not call it, since :func:`get_application` constructs an application at its first use. Call it where the
+    first request should not wait for that, for example in a server's hook for a new worker.
 
     :raises ApplicationInitializedError: when one was constructed already in this process.
     """
@@ -259,16 +257,25 @@ def get_application(application: type[A]) -> A: ...
 @overload
 def get_application(application: str | None = None) -> Any: ...
 def get_application(application: type[Application[Any]] | str | None = None) -> Any:
-    """Return the one object of an application in this process; it is constructed at the first call.
+    """Return the single object of an application in this process; the first call constructs it.
 
-    :param application: its class, or its name; not needed where there is only one.
-    :raises ConfigurationError: when the setting has no such application, or is of no use.
+    Its events are rows of the transaction that ``atomic()`` has begun, and are rolled back with it::
+
+        with transaction.atomic():
+            get_application(Bank).open_account(owner)
+            Note.objects.create(text="opened")
+
+    :param application: its class or its name; not needed if there is only one.
+    :raises ConfigurationError: when the setting ``EVENTSOURCING`` has no such application, or cannot be used.
     """
     found = site()
     return found.slot(found.name_of(application)).get()
 
 
 def close_application() -> None:
-    """Close the applications of this process; they are constructed again when somebody asks for one."""
+    """Close the applications of this process.
+
+    It may be called again. An application that is used afterwards is constructed again.
+    """
     if _site.constructed:
         _site.get().close()

@@ -13,7 +13,7 @@ from eventsourcing.application import Application
 from ...applications.apart import EventStore, construct_apart, make_store, tell_recorded
 from ...config import REQUIRED_BY_CASSANDRA, Config, checked
 from ...exceptions import ConfigurationError
-from ...lifecycle import ApplicationSlot
+from ...lifecycle import ApplicationSlot, HostSlot
 from ...metadata import Collector
 from ...signals import events_recorded
 
@@ -112,7 +112,7 @@ class ApartApplication:
 
     def __init__(self, application_class: type[Application[Any]], store: EventStore, env: Mapping[str, str]) -> None:
         self.store = store
-        self.slot: ApplicationSlot[Application[Any]] = ApplicationSlot(
+        self.slot: ApplicationSlot[Application[Any]] = HostSlot(
             partial(construct_apart, application_class, application_class.name, store, env, self._publish)
         )
 

@@ -15,7 +15,6 @@ from typing import Any
 from uuid import UUID
 
 from ..._patches import django_watch
-from ...failures import OnError
 from ...uow import AfterCommit, Batch
 from ...uow.pending import AfterRollback, Item, call_all, of_kind
 
@@ -67,17 +66,11 @@ class Leaving:
     """The end of one block of Django's, while that is going on.
 
     :param savepoint: the block's, if it has one.
-    :param is_quiet: whether no exception leaves the block.
     """
 
-    def __init__(self, savepoint: str | None, *, is_quiet: bool) -> None:
+    def __init__(self, savepoint: str | None) -> None:
         self.savepoint = savepoint
-        self.is_quiet = is_quiet
         self.lost: list[Batch] = []
-
-    def failed(self, error: BaseException) -> None:
-        """Told of an error that comes up at the end, and leaves the block."""
-        self.is_quiet = False
 
 
 class Losses:
@@ -105,7 +98,7 @@ class Losses:
         innermost = next((each for each in reversed(wrapper.savepoint_ids) if each is not None), None)
         self._asked = (innermost,) if rollback else None
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self) -> None:
         """Told that the commit has failed, with an error that tells the caller of the commit."""
         self._asked = (None,)
 
@@ -132,13 +125,14 @@ class Losses:
     def left(self, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
         """Around the end of a block: what it rolls back is lost, if an error has left it neither before nor now."""
         before = self.leaving
-        leaving = self.leaving = Leaving(savepoint, is_quiet=is_quiet)
+        leaving = self.leaving = Leaving(savepoint)
+        has_ended = False
         try:
-            with OnError(leaving.failed):
-                yield
+            yield
+            has_ended = True
         finally:
             self.leaving = before
-            if leaving.is_quiet:
+            if is_quiet and has_ended:
                 self._lose(leaving.lost)
 
     def _lose(self, batches: list[Batch]) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 from ...applications.apart import ApartHost, EventStore
 from ...commands import Subject
 from ...exceptions import ConfigurationError, HandlerError, RebuildError
-from ...lifecycle import ApplicationSlot
+from ...lifecycle import ApplicationSlot, HostSlot
 from ...persistence import Datastore
 from ...projections.consumers import ProjectedApart, ProjectedApplication
 from ...projections.registry import BoundProjections, Registrations
@@ -278,13 +278,13 @@ def _check_router(cls: type[ModelProjection], alias: str) -> None:
             )
 
 
-_projections: ApplicationSlot[Projections] = ApplicationSlot(Projections)
+_projections: ApplicationSlot[Projections] = HostSlot(Projections)
 
 
 def projections() -> Projections:
     """Return the projections of the project, which are looked for at the first call in a process.
 
-    :raises ConfigurationError: when one of them is of no use.
+    :raises ConfigurationError: when one of them cannot be used.
     """
     found = _projections.get()
     if found.site is not site():
@@ -295,14 +295,16 @@ def projections() -> Projections:
 
 
 def wait_for(projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
-    """Block until a projection has dealt with what ``save()`` has recorded, to read your own writes.
+    """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
+
+    Call it after the commit: no worker sees events before that.
 
     :param projection: its class or its name.
     :param recordings: what ``Application.save()`` returned, or a position of the log.
     :param timeout: in seconds.
-    :raises TimeoutError: when that takes longer.
-    :raises UncommittedEventsError: inside ``atomic()`` with events of it, which nobody can see before the commit.
-    :raises ProjectionHaltedError: when the projection stands before an event that it cannot apply.
+    :raises TimeoutError: when it takes longer.
+    :raises UncommittedEventsError: inside an ``atomic()`` block that has saved events, which no projection can see.
+    :raises ProjectionHaltedError: when the projection has halted at an earlier event, or is paused.
     :raises ConfigurationError: when there is no such projection.
     """
     projections().bound_to(projection).wait_for(projection, recordings, timeout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -16,7 +16,6 @@ from django.db.transaction import TransactionManagementError
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
-from ...failures import OnError
 from ...persistence import Datastore, Dialect
 from ...persistence.dialects.event_tables import EventTable
 from ...uow import AfterCommit, Batch, Unit
@@ -164,23 +163,27 @@ class DjangoUnit(Unit):
         with driver_errors():
             block.__enter__()
         self._blocks.append(block)
-        with OnError(self._leave):
-            return self.connection()
+        with ExitStack() as failed:
+            failed.callback(self._leave, failed=True)
+            connection = self.connection()
+            failed.pop_all()
+        return connection
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, *, failed: bool = False) -> None:
         block = self._blocks.pop()
+        error = RuntimeError("A write of events failed.") if failed else None
         with driver_errors():
             block.__exit__(None if error is None else type(error), error, None)
 
     def written(self) -> None:
         """Close the block of the write, which commits where nobody has begun a transaction."""
-        self._leave(None)
+        self._leave()
 
     def failed(self, connection: Connection) -> None:
         """Close the block of a write that failed."""
         self._hooks = None
         if self._blocks:
-            self._leave(RuntimeError("A write of events failed."))
+            self._leave(failed=True)
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""

@@ -1,10 +1,11 @@
-"""A tween over that of pyramid_tm: no client is told "done" for events that are not stored."""
+"""A tween over that of pyramid_tm, so that no client is told "done" for events that are not stored."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import NoneType
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 from pyramid.registry import Registry
 
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
-from ...failures import OnError
 from ...uow import Batch, describe
 from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed
 from .site_state import KEY, EventSourcing
@@ -27,7 +27,7 @@ except ImportError:  # nobody tries again without it
 
 
 VETOED: tuple[type, ...] = (NoneType,)
-"""What is behind a rollback that no error has caused."""
+"""The reasons of a rollback that no error has caused."""
 try:
     from pyramid_tm import AbortWithResponse
 except ImportError:  # nobody aborts with it
@@ -42,18 +42,23 @@ FAILURE = 400
 
 
 def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Callable[[Any], Any]:
-    """Make the tween."""
+    """Make the tween.
+
+    ``includeme()`` adds it. Name it above pyramid_tm's in ``pyramid.tweens`` if your settings list every tween.
+    """
 
     def guard_tween(request: Any) -> Any:
         state: EventSourcing | None = registry.get(KEY)
         if state is None or is_managed(request):
-            # Somebody around the request decides, as functional tests do.
+            # The caller of the request decides, as functional tests do.
             return handler(request)
         for key in (DOOMED, DROPPED, SESSIONS):
             request.environ.pop(key, None)
         # What is raised is a failure by itself; what nobody commits must not stay in the session.
-        with OnError(lambda _: state.drop_pending()):
+        with ExitStack() as failed:
+            failed.callback(state.drop_pending)
             response = handler(request)
+            failed.pop_all()
         error = find_error(state, request, response)
         # The last to be called, as what is called before may save as well.
         request.add_finished_callback(partial(_finish, state))
@@ -98,7 +103,7 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
 
 
 def _finish(state: EventSourcing, request: Any) -> None:
-    """When all is sent, see to it that nothing is left for the next request of this thread."""
+    """Roll back what is left when the response is sent, so that the next request of this thread does not get it."""
     pending = state.drop_pending()
     if pending:
         logger.error(

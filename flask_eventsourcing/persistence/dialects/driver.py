@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +20,6 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
-from ...failures import OnError
 from .calls import Calls, calls_of
 from .event_tables import EVENT_COLUMNS, PLAIN, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, Shape, is_key
 
@@ -161,9 +160,11 @@ class Driver:
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         # Half of a save must not be committed.
-        with OnError(lambda _: self._roll_back_chunks(connection)):
+        with ExitStack() as failed:
+            failed.callback(self._roll_back_chunks, connection)
             for chunk in chunks:
                 last = self._insert_chunk(connection, statement, chunk, shared)
+            failed.pop_all()
         self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
         return last
 

@@ -15,6 +15,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import WriteTimeoutError
-from ...failures import OnError
 from ...tailing import Waiter
 from .event_tables import EventTable
 from .swapping import ForSwaps
@@ -203,12 +203,14 @@ class WriteQueue:
     def _wait(self, place: _Place, called: threading.Event, timeout: float) -> bool:
         """Wait, and leave when the time is over; returns whether the queue is acquired."""
         deadline = time.monotonic() + timeout
-        with OnError(lambda _: self._give_up(place)):
+        with ExitStack() as interrupted:
+            interrupted.callback(self._give_up, place)
             while not called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
                 # Nobody is told when an owner is collected.
                 self._call_next()
                 if time.monotonic() >= deadline:
                     break
+            interrupted.pop_all()
         return called.is_set() or not self._leave(place)
 
     def _give_up(self, place: _Place) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -20,7 +21,6 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError
-from ...failures import OnError
 from ...metadata import RECORDED, Recorded, caused_by
 from ...persistence import Description, JoinedUnit
 from ...persistence.dialects import is_serialization_failure
@@ -73,16 +73,18 @@ class InlineApplier:
         # What a host has for recorders to join is always a unit of work.
         unit = cast(UnitOfWork, joined)
         # A caller that catches the error must not commit the events without their read models.
-        with OnError(lambda _: unit.refuse("An inline projection failed", self._left(connection))):
+        with ExitStack() as failed:
+            failed.callback(self._refuse, unit, connection)
             self._refuse_old_snapshot(connection)
             with unit.gate.hold(INLINE_ENDED):
                 self._apply(unit.session, events, partial(described.recorded, positions))
             self._note(connection, positions)
+            failed.pop_all()
 
     @staticmethod
-    def _left(connection: Connection) -> Connection | None:
-        """Return the connection if it is in use: a session whose flush has failed gives none."""
-        return None if connection.closed else connection
+    def _refuse(unit: UnitOfWork, connection: Connection) -> None:
+        # A session whose flush has failed has closed its connection.
+        unit.refuse("An inline projection failed", None if connection.closed else connection)
 
     def _apply(
         self, session: orm.Session, events: Sequence[StoredEvent], find: Callable[[], Sequence[Recorded]]

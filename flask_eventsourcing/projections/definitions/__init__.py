@@ -224,7 +224,15 @@ class ModelProjection:
     """A read model: handlers that keep Flask-SQLAlchemy models up to date with the events of an application.
 
     The position and what the handlers write are committed together, so no event is applied twice or missed. Handlers
-    write through the session that they get, and neither commit nor roll it back.
+    write through the session that they get, and neither commit nor roll it back::
+
+        @es.projection
+        class Balances(ModelProjection):
+            models = (Balance,)
+
+            @on(Account.Opened)
+            def opened(self, event, session):
+                session.add(Balance(account_id=event.originator_id, amount=0))
     """
 
     name: ClassVar[str] = ""

@@ -15,10 +15,9 @@ from eventsourcing.application import Application
 from eventsourcing.domain import CanInitAggregate
 from eventsourcing.utils import get_topic, resolve_topic
 
-from ....exceptions import ConfigurationError, ImportedEventsError
-from ....failures import Kept
+from ....exceptions import ConfigurationError
 from ....metadata.values import checked
-from .landing import Imported, Landing, by_position
+from .landing import Imported, Landing, by_position, refusing
 from .sources import check_tables, event_journal
 
 
@@ -130,16 +129,12 @@ class _Journal:
                 yield self._found(row, *wanted)
 
     def _found(self, row: Any, event_class: type[Any], state: State) -> _Found:
-        # A function of the user's may raise anything.
-        with Kept() as kept:
+        name = f"Event {row.pk} of the journal ({row.module_name}, {row.class_name})"
+        with refusing(lambda why: f"{name} cannot be converted ({why}). Nothing was taken over."):
             event = _event_of(row)
             return _Found(
                 event, self._convert(event, event_class, state), UUID(event.event_id), _texts_of(event.metadata)
             )
-        raise ImportedEventsError(
-            f"Event {row.pk} of the journal ({row.module_name}, {row.class_name}) cannot be converted "
-            f"({type(kept.error).__name__}: {kept.error}). Nothing was taken over."
-        ) from kept.error
 
     def _convert(self, event: JournalEvent, event_class: type[Any], state: State) -> Any:
         values = {**state(event)}

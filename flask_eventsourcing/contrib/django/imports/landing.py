@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import Any, Generic, TypeVar, cast
@@ -19,6 +20,10 @@ R = TypeVar("R")
 
 PAGE = 1000
 """The most rows that are held at a time."""
+UNREADABLE = (
+    "cannot be read ({}): let ENV have the cipher, compressor and transcoder with which it was written, and "
+    "register_topic() give classes that have moved"
+)
 
 
 @dataclass(frozen=True)
@@ -125,13 +130,9 @@ class Landing(Generic[R]):
 
         :raises ImportedEventsError: when the transcoder has no way for it.
         """
-        with Kept() as kept:
+        with refusing(lambda why: f"Event {position} of {self.name} cannot be stored ({why}). Nothing was taken over."):
             stored: StoredEvent = self.application.mapper.to_stored_event(event)
-            return stored
-        raise ImportedEventsError(
-            f"Event {position} of {self.name} cannot be stored ({type(kept.error).__name__}: {kept.error}). Nothing "
-            "was taken over."
-        ) from kept.error
+        return stored
 
     def read(self, event: Any) -> Any:
         """Read an event as the application does.
@@ -139,17 +140,8 @@ class Landing(Generic[R]):
         :raises ImportedEventsError: when it cannot be read.
         """
         stored = StoredEvent(event.originator_id, event.originator_version, event.topic, event.state)
-        # A cipher, a transcoder and a class of the user's may raise anything.
-        with Kept() as kept:
+        with refusing(lambda why: self._text(event, UNREADABLE.format(why))):
             return self.application.mapper.to_domain_event(stored)
-        problem = f"{type(kept.error).__name__}: {kept.error}"
-        raise ImportedEventsError(
-            self._text(
-                event,
-                f"cannot be read ({problem}): let ENV have the cipher, compressor and transcoder with which it was "
-                "written, and register_topic() give classes that have moved",
-            )
-        ) from kept.error
 
     def _check_versions(self, last: int) -> None:
         found = self._events.filter(notification_id__lte=last).values("originator_id")
@@ -163,9 +155,22 @@ class Landing(Generic[R]):
     def _text(self, event: Any, problem: str) -> str:
         return (
             f"Event {event.notification_id} of {self.name} ({event.originator_id} version {event.originator_version}) "
-            f"{problem}. Nothing was taken over. Tables that take events over are empty before, or have just these; "
-            "and nobody writes events meanwhile."
+            f"{problem}. Nothing was taken over. The tables must be empty before the import, or have just these "
+            "events, and no other process may write events meanwhile."
         )
+
+
+@contextmanager
+def refusing(text: Callable[[str], str]) -> Iterator[None]:
+    """Around functions and classes of the user's, whose errors name the event at which the import ends.
+
+    :param text: returns the message for an error's type and text.
+    :raises ImportedEventsError: for any error.
+    """
+    with Kept() as kept:
+        yield
+    if kept.error is not None:
+        raise ImportedEventsError(text(f"{type(kept.error).__name__}: {kept.error}")) from kept.error
 
 
 def by_position(query: Any) -> Iterator[Any]:
