@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 import pytest
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import DatabaseError, connections, transaction
 from django.http import HttpResponse
@@ -306,8 +306,10 @@ def test_async_views(site: DjangoBank, told: Told) -> None:
             site.connection.needs_rollback = True
 
     async def request() -> int:
-        response: Any = await AsyncClient(raise_request_exception=False).get("/")
-        await sync_to_async(connections.close_all)()
+        # In a thread of its own: that of the process may have a connection to the database of another test.
+        async with ThreadSensitiveContext():
+            response: Any = await AsyncClient(raise_request_exception=False).get("/")
+            await sync_to_async(connections.close_all)()
         return int(response.status_code)
 
     route(view)

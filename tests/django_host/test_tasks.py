@@ -13,10 +13,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from celery import Celery
 from django.core.handlers.asgi import ASGIRequest
-from django.db import OperationalError, transaction
+from django.db import OperationalError, connections, transaction
 from django.http import HttpResponse, JsonResponse
 from django.test import AsyncClient, Client, RequestFactory, TestCase, override_settings
 from rq import Queue, Retry
@@ -249,7 +249,10 @@ def test_metadata_are_of_one_request(site: DjangoBank) -> None:
 
     async def at_once() -> None:
         client = AsyncClient()
-        await asyncio.gather(*(client.get("/", headers={"X-Request-ID": f"a{number}"}) for number in range(16)))
+        # In a thread of its own: that of the process may have a connection to the database of another test.
+        async with ThreadSensitiveContext():
+            await asyncio.gather(*(client.get("/", headers={"X-Request-ID": f"a{number}"}) for number in range(16)))
+            await sync_to_async(connections.close_all)()
 
     def send(number: int) -> None:
         try:
