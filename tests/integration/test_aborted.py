@@ -1,4 +1,7 @@
-"""Errors after which the database has rolled back more than the statement: nothing is committed by half."""
+"""Errors after which the database has rolled back more than the statement: nothing is committed by half.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

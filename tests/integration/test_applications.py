@@ -1,4 +1,7 @@
-"""Several applications in one Flask app, and several Flask apps in one process."""
+"""Several applications in one Flask app, and several Flask apps in one process.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Asynchronous views: they are run in another thread than the end of their request."""
+"""Asynchronous views: they are run in another thread than the end of their request.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

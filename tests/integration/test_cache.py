@@ -1,4 +1,7 @@
-"""The aggregate cache, and snapshots."""
+"""The aggregate cache, and snapshots.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``flask eventsourcing init-db`` and ``check``."""
+"""``flask eventsourcing init-db`` and ``check``.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How commands find projections by their names."""
+"""How commands find projections by their names.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

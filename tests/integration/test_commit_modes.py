@@ -1,4 +1,7 @@
-"""The three values of EVENTSOURCING_COMMIT."""
+"""The three values of EVENTSOURCING_COMMIT.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Optimistic concurrency: a conflict is raised by ``save()``, and affects nothing else."""
+"""Optimistic concurrency: a conflict is raised by ``save()``, and affects nothing else.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Hundreds of apps in one process leave nothing behind."""
+"""Hundreds of apps in one process leave nothing behind.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writers on one SQLite file."""
+"""Writers on one SQLite file.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

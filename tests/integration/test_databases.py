@@ -1,4 +1,7 @@
-"""Where the tables are: bind keys, schemas, own record classes, text ids, and a database of the extension's own."""
+"""Where the tables are: bind keys, schemas, own record classes, text ids, and a database of the extension's own.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What decorated functions return, and how they are called: views that answer with a failure have stored nothing."""
+"""What decorated functions return, and how they are called: views that answer with a failure have stored nothing.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

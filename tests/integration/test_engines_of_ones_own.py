@@ -1,4 +1,7 @@
-"""Engines that a user has set up in a way of his own: they work, or are refused with the reason."""
+"""Engines that a user has set up in a way of his own: they work, or are refused with the reason.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is left of an aggregate that was erased, and who is told."""
+"""What is left of an aggregate that was erased, and who is told.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

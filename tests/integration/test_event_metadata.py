@@ -1,4 +1,7 @@
-"""What is stored of an event beside its state: its id, time, metadata and correlation, on every database."""
+"""What is stored of an event beside its state: its id, time, metadata and correlation, on every database.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What was connected, opened or subscribed before a fork is not used after it, nor closed, whichever way it forked."""
+"""What was connected, opened or subscribed before a fork is not used after it, nor closed, whichever way it forked.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

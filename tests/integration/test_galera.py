@@ -1,4 +1,7 @@
-"""The order of the log, and conflicts, on a cluster of MariaDB servers that all take writes."""
+"""The order of the log, and conflicts, on a cluster of MariaDB servers that all take writes.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""No gap in a stream: an event without its predecessor is refused, as its aggregate could not be read."""
+"""No gap in a stream: an event without its predecessor is refused, as its aggregate could not be read.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The gate of PostgreSQL: while the positions of a large save are drawn the others wait, and for nothing else."""
+"""The gate of PostgreSQL: while the positions of a large save are drawn the others wait, and for nothing else.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

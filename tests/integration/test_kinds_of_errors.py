@@ -1,4 +1,7 @@
-"""A conflict is a conflict: the keys of the tables, serialisation failures, deadlocks; every other error is its own."""
+"""A conflict is a conflict: the keys of the tables, serialisation failures, deadlocks; every other error is its own.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Saves of more events than one statement inserts."""
+"""Saves of more events than one statement inserts.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The guard: no client is told "done" for events that are not stored, however late they were saved."""
+"""The guard: no client is told "done" for events that are not stored, however late they were saved.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A log has an identity, made with its tables."""
+"""A log has an identity, made with its tables.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is looked at before the first append or read, and what ``check`` says of it."""
+"""What is looked at before the first append or read, and what ``check`` says of it.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Engines with a ``creator``, a function of the user's that connects, in processes that fork."""
+"""Engines with a ``creator``, a function of the user's that connects, in processes that fork.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

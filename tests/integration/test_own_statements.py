@@ -1,4 +1,7 @@
-"""The recorders' own statements use SQLAlchemy's pools, listeners and errors."""
+"""The recorders' own statements use SQLAlchemy's pools, listeners and errors.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

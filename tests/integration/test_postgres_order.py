@@ -1,4 +1,7 @@
-"""The conditions of PostgreSQL's order are checked."""
+"""The conditions of PostgreSQL's order are checked.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

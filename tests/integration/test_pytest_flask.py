@@ -1,4 +1,7 @@
-"""Under pytest-flask, whose fixtures keep an application context open around the requests of a test."""
+"""Under pytest-flask, whose fixtures keep an application context open around the requests of a test.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

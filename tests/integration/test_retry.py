@@ -1,4 +1,7 @@
-"""``@es.retry_on_conflict``."""
+"""``@es.retry_on_conflict``.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

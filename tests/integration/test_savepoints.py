@@ -1,4 +1,7 @@
-"""Savepoints, ``db.session.begin_nested()``."""
+"""Savepoints, ``db.session.begin_nested()``.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

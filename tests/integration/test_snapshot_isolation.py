@@ -1,4 +1,7 @@
-"""MariaDB with and without ``innodb_snapshot_isolation``: a row that others have changed is a conflict, or none."""
+"""MariaDB with and without ``innodb_snapshot_isolation``: a row that others have changed is a conflict, or none.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Snapshots that are taken and dropped by command, and those whose class has changed since."""
+"""Snapshots that are taken and dropped by command, and those whose class has changed since.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SQLite files that cannot be in the journal mode WAL, or not now, are used as they are, and a warning says so."""
+"""SQLite files that cannot be in the journal mode WAL, or not now, are used as they are, and a warning says so.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Processes that fork while a SQLite file is in use: each commit is stored, or refused with an error."""
+"""Processes that fork while a SQLite file is in use: each commit is stored, or refused with an error.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

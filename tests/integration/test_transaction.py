@@ -1,4 +1,7 @@
-"""``es.transaction()`` and ``@es.transactional``."""
+"""``es.transaction()`` and ``@es.transactional``.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

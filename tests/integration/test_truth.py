@@ -1,4 +1,7 @@
-"""However a transaction ends, streams stay whole, and no client is told "done" for events that are not stored."""
+"""However a transaction ends, streams stay whole, and no client is told "done" for events that are not stored.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What holds when a transaction is ended by other means than the session's own."""
+"""What holds when a transaction is ended by other means than the session's own.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

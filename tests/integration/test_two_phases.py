@@ -1,4 +1,7 @@
-"""Sessions that commit in two phases: events are followed through both, and no signal is sent in doubt."""
+"""Sessions that commit in two phases: events are followed through both, and no signal is sent in doubt.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

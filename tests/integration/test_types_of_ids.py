@@ -1,4 +1,7 @@
-"""An id of another type than the application's is refused, the same on every database."""
+"""An id of another type than the application's is refused, the same on every database.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

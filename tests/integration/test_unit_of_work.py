@@ -1,4 +1,7 @@
-"""Events and models in one transaction."""
+"""Events and models in one transaction.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

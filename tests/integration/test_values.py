@@ -1,4 +1,7 @@
-"""Accepted values are returned unchanged by recorder, log and models, on every database; others are refused."""
+"""Accepted values are returned unchanged by recorder, log and models, on every database; others are refused.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

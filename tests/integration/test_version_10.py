@@ -1,4 +1,7 @@
-"""The recorders of version 10 of the library, 10.0.0a7, read the tables that we make."""
+"""The recorders of version 10 of the library, 10.0.0a7, read the tables that we make.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

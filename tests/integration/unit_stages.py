@@ -1,4 +1,7 @@
-"""Where a program of saves, commits and rollbacks is run: in a Flask app, or on SQLAlchemy alone."""
+"""Where a program of saves, commits and rollbacks is run: in a Flask app, or on SQLAlchemy alone.
+
+``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Desks on each database."""
+"""Desks on each database.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

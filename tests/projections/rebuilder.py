@@ -1,4 +1,7 @@
-"""A process that rebuilds, or runs projections, to be killed."""
+"""A process that rebuilds, or runs projections, to be killed.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

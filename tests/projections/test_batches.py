@@ -1,4 +1,7 @@
-"""The size of a batch cannot be observed: handlers see what they would see if each event were alone."""
+"""The size of a batch cannot be observed: handlers see what they would see if each event were alone.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

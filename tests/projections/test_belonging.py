@@ -1,4 +1,7 @@
-"""A checkpoint knows the log, the tables and the code that it belongs to."""
+"""A checkpoint knows the log, the tables and the code that it belongs to.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

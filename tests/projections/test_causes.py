@@ -1,4 +1,7 @@
-"""Events saved while an event is handled: their correlation and cause, and the argument ``recorded`` of handlers."""
+"""Events saved while an event is handled: their correlation and cause, and the argument ``recorded`` of handlers.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Projections on a cluster of MariaDB servers that all take writes, each with locks of its own."""
+"""Projections on a cluster of MariaDB servers that all take writes, each with locks of its own.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

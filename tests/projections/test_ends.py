@@ -1,4 +1,7 @@
-"""How runs end: handlers that would end the process, workers that are run again, and runs that happen once."""
+"""How runs end: handlers that would end the process, workers that are run again, and runs that happen once.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

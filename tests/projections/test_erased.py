@@ -1,4 +1,7 @@
-"""Projections of a log from which an aggregate was erased."""
+"""Projections of a log from which an aggregate was erased.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which handler is called for which event, and what handlers may do."""
+"""Which handler is called for which event, and what handlers may do.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Inline projections: handlers within ``save()``, in its transaction."""
+"""Inline projections: handlers within ``save()``, in its transaction.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

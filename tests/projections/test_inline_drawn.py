@@ -1,4 +1,7 @@
-"""Drawn histories of a projection that is inline in one process, run by a worker in another, and unknown to a third."""
+"""Drawn histories of a projection that is inline in one process, run by a worker in another, and unknown to a third.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rebuilds whose process is killed."""
+"""Rebuilds whose process is killed.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

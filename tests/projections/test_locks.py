@@ -1,4 +1,7 @@
-"""One runner at a time: locks of the server, leases, taking over, and the fence behind them."""
+"""One runner at a time: locks of the server, leases, taking over, and the fence behind them.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

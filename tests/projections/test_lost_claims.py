@@ -1,4 +1,7 @@
-"""A worker keeps nothing of the claims that it has lost."""
+"""A worker keeps nothing of the claims that it has lost.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Thousands of dead letters are read, tried and reported in pages."""
+"""Thousands of dead letters are read, tried and reported in pages.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What operators do with projections that run: pause, resume, skip, and reset of reactions."""
+"""What operators do with projections that run: pause, resume, skip, and reset of reactions.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What holds for projections on a host without a framework only."""
+"""What holds for projections on a host without a framework only.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

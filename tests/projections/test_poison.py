@@ -1,4 +1,7 @@
-"""Poison that looks like an outage, outages that look like poison, and batches that end in time."""
+"""Poison that looks like an outage, outages that look like poison, and batches that end in time.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

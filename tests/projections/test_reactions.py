@@ -1,4 +1,7 @@
-"""Reactions: side effects, at least once, after the commit and after the projection's own models."""
+"""Reactions: side effects, at least once, after the commit and after the projection's own models.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

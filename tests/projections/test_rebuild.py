@@ -1,4 +1,7 @@
-"""Projections that are built again beside the live ones."""
+"""Projections that are built again beside the live ones.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

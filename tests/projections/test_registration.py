@@ -1,4 +1,7 @@
-"""Registering projections: before and after ``init_app``, on several apps, and what is refused."""
+"""Registering projections: before and after ``init_app``, on several apps, and what is refused.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

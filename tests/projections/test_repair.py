@@ -1,4 +1,7 @@
-"""Dead letters that are retried or discarded."""
+"""Dead letters that are retried or discarded.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How events are applied: transactions, batches, errors, retries, halts and dead letters."""
+"""How events are applied: transactions, batches, errors, retries, halts and dead letters.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

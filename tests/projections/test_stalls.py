@@ -1,4 +1,7 @@
-"""A transaction that stays open holds readers back: they say so, and who it is."""
+"""A transaction that stays open holds readers back: they say so, and who it is.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

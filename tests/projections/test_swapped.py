@@ -1,4 +1,7 @@
-"""What a rebuild asks the database: what the live tables have stays, and nobody else's table is touched."""
+"""What a rebuild asks the database: what the live tables have stays, and nobody else's table is touched.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A row of the log that cannot be read, and secrets in errors: what projections and commands make of them."""
+"""A row of the log that cannot be read, and secrets in errors: what projections and commands make of them.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``es.wait_for``: reading your own writes."""
+"""``es.wait_for``: reading your own writes.
+
+``desk`` is a bank with read models on one host, and what a test does with it: ``tests/projections/desk.py``.
+"""
 
 from __future__ import annotations
 
