@@ -70,6 +70,8 @@ class CheckpointRow(NamedTuple):
     topics_position: int | None = None
     changed_by: str | None = None
     reason: str | None = None
+    claim: int | None = None
+    """How often the event at *failed_position* was tried, also by processes that have ended while they tried it."""
 
     @classmethod
     def never_run(cls, name: str) -> CheckpointRow:
@@ -249,9 +251,9 @@ class Checkpoint:
         state = sa.case((self.table.c.state == PAUSED, PAUSED), else_=HALTED)
         self._change_claimed(claimed, state=state, failed_position=position, error=error)
 
-    def note_error(self, claimed: CheckpointRow, position: int, error: str) -> None:
-        """Note why an event is tried again."""
-        self._change_claimed(claimed, failed_position=position, error=error)
+    def note_try(self, claimed: CheckpointRow, position: int, attempts: int, **error: str) -> None:
+        """Note how often an event was tried, this time included, and its *error* once it has failed."""
+        self._change_claimed(claimed, failed_position=position, claim=attempts, **error)
 
     def note(self, claimed: CheckpointRow, **values: Any) -> None:
         """Store notes about a projection that this process runs.
