@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..failures import Kept
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
-from ..persistence.dialects.catalogs import lacking
+from ..persistence.dialects.catalogs import naming_lack
 from ..persistence.dialects.locks import RunnerLock, utc_now
 from .definitions.fingerprints import retire
 
@@ -149,13 +149,9 @@ class Checkpoint:
             with self.engine.connect() as own:
                 return self.read(own, latest=latest)
         columns = [self.table.c[name] for name in CheckpointRow._fields]
-        try:
-            query = sa.select(*columns).where(self._row)
+        query = sa.select(*columns).where(self._row)
+        with naming_lack(self.datastore.dialect, self.table):
             found = connection.execute(query.with_for_update(read=True) if latest else query).first()
-        except sa.exc.DBAPIError as error:
-            if (named := lacking(self.datastore.dialect, error, self.table)) is not None:
-                raise named from error
-            raise
         return None if found is None else CheckpointRow(*found)
 
     def claim(
