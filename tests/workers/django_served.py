@@ -16,6 +16,13 @@ if not settings.configured:
         ALLOWED_HOSTS=["*"],
         DATABASES={"default": database_settings(os.environ["DATABASE_URL"], CONN_MAX_AGE=60)},
         EVENTSOURCING={"Bank": {"APPLICATION": f"{__name__}.Bank"}},
+        # The errors of requests go to the server's log.
+        LOGGING={
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": {"console": {"class": "logging.StreamHandler"}},
+            "root": {"handlers": ["console"]},
+        },
         INSTALLED_APPS=["flask_eventsourcing.contrib.django", "tests.django_host.ledger"],
         MIDDLEWARE=["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"],
         ROOT_URLCONF=__name__,
@@ -25,7 +32,7 @@ if not settings.configured:
     django.setup()
 
 from django.core.wsgi import get_wsgi_application
-from django.db import connection
+from django.db import connection, connections
 from django.http import JsonResponse
 from django.urls import path
 
@@ -62,3 +69,5 @@ urlpatterns = [path("", answer), path("deposit/<uuid:account_id>", deposit)]
 app = get_wsgi_application()
 # As a module may do that has something to look up; the connection stays open.
 get_application(Bank).notification_log.select(1, 1)
+if os.environ["IMPORTED"] == "closed":
+    connections.close_all()
