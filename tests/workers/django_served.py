@@ -14,7 +14,13 @@ from tests.django_host.databases import database_settings
 if not settings.configured:
     settings.configure(
         ALLOWED_HOSTS=["*"],
-        DATABASES={"default": database_settings(os.environ["DATABASE_URL"], CONN_MAX_AGE=60)},
+        DATABASES={
+            "default": database_settings(
+                os.environ["DATABASE_URL"],
+                CONN_MAX_AGE=60,
+                CONN_HEALTH_CHECKS=bool(os.environ.get("HEALTH_CHECKS")),
+            )
+        },
         EVENTSOURCING={"Bank": {"APPLICATION": f"{__name__}.Bank"}},
         # The errors of requests go to the server's log.
         LOGGING={

@@ -133,6 +133,11 @@ class LentDialect:
 
     do_terminate = do_close
 
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        """Whether a connection that is not a thread's can be used."""
+        found: bool = dbapi_connection.is_usable()
+        return found
+
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Keep the isolation level that Django has set, but for connections that are not a thread's."""
         dbapi_connection.isolate(level)
@@ -210,7 +215,8 @@ def make_engine(alias: str) -> Engine:
     dialect.use_native_hstore = False
 
     # SQLAlchemy's own function would set up each connection, which Django has done.
-    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect)
+    # Its connections outlive requests, whatever CONN_MAX_AGE is, so that each is looked at.
+    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect, pre_ping=True)
     return LentEngine(alias, pool, dialect, url)
 
 
