@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -14,17 +13,8 @@ from pyramid.registry import Registry
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
 from ...failures import OnError
 from ...uow import Batch, describe
-from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed
+from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed, is_run_again
 from .site_state import KEY, EventSourcing
-
-try:
-    from pyramid_retry import is_error_retryable
-except ImportError:  # nobody tries again without it
-
-    def is_error_retryable(request: Any, error: Any) -> bool:
-        """Return False."""
-        return False
-
 
 VETOED: tuple[type, ...] = (NoneType,)
 """What is behind a rollback that no error has caused."""
@@ -49,14 +39,15 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         if state is None or is_managed(request):
             # Somebody around the request decides, as functional tests do.
             return handler(request)
-        for key in (DOOMED, DROPPED, SESSIONS):
+        for key in (DOOMED, DROPPED):
             request.environ.pop(key, None)
+        request.environ[SESSIONS] = {}
         # What is raised is a failure by itself; what nobody commits must not stay in the session.
         with OnError(lambda _: state.drop_pending()):
             response = handler(request)
         error = find_error(state, request, response)
         # The last to be called, as what is called before may save as well.
-        request.add_finished_callback(partial(_finish, state))
+        request.add_finished_callback(state.finish)
         return response if error is None else answer_with(request, error)
 
     return guard_tween
@@ -84,7 +75,7 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
         )
     dropped = request.environ.pop(DROPPED, None)
     error = getattr(request, "exception", None)
-    if not dropped or (error is not None and is_error_retryable(request, error)):
+    if not dropped or is_run_again(request, error):
         return None
     kind = dropped[0][1]
     if issubclass(kind, VETOED):
@@ -95,17 +86,6 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
     else:
         reason = f"the transaction was aborted for {kind.__name__}"
     return _behind_view([batch for batches, _ in dropped for batch in batches], reason, response)
-
-
-def _finish(state: EventSourcing, request: Any) -> None:
-    """When all is sent, see to it that nothing is left for the next request of this thread."""
-    pending = state.drop_pending()
-    if pending:
-        logger.error(
-            "%s saved by a callback when the request had been answered, and nobody commits that: it is rolled back.",
-            describe(pending),
-        )
-        state.discard(pending)
 
 
 def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) -> FlaskEventSourcingError | None:

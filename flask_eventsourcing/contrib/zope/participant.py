@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import sqlalchemy as sa
 from sqlalchemy import orm
 from transaction._transaction import Status
-from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, NoTransaction
 from zope.interface import implementer
 
 from ...exceptions import ConfigurationError, UncommittedEventsError
@@ -49,9 +49,13 @@ ELSEWHERE = (
     "them: register it once, and call mark_changed() of what zope.sqlalchemy.register() has returned, rather than the "
     "function."
 )
+UNBEGUN = (
+    "Nobody has begun a transaction that would commit these events: save them inside transaction() of the "
+    "EventSourcing object, or inside a transaction of the manager, as 'with request.tm:' is one in Pyramid."
+)
 LATE = (
-    "A receiver of events_recorded cannot save in the session whose commit it hears of, as nobody would commit that: "
-    "save in another thread or task, or in a projection."
+    "What hears of a commit, as a receiver of events_recorded or a hook of the transaction does, cannot save in the "
+    "session that was committed, as nobody would commit that: save in another thread or task, or in a projection."
 )
 
 
@@ -70,6 +74,12 @@ class Managed(Protocol):
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
+
+    def committing(self, manager: Any) -> None:
+        """Told that a transaction of a manager with events is about to be committed.
+
+        :raises: what the commit shall fail with.
+        """
 
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
@@ -102,7 +112,8 @@ class Participant:
         self._unit = unit
         self._session = weakref.ref(unit.session)
         self._host = host
-        self._durable = False
+        self._at_stake: list[Batch] | None = []
+        """The events that a commit is about to store, or None when the database has stored them."""
         self.is_over: bool = False
         """Whether its part was aborted; a savepoint does so too that is older than it, and the transaction goes on."""
         self.is_following: bool = False
@@ -115,7 +126,7 @@ class Participant:
             self._unit.on_commit(self._stored)
 
     def _stored(self) -> None:
-        self._durable = True
+        self._at_stake = None
 
     def asked(self) -> None:
         """Told that somebody has asked for the rollback that is happening."""
@@ -128,6 +139,7 @@ class Participant:
             return
         transaction = self.transaction()
         if transaction is not None and not transaction.isDoomed() and self._unit.pending.has(Batch):
+            self._at_stake = []
             self._host.dropped(self._unit.pending.all(Batch))
         roll_back(session)
 
@@ -141,13 +153,16 @@ class Participant:
 
         :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
         :raises UncommittedEventsError: when the session has joined the transaction of another manager.
+        :raises TransientConflictError: when the host is going to run it again after a conflict.
         """
+        self._host.committing(self.transaction_manager)
         self._unit.gate.check()
         if self._unit.pending.has(Batch) and not self._has_session(transaction):
             raise UncommittedEventsError(ELSEWHERE)
         # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
         if self._unit.pending:
             self.asked()
+            self._at_stake = self._unit.pending.all(Batch)
 
     def _has_session(self, transaction: Any) -> bool:
         """Whether the session takes part in a transaction, which nothing public tells."""
@@ -160,7 +175,7 @@ class Participant:
         :raises UncommittedEventsError: saying what to do instead.
         """
         transaction = self.transaction()
-        if self._durable and transaction is not None and transaction.status == Status.COMMITTING:
+        if self._at_stake is None and transaction is not None and transaction.status == Status.COMMITTING:
             raise UncommittedEventsError(LATE)
 
     def commit(self, transaction: Any) -> None:
@@ -175,12 +190,15 @@ class Participant:
 
     def tpc_abort(self, transaction: Any) -> None:
         """Told that the transaction failed; with one phase, the events may be committed nevertheless."""
-        if self._durable:
+        if self._at_stake is None:
             logger.error(
                 "The transaction failed after its events were committed, as the database commits before others have "
                 "ended: %s failed. The events are stored, and events_recorded was sent.",
                 _failed_participant(self),
             )
+        elif self._at_stake:
+            # The database has rolled them back with its commit, before anybody was asked to abort.
+            self._host.dropped(self._at_stake)
 
     def sortKey(self) -> str:  # noqa: N802
         """Sort before the database."""
@@ -276,7 +294,12 @@ class ManagerCommits:
 
     def _participant(self, session: orm.Session, manager: Any) -> Participant:
         """Return what takes part in the manager's transaction for a session, which joins it at the first call."""
-        transaction = manager.get()
+        try:
+            transaction = manager.get()
+        except NoTransaction:
+            raise NoTransaction(UNBEGUN) from None
+        if transaction.status == Status.COMMITTED:
+            raise UncommittedEventsError(LATE)
         known = self._participants.get(session)
         if known is None or known.is_over or known.transaction() is not transaction:
             known = Participant(self._host.unit_of(session), manager, transaction, self._host)
@@ -316,10 +339,10 @@ class ManagerCommits:
                 logger.warning("An abort failed, its session is closed: %s", error)
                 close(session)
         else:
-            # One whose commit has failed cannot be committed anyway.
+            # One whose commit has failed cannot be committed anyway, and one that was committed stays so.
             with suppress(ValueError):
                 manager.doom()
-            self._host.doomed()
+                self._host.doomed()
             roll_back(session)
 
     def ended(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:
