@@ -12,7 +12,8 @@ from sqlalchemy import orm
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.projections import desk as desks
-from tests.projections.desk import Created, Deposited, Desk, make_desk
+from tests.projections.desk import Created, Deposited, Desk
+from tests.projections.desk_hosts import make_desk
 
 DIED = 9
 RETRIES = 1
