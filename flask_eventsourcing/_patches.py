@@ -251,3 +251,13 @@ def django_watch(connection: Any, watch: Callable[..., Any], *, watched: bool) -
         connection.execute_wrappers.remove(watch)
     if watched:
         connection.execute_wrappers.insert(0, watch)
+
+
+def django_pool(pools: dict[str, Any], pool: Any) -> None:
+    """Have Django forget a pool of connections, so that it makes another one.
+
+    Django keeps pools for a process and those that it forks, which then use one session of the server together. A pool
+    could only be closed, and that would end its parent's sessions. It can go when Django's pools know forks.
+    """
+    for alias in [alias for alias, known in pools.items() if known is pool]:
+        pools.pop(alias, None)

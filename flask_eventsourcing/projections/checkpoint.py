@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..failures import Kept
 from ..persistence import Datastore
 from ..persistence.dialects import PassingError, is_outage
-from ..persistence.dialects.catalogs import lacking
+from ..persistence.dialects.catalogs import naming_lack
 from ..persistence.dialects.locks import RunnerLock, utc_now
 from .definitions.fingerprints import retire
 
@@ -70,6 +70,8 @@ class CheckpointRow(NamedTuple):
     topics_position: int | None = None
     changed_by: str | None = None
     reason: str | None = None
+    claim: int | None = None
+    """How often the event at *failed_position* was tried, also by processes that have ended while they tried it."""
 
     @classmethod
     def never_run(cls, name: str) -> CheckpointRow:
@@ -147,13 +149,9 @@ class Checkpoint:
             with self.engine.connect() as own:
                 return self.read(own, latest=latest)
         columns = [self.table.c[name] for name in CheckpointRow._fields]
-        try:
-            query = sa.select(*columns).where(self._row)
+        query = sa.select(*columns).where(self._row)
+        with naming_lack(self.datastore.dialect, self.table):
             found = connection.execute(query.with_for_update(read=True) if latest else query).first()
-        except sa.exc.DBAPIError as error:
-            if (named := lacking(self.datastore.dialect, error, self.table)) is not None:
-                raise named from error
-            raise
         return None if found is None else CheckpointRow(*found)
 
     def claim(
@@ -249,9 +247,9 @@ class Checkpoint:
         state = sa.case((self.table.c.state == PAUSED, PAUSED), else_=HALTED)
         self._change_claimed(claimed, state=state, failed_position=position, error=error)
 
-    def note_error(self, claimed: CheckpointRow, position: int, error: str) -> None:
-        """Note why an event is tried again."""
-        self._change_claimed(claimed, failed_position=position, error=error)
+    def note_try(self, claimed: CheckpointRow, position: int, attempts: int, **error: str) -> None:
+        """Note how often an event was tried, this time included, and its *error* once it has failed."""
+        self._change_claimed(claimed, failed_position=position, claim=attempts, **error)
 
     def note(self, claimed: CheckpointRow, **values: Any) -> None:
         """Store notes about a projection that this process runs.

@@ -58,6 +58,15 @@ def describe(error: BaseException) -> str:
     return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
 
+def event_name(notification: Notification) -> str:
+    """Return how messages name an event."""
+    event_class = notification.topic.partition(":")[2] or notification.topic or "of no topic"
+    return printable(
+        f"event {notification.id} ({event_class} {notification.originator_id} "
+        f"version {notification.originator_version})"
+    )
+
+
 def _traceback(error: BaseException) -> str:
     hide_values(error)
     # Its end is what tells most.

@@ -31,8 +31,8 @@ from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
 from .consumers import Consumer, ProjectedApplication
 from .consumers.belonging import Belonging
 from .consumers.shadows import ShadowTables, shadows_of
-from .dead_letters import describe
-from .runners import Runner, event_name
+from .dead_letters import describe, event_name
+from .runners import Runner
 from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from eventsourcing.persistence import OperationalError as LibraryOperationalErro
 from flask_eventsourcing.contrib.django import get_application
 from tests.django_host import project
 from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
+from tests.django_host.test_forks import read_beside
 from tests.domain import Bank, Shop
 
 
@@ -123,6 +125,46 @@ def test_server_that_was_restarted(site: DjangoBank) -> None:
     with pytest.raises(UndoneError):
         deposit(site, account_id, is_inside=True, error=UndoneError)
     assert site.bank.balance(account_id) == 2
+
+
+@pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
+def test_health_checks(site: DjangoBank) -> None:
+    """With ``CONN_HEALTH_CHECKS`` a request after a restart does not fail, on whichever connection it works."""
+    connections.settings[site.alias] |= {"CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": True}
+    account_id = site.opened()
+    site.connection.close()
+    for number in range(3):
+        close_old_connections()
+        site.bank.deposit(account_id)
+        site.bank.balance(account_id)
+        read_beside(site)
+        # As many as the pool of our own keeps.
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(site.bank.recorder.datastore.engine.connect())  # type: ignore[attr-defined]
+        assert site.bank.balance(account_id) == number + 1
+        end_connections(site)
+    close_old_connections()
+    with site.atomic():
+        assert site.bank.balance(account_id) == 3
+
+
+def end_connections(site: DjangoBank) -> None:
+    """Have the server end all connections to the database."""
+    ends = {
+        "postgresql": "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND pid <> pg_backend_pid()",
+        "mysql": "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()",
+    }
+
+    def end() -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute(ends[site.connection.vendor])
+            rows = cursor.fetchall()
+            for (number,) in rows if site.connection.vendor == "mysql" else ():
+                cursor.execute(f"KILL {number}")
+
+    site.elsewhere(end)
 
 
 def deposit(site: DjangoBank, account_id: Any, *, is_inside: bool, error: type[Exception] | None = None) -> None:

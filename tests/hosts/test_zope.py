@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -475,7 +475,7 @@ def test_receiver_cannot_save_in_the_commit_it_hears_of(zope_site: ZopeSite) -> 
     refused = []
 
     def receive(sender: object, **_: Any) -> None:
-        with pytest.raises(UncommittedEventsError, match="cannot save in the session whose commit it hears of"):
+        with pytest.raises(UncommittedEventsError, match="cannot save in the session that was committed"):
             zope_site.bank.open_account()
         refused.append(sender)
 
@@ -483,6 +483,30 @@ def test_receiver_cannot_save_in_the_commit_it_hears_of(zope_site: ZopeSite) -> 
         zope_site.bank.open_account()
     assert refused
     assert zope_site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_hook_cannot_save_in_the_transaction_that_was_committed(zope_site: ZopeSite, unit: bool) -> None:
+    """A hook that the transaction calls after its commit is refused to save, and the next transaction works."""
+    raised: list[Exception] = []
+
+    def save() -> None:
+        with zope_site.es.transaction() if unit else nullcontext():
+            zope_site.bank.open_account()
+
+    def hook(_: bool) -> None:
+        try:
+            save()
+        except UncommittedEventsError as error:
+            raised.append(error)
+
+    for number in range(2):
+        with zope_site.manager as current:
+            current.addAfterCommitHook(hook)
+            zope_site.bank.open_account()
+            zope_site.note()
+        assert "cannot save in the session that was committed" in str(raised[number])
+        assert zope_site.stored() == (number + 1, number + 1)
 
 
 def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:

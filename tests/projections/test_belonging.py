@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from eventsourcing import utils
 from sqlalchemy import orm
 
-from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError, UnsafeTableError
+from flask_eventsourcing.exceptions import CheckpointError, CheckpointMismatchError, MissingTableError, UnsafeTableError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
 from flask_eventsourcing.persistence.dialects.mysql_looks import ORDER
 from flask_eventsourcing.projections import ModelProjection, on, reaction, upkeep
@@ -302,6 +302,50 @@ def test_a_table_that_is_missing_is_a_named_state(desk: Desk) -> None:
     table.create(engine)
     rebuild(desk)
     assert desk.amounts() == {account_id: 3}
+
+
+def test_one_that_never_ran_and_cannot_is_a_named_state_at_once(desk: Desk) -> None:
+    """Before a worker has made a checkpoint, who waits is told of a missing table rather than to start a worker."""
+    desk.balances()
+    desk.Balance.__table__.drop(desk.engine)
+    desk.open(1)
+    assert desk.consumer().checkpoint.read() is None
+    with desk.context(), pytest.raises(CheckpointMismatchError, match="lacks its table balance"):
+        desk.wait_for("Balances", 2, timeout=60)
+    assert desk.status().state == "tables missing"
+
+
+def test_an_inline_projection_without_its_table_is_a_named_state(desk: Desk) -> None:
+    """An inline projection whose table is missing is a fault for all that ask, with a checkpoint and without."""
+    desk.balances(inline=True)
+    desk.open(1)
+    desk.Balance.__table__.drop(desk.engine)
+    for has_row in (False, True):
+        if has_row:
+            desk.consumer().checkpoint.ensure()
+        status = desk.status()
+        assert status.state == "tables missing"
+        assert status.problem is not None
+        assert "rebuild Balances" in status.problem
+        with desk.context(), pytest.raises(CheckpointMismatchError, match="lacks its table balance"):
+            desk.wait_for("Balances", 2, timeout=60)
+        assert not desk.health().ok
+        assert desk.command("status", "--check").exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["projections", "dead_letters", "inline_ranges"])
+def test_a_table_of_this_package_that_is_missing_is_named(desk: Desk, name: str) -> None:
+    """Without one of the tables that come with projections, each says which, and how to create it."""
+    desk.balances(inline=name == "inline_ranges")
+    desk.open(1)
+    table = desk.consumer().application.models.tables[name]
+    table.drop(desk.engine)
+    expected = pytest.raises(MissingTableError, match=f"{table.name}.*init-db")
+    with expected:
+        desk.health()
+    if name != "dead_letters":
+        with desk.context(), expected:
+            desk.wait_for("Balances", 2, timeout=60)
 
 
 def test_a_table_that_is_dropped_under_a_runner_sets_no_event_aside(desk: Desk) -> None:

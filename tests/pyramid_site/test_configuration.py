@@ -10,12 +10,13 @@ import pytest
 import sqlalchemy as sa
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
+from pyramid.paster import get_app
 from sqlalchemy import orm
 
 from flask_eventsourcing.contrib.pyramid import event_models, projection
 from flask_eventsourcing.contrib.pyramid.console import main
 from flask_eventsourcing.contrib.pyramid.ini_settings import IniSettings
-from flask_eventsourcing.exceptions import ConfigurationError
+from flask_eventsourcing.exceptions import ConfigurationError, MissingTableError
 from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.projections import ModelProjection, on
 from tests.domain import Account, Bank, Shop
@@ -62,7 +63,8 @@ def test_settings_of_the_ini_file_are_read() -> None:
             "pyramid.reload_templates": "true",
         }
     )
-    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False, program="pyramid-eventsourcing INI")
+    program = "pyramid-eventsourcing <ini file>"
+    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False, program=program)
     assert (found.projection_lock, found.metadata, found.env) == ("lease", False, {"AGGREGATE_CACHE_MAXSIZE": "10"})
 
 
@@ -172,12 +174,20 @@ def test_projection_is_found_by_a_scan(ini: str, capsys: pytest.CaptureFixture[s
 
 
 def test_error_of_a_command(ini: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command that fails says why on standard error, and how it is called; a wrong call is told with the usage."""
+    """A command that fails says why, and names commands with the ini file; a wrong call is told with the usage."""
     assert main([ini, "run", "--all"]) == 1
-    assert "run 'pyramid-eventsourcing INI init-db' or your migrations" in capsys.readouterr().err
+    assert f"run 'pyramid-eventsourcing {ini} init-db' or your migrations" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main([ini, "rebuild", "Totals", "--clean", "--dry-run"])
     assert caught.value.code == 2
+
+
+def test_messages_of_a_server_leave_room_for_the_ini_file(ini: str) -> None:
+    """Where no command was given the ini file, as in a server, messages say that one belongs there."""
+    app = get_app(ini)
+    with pytest.raises(MissingTableError, match="run 'pyramid-eventsourcing <ini file> init-db' or your migrations"):
+        app.registry["flask_eventsourcing"][Bank].open_account()
+    configured.states[-1].close()
 
 
 def test_ini_file_that_cannot_be_used(ini: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import transaction
 from eventsourcing.persistence import IntegrityError
 from pyramid import testing
@@ -122,6 +124,64 @@ def test_exception_view_does_not_tell_of_a_success(new_site: MakePyramidSite) ->
     assert site.answer(fail).status_code == 200
     failing = with_note(new_site(catching=409))
     assert failing.answer(view).status_code == 409
+
+
+@DATABASES
+def test_exception_view_of_a_failed_commit_does_not_tell_of_a_success(new_site: MakePyramidSite) -> None:
+    """An exception view that answers 2xx to an error of the commit itself is overruled too."""
+
+    def configure(config: Any) -> None:
+        config.add_exception_view(lambda _: Response("caught"), context=sa.exc.IntegrityError)
+
+    site = with_note(new_site(configure=configure, **VETO))
+
+    def view(request: Any) -> Any:
+        save(request)
+        request.dbsession.add(site.Note(text=None))
+        return {}
+
+    with recorded() as heard:
+        with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* aborted for IntegrityError"):
+            site.answer(view)
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_exception_view_of_a_constraint_that_is_deferred(new_site: MakePyramidSite) -> None:
+    """The same holds where the database rolls back while it commits."""
+
+    def configure(config: Any) -> None:
+        config.add_exception_view(lambda _: Response("caught"), context=sa.exc.IntegrityError)
+
+    site = with_note(new_site(configure=configure, **VETO))
+    with site.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE seat (number integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+
+    def view(request: Any) -> Any:
+        save(request)
+        request.dbsession.execute(sa.text("INSERT INTO seat VALUES (1), (1)"))
+        return {}
+
+    with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* aborted for IntegrityError"):
+        site.answer(view)
+    assert site.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_hook_that_fails_after_the_commit(site: PyramidSite, unit: bool) -> None:
+    """A hook that tries to save after the commit fails by itself; the request is answered as the success it was."""
+
+    def hook(_: bool, request: Any) -> None:
+        with request.eventsourcing.transaction() if unit else nullcontext():
+            save(request)
+
+    def view(request: Any) -> Any:
+        request.tm.get().addAfterCommitHook(hook, args=(request,))
+        return save(request)
+
+    assert with_note(site).answer(view).status_code == 200
+    assert site.stored() == (1, 1)
 
 
 def test_error_of_the_guard_goes_by_the_exception_views(new_site: MakePyramidSite) -> None:
@@ -324,6 +384,37 @@ def test_request_is_tried_again_after_a_conflict(site: PyramidSite) -> None:
     with pytest.raises(IntegrityError):
         site.answer(view)
     assert len(tries) == 3
+
+
+@DATABASES
+@pytest.mark.parametrize("settings", [{}, VETO], ids=["no veto", "veto"])
+@pytest.mark.parametrize("status", [200, 409])
+def test_answered_conflict_is_tried_again(new_site: MakePyramidSite, settings: dict[str, Any], status: int) -> None:
+    """A conflict is tried again whatever an exception view has answered, and a try before the last stores nothing."""
+
+    def configure(config: Any) -> None:
+        config.add_exception_view(lambda _: Response("caught", status), context=IntegrityError)
+
+    site = with_note(new_site(configure=configure, **settings))
+    account_id = site.opened()
+    tries: list[int] = []
+
+    def view(request: Any) -> Any:
+        tries.append(1)
+        again = conflict_with(bank_of(request), account_id)
+        if len(tries) < 3:
+            request.tm.abort()
+            site.elsewhere(lambda bank: bank.deposit(account_id))
+            request.tm.begin()
+        save(request)
+        again()
+        return {"tries": len(tries)}
+
+    with recorded() as heard:
+        assert site.answer(view).json == {"tries": 3}
+        assert len(heard) == 3
+    # Opened here and by the view, paid in twice elsewhere and once by the view.
+    assert site.stored() == (5, 1)
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mariadb"], indirect=True)

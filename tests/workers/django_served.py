@@ -14,8 +14,21 @@ from tests.django_host.databases import database_settings
 if not settings.configured:
     settings.configure(
         ALLOWED_HOSTS=["*"],
-        DATABASES={"default": database_settings(os.environ["DATABASE_URL"], CONN_MAX_AGE=60)},
+        DATABASES={
+            "default": database_settings(
+                os.environ["DATABASE_URL"],
+                CONN_MAX_AGE=60,
+                CONN_HEALTH_CHECKS=bool(os.environ.get("HEALTH_CHECKS")),
+            )
+        },
         EVENTSOURCING={"Bank": {"APPLICATION": f"{__name__}.Bank"}},
+        # The errors of requests go to the server's log.
+        LOGGING={
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": {"console": {"class": "logging.StreamHandler"}},
+            "root": {"handlers": ["console"]},
+        },
         INSTALLED_APPS=["flask_eventsourcing.contrib.django", "tests.django_host.ledger"],
         MIDDLEWARE=["flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"],
         ROOT_URLCONF=__name__,
@@ -25,7 +38,7 @@ if not settings.configured:
     django.setup()
 
 from django.core.wsgi import get_wsgi_application
-from django.db import connection
+from django.db import connection, connections
 from django.http import JsonResponse
 from django.urls import path
 
@@ -62,3 +75,5 @@ urlpatterns = [path("", answer), path("deposit/<uuid:account_id>", deposit)]
 app = get_wsgi_application()
 # As a module may do that has something to look up; the connection stays open.
 get_application(Bank).notification_log.select(1, 1)
+if os.environ["IMPORTED"] == "closed":
+    connections.close_all()

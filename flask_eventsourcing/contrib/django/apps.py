@@ -22,7 +22,7 @@ class EventSourcingConfig(AppConfig):
     def ready(self) -> None:
         """Register the system checks; nothing is constructed, and no database is asked."""
         from .hosting import reset
-        from .lending import close_before_fork, note_process
+        from .lending import close_before_fork, leave_after_fork, note_process
         from .system_checks import check_databases, check_setting
         from .task_site import DjangoSites
 
@@ -31,4 +31,4 @@ class EventSourcingConfig(AppConfig):
         add_kind(DjangoSites(), last=True)
         setting_changed.connect(reset, dispatch_uid="flask_eventsourcing")
         connection_created.connect(note_process, dispatch_uid="flask_eventsourcing")
-        os.register_at_fork(before=close_before_fork)
+        os.register_at_fork(before=close_before_fork, after_in_child=leave_after_fork)

@@ -19,6 +19,7 @@ from django.db import connections
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool, QueuePool
 
+from ..._patches import django_pool
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
@@ -33,19 +34,50 @@ INHERITED = (
 )
 _opened_in: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The processes in which Django's connections were made."""
+_pools: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+"""Of each of Django's pools the process in which it was made, and where Django has it."""
+_begun_in = os.getpid()
 
 
 def note_process(*, connection: Any, **_: Any) -> None:
-    """Note the process that made a connection; a receiver of Django's ``connection_created``."""
+    """Note in which process a connection was made, and the pool it came from: Django's ``connection_created``."""
     _opened_in[connection] = os.getpid()
+    pools = getattr(connection, "_connection_pools", {})
+    if connection.alias in pools:
+        _pools.setdefault(pools[connection.alias], (os.getpid(), pools))
 
 
 def close_before_fork() -> None:
-    """Close this thread's connections to databases that must not be open when a process forks."""
+    """Close idle connections to databases that must not be open when a process forks: this thread's, and ours."""
     for wrapper in connections.all(initialized_only=True):
-        known = DIALECTS.get(wrapper.vendor)
-        if known is not None and not known.survives_forks and not (is_shared(wrapper) or wrapper.in_atomic_block):
+        if not (_survives_forks(wrapper.vendor) or is_shared(wrapper) or wrapper.in_atomic_block):
             wrapper.close()
+    for engine in list(_initialized):
+        if not _survives_forks(engine.dialect.name):
+            engine.dispose()
+
+
+def leave_after_fork() -> None:
+    """Leave this thread's connections, and all pools, to the parent of a process that was forked."""
+    _leave_pools()
+    for wrapper in connections.all(initialized_only=True):
+        with suppress(InheritedDatabaseError):
+            own_connection(wrapper.alias)
+
+
+def _leave_pools() -> None:
+    """Have Django make pools of this process's own."""
+    for pool in filter(None, (reference() for reference in _pools.keyrefs())):
+        pid, pools = _pools[pool]
+        if pid != os.getpid():
+            keep_for_ever(pool)
+            del _pools[pool]
+            django_pool(pools, pool)
+
+
+def _survives_forks(vendor: str) -> bool:
+    known = DIALECTS.get(vendor)
+    return known is None or known.survives_forks
 
 
 def own_connection(alias: str) -> Any:
@@ -54,18 +86,28 @@ def own_connection(alias: str) -> Any:
     :raises InheritedDatabaseError: when it is in a transaction, or its database cannot be opened again.
     """
     wrapper: Any = connections[alias]
-    if wrapper.connection is None or _opened_in.get(wrapper, os.getpid()) == os.getpid():
+    if os.getpid() == _begun_in or is_in_memory(wrapper):
+        # A process has its own copy of what is in memory.
         return wrapper
-    if is_in_memory(wrapper):
-        # A process has its own copy.
+    _leave_pools()
+    if not _survives_forks(wrapper.vendor) and _is_inherited(wrapper.settings_dict["NAME"]):
+        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", and its locks do not survive that"))
+    if wrapper.connection is None or _opened_in.get(wrapper, os.getpid()) == os.getpid():
         return wrapper
     if wrapper.in_atomic_block:
         raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", inside an atomic() block"))
-    if not DIALECTS[wrapper.vendor].survives_forks:
-        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", whose locks do not survive that"))
     keep_for_ever(wrapper)
     del connections[alias]
     return connections[alias]
+
+
+def _is_inherited(name: Any) -> bool:
+    """Whether a connection to a database, be it another thread's, was made before this process was forked."""
+    known = [reference() for reference in _opened_in.keyrefs()]
+    return any(
+        each.connection is not None and _opened_in[each] != os.getpid() and str(each.settings_dict["NAME"]) == str(name)
+        for each in filter(None, known)
+    )
 
 
 class LentDialect:
@@ -90,6 +132,11 @@ class LentDialect:
         dbapi_connection.close()
 
     do_terminate = do_close
+
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        """Whether a connection that is not a thread's can be used."""
+        found: bool = dbapi_connection.is_usable()
+        return found
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Set the isolation level, unless the connection is a thread's, which has Django's."""
@@ -168,7 +215,8 @@ def make_engine(alias: str) -> Engine:
     dialect.use_native_hstore = False
 
     # SQLAlchemy's own function would set up each connection, which Django has done.
-    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect)
+    # Its connections outlive requests, whatever CONN_MAX_AGE is, so that each is looked at.
+    pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect, pre_ping=True)
     return LentEngine(alias, pool, dialect, url)
 
 

@@ -173,6 +173,10 @@ class OwnConnection(LentConnection):
         with driver_errors():
             return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
 
+    def is_usable(self) -> bool:
+        """Ask the server whether the connection is there."""
+        return self._copy.connection is not None and bool(self._copy.is_usable())
+
     def isolate(self, level: str | None) -> None:
         """Commit each statement, or not."""
         self._commits_each = level == "AUTOCOMMIT"

@@ -24,10 +24,10 @@ from ...projections.applying.pages import LogPages, Page
 from ...projections.checkpoint import CheckpointRow
 from ...projections.consumers import Consumer, ProjectedApplication
 from ...projections.consumers.shadows import REFERS, UNDECLARED, own_tables, written_tables
-from ...projections.dead_letters import describe
+from ...projections.dead_letters import describe, event_name
 from ...projections.definitions import MOST_EVENTS
 from ...projections.rebuilding import BUSY, NO_MODELS, TRIAL_EVENTS, Estimate, Rebuilt
-from ...projections.runners import FIRST_PAUSE, LONGEST_PAUSE, Progress, event_name
+from ...projections.runners import FIRST_PAUSE, LONGEST_PAUSE, Progress
 from ...projections.runners.pace import Backoff
 from ...projections.swap import NEAR, hand_over
 from ...uow import AfterCommit

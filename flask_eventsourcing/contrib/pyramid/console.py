@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from ...commands import CommandError, PlainOutput, Subject, UsageError
 from ...commands.listing import COMMANDS
 from ...commands.parsing import add_commands, options_of
 from ...exceptions import ConfigurationError
-from .ini_settings import PROGRAM
+from .ini_settings import CALLED, PROGRAM
 from .site_state import EventSourcing, state_of
 
 
@@ -48,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         setup_logging(given.ini)
-        state = state_of(get_app(given.ini).registry)
-        state.build()
+        state = _load(given.ini)
     except (KeyError, IndexError):
         # What is wrong in the user's own code keeps its traceback.
         raise
@@ -66,6 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         state.close()
     return exit_status
+
+
+def _load(ini: str) -> EventSourcing:
+    """Return the state of the application of an ini file, whose messages name the commands with that file."""
+    called = CALLED.set(f"{PROGRAM} {shlex.quote(ini)}")
+    try:
+        state = state_of(get_app(ini).registry)
+        state.build()
+    finally:
+        CALLED.reset(called)
+    return state
 
 
 def _cause(error: Exception) -> object:

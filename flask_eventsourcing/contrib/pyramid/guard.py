@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -14,17 +13,8 @@ from pyramid.registry import Registry
 
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
 from ...uow import Batch, describe
-from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed
+from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed, is_run_again
 from .site_state import KEY, EventSourcing
-
-try:
-    from pyramid_retry import is_error_retryable
-except ImportError:  # nobody tries again without it
-
-    def is_error_retryable(request: Any, error: Any) -> bool:
-        """Return False."""
-        return False
-
 
 VETOED: tuple[type, ...] = (NoneType,)
 """The reasons of a rollback that no error has caused."""
@@ -52,8 +42,9 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         if state is None or is_managed(request):
             # The caller of the request decides, as functional tests do.
             return handler(request)
-        for key in (DOOMED, DROPPED, SESSIONS):
+        for key in (DOOMED, DROPPED):
             request.environ.pop(key, None)
+        request.environ[SESSIONS] = {}
         # What is raised is a failure by itself; what nobody commits must not stay in the session.
         with ExitStack() as failed:
             failed.callback(state.drop_pending)
@@ -61,7 +52,7 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
             failed.pop_all()
         error = find_error(state, request, response)
         # The last to be called, as what is called before may save as well.
-        request.add_finished_callback(partial(_finish, state))
+        request.add_finished_callback(state.finish)
         return response if error is None else answer_with(request, error)
 
     return guard_tween
@@ -89,7 +80,7 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
         )
     dropped = request.environ.pop(DROPPED, None)
     error = getattr(request, "exception", None)
-    if not dropped or (error is not None and is_error_retryable(request, error)):
+    if not dropped or is_run_again(request, error):
         return None
     kind = dropped[0][1]
     if issubclass(kind, VETOED):
@@ -100,17 +91,6 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
     else:
         reason = f"the transaction was aborted for {kind.__name__}"
     return _behind_view([batch for batches, _ in dropped for batch in batches], reason, response)
-
-
-def _finish(state: EventSourcing, request: Any) -> None:
-    """Roll back what is left when the response is sent, so that the next request of this thread does not get it."""
-    pending = state.drop_pending()
-    if pending:
-        logger.error(
-            "%s saved by a callback when the request had been answered, and nobody commits that: it is rolled back.",
-            describe(pending),
-        )
-        state.discard(pending)
 
 
 def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) -> FlaskEventSourcingError | None:

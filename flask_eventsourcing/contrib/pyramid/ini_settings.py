@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from ...persistence import DialectOptions
 
 PREFIX = "eventsourcing."
 PROGRAM = "pyramid-eventsourcing"
+CALLED: ContextVar[str] = ContextVar("called", default=f"{PROGRAM} <ini file>")
+"""How messages name the commands of an application that is being made: with its ini file, where that is known."""
 ENV = "env."
 """The prefix of what the library reads from the environment, as in ``eventsourcing.env.CIPHER_KEY``."""
 
@@ -57,7 +60,7 @@ class IniSettings:
                 known = f"did you mean {PREFIX}{close[0]}?" if close else f"known are {', '.join(plain | options)}"
                 raise ConfigurationError(f"Unknown setting {key}: {known}")
         given_options = {name: value for name, value in found.items() if name in options}
-        chosen = DialectOptions(program=f"{PROGRAM} INI", **given_options)
+        chosen = DialectOptions(program=CALLED.get(), **given_options)
         checked("env", env, f"{PREFIX}{ENV}…")
         return cls(**{name: value for name, value in found.items() if name in plain}, options=chosen, env=env)
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pyramid.threadlocal import get_current_request
+from pyramid.threadlocal import get_current_request, manager
 from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError
 from ...metadata import TRACEPARENT, USER
 from ...metadata.values import metadata_of_headers, trace_of_span
+from ...persistence.dialects.event_tables import ConflictError
 from ...uow import Batch
+from ..zope.registered import of_thread
 from ..zope.zope_host import ZopeHost
+
+try:
+    from pyramid_retry import is_error_retryable
+except ImportError:  # nobody tries again without it
+
+    def is_error_retryable(request: Any, error: Any) -> bool:
+        """Return False."""
+        return False
+
 
 CONFLICTS = "flask_eventsourcing.conflicts"
 """The key in the WSGI environment of the conflicts of a request's earlier tries."""
@@ -35,16 +46,18 @@ class PyramidHost(ZopeHost):
     Without a request, recorders commit by themselves, and units of work have sessions of the factory.
 
     :param session: the name of a request's attribute, a ``scoped_session``, or a function that takes the request.
+    :param ended: called with a request that nothing looks after, as that of a script, when it has ended.
     :param arguments: those of :class:`ZopeHost`.
     """
 
-    def __init__(self, session: Any, *arguments: Any, **further: Any) -> None:
+    def __init__(self, session: Any, *arguments: Any, ended: Callable[[Any], object], **further: Any) -> None:
         if not isinstance(session, str | orm.scoped_session) and not callable(session):
             raise ConfigurationError(
                 f"session={session!r} must be the name of a request's attribute, a scoped_session, or a function that "
                 "takes the request."
             )
         super().__init__(session, *arguments, **further)
+        self._ended = ended
 
     def expected_manager(self) -> Any:
         """Return the manager of the current request."""
@@ -57,6 +70,20 @@ class PyramidHost(ZopeHost):
             return super().memory(manager)
         found: dict[Any, Any] = request.environ.setdefault(CONFLICTS, {})
         return found
+
+    def committing(self, manager: Any) -> None:
+        """Let a commit fail with the conflict that an exception view has answered, if the request is run again.
+
+        pyramid_retry discards the answer, and what the request has done would be done twice.
+        """
+        request = get_current_request()
+        error = getattr(request, "exception", None)
+        if (
+            isinstance(error, ConflictError)
+            and of_thread(manager) is of_thread(self.expected_manager())
+            and is_run_again(request, error)
+        ):
+            raise error
 
     def doomed(self) -> None:
         """Note that the response must not be a success."""
@@ -75,12 +102,16 @@ class PyramidHost(ZopeHost):
         return request is not None and request.method not in SAFE and request.environ.get("retry.attempts", 1) > 1
 
     def _find(self, *, make: bool) -> orm.Session | None:
+        request = get_current_request()
+        if make and request is not None and SESSIONS not in request.environ:
+            request.environ[SESSIONS] = {}
+            if not is_managed(request) and not _is_within_another(request):
+                request.add_finished_callback(self._ended)
         if isinstance(self._session, orm.scoped_session):
             return super()._find(make=make)
-        request = get_current_request()
         if request is None:
             return None
-        sessions: dict[PyramidHost, orm.Session] = request.environ.setdefault(SESSIONS, {})
+        sessions: dict[PyramidHost, orm.Session] = request.environ.get(SESSIONS, {})
         if not make:
             return sessions.get(self)
         found = self._session_of(request)
@@ -106,6 +137,16 @@ class PyramidHost(ZopeHost):
         if isinstance(self._session, orm.scoped_session):
             return super()._scope()
         return get_current_request()
+
+
+def is_run_again(request: Any, error: Any) -> bool:
+    """Whether pyramid_retry discards the answer to an error, and runs the request again."""
+    return error is not None and bool(is_error_retryable(request, error))
+
+
+def _is_within_another(request: Any) -> bool:
+    """Whether a request is a part of another one, whose transaction it may share."""
+    return any(each["request"] not in (None, request) for each in manager.stack)
 
 
 def is_managed(request: Any) -> bool:

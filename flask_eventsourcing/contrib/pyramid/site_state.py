@@ -20,7 +20,7 @@ from ...host import by_application
 from ...metadata import Provider
 from ...projections.registry import PlainProjections
 from ...signals import events_discarded
-from ...uow import Batch, roll_back
+from ...uow import Batch, describe, roll_back
 from ..zope.facade import Facade
 from ..zope.record_models import EventModels
 from ..zope.registered import current_transaction, registration_of
@@ -172,6 +172,7 @@ class EventSourcing(Facade):
             options=self.settings.options,
             env={**self.settings.env, **first.env},
             metadata=metadata,
+            ended=self.finish,
         )
 
     def warn_of_missing_veto(self) -> None:
@@ -202,6 +203,17 @@ class EventSourcing(Facade):
             if registered is not None and current_transaction(registered.transaction_manager) is not None:
                 registered.transaction_manager.abort()
         return batches
+
+    def finish(self, request: Any) -> None:
+        """When a request has ended, see to it that nothing is left for the next one of this thread."""
+        pending = self.drop_pending()
+        if pending:
+            logger.error(
+                "%s neither committed nor rolled back when the request had ended, and nobody else commits that: it is "
+                "rolled back.",
+                describe(pending),
+            )
+            self.discard(pending)
 
     def discard(self, batches: Sequence[Batch]) -> None:
         """Send ``events_discarded``."""

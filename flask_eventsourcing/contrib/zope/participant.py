@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import sqlalchemy as sa
 from sqlalchemy import orm
 from transaction._transaction import Status
-from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager, NoTransaction
 from zope.interface import implementer
 
 from ...exceptions import ConfigurationError, UncommittedEventsError
@@ -49,9 +49,13 @@ ELSEWHERE = (
     "them: register it once, and call mark_changed() of what zope.sqlalchemy.register() has returned, rather than the "
     "function."
 )
+UNBEGUN = (
+    "Nobody has begun a transaction that would commit these events: save them inside transaction() of the "
+    "EventSourcing object, or inside a transaction of the manager, as 'with request.tm:' is one in Pyramid."
+)
 LATE = (
-    "A receiver of events_recorded cannot save in the session whose commit it hears of, as nobody would commit that: "
-    "save in another thread or task, or in a projection."
+    "What hears of a commit, as a receiver of events_recorded or a hook of the transaction does, cannot save in the "
+    "session that was committed, as nobody would commit that: save in another thread or task, or in a projection."
 )
 
 
@@ -74,6 +78,12 @@ class Managed(Protocol):
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
+
+    def committing(self, manager: Any) -> None:
+        """Told that a transaction of a manager with events is about to be committed.
+
+        :raises: what the commit shall fail with.
+        """
 
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
@@ -106,7 +116,8 @@ class Participant:
         self._unit = unit
         self._session = weakref.ref(unit.session)
         self._host = host
-        self._durable = False
+        self._at_stake: list[Batch] | None = []
+        """The events that a commit is about to store, or None when the database has stored them."""
         self.is_over: bool = False
         """Whether its part was aborted. A rollback to an older savepoint does so too, and the transaction goes on."""
         self.is_following: bool = False
@@ -119,7 +130,7 @@ class Participant:
             self._unit.on_commit(self._stored)
 
     def _stored(self) -> None:
-        self._durable = True
+        self._at_stake = None
 
     def asked(self) -> None:
         """Note that a caller asked for the rollback in progress."""
@@ -132,6 +143,7 @@ class Participant:
             return
         transaction = self.transaction()
         if transaction is not None and not transaction.isDoomed() and self._unit.pending.has(Batch):
+            self._at_stake = []
             self._host.dropped(self._unit.pending.all(Batch))
         roll_back(session)
 
@@ -145,13 +157,16 @@ class Participant:
 
         :raises CommitInsideUnitError: when a unit of work is being run, and it is not the unit that commits.
         :raises UncommittedEventsError: when the session has joined the transaction of another manager.
+        :raises TransientConflictError: when the host is going to run it again after a conflict.
         """
+        self._host.committing(self.transaction_manager)
         self._unit.gate.check()
         if self._unit.pending.has(Batch) and not self._has_session(transaction):
             raise UncommittedEventsError(ELSEWHERE)
         # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
         if self._unit.pending:
             self.asked()
+            self._at_stake = self._unit.pending.all(Batch)
 
     def _has_session(self, transaction: Any) -> bool:
         """Whether the session takes part in a transaction; no public name shows it."""
@@ -164,7 +179,7 @@ class Participant:
         :raises UncommittedEventsError: saying what to do instead.
         """
         transaction = self.transaction()
-        if self._durable and transaction is not None and transaction.status == Status.COMMITTING:
+        if self._at_stake is None and transaction is not None and transaction.status == Status.COMMITTING:
             raise UncommittedEventsError(LATE)
 
     def commit(self, transaction: Any) -> None:
@@ -179,12 +194,15 @@ class Participant:
 
     def tpc_abort(self, transaction: Any) -> None:
         """Note that the transaction failed. In one phase, the events may have been committed before that."""
-        if self._durable:
+        if self._at_stake is None:
             logger.error(
                 "The transaction failed after its events were committed, as the database commits before others have "
                 "ended: %s failed. The events are stored, and events_recorded was sent.",
                 _failed_participant(self),
             )
+        elif self._at_stake:
+            # The database has rolled them back with its commit, before anybody was asked to abort.
+            self._host.dropped(self._at_stake)
 
     def sortKey(self) -> str:  # noqa: N802
         """Sort before the database."""
@@ -280,7 +298,12 @@ class ManagerCommits:
 
     def _participant(self, session: orm.Session, manager: Any) -> Participant:
         """Return the participant of a session; the first call makes it join the manager's transaction."""
-        transaction = manager.get()
+        try:
+            transaction = manager.get()
+        except NoTransaction:
+            raise NoTransaction(UNBEGUN) from None
+        if transaction.status == Status.COMMITTED:
+            raise UncommittedEventsError(LATE)
         known = self._participants.get(session)
         if known is None or known.is_over or known.transaction() is not transaction:
             known = Participant(self._host.unit_of(session), manager, transaction, self._host)
@@ -320,10 +343,10 @@ class ManagerCommits:
                 logger.warning("An abort failed, its session is closed: %s", error)
                 close(session)
         else:
-            # One whose commit has failed cannot be committed anyway.
+            # One whose commit has failed cannot be committed anyway, and one that was committed stays so.
             with suppress(ValueError):
                 manager.doom()
-            self._host.doomed()
+                self._host.doomed()
             roll_back(session)
 
     def ended(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:

@@ -172,6 +172,9 @@ class ZopeHost(PlainHost):
         """Return the manager that the session must have, or None if any manager will do."""
         return None
 
+    def committing(self, manager: Any) -> None:
+        """Told that a transaction of a manager with events is about to be committed."""
+
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
 

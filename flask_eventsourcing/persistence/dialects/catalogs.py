@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,17 +25,25 @@ def table_ids(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, s
     return {} if find is None or not tables else find(connection, tables)
 
 
-def lacking(dialect: Driver, error: sa.exc.DBAPIError, table: sa.Table) -> Exception | None:
-    """Return the error that says that a table is missing, or a column of it, where a statement failed for that."""
-    translated = dialect.translate(error)
-    if isinstance(translated, MissingTableError):
-        return translated
-    if dialect.code(error.orig) not in UNDEFINED_COLUMN and "no such column" not in str(error.orig):
-        return None
-    return UnsafeTableError(
-        f"Table {table.fullname} lacks a column of this version: let a migration add what {dialect.command('check')} "
-        "names."
-    )
+@contextmanager
+def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
+    """Within it, tables are read, and a statement that fails as one is missing, or a column, says which.
+
+    :raises MissingTableError: when a table was not created.
+    :raises UnsafeTableError: when one of the tables lacks a column.
+    """
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        translated = dialect.translate(error)
+        if isinstance(translated, MissingTableError):
+            raise translated from error
+        if dialect.code(error.orig) not in UNDEFINED_COLUMN and "no such column" not in str(error.orig):
+            raise
+        raise UnsafeTableError(
+            f"Table {' or '.join(table.fullname for table in tables)} lacks a column of this version: let a migration "
+            f"add what {dialect.command('check')} names."
+        ) from error
 
 
 def is_exact(connection: Connection) -> bool:

@@ -15,7 +15,6 @@ from eventsourcing.persistence import Notification
 
 from ...exceptions import HandlerError, ProjectionHaltedError
 from ...persistence.dialects import MAY_PASS, hide_values, is_outage, is_read_only
-from ...persistence.dialects.event_values import printable
 from ...persistence.dialects.locks import RunnerLock
 from ...tailing import Waiter
 from ..applying import Applier, EventError, SuspectError
@@ -23,9 +22,9 @@ from ..applying.pages import LogPages, Page
 from ..checkpoint import HALTED, PAUSED, SWAPPING, CheckpointRow, FencedError, Heartbeat
 from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Mismatch
-from ..dead_letters import describe
+from ..dead_letters import describe, event_name
 from ..swap import is_rebuilding, settle
-from .claims import Turn, refuse_missing
+from .claims import ProcessEndedError, Suspects, Turn, refuse_missing
 from .pace import Backoff, Pace
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -75,10 +74,14 @@ class Delivery:
     """Gives the events of a log to an applier in batches; if one fails, one by one and with retries.
 
     :param stop: ends it after the event in progress.
+    :param suspects: the events that are not applied as a batch.
     """
 
-    def __init__(self, consumer: Consumer, stop: threading.Event, progress: Progress, pace: Pace) -> None:
+    def __init__(
+        self, consumer: Consumer, stop: threading.Event, progress: Progress, pace: Pace, suspects: Suspects
+    ) -> None:
         self.applier: Applier = Applier(consumer, ends=self._is_over)
+        self.suspects = suspects
         self.consumer = consumer
         self.stop = stop
         self.progress = progress
@@ -91,6 +94,8 @@ class Delivery:
         """
         self.pace.begin()
         events, size = page.events, page.size
+        if events and self.suspects.left:
+            return self._one_by_one(claimed, events)
         if len(events) == 1:
             # Not as a batch, so that a reaction is called no more often than it says.
             applied = self._deliver_one(claimed, events[0], page.position)
@@ -121,10 +126,16 @@ class Delivery:
 
     def _deliver_one(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
         pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
-        attempts = 0
+        attempts = self.suspects.tries(claimed, notification)
+        if attempts:
+            error: BaseException = ProcessEndedError()
+            self._note(claimed, notification, error, attempts)
+            if attempts > self.consumer.projection_class.retries:
+                return self._fail(claimed, notification, error, attempts)
         while True:
             try:
-                applied = self.applier.apply(claimed, [notification], position)
+                with self.suspects.trying(claimed, notification, attempts + 1):
+                    applied = self.applier.apply(claimed, [notification], position)
             except EventError as failure:
                 attempts += 1
                 error = failure.__cause__ or failure
@@ -147,14 +158,14 @@ class Delivery:
     def _note(self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int) -> None:
         text = f"{event_name(notification)}: {describe(error)}"
         try:
-            self.consumer.checkpoint.note_error(claimed, notification.id, text)
+            self.consumer.checkpoint.note_try(claimed, notification.id, attempts, error=text)
         except sa.exc.DBAPIError as lost:
             # One that the pool has kept from before: after that, it has new ones.
             if not lost.connection_invalidated:
                 raise
-            self.consumer.checkpoint.note_error(claimed, notification.id, text)
+            self.consumer.checkpoint.note_try(claimed, notification.id, attempts, error=text)
         # The traceback once: the next tries are likely to end in the same way.
-        shown = error if attempts == 1 else None
+        shown = error if attempts == 1 and error.__traceback__ else None
         logger.warning("%s: its handler failed, try %d: %s", claimed.name, attempts, text, exc_info=shown)
 
     def _fail(
@@ -313,7 +324,7 @@ class Runner:
     def _follow(self, claimed: CheckpointRow, once: bool, heartbeat: Heartbeat) -> bool:
         """Apply events until told to stop; returns True when *once* and all are applied."""
         progress, application = self.progress, self.consumer.application
-        delivery = Delivery(self.consumer, self.stop, progress, self.pace)
+        delivery = Delivery(self.consumer, self.stop, progress, self.pace, self.turn.suspects)
         pages = LogPages(self.consumer, claimed)
         waiter = application.log.waiter()
         try:
@@ -369,15 +380,6 @@ class Runner:
                     look = now
         finally:
             heartbeat.resting = None
-
-
-def event_name(notification: Notification) -> str:
-    """Return how messages name an event."""
-    event_class = notification.topic.partition(":")[2] or notification.topic or "of no topic"
-    return printable(
-        f"event {notification.id} ({event_class} {notification.originator_id} "
-        f"version {notification.originator_version})"
-    )
 
 
 def halted_message(consumer: Consumer, position: int | None, error: str | None) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
+from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
 from ...persistence.dialects import MAY_PASS, is_outage
@@ -22,6 +26,51 @@ MERGE_EVERY = 20.0
 """Seconds between two times at which an idle worker merges what inline projections have noted."""
 LOOK_EVERY = 5.0
 """Seconds between two looks of an idle runner at its log and its tables."""
+
+
+_alone = threading.RLock()
+"""Held while a process tries an event of which it may die, so that no other one is taken for what it died of."""
+
+
+class ProcessEndedError(Exception):
+    """A process has ended while it applied an event."""
+
+    def __init__(self) -> None:
+        super().__init__("the process ended while it was applied, as by a signal, for want of memory, or by os._exit()")
+
+
+class Suspects:
+    """Events of which one may have ended a process: tried alone, and noted before, so that the next process knows.
+
+    A process that is ended by a signal, for want of memory, or by ``os._exit()``, does not give its claim back.
+
+    :param token: of the claim of this process, if it has one.
+    :param left: how many events the process before may have been applying, or 0 if it has given its claim back.
+    """
+
+    def __init__(self, consumer: Consumer, token: str | None = None, left: int = 0) -> None:
+        self.consumer = consumer
+        self.token = token
+        self.left = left
+
+    def tries(self, claimed: CheckpointRow, notification: Notification) -> int:
+        """Return how often other processes have tried an event before they ended."""
+        is_noted = self.left and claimed.failed_position == notification.id
+        return claimed.claim or 0 if is_noted else 0
+
+    @contextmanager
+    def trying(self, claimed: CheckpointRow, notification: Notification, attempt: int) -> Iterator[None]:
+        """Within it, an event is tried; if it may be the one, that is noted before.
+
+        :raises FencedError: when the claim was lost.
+        """
+        if not self.left:
+            yield
+            return
+        with _alone:
+            self.consumer.checkpoint.note_try(claimed, notification.id, attempt)
+            yield
+        self.left -= 1
 
 
 class LeaseWatch:
@@ -53,6 +102,7 @@ class Turn:
         self._watch = LeaseWatch()
         self._told: str | None = None
         self._looked = time.monotonic()
+        self.suspects: Suspects = Suspects(consumer)
         self.topics: dict[str, Any] = {}
         """What was found out of topics, to be noted with the end of the claim."""
 
@@ -82,6 +132,9 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
+            # One of its own is left by an outage, in which it could not be given back.
+            is_left = row.token not in (None, self.suspects.token)
+            self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
         return claimed
 
     def _notes(
@@ -114,7 +167,10 @@ class Turn:
         :raises FencedError: when an older release, or a newer one, applies events inline; the next turn says what then.
         """
         end = self.consumer.end()
-        if self.consumer.kind == "projection" and end > row.position:
+        if end <= row.position:
+            # It has applied all that a process may have ended of.
+            self.suspects.left = 0
+        elif self.consumer.kind == "projection":
             # After the end was known, so that what is noted of the events before it is there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:

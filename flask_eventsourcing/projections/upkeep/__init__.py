@@ -15,9 +15,9 @@ from ..checkpoint import ACTIVE, HALTED, PAUSED, SWAPPING, Checkpoint, Checkpoin
 from ..consumers import SUFFIXES, Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging
 from ..consumers.inline import find_not_applied
-from ..dead_letters import note_of
+from ..dead_letters import event_name, note_of
 from ..definitions.fingerprints import accept as accept_fingerprint
-from ..runners import event_name, stopped_message
+from ..runners import stopped_message
 
 LONGEST_NAME = 255
 """Characters of the name of the operator who changed something."""

@@ -6,7 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from eventsourcing.persistence import Recording
 from sqlalchemy.engine import Connection
 
 from ...exceptions import OldSnapshotError, ProjectionHaltedError, UncommittedEventsError
+from ...persistence.dialects.catalogs import naming_lack
 from ...persistence.dialects.locks import OpenWriter
 from ...tailing import Waiter
 from ..checkpoint import HALTED, PAUSED, CheckpointRow
@@ -101,7 +103,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
     mark = consumer.application.high_water_mark()
     inline = consumer.kind == "projection" and consumer.projection_class.inline
     belonging = Belonging(consumer)
-    with consumer.application.engine.connect() as connection:
+    with _reading(consumer) as connection:
         found = consumer.checkpoint.read(connection)
         row = found or CheckpointRow.never_run(consumer.name)
         end, writer = consumer.application.log.look_for_writer(connection, mark)
@@ -133,6 +135,17 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
         changed_by=row.changed_by,
         reason=row.reason,
     )
+
+
+@contextmanager
+def _reading(consumer: Consumer) -> Iterator[Connection]:
+    """A connection of its own, on which a table of this package that is missing is named."""
+    application = consumer.application
+    with (
+        application.engine.connect() as connection,
+        naming_lack(application.datastore.dialect, *application.models.tables.values()),
+    ):
+        yield connection
 
 
 def _progress(
@@ -286,7 +299,7 @@ def _check_inline(consumer: Consumer) -> None:
     :raises CheckpointMismatchError: when it has not.
     """
     mark = consumer.application.high_water_mark()
-    with consumer.application.engine.connect() as connection:
+    with _reading(consumer) as connection:
         row = consumer.checkpoint.read(connection) or CheckpointRow.never_run(consumer.name)
         mismatch = find_not_applied(consumer, connection, row, mark)
     if mismatch is not None:
@@ -334,14 +347,13 @@ class _Goal:
 
         :raises ProjectionHaltedError: when it stands before that, or does not fit its log or its tables.
         """
-        with self.consumer.application.engine.connect() as connection:
-            row = self.consumer.checkpoint.read(connection)
-            if row is None:
-                return False
+        with _reading(self.consumer) as connection:
+            found = self.consumer.checkpoint.read(connection)
+            row = found or CheckpointRow.never_run(self.consumer.name)
             if time.monotonic() > self._looked + LOOK_EVERY:
-                # Or else its position says nothing.
+                # Or else its position says nothing, and no worker would begin.
                 self._looked = time.monotonic()
-                mismatch = Belonging(self.consumer).find_mismatch(connection, row)
+                mismatch = _mismatch(Belonging(self.consumer), connection, found)
                 mismatch = mismatch or find_not_applied(self.consumer, connection, row, self.position)
                 if mismatch is not None:
                     raise mismatch.error
