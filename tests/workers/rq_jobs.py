@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any, ClassVar
 
@@ -81,12 +82,20 @@ def patient(seconds: float) -> str:
     """Take a while, and save an event before it."""
     es.application.open_account("patient")
     happened("waiting")
+    time.sleep(seconds)
+    return "done"
+
+
+def overdue() -> None:
+    """Save an event, and then run out of time, however long it took until then."""
+    es.application.open_account("overdue")
+    # RQ's own signal, for which it has set a later time.
+    signal.alarm(1)
     try:
-        time.sleep(seconds)
+        time.sleep(400)
     except JobTimeoutException:
         happened("timeout")
         raise
-    return "done"
 
 
 def order(text: str) -> None:

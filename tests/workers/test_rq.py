@@ -118,7 +118,7 @@ def test_worker_without_an_app_says_so(workspace: Workspace, queue: Any) -> None
 def test_job_that_does_not_return_is_rolled_back(workspace: Workspace, queue: Any) -> None:
     """What a job saved is gone when it returns a Retry, runs out of time, or its work-horse is killed."""
     returns = queue.enqueue(f"{JOBS}.ending", "return")
-    slow = queue.enqueue(f"{JOBS}.patient", 60, job_timeout=1)
+    slow = queue.enqueue(f"{JOBS}.overdue")
     killed = queue.enqueue(f"{JOBS}.ending", "kill")
     with worker(workspace, f"{JOBS}.QueueWorker") as program:
         program.wait_for(lambda: workspace.happened("waiting kill"))
