@@ -16,7 +16,6 @@ event beside its state. Position and models are committed together.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
@@ -70,8 +69,7 @@ class ModelProjection(PlainProjection):
 
     def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return what a handler names."""
-        names = USING in inspect.signature(handler).parameters
-        return (), {USING: session.info[USING]} if names else {}
+        return (), {USING: session.info[USING]} if handler in self.handlers.naming[USING] else {}
 
     def told_errors(self) -> AbstractContextManager[object]:
         """Return a block within which errors of a connection are those of SQLAlchemy, by which outages are known."""
