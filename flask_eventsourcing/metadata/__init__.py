@@ -151,7 +151,8 @@ class MetadataBlock:
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        self._link = _Link(_living(_chain.get()), self)
+        before = _chain.get()
+        self._link = _Link(before and _living(before), self)
         _chain.set(self._link)
         return self
 
@@ -162,7 +163,7 @@ class MetadataBlock:
         if link is None:
             return
         if _chain.get() is link:
-            _chain.set(_living(link.before))
+            _chain.set(link.before and _living(link.before))
         else:
             # Others have put something on top, or it is another context's.
             link.is_over = _always
