@@ -33,7 +33,6 @@ from .values import (
     checked,
     names_recorded,
     new_id,
-    new_ids,
     trace_of_span,
 )
 
@@ -56,7 +55,6 @@ __all__ = [
     "kept_for_later",
     "names_recorded",
     "new_id",
-    "new_ids",
     "null_metadata_in_context",
     "put_metadata_in_context",
     "set_metadata_in_context",
@@ -100,8 +98,10 @@ _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", de
 
 def get_metadata_from_context() -> dict[str, str]:
     """Return a copy of the metadata in the context, a dict that may be empty."""
-    parts: list[Metadata] = []
     link, hidden = _chain.get(), False
+    if link is not None and link.before is None and not link.is_over():
+        return dict(link.block._found())
+    parts: list[Metadata] = []
     while link is not None:
         block = link.block
         if not link.is_over():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -135,10 +135,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                     write.check_thread(self.events_table, events)
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
-                    if described.beside.shape.key:
-                        table = self._table(write.connection, "describe")
+                    is_described = described is not PLAIN_DESCRIPTION
+                    use: Use = "describe" if is_described else "append"
+                    table = self._table(write.connection, use) if events else self.events_table
+                    if is_described:
                         described = self._describe.fitting(write.connection, table, described)
-                    positions = self._write(write, events, tracking, described.beside)
+                    positions = self._write(write, table, events, tracking, described.beside)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
                     write.conflicted(self.dialect.located(write.connection, self.events_table), events)
@@ -148,12 +150,14 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return positions
 
     def _write(
-        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+        self,
+        write: Write,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        tracking: Tracking | None,
+        beside: Beside,
     ) -> list[int]:
-        return self._append_to(write.connection, events, beside)
-
-    def _append_to(self, connection: Connection, events: Sequence[StoredEvent], beside: Beside) -> list[int]:
-        return self.dialect.append(connection, self._table(connection, "append"), events, beside)
+        return self.dialect.append(write.connection, table, events, beside)
 
     def select_notifications(
         self,
@@ -384,17 +388,15 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
             return self._append(stored_events, tracking)
 
     def _write(
-        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+        self,
+        write: Write,
+        table: EventTable,
+        events: Sequence[StoredEvent],
+        tracking: Tracking | None,
+        beside: Beside,
     ) -> list[int]:
         if tracking is None:
-            return super()._write(write, events, None, beside)
-        if write.unit is not None:
-            with write.connection.begin_nested():
-                return self._write_both(write.connection, events, tracking, beside)
-        return self._write_both(write.connection, events, tracking, beside)
-
-    def _write_both(
-        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking, beside: Beside
-    ) -> list[int]:
-        self.write_tracking(connection, tracking)
-        return self._append_to(connection, events, beside) if events else []
+            return super()._write(write, table, events, None, beside)
+        with nullcontext() if write.unit is None else write.connection.begin_nested():
+            self.write_tracking(write.connection, tracking)
+            return super()._write(write, table, events, None, beside) if events else []
