@@ -40,7 +40,7 @@ def test_server_that_is_restarted(checks: str, server_folder: ServerFolder, tmp_
         site = make_site(server.url)
         account_id = site.opened()
         variables = {"DATABASE_URL": server.url, "BACKEND": "pg_backend_pid()", "HEALTH_CHECKS": checks}
-        with serving(LINE, tmp_path, **variables) as served:
+        with serving(LINE, tmp_path, None, **variables) as served:
             log = served.log
             answers = [paid(served, account_id)]
             assert answers[0].failed == {}, log.read_text(errors="replace")[-3000:]
@@ -61,7 +61,7 @@ def test_server_that_is_restarted_under_load(server_folder: ServerFolder, tmp_pa
         site = make_site(server.url)
         account_id = site.opened()
         variables = {"DATABASE_URL": server.url, "BACKEND": "pg_backend_pid()", "HEALTH_CHECKS": "yes"}
-        with serving(LINE, tmp_path, **variables) as served:
+        with serving(LINE, tmp_path, None, **variables) as served:
             answers = [paid(served, account_id)]
             is_back = threading.Event()
 
