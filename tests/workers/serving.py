@@ -245,6 +245,7 @@ def serving(
         **os.environ,
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "CLOSED": str(closed),
+        "CONSTRUCTED": str(folder / "constructed"),
         "IMPORTED": "used",
         # Newer versions of gunicorn put a control socket there, and otherwise into the user's home.
         "XDG_RUNTIME_DIR": str(folder),
