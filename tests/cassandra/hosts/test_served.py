@@ -15,7 +15,7 @@ from flask_eventsourcing import EventSourcing
 from tests.cassandra.hosts.conftest import MakeApp
 from tests.cassandra.hosts.site import Bank, settings
 from tests.cassandra_nodes import Node, keyspace_on
-from tests.workers.serving import Served, gunicorn, serving, uwsgi
+from tests.workers.serving import AnswerError, Served, gunicorn, serving, uwsgi
 
 TARGET = "tests.cassandra.hosts.served:app"
 
@@ -27,6 +27,8 @@ def preloaded(kind: str, target: str, port: int) -> list[str]:
 
 LINES: dict[str, Callable[[int], list[str]]] = {
     "gunicorn-preload": partial(preloaded, "gthread", TARGET),
+    "gunicorn-gevent": partial(gunicorn, "gevent", TARGET),
+    "gunicorn-gevent-preload": partial(preloaded, "gevent", TARGET),
     "django-four": partial(preloaded, "gthread-four", "tests.cassandra.hosts.served_django:app"),
     "uwsgi-prefork": partial(uwsgi, "prefork-threads", TARGET),
     "uwsgi-four": partial(uwsgi, "prefork-four", TARGET),
@@ -44,6 +46,7 @@ def sockets(served: Served, port: int) -> dict[int, set[int]]:
     [
         ("gunicorn-preload", ""),
         ("gunicorn-preload", "used"),
+        ("gunicorn-gevent", ""),
         ("uwsgi-prefork", ""),
     ],
 )
@@ -65,6 +68,15 @@ def test_one_application_and_one_session_in_every_process(
     with app.app_context():
         stored = {es.application.repository.get(UUID(answer["id"])).owner for answer in answers.all}
     assert stored == {str(number) for number in range(60)}
+
+
+def test_gevent_behind_the_driver(cassandra_server: str, bank_keyspace: str, tmp_path: Path) -> None:
+    """Where gevent has patched the sockets after the driver was imported, a request fails at once, with the reason."""
+    variables = {"NODE": cassandra_server, "KEYSPACE": bank_keyspace, "IMPORTED": ""}
+    with serving(LINES["gunicorn-gevent-preload"], tmp_path, None, **variables) as served:
+        with pytest.raises(AnswerError, match="500"):
+            served.ask("/open/nobody")
+        assert "was imported before gevent patched the sockets" in served.log.read_text(errors="replace")
 
 
 def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Path) -> None:
