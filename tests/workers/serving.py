@@ -43,6 +43,7 @@ UWSGI: dict[str, list[str]] = {
 GUNICORN: dict[str, list[str]] = {
     "sync": ["--workers", "3", "--worker-class", "sync"],
     "gthread": ["--workers", "2", "--worker-class", "gthread", "--threads", "4"],
+    "gthread-four": ["--workers", "4", "--worker-class", "gthread", "--threads", "2"],
     "gevent": ["--workers", "2", "--worker-class", "gevent"],
 }
 
