@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from tests.servers import require
-from tests.workers.programs import PATIENCE, Place
+from tests.workers.programs import PATIENCE, Workspace
 
 MODULE = "tests.workers.django_queue"
 AMOUNTS = (1, 13, 10, 100)
@@ -17,22 +17,22 @@ JOBS = {"unit": "pay_in", "plain": "pay_in_block"}
 pytestmark = pytest.mark.xdist_group("queues")
 
 
-@pytest.mark.parametrize("place", ["postgresql", "sqlite"], indirect=True)
+@pytest.mark.parametrize("workspace", ["postgresql", "sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", JOBS)
-def test_work_horses(place: Place, kind: str) -> None:
+def test_work_horses(workspace: Workspace, kind: str) -> None:
     """Each work-horse commits its job or rolls it back, on a session of its own; the worker keeps the one it has."""
     require(importlib.util.find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")
     from redis import Redis
     from rq import Queue
 
-    account_id = place.python(f"from {MODULE} import prepare; prepare()")
-    with Redis.from_url(place.redis) as connection:
+    account_id = workspace.python(f"from {MODULE} import prepare; prepare()")
+    with Redis.from_url(workspace.redis) as connection:
         queue = Queue(connection=connection)
         for amount in AMOUNTS:
             queue.enqueue(f"{MODULE}.{JOBS[kind]}", account_id, amount)
-        with place.program(MODULE, kind) as program:
+        with workspace.program(MODULE, kind) as program:
             assert program.process.wait(PATIENCE) == 0, program.output
         assert len(queue.failed_job_registry) == AMOUNTS.count(13), program.output
         assert len(queue.finished_job_registry) == len(AMOUNTS) - AMOUNTS.count(13)
-    versions = place.query("SELECT originator_version FROM bank_events ORDER BY notification_id")
+    versions = workspace.query("SELECT originator_version FROM bank_events ORDER BY notification_id")
     assert versions == [(number,) for number in range(1, 5)]
