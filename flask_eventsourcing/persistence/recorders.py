@@ -150,12 +150,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return positions
 
     def _write(
-        self,
-        write: Write,
-        table: EventTable,
-        events: Sequence[StoredEvent],
-        tracking: Tracking | None,
-        beside: Beside,
+        self, write: Write, table: EventTable, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
     ) -> list[int]:
         return self.dialect.append(write.connection, table, events, beside)
 
@@ -388,12 +383,7 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
             return self._append(stored_events, tracking)
 
     def _write(
-        self,
-        write: Write,
-        table: EventTable,
-        events: Sequence[StoredEvent],
-        tracking: Tracking | None,
-        beside: Beside,
+        self, write: Write, table: EventTable, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
     ) -> list[int]:
         if tracking is None:
             return super()._write(write, table, events, None, beside)
