@@ -213,6 +213,19 @@ def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
         vars(job)["perform"] = perform
 
 
+def job_callback(job: Any, kind: str, wrapped: Callable[[str], Callable[..., Any]]) -> None:
+    """Have an RQ job's callback called by another function, which is made from its name.
+
+    RQ calls what is to happen after a job outside ``job.perform()``, and has no hook there. It can go when a worker has
+    one.
+
+    :param kind: ``success``, ``failure`` or ``stopped``.
+    """
+    name = getattr(job, f"_{kind}_callback_name", None)
+    if name:
+        setattr(job, f"_{kind}_callback", wrapped(name))
+
+
 def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:
     """Have one of Django's connections call another function as one of its methods, which does what its own does.
 

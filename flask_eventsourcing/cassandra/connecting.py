@@ -10,7 +10,7 @@ from typing import Any
 
 from eventsourcing.persistence import OperationalError
 
-from ..exceptions import InheritedDatabaseError, MissingRightError
+from ..exceptions import ConfigurationError, InheritedDatabaseError, MissingRightError
 from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
 from .settings import CassandraSettings
@@ -69,7 +69,7 @@ class Connection:
     def session(self) -> Session:
         """The session of this process.
 
-        :raises ConfigurationError: in the master of uWSGI.
+        :raises ConfigurationError: in the master of uWSGI, and where a data centre has to be chosen.
         :raises InheritedDatabaseError: when another process made it.
         :raises MissingRightError: when the nodes refuse user name and password.
         :raises OperationalError: when no node can be reached.
@@ -126,8 +126,22 @@ class Connection:
             with ExitStack() as failed:
                 failed.callback(cluster.shutdown)
                 session = cluster.connect()
+                self._check_centres({str(each.datacenter) for each in cluster.metadata.all_hosts()})
                 failed.pop_all()
             return session
+
+    def _check_centres(self, names: set[str]) -> None:
+        """Check that the nodes that take part in a save are always the same.
+
+        Otherwise each data centre would order the saves that reach it, and two writers of one version would both win.
+        """
+        settings = self.settings
+        is_local = any(each.startswith("LOCAL_") for each in (settings.consistency, settings.serial_consistency))
+        if len(names) > 1 and settings.local_dc is None and is_local:
+            raise ConfigurationError(
+                f"Cassandra has several data centres, {', '.join(sorted(names))}, and {settings.consistency} and "
+                f"{settings.serial_consistency} mean whichever is asked: set LOCAL_DC to one of them."
+            )
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from ..exceptions import ConfigurationError
 DRIVERS = {"cassandra-driver": "Flask-EventSourcing[cassandra]", "scylla-driver": "Flask-EventSourcing[scylla]"}
 """The projects that bring the package ``cassandra``, each with what installs it."""
 LAST_WITH_GEVENT = (3, 30)
+REACTOR = "cassandra.io.geventreactor"
+"""What the driver imports along where gevent has patched the sockets, and later no more."""
 
 
 def installed() -> dict[str, str]:
@@ -51,10 +53,15 @@ def check_drivers() -> None:
 
 
 def check_process() -> None:
-    """Check that this process may open a session: the master of uWSGI forks, and must not.
+    """Check that this process may open a session.
 
-    :raises ConfigurationError: in the master of uWSGI.
+    :raises ConfigurationError: in the master of uWSGI, which forks, and where gevent came after the driver.
     """
+    if _uses_gevent() and REACTOR not in sys.modules:
+        raise ConfigurationError(
+            "The driver of Cassandra was imported before gevent patched the sockets, and would wait for ever: start "
+            "gunicorn without --preload, or patch at the top of its configuration file (gevent.monkey.patch_all())."
+        )
     # It is there inside of the server only.
     server: Any = sys.modules.get("uwsgi")
     if server is not None and server.worker_id() == 0 and server.masterpid() == os.getpid():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import cassandra
 from cassandra.cluster import NoHostAvailable
 from cassandra.connection import ConnectionException
-from cassandra.protocol import ErrorMessage, IsBootstrappingErrorMessage, OverloadedErrorMessage, ServerError
+from cassandra.protocol import ErrorMessage, RequestExecutionException, ServerError
 from eventsourcing.persistence import DataError, ProgrammingError
 
 from ..exceptions import EventValueError, MissingRightError, MissingTableError
@@ -23,8 +23,8 @@ UNKNOWN: tuple[type[Exception], ...] = (
     cassandra.OperationTimedOut,
     ConnectionException,
     ServerError,
-    OverloadedErrorMessage,
-    IsBootstrappingErrorMessage,
+    # Those for which the driver has no exception, such as Overloaded and CDC_WRITE_FAILURE.
+    RequestExecutionException,
 )
 """After these a write may have been done, or may be completed by the next request for the row."""
 

@@ -18,6 +18,8 @@ from eventsourcing.persistence import (
 )
 from eventsourcing.utils import Environment, EnvType, resolve_topic, strtobool
 
+from ..config import checked
+from ..exceptions import ConfigurationError
 from ..metadata import Collector, Metadata
 from .connecting import Connection
 from .inspecting import Schema
@@ -52,6 +54,17 @@ def lend(lent: Lent) -> str:
     token = uuid4().hex
     _lent[token] = lent
     return token
+
+
+def _accepted(key: str, value: Any) -> Any:
+    """Return a value of the environment that a host's setting of the same name may have, too.
+
+    :raises InfrastructureFactoryError: for another one.
+    """
+    try:
+        return checked(key.lower(), value, key)
+    except ConfigurationError as error:
+        raise InfrastructureFactoryError(str(error)) from None
 
 
 class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
@@ -140,8 +153,11 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
             key = f"CASSANDRA_{name.upper()}"
             value = self.env.get(key)
             if value:
-                options[name] = self._converted(key, value, convert)
-        return CassandraSettings(points, self._required(self.KEYSPACE), self._replication(), **options)
+                options[name] = _accepted(key, self._converted(key, value, convert))
+        if ("username" in options) != ("password" in options):
+            raise InfrastructureFactoryError("CASSANDRA_USERNAME and CASSANDRA_PASSWORD go together: set both.")
+        keyspace = _accepted(self.KEYSPACE, self._required(self.KEYSPACE))
+        return CassandraSettings(_accepted(self.CONTACT_POINTS, points), keyspace, self._replication(), **options)
 
     def _required(self, key: str) -> str:
         value = self.env.get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection
+from uuid import UUID
 
 from .rows import Append, Horizon, Key, Row, row_of, upstream_key
 
@@ -25,6 +26,8 @@ class Memory:
         self.horizon: int = horizon.position
         self.head: int = horizon.position
         self.last_event: int = horizon.last_event
+        self.last_row: tuple[int, UUID] | None = None
+        """Position and id of the last row, or None if there is none since the horizon."""
         self._positions: deque[int] = deque()
         self._known: dict[Key, tuple[int, int]] = {}
         """The last version of each aggregate, and the row of which it is known."""
@@ -55,7 +58,7 @@ class Memory:
                     self._known[upstream_key(part.upstream)] = (part.upstream_position, row.position)
             if not row.indexed:
                 self._unindexed[row.position] = row.keys
-            self.head, self.last_event = row.end, row.last_event
+            self.head, self.last_event, self.last_row = row.end, row.last_event, (row.position, row.id)
             self._positions.append(row.position)
 
     @property

@@ -21,7 +21,8 @@ from eventsourcing.persistence import (
 
 from ..exceptions import EventValueError, IdentifierTypeError
 from ..lifecycle import PerProcess
-from ..metadata import Metadata, MetadataBlock, Recorded, caused_by, new_ids
+from ..metadata import Metadata, MetadataBlock, Recorded, caused_by
+from ..metadata.values import new_block, uuids_of
 from ..tailing import LogSubscription, Waiter
 from .connecting import Connection
 from .reading import Reader
@@ -118,7 +119,7 @@ class Log:
         return Append(
             events=events,
             tracking=tracking,
-            event_ids=[UUID(int=each) for each in new_ids(len(events))],
+            event_ids=uuids_of(new_block(), len(events)),
             # The nodes keep milliseconds.
             time=now.replace(microsecond=now.microsecond // 1000 * 1000),
             metadata=self._collect() if self._collect is not None and events else {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from eventsourcing.persistence import StoredEvent
 from ..metadata import CORRELATION_ID
 from .connecting import Connection
 from .errors import translated
-from .rows import Content, Horizon, Key, MaybeDoneError, Part, Row, StreamRow, bucket_of, stream_rows
+from .rows import Content, Horizon, Key, MaybeDoneError, NotDoneError, Part, Row, StreamRow, bucket_of, stream_rows
 from .schema import TABLES, table
 
 TIMEOUT = 3.0
@@ -201,8 +202,10 @@ class CassandraStore:
             yield _batch(batch)
 
     def flag(self, row: Row) -> None:
-        """Note that the derived rows are written, without waiting for the nodes."""
-        self.connection.session.execute_async(self._bind(self._cql.flag, (bucket_of(row.position), row.position)))
+        """Note that the derived rows are written, without waiting for the nodes, and whether they take it or not."""
+        # To prepare the statement may fail, and without its flag a row is only indexed again.
+        with suppress(NotDoneError, MaybeDoneError), translated():
+            self.connection.session.execute_async(self._bind(self._cql.flag, (bucket_of(row.position), row.position)))
 
     def read_horizon(self) -> Horizon:
         """Read the horizon."""

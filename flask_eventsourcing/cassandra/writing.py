@@ -45,6 +45,8 @@ class Writer:
     """The last rows, whose writers are about to index them."""
     most_indexed = 32
     """Rows that are indexed at once for others, while a save waits."""
+    pause = 0.25
+    """Seconds after which a save looks first whether the log has gone on, or was emptied."""
 
     def __init__(self, store: Store, patience: float, pace: Pace | None = None) -> None:
         self._store = store
@@ -53,6 +55,8 @@ class Writer:
         self._pace = pace or Pace(store)
         self._queue = Queue()
         self._memory: Memory | None = None
+        self._met = float("-inf")
+        """When this process has last seen the end of the log."""
         self._moving = threading.Lock()
 
     def append(self, append: Append) -> int:
@@ -143,7 +147,7 @@ class Writer:
         losses = 0
         while True:
             batch += self._queue.take(batch)
-            memory = self._memory = self._memory or self._begin()
+            memory = self._memory = self._at_the_end()
             self._admit_all(memory, batch)
             if not batch:
                 return None
@@ -153,6 +157,7 @@ class Writer:
             if winner is None:
                 before = memory.unindexed(row.keys)
                 memory.meet(row)
+                self._met = self._store.now()
                 self._pace.won()
                 return memory, row, before
             losses += 1
@@ -184,6 +189,23 @@ class Writer:
                 f"{row.position}, {error}). Look before you do it again."
             ) from error
 
+    def _at_the_end(self) -> Memory:
+        """Return what is known of the log; after a pause all of it, or, if the log was emptied, what it has now."""
+        memory, now = self._memory, self._store.now()
+        if memory is None:
+            return self._begin()
+        if memory.last_row is None or now - self._met < self.pause:
+            return memory
+        position, row_id = memory.last_row
+        found = self._walker.repeat(partial(self._store.read_rows, position, 2, states=False))
+        is_there = bool(found) and found[0].position == position
+        last = found[0] if is_there else self._walker.repeat(partial(self._store.read_row, position))
+        self._met = now
+        if last is None or last.id != row_id:
+            logger.warning("Row %s of a log is gone: the tables were emptied or made again", position)
+            return self._begin()
+        return memory if len(found) == 1 else self._follow(memory)
+
     def _begin(self) -> Memory:
         memory = Memory(self._walker.repeat(self._store.read_horizon))
         return self._follow(memory)
@@ -191,6 +213,7 @@ class Writer:
     def _after_loss(self, memory: Memory, winner: Row) -> None:
         self._check(memory, winner)
         self._memory = self._follow(memory)
+        self._met = self._store.now()
 
     def _check(self, memory: Memory, winner: Row) -> None:
         memory.meet(winner)

@@ -33,7 +33,6 @@ from .values import (
     checked,
     names_recorded,
     new_id,
-    new_ids,
     trace_of_span,
 )
 
@@ -56,7 +55,6 @@ __all__ = [
     "kept_for_later",
     "names_recorded",
     "new_id",
-    "new_ids",
     "null_metadata_in_context",
     "put_metadata_in_context",
     "set_metadata_in_context",
@@ -100,8 +98,10 @@ _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", de
 
 def get_metadata_from_context() -> dict[str, str]:
     """Return a copy of the metadata in the context, a dict that may be empty."""
-    parts: list[Metadata] = []
     link, hidden = _chain.get(), False
+    if link is not None and link.before is None and not link.is_over():
+        return dict(link.block._found())
+    parts: list[Metadata] = []
     while link is not None:
         block = link.block
         if not link.is_over():
@@ -151,7 +151,8 @@ class MetadataBlock:
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        self._link = _Link(_living(_chain.get()), self)
+        before = _chain.get()
+        self._link = _Link(before and _living(before), self)
         _chain.set(self._link)
         return self
 
@@ -162,7 +163,7 @@ class MetadataBlock:
         if link is None:
             return
         if _chain.get() is link:
-            _chain.set(_living(link.before))
+            _chain.set(link.before and _living(link.before))
         else:
             # Others have put something on top, or it is another context's.
             link.is_over = _always

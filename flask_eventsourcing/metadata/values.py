@@ -121,9 +121,7 @@ def check_size(metadata: Mapping[str, str]) -> None:
     :raises EventMetadataError: otherwise.
     """
     # A character takes six bytes at most.
-    characters = 6 * len(metadata)
-    for key, value in metadata.items():
-        characters += len(key) + len(value)
+    characters = len("".join([*metadata, *metadata.values()])) + 6 * len(metadata)
     if characters > MOST_BYTES // 6:
         size = len(to_json(metadata).encode())
         if size > MOST_BYTES:
@@ -149,14 +147,35 @@ def new_id() -> str:
     return str(uuid7())
 
 
-def new_ids(count: int) -> range:
-    """Return the integers of UUIDs of version 7 that follow one another: they differ in their last 32 bits only.
+_DIGITS = tuple([f"{number:03x}" for number in range(16**3)])
+_HALF = dict(zip("0123456789abcdef", "01234567" * 2, strict=True))
 
-    What is made for each save is above those of the same millisecond by a counter in the bits before them. The first
-    of the last 32 bits is left free, and so are the last three hexadecimal digits.
+
+def new_block() -> str:
+    """Return the hexadecimal digits of a UUID of version 7 without the last three, for :func:`ids_of`.
+
+    Each is above those of the same millisecond by a counter in the bits before the last 32, of which the first is left
+    free.
     """
-    first: int = uuid7().int & ~0x80000FFF
-    return range(first, first + count)
+    digits: str = uuid7().hex
+    return f"{digits[:24]}{_HALF[digits[24]]}{digits[25:29]}"
+
+
+def ids_of(block: str, count: int, *, dashes: bool = False) -> list[str]:
+    """Return UUIDs as text that follow one another, with dashes or without: they differ in their last 32 bits only."""
+    start = f"{block[:8]}-{block[8:12]}-{block[12:16]}-{block[16:20]}-{block[20:]}" if dashes else block
+    if count == 1:
+        return [f"{start}000"]
+    found = [start + each for each in _DIGITS[:count]]
+    while len(found) < count:
+        block = f"{int(block, 16) + 1:029x}"
+        found += ids_of(block, min(count - len(found), len(_DIGITS)), dashes=dashes)
+    return found
+
+
+def uuids_of(block: str, count: int) -> list[UUID]:
+    """Return the same ids as UUIDs."""
+    return list(map(UUID, ids_of(block, count)))
 
 
 CORRELATION_HEADERS = ("X-Correlation-ID", "X-Request-ID")

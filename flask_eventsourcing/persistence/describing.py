@@ -16,8 +16,8 @@ from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection
 
 from ..exceptions import EventMetadataError
-from ..metadata import CORRELATION_ID, Metadata, Recorded, new_ids
-from ..metadata.values import to_json
+from ..metadata import CORRELATION_ID, Metadata, Recorded
+from ..metadata.values import ids_of, new_block, to_json, uuids_of
 from .dialects import Dialect
 from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, EventTable, Shape
 from .record_checks import KINDS
@@ -28,6 +28,9 @@ Collect = Callable[[], Metadata]
 logger: logging.Logger = logging.getLogger(__name__)
 
 POSITIONS_AT_ONCE = 500
+
+SHARED = ("recorded_at", "metadata", "correlation_id")
+"""Columns of ``METADATA_COLUMNS`` that have one value for all events of a save."""
 
 _saving: ContextVar[Sequence[Any]] = ContextVar("flask_eventsourcing.saving", default=())
 
@@ -45,19 +48,20 @@ def saving(domain_events: Sequence[Any]) -> Iterator[None]:
 class Description(NamedTuple):
     """What is stored beside the events of one save."""
 
-    ids: Sequence[int]
+    block: str | None
+    """Of their ids, as :func:`ids_of` takes it."""
     time: datetime | None
     metadata: Metadata
     beside: Beside
 
     def recorded(self, positions: Sequence[int]) -> tuple[Recorded, ...]:
         """Return it for each event."""
-        ids: list[UUID | None] = [UUID(int=each) for each in self.ids]
-        ids = ids or [None] * len(positions)
+        count = len(positions)
+        ids: Sequence[UUID | None] = [None] * count if self.block is None else uuids_of(self.block, count)
         return tuple(Recorded(*each, self.time, self.metadata) for each in zip(positions, ids, strict=True))
 
 
-PLAIN_DESCRIPTION = Description((), None, {}, NOTHING)
+PLAIN_DESCRIPTION = Description(None, None, {}, NOTHING)
 
 
 class Describer:
@@ -71,7 +75,7 @@ class Describer:
         self._table = table
         names = [name for name in METADATA_COLUMNS if name in table.c] if collect is not None else []
         self._collect = collect if names else None
-        self._shared = {name: self._encoder(name) for name in names if name != "event_id"}
+        self._shared = {SHARED.index(name): self._encoder(name) for name in names if name in SHARED}
         self._id = self._id_encoder() if "event_id" in names else None
         self._column_values: Callable[..., Mapping[str, Any]] | None = table.info.get(COLUMN_VALUES)
         self._shapes: dict[tuple[str, ...], Shape] = {}
@@ -85,21 +89,19 @@ class Describer:
         if self._collect is None and self._column_values is None:
             return PLAIN_DESCRIPTION
         metadata = self._collect() if self._collect is not None else {}
-        time = datetime.now(UTC) if "recorded_at" in self._shared else None
-        values = {"recorded_at": time, "metadata": metadata, "correlation_id": metadata.get(CORRELATION_ID)}
-        shared = tuple([encode(values[name]) for name, encode in self._shared.items()])
-        ids = range(0)
-        rows: list[tuple[Any, ...]]
+        time = datetime.now(UTC) if 0 in self._shared else None
+        values = (time, metadata, metadata.get(CORRELATION_ID))
+        shared = tuple([encode(values[number]) for number, encode in self._shared.items()])
+        block: str | None = None
+        columns: list[Sequence[Any]] = []
         if self._id is not None:
-            ids = new_ids(len(events))
-            rows = list(zip(self._id(ids)))
-        else:
-            rows = [()] * len(events)
+            block = new_block()
+            columns.append(self._id(block, len(events)))
         own: tuple[str, ...] = ()
         if self._column_values is not None:
             own, further = self._own(self._column_values, events, metadata)
-            rows = [(*row, *more) for row, more in zip(rows, further, strict=True)]
-        return Description(ids, time, metadata, Beside(self._shape(own), rows, shared))
+            columns += further
+        return Description(block, time, metadata, Beside(self._shape(own), columns, shared))
 
     def fitting(self, connection: Connection, table: EventTable, described: Description) -> Description:
         """Return what a table that was looked at has columns for."""
@@ -121,14 +123,14 @@ class Describer:
         if not own:
             return PLAIN_DESCRIPTION
         kinds = shape.kinds[first : first + len(own)]
-        rows = [row[first:] for row in described.beside.rows]
-        return Description((), None, {}, Beside(Shape(own, (), kinds, f" {','.join(own)}"), rows, ()))
+        columns = described.beside.columns[first:]
+        return Description(None, None, {}, Beside(Shape(own, (), kinds, f" {','.join(own)}"), columns, ()))
 
     def _shape(self, own: tuple[str, ...]) -> Shape:
         found = self._shapes.get(own)
         if found is None:
             each = ("event_id", *own) if self._id is not None else own
-            names = (*each, *self._shared)
+            names = (*each, *[SHARED[number] for number in self._shared])
             compiled = [self._table.c[name].type.compile(self._dialect.engine.dialect) for name in names]
             quoted = tuple(self._dialect.quote(self._table.c[name].name) for name in names)
             found = Shape(quoted[: len(each)], quoted[len(each) :], tuple(compiled), f" {','.join(quoted)}")
@@ -137,8 +139,8 @@ class Describer:
 
     def _own(
         self, column_values: Callable[..., Mapping[str, Any]], events: Sequence[StoredEvent], metadata: Metadata
-    ) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-        """Return the user's columns, and their values for each event."""
+    ) -> tuple[tuple[str, ...], list[list[Any]]]:
+        """Return the names of the user's columns, and the values of each."""
         found = [column_values(event, metadata) for event in _domain_events(events)]
         names = tuple(dict.fromkeys(name for each in found for name in each))
         for name in names:
@@ -147,10 +149,11 @@ class Describer:
                     f"column_values() of the record class of {self._table.fullname} returns {name!r}, which is no "
                     "column of its own: give it the name of a column that the class adds to those of the mixin."
                 )
-        encoders = [self._encoder(name) for name in names]
-        return names, [
-            tuple(encode(each.get(name)) for name, encode in zip(names, encoders, strict=True)) for each in found
-        ]
+        columns = []
+        for name in names:
+            encode = self._encoder(name)
+            columns.append([encode(each.get(name)) for each in found])
+        return names, columns
 
     def _encoder(self, name: str) -> Callable[[Any], Any]:
         dialect = self._dialect.engine.dialect
@@ -166,13 +169,13 @@ class Describer:
                 return lambda time: bind(time.replace(tzinfo=None))
         return bind
 
-    def _id_encoder(self) -> Callable[[range], list[Any]]:
+    def _id_encoder(self) -> Callable[[str, int], list[Any]]:
         dialect = self._dialect.engine.dialect
         column_type: Any = self._table.c["event_id"].type
         bind = column_type.dialect_impl(dialect).bind_processor(dialect) or _as_it_is
         if (made := bind(_EXAMPLE_ID)) in (_EXAMPLE_ID.hex, str(_EXAMPLE_ID)):
-            return partial(_as_texts, "-" in made)
-        return lambda ids: [bind(UUID(int=each)) for each in ids]
+            return partial(ids_of, dashes="-" in made)
+        return lambda block, count: [bind(each) for each in uuids_of(block, count)]
 
 
 def _as_it_is(value: Any) -> Any:
@@ -181,25 +184,15 @@ def _as_it_is(value: Any) -> Any:
 
 _EXAMPLE = datetime(2026, 1, 2, 3, 4, 5, 6)
 _EXAMPLE_ID = UUID(int=7 << 76)
-_ISO = "%04d-%02d-%02d %02d:%02d:%02d.%06d"
-_DIGITS = tuple([f"{number:03x}" for number in range(16**3)])
-
-
-def _as_texts(dashes: bool, ids: range) -> list[str]:
-    """Return ids as text, with dashes or without. They begin with one whose last three digits are zeros."""
-    found: list[str] = []
-    for block in range(ids[0], ids[-1] + 1, len(_DIGITS)):
-        start = hex(block >> 12)[2:].zfill(29)
-        if dashes:
-            start = f"{start[:8]}-{start[8:12]}-{start[12:16]}-{start[16:20]}-{start[20:]}"
-        found += [start + each for each in _DIGITS[: ids[-1] + 1 - block]]
-    return found
+_TWO = tuple([f"{number:02d}" for number in range(100)])
+_THREE = tuple([f"{number:03d}" for number in range(1000)])
 
 
 def _as_iso(time: datetime) -> str:
     """Return a time as SQLAlchemy writes it into a column of text, in a third of the time."""
-    parts = (time.year, time.month, time.day, time.hour, time.minute, time.second, time.microsecond)
-    return _ISO % parts
+    day = f"{time.year:04d}-{_TWO[time.month]}-{_TWO[time.day]}"
+    thousands, rest = divmod(time.microsecond, 1000)
+    return f"{day} {_TWO[time.hour]}:{_TWO[time.minute]}:{_TWO[time.second]}.{_THREE[thousands]}{_THREE[rest]}"
 
 
 def _domain_events(events: Sequence[StoredEvent]) -> Sequence[Any]:
@@ -224,7 +217,7 @@ def read_recorded(
 
     :raises UnsafeTableError: when the table lacks some of the columns.
     """
-    dialect.look(connection, table, "describe")
+    dialect.look(connection, table, "recall")
     if dialect.leaves_out_metadata(connection, table):
         return {}
     c = table.table.c

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
 
 NEVER_TOO_MANY = 4
-"""Events that are read with no look at their sizes, which would keep them waiting, unless others were large."""
+"""Events that are read with no look at their sizes, which would keep them waiting, until a large one was met."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -111,8 +111,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     predecessor must be an event, or a snapshot in *snapshots_table*.
     """
 
-    _looks_at = 1000
-    """At how many events a page is measured; one thread's value does for another."""
+    _looks_at, _unmeasured = 1000, NEVER_TOO_MANY
+    """At how many events a page is measured, and how many are read without that; one thread's values do for another."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none, and return their positions.
@@ -135,10 +135,12 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                     write.check_thread(self.events_table, events)
                     if write.unit is not None:
                         self.dialect.check_transaction(write.connection)
-                    if described.beside.shape.key:
-                        table = self._table(write.connection, "describe")
+                    is_described = described is not PLAIN_DESCRIPTION
+                    use: Use = "describe" if is_described else "append"
+                    table = self._table(write.connection, use) if events else self.events_table
+                    if is_described:
                         described = self._describe.fitting(write.connection, table, described)
-                    positions = self._write(write, events, tracking, described.beside)
+                    positions = self._write(write, table, events, tracking, described.beside)
             except IntegrityError as error:
                 if self.dialect.is_conflict(error):
                     write.conflicted(self.dialect.located(write.connection, self.events_table), events)
@@ -148,12 +150,9 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return positions
 
     def _write(
-        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+        self, write: Write, table: EventTable, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
     ) -> list[int]:
-        return self._append_to(write.connection, events, beside)
-
-    def _append_to(self, connection: Connection, events: Sequence[StoredEvent], beside: Beside) -> list[int]:
-        return self.dialect.append(connection, self._table(connection, "append"), events, beside)
+        return self.dialect.append(write.connection, table, events, beside)
 
     def select_notifications(
         self,
@@ -201,6 +200,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             )
 
         page = self._read(read_page, join=join)
+        if len(page) <= NEVER_TOO_MANY and any(len(each.state) * NEVER_TOO_MANY > PAGE_BYTES for each in page):
+            self._unmeasured = 1
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
@@ -211,7 +212,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         :raises PersistenceError: when the database cannot be asked.
         """
-        if limit <= NEVER_TOO_MANY <= self._looks_at:
+        if limit <= self._unmeasured:
             return limit
         limit = min(limit, self._looks_at)
         c = self.events_table.table.c
@@ -382,17 +383,10 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
             return self._append(stored_events, tracking)
 
     def _write(
-        self, write: Write, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
+        self, write: Write, table: EventTable, events: Sequence[StoredEvent], tracking: Tracking | None, beside: Beside
     ) -> list[int]:
         if tracking is None:
-            return super()._write(write, events, None, beside)
-        if write.unit is not None:
-            with write.connection.begin_nested():
-                return self._write_both(write.connection, events, tracking, beside)
-        return self._write_both(write.connection, events, tracking, beside)
-
-    def _write_both(
-        self, connection: Connection, events: Sequence[StoredEvent], tracking: Tracking, beside: Beside
-    ) -> list[int]:
-        self.write_tracking(connection, tracking)
-        return self._append_to(connection, events, beside) if events else []
+            return super()._write(write, table, events, None, beside)
+        with nullcontext() if write.unit is None else write.connection.begin_nested():
+            self.write_tracking(write.connection, tracking)
+            return super()._write(write, table, events, None, beside) if events else []

@@ -15,7 +15,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ..exceptions import CommitOutcomeUnknownError
-from ..persistence.dialects.driver import is_own, root_engine
+from ..persistence.dialects.calls import is_own, root_engine
 from .commit_gate import joined_late
 from .pending import Batch, known_state, state_of
 from .unit import INFO_KEY, SessionUnits, UnitOfWork

@@ -9,7 +9,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flask import Flask, current_app, g, has_app_context, has_request_context, request
+from flask import Flask, current_app, has_app_context, has_request_context, request
+from flask.globals import app_ctx
 
 from ..config import Config
 from ..metadata import (
@@ -48,16 +49,17 @@ class Carried:
 
     def __call__(self) -> Mapping[str, str]:
         """Return it; empty outside an application context of the app."""
-        if not is_current(self._app):
-            return {}
         # Each save asks: the objects themselves are quicker than Flask's proxies.
+        context: Any = app_ctx._get_current_object() if has_app_context() else None  # type: ignore[attr-defined]
+        if context is None or context.app is not self._app:
+            return {}
         if has_request_context():
             of_request: Any = request._get_current_object()  # type: ignore[attr-defined]
             found: dict[str, str] | None = of_request.environ.get(KEPT)
             if found is None:
                 found = of_request.environ[KEPT] = metadata_of_headers(of_request.headers)
         else:
-            of_context: Any = g._get_current_object()
+            of_context: Any = context.g
             found = of_context.get("_flask_eventsourcing_metadata")
             if found is None:
                 found = of_context._flask_eventsourcing_metadata = {CORRELATION_ID: new_id()}

@@ -164,6 +164,17 @@ def received(found: Any, task_id: str | None = None) -> MetadataBlock:
         return received(None, task_id)
 
 
+def run_after_task(state: SiteState, body: Callable[[], Any], retries: int, found: Any, task_id: str | None) -> Any:
+    """Run what a queue calls when a task has ended, in a context and a unit of work, with the task's metadata.
+
+    :param retries: how often it is run again after a conflict, at most.
+    :param found: the metadata that came with the task.
+    :param task_id: what the task and its retries have in common.
+    """
+    with received(found, task_id), working_for(state), state.host.context():
+        return state.host.retry(body, retries, lenient=True)
+
+
 def describe(name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Describe a call by the names of its arguments. Their values may be confidential."""
     try:

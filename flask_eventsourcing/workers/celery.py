@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery, Task, current_task, signals
 from celery import current_app as current_celery_app
 from celery.app.registry import TaskRegistry
+from celery.app.task import Context
 from celery.canvas import Signature
 from celery.result import AsyncResult, GroupResult
 from eventsourcing.persistence import IntegrityError
@@ -32,6 +33,7 @@ from . import (
     describe,
     pause,
     received,
+    run_after_task,
     state_slot,
     task_unit,
 )
@@ -134,6 +136,9 @@ class _Worker:
     def _in_unit(self, task: Any, body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def run(*args: Any, **kwargs: Any) -> Any:
+            ended = _ended(task, args)
+            if ended is not None and find_current_site(last=False) is None:
+                return self._run_after(ended, task, lambda: body(*args, **kwargs))
             request = _request(task)
             # A task that is called as a function is one: it does what it does in the caller's context.
             if request is None or hasattr(request, _MARK):
@@ -163,6 +168,10 @@ class _Worker:
                 # retry() leaves it behind for Celery's autoretry, which has a limit of its own.
                 vars(task).pop("override_max_retries", None)
 
+    def _run_after(self, ended: Any, task: Any, body: Callable[[], Any]) -> Any:
+        retries = getattr(task, "conflict_retries", self.conflict_retries)
+        return run_after_task(self.slot.get(), body, retries, brought(ended), ended.root_id or ended.id)
+
     def _state(self, request: Any) -> SiteState:
         current = find_current_site(last=False) if request.is_eager else None
         return self.slot.get() if current is None else current
@@ -189,6 +198,20 @@ def _request(task: Any) -> Any:
     """Return what a worker, or eager mode, is asked to do, or None where the task is called as a function."""
     # Before Celery 5.5 a __call__ of the user's that calls super() puts a request on top that looks like a function's.
     return next((request for request in reversed(task.request_stack.stack) if not request.called_directly), None)
+
+
+def _ended(task: Any, args: tuple[Any, ...]) -> Any:
+    """Return the request after which Celery calls this task as a function, as it does for errbacks, or None.
+
+    An errback of a bound task, or with one parameter, is sent as a task.
+    """
+    latest = task.request_stack.top
+    if latest is not None and not latest.called_directly:
+        return None
+    if args and isinstance(args[0], Context):
+        return args[0]
+    ended = task.app.current_worker_task
+    return None if ended is None else ended.request
 
 
 def send_after_commit(task: Any, /, *args: Any, **kwargs: Any) -> AsyncResult | GroupResult:

@@ -17,9 +17,10 @@ from uuid import uuid4
 from eventsourcing.persistence import IntegrityError
 from rq import Queue, Retry, SimpleWorker, Worker, get_current_job
 from rq.job import Job
+from rq.utils import import_attribute
 from sqlalchemy import orm
 
-from .._patches import job_perform
+from .._patches import job_callback, job_perform
 from ..applications.known_sites import current_site, site_of
 from ..exceptions import ConfigurationError
 from ..uow import Run
@@ -34,6 +35,7 @@ from . import (
     describe,
     pause,
     received,
+    run_after_task,
     state_slot,
     task_unit,
 )
@@ -91,6 +93,8 @@ class EventSourcingWorkerMixin:
         """Perform a job in a unit of work. A work-horse then closes its applications."""
         # RQ calls job.perform() under its time limit, before it stores the result.
         job_perform(job, partial(self._perform, job, job.perform))
+        for kind in ("success", "failure"):
+            job_callback(job, kind, self._in_unit)
         try:
             return bool(super().perform_job(job, *args, **kwargs))  # type: ignore[misc]
         finally:
@@ -98,6 +102,31 @@ class EventSourcingWorkerMixin:
             if self.is_horse:  # type: ignore[attr-defined]
                 # It ends by os._exit().
                 self._slot.close()
+
+    def monitor_work_horse(self, job: Job, *args: Any, **kwargs: Any) -> None:
+        """Wait for a work-horse. This process calls the callback of a job that was stopped."""
+        job_callback(job, "stopped", self._in_closing_unit)
+        super().monitor_work_horse(job, *args, **kwargs)  # type: ignore[misc]
+
+    def _in_unit(self, name: str) -> Callable[..., Any]:
+        def call(job: Job, *args: Any) -> Any:
+            callback = import_attribute(name)
+            if inspect.iscoroutinefunction(callback):
+                raise TypeError(f"The callback {name} is a coroutine function, which RQ does not await.")
+            called = partial(callback, job, *args)
+            return run_after_task(self._slot.get(), called, self.conflict_retries, job.meta.get(CARRIED), job.id)
+
+        return call
+
+    def _in_closing_unit(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return self._in_unit(name)(*args)
+            finally:
+                # The next work-horse is forked from this process, which is to have nothing open.
+                self._slot.close()
+
+        return call
 
     def _perform(self, job: Job, perform: Callable[[], Any]) -> Any:
         retries = job.number_of_retries or 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
+from uuid import uuid4
 
 import pytest
 from eventsourcing.persistence import ProgrammingError
 
-from flask_eventsourcing.exceptions import MissingRightError, MissingTableError
+from flask_eventsourcing.exceptions import ConfigurationError, MissingRightError, MissingTableError
 
 cassandra: Any = pytest.importorskip("cassandra", reason="cassandra-driver is not installed")
 pytest.importorskip("cassandra.cluster", reason="cassandra-driver is not installed")
@@ -26,6 +28,7 @@ def maybe_done() -> list[Any]:
         connection.ConnectionShutdown("closed"),
         protocol.ServerError(0, "null pointer", None),
         protocol.OverloadedErrorMessage(0x1001, "overloaded", None),
+        protocol.CDCWriteException(0x1600, "no space for the log of changes", None),
         # CAS_WRITE_UNKNOWN, for which the driver has no class.
         protocol.ErrorMessage(0x1700, "CAS operation result is unknown", None),
     ]
@@ -62,3 +65,45 @@ def test_what_stays_wrong_is_told_at_once() -> None:
     ):
         with pytest.raises(expected), translated(9):
             raise error
+
+
+def test_flag_that_cannot_be_written_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved or read is not refused because nodes do not answer when a row is flagged, which nobody needs."""
+    from cassandra.cluster import NoHostAvailable
+
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection
+    from flask_eventsourcing.cassandra.rows import Row
+    from flask_eventsourcing.cassandra.store import CassandraStore
+
+    def prepare(cql: str) -> None:
+        raise NoHostAvailable("no host", {}) if "indexed = true" in cql else NotImplementedError
+
+    connection = Connection(CassandraSettings(("127.0.0.1",), "bank"))
+    monkeypatch.setattr(connection, "prepare", prepare)
+    monkeypatch.setattr(Connection, "session", Mock())
+    CassandraStore(connection, "bank").flag(Row(1, uuid4(), 1, 0, [], ()))
+
+
+@pytest.mark.parametrize(
+    ("others", "refused"),
+    [
+        ({}, True),
+        ({"serial_consistency": "SERIAL"}, True),
+        ({"consistency": "QUORUM", "serial_consistency": "SERIAL"}, False),
+        ({"local_dc": "east"}, False),
+    ],
+)
+def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several data centres, none of which is chosen, two of them would order saves: it is refused."""
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection, connecting
+
+    made = Mock()
+    made.metadata.all_hosts.return_value = [Mock(datacenter="east"), Mock(datacenter="west")]
+    monkeypatch.setattr(connecting, "Cluster", lambda *_, **__: made)
+    connection = Connection(CassandraSettings(("127.0.0.1",), "bank", **others))
+    if not refused:
+        assert connection.session is made.connect()
+        return
+    with pytest.raises(ConfigurationError, match=r"several data centres, east, west, .*: set LOCAL_DC"):
+        _ = connection.session
+    made.shutdown.assert_called_once()

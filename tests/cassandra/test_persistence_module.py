@@ -120,7 +120,15 @@ def test_metadata_are_stored(dogs: Dogs) -> None:
     [
         ("CASSANDRA_CONTACT_POINTS", "", "CASSANDRA_CONTACT_POINTS"),
         ("CASSANDRA_KEYSPACE", "", "BANK_CASSANDRA_KEYSPACE"),
+        ("CASSANDRA_CONTACT_POINTS", "127.0.0.1:9042", "CASSANDRA_CONTACT_POINTS must be a list .*, without a port"),
+        ("CASSANDRA_KEYSPACE", 'bank"; DROP KEYSPACE bank', "CASSANDRA_KEYSPACE must be a name"),
         ("CASSANDRA_PORT", "many", "must be a number"),
+        ("CASSANDRA_PORT", "70000", "CASSANDRA_PORT must be a whole number"),
+        # With it, what was acknowledged could be missed.
+        ("CASSANDRA_CONSISTENCY", "one", "CASSANDRA_CONSISTENCY must be .*; found 'ONE'"),
+        ("CASSANDRA_SERIAL_CONSISTENCY", "QUORUM", "CASSANDRA_SERIAL_CONSISTENCY must be"),
+        ("CASSANDRA_PATIENCE", "nan", "CASSANDRA_PATIENCE must be a number of seconds"),
+        ("CASSANDRA_USERNAME", "ada", "CASSANDRA_USERNAME and CASSANDRA_PASSWORD go together"),
         ("CASSANDRA_REPLICATION", "0", "must be a number"),
         ("CASSANDRA_REPLICATION", "{}", "must be a number"),
         ("ORIGINATOR_ID_TYPE", "int", "must be 'uuid' or 'text'"),

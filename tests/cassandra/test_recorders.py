@@ -239,6 +239,30 @@ def test_log_goes_on_in_the_next_bucket(new_log: NewLog) -> None:
     assert again.insert_events([event(keys[2], 1)]) == [10_017]
 
 
+@pytest.mark.parametrize("others_save", [False, True])
+def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -> None:
+    """Where the tables are emptied under a process that has saved, its next save is the first one, and is read."""
+    from flask_eventsourcing.cassandra.schema import TABLES, table
+
+    log = new_log()
+    recorder = application_recorder(log)
+    kept = uuid4()
+    for version in range(1, 4):
+        recorder.insert_events([event(kept, version)])
+    connection = log.parts.store.connection
+    for purpose in TABLES:
+        connection.execute(f"TRUNCATE {table(connection.settings, log.name.lower(), purpose)}", timeout=60)
+    expected = 5 if others_save else 1
+    other = application_recorder(type(log)(connection, log.name))
+    for _ in range(expected - 1):
+        other.insert_events([event(uuid4(), 1)])
+    # Only what comes at once would be taken for the next one.
+    log.parts.writer.pause = 0.0
+    assert recorder.insert_events([event(kept, 1)]) == [expected]
+    assert [each.id for each in recorder.select_notifications(1, 10)] == list(range(1, expected + 1))
+    assert [each.originator_version for each in recorder.select_events(kept)] == [1]
+
+
 @pytest.mark.torture
 def test_process_that_starts_behind_100_000_appends(new_log: NewLog) -> None:
     """Where the horizon lies 100,000 appends back, a new process reads these once, and then saves."""

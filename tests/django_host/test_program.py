@@ -125,6 +125,29 @@ def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.Fixtur
     assert "3 passed" in project.run(*plain, *settings, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
+@pytest.mark.parametrize(
+    "backend", [DATABASES[0], *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES[1:])]
+)
+def test_test_cases_of_users(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Data of a class, captured callbacks and live servers work with events, in parallel and under pytest-django."""
+    require(find_spec("pytest_django"), "pytest-django", "pip install 'Flask-EventSourcing[test]'")
+    project = bank_project(tmp_path, {"default": database_settings(url_for(backend, tmp_path, request))})
+    project.append("site_of_bank/urls.py", LIVE)
+    project.write("bank/test_cases.py", (ROOT / "tests/django_host/cases.py").read_text())
+    project.manage("makemigrations", "bank")
+    said = project.manage("test", "bank.test_cases", "--parallel", "2")
+    assert "Ran 9 tests" in said
+    plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider")
+    said = project.run(
+        *plain, "--ds", "site_of_bank.settings", "bank/test_cases.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+    )
+    assert "14 passed" in said
+
+
+LIVE = """
+from django.views.decorators.csrf import csrf_exempt
+urlpatterns += [path("live", csrf_exempt(open_account))]
+"""
 ADMIN = """
 from django.contrib import admin
 urlpatterns += [path("admin/", admin.site.urls)]

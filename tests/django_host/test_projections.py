@@ -265,6 +265,40 @@ def test_another_event_at_the_position(site: DjangoBank) -> None:
         run()
 
 
+def test_a_table_that_is_missing(site: DjangoBank) -> None:
+    """A projection without its table, run before or not, is a state that names table and remedy, for all that ask."""
+    from tests.django_host.ledger.models import Balance
+
+    account_id = site.opened()
+    for amount in (1, 2):
+        with site.connection.schema_editor() as editor:
+            editor.delete_model(Balance)
+        found = status()
+        assert found.state == "tables missing"
+        assert found.problem is not None
+        assert "lacks its table ledger_balance" in found.problem
+        assert "manage.py eventsourcing rebuild Balances" in found.problem
+        with pytest.raises(CheckpointMismatchError, match="lacks its table ledger_balance"):
+            run()
+        site.bank.deposit(account_id, amount)
+        with pytest.raises(CheckpointMismatchError, match="lacks its table ledger_balance"):
+            wait_for("Balances", amount + 1, timeout=60)
+        with pytest.raises(CommandError, match="ledger_balance"):
+            call_command("eventsourcing", "run", "--once", database=site.alias, stdout=StringIO())
+        with pytest.raises((CommandError, SystemExit)):
+            call_command("eventsourcing", "status", "--check", database=site.alias, stdout=StringIO())
+        assert found.dead_letters == 0
+        with site.connection.schema_editor() as editor:
+            editor.create_model(Balance)
+        if amount == 1:
+            run()
+            assert balances(site) == {account_id: 1}
+    with pytest.raises(CheckpointMismatchError, match="was made again"):
+        run()
+    call_command("eventsourcing", "rebuild", "Balances", "--offline", database=site.alias, stdout=StringIO())
+    assert balances(site) == {account_id: 3}
+
+
 def test_in_a_test_case(site: DjangoBank) -> None:
     """Within a test case's transaction a projection sees what the test has saved, and all of it is undone."""
     with as_test_case(site):

@@ -236,3 +236,21 @@ def test_a_page_of_the_log_is_bounded_in_bytes(desk: Desk, monkeypatch: pytest.M
             assert [next(subscription).id for _ in range(31)] == list(range(1, 32))
     assert not desk.run_once()
     assert desk.amounts() == {account_id: sum(range(1, 31))}
+
+
+def test_large_events_are_read_one_by_one_once_one_was_met(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few events are read without a look at their sizes only until a large one was met, in a page of any size."""
+    desk.balances()
+    desk.open(*range(1, 31))
+    with desk.context():
+        pages = LogPages(desk.consumer(), None)
+        assert len(pages.read(0, 4, 31).events) == 4
+        monkeypatch.setattr(recorders, "PAGE_BYTES", 1)
+        # The size of a single event is known only after it was read.
+        assert len(pages.read(4, 1, 31).events) == 1
+        for _ in range(3):
+            # However often they turn out to be small.
+            monkeypatch.setattr(recorders, "PAGE_BYTES", 2**20)
+            assert len(pages.read(5, 4, 31).events) == 4
+        monkeypatch.setattr(recorders, "PAGE_BYTES", 1)
+        assert len(pages.read(5, 4, 31).events) == 1

@@ -244,6 +244,37 @@ def test_tween_does_not_tell_of_a_success(new_site: MakePyramidSite) -> None:
     assert site.stored() == (0, 0)
 
 
+def early_tween_factory(handler: Any, registry: Any) -> Any:
+    """Make a tween that saves before the request has a transaction, and commits if the request says so."""
+
+    def tween(request: Any) -> Any:
+        with request.tm if "X-Commit" in request.headers else nullcontext():
+            bank_of(request).open_account()
+        return handler(request)
+
+    return tween
+
+
+def test_events_saved_before_the_transaction_of_the_request(new_site: MakePyramidSite) -> None:
+    """What a tween over ``pyramid_tm`` saves and leaves uncommitted is refused, not dropped silently."""
+    name = "tests.pyramid_site.test_requests.early_tween_factory"
+    guard = "flask_eventsourcing.contrib.pyramid.guard_tween_factory"
+    thread = {"tm.manager_hook": lambda request: transaction.manager}
+    site = with_note(new_site(configure=lambda config: config.add_tween(name, over=guard), **VETO, **thread))
+    discarded: list[Any] = []
+
+    def hear(sender: object, notifications: Any, **_: Any) -> None:
+        discarded.extend(notifications)
+
+    refused = pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* before pyramid_tm has begun")
+    with events_discarded.connected_to(hear), refused:
+        site.answer(save)
+    assert len(discarded) == 1
+    assert site.stored() == (0, 0)
+    assert site.answer(save, headers={"X-Commit": "yes"}).status_code == 200
+    assert site.stored() == (2, 1)
+
+
 def test_list_of_tweens_without_the_guard_is_told(new_site: MakePyramidSite, caplog: pytest.LogCaptureFixture) -> None:
     """Settings that list every tween and leave the guard out, or have it under ``pyramid_tm``, are warned of."""
     manager, guard = "pyramid_tm.tm_tween_factory", "flask_eventsourcing.contrib.pyramid.guard_tween_factory"

@@ -28,11 +28,11 @@ from flask_eventsourcing.metadata import (
     event_metadata,
     get_metadata_from_context,
     kept_for_later,
-    new_ids,
     null_metadata_in_context,
     put_metadata_in_context,
     set_metadata_in_context,
 )
+from flask_eventsourcing.metadata.values import new_block, uuids_of
 
 
 @pytest.fixture(autouse=True)
@@ -403,23 +403,24 @@ def test_current_span_takes_the_place_of_a_trace_that_was_sent() -> None:
 
 def test_ids_are_of_version_seven_and_in_order() -> None:
     """The ids of events are UUIDs of version 7, all different and in their order."""
-    ids = [UUID(int=each) for each in (*new_ids(3000), *new_ids(1), *new_ids(2000))]
+    ids = [each for count in (3000, 1, 2, 5000, 4096) for each in uuids_of(new_block(), count)]
     assert {each.version for each in ids} == {7}
     assert sorted(set(ids)) == ids
 
 
 FORKS = """
 import ctypes, os, time
-from flask_eventsourcing.metadata import new_id, new_ids
+from flask_eventsourcing.metadata import new_id
+from flask_eventsourcing.metadata.values import new_block, uuids_of
 
-new_ids(1)
+new_id()
 time.sleep(0.01)
 for fork in (ctypes.CDLL(None).fork, os.fork):
     for _ in range(2):
         child = fork()
         if child == 0:
             # Without the time.
-            print(new_ids(1)[0] % 2**62 >> 32, int(new_id().replace("-", ""), 16) % 2**32, flush=True)
+            print(uuids_of(new_block(), 1)[0].int % 2**62 >> 32, int(new_id().replace("-", ""), 16) % 2**32, flush=True)
             os._exit(0)
         os.waitpid(child, 0)
 """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from celery import Celery, chain, chord
 from flask import Flask
 from redis import Redis
 from rq import Retry
-from rq.job import get_current_job
+from rq.command import send_stop_job_command
+from rq.job import Job, get_current_job
 
 from flask_eventsourcing.metadata import null_metadata_in_context
 from flask_eventsourcing.workers.celery import init_celery
@@ -72,6 +74,19 @@ def dies(self: Any, owner: str) -> None:
         os._exit(1)
 
 
+@celery_app.task(name="errs")
+def errs(owner: str) -> None:
+    """Fail after it has stored an event."""
+    opened(owner)
+    raise ValueError(owner)
+
+
+@celery_app.task(name="told")
+def told(request: Any, error: Exception, traceback: Any) -> None:
+    """Save for a task that has failed; the worker calls it as a function, and commits it."""
+    es.application.open_account(str(error))
+
+
 @celery_app.task(name="sends")
 def sends(owner: str) -> None:
     """Send another task."""
@@ -84,6 +99,7 @@ def send_tasks(who: str) -> None:
     for task in (fails, retries, dies, sends):
         task.delay(f"{who} {task.name}")
     chain(saves.si(f"{who} chain"), saves.si(f"{who} chain"), saves.si(f"{who} chain")).apply_async()
+    errs.apply_async((f"{who} errback",), link_error=[told.s(), saves.si(f"{who} errback")])
     saves.apply_async((f"{who} link",), link=saves.si(f"{who} link"), countdown=0.1, headers={"own": "1"})
 
 
@@ -111,11 +127,34 @@ def fail_in_job(owner: str) -> Any:
         raise ValueError
 
 
+def err_in_job(owner: str) -> None:
+    """Store an event, and fail."""
+    opened(owner)
+    raise ValueError
+
+
+def wait_in_job(owner: str) -> None:
+    """Store an event, have the worker stop this job, and wait for it."""
+    opened(owner)
+    job = get_current_job()
+    assert job is not None
+    send_stop_job_command(job.connection, job.id)
+    time.sleep(600)
+
+
+def called_back(job: Job, *_: Any) -> None:
+    """Save when a job has ended; the worker commits it."""
+    es.application.open_account(job.args[0])
+
+
 def enqueue_jobs(who: str) -> None:
     """Enqueue jobs of each kind."""
     with Redis.from_url(os.environ["QUEUE_REDIS"]) as connection:
         queue = EventSourcingQueue(connection=connection)
         queue.enqueue(fail_in_job, f"{who} fails", retry=Retry(max=3))
+        queue.enqueue(save_in_job, f"{who} success", on_success=called_back)
+        queue.enqueue(err_in_job, f"{who} failure", on_failure=called_back)
+        queue.enqueue(wait_in_job, f"{who} stopped", on_stopped=called_back)
         first = queue.enqueue(save_in_job, f"{who} depends")
         queue.enqueue(save_in_job, f"{who} depends", depends_on=first, meta={"own": 1})
         queue.enqueue_many([queue.prepare_data(save_in_job, (f"{who} many",)) for _ in range(2)])

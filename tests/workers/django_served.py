@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -54,6 +55,8 @@ class Bank(domain.Bank):
     def __init__(self, env: Any = None) -> None:
         super().__init__(env=env)
         CONSTRUCTED.append(os.getpid())
+        with Path(os.environ["CONSTRUCTED"]).open("a") as file:
+            file.write(f"{os.getpid()}\n")
 
 
 def answer(request: Any) -> JsonResponse:
@@ -73,7 +76,8 @@ def deposit(request: Any, account_id: UUID) -> JsonResponse:
 
 urlpatterns = [path("", answer), path("deposit/<uuid:account_id>", deposit)]
 app = get_wsgi_application()
-# As a module may do that has something to look up; the connection stays open.
-get_application(Bank).notification_log.select(1, 1)
+if os.environ["IMPORTED"] != "none":
+    # As a module may do that has something to look up; the connection stays open.
+    get_application(Bank).notification_log.select(1, 1)
 if os.environ["IMPORTED"] == "closed":
     connections.close_all()

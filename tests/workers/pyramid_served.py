@@ -7,10 +7,13 @@ import sys
 from typing import Any
 from uuid import UUID
 
+import sqlalchemy as sa
+
 from tests.domain import Bank
 from tests.pyramid_site.site import VETO, PyramidSite
 
 CONSTRUCTED: list[int] = []
+BACKEND = sa.text("SELECT pg_backend_pid()")
 
 
 class ServedBank(Bank):
@@ -24,11 +27,12 @@ class ServedBank(Bank):
 
 
 def answer(request: Any) -> dict[str, Any]:
-    """Pay in, and tell which process has answered."""
+    """Pay in, and tell which process has answered, on which connection, and the one that the import has used."""
     if request.method == "POST":
         account_id = UUID(request.path_info.rpartition("/")[2])
         request.eventsourcing[ServedBank].deposit(account_id)
-    return {"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid())}
+    backend = request.dbsession.scalar(BACKEND)
+    return {"pid": os.getpid(), "constructed": CONSTRUCTED.count(os.getpid()), "backend": backend, "before": BEFORE}
 
 
 def add_views(config: Any) -> None:
@@ -44,6 +48,9 @@ site.view = answer
 app = site.app
 # As a module may do that has something to look up.
 site.es.construct()
+with site.factory() as session:
+    # It stays in the pool when the server forks.
+    BEFORE = session.scalar(BACKEND)
 
 if __name__ == "__main__":
     from waitress import serve

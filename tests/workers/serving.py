@@ -43,6 +43,7 @@ UWSGI: dict[str, list[str]] = {
 GUNICORN: dict[str, list[str]] = {
     "sync": ["--workers", "3", "--worker-class", "sync"],
     "gthread": ["--workers", "2", "--worker-class", "gthread", "--threads", "4"],
+    "gthread-four": ["--workers", "4", "--worker-class", "gthread", "--threads", "2"],
     "gevent": ["--workers", "2", "--worker-class", "gevent"],
 }
 
@@ -245,6 +246,7 @@ def serving(
         **os.environ,
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "CLOSED": str(closed),
+        "CONSTRUCTED": str(folder / "constructed"),
         "IMPORTED": "used",
         # Newer versions of gunicorn put a control socket there, and otherwise into the user's home.
         "XDG_RUNTIME_DIR": str(folder),

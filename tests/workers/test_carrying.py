@@ -42,10 +42,10 @@ def assert_carried(found: dict[str, set[str]]) -> None:
 
 @pytest.mark.xdist_group("queues")
 def test_celery(workspace: Workspace) -> None:
-    """Tries, redeliveries, links and chains of a request's task have its correlation; those of another have one."""
+    """Tries, links, errbacks and chains of a request's task have its correlation; those of another have one."""
     require(find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
     workspace.python(f"from {CARRYING} import prepare; prepare('celery')")
-    counts = {"fails": 3, "retries": 2, "dies": 2, "sends": 2, "chain": 3, "link": 2}
+    counts = {"fails": 3, "retries": 2, "dies": 2, "sends": 2, "chain": 3, "link": 2, "errback": 3}
     expected = {f"{who} {kind}": count for who in ("request", "nobody") for kind, count in counts.items()}
     expected |= {"request itself": 1, "request chord": 4, "request hides": 1}
     command = ["celery", "-A", CARRYING, "worker", "--without-gossip", "--without-mingle", "--concurrency=2"]
@@ -55,11 +55,12 @@ def test_celery(workspace: Workspace) -> None:
 
 @pytest.mark.xdist_group("queues")
 def test_rq(workspace: Workspace) -> None:
-    """Tries, dependent jobs and many at once of a request have its correlation; of another job, its tries have one."""
+    """Tries, callbacks and dependent jobs of a request have its correlation; those of another job have one."""
     require(find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")
     workspace.python(f"from {CARRYING} import prepare; prepare('rq')")
     expected = {f"request {kind}": count for kind, count in {"itself": 1, "fails": 3, "depends": 2, "many": 2}.items()}
     expected |= {"nobody fails": 3, "nobody depends": 2, "nobody many": 2}
+    expected |= {f"{who} {kind}": 2 for who in ("request", "nobody") for kind in ("success", "failure", "stopped")}
     worker = "flask_eventsourcing.workers.rq.EventSourcingWorker"
     command = ["rq.cli", "worker", "--url", workspace.redis, "--worker-class", worker]
     with workspace.program(*command, FLASK_APP=CARRYING) as program:

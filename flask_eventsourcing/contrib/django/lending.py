@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
 from .lent_connections import LentConnection, OwnConnection, driver_errors
+from .record_fields import zone_of
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -158,17 +159,22 @@ class LentDialect:
 def _converted(known: Any) -> dict[Any, Any]:
     """Return the types of a dialect's columns, but for times, which Django may have the driver convert."""
     kinds: dict[Any, Any] = dict(known.colspecs)
-    own: Any = kinds.get(sa.DateTime)
-    if own is not None:
+    own: Any = kinds.get(sa.DateTime, sa.DateTime)
 
-        class Converted(own):
-            def result_processor(self, dialect: Any, coltype: Any) -> Any:
-                read: Any = super().result_processor(dialect, coltype)
-                if read is None:
-                    return None
-                return lambda value: value.replace(tzinfo=None) if isinstance(value, datetime) else read(value)
+    class Converted(own):
+        def result_processor(self, dialect: Any, coltype: Any) -> Any:
+            read: Any = super().result_processor(dialect, coltype)
 
-        kinds[sa.DateTime] = Converted
+            def convert(value: Any) -> Any:
+                if not isinstance(value, datetime):
+                    return value if read is None else read(value)
+                if self.timezone and value.tzinfo is None:
+                    value = value.replace(tzinfo=zone_of(connections[dialect.alias]))
+                return value.astimezone(UTC).replace(tzinfo=None) if value.tzinfo is not None else value
+
+            return convert
+
+    kinds[sa.DateTime] = Converted
     return kinds
 
 

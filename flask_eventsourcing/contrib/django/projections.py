@@ -16,7 +16,6 @@ metadata of the event. The position and the models are committed together, so no
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
@@ -73,8 +72,7 @@ class ModelProjection(PlainProjection):
 
     def arguments_of(self, handler: Callable[..., Any], session: orm.Session) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return the arguments that a handler has parameters for."""
-        names = USING in inspect.signature(handler).parameters
-        return (), {USING: session.info[USING]} if names else {}
+        return (), {USING: session.info[USING]} if handler in self.handlers.naming[USING] else {}
 
     def told_errors(self) -> AbstractContextManager[object]:
         """Return a context that turns errors of Django's connections into SQLAlchemy's, which tell an outage."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from functools import cache
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import sqlalchemy as sa
 from django.core.exceptions import ValidationError
@@ -40,6 +41,14 @@ def dialect_of(connection: Any) -> Any:
     # Of two that have the same vendor, the server says which one it is; their collations differ.
     is_second = getattr(connection, "mysql_is_mariadb", False)
     return _dialect(connection.vendor, is_second) if connection.vendor in DIALECTS else None
+
+
+def zone_of(connection: Any) -> tzinfo:
+    """Return the zone of what is read without one, where the database has stored it with one.
+
+    Without ``USE_TZ``, Django has the driver take away the zone, which is that of the connection.
+    """
+    return ZoneInfo(connection.timezone_name) if connection.features.supports_timezones else UTC
 
 
 class _RecordField(models.Field):
@@ -147,7 +156,9 @@ class RecordTimeField(_RecordField, models.DateTimeField):
             value = datetime.fromisoformat(value)
         if value is None:
             return None
-        found: datetime = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        if value.tzinfo is None:
+            value = value.replace(tzinfo=zone_of(connection) if self._type.timezone else UTC)
+        found: datetime = value.astimezone(UTC)
         return found
 
     def to_python(self, value: Any) -> Any:
@@ -169,6 +180,17 @@ class RecordMetadataField(_RecordField):
     def get_internal_type(self) -> str:
         """Not that of Django's JSONField, whose columns are others."""
         return "RecordMetadataField"
+
+    def to_python(self, value: Any) -> Any:
+        """Return the mapping, of which dumps have the JSON."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValidationError(f"{value!r} is not JSON.", code="invalid") from error
+
+    def value_to_string(self, obj: Any) -> str:
+        """Return JSON, for dumps."""
+        return json.dumps(self.value_from_object(obj))
 
     def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
         """Return what the driver gets."""

@@ -42,9 +42,12 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         if state is None or is_managed(request):
             # The caller of the request decides, as functional tests do.
             return handler(request)
+        early = state.drop_pending()
         for key in (DOOMED, DROPPED):
             request.environ.pop(key, None)
         request.environ[SESSIONS] = {}
+        if early:
+            return answer_with(request, _early(state, early))
         # What is raised is a failure by itself; what nobody commits must not stay in the session.
         with ExitStack() as failed:
             failed.callback(state.drop_pending)
@@ -91,6 +94,16 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
     else:
         reason = f"the transaction was aborted for {kind.__name__}"
     return _behind_view([batch for batches, _ in dropped for batch in batches], reason, response)
+
+
+def _early(state: EventSourcing, batches: Sequence[Batch]) -> FlaskEventSourcingError:
+    message = (
+        f"{describe(batches)} saved before pyramid_tm has begun the transaction of the request, and not committed, so "
+        "that it would drop that: commit with 'with request.tm:', or save in a tween under that of pyramid_tm."
+    )
+    state.discard(batches)
+    logger.error("%s The client is told 500.", message)
+    return UncommittedEventsError(message)
 
 
 def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) -> FlaskEventSourcingError | None:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from ...config import PostgresOrder, checked
 from ...tailing import Waiter
-from .driver import root_engine
+from .calls import root_engine
 from .event_tables import EVENT_COLUMNS, NOTHING, OF_AGGREGATE, POSITION, Beside, EventTable, Processor, begins
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections

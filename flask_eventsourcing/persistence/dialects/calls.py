@@ -8,9 +8,27 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sqlalchemy.engine import Connection
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
 
 from ..._patches import driver_method
+
+OWN = "flask_eventsourcing"
+"""The execution option of the recorders' own statements."""
+# Taken over as it is, and not copied, by a connection without options of its own.
+OPTIONS = sa.util.immutabledict({OWN: True})
+
+
+def is_own(context: Any) -> bool:
+    """Whether a statement, by the context that SQLAlchemy's events have of it, is one of the recorders' own."""
+    return context is not None and OWN in context.execution_options
+
+
+def root_engine(engine: Engine) -> Engine:
+    """Return the engine that was created; that of ``execution_options()`` has its listeners and its pool."""
+    while (parent := getattr(engine, "_proxied", None)) is not None:
+        engine = parent
+    return engine
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from itertools import chain
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,8 +20,20 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
-from .calls import Calls, calls_of
-from .event_tables import EVENT_COLUMNS, PLAIN, POSITION, VERSION, VERSION_KEY, ConflictError, EventTable, Shape, is_key
+from .calls import OPTIONS, Calls, calls_of
+from .event_tables import (
+    EVENT_COLUMNS,
+    NOTHING,
+    PLAIN,
+    POSITION,
+    VERSION,
+    VERSION_KEY,
+    Beside,
+    ConflictError,
+    EventTable,
+    Shape,
+    is_key,
+)
 
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
@@ -50,22 +62,11 @@ class Modified(NamedTuple):
     lastrowid: Any
 
 
-OWN = "flask_eventsourcing"
-"""The execution option of the recorders' own statements."""
-# Taken over as it is, and not copied, by a connection without options of its own.
-_OPTIONS = sa.util.immutabledict({OWN: True})
-
-
-def is_own(context: Any) -> bool:
-    """Whether a statement, by the context that SQLAlchemy's events have of it, is one of the recorders' own."""
-    return context is not None and OWN in context.execution_options
-
-
-def root_engine(engine: Engine) -> Engine:
-    """Return the engine that was created; that of ``execution_options()`` has its listeners and its pool."""
-    while (parent := getattr(engine, "_proxied", None)) is not None:
-        engine = parent
-    return engine
+@lru_cache(64)
+def _of_rows(statement: str, mark: str, own: int, shared: int, count: int) -> str:
+    """Return the statement that inserts many rows, from that for one; the drivers know one that is the same object."""
+    again = [f"{mark}{own + number}" for number in range(1, shared + 1)]
+    return statement + f", ({', '.join([mark] * own + again)})" * (count - 1)
 
 
 class Driver:
@@ -122,7 +123,7 @@ class Driver:
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows, as the driver gives them."""
         try:
-            result = connection.exec_driver_sql(statement, tuple(parameters), _OPTIONS)
+            result = connection.exec_driver_sql(statement, tuple(parameters), OPTIONS)
             # The result's way to the driver, by which an error is treated as one of the execution, without its Row.
             rows: list[Any] = result.cursor_strategy.fetchall(result, result.cursor)
         except exc.DBAPIError as error:
@@ -141,29 +142,31 @@ class Driver:
 
     def _run(self, connection: Connection, statement: str, parameters: Any) -> sa.CursorResult[Any]:
         try:
-            return connection.exec_driver_sql(statement, parameters, _OPTIONS)
+            return connection.exec_driver_sql(statement, parameters, OPTIONS)
         except exc.DBAPIError as error:
             # Not from SQLAlchemy's, which has the parameters.
             raise self.own_error(connection, error.orig, statement) from error.orig
 
     def insert_rows(
-        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...] = ()
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], beside: Beside = NOTHING
     ) -> Any:
         """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id.
 
-        :param shared: values that all rows end with, where the database can name a parameter again.
+        :param beside: what the rows end with; it shares values only where the database can name a parameter again.
         """
-        chunks = self.chunks(connection, rows)
+        chunks = self.chunks(connection, rows, len(beside.columns))
         if len(chunks) == 1:
-            return self._insert_chunk(connection, statement, rows, shared)
+            return self._insert_chunk(connection, statement, rows, beside)
         # One statement is all or nothing; several need a savepoint to be so.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         # Half of a save must not be committed.
         with ExitStack() as failed:
             failed.callback(self._roll_back_chunks, connection)
+            start = 0
             for chunk in chunks:
-                last = self._insert_chunk(connection, statement, chunk, shared)
+                last = self._insert_chunk(connection, statement, chunk, beside.part(start, len(chunk)))
+                start += len(chunk)
             failed.pop_all()
         self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
         return last
@@ -174,18 +177,18 @@ class Driver:
             self.modify(connection, "ROLLBACK TO SAVEPOINT flask_eventsourcing")
             self.modify(connection, "RELEASE SAVEPOINT flask_eventsourcing")
 
-    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
-        """Return the rows by the statements that insert them."""
+    def chunks(
+        self, connection: Connection, rows: Sequence[tuple[Any, ...]], more: int = 0
+    ) -> Sequence[Sequence[tuple[Any, ...]]]:
+        """Return the rows by the statements that insert them, with *more* values of each beside them."""
         return [rows[start : start + self.rows_at_once] for start in range(0, len(rows), self.rows_at_once)]
 
     def _insert_chunk(
-        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], shared: tuple[Any, ...]
+        self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], beside: Beside
     ) -> Any:
-        own = len(rows[0])
-        again = [f"{self.mark}{own + number}" for number in range(1, len(shared) + 1)]
-        marks = f", ({', '.join([self.mark] * own + again)})" * (len(rows) - 1)
-        values = [*rows[0], *shared, *chain.from_iterable(rows[1:])]
-        return self.modify(connection, statement + marks, values).lastrowid
+        values, own, shared = beside.joined(rows), len(rows[0]) + len(beside.columns), beside.shared
+        values[own:own] = shared
+        return self.modify(connection, _of_rows(statement, self.mark, own, len(shared), len(rows)), values).lastrowid
 
     def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:
         """The statement that inserts one event."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import add, attrgetter
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -64,17 +65,33 @@ class Beside(NamedTuple):
     """What is stored beside the events of an append, as the driver takes it."""
 
     shape: Shape = PLAIN
-    rows: Sequence[tuple[Any, ...]] = ()
-    """The values of each event."""
+    columns: Sequence[Sequence[Any]] = ()
+    """The values of each event, column by column."""
     shared: tuple[Any, ...] = ()
 
-    def joined(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        """Return the rows of the events with the values of each beside them."""
-        return list(map(add, rows, self.rows)) if self.shape.each else rows
+    def first(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the row of the first event with all that is beside it."""
+        return (*row, *[column[0] for column in self.columns], *self.shared) if self.columns else row + self.shared
+
+    def part(self, start: int, count: int) -> Beside:
+        """Return what is beside some of the events."""
+        return self._replace(columns=[column[start : start + count] for column in self.columns])
+
+    def joined(self, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Return the values of events with those of each beside them, one after another."""
+        if not self.columns:
+            return list(chain.from_iterable(rows))
+        width = len(rows[0]) + len(self.columns)
+        values: list[Any] = [None] * (width * len(rows))
+        # A column at once: no row is made again.
+        for number, column in enumerate(chain(zip(*rows, strict=True), self.columns)):
+            values[number::width] = column
+        return values
 
     def completed(self, rows: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Return the rows of the events with all that is beside them."""
-        return [row + self.shared for row in self.joined(rows)] if self.shape.shared else self.joined(rows)
+        beside = zip(*self.columns, strict=True) if self.columns else repeat(())
+        return [(*row, *own, *self.shared) for row, own in zip(rows, beside, strict=False)]
 
 
 NOTHING = Beside()

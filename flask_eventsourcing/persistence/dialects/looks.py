@@ -22,11 +22,11 @@ from ...exceptions import UnsafeTableError
 from .driver import Driver
 from .event_tables import COLUMN_VALUES, EVENT_COLUMNS, METADATA_COLUMNS, POSITION, VERSION, VERSION_KEY, EventTable
 
-Use = Literal["read", "append", "describe"]
-"""``describe`` is to append with what is stored beside an event's state, after ``append``."""
-USES: tuple[Use, Use] = ("read", "append")
-APPEND: tuple[Use] = ("append",)
-DESCRIBE: tuple[Use] = ("describe",)
+Use = Literal["read", "append", "describe", "recall"]
+"""``describe`` is to append with what is stored beside an event's state, and ``recall`` to read that."""
+USES: tuple[Use, ...] = ("read", "append", "describe", "recall")
+APPEND: tuple[Use, ...] = ("append", "describe")
+BESIDE: tuple[Use, ...] = ("describe", "recall")
 
 FAMILIES = {
     "text": "char character varchar nchar nvarchar text tinytext mediumtext longtext clob",
@@ -115,7 +115,7 @@ class Seen:
     KEY = "flask_eventsourcing.seen"
 
     def __init__(self, scope: Any = None) -> None:
-        self.names: dict[Use, set[str]] = {use: set() for use in (*USES, *DESCRIBE)}
+        self.names: dict[Use, set[str]] = {use: set() for use in USES}
         self.scope = scope
         """What the connection's names are names in: its database, or the version of its schema."""
         self.findings: list[Finding] = []
@@ -372,8 +372,8 @@ def _further(table: sa.Table, column: sa.Column[Any], found: FoundTable, text: s
         is_of_library = found.columns.keys().isdisjoint(METADATA_COLUMNS)
         if is_of_library:
             return Finding(text, is_fault=False, leaves_out=True)
-        return Finding(text, DESCRIBE, may_grow=True)
-    return Finding(text, DESCRIBE, is_fault=True) if COLUMN_VALUES in table.info else Finding(text, is_fault=False)
+        return Finding(text, BESIDE, may_grow=True)
+    return Finding(text, BESIDE, is_fault=True) if COLUMN_VALUES in table.info else Finding(text, is_fault=False)
 
 
 def keys_of(rows: Iterable[Sequence[Any]]) -> list[frozenset[str]]:

@@ -173,7 +173,9 @@ class MySQLLooks(Dialect):
 
     # ------------------------------------------------------------------------------------------ the longest statement
 
-    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+    def chunks(
+        self, connection: Connection, rows: Sequence[tuple[Any, ...]], more: int = 0
+    ) -> Sequence[Sequence[tuple[Any, ...]]]:
         """Cut by bytes as well as by rows: the server ends a connection that sends it a longer statement.
 
         :raises DataError: when one row is too long by itself.
@@ -181,7 +183,7 @@ class MySQLLooks(Dialect):
         seen: Seen | None = connection.info.get(Seen.KEY)
         longest = seen.longest if seen is not None else 0
         if not longest:
-            return super().chunks(connection, rows)
+            return super().chunks(connection, rows, more)
         found: list[list[tuple[Any, ...]]] = [[]]
         bytes_left = longest - OF_STATEMENT
         for row in rows:

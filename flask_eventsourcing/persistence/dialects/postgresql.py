@@ -38,6 +38,7 @@ from .event_tables import (
     columns_of,
     gap,
     heads,
+    transposed,
 )
 from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
@@ -104,7 +105,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         floors = Known.of(connection).floors_of(connection)
         log = self._last_log(connection, table)
         # Before anything else is done with them: their values may be wrong.
-        values = beside._replace(rows=beside.joined([table.row(event) for event in events]))
+        values = beside._replace(columns=[*transposed(table.row(event) for event in events), *beside.columns])
         while True:
             start = None
             if len(events) <= SMALL_BLOCK:
@@ -125,12 +126,12 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         if len(events) == 1:
             how = "begin" if begins(events[0]) else "follow"
             statement = self._append_statement(connection, table, log, how, values.shape)
-            rows = self.fetch(connection, statement, (*values.rows[0], *values.shared, log.identity, floor))
+            parameters: tuple[Any, ...] = (*values.first(()), log.identity, floor)
         else:
             statement = self._append_statement(connection, table, log, "block", values.shape)
             keys = key_arrays(table, heads(events))
             parameters = (floor, log.identity, *keys, len(events), *values.shared, *row_arrays(table, values))
-            rows = self.fetch(connection, statement, parameters)
+        rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
     def _append_at_gate(

@@ -7,8 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from .calls import count_calls
-from .driver import is_own
+from .calls import count_calls, is_own
 
 IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; a statement is running; the transaction has failed and a commit

@@ -246,7 +246,7 @@ def key_arrays(table: EventTable, events: Sequence[StoredEvent]) -> list[Any]:
 
 def row_arrays(table: EventTable, values: Beside) -> list[Any]:
     """Return the parameters of the columns that have a value of each event."""
-    columns: list[Any] = transposed(values.rows)
+    columns: list[Any] = list(values.columns)
     if table.accepted.id_class is UUID:
         columns[0] = _of_uuids(columns[0])
     for number, kind in zip(range(len(EVENT_COLUMNS), len(columns)), values.shape.kinds, strict=False):

@@ -159,12 +159,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
     ) -> list[int]:
         """Insert events; SQLite's write lock, held to the commit, makes the positions contiguous and in order."""
-        rows = beside.joined([table.row(event) for event in events])
+        rows = [table.row(event) for event in events]
         first = heads(events)
         if len(events) == 1:
-            position = self._insert_next(
-                connection, table, (*rows[0], *beside.shared), beside.shape, begins=begins(first[0])
-            )
+            row = beside.first(rows[0])
+            position = self._insert_next(connection, table, row, beside.shape, begins=begins(first[0]))
             if position is not None:
                 return [position]
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
@@ -174,7 +173,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
             if missing is not None:
                 raise gap(missing)
-        last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows, beside.shared))
+        last = int(self.insert_rows(connection, self.insert_statement(table, beside.shape), rows, beside))
         return list(range(last - len(events) + 1, last + 1))
 
     def _insert_next(
@@ -203,9 +202,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     def _previous_statement(table: EventTable) -> str:
         return f"SELECT 1 FROM {table.name} WHERE originator_id = ? AND originator_version = ?"
 
-    def chunks(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> Sequence[Sequence[tuple[Any, ...]]]:
+    def chunks(
+        self, connection: Connection, rows: Sequence[tuple[Any, ...]], more: int = 0
+    ) -> Sequence[Sequence[tuple[Any, ...]]]:
         """Return the rows by the statements that insert them, with no more parameters than SQLite takes."""
-        size = max(1, min(self.rows_at_once, (MOST_PARAMETERS - len(METADATA_COLUMNS)) // len(rows[0])))
+        size = max(1, min(self.rows_at_once, (MOST_PARAMETERS - len(METADATA_COLUMNS)) // (len(rows[0]) + more)))
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:

@@ -14,13 +14,14 @@ from sqlalchemy.engine import Connection
 
 from ...applications.apart import refusing_saves, trying
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
+from ...metadata import caused_by
 from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
 from ...persistence.dialects.event_values import UnreadableNotification
 from ..checkpoint import PAUSED, CheckpointRow, FencedError
 from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
-from ..definitions import ModelProjection, call
+from ..definitions import EXITED, ModelProjection
 from .batches import Batches, ObservedError
 from .pages import Recordings
 
@@ -32,7 +33,6 @@ SWALLOWED = (
     "A handler of {} went on after an error of the database, which has aborted the transaction: let the error pass, or "
     "put what may fail into a savepoint, session.begin_nested()."
 )
-
 
 APART = (
     "A handler of {} saves events in a store apart from its models, where they would stay when the batch is rolled "
@@ -180,7 +180,7 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         try:
-            with unit.gate.hold(ENDED.format(name)), trying() as attempt:
+            with unit.gate.hold(ENDED.format(name)), trying() as attempt, self.projection.told_errors():
                 self._handle_one(session, notification)
                 session.flush()
             if unit.batches or attempt.has_saved:
@@ -261,6 +261,7 @@ class Applier:
                 unit.gate.hold(ENDED.format(name)),
                 self._refusing_saves(),
                 self._batches.applying(session, connection, notifications) as batch,
+                self.projection.told_errors(),
             ):
                 for notification in notifications:
                     if blocked and str(notification.originator_id) in blocked:
@@ -287,7 +288,8 @@ class Applier:
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""
-        with self._refusing_saves(), self._batches.applying(session, self.connection(session), [notification]) as batch:
+        applying = self._batches.applying(session, self.connection(session), [notification])
+        with self._refusing_saves(), applying as batch, self.projection.told_errors():
             self._handle_one(session, notification)
             batch.end_event()
             session.flush()
@@ -318,5 +320,11 @@ class Applier:
         last, named = self.projection.arguments_of(handler, session)
         if self.consumer.kind == "reactions":
             last, named = (self._recordings.key(connection, notification),), {}
-        with self._recordings.causing(connection, position), self.projection.told_errors():
-            call(handler, self.projection, event, last, recorded, **named)
+        try:
+            with caused_by(partial(self._recordings.of, connection, position)):
+                if recorded is None:
+                    handler(self.projection, event, *last, **named)
+                else:
+                    handler(self.projection, event, *last, **named, recorded=recorded)
+        except SystemExit as error:
+            raise HandlerError(EXITED.format(type(self.projection).__name__)) from error

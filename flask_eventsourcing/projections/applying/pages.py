@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
-from ...metadata import MetadataBlock, Recorded, caused_by
+from ...metadata import Recorded
 from ..checkpoint import CheckpointRow
 from ..consumers import Consumer
 from ..definitions import MOST_EVENTS, MOST_TOPICS
@@ -64,7 +64,8 @@ class LogPages:
             self.topics.update(each.topic for each in read)
             self.known_to = position
         concerns = self.consumer.handlers.concerns
-        return Page([each for each in read if concerns(each.topic)], position, len(read), position < stop)
+        wanted = {topic for topic in {each.topic for each in read} if concerns(topic)}
+        return Page([each for each in read if each.topic in wanted], position, len(read), position < stop)
 
     def notes(self) -> dict[str, object]:
         """Return what the checkpoint is to keep of the topics, if there is something new."""
@@ -129,7 +130,3 @@ class Recordings:
         event = f"{self._log}/{notification.originator_id}/{notification.originator_version}"
         digest = hashlib.sha256(f"{notification.topic}\n".encode() + bytes(notification.state)).hexdigest()[:16]
         return f"{reaction}/{event}/{digest}"
-
-    def causing(self, connection: Callable[[], Connection], position: int) -> MetadataBlock:
-        """Return a block within which events are saved that the event at a position has caused."""
-        return caused_by(lambda: self.of(connection, position))

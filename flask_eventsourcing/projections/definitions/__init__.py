@@ -15,7 +15,7 @@ from eventsourcing.application import Application
 from eventsourcing.domain import BaseAggregate
 from sqlalchemy import orm
 
-from ...exceptions import ConfigurationError, HandlerError
+from ...exceptions import ConfigurationError
 from ...failures import Kept
 from ...metadata import RECORDED, Recorded, names_recorded
 from .fingerprints import note_sources
@@ -152,14 +152,20 @@ class Handlers:
     """The handlers of one kind by event class.
 
     :param functions: methods of a projection class, as ``(projection, event, session or key)``.
+    :param offered: what each is given if it names that.
     """
 
-    def __init__(self, functions: Mapping[type[Any], Callable[..., Any]]) -> None:
+    def __init__(self, functions: Mapping[type[Any], Callable[..., Any]], offered: Sequence[str] = ()) -> None:
         self.functions: dict[type[Any], Callable[..., Any]] = dict(functions)
         self.telling: frozenset[Callable[..., Any]] = frozenset(
             each for each in self.functions.values() if names_recorded(each)
         )
         """Those that are told what was recorded of the event."""
+        self.naming: dict[str, frozenset[Callable[..., Any]]] = {
+            name: frozenset(each for each in self.functions.values() if name in inspect.signature(each).parameters)
+            for name in offered
+        }
+        """Those that name what is offered, looked up once."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
         self._topics: dict[str, bool] = {}
 
@@ -195,29 +201,6 @@ class Handlers:
 
 
 ERRORS_AS_THEY_ARE: AbstractContextManager[object] = nullcontext()
-
-
-def call(
-    handler: Callable[..., Any],
-    projection: ModelProjection,
-    event: Any,
-    last: Sequence[Any],
-    recorded: Recorded | None = None,
-    **named: Any,
-) -> None:
-    """Call a handler with an event, the session or the key, and ``recorded`` if it has that parameter.
-
-    :param last: what follows the event, by position; and what the handler names, as *named*.
-
-    :raises HandlerError: when the handler tries to end the process.
-    """
-    try:
-        if recorded is None:
-            handler(projection, event, *last, **named)
-        else:
-            handler(projection, event, *last, recorded=recorded, **named)
-    except SystemExit as error:
-        raise HandlerError(EXITED.format(type(projection).__name__)) from error
 
 
 class ModelProjection:
@@ -267,14 +250,14 @@ class ModelProjection:
         return (session,), {}
 
     def told_errors(self) -> AbstractContextManager[object]:
-        """Return the context in which a handler is called, and in which errors are SQLAlchemy's."""
+        """Return the context in which the handlers of a batch are called, and in which errors are SQLAlchemy's."""
         return ERRORS_AS_THEY_ARE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
-        cls.handlers = Handlers(_collect(cls, _ON, cls.handled_with, cls.offered))
+        cls.handlers = Handlers(_collect(cls, _ON, cls.handled_with, cls.offered), cls.offered)
         cls.reactions = Handlers(_collect(cls, _REACTION, ("key",), ()))
         starts = {start for _, function in _functions(cls) if (start := function.__dict__.get(f"{_REACTION}_start"))}
         if len(starts) > 1:

@@ -113,7 +113,7 @@ class Delivery:
 
     def _is_over(self) -> bool:
         """Whether a batch is to end between two of its events: its transaction keeps others waiting."""
-        return self.stop.is_set() or self.pace.spent > self.pace.seconds
+        return self.stop.is_set() or time.monotonic() > self.pace.until
 
     def _one_by_one(self, claimed: CheckpointRow, page: Sequence[Notification]) -> CheckpointRow:
         for notification in page:

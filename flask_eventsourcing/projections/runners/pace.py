@@ -42,12 +42,13 @@ class Pace:
         self.most = most
         self.seconds = seconds
         self.limit: int = 1
-
-        self._began = time.monotonic()
+        self.begin()
 
     def begin(self) -> None:
         """Note that a batch begins."""
         self._began = time.monotonic()
+        self.until: float = self._began + self.seconds
+        """When it is to end, by the monotonic clock."""
 
     @property
     def spent(self) -> float:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from typing import Any
 
 from flask import Flask, request
 
 from flask_eventsourcing import EventSourcing
-from tests.cassandra.hosts.site import Bank, settings
-
-made_in: list[int] = []
-
-
-class CountedBank(Bank):
-    """Notes in which process it was constructed."""
-
-    name = "Bank"
-
-    def __init__(self, env: Any = None) -> None:
-        super().__init__(env)
-        made_in.append(os.getpid())
-
+from tests.cassandra.hosts.site import CountedBank, opened, sessions_of_process, settings
 
 es = EventSourcing(application=CountedBank)
 
@@ -41,14 +27,11 @@ def create_app() -> Flask:
 
     @app.post("/sessions")
     def sessions() -> dict[str, Any]:
-        from cassandra.cluster import Session
-
-        return {"pid": os.getpid(), "sessions": [type(each) for each in gc.get_objects()].count(Session)}
+        return sessions_of_process()
 
     @app.post("/open/<owner>")
     def open_account(owner: str) -> dict[str, Any]:
-        account = es.application.open_account(request.args.get("owner", owner))
-        return {"id": str(account.id), "pid": os.getpid(), "constructed": made_in.count(os.getpid())}
+        return opened(es.application, request.args.get("owner", owner))
 
     return app
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from typing import Any
 from uuid import UUID
 
@@ -40,6 +42,32 @@ class Bank(Application[UUID]):
         account: Account = self.repository.get(account_id)
         account.deposit(amount)
         self.save(account)
+
+
+made_in: list[int] = []
+
+
+class CountedBank(Bank):
+    """Notes in which process it was constructed."""
+
+    name = "Bank"
+
+    def __init__(self, env: Any = None) -> None:
+        super().__init__(env)
+        made_in.append(os.getpid())
+
+
+def opened(bank: Bank, owner: str) -> dict[str, Any]:
+    """Open an account, and return its id, and how many applications the process has constructed."""
+    account = bank.open_account(owner)
+    return {"id": str(account.id), "pid": os.getpid(), "constructed": made_in.count(os.getpid())}
+
+
+def sessions_of_process() -> dict[str, Any]:
+    """Return how many sessions of the driver the process has."""
+    from cassandra.cluster import Session
+
+    return {"pid": os.getpid(), "sessions": [type(each) for each in gc.get_objects()].count(Session)}
 
 
 def settings(server: str, keyspace: str, **others: Any) -> dict[str, Any]:

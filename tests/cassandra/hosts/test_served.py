@@ -15,18 +15,21 @@ from flask_eventsourcing import EventSourcing
 from tests.cassandra.hosts.conftest import MakeApp
 from tests.cassandra.hosts.site import Bank, settings
 from tests.cassandra_nodes import Node, keyspace_on
-from tests.workers.serving import Served, gunicorn, serving, uwsgi
+from tests.workers.serving import AnswerError, Served, gunicorn, serving, uwsgi
 
 TARGET = "tests.cassandra.hosts.served:app"
 
 
-def preloaded(port: int) -> list[str]:
+def preloaded(kind: str, target: str, port: int) -> list[str]:
     """Return the line that starts gunicorn, which loads the app before it forks."""
-    return gunicorn("gthread", TARGET, port, "--preload")
+    return gunicorn(kind, target, port, "--preload")
 
 
 LINES: dict[str, Callable[[int], list[str]]] = {
-    "gunicorn-preload": preloaded,
+    "gunicorn-preload": partial(preloaded, "gthread", TARGET),
+    "gunicorn-gevent": partial(gunicorn, "gevent", TARGET),
+    "gunicorn-gevent-preload": partial(preloaded, "gevent", TARGET),
+    "django-four": partial(preloaded, "gthread-four", "tests.cassandra.hosts.served_django:app"),
     "uwsgi-prefork": partial(uwsgi, "prefork-threads", TARGET),
     "uwsgi-four": partial(uwsgi, "prefork-four", TARGET),
 }
@@ -39,7 +42,13 @@ def sockets(served: Served, port: int) -> dict[int, set[int]]:
 
 
 @pytest.mark.parametrize(
-    ("server", "imported"), [("gunicorn-preload", ""), ("gunicorn-preload", "used"), ("uwsgi-prefork", "")]
+    ("server", "imported"),
+    [
+        ("gunicorn-preload", ""),
+        ("gunicorn-preload", "used"),
+        ("gunicorn-gevent", ""),
+        ("uwsgi-prefork", ""),
+    ],
 )
 def test_one_application_and_one_session_in_every_process(
     server: str, imported: str, cassandra_server: str, bank_keyspace: str, make_app: MakeApp, tmp_path: Path
@@ -61,6 +70,15 @@ def test_one_application_and_one_session_in_every_process(
     assert stored == {str(number) for number in range(60)}
 
 
+def test_gevent_behind_the_driver(cassandra_server: str, bank_keyspace: str, tmp_path: Path) -> None:
+    """Where gevent has patched the sockets after the driver was imported, a request fails at once, with the reason."""
+    variables = {"NODE": cassandra_server, "KEYSPACE": bank_keyspace, "IMPORTED": ""}
+    with serving(LINES["gunicorn-gevent-preload"], tmp_path, None, **variables) as served:
+        with pytest.raises(AnswerError, match="500"):
+            served.ask("/open/nobody")
+        assert "was imported before gevent patched the sockets" in served.log.read_text(errors="replace")
+
+
 def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Path) -> None:
     """A session in the master of uWSGI, with which a worker may hang, is refused at once, with the reason."""
     variables = {"NODE": cassandra_server, "KEYSPACE": bank_keyspace, "IMPORTED": "used"}
@@ -71,11 +89,20 @@ def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Pa
         raise NotImplementedError
 
 
-@pytest.mark.torture
 @pytest.mark.xdist_group("cassandra-cluster")
-def test_every_request_is_answered_while_a_node_is_down(cluster: list[Node], tmp_path: Path) -> None:
-    """Of 2,000 requests to four processes none fails when a node dies; each has one application and one session."""
-    paths = [f"/open/{number}" for number in range(2000)]
+@pytest.mark.parametrize(
+    ("server", "count"),
+    [
+        pytest.param("django-four", 300, id="django"),
+        pytest.param("django-four", 2000, id="django-long", marks=pytest.mark.torture),
+        pytest.param("uwsgi-four", 2000, id="flask-long", marks=pytest.mark.torture),
+    ],
+)
+def test_every_request_is_answered_while_a_node_is_down(
+    server: str, count: int, cluster: list[Node], tmp_path: Path
+) -> None:
+    """No request to four processes fails when a node dies; each is stored once, on one session of each process."""
+    paths = [f"/open/{number}" for number in range(count)]
     points = {"CASSANDRA_CONTACT_POINTS": [node.address for node in cluster], "CASSANDRA_REPLICATION": 3}
     with keyspace_on(cluster[0].url) as keyspace, ExitStack() as stack:
         app, es = Flask(__name__), EventSourcing(application=Bank)
@@ -86,12 +113,12 @@ def test_every_request_is_answered_while_a_node_is_down(cluster: list[Node], tmp
         assert result.exit_code == 0, result.output
         variables = {"NODE": cluster[0].url, "KEYSPACE": keyspace, "IMPORTED": ""}
         variables["CONTACT_POINTS"] = " ".join(node.address for node in cluster)
-        with serving(LINES["uwsgi-four"], tmp_path, None, **variables) as served:
-            first = served.load(paths[:200], clients=8)
+        with serving(LINES[server], tmp_path, None, **variables) as served:
+            first = served.load(paths[: count // 10], clients=8)
             cluster[1].kill()
             stack.callback(cluster[1].wait)
             stack.callback(cluster[1].start)
-            then = served.load(paths[200:], clients=8)
+            then = served.load(paths[count // 10 :], clients=8)
             assert first.failed | then.failed == {}, served.log.read_text(errors="replace")[-3000:]
             answers = [*first.all, *then.all]
             assert {answer["constructed"] for answer in answers} == {1}
@@ -102,6 +129,6 @@ def test_every_request_is_answered_while_a_node_is_down(cluster: list[Node], tmp
             assert sum(map(len, found.values())) == len(set().union(*found.values()))
         with app.app_context():
             recorder = es.application.recorder
-            assert recorder.max_notification_id() == 2000
+            assert recorder.max_notification_id() == len(answers) == count
             owners: set[str] = {es.application.repository.get(UUID(answer["id"])).owner for answer in answers}
-    assert owners == {str(number) for number in range(2000)}
+    assert owners == {str(number) for number in range(count)}

@@ -80,7 +80,7 @@ class Entry(models.Model):
     """Rows of a projection that refer to each other."""
 
     before = models.ForeignKey("self", models.PROTECT, null=True)
-    others = models.ManyToManyField("self", symmetrical=False)
+    others = models.ManyToManyField("self", symmetrical=False, related_name="+")
 
     class Meta:
         app_label = "ledger"
