@@ -20,6 +20,12 @@ ROOT = Path(__file__).parents[2]
 REACTIONS = "Reacting:reactions"
 MOST = 12
 """Processes, after which there would be no end."""
+long_on_servers = pytest.mark.parametrize(
+    "uri",
+    ["sqlite-file", *(pytest.param(each, marks=pytest.mark.long) for each in ("postgresql", "mariadb"))],
+    indirect=True,
+)
+"""For what takes many processes, and no other way than the test on every database."""
 
 
 @pytest.fixture
@@ -67,6 +73,7 @@ def test_an_event_that_ends_the_process_becomes_a_dead_letter(dying: Desk, uri: 
 
 
 @pytest.mark.xdist_group("rebuild")
+@long_on_servers
 @pytest.mark.parametrize("on_failure", ["halt"])
 def test_an_event_that_ends_the_process_halts_the_projection(dying: Desk, uri: str, on_failure: str) -> None:
     """Where events are not set aside, the projection halts before it, and the others of the process run on."""
@@ -83,6 +90,7 @@ def test_an_event_that_ends_the_process_halts_the_projection(dying: Desk, uri: s
 
 
 @pytest.mark.xdist_group("rebuild")
+@long_on_servers
 @pytest.mark.parametrize("on_failure", ["dead-letter"])
 def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(dying: Desk, uri: str, on_failure: str) -> None:
     """A rebuild that is started again after it has died goes on, and sets aside what it died of."""
