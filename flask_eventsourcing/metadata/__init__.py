@@ -17,8 +17,6 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from ..exceptions import EventMetadataError
-from ..failures import Kept
 from .values import (
     CAUSATION_ID,
     CORRELATION_ID,
@@ -28,11 +26,13 @@ from .values import (
     TRACEPARENT,
     USER,
     Metadata,
+    Provider,
     Recorded,
     check_size,
     checked,
     names_recorded,
     new_id,
+    provided,
     trace_of_span,
 )
 
@@ -50,9 +50,11 @@ __all__ = [
     "brought_along",
     "caused_by",
     "checked",
+    "enter_request",
     "event_metadata",
     "get_metadata_from_context",
     "kept_for_later",
+    "leave_request",
     "names_recorded",
     "new_id",
     "null_metadata_in_context",
@@ -61,18 +63,18 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Provider = Callable[[], Metadata | None]
 
 
 class _Link:
     """What one block has put, before what was put around it."""
 
-    __slots__ = ("before", "block", "is_over")
+    __slots__ = ("before", "block", "is_over", "within")
 
     def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
         self.before = before
         self.block = block
         self.is_over: Callable[[], bool] = block._is_over
+        self.within = _within.get()
 
 
 def _never() -> bool:
@@ -93,6 +95,7 @@ def _living(link: _Link | None) -> _Link | None:
     return link
 
 
+_within: ContextVar[object] = ContextVar("flask_eventsourcing.metadata.within", default=None)
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
 
 
@@ -277,6 +280,21 @@ async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
             raise
 
 
+def enter_request(request: object) -> None:
+    """Note that the blocks to come are those of a request, or of none."""
+    _within.set(request)
+
+
+def leave_request(request: object) -> None:
+    """Leave the blocks of a request that nobody has left, as that of a generator which is kept, and no others."""
+    link = _chain.get()
+    while link is not None and link.within is request:
+        link = link.before
+    _chain.set(link)
+    if _within.get() is request:
+        _within.set(None)
+
+
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
     """Add metadata to those in force; a key that is there already gets the new value.
 
@@ -374,25 +392,10 @@ class Collector:
         """
         found: dict[str, str] = dict(self.carried()) if self.carried is not None else {}
         for provider in self.providers:
-            found.update(_provided(provider))
+            found.update(provided(provider))
         if _chain.get() is not None:
             found.update(get_metadata_from_context())
         if CORRELATION_ID not in found:
             found[CORRELATION_ID] = new_id()
         check_size(found)
         return found
-
-
-def _provided(provider: Provider) -> Metadata:
-    values: Metadata | None = None
-    # A function of the user's may raise anything.
-    with Kept() as kept:
-        values = provider()
-    if kept.error is not None:
-        failed = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
-        raise EventMetadataError(f"{failed}: {type(kept.error).__name__}.") from kept.error
-    return {} if values is None else checked(values, f"what the provider {_name(provider)} returns")
-
-
-def _name(provider: Any) -> str:
-    return f"{provider.__module__}.{getattr(provider, '__qualname__', type(provider).__qualname__)}"

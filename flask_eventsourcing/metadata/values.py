@@ -18,6 +18,7 @@ from uuid import UUID
 
 from ..config import is_plain
 from ..exceptions import EventMetadataError
+from ..failures import Kept
 
 if sys.version_info >= (3, 14):
     from uuid import uuid7
@@ -40,6 +41,7 @@ else:
 
 
 Metadata = Mapping[str, str]
+Provider = Callable[[], Metadata | None]
 
 CORRELATION_ID = "correlation_id"
 CAUSATION_ID = "causation_id"
@@ -113,6 +115,25 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def provided(provider: Provider) -> Metadata:
+    """Return what a provider returns, checked.
+
+    :raises EventMetadataError: when it fails, or returns what cannot be stored.
+    """
+    values: Metadata | None = None
+    # A function of the user's may raise anything.
+    with Kept() as kept:
+        values = provider()
+    if kept.error is not None:
+        failed = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
+        raise EventMetadataError(f"{failed}: {type(kept.error).__name__}.") from kept.error
+    return {} if values is None else checked(values, f"what the provider {_name(provider)} returns")
+
+
+def _name(provider: Any) -> str:
+    return f"{provider.__module__}.{getattr(provider, '__qualname__', type(provider).__qualname__)}"
 
 
 def check_size(metadata: Mapping[str, str]) -> None:

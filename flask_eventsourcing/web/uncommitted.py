@@ -16,6 +16,7 @@ from flask import (
     appcontext_tearing_down,
     g,
     request,
+    request_finished,
     request_started,
     request_tearing_down,
 )
@@ -24,6 +25,7 @@ from werkzeug.exceptions import InternalServerError
 
 from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
+from ..metadata import enter_request, leave_request
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
 from .sessions import ENDED, LEFT
@@ -113,6 +115,7 @@ def connect(state: EventSourcingState) -> None:
     app = state.app
     request_started.connect(_begin_request, app)
     request_started.connect(_begin_answer, app)
+    request_finished.connect(_answered, app)
     request_tearing_down.connect(_end_request, app)
     appcontext_pushed.connect(_begin_context, app)
     appcontext_tearing_down.connect(_end_context, app)
@@ -121,6 +124,12 @@ def connect(state: EventSourcingState) -> None:
 
 def _begin_request(_: Flask, **__: object) -> None:
     leave_inherited_connections()
+    enter_request(request.environ)
+
+
+def _answered(_: Flask, **__: object) -> None:
+    # A test client may keep the request's context while the test puts blocks of its own around the next one.
+    enter_request(None)
 
 
 def _begin_answer(app: Flask, **_: object) -> None:
@@ -138,6 +147,7 @@ def _begin_answer(app: Flask, **_: object) -> None:
 
 def _end_request(_: Flask, **__: object) -> None:
     """A request whose error is raised to a test client has no answer, and is none that others are within."""
+    leave_request(request.environ)
     answer: Answer | None = request.environ.get(ENVIRON)
     if answer is not None:
         answer.over = True

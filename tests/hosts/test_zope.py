@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from flask_eventsourcing.exceptions import (
     RollbackOnlyError,
     UncommittedEventsError,
 )
+from flask_eventsourcing.metadata import event_metadata
+from flask_eventsourcing.models import StoredEventMixin
 from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests import servers
-from tests.domain import Bank, conflict_with, in_threads
+from tests.domain import Account, Bank, conflict_with, in_threads
 from tests.hosts.test_units_of_work import recorded
 from tests.hosts.zope_site import ExplicitManager, ZopeSite
 from tests.servers import ServerFolder
@@ -531,3 +534,40 @@ def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: p
         zope_site.manager.commit()
     zope_site.manager.abort()
     assert "<the mailer> failed. The events are stored" in caplog.text
+
+
+class RecordBase(orm.DeclarativeBase):
+    """A base with a record class of the user's."""
+
+
+class TenantEvent(StoredEventMixin, RecordBase):
+    """A record class with a column of its own."""
+
+    __tablename__ = "bank_events"
+    tenant: orm.Mapped[str] = orm.mapped_column(sa.String(20))
+
+    @classmethod
+    def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Fill it."""
+        return {"tenant": f"{metadata['tenant']} {type(event).__name__}"}
+
+
+def test_column_values(tmp_path: Path) -> None:
+    """``column_values()`` of a record class fills its columns from event and metadata, in the session's transaction."""
+    models = event_models(RecordBase, "Bank", stored_event_model=TenantEvent)
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/bank.db")
+    RecordBase.metadata.create_all(engine)
+    sessions = orm.scoped_session(orm.sessionmaker(engine))
+    manager = transaction.ThreadTransactionManager()
+    zope.sqlalchemy.register(sessions, transaction_manager=manager)
+    es = EventSourcing(Bank, models=models, session=sessions)
+    with manager, event_metadata(tenant="acme"):
+        account: Account = es.application.repository.get(es.application.open_account("ada"))
+        account.deposit(1)
+        es.application.save(account)
+    with suppress(KeyError), manager:
+        es.application.open_account("bob")
+    assert sessions.scalars(sa.select(TenantEvent.tenant)).all() == ["acme Created", "acme Deposited"]
+    sessions.remove()
+    es.close()
+    engine.dispose()

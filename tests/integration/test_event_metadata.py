@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -22,7 +22,12 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
-from flask_eventsourcing.metadata import null_metadata_in_context, put_metadata_in_context
+from flask_eventsourcing.metadata import (
+    event_metadata,
+    get_metadata_from_context,
+    null_metadata_in_context,
+    put_metadata_in_context,
+)
 from tests.bank import Site
 from tests.domain import Account, Bank
 from tests.headers import CORRELATION, HOSTILE, TRACE, assert_left_out
@@ -514,3 +519,31 @@ def test_trace_of_the_current_span(site: Site) -> None:
     send(site, {"traceparent": TRACE})
     found = [each.event_metadata["traceparent"] for each in records(site)]
     assert found == [f"00-{7:032x}-{9:016x}-01", TRACE]
+
+
+@on_memory
+def test_generator_that_is_kept_leaks_into_no_other_request(uri: str) -> None:
+    """What a generator puts in force ends with its request, if it is kept and not closed; a caller's own stays."""
+    site = own_site("sqlite://")
+    kept: list[Iterator[int]] = []
+
+    def steps() -> Iterator[int]:
+        with site.es.event_metadata(reason="leaked"):
+            yield 1
+
+    @site.app.get("/<how>")
+    def view(how: str) -> str:
+        if how == "leak":
+            kept.append(steps())
+            next(kept[0])
+        return get_metadata_from_context().get("reason", "nothing")
+
+    with event_metadata(own="caller's"):
+        client = site.app.test_client()
+        assert [client.get(f"/{how}").text for how in ("leak", "other")] == ["leaked", "nothing"]
+        assert get_metadata_from_context() == {"own": "caller's"}
+    with site.app.test_client() as preserving:
+        preserving.get("/leak")
+        with event_metadata(reason="caller's"):
+            assert preserving.get("/other").text == "caller's"
+    site.close()

@@ -34,7 +34,7 @@ class PyramidSite:
     :param configure: adds to the configuration.
     :param application: the bank's class.
     :param metadata: the functions that provide metadata, or False.
-    :param settings: of the application.
+    :param settings: of the application, and ``own_record``, which makes a record class of the user's on the base.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class PyramidSite:
         **settings: Any,
     ) -> None:
         self.Base = orm.declarative_base()
-        self.models = event_models(self.Base, "Bank")
+        make_record: Callable[[Any], Any] = settings.pop("own_record", lambda base: None)
+        self.models = event_models(self.Base, "Bank", stored_event_model=make_record(self.Base))
         self.Note = make_note(self.Base)
         self.engine = engine_for(url)
         self.Base.metadata.create_all(self.engine)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pyramid_retry import RetryableException
+from sqlalchemy import orm
 from webtest import TestApp
 
 from flask_eventsourcing.exceptions import EventMetadataError
 from flask_eventsourcing.metadata import event_metadata
+from flask_eventsourcing.models import StoredEventMixin
 from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import carried
 from tests.headers import HOSTILE, TRACE, assert_left_out
@@ -152,3 +155,39 @@ def test_hostile_headers_are_left_out(
     with caplog.at_level(logging.DEBUG):
         assert site.answer(lambda request: str(bank_of(request).open_account()), environ=headers).status_int == 200
     assert_left_out(described(site)[0], headers, caplog.text)
+
+
+def make_tenant_record(base: Any) -> Any:
+    """Make a record class with a column of its own."""
+
+    class TenantEvent(StoredEventMixin, base):  # type: ignore[misc]
+        __tablename__ = "bank_events"
+        tenant = orm.mapped_column(sa.String(20), nullable=False)
+        kind = orm.mapped_column(sa.String(20))
+
+        @classmethod
+        def column_values(cls, event: Any, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+            """Fill them."""
+            return {"tenant": metadata["tenant"], "kind": type(event).__name__}
+
+    return TenantEvent
+
+
+def test_column_values(new_site: MakePyramidSite) -> None:
+    """``column_values()`` of a record class fills its columns from the event and the metadata of the request."""
+    site = new_site(own_record=make_tenant_record, metadata=(lambda: {"tenant": "acme"},), **VETO)
+    site.answer(lambda request: {"id": str(bank_of(request).open_account())})
+    with event_metadata(tenant="other"):
+        site.answer(lambda request: {"id": str(bank_of(request).open_account())})
+    columns = site.models.StoredEvent.__table__.c
+    with site.engine.connect() as connection:
+        found = connection.execute(sa.select(columns.tenant, columns.kind).order_by(columns.notification_id)).all()
+    assert [tuple(each) for each in found] == [("acme", "Created"), ("other", "Created")]
+
+
+def test_column_values_that_cannot_be_made_store_nothing(new_site: MakePyramidSite) -> None:
+    """An error of ``column_values()`` comes out of ``save()``, and nothing is stored."""
+    site = new_site(own_record=make_tenant_record, **VETO)
+    with pytest.raises(KeyError, match="tenant"):
+        site.answer(lambda request: {"id": str(bank_of(request).open_account())})
+    assert described(site) == []

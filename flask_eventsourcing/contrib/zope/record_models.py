@@ -78,6 +78,7 @@ def event_models(
     originator_id_type: Literal["uuid", "text"] = "uuid",
     schema: str | None = None,
     correlation_index: bool = False,
+    stored_event_model: Any = None,
 ) -> EventModels:
     """Make the record classes of an application, and of its projections, on a declarative base.
 
@@ -89,10 +90,16 @@ def event_models(
     :param originator_id_type: whether the ids of aggregates are UUIDs or text.
     :param schema: the schema of the tables, if the database has schemas.
     :param correlation_index: whether the column ``correlation_id`` has an index.
-    :raises ConfigurationError: when a table name is taken.
+    :param stored_event_model: a record class of your own, made with ``StoredEventMixin`` on the same base.
+    :raises ConfigurationError: when a table name is taken, or a given record class lacks something.
     """
-    place = {"schema": schema, "bind_key": None}
-    events = make_models(base, application_name, originator_id_type=originator_id_type, **place)
+    events = make_models(
+        base,
+        application_name,
+        originator_id_type=originator_id_type,
+        schema=schema,
+        stored_event_model=stored_event_model,
+    )
     if correlation_index:
         index_correlation(events)
     return EventModels(events, make_projection_models(base, application_name, schema=schema))
