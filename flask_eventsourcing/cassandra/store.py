@@ -22,6 +22,10 @@ TIMEOUT = 3.0
 """Seconds for an answer; a node that does not answer is asked again through another one."""
 BATCH_BYTES = 40 * 1024
 """The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
+FIRST_PAGE, LONGEST_PAGE = 64, 4096
+"""Rows of a stream in one answer, at first and at most."""
+PAGE_BYTES = 2 * 2**20
+"""The bytes of states after which the next answer has fewer rows."""
 EVENT_BYTES = 200
 """What an event takes beside its state, roughly."""
 
@@ -239,7 +243,22 @@ class CassandraStore:
         if limit is not None:
             cql += " LIMIT ?"
             values.append(limit)
-        return [StoredEvent(*each) for each in self._all(cql, *values)]
+        return [StoredEvent(*each) for each in self._pages(cql, values)]
+
+    def _pages(self, cql: str, values: Sequence[Any]) -> Iterator[Any]:
+        """Yield rows that have a state, no more of them with one answer than nodes can send in time."""
+        rows, state = FIRST_PAGE, None
+        while True:
+            with translated():
+                statement = self._bind(cql, values)
+                statement.fetch_size = rows
+                found = self.connection.session.execute(statement, timeout=self._timeout, paging_state=state)
+            page, state = list(found.current_rows), found.paging_state
+            yield from page
+            if state is None:
+                return
+            size = sum(len(each.state) for each in page)
+            rows = max(1, rows // 2) if size > PAGE_BYTES else min(2 * rows, LONGEST_PAGE)
 
     def write_snapshot(self, snapshot: StoredEvent) -> None:
         """Write a snapshot; one of the same version is replaced."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -237,6 +237,31 @@ def test_log_goes_on_in_the_next_bucket(new_log: NewLog) -> None:
     assert [each.id for each in again.select_notifications(10_010, 3)] == [10_010, 10_011, 10_012]
     assert again.max_notification_id() == 10_016
     assert again.insert_events([event(keys[2], 1)]) == [10_017]
+
+
+def test_long_streams_are_read_in_pages(new_log: NewLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream is read whole, in both directions and up to a limit; no answer is too large to come in time."""
+    from cassandra.cluster import Session
+
+    log, key = new_log(), uuid4()
+    sizes: list[int] = []
+    recorder = application_recorder(log)
+    for first in range(1, 401, 80):
+        recorder.insert_events([event(key, first + each, bytes(20_000)) for each in range(80)])
+    execute = Session.execute
+
+    def counted(self: Session, *arguments: Any, **others: Any) -> Any:
+        found = execute(self, *arguments, **others)
+        sizes.append(sum(len(each.state) for each in found.current_rows if hasattr(each, "state")))
+        return found
+
+    monkeypatch.setattr(Session, "execute", counted)
+    versions = list(range(1, 401))
+    assert [each.originator_version for each in recorder.select_events(key)] == versions
+    assert sum(sizes) == 400 * 20_000
+    assert max(sizes) < 4 * 2**20
+    assert [each.originator_version for each in recorder.select_events(key, desc=True)] == versions[::-1]
+    assert [each.originator_version for each in recorder.select_events(key, gt=10, limit=150)] == versions[10:160]
 
 
 @pytest.mark.parametrize("others_save", [False, True])
