@@ -108,6 +108,8 @@ def _release_savepoint(connection: Connection, name: str, context: None) -> None
 def _rollback_savepoint(connection: Connection, name: str, context: None) -> None:
     level = state_of(connection).left(name)
     for unit in joined(connection):
+        # The savepoint is not there any more, if somebody has ended its transaction past SQLAlchemy.
+        unit.look()
         unit.rolled_back(level)
 
 

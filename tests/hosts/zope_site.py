@@ -81,9 +81,11 @@ class ZopeSite(HostSite):
             yield
         finally:
             unit = self.host.open_unit()
-            if unit is not None:
-                unit.session.close()
-            self.manager.abort()
+            try:
+                if unit is not None:
+                    unit.session.close()
+            finally:
+                self.manager.abort()
 
     def close(self) -> None:
         """Close the application and every connection."""

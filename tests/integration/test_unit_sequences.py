@@ -87,6 +87,7 @@ SHORTEST: list[tuple[Step, ...]] = [
     (SAVE, COMMIT, Step("change")),
     *_each(COMMITS, SAVE, None),
     *_each(COMMITS, SAVE, None, SAVE, ROLLBACK),
+    *_each(COMMITS, Step("orm savepoint"), SAVE, None, Step("close", caught=True)),
     *_each(COMMITS, SAVE, None, SAVE, COMMIT),
     *_each(CLOSES, SAVE, None),
     *_each(CLOSES, SAVE, None, COMMIT),
