@@ -33,7 +33,7 @@ class MySQLSwaps(ForSwaps):
 
     def shadow_index_name(self, name: str, suffix: str) -> str:
         """Leave the name as it is: it is unique within the table."""
-        return name
+        return self.fitting(name, "")
 
     def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
         """Take the names of checks away: they are unique in the schema."""

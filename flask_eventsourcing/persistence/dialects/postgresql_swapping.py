@@ -22,11 +22,20 @@ class PostgreSQLSwaps(ForSwaps):
         """Limit the waiting to the end of the transaction."""
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{seconds}s'")
 
+    def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
+        """Name its parts; it has no partitions, as rows are copied where the live one has some."""
+        shadow.dialect_options["postgresql"]["partition_by"] = None
+        super().name_shadow(table, shadow, suffix)
+
+    def shadow_index_name(self, name: str, suffix: str) -> str:
+        """Shorten a name that is too long with its suffix."""
+        return self.fitting(name, suffix)
+
     def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
         """Give a key that has a name the suffix: it has an index of that name, and is renamed with it."""
         is_key = isinstance(constraint, sa.PrimaryKeyConstraint | sa.UniqueConstraint)
         if is_key and constraint.name is not None:
-            constraint.name = sa.sql.quoted_name(f"{constraint.name}{suffix}", None)
+            constraint.name = sa.sql.quoted_name(self.fitting(str(constraint.name), suffix), None)
 
     def parts_of(self, connection: Connection, table: sa.Table, name: str) -> Collection[Part]:
         """Ask the catalogs; *name* is that of the table or of a shadow."""
@@ -140,10 +149,14 @@ g AS (
 n AS (
     SELECT DISTINCT d.classid, d.objid, d.objsubid FROM r JOIN pg_depend d
     ON (d.refclassid = 'pg_class'::regclass AND d.refobjid = r.oid)
-    OR (d.refclassid = 'pg_type'::regclass AND d.refobjid = r.reltype AND d.deptype <> 'i'))
+    OR (d.refclassid = 'pg_type'::regclass AND d.deptype <> 'i'
+        AND d.refobjid IN (SELECT oid FROM pg_type WHERE oid = r.reltype OR typelem = r.reltype)))
 SELECT 'own' AS kind, 'the owner ' || pg_get_userbyid(relowner) AS what, NULL AS definition, NULL AS columns FROM r
-UNION ALL SELECT 'own', 'the storage', concat_ws(' ', relpersistence, relreplident, reltablespace, reloptions), NULL
-    FROM r
+UNION ALL SELECT 'own', 'the storage',
+    concat_ws(' ', relkind, relpersistence, relreplident, reltablespace, reloptions), NULL FROM r
+UNION ALL SELECT 'own', 'its schema ' || relnamespace::regnamespace, NULL, NULL FROM r
+UNION ALL SELECT 'own', 'its place in table ' || inhparent::regclass, pg_get_expr(relpartbound, oid), NULL
+    FROM r JOIN pg_inherits ON inhrelid = oid
 UNION ALL SELECT 'own', 'row-level security', concat(relforcerowsecurity), NULL FROM r WHERE relrowsecurity
 UNION ALL SELECT 'acts', 'row-level security, which holds for this role too', NULL, NULL FROM r
     WHERE row_security_active(r.oid)
@@ -179,5 +192,7 @@ UNION ALL SELECT 'on', pg_describe_object(classid, objid, objsubid), NULL, NULL 
     'pg_type'::regclass, 'pg_class'::regclass)
     AND NOT (classid = 'pg_policy'::regclass AND objid IN (SELECT p.oid FROM pg_policy p JOIN r ON p.polrelid = r.oid))
 UNION ALL SELECT 'on', 'table ' || inhrelid::regclass || ', which inherits from it', NULL, NULL
-    FROM r JOIN pg_inherits ON inhparent = r.oid"""
+    FROM r JOIN pg_inherits ON inhparent = r.oid
+UNION ALL SELECT DISTINCT 'on', 'table ' || objid::regclass || ', which has a column of its type', NULL, NULL
+    FROM n WHERE classid = 'pg_class'::regclass AND objsubid > 0 AND objid NOT IN (SELECT oid FROM r)"""
 """What a table has beside its columns: its kind, its name, its definition, and the columns that it is about."""

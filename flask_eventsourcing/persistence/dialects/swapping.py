@@ -6,6 +6,7 @@ tables are replaced in one transaction.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -80,6 +81,13 @@ class ForSwaps:
     def shadow_index_name(self, name: str, suffix: str) -> str:
         """Return the name of an index of a shadow table; here they are unique in the schema."""
         return f"{name}{suffix}"
+
+    def fitting(self, name: str, suffix: str) -> str:
+        """Return a name with a suffix; one that would be too long is shortened, and differs from any other."""
+        if len(name) + len(suffix) <= self.longest_name:
+            return f"{name}{suffix}"
+        end = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}{suffix}"
+        return f"{name[: self.longest_name - len(end)]}{end}"
 
     def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
         """Name a constraint of a shadow table; here its name may be that of the original."""

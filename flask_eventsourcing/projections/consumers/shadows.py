@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import sqlalchemy as sa
@@ -135,11 +136,28 @@ def _check(tables: Sequence[sa.Table], suffix: str, dialect: Dialect) -> None:
         for other in table.metadata.tables.values():
             if other not in tables and any(key.column.table is table for key in other.foreign_keys):
                 raise RebuildError(REFERS.format(other.name, table.name))
+    # Without ALTER TABLE there is no order in which keys are looked at.
+    if dialect.engine.dialect.supports_alter:
+        _check_order(tables)
+
+
+def _check_order(tables: Sequence[sa.Table]) -> None:
+    targets = {table: {key.column.table for key in table.foreign_keys} - {table} for table in tables}
+    try:
+        TopologicalSorter(targets).prepare()
+    except CycleError as error:
+        names = ", ".join(sorted({repr(table.name) for table in error.args[1]}))
+        raise RebuildError(CIRCLE.format(names)) from error
 
 
 REFERS = (
     "Table {!r} has a foreign key to {!r}, whose place a rebuilt table will take: "
     "remove the foreign key, or add its model to the projection's models."
+)
+
+CIRCLE = (
+    "The foreign keys of tables {} go round in a circle, so that there is no order in which they could be built and "
+    "filled: remove one of these foreign keys."
 )
 
 
