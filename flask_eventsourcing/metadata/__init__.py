@@ -46,6 +46,7 @@ __all__ = [
     "Collector",
     "Metadata",
     "MetadataBlock",
+    "Provider",
     "Recorded",
     "brought_along",
     "caused_by",
@@ -116,10 +117,7 @@ def get_metadata_from_context() -> dict[str, str]:
                 break
             hidden = hidden or block._hides
         link = link.before
-    found: dict[str, str] = {}
-    for each in reversed(parts):
-        found.update(each)
-    return found
+    return {key: value for each in reversed(parts) for key, value in each.items()}
 
 
 class MetadataBlock:
@@ -154,8 +152,7 @@ class MetadataBlock:
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        before = _chain.get()
-        self._link = _Link(before and _living(before), self)
+        self._link = _Link(_living(_chain.get()), self)
         _chain.set(self._link)
         return self
 

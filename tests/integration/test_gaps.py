@@ -183,3 +183,31 @@ def test_gap_in_a_frozen_snapshot_is_a_conflict(site: Site) -> None:
             site.bank.recorder.insert_events(made([(account_id, 4)]))
         assert not dialect.is_conflict(raised.value)
         site.db.session.rollback()
+
+
+@on_postgresql
+def test_event_is_appended_by_one_statement_unless_what_it_follows_is_unusual(site: Site) -> None:
+    """A first event, or one behind another, costs one round trip; one behind a snapshot or a version 0 costs two."""
+    texts: list[str] = []
+    with site.app.app_context():
+        recorder: Any = site.bank.factory.aggregate_recorder(purpose="snapshots")
+        recorder.insert_events(made([(OTHER, 7)]))
+        site.bank.recorder.insert_events(made([(uuid4(), 1)]))
+
+        @sa.event.listens_for(site.db.engine, "before_cursor_execute")
+        def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            texts.append(statement)
+
+        kept = uuid4()
+        for key, count in (
+            ((ONE, 1), 1),
+            ((ONE, 2), 1),
+            ((OTHER, 8), 2),
+            ((OTHER, 9), 1),
+            ((kept, 0), 1),
+            ((kept, 1), 2),
+        ):
+            texts.clear()
+            site.bank.recorder.insert_events(made([key]))
+            assert len(texts) == count, key
+        site.db.session.commit()

@@ -124,14 +124,19 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Return the first position, or None if nothing was inserted, for whatever reason."""
         floor = Known.of(connection).floors_of(connection).get(log.identity)
         if len(events) == 1:
-            how = "begin" if begins(events[0]) else "follow"
-            statement = self._append_statement(connection, table, log, how, values.shape)
-            parameters: tuple[Any, ...] = (*values.first(()), log.identity, floor)
+            row, first = values.first(()), begins(events[0])
+            # An id for each table that is looked into.
+            looked = (row[0],) * (1 + (table.snapshots is not None)) if first else row[:2]
+            statement = self._append_statement(connection, table, log, "first" if first else "next", values.shape)
+            rows = self.fetch(connection, statement, (*row, log.identity, *looked, floor))
+            if not rows:
+                statement = self._append_statement(connection, table, log, "begin" if first else "follow", values.shape)
+                rows = self.fetch(connection, statement, (*row, log.identity, floor))
         else:
             statement = self._append_statement(connection, table, log, "block", values.shape)
             keys = key_arrays(table, heads(events))
             parameters = (floor, log.identity, *keys, len(events), *values.shared, *row_arrays(table, values))
-        rows = self.fetch(connection, statement, parameters)
+            rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
     def _append_at_gate(
@@ -368,12 +373,12 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not obtained in time."""
-        return PostgreSQLDialect.code(driver_error) == LOCK_NOT_AVAILABLE
+        return PostgreSQLDialect.code(driver_error) == "55P03"
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
         """Whether the transaction is one that only reads, as each is on a standby."""
-        return PostgreSQLDialect.code(driver_error) == READ_ONLY_TRANSACTION
+        return PostgreSQLDialect.code(driver_error) == "25006"
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return an advisory lock."""
@@ -393,7 +398,3 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def update_waiter(self, table: sa.Table) -> Waiter:
         """Return what waits for notifications, unless they are switched off."""
         return self.listen(table.name) if self.options.postgres_notify else Waiter()
-
-
-LOCK_NOT_AVAILABLE = "55P03"
-READ_ONLY_TRANSACTION = "25006"
