@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Seque
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -117,7 +118,7 @@ def get_metadata_from_context() -> dict[str, str]:
                 break
             hidden = hidden or block._hides
         link = link.before
-    return {key: value for each in reversed(parts) for key, value in each.items()}
+    return dict(chain.from_iterable(each.items() for each in reversed(parts)))
 
 
 class MetadataBlock:
