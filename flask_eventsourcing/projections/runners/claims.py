@@ -36,13 +36,13 @@ class ProcessEndedError(Exception):
     """A process has ended while it applied an event."""
 
     def __init__(self) -> None:
-        super().__init__("the process ended while it was applied, as by a signal, for want of memory, or by os._exit()")
+        super().__init__("the process ended while it was applied, by a signal, a lack of memory, or os._exit()")
 
 
 class Suspects:
     """Events of which one may have ended a process: tried alone, and noted before, so that the next process knows.
 
-    A process that is ended by a signal, for want of memory, or by ``os._exit()``, does not give its claim back.
+    A process that is ended by a signal, a lack of memory, or ``os._exit()``, does not give its claim back.
 
     :param token: of the claim of this process, if it has one.
     :param left: how many events the process before may have been applying, or 0 if it has given its claim back.
