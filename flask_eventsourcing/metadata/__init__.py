@@ -52,11 +52,9 @@ __all__ = [
     "brought_along",
     "caused_by",
     "checked",
-    "enter_request",
     "event_metadata",
     "get_metadata_from_context",
     "kept_for_later",
-    "leave_request",
     "names_recorded",
     "new_id",
     "null_metadata_in_context",
@@ -278,19 +276,21 @@ async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
             raise
 
 
-def enter_request(request: object) -> None:
-    """Note that the blocks to come are those of a request, or of none."""
+def enter_request(request: object) -> object:
+    """Note that the blocks to come are those of a request, or of none, and return the request of those before."""
+    before = _within.get()
     _within.set(request)
+    return before
 
 
-def leave_request(request: object) -> None:
-    """Leave the blocks of a request that nobody has left, as that of a generator which is kept, and no others."""
+def leave_request(request: object, outer: object = None) -> None:
+    """Leave the blocks of a request that no code has left, such as that of a generator which is kept, and no others."""
     link = _chain.get()
     while link is not None and link.within is request:
         link = link.before
     _chain.set(link)
     if _within.get() is request:
-        _within.set(None)
+        _within.set(outer)
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:

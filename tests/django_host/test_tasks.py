@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from rq import Queue, Retry
 from flask_eventsourcing.contrib.django import project_site
 from flask_eventsourcing.contrib.django.middleware import EventSourcingMiddleware
 from flask_eventsourcing.exceptions import ConfigurationError, EventMetadataError
-from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER, event_metadata
+from flask_eventsourcing.metadata import CAUSATION_ID, CORRELATION_ID, USER, event_metadata, get_metadata_from_context
 from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
@@ -229,6 +230,23 @@ def test_metadata_of_a_request(site: DjangoBank) -> None:
     assert (asked[USER], asked["release"]) == ("7", "1.4")
     assert USER not in unknown
     assert USER not in nobody
+
+
+def test_block_that_is_never_left_ends_with_its_request(site: DjangoBank) -> None:
+    """What a view leaves in the context is not in the next request, and a request within a view takes no more away."""
+    left = []
+
+    def view(request: Any) -> JsonResponse:
+        left.append(event_metadata(leak="yes"))
+        left[-1].__enter__()
+        if "X-Inner" not in request.headers:
+            answer(view, X_Inner="yes")
+        return JsonResponse(get_metadata_from_context())
+
+    with event_metadata(own="caller's"):
+        assert json.loads(answer(view).content) == {"own": "caller's", "leak": "yes"}
+        assert get_metadata_from_context() == {"own": "caller's"}
+    assert json.loads(answer(lambda _: JsonResponse(get_metadata_from_context())).content) == {}
 
 
 def test_metadata_are_of_one_request(site: DjangoBank) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from pyramid.request import Request
 from pyramid_retry import RetryableException
 from sqlalchemy import orm
 from webtest import TestApp
 
 from flask_eventsourcing.exceptions import EventMetadataError
-from flask_eventsourcing.metadata import event_metadata
+from flask_eventsourcing.metadata import event_metadata, get_metadata_from_context
 from flask_eventsourcing.models import StoredEventMixin
 from flask_eventsourcing.signals import events_recorded
 from flask_eventsourcing.workers import carried
@@ -89,6 +90,26 @@ def test_metadata_are_of_one_request(site: PyramidSite) -> None:
     assert all(each == {"who": each["who"], "correlation_id": each["who"]} for each in found)
     assert last.keys() == {"correlation_id"}
     assert not last["correlation_id"].startswith("r")
+
+
+def test_block_that_is_never_left_ends_with_its_request(site: PyramidSite) -> None:
+    """What a view leaves in the context is not in the next request, and a subrequest takes no more away."""
+    left = []
+
+    def view(request: Any) -> Any:
+        if request.headers.get("X-Look"):
+            return get_metadata_from_context()
+        left.append(event_metadata(leak="yes"))
+        left[-1].__enter__()
+        if not request.headers.get("X-Inner"):
+            inner = Request.blank("/", method="POST", headers={"X-Inner": "yes"})
+            request.invoke_subrequest(inner, use_tweens=True)
+        return get_metadata_from_context()
+
+    with event_metadata(own="caller's"):
+        assert site.answer(view).json == {"own": "caller's", "leak": "yes"}
+        assert get_metadata_from_context() == {"own": "caller's"}
+    assert site.answer(view, headers={"X-Look": "yes"}).json == {}
 
 
 def test_provider_that_fails_fails_the_save(new_site: MakePyramidSite) -> None:

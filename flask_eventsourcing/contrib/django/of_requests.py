@@ -10,7 +10,7 @@ from typing import Any
 from django.utils.module_loading import import_string
 
 from ...exceptions import ConfigurationError
-from ...metadata import TRACEPARENT, USER, Collector, Provider
+from ...metadata import TRACEPARENT, USER, Collector, Provider, enter_request, leave_request
 from ...metadata.values import metadata_of_headers, trace_of_span
 from .configuring import SETTING, Configured
 
@@ -22,11 +22,12 @@ _request: ContextVar[Any] = ContextVar("flask_eventsourcing.request", default=No
 
 @contextmanager
 def answering(request: Any) -> Iterator[None]:
-    """Within it, a request is the current one."""
-    token = _request.set(request)
+    """Within it, a request is the current one; the metadata that its code leaves in the context end with it."""
+    token, outer = _request.set(request), enter_request(request)
     try:
         yield
     finally:
+        leave_request(request, outer)
         _request.reset(token)
 
 

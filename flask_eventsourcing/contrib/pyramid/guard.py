@@ -12,6 +12,7 @@ from typing import Any
 from pyramid.registry import Registry
 
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
+from ...metadata import enter_request, leave_request
 from ...uow import Batch, describe
 from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed, is_run_again
 from .site_state import KEY, EventSourcing
@@ -38,6 +39,13 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
     """
 
     def guard_tween(request: Any) -> Any:
+        outer = enter_request(request.environ)
+        try:
+            return answer(request)
+        finally:
+            leave_request(request.environ, outer)
+
+    def answer(request: Any) -> Any:
         state: EventSourcing | None = registry.get(KEY)
         if state is None or is_managed(request):
             # The caller of the request decides, as functional tests do.
