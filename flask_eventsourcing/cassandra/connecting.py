@@ -92,7 +92,7 @@ class Connection:
             # Its finalizers would close what belongs to the parent.
             keep_for_ever(held)
             raise InheritedDatabaseError(
-                "The session with Cassandra was open when this process was forked, and would never answer here: "
+                "The session with Cassandra was open when this process was forked, and never answers in a child: "
                 "construct the application in the child, or close it before the fork."
             )
         return held
@@ -139,8 +139,8 @@ class Connection:
         is_local = any(each.startswith("LOCAL_") for each in (settings.consistency, settings.serial_consistency))
         if len(names) > 1 and settings.local_dc is None and is_local:
             raise ConfigurationError(
-                f"Cassandra has several data centres, {', '.join(sorted(names))}, and {settings.consistency} and "
-                f"{settings.serial_consistency} mean whichever is asked: set LOCAL_DC to one of them."
+                f"Cassandra has several data centres, {', '.join(sorted(names))}, and with {settings.consistency} and "
+                f"{settings.serial_consistency} each could accept the same version: set LOCAL_DC to one of them."
             )
 
     @contextmanager

@@ -129,8 +129,8 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
         lent = _lent.get(token)
         if lent is None:
             raise InfrastructureFactoryError(
-                f"{self.LENT} names a connection that is gone: the app that it belonged to was dropped, or this is "
-                "another process."
+                f"{self.LENT} names a connection that is gone, because its app was dropped or this is another process: "
+                "construct the application again."
             )
         return lent
 

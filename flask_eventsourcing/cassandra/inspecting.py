@@ -39,7 +39,7 @@ REMEDY = "run the command 'init-db'"
 PERIODIC = (
     "with which it loses acknowledged events when it is killed: set commitlog_sync: batch, or group, in cassandra.yaml"
 )
-OLD_PAXOS = "with which writers that meet may be told nothing: set paxos_variant: v2 in cassandra.yaml"
+OLD_PAXOS = "so the outcome of concurrent writes is unknown more often: set paxos_variant to v2 in cassandra.yaml"
 
 Line = tuple[str, bool]
 """What a check says, and whether it is a fault."""
@@ -245,7 +245,7 @@ def _look_at_copies(replication: Mapping[str, str], nodes: Sequence[Host]) -> It
     for name, text in replication.items():
         there = len(nodes) if name == "replication_factor" else counted[name]
         if name != "class" and text.isdigit() and int(text) > there:
-            yield f"{text} copies are asked for, {name}, and there are {there} nodes for them", True
+            yield f"{name} asks for {text} copies, but there are {there} nodes: add nodes or lower it", True
 
 
 def _plain(kind: str) -> tuple[bool, str]:

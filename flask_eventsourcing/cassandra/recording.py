@@ -133,8 +133,8 @@ class Log:
         """
         if not self.has(event.originator_id):
             raise IdentifierTypeError(
-                f"The id {event.originator_id!r} is a {type(event.originator_id).__name__}; those of the tables are "
-                f"of type {self.id_type!r}: set ORIGINATOR_ID_TYPE before they are made."
+                f"The id {event.originator_id!r} is a {type(event.originator_id).__name__}, but the tables have ids of "
+                f"type {self.id_type!r}: use such ids, or set ORIGINATOR_ID_TYPE before you create the tables."
             )
         if not 0 <= event.originator_version <= LARGEST:
             raise EventValueError(f"{event.originator_version} is no version of an aggregate.")

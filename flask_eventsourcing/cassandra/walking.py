@@ -105,8 +105,8 @@ class Walker:
         found = self.repeat(lambda: self.store.read_row(position))
         if found is None:
             raise UnreadableEventError(
-                f"The log has no row at position {position}, and one behind it: others have written it past this "
-                "package, or rows were lost."
+                f"The log has no row at position {position}, but one after it: another program has written to the log, "
+                "or rows were lost. Restore the log from a backup."
             )
         return found
 

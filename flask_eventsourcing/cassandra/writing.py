@@ -186,7 +186,7 @@ class Writer:
                 raise
             raise CommitOutcomeUnknownError(
                 f"Cassandra did not tell within {self._patience:g} s whether a save was recorded (at position "
-                f"{row.position}, {error}). Look before you do it again."
+                f"{row.position}, {error}). Read the aggregate again before you repeat the save."
             ) from error
 
     def _at_the_end(self) -> Memory:
@@ -335,7 +335,10 @@ class Writer:
 
 def interrupted(error: BaseException) -> CommitOutcomeUnknownError:
     """Return the error for threads whose leader was interrupted."""
-    return CommitOutcomeUnknownError(f"The thread that saved was interrupted ({type(error).__name__}): look before.")
+    return CommitOutcomeUnknownError(
+        f"The thread that saved the events was interrupted ({type(error).__name__}): read the aggregate again before "
+        "you repeat the save."
+    )
 
 
 def unfinished(batch: Sequence[Ticket], row: Row, error: BaseException) -> None:

@@ -39,8 +39,8 @@ TRIAL_EVENTS = 1000
 BUSY = "Another process rebuilds {} now."
 NO_MODELS = "{} has no models to rebuild: name them in its models=[…]."
 SEVERAL = (
-    "{} is inline, and the database server is one of several that take writes: those on the others could not be kept "
-    "out while the tables are swapped. Let a worker run it, with inline = False, rebuild it, and make it inline again."
+    "{} is inline, and the database has several servers that take writes: a rebuild cannot stop the others while it "
+    "swaps the tables. Set inline = False and let a worker run it, rebuild it, and set inline = True again."
 )
 LOOK = 0.1
 """Seconds between two looks whether another process renews its lease."""
@@ -138,7 +138,7 @@ class Rebuild:
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[Connection], None]]:
-        """Within it, no other process rebuilds; gives what raises an error when another does so nevertheless.
+        """Within it, no other process rebuilds; yields a function that raises an error if one does.
 
         :raises ProjectionBusyError: when another process rebuilds it.
         """

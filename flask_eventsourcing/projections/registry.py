@@ -270,8 +270,8 @@ class PlainProjections(BoundProjections):
     def _check_database(self, projection_class: type[ModelProjection], table: sa.Table) -> None:
         if not any(_has_table(host, table) for host in set(self.hosts.values())):
             raise ConfigurationError(
-                f"Table {table.name!r} of {projection_class.__name__} is not in the database of the events: it must "
-                "be, as they are committed in one transaction."
+                f"Table {table.name!r} of {projection_class.__name__} is not in the database of the events: move it "
+                "there, because one transaction commits both."
             )
 
 

@@ -174,7 +174,7 @@ class Swap:
 
     @contextmanager
     def _log_locked(self) -> Iterator[None]:
-        """Keep events out that only the old tables would have, where the swap has several transactions for that."""
+        """Keep out events that only the old tables would get, if the swap takes several transactions."""
         dialect = self.application.datastore.dialect
         if not self.live.projection_class.inline or dialect.swaps_in_transaction:
             yield
@@ -283,19 +283,19 @@ def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bo
 
 
 def _lost_parts(connection: Connection, dialect: Dialect, table: sa.Table, gone: set[str]) -> list[Part]:
-    """What a table has and the new one has not, unless it is about columns that the model has no more."""
+    """Return the parts that the new table lacks, except those of columns that the model no longer has."""
     there = {part.without(NEW) for part in dialect.parts_of(connection, table, table.name + NEW)}
     found = dialect.parts_of(connection, table, table.name)
     return [part for part in found if part not in there and not part.columns & gone]
 
 
 def _refuse_acting(connection: Connection, new: ShadowTables, table: sa.Table, parts: Sequence[Part]) -> None:
-    """Refuse what can neither be carried over nor be left in peace when rows are replaced."""
+    """Refuse parts that a new table would lack and that would act on replaced rows."""
     acting = [part.what for part in parts if part.acts]
     if acting:
         raise RebuildError(
-            f"Table {table.name!r} has {', '.join(sorted(acting))}, which a rebuilt table would not have, and "
-            "which would act if the rows were replaced: take it away for the rebuild."
+            f"Table {table.name!r} has {', '.join(sorted(acting))}, which a rebuilt table would lack, and which would "
+            "act on replaced rows: remove it for the rebuild."
         )
     referring = set(new.datastore.dialect.referrers(connection, table)) - {each.name for each in new.live}
     for other in sorted(referring):
@@ -350,7 +350,7 @@ def _is_paused(consumer: Consumer, connection: Connection) -> bool:
 
 
 def lease_of_rebuild(live: Consumer) -> Checkpoint:
-    """Return the row with the lease of the process that rebuilds a projection, where that is no lock of the server."""
+    """Return the checkpoint with the lease of the process that rebuilds a projection without a lock of the server."""
     return live.application.checkpoint(f"{live.name}:rebuilding")
 
 

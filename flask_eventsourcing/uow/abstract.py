@@ -27,7 +27,7 @@ class PendingEvents(Protocol):
         """Whether there are events of an aggregate."""
 
     def add_beside(self, originator_id: UUID | str, item: Item) -> None:
-        """Note something that stands or falls with the last events of an aggregate."""
+        """Note something that is kept or dropped with the last events of an aggregate."""
 
 
 class Unit(JoinedUnit, ABC):
@@ -72,11 +72,11 @@ class Unit(JoinedUnit, ABC):
 
     @abstractmethod
     def _note(self, item: Item, connection: Connection | None = None) -> None:
-        """Note what is to happen at the end of the transaction, which is a connection's if there is another one."""
+        """Note what happens at the end of the transaction: a connection's, if one is given."""
 
     @abstractmethod
     def _transaction(self, *, begin: bool) -> object | None:
-        """Return what stands for the transaction and is referenced by nobody after it; None where there is none."""
+        """Return an object that lives as long as the transaction, or None if there is no transaction."""
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Note a conflict, so that the next try queues."""

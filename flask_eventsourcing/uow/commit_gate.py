@@ -1,4 +1,4 @@
-"""Refuses commits: inside a unit of work others than the unit's, and those that the database would drop."""
+"""Refuses commits by other code inside a unit of work, and commits that the database would drop."""
 
 from __future__ import annotations
 

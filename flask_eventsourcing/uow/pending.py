@@ -113,7 +113,7 @@ class Pending:
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
     def add_beside(self, originator_id: UUID | str, item: Item) -> None:
-        """Note something that stands or falls with the last events of an aggregate."""
+        """Note something that is kept or dropped with the last events of an aggregate."""
         for number in reversed(range(len(self._items))):
             level, known = self._items[number]
             if isinstance(known, Batch) and any(event.originator_id == originator_id for event in known.events):

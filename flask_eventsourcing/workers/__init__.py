@@ -110,8 +110,8 @@ class Sending:
         # The events are committed: the caller of commit() must not take that for a failure.
         with Logged(
             logger,
-            "The commit succeeded, and then %s could not be sent. It is not sent again: what must never be lost "
-            "belongs in a projection of the events, which goes on where it was.",
+            "The commit succeeded, but %s could not be sent, and will not be sent again. Send what must never be lost "
+            "from a projection of the events, which goes on where it stopped.",
             self.description,
         ):
             self.send()

@@ -67,8 +67,8 @@ def init_celery(
         raise ConfigurationError(f"init_celery takes a Celery app first; found {celery_app!r}.")
     if isinstance(celery_app._tasks, _UnitTasks):
         raise ConfigurationError(
-            f"init_celery was called for the Celery app {celery_app.main!r} already. Where a function makes several "
-            "Flask apps, call it beside the Celery app, with that function: init_celery(celery_app, create_app)."
+            f"init_celery was called for the Celery app {celery_app.main!r} already. If a function makes several Flask "
+            "apps, pass that function, once, where you make the Celery app: init_celery(celery_app, create_app)."
         )
     check_retries(conflict_retries)
     slot = state_slot(flask_app_or_factory, "init_celery")
@@ -125,7 +125,7 @@ class _Worker:
             return
         if type(task).run is Task.run:
             raise ConfigurationError(
-                f"The task {task.name} has no run(), around which its unit of work is put: rename its __call__()."
+                f"The task {task.name} has no run() to call in a unit of work: rename its __call__() to run()."
             )
         check_retries(getattr(task, "conflict_retries", self.conflict_retries))
         # Celery's autoretry stays outside, so that it sees errors of the commit, after the rollback.

@@ -55,7 +55,7 @@ def test_foreign_keys_in_a_circle(desk: Desk) -> None:
     desk.open(1, 2)
     assert desk.run_once() == []
     before = names(desk)
-    with pytest.raises(RebuildError, match="foreign keys of tables 'head', 'item' go round in a circle"):
+    with pytest.raises(RebuildError, match="foreign keys of tables 'head', 'item' form a cycle"):
         rebuild(desk)
     assert names(desk) == before
 

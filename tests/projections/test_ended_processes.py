@@ -69,7 +69,7 @@ def test_an_event_that_ends_the_process_becomes_a_dead_letter(dying: Desk, uri: 
     with dying.consumer().application.engine.connect() as connection:
         (letter, _) = dying.consumer().application.dead_letters.select(connection, ["Balances"])
     assert letter.error is not None
-    assert letter.error.startswith("ProcessEndedError: the process ended while it was applied")
+    assert letter.error.startswith("ProcessEndedError: the process ended while it applied the event")
 
 
 @pytest.mark.xdist_group("rebuild")

@@ -270,7 +270,7 @@ def test_only_the_event_before_which_it_stands_is_skipped(desk: Desk) -> None:
     """A skip is refused if the consumer has not halted at this event, or has new handlers for earlier ones."""
     desk.balances(retries=0)
     refused = ("projections", "skip", "Balances", "2", "--reason", "no")
-    assert "Balances does not stand before position 2" in command(desk, *refused)[1]
+    assert "Balances has not halted before position 2" in command(desk, *refused)[1]
     desk.poison = {13}
     desk.open(1, 13)
     assert desk.run_once()
@@ -309,7 +309,7 @@ def test_events_with_a_new_handler_are_not_passed_over(desk: Desk, monkeypatch: 
     counting(Deposited, Created)
     code, output = command(desk, "projections", "skip", "Counting", "3", "--reason", "no")
     assert code == 1
-    assert "has handlers by now for events (1) between its position 1 and 3" in output
+    assert "now has handlers for events (1) between its position 1 and 3" in output
 
 
 def test_an_event_is_skipped_in_a_rebuild(desk: Desk) -> None:

@@ -65,7 +65,10 @@ class Configured:
         except ImportError as error:
             raise ConfigurationError(f"{where} is {self.path!r}, which cannot be imported: {error}") from error
         if not (isinstance(found, type) and issubclass(found, Application)):
-            raise ConfigurationError(f"{where} is {self.path!r}, which is no application class: {found!r}.")
+            raise ConfigurationError(
+                f"{where} is {self.path!r}, which is not an application class: name a subclass of Application; found "
+                f"{found!r}."
+            )
         if found.name != self.name:
             raise ConfigurationError(
                 f"{where} is {self.path!r}, whose application is called {found.name!r}: write {SETTING}[{found.name!r}]"
@@ -111,7 +114,7 @@ def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configu
     try:
         config = read_settings(f"{where}['CASSANDRA']", {**engine_settings(found.alias), **further}, replicated=False)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} What it does not have is that of DATABASES[{found.alias!r}].") from error
+        raise ConfigurationError(f"{error} The other settings come from DATABASES[{found.alias!r}].") from error
     # The engine has no transactions: models of projections are in the project's first database.
     return replace(found, alias=DEFAULT_DB_ALIAS, cassandra=config, engine=found.alias)
 

@@ -20,7 +20,7 @@ from ...persistence import Datastore, DialectOptions
 from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
 from ...uow import Batch
-from .configuring import SETTING, Configured, configured
+from .configuring import EXAMPLE, SETTING, Configured, configured
 from .in_cassandra import ApartApplication, new_store
 from .lending import is_shared, make_engine
 from .of_requests import make_collector
@@ -34,8 +34,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 PROGRAM = "manage.py eventsourcing"
 NAMED = 5
 REMEDY = (
-    "let an error leave its atomic() block, put what may fail into one of its own, and commit where you have switched "
-    "autocommit off"
+    "let an error leave its atomic() block, put code that may fail into an atomic() block of its own, and commit if "
+    "you have switched autocommit off"
 )
 
 
@@ -105,9 +105,7 @@ def lost_text(batches: Sequence[Batch]) -> str:
     """Return the message for events that were saved and are not stored."""
     events = [f"{each.originator_id} version {each.originator_version}" for batch in batches for each in batch.events]
     named = ", ".join(events[:NAMED]) + (", …" if len(events) > NAMED else "")
-    return (
-        f"{len(events)} events were saved and are not stored, although nobody has rolled them back ({named}): {REMEDY}."
-    )
+    return f"{len(events)} events were saved but are not stored, although no code rolled them back ({named}): {REMEDY}."
 
 
 def make_apart(found: Sequence[Configured]) -> dict[str, ApartApplication]:
@@ -248,7 +246,7 @@ def init_application() -> Application[Any]:
         raise ApplicationInitializedError
     made = [slot.init() for slot in slots]
     if not made:
-        raise ConfigurationError(f"{SETTING} has no application.")
+        raise ConfigurationError(f"{SETTING} has no application: write for example {EXAMPLE}.")
     return made[0]
 
 

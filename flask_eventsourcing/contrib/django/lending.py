@@ -31,7 +31,7 @@ _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 INHERITED = (
     "The connection of DATABASES[{alias!r}] was made before this process was forked{why}: call "
-    "django.db.connections.close_all() before the fork, at the end of what has used it."
+    "django.db.connections.close_all() before the fork, at the end of the code that used the connection."
 )
 _opened_in: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The processes in which Django's connections were made."""
@@ -92,7 +92,7 @@ def own_connection(alias: str) -> Any:
         return wrapper
     _leave_pools()
     if not _survives_forks(wrapper.vendor) and _is_inherited(wrapper.settings_dict["NAME"]):
-        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", and its locks do not survive that"))
+        raise InheritedDatabaseError(INHERITED.format(alias=alias, why=", and its locks do not survive a fork"))
     if wrapper.connection is None or _opened_in.get(wrapper, os.getpid()) == os.getpid():
         return wrapper
     if wrapper.in_atomic_block:

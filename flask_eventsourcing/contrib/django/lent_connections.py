@@ -140,7 +140,7 @@ class LentConnection:
         """The connection of Django's."""
         wrapper = self._wrapper()
         if wrapper is None:
-            raise ReferenceError("The thread or the task is gone whose connection this was.")
+            raise ReferenceError("The thread or task that owned this connection has ended: open another connection.")
         return wrapper
 
     def cursor(self, *_: Any, **__: Any) -> LentCursor:

@@ -86,8 +86,8 @@ def _check_brought(model: Any, theirs: Any) -> None:
     is_same = isinstance(own, classes) and getattr(own, "kind", None) in kinds and own.column == theirs.column
     if not is_same:
         raise ConfigurationError(
-            f"Field {theirs.name!r} of record class {model.__name__} is not as the abstract class has it: leave it "
-            "out of your class."
+            f"Field {theirs.name!r} of record class {model.__name__} differs from that of the abstract class: do not "
+            "define it in your class."
         )
 
 

@@ -205,8 +205,8 @@ class Projections:
         one = self.site.configured[name]
         if is_engine(one.alias):
             raise ConfigurationError(
-                f"Projection {cls.__name__} has no database for its models and its position: the project's first one, "
-                f"{one.alias!r}, is in Cassandra."
+                f"Projection {cls.__name__} needs a relational database for its models and its position, and "
+                f"DATABASES[{one.alias!r}] is Cassandra: name a relational database there."
             )
         _check_router(cls, one.alias)
         cls.engine = self.site.projected(one.alias).datastore.engine

@@ -97,8 +97,8 @@ def projection(*, of: type[Application[Any]] | str | None = None) -> Callable[[P
             )
         if cls.inline:
             raise ConfigurationError(
-                f"Projection {cls.__name__} has inline = True, which there is not in a Django project: let a worker "
-                "run it, 'manage.py eventsourcing run', and wait for it where you need it at once."
+                f"Projection {cls.__name__} has inline = True, which Django projects do not support: run it in a "
+                "worker, 'manage.py eventsourcing run', and call wait_for() where you need it at once."
             )
         registered.append((cls, of))
         return cls

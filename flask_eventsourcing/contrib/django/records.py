@@ -78,8 +78,8 @@ def add_records(
     known = _modules.get(name)
     if known not in (None, module):
         raise ConfigurationError(
-            f"event_models(…, {name!r}) was called in {known} and in {module}: the events of an application "
-            "have one table."
+            f"event_models(…, {name!r}) was called in {known} and in {module}: call it in one module only, as an "
+            "application has one table of events."
         )
     base: Any = orm.declarative_base()
     given = {key: mirrored(base, model) for key, model in own.items()}

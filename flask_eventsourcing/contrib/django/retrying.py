@@ -24,18 +24,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NESTED = (
-    "retry_on_conflict is inside another atomic() block of {alias!r}, with which its conflict would be rolled back and "
-    "whose rows it has read: put it around the outermost block. A view of yours has ATOMIC_REQUESTS switched off by "
-    "it, if it is the decorator that stands first."
+    "retry_on_conflict is inside another atomic() block of {alias!r}, which it cannot run again after a conflict: put "
+    "it around the outermost block. As the first decorator of a view, it switches ATOMIC_REQUESTS off for that view."
 )
 
 LATER = (
-    "{name} runs when the atomic() block of retry_on_conflict has ended: decorate a function that is neither a "
-    "coroutine function nor a generator, and call that with sync_to_async() or from a generator."
+    "{name} runs after the atomic() block of retry_on_conflict has ended: decorate a plain function instead, and call "
+    "it with sync_to_async() or from a generator."
 )
 SWALLOWED = (
-    "An error was swallowed inside retry_on_conflict, after which its block can only be rolled back: let it pass, put "
-    "what may fail into an atomic() block of its own, or ask for the rollback with transaction.set_rollback(True)."
+    "Code inside retry_on_conflict caught an error after which the block can only be rolled back: let the error pass, "
+    "put code that may fail into an atomic() block of its own, or request the rollback with "
+    "transaction.set_rollback(True)."
 )
 
 

@@ -34,10 +34,10 @@ from ...uow import AfterCommit
 from .marks import Mark
 from .transactions import DjangoUnit, nothing
 
-ACTS = "Table {!r} has {}, which would act for every row that is written again: take it away for the rebuild."
+ACTS = "Table {!r} has {}, which would act on every row that the rebuild writes: remove it for the rebuild."
 SENDS = (
-    "A handler of {} asks for something after the commit, so that it cannot be rebuilt: all of that would be done "
-    "again. It belongs in a method with @reaction(…)."
+    "A handler of {} registers a function to call after the commit, and a rebuild would call it again for every event: "
+    "move the call to a method with @reaction(…)."
 )
 
 

@@ -13,7 +13,7 @@ from eventsourcing.application import Application
 from ...exceptions import NotInitializedError
 from ...metadata import get_metadata_from_context
 from ...uow import Run
-from .configuring import SETTING
+from .configuring import EXAMPLE, SETTING
 from .hosting import Database, close_application, get_application, site
 from .of_requests import of_request
 from .retrying import as_conflict, queueing_for, run_again
@@ -49,7 +49,7 @@ class ProjectHost:
         """The unit of work of this thread, of a database with a transaction if there is one."""
         units = [each.units.current() for each in self._databases]
         if not units:
-            raise NotInitializedError(f"{SETTING} has no application.")
+            raise NotInitializedError(f"{SETTING} has no application: write for example {EXAMPLE}.")
         open_units = [each for each in units if each.in_transaction]
         return next((each for each in open_units if each.batches), (open_units or units)[0])
 

@@ -29,8 +29,8 @@ from .marks import Announce, Losses, Marked
 logger: logging.Logger = logging.getLogger(__name__)
 
 GONE = (
-    "{} events were saved and cannot be committed, as the database has rolled this transaction back: let an error of a "
-    "statement leave its atomic() block, or put what may fail into one of its own."
+    "{} events were saved and cannot be committed, because the database has rolled this transaction back: let an error "
+    "leave its atomic() block, or put code that may fail into an atomic() block of its own."
 )
 
 
@@ -268,7 +268,7 @@ class DjangoUnit(Unit):
                 connection = self._borrowed.connection()
                 return {id(each) for each in batches if is_there(self.dialect, connection, each)}
         except (sa.exc.SQLAlchemyError, Error, self.dialect.driver_error) as error:
-            logger.warning("Nobody knows what became of events that were saved: %s", type(error).__name__)
+            logger.warning("It is unknown whether events that were saved are stored: %s", type(error).__name__)
             return None
 
 

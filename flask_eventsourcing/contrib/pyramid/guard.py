@@ -106,8 +106,8 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
 
 def _early(state: EventSourcing, batches: Sequence[Batch]) -> FlaskEventSourcingError:
     message = (
-        f"{describe(batches)} saved before pyramid_tm has begun the transaction of the request, and not committed, so "
-        "that it would drop that: commit with 'with request.tm:', or save in a tween under that of pyramid_tm."
+        f"{describe(batches)} saved before pyramid_tm began the transaction of the request, and would be lost: commit "
+        "with 'with request.tm:', or save in a tween under that of pyramid_tm."
     )
     state.discard(batches)
     logger.error("%s The client is told 500.", message)
@@ -128,9 +128,9 @@ def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) ->
 
 
 def _behind_view(batches: Sequence[Batch], reason: str, response: Any) -> FlaskEventSourcingError | None:
-    message = f"{describe(batches)} rolled back, as {reason}, and the answer was {response.status}"
+    message = f"{describe(batches)} rolled back because {reason}, but the response was {response.status}"
     if response.status_code >= 300:
         # To raise a redirect aborts, as it does for rows.
         logger.warning("%s: return the redirect instead of raising it, to store the events.", message)
         return None
-    return UncommittedEventsError(f"{message}: let it answer a failure.")
+    return UncommittedEventsError(f"{message}: respond with a 4xx or 5xx status instead.")

@@ -124,12 +124,12 @@ class PyramidHost(ZopeHost):
         found: Any = getattr(request, session, None) if named else session(request)
         if not isinstance(found, orm.Session):
             what, remedy = (
-                (f"request.{session}", "include what makes it, or name another attribute")
+                (f"request.{session}", "include the module that sets it, or name another attribute")
                 if named
                 else (f"What {session!r} returns", "give a function that returns the session of the request")
             )
             raise ConfigurationError(
-                f"{what} is {found!r} and no session: {remedy} in config.add_eventsourcing(…, session=…)."
+                f"{what} is {found!r}, not a session: {remedy} in config.add_eventsourcing(…, session=…)."
             )
         return found
 

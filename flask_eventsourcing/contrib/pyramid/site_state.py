@@ -33,15 +33,15 @@ logger: logging.Logger = logging.getLogger(__name__)
 KEY = "flask_eventsourcing"
 """The key of the state in a registry."""
 NO_VETO = (
-    "There is no tm.commit_veto, so that a view which returns a 4xx or 5xx commits its events, as its rows: set "
-    "tm.commit_veto = pyramid_tm.default_commit_veto, unless that is meant."
+    "tm.commit_veto is not set, so a view that returns a 4xx or 5xx status commits its events and rows: set "
+    "tm.commit_veto = pyramid_tm.default_commit_veto, unless you want that."
 )
 
 GUARD = "flask_eventsourcing.contrib.pyramid.guard_tween_factory"
 MANAGER = "pyramid_tm.tm_tween_factory"
 NO_GUARD = (
-    f"pyramid.tweens does not have {GUARD} over {MANAGER}, so that a client may be told of a success although its "
-    "events are not stored: put it there."
+    f"pyramid.tweens does not list {GUARD} over {MANAGER}, so a client may receive a success although its events are "
+    "not stored: list it there."
 )
 
 
@@ -159,8 +159,8 @@ class EventSourcing(Facade):
             factory = self._registry.get("dbsession_factory")
             if factory is None:
                 raise ConfigurationError(
-                    'There is no registry["dbsession_factory"], which makes the sessions of workers: set it, or give '
-                    "config.add_eventsourcing(…, session_factory=…) a sessionmaker."
+                    'Workers need a sessionmaker: set registry["dbsession_factory"], or pass one to '
+                    "config.add_eventsourcing(…, session_factory=…)."
                 )
         metadata: Sequence[Provider] | Literal[False] = False
         if self.settings.metadata and first.metadata is not False:
@@ -209,8 +209,8 @@ class EventSourcing(Facade):
         pending = self.drop_pending()
         if pending:
             logger.error(
-                "%s neither committed nor rolled back when the request had ended, and nobody else commits that: it is "
-                "rolled back.",
+                "%s neither committed nor rolled back when the request ended, so the session is rolled back: let "
+                "pyramid_tm manage the request, or commit with 'with request.tm:'.",
                 describe(pending),
             )
             self.discard(pending)

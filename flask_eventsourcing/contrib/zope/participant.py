@@ -45,17 +45,17 @@ NO_SAVEPOINTS = (
 
 
 ELSEWHERE = (
-    "The session of these events takes part in the transaction of another manager, so that this one would not commit "
-    "them: register it once, and call mark_changed() of what zope.sqlalchemy.register() has returned, rather than the "
-    "function."
+    "The session of these events takes part in the transaction of another manager, so this one would not commit them: "
+    "register the session once, and call mark_changed() of the object that zope.sqlalchemy.register() returned, not "
+    "zope.sqlalchemy.mark_changed()."
 )
 UNBEGUN = (
-    "Nobody has begun a transaction that would commit these events: save them inside transaction() of the "
-    "EventSourcing object, or inside a transaction of the manager, as 'with request.tm:' is one in Pyramid."
+    "No transaction has begun that would commit these events: save them inside transaction() of the EventSourcing "
+    "object, or inside a transaction of the manager, in Pyramid with 'with request.tm:'."
 )
 LATE = (
-    "What hears of a commit, as a receiver of events_recorded or a hook of the transaction does, cannot save in the "
-    "session that was committed, as nobody would commit that: save in another thread or task, or in a projection."
+    "A receiver of events_recorded or a hook of the transaction cannot save in the session that was committed, because "
+    "nothing would commit it again: save in another thread or task, or in a projection."
 )
 
 
@@ -196,8 +196,8 @@ class Participant:
         """Note that the transaction failed. In one phase, the events may have been committed before that."""
         if self._at_stake is None:
             logger.error(
-                "The transaction failed after its events were committed, as the database commits before others have "
-                "ended: %s failed. The events are stored, and events_recorded was sent.",
+                "The transaction failed after the database had committed its events: %s failed. The events are stored, "
+                "and events_recorded was sent.",
                 _failed_participant(self),
             )
         elif self._at_stake:

@@ -111,7 +111,7 @@ def check_models_of(application: Any, by_class: Mapping[Any, Any]) -> None:
     :raises ConfigurationError: when one cannot be used.
     """
     if application not in by_class:
-        raise ConfigurationError(f"models has none for {application!r}: give event_models(Base, …) for it.")
+        raise ConfigurationError(f"models has no entry for {application!r}: add event_models(Base, …) for it.")
     for each, own in by_class.items():
         if not (isinstance(each, type) and issubclass(each, Application)):
             raise ConfigurationError(f"{each!r} is no application class, a subclass of {Application.__qualname__}.")

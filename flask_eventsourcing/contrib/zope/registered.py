@@ -18,7 +18,7 @@ IMPLICIT = "flask_eventsourcing.implicit"
 """The key in ``Session.info`` of the manager's transaction, if the session began it because no other code had."""
 REGISTERED = "flask_eventsourcing.registered"
 """The key in ``Session.info`` of the listeners of zope.sqlalchemy."""
-REGISTER = "call zope.sqlalchemy.register(session, transaction_manager=…) on its factory or on itself"
+REGISTER = "call zope.sqlalchemy.register(session, transaction_manager=…) with the session or its factory"
 
 
 def registration_of(session: orm.Session) -> ZopeTransactionEvents | None:
@@ -41,8 +41,8 @@ def check_registration(session: orm.Session, registered: ZopeTransactionEvents, 
     """
     if expected is not None and of_thread(registered.transaction_manager) is not of_thread(expected):
         raise ConfigurationError(
-            "This session was registered with another transaction manager than the one that commits the request, "
-            "request.tm: give that to zope.sqlalchemy.register(session, transaction_manager=request.tm)."
+            "This session was registered with a transaction manager that does not commit the request: call "
+            "zope.sqlalchemy.register(session, transaction_manager=request.tm)."
         )
     if registered.keep_session:
         raise ConfigurationError(

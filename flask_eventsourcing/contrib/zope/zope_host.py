@@ -110,8 +110,8 @@ class ZopeHost(PlainHost):
         session = redirected_session(maker, self.datastore.engine, connection)
         if registration_of(session) is not None:
             raise ConfigurationError(
-                f"Every session of {maker.class_!r} takes part in transactions: give session_factory=…, a sessionmaker "
-                "whose sessions do not, for the work on a connection of its own."
+                f"Every session of {maker.class_!r} is registered with a transaction manager: pass session_factory=…, "
+                "a sessionmaker whose sessions are not registered."
             )
         with self._made_current(session):
             self.unit_of(session).route.bind_arguments = {"bind": connection}

@@ -35,12 +35,12 @@ SWALLOWED = (
 )
 
 APART = (
-    "A handler of {} saves events in a store apart from its models, where they would stay when the batch is rolled "
-    "back, and be saved again by the next try: do that in a method with @reaction(…)."
+    "A handler of {} saves events in a store apart from its models. A rollback of the batch would not remove them, and "
+    "the next try would save them again: save them in a method with @reaction(…)."
 )
 UNKNOWN = (
-    "The class of topic {!r} is not found, or one that its state names: import its module, or register the topic for "
-    "the class that it is now, with eventsourcing.utils.register_topic()."
+    "The class of topic {!r}, or a class that its state names, is not found: import its module, or, if the class has a "
+    "new name, register the old topic for it with eventsourcing.utils.register_topic()."
 )
 
 
@@ -53,12 +53,12 @@ class SuspectError(EventError):
 
 
 def may_be_its_own(error: BaseException) -> bool:
-    """Whether an error that looks like an outage can be a handler's own doing, if the database answers now."""
+    """Whether a handler may have caused an error that looks like an outage, if the database answers now."""
     return not (isinstance(error, FencedError) or is_serialization_failure(error) or is_read_only(error))
 
 
 def never() -> bool:
-    """Whether a batch is to end before its last event, where it is not."""
+    """Return False: the batch does not end before its last event."""
     return False
 
 
@@ -193,7 +193,7 @@ class Applier:
             raise (SuspectError if is_outage(error) else EventError) from error
 
     def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
-        """The aggregates of some events that wait behind one that was set aside."""
+        """Return the aggregates of some events that wait behind an event that was set aside."""
         if self._has_letters is None:
             # One that halts has only those that an operator has skipped, while nobody ran it.
             sets_aside = self.consumer.projection_class.on_failure == "dead-letter"
@@ -204,7 +204,7 @@ class Applier:
         return self.letters.blocked(connection, self.consumer.name, ids)
 
     def _is_suspect(self, error: BaseException) -> bool:
-        """Whether an error after which one may try again can be the handler's own doing: it would be for ever."""
+        """Whether the handler may have caused an error that allows another try: it would be tried for ever."""
         batch = self._batches.last
         if batch is None or isinstance(error, FencedError) or is_serialization_failure(error):
             return False
@@ -283,7 +283,9 @@ class Applier:
                 raise
             raise EventError from error
         if self.consumer.kind == "rebuild" and len(unit.batches) != saved:
-            raise HandlerError(f"{name} saves events, so that it cannot be rebuilt: they would be saved again.")
+            raise HandlerError(
+                f"{name} saves events, and a rebuild would save them again: move its models to another projection."
+            )
         return handled
 
     def handle(self, session: orm.Session, notification: Notification) -> None:
@@ -295,14 +297,14 @@ class Applier:
             session.flush()
 
     def _refusing_saves(self) -> AbstractContextManager[None]:
-        """A block within which handlers save nothing that would stay when their transaction is rolled back."""
+        """Refuse, in a block, saves that a rollback of the handlers' transaction would not undo."""
         is_reaction = self.consumer.kind == "reactions"
         return nullcontext() if is_reaction else refusing_saves(APART.format(self.projection.__class__.__name__))
 
     def _handle_one(self, session: orm.Session, notification: Notification) -> None:
         """Call the handler of one event, if there is one.
 
-        :raises UnreadableEventError: for what stands for a row that cannot be read.
+        :raises UnreadableEventError: when the row of the event cannot be read.
         :raises HandlerError: when it would end the process.
         """
         if isinstance(notification, UnreadableNotification):

@@ -126,7 +126,7 @@ class Batches:
         return found
 
     def keeps(self, column: sa.ColumnElement[Any], value: Any) -> bool:
-        """Whether a value comes back from a column of a plain class as it went."""
+        """Whether a column of a plain class returns a value unchanged."""
         if value is None or type(value) is not _python_type(column):
             return value is None
         if isinstance(value, datetime):
@@ -252,7 +252,7 @@ class Batch:
         self._state.is_flushing = False
 
     def _forget(self) -> None:
-        """Have everything read again that is not being changed."""
+        """Expire the objects that are not being changed, so that they are read again."""
         dirty = self._session.dirty
         for instance in list(self._session.identity_map.values()):
             if instance not in dirty:
@@ -292,7 +292,7 @@ _heard: weakref.WeakSet[orm.Session] = weakref.WeakSet()
 
 
 def _telling(method: Callable[..., None]) -> Listener:
-    """Return what tells the batch of a session, while there is one."""
+    """Return a listener that tells the batch of a session, while there is one."""
 
     def heard(session: orm.Session, *what: Any) -> None:
         batch = session.info.get(_KEY)
@@ -364,7 +364,7 @@ def _python_type(column: sa.ColumnElement[Any]) -> type[Any] | None:
 
 
 def _watch(model: type[Any]) -> None:
-    """Hear of the values that are set in rows of a class, of which those of a batch are told."""
+    """Listen to the values that are set in rows of a class, and tell the batch of those that it watches."""
     if model in _watched:
         return
     _watched.add(model)
@@ -389,7 +389,7 @@ def _setter(column: sa.Column[Any]) -> Callable[..., Any]:
 
 
 def _has_flush_listeners(session: orm.Session) -> bool:
-    """Whether somebody does something at each flush, so that their number can be observed."""
+    """Whether other code listens to flushes, and so can observe how many there are."""
     dispatch: Any = session.dispatch
     listeners = [each for name in _FLUSHES for each in getattr(dispatch, name) if each not in _OWN]
     # SQLAlchemy-Utils has one on each session, which does nothing for whom has no aggregated attributes.

@@ -83,7 +83,7 @@ class LogPages:
             self.known_to = upto
 
     def _filter(self) -> Sequence[str]:
-        """The topics to ask for; none, for no filter, where one is not resolved or they are too many."""
+        """Return the topics to filter by, or none if a topic is unresolved or there are too many."""
         handlers = self.consumer.handlers
         if any(handlers.resolve(topic) is None for topic in self.topics):
             return ()

@@ -52,7 +52,7 @@ class ProjectedApplication:
     rebuild_with: Callable[..., Any] | None = None
 
     def is_orphan(self, name: str) -> bool:
-        """Whether the name of a checkpoint is that of no projection here."""
+        """Whether no projection here has the name of a checkpoint."""
         return name.partition(":")[0].casefold() not in {each.casefold() for each in self.registered}
 
     @property

@@ -81,13 +81,13 @@ class Belonging:
         )
 
     def find_old_code(self, row: CheckpointRow) -> Mismatch | None:
-        """Return the state of a worker whose code ran before the last rebuild, which was by other code."""
+        """Return the state of a worker whose code ran before other code rebuilt the projection."""
         if self.consumer.kind != "projection" or self.consumer.fingerprint not in retired(row.earlier_fingerprints):
             return None
         return Mismatch(
             OLD_CODE,
-            f"{self.name} is not run by this process, which has old code: its tables were rebuilt by other code since. "
-            f"If that release was taken back, run {self.consumer.command('projections accept')}, or rebuild "
+            f"This process does not run {self.name}, because it has old code: other code has rebuilt the tables since. "
+            f"If you took that release back, run {self.consumer.command('projections accept')}, or rebuild "
             "the projection.",
         )
 
@@ -106,8 +106,8 @@ class Belonging:
         old = orphans[0].removesuffix(SUFFIXES["reactions"])
         return Mismatch(
             ORPHAN,
-            f"{self.name} would begin at the start of the log, and there is {orphans[0]}, which is not registered: if "
-            f"the projection was renamed, run "
+            f"{self.name} has no checkpoint and would begin at the start of the log, but {orphans[0]} has one and is "
+            f"not registered: if you renamed the projection, run "
             f"{self.consumer.application.command(f'projections rename {old} {projection.name}')}; if "
             f"not, {self.consumer.command('projections accept')}.",
         )
@@ -192,8 +192,8 @@ class Belonging:
                 return Mismatch(
                     MADE_AGAIN,
                     f"Table {table.name} of {self.name} {what} since the events up to position {row.position} were "
-                    f"applied, so that it lacks them. Run {self.consumer.command('rebuild')}; or, if it is as "
-                    f"it should be, {self.consumer.command('projections accept')}.",
+                    f"applied, so it lacks their rows. Run {self.consumer.command('rebuild')}; or, if the table is "
+                    f"complete, {self.consumer.command('projections accept')}.",
                 )
         return None
 
@@ -232,7 +232,7 @@ def _may_lack_rows(noted: Sequence[Any] | None, found: str, applied: bool) -> bo
 
 
 def _is_noted(row: CheckpointRow, found: Found) -> bool:
-    """Whether an event may be the one that a row notes; what is not known, or was erased, tells nothing."""
+    """Whether an event may be the one that a row notes; an unknown or erased id rules nothing out."""
     if row.last_event_id is not None and found.event_id is not None and row.last_event_id != found.event_id:
         return False
     if row.last_originator_id is None:

@@ -217,8 +217,8 @@ class Ranges:
         return Mismatch(
             NOT_APPLIED,
             f"{events} not applied by the inline projection {name}, from position {missing.first} on: another program "
-            "or an older release has saved them without it, or it was not inline, or not there, before. Run "
-            f"{self.consumer.command('rebuild')}; or, if its tables are as they should be, "
+            "or an older release saved them, or the projection was added or made inline later. Run "
+            f"{self.consumer.command('rebuild')}; or, if its tables are complete, "
             f"{self.consumer.command('projections accept')}.",
         )
 
@@ -234,13 +234,13 @@ class Ranges:
     # ----------------------------------------------------------------------------------------- a change to a worker
 
     def beyond(self, connection: Connection, position: int, mark: int) -> int:
-        """Return the last position that was applied inline although a runner is at *position*, or that."""
+        """Return the last position after *position* that was applied inline, or *position*."""
         c = self.table.c
         query = sa.select(sa.func.max(c.last_position)).where(self._own, c.last_position.between(position + 1, mark))
         return connection.scalar(query) or position
 
     def take_over(self, connection: Connection, row: CheckpointRow, mark: int) -> Mismatch | dict[str, Any]:
-        """Return the values with which a runner goes on behind what was applied inline, or what keeps it from that."""
+        """Return the values with which a runner goes on after the inline events, or the mismatch that stops it."""
         position = self.beyond(connection, row.position, mark)
         if position == row.position:
             return {}
@@ -320,7 +320,7 @@ class Ranges:
 def applied_inline(
     consumer: Consumer, connection: Connection, row: CheckpointRow, mark: int, end: int
 ) -> tuple[int, dict[str, int], Mismatch | None]:
-    """Return up to where an inline projection has applied the log, what it lacks by topic, and the state of that.
+    """Return the last position that an inline projection applied, its missing events by topic, and their state.
 
     :param end: the last position that is committed.
     """

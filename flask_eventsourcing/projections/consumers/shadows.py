@@ -45,7 +45,7 @@ def shadows_of(consumer: Consumer, suffix: str) -> ShadowTables:
 
 
 def own_tables(consumer: Consumer) -> Callable[[], set[str]]:
-    """Return what tells the names of this package's own tables, as far as they were met."""
+    """Return a function for the names of this package's own tables that were met so far."""
     application = consumer.application
     own = {table.name for table in application.models.tables.values()}
     own |= {table.name for table in (application.datastore.tables(application.name) or {}).values()}
@@ -103,11 +103,11 @@ class ShadowTables:
         return [table.name + self.suffix for table in dropped]
 
     def any_exist(self, connection: Connection) -> bool:
-        """Whether there is one of them."""
+        """Whether at least one of the tables exists."""
         return any(self.exists(connection, table) for table in self.live)
 
     def all_exist(self, connection: Connection) -> bool:
-        """Whether there is each of them."""
+        """Whether all the tables exist."""
         return all(self.exists(connection, table) for table in self.live)
 
     def count_rows(self, connection: Connection) -> list[int]:
@@ -122,7 +122,7 @@ class ShadowTables:
             yield session
 
     def exists(self, connection: Connection, table: sa.Table) -> bool:
-        """Whether there is the one of a live table."""
+        """Whether the shadow of a live table exists."""
         return sa.inspect(connection).has_table(table.name + self.suffix, schema=table.schema)
 
     def _quoted(self, table: sa.Table) -> str:
@@ -156,8 +156,8 @@ REFERS = (
 )
 
 CIRCLE = (
-    "The foreign keys of tables {} go round in a circle, so that there is no order in which they could be built and "
-    "filled: remove one of these foreign keys."
+    "The foreign keys of tables {} form a cycle, so a rebuild cannot create and fill the tables in order: remove one "
+    "of these foreign keys."
 )
 
 

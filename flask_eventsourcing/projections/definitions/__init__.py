@@ -125,8 +125,7 @@ def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callab
     for each in event_classes:
         if wrong := _no_event_class(each):
             raise ConfigurationError(
-                f"@{name} takes event classes, as @{name}(Account.Opened), and no event is ever of "
-                f"{each.__qualname__}, which is {wrong}."
+                f"@{name} takes event classes, as @{name}(Account.Opened); {each.__qualname__} is {wrong}."
             )
 
     def decorate(function: F) -> F:
@@ -137,11 +136,11 @@ def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callab
 
 
 def _no_event_class(cls: type[Any]) -> str:
-    """What a class is of which no event can be, or nothing; a mixin of event classes may be any other class."""
+    """Return what a class is if no event can have it, or ""; a mixin of event classes may be any other class."""
     if issubclass(cls, BaseAggregate):
         return "an aggregate class: name one of its events"
     if issubclass(cls, Application | BaseException):
-        return "no class of events"
+        return "not an event class"
     # All that a module of the standard library has; every event is an object.
     if cls is not object and cls.__module__.partition(".")[0] in sys.stdlib_module_names:
         return "a class of Python's own"

@@ -51,7 +51,7 @@ def fingerprint_of(cls: type[Any], functions: Iterable[Callable[..., Any]]) -> s
 
 
 def retired(earlier: str | None) -> set[str]:
-    """Return the fingerprints of code that ran before a rebuild with other code, of a checkpoint's earlier ones."""
+    """Return those of a checkpoint's earlier fingerprints whose code ran before a rebuild with other code."""
     return {each for each in (earlier or "").split() if not each.startswith(RAN)}
 
 
@@ -94,7 +94,7 @@ def _read_source(module: str) -> str | None:
 
 
 def _is_source_of(source: str, cls: type[Any], module: str) -> bool:
-    """Whether the functions of a class are those of a source, which may have been replaced during the import."""
+    """Whether a source, which may have been replaced during the import, has the functions of a class."""
     file = getattr(sys.modules.get(module), "__file__", None)
     compiled: dict[str, types.CodeType] = {}
     left = [compile(source, "", "exec", dont_inherit=True)]
@@ -141,7 +141,7 @@ def _tree(node: ast.AST) -> Iterator[str]:
 
 
 def _is_comment(node: ast.AST) -> bool:
-    """Whether it is a text that stands for itself, as a docstring does."""
+    """Whether a node is a string on its own, such as a docstring."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 

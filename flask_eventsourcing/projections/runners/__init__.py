@@ -279,7 +279,7 @@ class Runner:
             self.turn.release(claimed)
 
     def _refuse(self, mismatch: Mismatch, once: bool) -> None:
-        """Leave alone what does not fit, until an operator has put it right or, for old code, for ever."""
+        """Wait until an operator has corrected the mismatch; with old code, wait for ever."""
         if once:
             raise mismatch.error
         if mismatch.state == OLD_CODE:
@@ -300,7 +300,7 @@ class Runner:
         self.stop.wait(SLICE)
 
     def _stand_still(self, row: CheckpointRow, once: bool) -> None:
-        """Wait until somebody resumes it."""
+        """Wait until an operator resumes it."""
         self.turn.give_up()
         if once:
             raise ProjectionHaltedError(stopped_message(self.consumer, row))
@@ -344,7 +344,7 @@ class Runner:
             self.turn.topics = pages.notes()
 
     def _move(self, claimed: CheckpointRow, once: bool, pages: LogPages, delivery: Delivery) -> CheckpointRow:
-        """Apply one page, which nobody keeps after that: the next wait may be long."""
+        """Apply one page, and keep no reference to it, as the next wait may be long."""
         mark = self.progress.high_water_mark
         page = pages.read(claimed.position, self.pace.limit, mark)
         self.progress.state = "catching up" if page.full else "up to date"
@@ -355,7 +355,7 @@ class Runner:
         return delivery.deliver(claimed, page) if seen else claimed
 
     def _find_goal(self) -> int:
-        """Where a run that is to happen once ends: what is saved in the meantime is left to the next one."""
+        """Return the position at which a run with *once* ends; the next run handles later events."""
         if self.goal is None:
             self.goal = self.progress.high_water_mark = self.consumer.end()
         return self.goal

@@ -36,7 +36,7 @@ class ProcessEndedError(Exception):
     """A process has ended while it applied an event."""
 
     def __init__(self) -> None:
-        super().__init__("the process ended while it was applied, by a signal, a lack of memory, or os._exit()")
+        super().__init__("the process ended while it applied the event, by a signal, a lack of memory, or os._exit()")
 
 
 class Suspects:
@@ -60,7 +60,7 @@ class Suspects:
 
     @contextmanager
     def trying(self, claimed: CheckpointRow, notification: Notification, attempt: int) -> Iterator[None]:
-        """Within it, an event is tried; if it may be the one, that is noted before.
+        """Within it, an event is tried; if it may end the process, the try is noted first.
 
         :raises FencedError: when the claim was lost.
         """

@@ -211,8 +211,8 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
         others = consumer.count_events(connection, row.position, position - 1)
         if others:
             raise CheckpointError(
-                f"{consumer.name} has handlers by now for events ({others}) between its position {row.position} and "
-                f"{position}, which would be passed over: run it again first."
+                f"{consumer.name} now has handlers for events ({others}) between its position {row.position} and "
+                f"{position}, and skipping would pass them over: run it again first."
             )
         error = (row.error or "").removeprefix(f"{name}: ") or "It was skipped."
         noted = _noted(by, reason)
@@ -225,10 +225,10 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
 def _check_halted(consumer: Consumer, row: CheckpointRow | None, position: int) -> CheckpointRow:
     if row is not None and row.state == HALTED and row.failed_position == position:
         return row
-    state = "is not halted"
+    state = "it is not halted"
     if row is not None and row.state in (HALTED, PAUSED):
         state = stopped_message(consumer, row)
-    text = f"{consumer.name} does not stand before position {position}, and only that can be skipped"
+    text = f"{consumer.name} has not halted before position {position}, and you can only skip the event that halted it"
     raise CheckpointError(f"{text}: {state}.")
 
 
@@ -287,7 +287,7 @@ def position_before(application: ProjectedApplication, moment: datetime) -> int:
 
 
 def _first_time(application: ProjectedApplication, after: int, stop: int) -> tuple[int, datetime] | None:
-    """The first event behind a position that has a timestamp, as that of its position and that."""
+    """Return the position and the timestamp of the first event after a position that has a timestamp."""
     while page := application.read_log(after, FEW, stop, ()):
         for each in page:
             if (time := application.time_of(each)) is not None:
@@ -307,7 +307,7 @@ def _refuse_swapping(row: CheckpointRow) -> None:
 
 
 def _ensure(consumer: Consumer) -> None:
-    """Make the row, unless a worker would not."""
+    """Create the row, unless a worker would refuse to."""
     if consumer.checkpoint.read() is not None:
         return
     with consumer.application.engine.connect() as connection:

@@ -139,7 +139,7 @@ def status_of(consumer: Consumer) -> ProjectionStatus:
 
 @contextmanager
 def _reading(consumer: Consumer) -> Iterator[Connection]:
-    """A connection of its own, on which a table of this package that is missing is named."""
+    """Open a connection whose errors name a missing table of this package."""
     application = consumer.application
     with (
         application.engine.connect() as connection,

@@ -216,7 +216,7 @@ def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with setting(DATABASE="cassandra"):
         assert configured()["Bank"].place == "cassandra"
     del engine["NAME"]
-    missing = r"\['KEYSPACE'\] must be a name .* is that of DATABASES\['cassandra'\]"
+    missing = r"\['KEYSPACE'\] must be a name .* come from DATABASES\['cassandra'\]"
     with setting(DATABASE="cassandra"), pytest.raises(ConfigurationError, match=missing):
         configured()
 

@@ -202,7 +202,7 @@ def test_handler_that_saves(desk: FlaskDesk) -> None:
     head = desk.head()
     (error,) = desk.run_once()
     assert isinstance(error.__cause__, HandlerError)
-    assert "do that in a method with @reaction" in str(error)
+    assert "save them in a method with @reaction" in str(error)
     assert desk.head() == head
 
 

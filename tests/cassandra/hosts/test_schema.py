@@ -53,7 +53,7 @@ def test_init_db_and_check(cassandra_server: str, cassandra_keyspace: str) -> No
     assert "bank_events: column correlation_id is missing" in output
     assert "bank_log: rows are dropped after 3600 s: alter its default_time_to_live to 0" in output
     assert "has durable_writes = false" in output
-    assert "3 copies are asked for, datacenter1, and there are 1 nodes for them" in output
+    assert "datacenter1 asks for 3 copies, but there are 1 nodes" in output
 
 
 def test_refused_keyspace(cassandra_server: str, cassandra_keyspace: str) -> None:
@@ -81,4 +81,4 @@ def test_node_settings(monkeypatch: pytest.MonkeyPatch, cassandra_server: str, c
     code, output = run(cassandra_server, cassandra_keyspace, "check")
     assert code == 1
     assert "has commitlog_sync: None, with which it loses acknowledged events when it is killed" in output
-    assert "has paxos_variant: None, with which" in output
+    assert "has paxos_variant: None, so the outcome" in output

@@ -96,8 +96,8 @@ def _check_mapping(rows: Any, mapping: Mapping[tuple[str, str], Converted | None
     if missing:
         listed = ", ".join(map(repr, missing))
         raise ConfigurationError(
-            f"The journal has events of classes that the mapping has not: {listed}. Add them, with None for those that "
-            "shall be left out."
+            f"The journal has events of classes that the mapping lacks: {listed}. Add them to the mapping; map a class "
+            "to None to leave its events out."
         )
 
 
@@ -169,8 +169,8 @@ class _Journal:
         read = self.landing.read(stored)
         if read != found.converted:
             return (
-                f"is read as {type(read).__name__} with other values than it was given: let the function return what "
-                "the transcoder gives back"
+                f"is read back as {type(read).__name__} with different values: let the function return values that the "
+                "transcoder restores unchanged"
             )
         has = {field.name for field in stored._meta.local_concrete_fields}
         for name, value in {"event_id": found.event_id, "metadata": found.metadata}.items():

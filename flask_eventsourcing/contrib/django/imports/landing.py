@@ -21,8 +21,8 @@ R = TypeVar("R")
 PAGE = 1000
 """The most rows that are held at a time."""
 UNREADABLE = (
-    "cannot be read ({}): let ENV have the cipher, compressor and transcoder with which it was written, and "
-    "register_topic() give classes that have moved"
+    "cannot be read ({}): set in ENV the cipher, compressor and transcoder that wrote it, and call register_topic() "
+    "for each class that has moved"
 )
 
 
@@ -155,8 +155,8 @@ class Landing(Generic[R]):
     def _text(self, event: Any, problem: str) -> str:
         return (
             f"Event {event.notification_id} of {self.name} ({event.originator_id} version {event.originator_version}) "
-            f"{problem}. Nothing was taken over. The tables must be empty before the import, or have just these "
-            "events, and no other process may write events meanwhile."
+            f"{problem}. Nothing was taken over. Before the import, empty the tables, or leave exactly these events in "
+            "them, and stop every other process that writes events."
         )
 
 
