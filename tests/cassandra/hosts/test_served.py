@@ -93,7 +93,7 @@ def test_master_of_uwsgi(cassandra_server: str, bank_keyspace: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("server", "count"),
     [
-        pytest.param("django-four", 300, id="django"),
+        pytest.param("django-four", 300, id="django", marks=pytest.mark.torture),
         pytest.param("django-four", 2000, id="django-long", marks=pytest.mark.torture),
         pytest.param("uwsgi-four", 2000, id="flask-long", marks=pytest.mark.torture),
     ],
