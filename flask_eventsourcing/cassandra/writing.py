@@ -45,7 +45,7 @@ class Writer:
     """The last rows, whose writers are about to index them."""
     most_indexed = 32
     """Rows that are indexed at once for others, while a save waits."""
-    pause = 0.25
+    pause: float = 0.25
     """Seconds after which a save looks first whether the log has gone on, or was emptied."""
 
     def __init__(self, store: Store, patience: float, pace: Pace | None = None) -> None:

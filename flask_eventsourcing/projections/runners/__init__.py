@@ -81,7 +81,7 @@ class Delivery:
         self, consumer: Consumer, stop: threading.Event, progress: Progress, pace: Pace, suspects: Suspects
     ) -> None:
         self.applier: Applier = Applier(consumer, ends=self._is_over)
-        self.suspects = suspects
+        self.suspects: Suspects = suspects
         self.consumer = consumer
         self.stop = stop
         self.progress = progress

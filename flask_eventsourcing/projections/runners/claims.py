@@ -49,9 +49,9 @@ class Suspects:
     """
 
     def __init__(self, consumer: Consumer, token: str | None = None, left: int = 0) -> None:
-        self.consumer = consumer
-        self.token = token
-        self.left = left
+        self.consumer: Consumer = consumer
+        self.token: str | None = token
+        self.left: int = left
 
     def tries(self, claimed: CheckpointRow, notification: Notification) -> int:
         """Return how often other processes have tried an event before they ended."""
