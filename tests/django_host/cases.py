@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from bank.domain import Bank  # type: ignore[import-not-found]  # in the project of the documentation
 from bank.models import Balance, BankRecords  # type: ignore[import-not-found]
-from django.db import transaction
+from django.db import connection, transaction
 from django.test import LiveServerTestCase, TestCase, TransactionTestCase
 from eventsourcing.domain import Aggregate, event
 
@@ -97,9 +97,9 @@ class CapturedTest(EventSourcingTestCase):
         with events_recorded.connected_to(hear):
             with self.captureOnCommitCallbacks() as callbacks, transaction.atomic():
                 self.application.save(Counter())
-                savepoint = transaction.savepoint()
+                savepoint = connection.savepoint()
                 self.application.save(Counter())
-                transaction.savepoint_rollback(savepoint)
+                connection.savepoint_rollback(savepoint)
             assert (len(callbacks), len(told)) == (1, 0)
             callbacks[0]()
             assert len(told) == 1
