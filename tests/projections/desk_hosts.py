@@ -201,36 +201,37 @@ def make_desk(uri: str, *classes: type[Application[Any]], id_type: Any = None, *
     return FlaskDesk(db.Model, balance, seen, app, db, es)
 
 
+class _Parts:
+    """What a desk without Flask is made of, from the configuration keys of one with Flask."""
+
+    def __init__(self, uri: str, id_type: Any, config: dict[str, Any]) -> None:
+        self.base = orm.declarative_base()
+        self.engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
+        self.maker = orm.sessionmaker(self.engine)
+        self.settings = Config.from_mapping(config)
+        self.lease = self.settings.projection_lock == "lease"
+        given = {name: getattr(self.settings, name) for name in DialectOptions.settings()}
+        self.options = DialectOptions(program=PlainDesk.program, **given)
+        self.read_models = make_models(self.base, id_type)
+
+
 def make_plain_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDesk:
     """Make a desk without Flask; keyword arguments are the configuration keys of one with Flask."""
-    base = orm.declarative_base()
-    engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
-    settings = Config.from_mapping(config)
-    given = {name: getattr(settings, name) for name in DialectOptions.settings()}
-    options = DialectOptions(program=PlainDesk.program, **given)
-    balance, seen = make_models(base, id_type)
-    models = event_models(base, "Bank", schema=settings.schema)
-    maker = orm.sessionmaker(engine)
-    host = PlainHost(maker, {Bank: models}, options=options, env=settings.env)
-    own = make_projection_models(base, "Bank", schema=settings.schema)
-    projections = PlainProjections(host, {Bank: own}, lease=settings.projection_lock == "lease")
-    return PlainDesk(base, balance, seen, host, maker, projections)
+    made = _Parts(uri, id_type, config)
+    models = event_models(made.base, "Bank", schema=made.settings.schema)
+    host = PlainHost(made.maker, {Bank: models}, options=made.options, env=made.settings.env)
+    own = make_projection_models(made.base, "Bank", schema=made.settings.schema)
+    projections = PlainProjections(host, {Bank: own}, lease=made.lease)
+    return PlainDesk(made.base, *made.read_models, host, made.maker, projections)
 
 
 def make_zope_desk(uri: str, *, id_type: Any = None, **config: Any) -> PlainDesk:
     """Make a desk whose sessions a transaction manager commits; keyword arguments are those of one with Flask."""
-    base = orm.declarative_base()
-    engine = sa.create_engine(uri, **config.pop("SQLALCHEMY_ENGINE_OPTIONS", {}))
-    settings = Config.from_mapping(config)
-    given = {name: getattr(settings, name) for name in DialectOptions.settings()}
-    options = DialectOptions(program=PlainDesk.program, **given)
-    balance, seen = make_models(base, id_type)
-    models = zope_models(base, "Bank", schema=settings.schema)
-    maker = orm.sessionmaker(engine)
+    made = _Parts(uri, id_type, config)
+    models = zope_models(made.base, "Bank", schema=made.settings.schema)
     # As Pyramid's cookiecutter has it: the sessions of workers are those of the factory, and take part in nothing.
-    session = orm.sessionmaker(engine)
+    session = orm.sessionmaker(made.engine)
     zope.sqlalchemy.register(session, transaction_manager=ExplicitManager())
-    lease = settings.projection_lock == "lease"
-    further: dict[str, Any] = {"options": options, "env": settings.env, "lease": lease}
-    es = ZopeEventSourcing(Bank, models=models, session=session, session_factory=maker, **further)
-    return PlainDesk(base, balance, seen, es.host, maker, es.projections)
+    further: dict[str, Any] = {"options": made.options, "env": made.settings.env, "lease": made.lease}
+    es = ZopeEventSourcing(Bank, models=models, session=session, session_factory=made.maker, **further)
+    return PlainDesk(made.base, *made.read_models, es.host, made.maker, es.projections)
