@@ -50,29 +50,24 @@ _FLOOR = """pg_advisory_xact_lock_shared(
 _CLOSED = """WHEN NOT pg_try_advisory_lock_shared({gate}, s.tableoid::int) THEN false
     WHEN NOT pg_advisory_unlock_shared({gate}, s.tableoid::int) THEN false"""
 
-# Where the driver prepares nothing, as Django's does, the server plans it each time: it has as few subqueries and
-# comparisons as the usual cases need. What it refuses, the next one looks at more closely.
-_APPEND_SOON = f"""
-INSERT INTO {{table}} ({{position}}, {{columns}})
-SELECT nextval({{regclass}}), {{marks}} FROM {{sequence}} AS s WHERE CASE
+_IF_ALLOWED = f"""CASE
     WHEN {{named}} <> %s::oid THEN false
-    WHEN NOT ({{surely_follows}}) THEN false
+    WHEN NOT ({{allowed}}) THEN false
     WHEN {_FLOOR} IS NULL THEN false
     {_CLOSED}
     {{notify}}
     ELSE true END
 RETURNING {{position}}"""
 
+# Where the driver prepares nothing, as Django's does, the server plans it each time: it has as few subqueries and
+# comparisons as the usual cases need. What it refuses, the next one looks at more closely.
+_APPEND_SOON = f"""
+INSERT INTO {{table}} ({{position}}, {{columns}})
+SELECT nextval({{regclass}}), {{marks}} FROM {{sequence}} AS s WHERE {_IF_ALLOWED}"""
+
 _APPEND_ONE = f"""
 INSERT INTO {{table}} ({{position}}, {{columns}})
-SELECT nextval({{regclass}}), e.* FROM {{sequence}} AS s, (SELECT {{values}}) AS e WHERE CASE
-    WHEN {{named}} <> %s::oid THEN false
-    WHEN NOT ({{follows}}) THEN false
-    WHEN {_FLOOR} IS NULL THEN false
-    {_CLOSED}
-    {{notify}}
-    ELSE true END
-RETURNING {{position}}"""
+SELECT nextval({{regclass}}), e.* FROM {{sequence}} AS s, (SELECT {{values}}) AS e WHERE {_IF_ALLOWED}"""
 
 _HELD = f"""
 WITH held AS MATERIALIZED (
@@ -197,8 +192,7 @@ _MADE = {
 def make_statement(
     table: EventTable, log: KnownLog, how: str, compiled: Callable[[Any], str], shape: Shape, *, quiet: bool
 ) -> str:
-    """Return the statement of a use: ``first``, ``next``, ``begin``, ``follow``, ``block``, ``gap``, ``drawn``,
-    ``mark``, ``joined mark``, ``writer``.
+    """Return the statement of a use, which is a key of ``_MADE``.
 
     :param compiled: makes the name of a column's type.
     :param shape: the columns that it fills beside those of an event; the values that all of its events have come first.
@@ -211,6 +205,7 @@ def make_statement(
     each = dict(zip(shape.each, shape.kinds, strict=False))
     shared = dict(zip(shape.shared, shape.kinds[len(each) :], strict=True))
     event = ("e.originator_id", "e.originator_version")
+    follows = table.follows(*event, begins=how == "begin", snapshot=snapshot)
     return _MADE[how].format(
         table=table.name,
         position=POSITION,
@@ -218,13 +213,13 @@ def make_statement(
         each=", ".join([*kinds, *each]),
         selected=", ".join([*kinds, *each, *(f"%s::{kind}" for kind in shared.values())]),
         marks=", ".join(f"%s::{kind}" for kind in (*kinds.values(), *shape.kinds)),
-        surely_follows=_surely_follows(table, how, snapshot, kinds),
+        allowed=_surely_follows(table, how, snapshot, kinds) if how in ("first", "next") else follows,
         values=", ".join(f"%s::{kind} AS {name}" for name, kind in {**kinds, **each, **shared}.items()),
         arrays=", ".join(f"%s::{kind}[]" for kind in (*kinds.values(), *each.values())),
         key=", ".join(VERSION_KEY),
         key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
         latest_first=LATEST_FIRST_VERSION,
-        follows=table.follows(*event, begins=how == "begin", snapshot=snapshot),
+        follows=follows,
         follows_or_begins=table.follows(*event, begins=True, snapshot=snapshot),
         sequence=log.sequence,
         regclass=regclass(log.sequence),
