@@ -36,9 +36,6 @@ T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
 
-NEVER_TOO_MANY = 4
-"""Events that are read with no look at their sizes, which would keep them waiting, until a large one was met."""
-
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
     """Records events, or snapshots, in aggregate sequences only."""
@@ -111,8 +108,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     predecessor must be an event, or a snapshot in *snapshots_table*.
     """
 
-    _looks_at, _unmeasured = 1000, NEVER_TOO_MANY
-    """At how many events a page is measured, and how many are read without that; one thread's values do for another."""
+    _looks_at = 1000
+    """At how many events a page is measured; one thread's value does for another."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none, and return their positions.
@@ -200,8 +197,6 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             )
 
         page = self._read(read_page, join=join)
-        if len(page) <= NEVER_TOO_MANY and any(len(each.state) * NEVER_TOO_MANY > PAGE_BYTES for each in page):
-            self._unmeasured = 1
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
@@ -212,7 +207,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         :raises PersistenceError: when the database cannot be asked.
         """
-        if limit <= self._unmeasured:
+        if limit <= 1:
             return limit
         limit = min(limit, self._looks_at)
         c = self.events_table.table.c
