@@ -56,7 +56,10 @@ MOST_BYTES = 4096
 
 
 class Recorded(NamedTuple):
-    """What was recorded of an event beside its state: values are None, or empty, if nothing was recorded."""
+    """What was recorded of an event beside its state. Values are None, or empty, if nothing was recorded.
+
+    A handler, a reaction or a receiver of ``events_recorded`` gets it if it has a parameter ``recorded``.
+    """
 
     position: int
     """In the application's log."""
@@ -67,12 +70,13 @@ class Recorded(NamedTuple):
 
     @property
     def correlation_id(self) -> str | None:
-        """The request, or other unit, that the event belongs to."""
+        """The request, or other unit, that the event belongs to. Events of one request and of its tasks have the same.
+        """
         return self.metadata.get(CORRELATION_ID)
 
     @property
     def causation_id(self) -> str | None:
-        """The ``event_id`` of the event that was being handled when this one was saved."""
+        """The ``event_id`` of the event that was handled when this one was saved. None if no event caused it."""
         return self.metadata.get(CAUSATION_ID)
 
 

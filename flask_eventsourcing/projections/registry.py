@@ -306,6 +306,8 @@ class Worker:
     def run(self, tick: Callable[[], None] | None = None, period: float = 0.2) -> Sequence[Exception]:
         """Run until all consumers have ended, and return the errors that ended them.
 
+        It blocks. Call :meth:`stop` in a signal handler or in another thread to end it.
+
         :param tick: called every *period* seconds, in this thread.
         :raises RuntimeError: when it was run before.
         """

@@ -195,7 +195,10 @@ class EventSourcingState:
         return {} if self.config.metadata is False else metadata_to_carry(self.app)
 
     def construct(self) -> None:
-        """Construct the applications of this process now, so that the first request does not have to."""
+        """Construct the applications of this process now, so that the first request does not have to.
+
+        Servers' hooks call it in each worker. An error in a constructor ends the worker, rather than its first request.
+        """
         for slot in self.slots.values():
             slot.get()
 
