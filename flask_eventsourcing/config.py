@@ -124,7 +124,7 @@ def _contact_points(value: Any) -> str | None:
 def _keyspace(value: Any) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{1,48}", value) and not value.startswith("system"):
         return None
-    return "must be a name of 1 to 48 letters, digits and underscores from A to Z, and none of the system's"
+    return "must be a name of 1 to 48 letters, digits and underscores from A to Z, and not one of the system keyspaces"
 
 
 def _replication(value: Any) -> str | None:

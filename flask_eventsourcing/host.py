@@ -197,7 +197,7 @@ class PlainHost:
         """
         if application_class not in self._slots:
             names = ", ".join(cls.__qualname__ for cls in self._slots)
-            raise ConfigurationError(f"{application_class!r} has no models here (there are some for: {names}).")
+            raise ConfigurationError(f"{application_class!r} has no models here: pass some for it, as for {names}.")
         return self._slots[application_class].get()  # type: ignore[return-value]
 
     @property

@@ -233,7 +233,7 @@ def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:
         raise CommandError(f"There is no projection {name!r}. {registered(consumers)}")
     choices = list(dict.fromkeys(qualified(consumer, name) for consumer in found))
     if len(choices) > 1:
-        raise CommandError(f"Several applications have a projection {name!r}: say {' or '.join(choices)}.")
+        raise CommandError(f"Several applications have a projection {name!r}: write {' or '.join(choices)}.")
     return found
 
 

@@ -150,7 +150,7 @@ class MetadataBlock:
 
     def __enter__(self) -> Self:
         if self._link is not None:
-            raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
+            raise RuntimeError("This block of metadata is in use already: make another one for each 'with' statement.")
         self._link = _Link(_living(_chain.get()), self)
         _chain.set(self._link)
         return self

@@ -101,13 +101,13 @@ def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
     for key, value in values.items():
         # Not by isinstance(), which believes proxies.
         if not issubclass(type(key), str) or not key or not is_plain(key):
-            raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
+            raise EventMetadataError(f"In {what}, a key is not a string, is empty, or has control characters.")
         if not issubclass(type(value), str):
             raise EventMetadataError(
                 f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
             )
         if "\0" in value or not _is_text(value):
-            raise EventMetadataError(f"In {what}, the value of {key!r} has NUL or halves of surrogate pairs.")
+            raise EventMetadataError(f"In {what}, the value of {key!r} has a NUL character or an unpaired surrogate.")
     return values
 
 
@@ -157,7 +157,7 @@ def check_size(metadata: Mapping[str, str]) -> None:
     correlation = metadata[CORRELATION_ID]
     if not 0 < len(correlation) <= LONGEST_CORRELATION or not is_plain(correlation):
         raise EventMetadataError(
-            f"A correlation_id has 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
+            f"A correlation_id must have 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
             f"found {len(correlation)}."
         )
 

@@ -152,14 +152,14 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         cls: type[Any] = resolve_topic(topic) if topic else default
         if not issubclass(cls, default):
             raise InfrastructureFactoryError(
-                f"{key} names {cls.__qualname__}, which does not derive from {default.__name__}."
+                f"{key} names {cls.__qualname__}, which is not a subclass: derive it from {default.__name__}."
             )
         return cls
 
     def _table(self, purpose: str) -> sa.Table:
         table = self.tables.get(purpose)
         if table is None:
-            raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
+            raise InfrastructureFactoryError(f"There is no table for {purpose!r}, only for {', '.join(self.tables)}.")
         self._create((table,))
         return table
 

@@ -145,7 +145,7 @@ def table_of(model: type[OnTable]) -> sa.Table:
     """Return the table of a record class."""
     table = model.__table__
     if not isinstance(table, sa.Table):
-        raise ConfigurationError(f"{model.__qualname__} is mapped to {table!r}, which is not a table.")
+        raise ConfigurationError(f"{model.__qualname__} is mapped to {table!r}, which is not a table: map it to one.")
     return table
 
 
@@ -365,8 +365,8 @@ def check_models(
     """
     if not is_plain(application_name) or application_name != application_name.strip():
         raise ConfigurationError(
-            f"An application is called {application_name!r}: a name has no control characters, no halves of surrogate "
-            "pairs, and no spaces at its ends. Set another class attribute 'name'."
+            f"An application is called {application_name!r}: a name has no control characters, no unpaired "
+            "surrogates, and no spaces at its ends. Set another class attribute 'name'."
         )
     names = TableNames.of(application_name)
     if stored_event_model is not None:

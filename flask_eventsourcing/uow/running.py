@@ -156,7 +156,7 @@ def roll_back(session: orm.Session) -> None:
         # A listener of after_commit raised: the transaction is committed, and only to be closed.
         session.close()
     except sa.exc.SQLAlchemyError as error:
-        logger.warning("A rollback failed, its session is closed: %s", error)
+        logger.warning("A rollback failed, so its session is closed: %s", error)
         close(session)
 
 

@@ -113,7 +113,7 @@ class SessionUnits:
         """The session."""
         session = self._session()
         if session is None:
-            raise ReferenceError("The session of this unit of work is gone.")
+            raise ReferenceError("The session of this unit of work is gone: keep it until its transaction has ended.")
         return session
 
     @property
@@ -204,7 +204,7 @@ class UnitOfWork(Unit):
             if not same and other.pending.has(Batch) and other.connection() is not connection:
                 raise SpanningTransactionError(
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
-                    "cannot be committed together with these: commit before, or use a session with twophase=True."
+                    "cannot be committed together with these: commit first, or use a session with twophase=True."
                 )
         return connection
 
@@ -359,7 +359,7 @@ class UnitOfWork(Unit):
         """A unit of work that runs here can no longer be committed."""
         run = self.shared.run()
         if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
-            run.rollback_only = "Inside a unit of work something was rolled back, so all of it was rolled back"
+            run.rollback_only = "A part of this unit of work was rolled back, so all of it was rolled back"
 
     def released(self, level: int) -> None:
         """A savepoint was released in the database."""

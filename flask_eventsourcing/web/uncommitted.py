@@ -312,8 +312,8 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
     roll_back(unit.session)
     if error is None:
         state.app.logger.warning(
-            "No commit came before the end of the application context, and what waited for one is not done: %s; "
-            "call db.session.commit() after it.",
+            "The application context has ended without a commit, and what waited for one is not done: %s; "
+            "call db.session.commit() after you ask for it.",
             waiting,
         )
 

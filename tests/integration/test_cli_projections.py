@@ -284,7 +284,7 @@ def test_a_restarted_worker_tries_again(sqlite_ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "Say which projections to run, or --all. Registered: Balances, Balances:reactions, Fragile, Picky."),
+        ([], 2, "Give the projections to run, or --all. Registered: Balances, Balances:reactions, Fragile, Picky."),
         (["Nobody"], 1, "There is no projection 'Nobody'. Registered: Balances, Balances:reactions, Fragile, Picky"),
         (["Balances", "--all"], 2, "Give names or --all, not both."),
         (["Inline"], 1, "Projection 'Inline' is inline: it runs within save()"),

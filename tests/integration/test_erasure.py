@@ -463,11 +463,11 @@ def test_command_refuses(new_site: MakeSite) -> None:
     site = new_site(Bank, Shop)
     unknown = str(uuid4())
     assert run(site, "erase", unknown)[0] == 2
-    assert "Say the application with --application: Bank, Shop." in run(site, "erase", unknown)[1]
+    assert "Choose the application with --application: Bank, Shop." in run(site, "erase", unknown)[1]
     code, printed = run(site, "erase", unknown, "--application", "Shop")
     assert (code, "Shop has no aggregate" in printed) == (1, True)
     code, printed = run(site, "erase", "ada", "--application", "Shop")
-    assert (code, "'ada' is no UUID, and the ids of Shop are." in printed) == (2, True)
+    assert (code, "'ada' is not a UUID, and the ids of Shop are." in printed) == (2, True)
 
 
 @on_files
