@@ -83,7 +83,7 @@ class Subject:
         return store.dialect if engine is store.engine else dialect_for(engine, store.options)
 
     def engines(self) -> list[sa.Engine]:
-        """Return the databases, that of the first application first."""
+        """Return the databases; the one of the first application comes first."""
         own = [] if self.datastore is None else [self.datastore.engine]
         return list(dict.fromkeys([*own, *self.elsewhere.values()]))
 

@@ -181,7 +181,7 @@ def _user() -> str:
 
 
 def _called(subject: Subject, name: str) -> list[Consumer]:
-    """Return the consumer of just this name, which may be that of a rebuild."""
+    """Return the consumer with exactly this name, which may be a rebuild."""
     require_tables(subject)
     base = name.removesuffix(SUFFIXES["rebuild"])
     if base != name:

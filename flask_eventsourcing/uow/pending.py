@@ -40,12 +40,12 @@ class Batch:
 
     @property
     def recorded(self) -> tuple[Recorded, ...]:
-        """What was recorded of each event beside its state; made only when somebody asks."""
+        """What was recorded of each event beside its state; made when it is asked for."""
         return self.described.recorded(self.positions)
 
     @property
     def notifications(self) -> list[Notification]:
-        """The events with their positions; made only when somebody asks."""
+        """The events with their positions; made when they are asked for."""
         return [
             Notification(event.originator_id, event.originator_version, event.topic, event.state, position)
             for event, position in zip(self.events, self.positions, strict=True)

@@ -42,7 +42,7 @@ class UnitRunner:
         :param run: the run of the unit, if the caller needs to know more of it.
         """
         unit = self._current()
-        # Kept, as somebody may remove it.
+        # Kept, as the user's code may remove it.
         session = unit.session
         outer = unit.shared.run()
         if outer is not None:

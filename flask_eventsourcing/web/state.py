@@ -279,11 +279,11 @@ class FlaskSites:
     """Finds the states of Flask apps."""
 
     def current(self) -> EventSourcingState | None:
-        """Return that of the current app, if it has one."""
+        """Return the state of the current app, if it has one."""
         return current_state() if has_app_context() and EXTENSION in current_app.extensions else None
 
     def of(self, given: object) -> EventSourcingState | None:
-        """Return that of a Flask app."""
+        """Return the state of a Flask app."""
         return state_of(given) if isinstance(given, Flask) else None
 
     def refuse(self) -> None:

@@ -36,7 +36,7 @@ FAILURE = 400
 ENVIRON = "flask_eventsourcing.answer"
 """Where a request has its :class:`Answer`, in its WSGI environment."""
 CONTEXT = "_flask_eventsourcing_answer"
-"""Where an application context has that of the outermost request in it, in ``flask.g``."""
+"""Where an application context has the :class:`Answer` of its outermost request, in ``flask.g``."""
 IN_SAVEPOINT = (
     "EVENTSOURCING_COMMIT = 'save' commits nothing within a savepoint or a transaction that you began: end it, and "
     "call db.session.commit()"

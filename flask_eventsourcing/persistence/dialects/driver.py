@@ -117,7 +117,7 @@ class Driver:
         return False
 
     def ended_past(self, connection: Connection) -> None:
-        """Called where somebody has ended the transaction past SQLAlchemy."""
+        """Called when other code has ended the transaction without SQLAlchemy."""
         return
 
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
