@@ -186,6 +186,8 @@ class Config:
     """The checked configuration of one Flask app.
 
     Each attribute is the ``app.config`` key ``EVENTSOURCING_`` + its name in capitals. See ``docs/configuration.md``.
+
+    .. deprecated:: 0.1.0 The value ``"floor"`` of ``EVENTSOURCING_POSTGRES_ORDER``: write ``"advisory-lock"``.
     """
 
     commit: CommitMode = field(

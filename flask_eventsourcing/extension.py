@@ -315,6 +315,8 @@ class EventSourcing(Generic[First_co, Db_co]):
 
         :param status: set it to False for a function that is no view, whose return value has no status.
         :raises ConfigurationError: for a generator function.
+
+        .. versionchanged:: 0.1.0 It rolls back for a status of 400 or more, and awaits coroutine functions.
         """
         decorate = partial(in_unit, times=None, status=status, noted=self._registrations.transactional)
         return decorate if function is None else decorate(function)

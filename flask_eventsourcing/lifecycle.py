@@ -93,6 +93,8 @@ class ApplicationSlot(Generic[T]):
 
     A slot that is garbage-collected before it was closed warns with a ``ResourceWarning``, in the process that has
     constructed the application. What is there until the process ends needs no ``close()``.
+
+    .. versionchanged:: 0.1.0 A slot that was not closed warns.
     """
 
     _warns = True
@@ -249,6 +251,8 @@ def get_application() -> Any:
     A forked process does not use its parent's object, whose connections and locks belong to the parent.
 
     :raises ApplicationNotInitializedError: before :func:`init_application`, or after one that failed.
+
+    .. versionchanged:: 0.1.0 After an :func:`init_application` that failed, it raises instead of trying again.
     """
     return _process_slot.get()
 

@@ -310,6 +310,8 @@ class Worker:
 
         :param tick: called every *period* seconds, in this thread.
         :raises RuntimeError: when it was run before.
+
+        .. versionchanged:: 0.1.0 A worker runs once.
         """
         if not self._begun.acquire(blocking=False):
             raise RuntimeError("This worker was run before: make another Worker with the same consumers.")

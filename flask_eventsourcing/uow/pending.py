@@ -157,11 +157,15 @@ class Pending:
 
 
 def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
-    """Call every function, even if one raises: the transaction has ended, and the caller must not see an error."""
+    """Call every function, even if one raises: the transaction has ended, and the caller must not see an error.
+
+    A function may have an attribute ``remedy``, which is logged if it fails.
+    """
     for item in items:
         what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
+        remedy = getattr(item.function, "remedy", "Its error did not reach the caller.")
         # The caller of commit() must not take that for a failure, nor try again.
-        with Logged(logger, "The %s, and then %r failed.", what, item.function):
+        with Logged(logger, "The %s, and then %r failed. %s", what, item.function, remedy):
             item.function()
 
 

@@ -12,8 +12,12 @@ from pkgutil import resolve_name
 from types import FunctionType
 
 import pytest
+from packaging.version import Version
 
+from flask_eventsourcing import __version__
+from flask_eventsourcing.config import RENAMED
 from tests.docs.pages import PAGES, ROOT
+from tests.source import PACKAGE
 
 NAME = re.compile(r"\bflask_eventsourcing(?:\.\w+)+")
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)")
@@ -89,3 +93,22 @@ def test_what_is_documented_says_more_than_its_name(name: str, found: object) ->
     """The docstring of a public name says what it is, and in another sentence why, when or how to use it."""
     prose = FIELDS.sub("", getdoc(found) or "")
     assert len(SENTENCE.findall(prose)) > 1, prose
+
+
+MARK = re.compile(r"(?:version(?:added|changed)|deprecated)(?:::|\}) (?P<version>\S+)")
+
+
+def test_marks_name_versions_that_there_are() -> None:
+    """A mark of what a version has added, changed or deprecated names this version or an earlier one."""
+    texts = [path.read_text() for path in (*PAGES, *(ROOT / PACKAGE).rglob("*.py"))]
+    found = {mark["version"] for text in texts for mark in MARK.finditer(text)}
+    assert found
+    assert [each for each in found if Version(each) > Version(__version__)] == []
+
+
+def test_renamed_values_are_marked() -> None:
+    """The page of settings says of each renamed value that the old name is deprecated, and which is the new one."""
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for (key, old), new in RENAMED.items():
+        section = page.split(f"\n## {key}\n")[1].split("\n## ")[0]
+        assert re.search(rf"\{{deprecated\}} \S+\n`\"{old}\"` is called `\"{new}\"`", section), key

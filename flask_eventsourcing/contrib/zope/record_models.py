@@ -92,6 +92,8 @@ def event_models(
     :param correlation_index: whether the column ``correlation_id`` has an index.
     :param stored_event_model: a record class of your own, made with ``StoredEventMixin`` on the same base.
     :raises ConfigurationError: when a table name is taken, or a given record class lacks something.
+
+    .. versionchanged:: 0.1.0 The argument *stored_event_model* was added.
     """
     events = make_models(
         base,
