@@ -395,7 +395,7 @@ def test_dead_letters(ledger: Ledger) -> None:
 
 
 def test_dead_letters_are_discarded_when_confirmed(sqlite_ledger: Ledger) -> None:
-    """Discarding asks first; then the event is gone from the list and those behind it are applied."""
+    """Discarding asks first; then the event is removed from the list, and those that wait for it are applied."""
     sqlite_ledger.deposit([POISON, 2])
     assert sqlite_ledger.run("run", "Picky", "--once")[0] == 0
     ids = [each["id"] for each in json.loads(sqlite_ledger.run("dead-letters", "list", "--json")[1])]
