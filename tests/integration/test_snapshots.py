@@ -217,7 +217,7 @@ class Bag(Aggregate):
 
 @on_sqlite_file
 def test_a_field_that_is_not_set(branch: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """An aggregate that lacks a field with its snapshot, and without it too, is read from the snapshot."""
+    """An aggregate with a field that is never set can be read from its events and from its snapshot."""
     with branch.app.app_context():
         made: Any = Bag
         bag = made(colour="red")

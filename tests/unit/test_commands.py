@@ -243,7 +243,7 @@ def test_a_plain_output_asks(answer: str, agreed: bool, monkeypatch: pytest.Monk
 
 
 def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command without a terminal takes its own question as answered with no."""
+    """At the end of the input, a question of a command is answered with no."""
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert PlainOutput().confirm("Go on?") is False
     assert capsys.readouterr().out == "Go on? [y/N]: "
