@@ -156,8 +156,7 @@ class EventSourcing(Generic[First_co, Db_co]):
     def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
         """Register a projection, a subclass of ``ModelProjection``; a decorator, before or after :meth:`init_app`.
 
-        Unless it is inline, the command ``flask eventsourcing run`` keeps its models up to date, in a process of its
-        own.
+        Unless it is inline, the command ``run`` keeps its models up to date, in a process of its own.
 
         :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.

@@ -119,7 +119,7 @@ def recorder_of(application: Application[Any]) -> SQLAlchemyApplicationRecorder:
     :raises ConfigurationError: when it is not one of this package.
     """
     if not isinstance(application.recorder, SQLAlchemyApplicationRecorder):
-        raise ConfigurationError(f"The events of {application.name} are not in a database of SQLAlchemy: this needs one.")
+        raise ConfigurationError(f"The events of {application.name} are not in a database of SQLAlchemy.")
     return application.recorder
 
 
