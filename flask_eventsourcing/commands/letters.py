@@ -239,7 +239,7 @@ def owners_of(subject: Subject, ids: Sequence[int], projection: str | None = Non
             raise CommandError(f"There is no dead letter {letter_id}: see {subject.command('dead-letters list')}.")
         if len(consumers) > 1:
             names = " or ".join(each.name for each in consumers)
-            raise CommandError(f"Several applications have a dead letter {letter_id}: say --projection {names}.")
+            raise CommandError(f"Several applications have a dead letter {letter_id}: add --projection {names}.")
         found.setdefault(consumers[0], []).append(letter_id)
     return found
 

@@ -100,7 +100,7 @@ _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", de
 
 
 def get_metadata_from_context() -> dict[str, str]:
-    """Return a copy of the metadata in the context, a dict that may be empty."""
+    """Return a copy of the metadata in the context, which may be empty. Use it to send them on by hand."""
     link, hidden = _chain.get(), False
     if link is not None and link.before is None and not link.is_over():
         return dict(link.block._found())
@@ -150,7 +150,7 @@ class MetadataBlock:
 
     def __enter__(self) -> Self:
         if self._link is not None:
-            raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
+            raise RuntimeError("This block of metadata is in use already: make another one for each 'with' statement.")
         self._link = _Link(_living(_chain.get()), self)
         _chain.set(self._link)
         return self
@@ -294,7 +294,7 @@ def leave_request(request: object, outer: object = None) -> None:
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Add metadata to those in force; a key that is there already gets the new value.
+    """Add metadata to those in force, or replace the value of a key. Put the block around ``save()``.
 
     :return: a context manager, which is also a decorator.
     :raises EventMetadataError: for a key or a value that is not a string.
@@ -303,7 +303,7 @@ def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
 
 
 def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Replace all metadata in the context.
+    """Replace all metadata in a block, for work that is not the current request's. They are back after it.
 
     :return: a context manager, which is also a decorator.
     :raises EventMetadataError: for a key or a value that is not a string.
@@ -312,7 +312,7 @@ def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
 
 
 def null_metadata_in_context() -> MetadataBlock:
-    """Hide all metadata in the context; those that the package fills in stay.
+    """Hide all metadata in a block. Those that the package fills in, such as the correlation, stay.
 
     :return: a context manager, which is also a decorator.
     """

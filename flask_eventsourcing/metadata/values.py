@@ -56,7 +56,10 @@ MOST_BYTES = 4096
 
 
 class Recorded(NamedTuple):
-    """What was recorded of an event beside its state: values are None, or empty, if nothing was recorded."""
+    """What was recorded of an event beside its state. Values are None, or empty, if nothing was recorded.
+
+    A handler, a reaction or a receiver of ``events_recorded`` gets it if it has a parameter ``recorded``.
+    """
 
     position: int
     """In the application's log."""
@@ -67,12 +70,12 @@ class Recorded(NamedTuple):
 
     @property
     def correlation_id(self) -> str | None:
-        """The request, or other unit, that the event belongs to."""
+        """The request, or other unit, that the event belongs to. Events of one request and of its tasks have the same."""
         return self.metadata.get(CORRELATION_ID)
 
     @property
     def causation_id(self) -> str | None:
-        """The ``event_id`` of the event that was being handled when this one was saved."""
+        """The ``event_id`` of the event that was handled when this one was saved. None if no event caused it."""
         return self.metadata.get(CAUSATION_ID)
 
 
@@ -97,13 +100,13 @@ def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
     for key, value in values.items():
         # Not by isinstance(), which believes proxies.
         if not issubclass(type(key), str) or not key or not is_plain(key):
-            raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
+            raise EventMetadataError(f"In {what}, a key is not a string, is empty, or has control characters.")
         if not issubclass(type(value), str):
             raise EventMetadataError(
                 f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
             )
         if "\0" in value or not _is_text(value):
-            raise EventMetadataError(f"In {what}, the value of {key!r} has NUL or halves of surrogate pairs.")
+            raise EventMetadataError(f"In {what}, the value of {key!r} has a NUL character or an unpaired surrogate.")
     return values
 
 
@@ -153,7 +156,7 @@ def check_size(metadata: Mapping[str, str]) -> None:
     correlation = metadata[CORRELATION_ID]
     if not 0 < len(correlation) <= LONGEST_CORRELATION or not is_plain(correlation):
         raise EventMetadataError(
-            f"A correlation_id has 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
+            f"A correlation_id must have 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
             f"found {len(correlation)}."
         )
 

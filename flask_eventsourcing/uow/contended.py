@@ -65,7 +65,7 @@ class AggregateQueue:
     active = False
     """Whether the unit can be run again, so that it queues at all."""
     remembers = False
-    """Whether somebody else may run it again, so that its conflicts are kept for that."""
+    """Whether other code may run it again, so that its conflicts are remembered."""
 
     def __init__(self, dialect: Dialect, contended: ContendedAggregates) -> None:
         self._dialect = dialect

@@ -36,7 +36,7 @@ FAILURE = 400
 ENVIRON = "flask_eventsourcing.answer"
 """Where a request has its :class:`Answer`, in its WSGI environment."""
 CONTEXT = "_flask_eventsourcing_answer"
-"""Where an application context has that of the outermost request in it, in ``flask.g``."""
+"""Where an application context has the :class:`Answer` of its outermost request, in ``flask.g``."""
 IN_SAVEPOINT = (
     "EVENTSOURCING_COMMIT = 'save' commits nothing within a savepoint or a transaction that you began: end it, and "
     "call db.session.commit()"
@@ -312,8 +312,8 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
     roll_back(unit.session)
     if error is None:
         state.app.logger.warning(
-            "No commit came before the end of the application context, and what waited for one is not done: %s; "
-            "call db.session.commit() after it.",
+            "The application context has ended without a commit, and what waited for one is not done: %s; "
+            "call db.session.commit() after you ask for it.",
             waiting,
         )
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from sqlalchemy import orm
 
 from ..applications.apart import ApartHost
 from ..applications.known_sites import SiteState, current_site, find_current_site, site_of, working_for
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
-from ..failures import Logged
 from ..lifecycle import ApplicationSlot, HostSlot
 from ..metadata import (
     CORRELATION_ID,
@@ -37,8 +35,6 @@ StateSlot = ApplicationSlot[SiteState]
 
 CONFLICT_RETRIES = 10
 """How often a task is sent again after a conflict, unless told otherwise."""
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 
 def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
@@ -102,19 +98,16 @@ def task_unit(state: SiteState, run: Run | None = None) -> Iterator[orm.Session]
 class Sending:
     """A task that is sent after a commit."""
 
+    remedy: ClassVar[str] = (
+        "It could not be sent, and will not be sent again. Send what must never be lost from a projection of the "
+        "events, which goes on where it stopped."
+    )
     description: str
     send: Callable[[], object]
 
     def __call__(self) -> None:
         """Send it."""
-        # The events are committed: the caller of commit() must not take that for a failure.
-        with Logged(
-            logger,
-            "The commit succeeded, but %s could not be sent, and will not be sent again. Send what must never be lost "
-            "from a projection of the events, which goes on where it stopped.",
-            self.description,
-        ):
-            self.send()
+        self.send()
 
     def __repr__(self) -> str:
         return self.description

@@ -76,6 +76,8 @@ class EventSourcingWorkerMixin:
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """Work on the queues, as RQ's worker does.
 
+        A worker that does not know its Flask app ends here, before it takes a job.
+
         :raises ConfigurationError: when there is no Flask app.
         """
         if inspect.getattr_static(type(self), "flask_app") is None and not os.environ.get(FLASK_APP):
@@ -151,7 +153,7 @@ class EventSourcingWorker(EventSourcingWorkerMixin, Worker):
 
 
 class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
-    """RQ's worker that performs jobs in its own process, for tests."""
+    """RQ's worker that performs jobs in its own process, for tests. It does not fork, so a debugger can stop in a job."""
 
 
 def _app_of_environment() -> Any:
@@ -182,7 +184,10 @@ def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session
 
 
 class EventSourcingQueue(Queue):
-    """RQ's queue, whose jobs carry the metadata in force when they are enqueued, in ``job.meta``."""
+    """RQ's queue, whose jobs carry the metadata in force when they are enqueued, in ``job.meta``.
+
+    Events that a job saves then have the correlation of the request that enqueued it.
+    """
 
     def create_job(self, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> Job:
         """Make a job, as RQ's queue does."""

@@ -440,7 +440,7 @@ def test_savepoint_of_the_manager(postgres_url: str) -> None:
 
 
 def test_models_are_checked(zope_site: ZopeSite) -> None:
-    """A class that is no application, or has no models, is refused with the remedy."""
+    """A class that is not an application, or has no models, is refused with the remedy."""
     for models in (object(), {Bank: object()}, {}):
         with pytest.raises(ConfigurationError):
             EventSourcing(Bank, models=models, session=zope_site.scoped)  # type: ignore[arg-type]
@@ -474,7 +474,7 @@ def test_commit_of_a_manager_that_the_session_has_not_joined_fails(tmp_path: Pat
 
 
 def test_receiver_cannot_save_in_the_commit_it_hears_of(zope_site: ZopeSite) -> None:
-    """A receiver of ``events_recorded`` that saves in the session is refused, as nobody would commit that."""
+    """A receiver of ``events_recorded`` that saves in the session is refused, as nothing would commit that."""
     refused = []
 
     def receive(sender: object, **_: Any) -> None:
@@ -513,7 +513,7 @@ def test_hook_cannot_save_in_the_transaction_that_was_committed(zope_site: ZopeS
 
 
 def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
-    """Its rollback takes the session's part away and is no loss; what is saved after it is a part like any other."""
+    """Its rollback undoes the session's part without a warning; what is saved after it is a part like any other."""
     with zope_site.manager:
         account_id = zope_site.bank.open_account()
     with zope_site.manager:

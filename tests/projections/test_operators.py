@@ -345,7 +345,7 @@ def test_reactions_are_reset_to_a_position(desk: Desk) -> None:
         assert code == 1
         assert "at position 4. Have it called again for 2 events up to 4? [y/N]" in output
         code, output = command(desk, "reactions", "reset", "Reacting", "--position", "2", "--yes", "--by", "ada")
-        assert (code, output) == (0, "Reacting:reactions goes on behind position 2.\n")
+        assert (code, output) == (0, "Reacting:reactions goes on after position 2.\n")
         until(lambda: len(desk.calls) == 5)
         assert desk.calls[3:] == first[1:]
     assert desk.status("Reacting:reactions").changed_by == "ada"
@@ -369,7 +369,7 @@ def test_reactions_are_reset_to_a_time(desk: Desk) -> None:
     assert upkeep.position_before(application, since + timedelta(days=1)) == 5
     del desk.calls[:]
     code, output = command(desk, "reactions", "reset", "Reacting", "--since", since.isoformat(), "--yes")
-    assert (code, output) == (0, "Reacting:reactions goes on behind position 3.\n")
+    assert (code, output) == (0, "Reacting:reactions goes on after position 3.\n")
     assert not desk.run_once()
     assert [call[1] for call in desk.calls] == [4, 5]
 

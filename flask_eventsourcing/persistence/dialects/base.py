@@ -54,7 +54,7 @@ class DialectOptions:
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 MARK_HOLDS_FOR = 1.0
-"""Seconds for which a high-water mark is remembered. It holds for ever, unless somebody makes the table again."""
+"""Seconds for which a high-water mark is remembered. It stays true unless the table is created again."""
 
 IDENTITY = "__log__"
 """The name under which the tracking table has the identity of the log."""
@@ -134,7 +134,7 @@ class Dialect(Looks, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
-        # From one that takes no changes, all of the pool is to go: it is not the primary server any more.
+        # A server that takes no changes is not the primary any more, so all connections of the pool are closed.
         context.is_disconnect = context.is_disconnect or self.is_read_only(error)
         answers = (self.driver_error, sa.exc.SQLAlchemyError)
         if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):

@@ -64,7 +64,7 @@ class _Counted:
 def count_calls(driver: Any, record: Any) -> None:
     """Listen to the event "connect" of an engine: count how often transactions are ended, and cursors made.
 
-    One that is ended past SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
+    One that is ended without SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
     cursor that is none of SQLAlchemy's may have done that, or have rolled a savepoint back.
     """
     _count(driver, record, COUNTED)

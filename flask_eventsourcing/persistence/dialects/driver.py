@@ -117,7 +117,7 @@ class Driver:
         return False
 
     def ended_past(self, connection: Connection) -> None:
-        """Called where somebody has ended the transaction past SQLAlchemy."""
+        """Called when other code has ended the transaction without SQLAlchemy."""
         return
 
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
@@ -311,7 +311,7 @@ class Driver:
         if table is not None and self.code(error) in self.duplicates:
             columns = self.violated(connection, error, table)
         if table is None or columns is None or not is_key(table, columns):
-            return ConstraintError(f"A constraint of the database that is no key of the events refused this: {found}")
+            return ConstraintError(f"A constraint that is not a key of the events refused an event: {found}")
         return self._not_unique(connection, table, columns, found)
 
     def _not_unique(

@@ -63,7 +63,7 @@ class RunnerLock(ABC):
 
     @abstractmethod
     def acquire(self) -> bool:
-        """Take the lock if nobody has it, and return whether it is held now."""
+        """Take the lock if it is free, and return whether it is held now."""
 
     @abstractmethod
     def check(self) -> None:
@@ -79,7 +79,7 @@ class RunnerLock(ABC):
 
     @abstractmethod
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
-        """Whether somebody has the lock now."""
+        """Whether the lock is taken now."""
 
 
 FARTHEST = timedelta(minutes=1)
