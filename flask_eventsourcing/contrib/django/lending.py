@@ -23,7 +23,7 @@ from ..._patches import django_pool
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
-from .lent_connections import LentConnection, OwnConnection, driver_errors
+from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors
 from .record_fields import zone_of
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -229,7 +229,7 @@ def make_engine(alias: str) -> Engine:
 def _lend(engine: Engine, wrapper: Any) -> Connection:
     """Return a SQLAlchemy connection on a connection of Django's."""
     pool = NullPool(lambda: LentConnection(wrapper), reset_on_return=None, dialect=engine.dialect)
-    connection = Connection(engine, pool.connect())
+    connection = ThreadConnection(engine, pool.connect(), wrapper)
     initialize(engine, connection)
     return connection
 
@@ -334,7 +334,13 @@ class Borrowed:
 
     def connection(self) -> Connection:
         """Return SQLAlchemy's connection; Django connects if necessary."""
-        wrapper = self.wrapper
+        wrapper, known = self.wrapper, self.known
+        driver = wrapper.connection
+        if known is None or driver is None or driver is not self._driver or known.invalidated:
+            known = self._lent(wrapper)
+        return known
+
+    def _lent(self, wrapper: Any) -> Connection:
         if self.known is not None and self.known.invalidated:
             refresh(wrapper)
         with driver_errors():
