@@ -23,6 +23,7 @@ from ..._patches import django_pool
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
+from ...persistence.dialects.event_tables import Known
 from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors
 from .record_fields import zone_of
 
@@ -351,6 +352,10 @@ class Borrowed:
         return self.known
 
     def end(self) -> None:
-        """Tell only SQLAlchemy that the transaction has ended."""
-        if self.known is not None and self.known.in_transaction():
-            self.known.rollback()
+        """Tell only SQLAlchemy, and what hangs on its connection, that the transaction has ended."""
+        known = self.known
+        if known is None or known.invalidated:
+            return
+        if known.in_transaction():
+            known.rollback()
+        Known.of(known).ended()

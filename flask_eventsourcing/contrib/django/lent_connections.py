@@ -173,7 +173,7 @@ class LentConnection:
         """Leave that to Django."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapper.connection, name)
+        return getattr(_alive(self._wrapper).connection, name)
 
 
 class ThreadConnection(DirectConnection):

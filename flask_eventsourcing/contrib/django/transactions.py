@@ -115,7 +115,7 @@ class DjangoUnit(Unit):
     @property
     def in_transaction(self) -> bool:
         """Whether what is done now waits for a commit."""
-        wrapper = self.wrapper
+        wrapper: Any = self._wrapper()
         return bool(wrapper.in_atomic_block or not (wrapper.connection is None or wrapper.autocommit))
 
     # ------------------------------------------------------------------------------------------ its transaction
@@ -124,7 +124,7 @@ class DjangoUnit(Unit):
         """SQLAlchemy's connection on the one that Django has now."""
         connection = self._borrowed.connection()
         if self._transaction(begin=True) is not None and not connection.in_transaction():
-            # What is known of a transaction hangs on SQLAlchemy's, which the first statement would begin too late.
+            # The caller may compare transactions, and the first statement would begin SQLAlchemy's too late.
             connection.begin()
         return connection
 
@@ -137,11 +137,11 @@ class DjangoUnit(Unit):
         if not self.in_transaction:
             self._end()
             return None
-        if self._hooks != (id(self.wrapper.run_on_commit), self._marked.ends):
+        if self._hooks != (id(self._wrapper().run_on_commit), self._marked.ends):
             # Another list: after the end of a transaction, and after the rollback of a savepoint. Where something is
             # left of what was noted before, it was a savepoint. Taken for a new one, the same would do no harm.
             self.look()
-            if not self._marked:
+            if not self._marked.noted:
                 self._end()
             self._hooks = id(self.wrapper.run_on_commit), self._marked.ends
         if self._current is None:
@@ -170,7 +170,9 @@ class DjangoUnit(Unit):
         self._blocks.append(block)
         is_ready = False
         try:
-            connection = self.connection()
+            # Past SQLAlchemy's transaction, which none of the statements needs.
+            connection = self._borrowed.connection()
+            self._transaction(begin=True)
             is_ready = True
         finally:
             if not is_ready:
@@ -225,7 +227,7 @@ class DjangoUnit(Unit):
 
     def look(self) -> None:
         """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
-        if self._marked:
+        if self._marked.noted:
             if self._has_ended():
                 self._marked.decide(self._there(self._marked.all(Batch)))
             self._marked.look(self.wrapper)
@@ -269,10 +271,10 @@ class DjangoUnit(Unit):
         :raises TransactionManagementError: when they are not there.
         """
         wrapper, connection = self.wrapper, self._borrowed.known
-        if not self._marked:
+        if not self._marked.noted:
             return
         self._marked.look(wrapper)
-        if not self._marked or connection is None or wrapper.connection is None:
+        if not self._marked.noted or connection is None or wrapper.connection is None:
             return
         is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
         knows_end = self.dialect.driver_knows_end

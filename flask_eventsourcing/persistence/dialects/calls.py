@@ -28,6 +28,11 @@ class DirectConnection(Connection):
     There is nothing that SQLAlchemy could do with the recorders' statements, so they go to the host's own cursors.
     """
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody listens to statements, who is to hear of these too."""
+        return self._has_events or self.engine._has_events
+
     def run(self, statement: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
         """Run a statement on a new cursor, and return what is taken from it.
 

@@ -108,7 +108,7 @@ class Driver:
 
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows, as the driver gives them."""
-        if isinstance(connection, DirectConnection):
+        if isinstance(connection, DirectConnection) and not connection.is_heard:
             return self._run_directly(connection, statement, tuple(parameters), all_rows)
         try:
             result = connection.exec_driver_sql(statement, tuple(parameters), OPTIONS)
@@ -120,7 +120,7 @@ class Driver:
 
     def modify(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> Modified:
         """Run a statement that returns no rows."""
-        if isinstance(connection, DirectConnection):
+        if isinstance(connection, DirectConnection) and not connection.is_heard:
             return self._run_directly(connection, statement, tuple(parameters), modified)
         result = self._run(connection, statement, tuple(parameters))
         # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
