@@ -45,16 +45,16 @@ class Ends:
 
         :param is_quiet: whether no error leaves the block.
         """
-        if not self._marked:
+        if not self._marked.noted:
             return None
         savepoint = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
         return Leaving(self._marked.losses, savepoint, partial(self._left, wrapper), is_quiet=is_quiet)
 
     def _left(self, wrapper: Any) -> None:
         checks = self._checks()
-        if checks is not None and self._marked:
+        if checks is not None and self._marked.noted:
             checks.look()
-        if not self._marked:
+        if not self._marked.noted:
             self._marked.watch(wrapper, watched=False)
 
     def commit(self, wrapper: Any, commit: Callable[[], Any]) -> Any:

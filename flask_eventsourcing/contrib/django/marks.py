@@ -169,9 +169,6 @@ class Marked:
         """Whether a statement may have ended the transaction past Django."""
         self._publish = publish
 
-    def __bool__(self) -> bool:
-        return bool(self.noted)
-
     def all(self, kind: Any) -> list[Any]:
         """Return what was noted of one kind."""
         return [item for each in self.noted if not each.is_committed for item in of_kind(each.items, kind)]
@@ -305,7 +302,9 @@ class Marked:
             return
         self.noted.remove(noted)
         self.ends += 1
-        call_all(of_kind(noted.items, AfterCommit))
-        batches = of_kind(noted.items, Batch)
+        # Django drops it now, and nobody has to be told.
+        noted.mark = _gone
+        functions, batches = of_kind(noted.items, AfterCommit), of_kind(noted.items, Batch)
         if batches:
-            call_all([AfterCommit(partial(self._publish, batches))])
+            functions.append(AfterCommit(partial(self._publish, batches)))
+        call_all(functions)
