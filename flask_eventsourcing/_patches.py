@@ -237,10 +237,11 @@ def django_method(connection: Any, name: str, method: Callable[..., Any]) -> Non
     setattr(connection, name, method)
 
 
-def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object]]) -> None:
+def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object] | None]) -> None:
     """Have Django's blocks tell how they are left.
 
-    :param leaving: takes the alias and the class of the exception, or None, and is entered around Django's own method.
+    :param leaving: takes the alias and the class of the exception, or None, and returns what is entered around Django's
+        own method, or None for a block of which nobody wants to know.
 
     It can go when Django says whether an exception has rolled a block back.
     """
@@ -248,7 +249,10 @@ def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], Abstract
 
     @wraps(leave)
     def told(block: Any, exc_type: Any, exc_value: Any, traceback: Any) -> Any:
-        with leaving(block.using, exc_type):
+        around = leaving(block.using, exc_type)
+        if around is None:
+            return leave(block, exc_type, exc_value, traceback)
+        with around:
             return leave(block, exc_type, exc_value, traceback)
 
     atomic_class.__exit__ = told

@@ -12,7 +12,7 @@ from eventsourcing.persistence import IntegrityError
 
 from flask_eventsourcing.exceptions import StaleAggregateError
 from flask_eventsourcing.signals import events_recorded
-from tests.django_host.conftest import DjangoBank, UndoneError
+from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
 from tests.domain import Account, conflict_with
 
 
@@ -99,11 +99,33 @@ def test_conflict_marks_the_block(site: DjangoBank) -> None:
         with pytest.raises(IntegrityError, match="Another writer was first"):
             save_late()
         assert site.connection.needs_rollback
-        with pytest.raises(TransactionManagementError):
+        with pytest.raises(TransactionManagementError) as refused:
             site.note()
         with pytest.raises(TransactionManagementError):
             site.opened()
     assert site.stored() == (2, 0)
+    # Django has it from the write, as it has it from Model.save().
+    cause = refused.value.__cause__
+    assert cause is not None
+    assert isinstance(cause.__cause__, IntegrityError)
+
+
+def test_interrupted_write_marks_the_block(site: DjangoBank) -> None:
+    """A write that ends with Ctrl-C is not committed with what was done before it, be the error caught."""
+    site.opened()
+
+    def interrupt(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        done = execute(sql, params, many, context)
+        if "INSERT INTO" in sql and "bank_events" in sql:
+            raise KeyboardInterrupt
+        return done
+
+    with site.atomic():
+        site.note()
+        with site.connection.execute_wrapper(interrupt), pytest.raises(KeyboardInterrupt):
+            site.opened()
+        assert site.connection.needs_rollback
+    assert site.stored() == (1, 0)
 
 
 def test_conflict_in_an_inner_block(site: DjangoBank) -> None:
@@ -182,6 +204,17 @@ def test_statements_are_djangos(site: DjangoBank) -> None:
         assert any("INSERT INTO" in each["sql"] and "bank_events" in each["sql"] for each in queries.captured_queries)
         counted.append([each["sql"][:90] for each in queries.captured_queries])
     assert counted[0] == counted[1] == counted[2]
+
+
+@pytest.mark.parametrize("url", DATABASES[:2], indirect=True)
+def test_save_is_one_statement(site: DjangoBank) -> None:
+    """In a block, a save of one event takes as many statements as that of a row of the ORM."""
+    account = site.bank.account(site.opened())
+    account.deposit(1)
+    for save in (site.note, site.opened, lambda: site.bank.save(account)):
+        with CaptureQueriesContext(site.connection) as queries, site.atomic():
+            save()
+        assert [each["sql"].split()[0] for each in queries.captured_queries] == ["BEGIN", "INSERT", "COMMIT"]
 
 
 def test_execute_wrapper(site: DjangoBank) -> None:
