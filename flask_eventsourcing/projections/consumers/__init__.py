@@ -223,10 +223,15 @@ class Consumer:
         event_id = log.event_id(connection, position)
         return {"last_originator_id": at[0], "last_originator_version": at[1], "last_event_id": event_id}
 
+    @property
+    def follows_models(self) -> bool:
+        """Whether it goes no further than the projection's models, as reactions do."""
+        return self.kind == "reactions" and bool(self.projection_class.handlers) and not self.projection_class.inline
+
     def end(self) -> int:
         """How far it may go now: up to the high-water mark, and reactions no further than the projection's models."""
         mark = self.application.high_water_mark()
-        if self.kind == "reactions" and self.projection_class.handlers and not self.projection_class.inline:
+        if self.follows_models:
             row = self.of_kind("projection").checkpoint.read()
             return min(mark, row.position if row is not None else 0)
         return mark
