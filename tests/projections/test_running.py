@@ -18,7 +18,9 @@ from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, on, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.applying.pages import LogPages
+from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.dead_letters import DeadLetter
+from flask_eventsourcing.projections.runners.claims import Turn
 from tests.projections.desk import Deposited, Desk, PoisonError, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -130,6 +132,32 @@ def test_what_is_new_at_the_end_of_the_log_is_read_by_one_statement(desk: Desk) 
             connection.execute(sa.delete(desk.events_table).where(desk.events_table.c.notification_id == 5))
         assert pages.look_ahead(4, 1000) is None
         assert pages.look_ahead(5, 1000) == 7
+
+
+def test_what_was_applied_inline_meanwhile_is_not_applied_again(desk: Desk) -> None:
+    """A worker applies no event that a process of another release has applied inline since it looked."""
+    desk.balances()
+    desk.open(1)
+    consumer = desk.consumer()
+    with desk.context():
+        consumer.checkpoint.ensure()
+        claimed = consumer.checkpoint.claim(lease=consumer.leased)
+        assert claimed is not None
+        page = consumer.application.read_log(0, 10, None, ())
+        ranges = sa.insert(consumer.application.models.tables["inline_ranges"])
+        with desk.engine.begin() as connection:
+            connection.execute(ranges.values(projection="Balances", first_position=2, last_position=2))
+
+        def look_and_apply() -> None:
+            # Where the statement that moves the position cannot tell it, the look at the log does.
+            Turn(consumer).find_end(claimed, LogPages(consumer, None), 10)
+            Applier(consumer).apply(claimed, page, page[-1].id)
+
+        with pytest.raises(FencedError):
+            look_and_apply()
+        assert desk.row().position == 0
+        # It was the second that was applied.
+        assert Applier(consumer).apply(claimed, page[:1], page[0].id).position == 1
 
 
 def test_a_transient_error_is_retried_and_forgotten(desk: Desk) -> None:

@@ -239,8 +239,8 @@ class Applier:
         called: bool = False,
     ) -> None:
         last, leased = self.consumer.last_event(connection, position, notifications), self.consumer.leased
-        checkpoint = self.consumer.checkpoint
-        checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
+        advance, unless = self.consumer.checkpoint.advance, self.consumer.applied_inline
+        advance(connection, claimed, position, applied, lease=leased, last=last, called=called, unless=unless)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""

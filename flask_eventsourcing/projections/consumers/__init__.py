@@ -20,7 +20,7 @@ from ...host import Host
 from ...models import ProjectionModels
 from ...persistence import Datastore, SQLAlchemyApplicationRecorder
 from ...persistence.dialects.locks import Lease, RunnerLock
-from ..checkpoint import Checkpoint
+from ..checkpoint import MOVED_FROM, NOTED, Checkpoint
 from ..dead_letters import DeadLetters
 from ..definitions import Handlers, ModelProjection
 from ..definitions.fingerprints import fingerprint_of
@@ -222,6 +222,18 @@ class Consumer:
             at = log.at(position, self.checkpoint.table.c.last_originator_id.type)
         event_id = log.event_id(connection, position)
         return {"last_originator_id": at[0], "last_originator_version": at[1], "last_event_id": event_id}
+
+    @cached_property
+    def applied_inline(self) -> sa.ColumnElement[bool] | None:
+        """The condition, in the statement that moves its position, that others have applied inline what it passes over.
+
+        None where nobody does, or where the condition would keep others waiting and has to be asked before.
+        """
+        if self.kind != "projection" or self.application.datastore.dialect.locks_what_it_compares:
+            return None
+        c = self.application.models.tables["inline_ranges"].c
+        passed = (c.last_position > sa.bindparam(MOVED_FROM), c.last_position <= sa.bindparam(NOTED))
+        return sa.exists(sa.select(sa.literal(1)).where(c.projection == self.name, *passed))
 
     @property
     def follows_models(self) -> bool:

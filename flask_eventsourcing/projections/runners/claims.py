@@ -174,7 +174,7 @@ class Turn:
         if end <= row.position:
             # It has applied all that a process may have ended of.
             self.suspects.left = 0
-        elif self.consumer.kind == "projection":
+        elif self.consumer.kind == "projection" and self.consumer.applied_inline is None:
             # After the end was known, so that what is noted of the events before it is there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:
