@@ -26,6 +26,7 @@ from .values import (
     RECORDED,
     TRACEPARENT,
     USER,
+    Cause,
     Metadata,
     Provider,
     Recorded,
@@ -44,6 +45,7 @@ __all__ = [
     "RECORDED",
     "TRACEPARENT",
     "USER",
+    "Cause",
     "Collector",
     "Metadata",
     "MetadataBlock",
@@ -68,21 +70,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Link:
     """What one block has put, before what was put around it."""
 
-    __slots__ = ("before", "block", "is_over", "within")
+    __slots__ = ("before", "block", "find", "is_over", "within")
 
-    def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
+    def __init__(self, before: _Link | None, block: MetadataBlock, find: Callable[[], Metadata]) -> None:
         self.before = before
         self.block = block
+        self.find = find
         self.is_over: Callable[[], bool] = block._is_over
         self.within = _within.get()
-
-
-def _never() -> bool:
-    return False
-
-
-def _always() -> bool:
-    return True
 
 
 def _living(link: _Link | None) -> _Link | None:
@@ -103,15 +98,15 @@ def get_metadata_from_context() -> dict[str, str]:
     """Return a copy of the metadata in the context, which may be empty. Use it to send them on by hand."""
     link, hidden = _chain.get(), False
     if link is not None and link.before is None and not link.is_over():
-        return dict(link.block._found())
+        return dict(link.find())
     parts: list[Metadata] = []
     while link is not None:
         block = link.block
         if not link.is_over():
             if not hidden:
-                parts.append(block._found())
+                parts.append(link.find())
             elif block._fills:
-                parts.append({key: value for key, value in block._found().items() if key in FILLED_IN})
+                parts.append({key: value for key, value in link.find().items() if key in FILLED_IN})
             if block._hides and block._fills:
                 break
             hidden = hidden or block._hides
@@ -139,7 +134,7 @@ class MetadataBlock:
         hides: bool = False,
         fills: bool = False,
         find: Provider | None = None,
-        is_over: Callable[[], bool] = _never,
+        is_over: Callable[[], bool] = bool,
     ) -> None:
         self._values = dict(checked(values)) if values else {}
         self._hides = hides
@@ -151,9 +146,18 @@ class MetadataBlock:
     def __enter__(self) -> Self:
         if self._link is not None:
             raise RuntimeError("This block of metadata is in use already: make another one for each 'with' statement.")
-        self._link = _Link(_living(_chain.get()), self)
+        self._link = _Link(_living(_chain.get()), self, self._found)
         _chain.set(self._link)
         return self
+
+    def turn_to(self, find: Callable[[], Metadata]) -> None:
+        """Within the ``with`` block, put other values in the place of its own; what was begun before keeps the others.
+
+        :param find: returns them, whenever metadata are collected.
+        """
+        if self._link is not None:
+            self._link = _Link(self._link.before, self, find)
+            _chain.set(self._link)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -165,7 +169,7 @@ class MetadataBlock:
             _chain.set(link.before and _living(link.before))
         else:
             # Others have put something on top, or it is another context's.
-            link.is_over = _always
+            link.is_over = lambda: True
 
     def __call__(self, function: F) -> F:
         """Decorate a function."""
@@ -329,28 +333,13 @@ def event_metadata(**metadata: str) -> MetadataBlock:
     return MetadataBlock(metadata)
 
 
-def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = _never) -> MetadataBlock:
+def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = bool) -> MetadataBlock:
     """Give saved events the correlation of another event, and that event as their cause.
 
     :param find: returns that event; called once, when something is saved.
     :param is_over: whether the event is no longer handled, even if the block was not left.
     """
-
-    found: dict[str, str] | None = None
-
-    def values() -> Metadata:
-        nonlocal found
-        if found is None:
-            recorded, known = find(), {}
-            if recorded is not None:
-                # All that comes of it belongs together, be it that it has none itself.
-                known[CORRELATION_ID] = recorded.correlation_id or new_id()
-                if recorded.event_id is not None:
-                    known[CAUSATION_ID] = str(recorded.event_id)
-            found = known
-        return found
-
-    return MetadataBlock({}, fills=True, find=values, is_over=is_over)
+    return MetadataBlock({}, fills=True, find=Cause(find), is_over=is_over)
 
 
 def brought_along(metadata: Metadata) -> MetadataBlock:

@@ -79,6 +79,28 @@ class Recorded(NamedTuple):
         return self.metadata.get(CAUSATION_ID)
 
 
+class Cause:
+    """The same values for all that an event has caused; they are looked up when something is saved."""
+
+    __slots__ = ("_find", "_values")
+
+    def __init__(self, find: Callable[[], Recorded | None]) -> None:
+        self._find = find
+        self._values: dict[str, str] | None = None
+
+    def __call__(self) -> Metadata:
+        """Return them."""
+        if self._values is None:
+            recorded, known = self._find(), {}
+            if recorded is not None:
+                # All that comes of it belongs together, be it that it has none itself.
+                known[CORRELATION_ID] = recorded.correlation_id or new_id()
+                if recorded.event_id is not None:
+                    known[CAUSATION_ID] = str(recorded.event_id)
+            self._values = known
+        return self._values
+
+
 RECORDED = "recorded"
 
 

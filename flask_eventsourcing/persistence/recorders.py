@@ -35,7 +35,6 @@ from .dialects.looks import Use
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
-
 NEVER_TOO_MANY = 4
 """Events that are read with no look at their sizes, which would keep them waiting, until a large one was met."""
 
@@ -199,10 +198,19 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 joined=read.unit is not None,
             )
 
-        page = self._read(read_page, join=join)
+        page = self._measured(self._read(read_page, join=join))
+        return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
+
+    def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
+        """Read what is committed after a position, damaged rows too; other events may appear between these later."""
+        with self.datastore.reading(join=False) as read:
+            table = self._table(read.connection)
+            return self._measured(self.dialect.select_committed(read.connection, table, after, limit))
+
+    def _measured(self, page: Sequence[Notification]) -> Sequence[Notification]:
         if len(page) <= NEVER_TOO_MANY and any(len(each.state) * NEVER_TOO_MANY > PAGE_BYTES for each in page):
             self._unmeasured = 1
-        return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
+        return page
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, unless their states are too large.

@@ -307,6 +307,10 @@ class Dialect(Looks, ForProjections, ABC):
                     return found
         return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
 
+    def select_committed(self, connection: Connection, table: EventTable, after: int, limit: int) -> list[Notification]:
+        """Read the log by position, whatever may appear before the events that are returned."""
+        return self._select_page(connection, table, _Page(after, limit, None, (), inclusive_of_start=False), None)
+
     def _find_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
@@ -382,10 +386,6 @@ class Dialect(Looks, ForProjections, ABC):
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for news of a log; here it polls."""
-        return Waiter()
-
-    def listen(self, channel: str) -> Waiter:
-        """Return what waits for a notification on a channel; here it polls."""
         return Waiter()
 
     @abstractmethod

@@ -287,6 +287,8 @@ class ForProjections(ForSwaps):
         """
         return False
 
+    locks_what_it_compares = False
+    """Whether a change locks the rows that its conditions look for, so that nobody else can insert such ones."""
     has_one_writer = False
     """Whether one writer keeps out all others, so that a handler that waits is waiting for itself."""
 

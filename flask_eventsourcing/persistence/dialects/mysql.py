@@ -80,6 +80,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     aborts_transactions = True
     driver_knows_end = False
     reads_in_autocommit = True
+    locks_what_it_compares = True
     rows_at_once = 500
 
     @classmethod
