@@ -236,18 +236,16 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             if total <= PAGE_BYTES:
                 self._looks_at = max(self._looks_at, 4 * limit)
                 return limit
-            each: Sequence[int | None] = read.connection.scalars(
-                sa.select(page.c.size).order_by(page.c.notification_id)
-            ).all()
+            in_order = sa.select(page.c.size).order_by(page.c.notification_id)
+            each: Sequence[int | None] = read.connection.scalars(in_order).all()
             fitting = max(1, sum(together <= PAGE_BYTES for together in accumulate(size or 0 for size in each)))
             self._looks_at = 2 * fitting
             return fitting
 
         try:
-            found: int = self._read(count, join=False)
+            return self._read(count, join=False)
         except sa.exc.SQLAlchemyError as error:
             raise self.dialect.translate(error) from error
-        return found
 
     def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
         """Return what was recorded of events beside their state, by position. Most readers do not need this query.
@@ -269,10 +267,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return self._last_position(join=True)
 
     def high_water_mark(self) -> int:
-        """Return the position up to which no more events can appear, read on a connection of its own; 0 for none.
-
-        A reader that stops there misses no event, however late a writer commits.
-        """
+        """Return the position up to which no more events can appear, or 0. A reader that stops there misses none."""
         return self._last_position(join=False) or 0
 
     def _last_position(self, *, join: bool) -> int | None:
@@ -316,9 +311,8 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
         self.dialect: Dialect = datastore.dialect
         self.tracking_table = tracking_table
-        self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
-            tracking_table
-        )
+        name = self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)
+        self.dialect.tables[name] = tracking_table
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
