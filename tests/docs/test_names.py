@@ -17,7 +17,7 @@ from packaging.version import Version
 from flask_eventsourcing import __version__
 from flask_eventsourcing.config import RENAMED
 from tests.docs.pages import PAGES, ROOT
-from tests.source import PACKAGE
+from tests.source import MODULES, PACKAGE
 
 NAME = re.compile(r"\bflask_eventsourcing(?:\.\w+)+")
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)")
@@ -112,3 +112,12 @@ def test_renamed_values_are_marked() -> None:
     for (key, old), new in RENAMED.items():
         section = page.split(f"\n## {key}\n")[1].split("\n## ")[0]
         assert re.search(rf"\{{deprecated\}} \S+\n`\"{old}\"` is called `\"{new}\"`", section), key
+
+
+def test_the_picture_of_the_floors_has_every_room() -> None:
+    """The picture and the table of the architecture name each module and folder at the top level of the package."""
+    rooms = {name.partition(".")[0] for name in MODULES} - {""}
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    assert [room for room in sorted(rooms) if f"`{room}.py`" not in table and f"`{room}/`" not in table] == []
+    picture = (ROOT / "docs" / "_static" / "layers.svg").read_text()
+    assert set(re.findall(r'class="name"[^>]*>([^<]+)<', picture)) == rooms - {"orjson_transcoder"}
