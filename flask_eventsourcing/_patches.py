@@ -6,7 +6,7 @@ says why there is no other way, and what would make it unnecessary. None of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
@@ -224,6 +224,32 @@ def job_callback(job: Any, kind: str, wrapped: Callable[[str], Callable[..., Any
     name = getattr(job, f"_{kind}_callback_name", None)
     if name:
         setattr(job, f"_{kind}_callback", wrapped(name))
+
+
+@contextmanager
+def queue_jobs(queues: Iterable[Any], prepare: Callable[[Any], object]) -> Iterator[None]:
+    """Within it, RQ's queues have a class of jobs that calls a function with each job that is fetched.
+
+    RQ fetches a job whose worker has died, and calls its failure callback, in one method. It can go together with
+    :func:`job_callback`.
+    """
+
+    def fetching(job_class: Any) -> Any:
+        def fetch(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            job = job_class.fetch.__func__(cls, *args, **kwargs)
+            prepare(job)
+            return job
+
+        return type(job_class.__name__, (job_class,), {"fetch": classmethod(fetch)})
+
+    classes = [(queue, queue.job_class) for queue in queues]
+    try:
+        for queue, job_class in classes:
+            queue.job_class = fetching(job_class)
+        yield
+    finally:
+        for queue, job_class in classes:
+            queue.job_class = job_class
 
 
 def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from .values import (
@@ -51,6 +50,7 @@ __all__ = [
     "MetadataBlock",
     "Provider",
     "Recorded",
+    "Steps",
     "brought_along",
     "caused_by",
     "checked",
@@ -76,7 +76,7 @@ class _Link:
         self.before = before
         self.block = block
         self.find = find
-        self.is_over: Callable[[], bool] = block._is_over
+        self.is_over: Callable[[], bool] = block._is_over or bool
         self.within = _within.get()
 
 
@@ -90,7 +90,14 @@ def _living(link: _Link | None) -> _Link | None:
     return link
 
 
-_within: ContextVar[object] = ContextVar("flask_eventsourcing.metadata.within", default=None)
+def _is_below(top: _Link | None, link: _Link) -> bool:
+    while top is not None and top is not link:
+        top = top.before
+    return top is link
+
+
+# A request, and that around it.
+_within: ContextVar[tuple[object, Any] | None] = ContextVar("flask_eventsourcing.metadata.within", default=None)
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
 
 
@@ -124,6 +131,7 @@ class MetadataBlock:
     :param hides: whether it hides what was put around it.
     :param fills: whether it is the package that puts it: no user hides what it fills in.
     :param find: returns values, whenever metadata are collected; they are not checked.
+    :param is_over: whether the block has ended although it was not left; without it, what is put within ends with it.
     :raises EventMetadataError: for a key or a value that is not a string.
     """
 
@@ -134,9 +142,9 @@ class MetadataBlock:
         hides: bool = False,
         fills: bool = False,
         find: Provider | None = None,
-        is_over: Callable[[], bool] = bool,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
-        self._values = dict(checked(values)) if values else {}
+        self._values = checked(values) if values else {}
         self._hides = hides
         self._fills = fills
         self._find = find
@@ -159,13 +167,12 @@ class MetadataBlock:
             self._link = _Link(self._link.before, self, find)
             _chain.set(self._link)
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         link, self._link = self._link, None
         if link is None:
             return
-        if _chain.get() is link:
+        top = _chain.get()
+        if top is link or (self._fills and self._is_over is None and _is_below(top, link)):
             _chain.set(link.before and _living(link.before))
         else:
             # Others have put something on top, or it is another context's.
@@ -187,20 +194,19 @@ class MetadataBlock:
         if inspect.iscoroutinefunction(function):
 
             async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
-                with self._again():
-                    return await function(*args, **kwargs)
+                return await self._awaited(function(*args, **kwargs))
 
             return run_coroutine
-        if inspect.isasyncgenfunction(function):
-            return lambda *args, **kwargs: _async_stepwise(_Steps(self._again()), function(*args, **kwargs))
-        if inspect.isgeneratorfunction(function):
-            return lambda *args, **kwargs: _stepwise(_Steps(self._again()), function(*args, **kwargs))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._again():
                 found = function(*args, **kwargs)
-            # Another decorator, or an object that is called, may hide that it is a coroutine function.
-            return self._awaited(found) if inspect.iscoroutine(found) else found
+            # Another decorator, or an object that is called, may hide what kind of function it is.
+            if inspect.iscoroutine(found):
+                return self._awaited(found)
+            if inspect.isgenerator(found):
+                return _stepwise(Steps(self._again()), found)
+            return _async_stepwise(Steps(self._again()), found) if inspect.isasyncgen(found) else found
 
         return run
 
@@ -209,7 +215,7 @@ class MetadataBlock:
             return await coroutine
 
 
-class _Steps:
+class Steps:
     """The chain of a generator, in force while it runs: what it puts itself stays its own between its steps."""
 
     def __init__(self, block: MetadataBlock) -> None:
@@ -245,7 +251,7 @@ class _Answer:
         return True
 
 
-def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
+def _stepwise(steps: Steps, generator: Any) -> Generator[Any, Any, Any]:
     answer = _Answer()
     while True:
         try:
@@ -262,7 +268,7 @@ def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
             raise
 
 
-async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
+async def _async_stepwise(steps: Steps, generator: Any) -> AsyncIterator[Any]:
     answer = _Answer()
     while True:
         try:
@@ -280,21 +286,25 @@ async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
             raise
 
 
-def enter_request(request: object) -> object:
-    """Note that the blocks to come are those of a request, or of none, and return the request of those before."""
-    before = _within.get()
-    _within.set(request)
-    return before
+def enter_request(request: object) -> None:
+    """Note that the blocks to come are those of a request."""
+    _within.set((request, _within.get()))
 
 
-def leave_request(request: object, outer: object = None) -> None:
+def finish_request(request: object) -> None:
+    """Note that the blocks to come are none of a request's, but those of the request around it, if there is one."""
+    within = _within.get()
+    if within is not None and within[0] is request:
+        _within.set(within[1])
+
+
+def leave_request(request: object) -> None:
     """Leave the blocks of a request that no code has left, such as that of a generator which is kept, and no others."""
     link = _chain.get()
-    while link is not None and link.within is request:
+    while link is not None and link.within is not None and link.within[0] is request:
         link = link.before
     _chain.set(link)
-    if _within.get() is request:
-        _within.set(outer)
+    finish_request(request)
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
@@ -333,7 +343,7 @@ def event_metadata(**metadata: str) -> MetadataBlock:
     return MetadataBlock(metadata)
 
 
-def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = bool) -> MetadataBlock:
+def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] | None = None) -> MetadataBlock:
     """Give saved events the correlation of another event, and that event as their cause.
 
     :param find: returns that event; called once, when something is saved.

@@ -19,11 +19,12 @@ from ..metadata import (
     CORRELATION_ID,
     MetadataBlock,
     brought_along,
+    checked,
     get_metadata_from_context,
     kept_for_later,
     new_id,
 )
-from ..metadata.values import is_correlation
+from ..metadata.values import fits_column, is_correlation
 from ..uow import Run
 
 if TYPE_CHECKING:
@@ -146,15 +147,17 @@ def carried() -> dict[str, str]:
 def received(found: Any, task_id: str | None = None) -> MetadataBlock:
     """Return a context with the metadata that came with a task; invalid ones are ignored.
 
+    What the task leaves in the context ends with it.
+
     :param task_id: what the task and its retries have in common: their correlation if no other came with it.
     """
-    known = dict(found) if isinstance(found, Mapping) else {}
-    if CORRELATION_ID not in known:
-        known[CORRELATION_ID] = task_id if task_id and is_correlation(task_id) else new_id()
     try:
-        return brought_along(known)
+        known = checked({} if found is None else found)
     except EventMetadataError:
-        return received(None, task_id)
+        known = {}
+    if not fits_column(known.get(CORRELATION_ID, "")):
+        known[CORRELATION_ID] = task_id if task_id and is_correlation(task_id) else new_id()
+    return brought_along(known)
 
 
 def run_after_task(state: SiteState, body: Callable[[], Any], retries: int, found: Any, task_id: str | None) -> Any:

@@ -20,7 +20,7 @@ from rq.job import Job
 from rq.utils import import_attribute
 from sqlalchemy import orm
 
-from .._patches import job_callback, job_perform
+from .._patches import job_callback, job_perform, queue_jobs
 from ..applications.known_sites import current_site, site_of
 from ..exceptions import ConfigurationError
 from ..uow import Run
@@ -109,6 +109,13 @@ class EventSourcingWorkerMixin:
         """Wait for a work-horse. This process calls the callback of a job that was stopped."""
         job_callback(job, "stopped", self._in_closing_unit)
         super().monitor_work_horse(job, *args, **kwargs)  # type: ignore[misc]
+
+    def clean_registries(self) -> None:
+        """Clean the registries, as RQ's worker does. This process calls the failure callback of an abandoned job."""
+        # A worker that forks has nothing open in this process.
+        wrapped = self._in_unit if isinstance(self, SimpleWorker) else self._in_closing_unit
+        with queue_jobs(self.queues, lambda job: job_callback(job, "failure", wrapped)):  # type: ignore[attr-defined]
+            super().clean_registries()  # type: ignore[misc]
 
     def _in_unit(self, name: str) -> Callable[..., Any]:
         def call(job: Job, *args: Any) -> Any:

@@ -251,3 +251,29 @@ def test_a_further_parameter_of_another_name_is_refused() -> None:
         class Wrong(ModelProjection):
             @on(Created)  # type: ignore[arg-type]  # as type checkers say too
             def opened(self, event: Any, session: orm.Session, metadata: Any) -> None: ...
+
+
+def test_ids_that_others_have_left_out(desk: FlaskDesk) -> None:
+    """The nil UUID, which version 10 of the library stores where an event has no id, is the id of none."""
+    keys: dict[str, str] = {}
+    told: dict[str, Recorded] = {}
+
+    class Told(ModelProjection):
+        @reaction(Created)
+        def answered(self, event: Any, key: str, recorded: Recorded) -> None:
+            keys[event.owner], told[event.owner] = key, recorded
+            if event.owner == "Ada":
+                desk.es.application.open_account("Bea")
+
+    desk.register(Told)
+    with desk.context() as bank:
+        bank.open_account("Ada")
+        bank.open_account("Cleo")
+        desk.db.session.commit()
+        desk.db.session.execute(sa.update(desk.es.StoredEvent).values(event_id=UUID(int=0)))
+        desk.db.session.commit()
+    for _ in range(2):
+        assert not desk.run_once()
+    assert len(set(keys.values())) == 3
+    assert (told["Ada"].event_id, told["Cleo"].event_id) == (None, None)
+    assert "causation_id" not in told["Bea"].metadata

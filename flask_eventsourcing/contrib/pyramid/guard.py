@@ -39,11 +39,11 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
     """
 
     def guard_tween(request: Any) -> Any:
-        outer = enter_request(request.environ)
+        enter_request(request)
         try:
             return answer(request)
         finally:
-            leave_request(request.environ, outer)
+            leave_request(request)
 
     def answer(request: Any) -> Any:
         state: EventSourcing | None = registry.get(KEY)
