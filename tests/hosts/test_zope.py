@@ -512,6 +512,73 @@ def test_hook_cannot_save_in_the_transaction_that_was_committed(zope_site: ZopeS
         assert zope_site.stored() == (number + 1, number + 1)
 
 
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("way", ["hook", "hook of an empty transaction", "synchronizer"])
+def test_events_saved_during_an_abort_are_told(
+    zope_site: ZopeSite, way: str, unit: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a hook or a synchronizer saves after a rollback is rolled back too, as rows are, and logged once."""
+
+    class Saving:
+        """Saves at the end of a transaction."""
+
+        def newTransaction(self, transaction: object) -> None:  # noqa: N802
+            """Do nothing."""
+
+        afterCompletion = newTransaction  # noqa: N815
+
+        def beforeCompletion(self, transaction: object = None) -> None:  # noqa: N802
+            """Save."""
+            with zope_site.es.transaction() if unit else nullcontext():
+                zope_site.bank.open_account()
+
+    saving = Saving()
+    current = zope_site.manager.begin()
+    if way == "synchronizer":
+        zope_site.manager.registerSynch(saving)
+    else:
+        current.addAfterAbortHook(saving.beforeCompletion)
+    if way != "hook of an empty transaction":
+        zope_site.bank.open_account()
+    zope_site.manager.abort()
+    assert ["was saved by a hook or synchronizer" in each for each in caplog.messages] == [True]
+    zope_site.manager.clearSynchs()
+    with zope_site.manager:
+        zope_site.bank.open_account()
+    assert zope_site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("listener", ["before_flush", "after_flush"])
+def test_listener_of_a_flush_saves_in_the_commit(zope_site: ZopeSite, listener: str) -> None:
+    """Events that a listener saves when the commit flushes the session are committed with the rows, or not at all."""
+
+    def save(session: orm.Session, *_: object) -> None:
+        if not session.info.setdefault("has saved", False):
+            session.info["has saved"] = True
+            zope_site.bank.open_account()
+
+    session = zope_site.session
+    sa.event.listen(session, listener, save)
+    with recorded() as heard:
+        with zope_site.manager:
+            zope_site.note()
+        assert [count for _, count in heard] == [1]
+    assert zope_site.stored() == (1, 1)
+    session.info["has saved"] = False
+
+    def fail() -> None:
+        with zope_site.manager as current:
+            zope_site.note()
+            current.join(Voter(zope_site.manager, key="earlier", fails_in="vote"))
+
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            fail()
+        zope_site.manager.abort()
+        assert heard == []
+    assert zope_site.stored() == (1, 1)
+
+
 def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
     """Its rollback takes the session's part away and is no loss; what is saved after it is a part like any other."""
     with zope_site.manager:
