@@ -29,7 +29,7 @@ from flask_eventsourcing.models import StoredEventMixin
 from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests import servers
-from tests.domain import Account, Bank, conflict_with, in_threads
+from tests.domain import Account, Bank, conflict_with, in_thread, in_threads
 from tests.hosts.test_units_of_work import recorded
 from tests.hosts.zope_site import ExplicitManager, ZopeSite
 from tests.servers import ServerFolder
@@ -437,6 +437,38 @@ def test_savepoint_of_the_manager(postgres_url: str) -> None:
         savepoint.rollback()
     assert site.stored() == (1, 0)
     site.close()
+
+
+def test_conflict_at_the_first_of_two_phases_is_tried_again(zope_on_postgres: ZopeSite) -> None:
+    """A serialization failure while the database prepares the commit passes as it is, so ``run()`` tries again."""
+    site = zope_on_postgres
+    serializable = site.engine.execution_options(isolation_level="SERIALIZABLE")
+    assert site.scoped is not None
+    site.scoped.session_factory.configure(bind=serializable)
+    site.scoped.remove()
+    count = sa.select(sa.func.count()).select_from(site.Note)
+    tries: list[int] = []
+
+    def overtake() -> None:
+        with orm.Session(serializable) as session:
+            session.add(site.Note(text=f"after {session.scalar(count)}"))
+            session.commit()
+
+    def work() -> None:
+        tries.append(1)
+        site.session.scalar(count)
+        site.bank.open_account()
+        site.note()
+        site.session.flush()
+        if len(tries) == 1:
+            in_thread(overtake)
+
+    with recorded() as heard:
+        site.manager.run(work)
+        assert [count for _, count in heard] == [1]
+    assert len(tries) == 2
+    assert site.stored() == (1, 2)
+    assert site.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
 def test_models_are_checked(zope_site: ZopeSite) -> None:
