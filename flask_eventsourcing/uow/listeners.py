@@ -143,6 +143,10 @@ def _handle_error(context: ExceptionContext) -> None:
             raise CommitOutcomeUnknownError from context.original_exception
     elif context.statement is None and context.sqlalchemy_exception is not None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
+        if committing and getattr(connection.get_transaction(), "_is_prepared", None) is False:
+            # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared,
+            # and their error about that would hide this one, which may be a conflict.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
     # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
 
 

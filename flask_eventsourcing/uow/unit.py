@@ -386,5 +386,6 @@ class UnitOfWork(Unit):
 
     def unknown(self) -> None:
         """The connection was lost during the commit: no signal is sent, and the aggregate objects are stale."""
+        self.queue.left()
         self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(self.pending.rolled_back(0), AfterRollback))

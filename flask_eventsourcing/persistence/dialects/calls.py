@@ -101,11 +101,13 @@ class _Counted:
         self._calls, self._ends = calls, name != CURSOR
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A call that fails may have ended the transaction or not, as another's cursor may have.
+        self._calls.cursors += 1
+        answer = self._method(self._driver(), *args, **kwargs)
         if self._ends:
+            self._calls.cursors -= 1
             self._calls.ends += 1
-        else:
-            self._calls.cursors += 1
-        return self._method(self._driver(), *args, **kwargs)
+        return answer
 
 
 def count_calls(driver: Any, record: Any) -> None:
