@@ -137,7 +137,7 @@ class DjangoUnit(Unit):
         if not self.in_transaction:
             self._end()
             return None
-        if self._hooks != (id(self._wrapper().run_on_commit), self._marked.ends):
+        if self._hooks != (id(self.wrapper.run_on_commit), self._marked.ends):
             # Another list: after the end of a transaction, and after the rollback of a savepoint. Where something is
             # left of what was noted before, it was a savepoint. Taken for a new one, the same would do no harm.
             self.look()
