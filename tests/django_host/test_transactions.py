@@ -6,6 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 from django.db import transaction
 from django.db.transaction import TransactionManagementError
 from django.test.utils import CaptureQueriesContext
@@ -220,6 +221,20 @@ def test_save_is_one_statement(site: DjangoBank) -> None:
         counting = [each for each in found if "LAST_INSERT_ID" in each]
         assert len(counting) == (site.connection.vendor == "mysql" and save != site.note)
         assert [each.split()[0] for each in found if each not in counting] == ["BEGIN", "INSERT", "COMMIT"]
+
+
+def test_listener_of_sqlalchemys(site: DjangoBank) -> None:
+    """Who listens to the statements of SQLAlchemy's engines, as a tracer does, hears of the recorders' too."""
+    account_id, heard = site.opened(), list[str]()
+    recorder: Any = site.bank.recorder
+
+    @sa.event.listens_for(recorder.datastore.engine, "before_cursor_execute")
+    def hear(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        heard.append(statement)
+
+    site.bank.deposit(account_id, 3)
+    assert [each for each in heard if "bank_events" in each and "INSERT INTO" in each]
+    assert site.elsewhere(lambda: site.bank.balance(account_id)) == 3
 
 
 def test_gaps_are_refused(site: DjangoBank) -> None:
