@@ -321,22 +321,18 @@ class Borrowed:
 
     def __init__(self, engine: Engine, wrapper: Any) -> None:
         self._engine = engine
-        self._wrapper = weakref.ref(wrapper)
+        self.find = weakref.ref(wrapper)
+        """Returns the connection of Django's."""
         self._driver: Any = None
         self.known: Connection | None = None
         """SQLAlchemy's, if it was asked for."""
         self.ends: object = None
         """What the connection tells of its transactions' ends."""
 
-    @property
-    def wrapper(self) -> Any:
-        """The connection of Django's."""
-        return self._wrapper()
-
     def connection(self) -> Connection:
         """Return SQLAlchemy's connection; Django connects if necessary."""
-        wrapper, known = self.wrapper, self.known
-        driver = wrapper.connection
+        wrapper: Any = self.find()
+        known, driver = self.known, wrapper.connection
         if known is None or driver is None or driver is not self._driver or known.invalidated:
             known = self._lent(wrapper)
         return known

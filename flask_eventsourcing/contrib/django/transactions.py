@@ -63,7 +63,6 @@ class DjangoUnit(Unit):
         self, borrowed: Borrowed, datastore: Datastore, marked: Marked, contended: ContendedAggregates
     ) -> None:
         self._borrowed = borrowed
-        self._wrapper = weakref.ref(borrowed.wrapper)
         self._datastore = datastore
         self._marked = marked
         self.queue = AggregateQueue(datastore.dialect, contended)
@@ -74,12 +73,12 @@ class DjangoUnit(Unit):
         """The identity of Django's list of functions, as to hold the list would keep what is dropped; and how often
         something has ended, as another list may have the same."""
         self._current: Transaction | None = None
-        borrowed.ends = Ends(borrowed.wrapper, self, marked)
+        borrowed.ends = Ends(borrowed.find(), self, marked)
 
     @property
     def wrapper(self) -> Any:
         """The connection, ``django.db.connections[alias]``."""
-        return self._wrapper()
+        return self._borrowed.find()
 
     @property
     def gate(self) -> Gate:
@@ -115,7 +114,7 @@ class DjangoUnit(Unit):
     @property
     def in_transaction(self) -> bool:
         """Whether what is done now waits for a commit."""
-        wrapper: Any = self._wrapper()
+        wrapper = self.wrapper
         return bool(wrapper.in_atomic_block or not (wrapper.connection is None or wrapper.autocommit))
 
     # ------------------------------------------------------------------------------------------ its transaction
@@ -137,7 +136,7 @@ class DjangoUnit(Unit):
         if not self.in_transaction:
             self._end()
             return None
-        if self._hooks != (id(self._wrapper().run_on_commit), self._marked.ends):
+        if self._hooks != (id(self.wrapper.run_on_commit), self._marked.ends):
             # Another list: after the end of a transaction, and after the rollback of a savepoint. Where something is
             # left of what was noted before, it was a savepoint. Taken for a new one, the same would do no harm.
             self.look()
@@ -270,21 +269,20 @@ class DjangoUnit(Unit):
 
         :raises TransactionManagementError: when they are not there.
         """
-        wrapper, connection = self.wrapper, self._borrowed.known
-        if not self._marked.noted:
+        wrapper, known, marked = self.wrapper, self._borrowed.known, self._marked
+        if marked.noted:
+            marked.look(wrapper)
+        if not marked.noted or known is None or wrapper.connection is None:
             return
-        self._marked.look(wrapper)
-        if not self._marked.noted or connection is None or wrapper.connection is None:
-            return
-        is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
-        knows_end = self.dialect.driver_knows_end
-        if knows_end and not is_doubtful and not self._cannot_commit():
-            return
+        is_doubtful = marked.is_suspicious or wrapper.errors_occurred
+        if is_doubtful or not self.dialect.driver_knows_end or self._cannot_commit():
+            self._check_stored(known, is_doubtful=is_doubtful or self.dialect.driver_knows_end)
+
+    def _check_stored(self, connection: Connection, *, is_doubtful: bool) -> None:
         is_refused = self.dialect.is_aborted(connection)
-        if is_refused or is_doubtful or knows_end:
-            batches = self._marked.all(Batch)
-            if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
-                raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
+        batches = self._marked.all(Batch) if is_refused or is_doubtful else []
+        if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
+            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:
         """Return which events are in the database, or None where that cannot be asked."""
