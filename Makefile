@@ -1,7 +1,7 @@
 # Two commands do everything: `make demo` opens the example, `make test` runs the tests.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test minimum django6 torture bench run-bench docs style clean
+.PHONY: help demo demo-port test minimum django6 torture bench run-bench docs style clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,11 +55,17 @@ $(DOCS_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP_INSTALL) -e '.[docs,migrate]'
 	@touch $@
 
-demo: $(DEMO_STAMP)
+demo: demo-port $(DEMO_STAMP)
 ifeq ($(DEMO_CHECK),1)
 	$(BIN)/python -m example_app.demo_check
 else
 	@$(BIN)/python -m example_app.demo $(PORT)
+endif
+
+# Before anything is installed, which takes a minute.
+demo-port:
+ifneq ($(DEMO_CHECK),1)
+	@$(PYTHON) example_app/demo.py $(PORT) --check-port
 endif
 
 test: $(STAMP)

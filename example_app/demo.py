@@ -1,4 +1,7 @@
-"""Open the bank: ``python -m example_app.demo [PORT]`` runs the development server and the worker, and stops both."""
+"""Open the bank: ``python -m example_app.demo [PORT]`` runs the development server and the worker, and stops both.
+
+With ``--check-port`` it only says whether the port can be used, which needs nothing that has to be installed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ FLASK = [sys.executable, "-m", "flask", "--app", "example_app"]
 PATIENCE = 15.0
 
 
-def main(port: str = "5000") -> int:
+def main(port: str = "5000", *options: str) -> int:
     """Run both until Ctrl-C, SIGTERM or the end of the server, and return the server's exit status.
 
     A new database gets its tables, and something to see. Nothing is begun when the port cannot be used.
@@ -20,6 +23,8 @@ def main(port: str = "5000") -> int:
     if refusal := _refusal(port):
         print(refusal, file=sys.stderr)
         return 1
+    if "--check-port" in options:
+        return 0
     upgrade = subprocess.run([*FLASK, "db", "upgrade"], capture_output=True, text=True, check=False)
     if upgrade.returncode:
         print(upgrade.stdout, upgrade.stderr, sep="", end="", file=sys.stderr)
@@ -89,4 +94,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(*sys.argv[1:]))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MOST_RECIPIENTS = 500
 MOST_PER_PAGE = 100
 LAST_PAGE = 1_000_000
+NO_SUCH_PAGE = "There is no such page of the list."
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,16 @@ def entries(statement: Statement, *, latest_first: bool = False) -> Pagination:
 
 def _paged(query: Select[Any]) -> Pagination:
     page, per_page = _page()
-    return db.paginate(query, page=page, per_page=per_page, max_per_page=MOST_PER_PAGE)
+    found = db.paginate(query, page=page, per_page=per_page, max_per_page=MOST_PER_PAGE, error_out=False)
+    if page > 1 and not found.items:
+        abort(404, NO_SUCH_PAGE)
+    return found
 
 
 def _page() -> tuple[int, int]:
     page, per_page = _whole_number("page", 1), _whole_number("per_page", 20)
     if not 1 <= page <= LAST_PAGE or per_page < 1:
-        abort(404, "There is no such page of the list.")
+        abort(404, NO_SUCH_PAGE)
     return page, per_page
 
 

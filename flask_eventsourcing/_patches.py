@@ -6,7 +6,7 @@ says why there is no other way, and what would make it unnecessary. None of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
@@ -226,6 +226,32 @@ def job_callback(job: Any, kind: str, wrapped: Callable[[str], Callable[..., Any
         setattr(job, f"_{kind}_callback", wrapped(name))
 
 
+@contextmanager
+def queue_jobs(queues: Iterable[Any], prepare: Callable[[Any], object]) -> Iterator[None]:
+    """Within it, RQ's queues have a class of jobs that calls a function with each job that is fetched.
+
+    RQ fetches a job whose worker has died, and calls its failure callback, in one method. It can go together with
+    :func:`job_callback`.
+    """
+
+    def fetching(job_class: Any) -> Any:
+        def fetch(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            job = job_class.fetch.__func__(cls, *args, **kwargs)
+            prepare(job)
+            return job
+
+        return type(job_class.__name__, (job_class,), {"fetch": classmethod(fetch)})
+
+    classes = [(queue, queue.job_class) for queue in queues]
+    try:
+        for queue, job_class in classes:
+            queue.job_class = fetching(job_class)
+        yield
+    finally:
+        for queue, job_class in classes:
+            queue.job_class = job_class
+
+
 def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:
     """Have one of Django's connections call another function as one of its methods, which does what its own does.
 
@@ -237,10 +263,11 @@ def django_method(connection: Any, name: str, method: Callable[..., Any]) -> Non
     setattr(connection, name, method)
 
 
-def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object]]) -> None:
+def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object] | None]) -> None:
     """Have Django's blocks tell how they are left.
 
-    :param leaving: takes the alias and the class of the exception, or None, and is entered around Django's own method.
+    :param leaving: takes the alias and the class of the exception, or None, and returns what is entered around Django's
+        own method, or None for a block of which nobody wants to know.
 
     It can go when Django says whether an exception has rolled a block back.
     """
@@ -248,7 +275,10 @@ def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], Abstract
 
     @wraps(leave)
     def told(block: Any, exc_type: Any, exc_value: Any, traceback: Any) -> Any:
-        with leaving(block.using, exc_type):
+        around = leaving(block.using, exc_type)
+        if around is None:
+            return leave(block, exc_type, exc_value, traceback)
+        with around:
             return leave(block, exc_type, exc_value, traceback)
 
     atomic_class.__exit__ = told

@@ -124,7 +124,7 @@ def _contact_points(value: Any) -> str | None:
 def _keyspace(value: Any) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_]{1,48}", value) and not value.startswith("system"):
         return None
-    return "must be a name of 1 to 48 letters, digits and underscores from A to Z, and none of the system's"
+    return "must be a name of 1 to 48 letters, digits and underscores from A to Z, and not one of the system keyspaces"
 
 
 def _replication(value: Any) -> str | None:
@@ -186,6 +186,8 @@ class Config:
     """The checked configuration of one Flask app.
 
     Each attribute is the ``app.config`` key ``EVENTSOURCING_`` + its name in capitals. See ``docs/configuration.md``.
+
+    .. deprecated:: 0.1.0 The value ``"floor"`` of ``EVENTSOURCING_POSTGRES_ORDER``: write ``"advisory-lock"``.
     """
 
     commit: CommitMode = field(

@@ -219,7 +219,10 @@ class HandlerError(FlaskEventSourcingError):
 
 
 class UnknownTopicError(HandlerError):
-    """The class of an event is not found: import its module, or register its topic with ``register_topic()``."""
+    """The class of an event is not found: import its module, or register its topic with ``register_topic()``.
+
+    The projection halts before the event, and does not pass over what a handler may need.
+    """
 
 
 class ProjectionHaltedError(FlaskEventSourcingError):
@@ -244,7 +247,10 @@ class ProjectionBusyError(FlaskEventSourcingError):
 
 
 class CheckpointError(FlaskEventSourcingError):
-    """A checkpoint cannot be changed in this way."""
+    """A checkpoint cannot be changed in this way.
+
+    The message says why, for example that the projection is running: pause it, or end its worker, before that.
+    """
 
 
 class RebuildError(FlaskEventSourcingError):

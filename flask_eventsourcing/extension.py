@@ -29,7 +29,7 @@ from .projections.upkeep.following import Health
 from .uow import check_times
 from .web import uncommitted
 from .web.decorators import in_unit
-from .web.making import construct_now, made_again, made_state, untouched_on_error
+from .web.making import construct_now, followed_by, made_again, made_state, untouched_on_error
 from .web.sessions import check_extension, register_extension, registered_extension
 from .web.setup import RecordClasses, constructor_of
 from .web.state import EXTENSION, Database, current_state, keep, state_of
@@ -44,7 +44,12 @@ T = TypeVar("T", bound=Callable[..., Application[Any]])
 
 
 class EventSourcing(Generic[First_co, Db_co]):
-    """Makes applications of the ``eventsourcing`` library part of Flask apps.
+    """Make applications of the ``eventsourcing`` library part of Flask apps.
+
+    Events are stored in the app's own database, in the transaction of ``db.session``: they are committed, or rolled
+    back, with your models. Each process has one object of each application class::
+
+        es = EventSourcing(db=db, application=Bank)
 
     :param app: call :meth:`init_app` with it now.
     :param db: the ``SQLAlchemy`` object of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite. Without it, the object that is
@@ -93,10 +98,6 @@ class EventSourcing(Generic[First_co, Db_co]):
         if app is not None:
             self.init_app(app)
 
-    @property
-    def _classes(self) -> list[type[Application[Any]]]:
-        return list(self._constructors)
-
     def register(self, application: T) -> T:
         """Register an application class, or a factory of one; usable as a decorator, before :meth:`init_app`.
 
@@ -118,7 +119,7 @@ class EventSourcing(Generic[First_co, Db_co]):
 
     def _add(self, given: Any) -> None:
         application_class, constructor = constructor_of(given)
-        for other in self._classes:
+        for other in self._constructors:
             if other.name.lower() == application_class.name.lower():
                 raise ConfigurationError(
                     f"Two application classes are called {application_class.name!r}, so they would share their tables: "
@@ -155,12 +156,14 @@ class EventSourcing(Generic[First_co, Db_co]):
     def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
         """Register a projection, a subclass of ``ModelProjection``; a decorator, before or after :meth:`init_app`.
 
+        Unless it is inline, the command ``run`` keeps its models up to date, in a process of its own.
+
         :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.
         """
 
         def decorate(decorated: type[J]) -> type[J]:
-            followed = self._followed(decorated, of)
+            followed = followed_by(decorated, of, list(self._constructors))
             states = [state_of(app) for app in self._apps]
             # All is checked before anything is registered.
             models = check_projection(decorated).models
@@ -173,18 +176,6 @@ class EventSourcing(Generic[First_co, Db_co]):
             return decorated
 
         return decorate if projection_class is None else decorate(projection_class)
-
-    def _followed(self, projection_class: Any, of: Any) -> type[Application[Any]]:
-        if of is None and len(self._classes) == 1:
-            return self._classes[0]
-        if of not in self._classes:
-            names = ", ".join(cls.__qualname__ for cls in self._classes) or "none"
-            raise ConfigurationError(
-                f"Projection {projection_class!r}: of={of!r} is not a registered application class "
-                f"(registered: {names})."
-            )
-        followed: type[Application[Any]] = of
-        return followed
 
     def init_app(self, app: Flask) -> None:
         """Register on a Flask app, after ``db.init_app(app)`` and after its configuration is complete.
@@ -225,12 +216,15 @@ class EventSourcing(Generic[First_co, Db_co]):
     def application(self) -> First_co:
         """The single application of the current Flask app and this process, the first one where there are several.
 
+        It is constructed at its first use. Ask for it each time and do not keep it, as another app or a forked process
+        has another one.
+
         :raises NotInitializedError: outside an application context, or before :meth:`init_app`.
         """
         return cast(First_co, current_state().application)
 
     def __getitem__(self, application_class: type[A]) -> A:
-        """Return the single instance of an application class in the current Flask app and this process.
+        """Return the single instance of an application class: ``es[Bank]``. There is one for each app and process.
 
         :raises ConfigurationError: when the class is not registered.
         """
@@ -238,7 +232,7 @@ class EventSourcing(Generic[First_co, Db_co]):
 
     @property
     def db(self) -> Db_co:
-        """The ``SQLAlchemy`` object in use."""
+        """The ``SQLAlchemy`` object in use. It was passed, was found on the app, or was made by :meth:`init_app`."""
         db = current_state().db if has_app_context() else self._db or self._made_db
         if db is None:
             raise ConfigurationError("There is no db yet: call es.init_app(app), or use it in an application context.")
@@ -246,28 +240,31 @@ class EventSourcing(Generic[First_co, Db_co]):
 
     @property
     def models(self) -> dict[type[Application[Any]], Models]:
-        """The record classes by application class."""
+        """The record classes by application class. With several, query ``es.models[Bank].StoredEvent``."""
         found = self._known_models()
-        return {cls: found[cls.name] for cls in self._classes}
+        return {cls: found[cls.name] for cls in self._constructors}
 
     @property
     def StoredEvent(self) -> type[StoredEventMixin]:  # noqa: N802
-        """The record class of the first application's events."""
-        return self.models[self._classes[0]].StoredEvent
+        """The record class of the first application's events. Query it, and let ``save()`` write it."""
+        return next(iter(self.models.values())).StoredEvent
 
     @property
     def Snapshot(self) -> type[SnapshotMixin]:  # noqa: N802
-        """The record class of the first application's snapshots."""
-        return self.models[self._classes[0]].Snapshot
+        """The record class of the first application's snapshots. It has no rows unless snapshots are taken."""
+        return next(iter(self.models.values())).Snapshot
 
     @property
     def Tracking(self) -> type[TrackingMixin]:  # noqa: N802
-        """The record class of the first application's positions in the logs of others."""
-        return self.models[self._classes[0]].Tracking
+        """The record class of positions. It has rows if the first application follows the logs of others."""
+        return next(iter(self.models.values())).Tracking
 
     @property
     def metadata(self) -> sa.MetaData:
-        """The metadata of the record classes, for Alembic and ``create_all`` with Flask-SQLAlchemy-Lite."""
+        """The metadata of the record classes, for Alembic and ``create_all`` with Flask-SQLAlchemy-Lite.
+
+        With Flask-SQLAlchemy it is that of ``db``, so that ``db.create_all()`` and Flask-Migrate see the tables.
+        """
         return self.StoredEvent.metadata
 
     def _known_models(self) -> dict[str, Models]:
@@ -291,7 +288,7 @@ class EventSourcing(Generic[First_co, Db_co]):
 
     @staticmethod
     def event_metadata(**metadata: str) -> MetadataBlock:
-        """See :func:`flask_eventsourcing.metadata.event_metadata`."""
+        """Add metadata to the events saved in a block. See :func:`~flask_eventsourcing.metadata.event_metadata`."""
         return event_metadata(**metadata)
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
@@ -317,6 +314,8 @@ class EventSourcing(Generic[First_co, Db_co]):
 
         :param status: set it to False for a function that is no view, whose return value has no status.
         :raises ConfigurationError: for a generator function.
+
+        .. versionchanged:: 0.1.0 It rolls back for a status of 400 or more, and awaits coroutine functions.
         """
         decorate = partial(in_unit, times=None, status=status, noted=self._registrations.transactional)
         return decorate if function is None else decorate(function)
@@ -354,6 +353,9 @@ class EventSourcing(Generic[First_co, Db_co]):
     ) -> None:
         """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
 
+        Call it after the commit, and only where the next page would miss a row: it makes a request as slow as the
+        worker.
+
         :param recordings: what ``Application.save()`` returned, or a position of the log.
         :param timeout: in seconds.
         :raises TimeoutError: when it takes longer.
@@ -363,7 +365,7 @@ class EventSourcing(Generic[First_co, Db_co]):
         current_state().projections.wait_for(projection, recordings, timeout)
 
     def health(self) -> Health:
-        """Return the state of every projection of the current app; it takes a few queries for each.
+        """Return the state of every projection, with a few queries for each. Let monitoring ask for ``es.health().ok``.
 
         :raises NotInitializedError: outside an application context.
         """

@@ -131,7 +131,7 @@ def send_each(
 
 
 class PlainHost:
-    """Applications on SQLAlchemy sessions, without a framework.
+    """Run applications on SQLAlchemy sessions, without a framework. Scripts get the promises of a Flask app.
 
     :param session: a ``scoped_session``, whose current session recorders always join; or a ``sessionmaker``, and then
         they join the one that :meth:`transaction` opens, and commit on their own outside of it.
@@ -187,17 +187,17 @@ class PlainHost:
 
     @property
     def application(self) -> Application[Any]:
-        """The single application of this process, the first one where there are several."""
+        """The single application of this process, or the first one of several. Its first use constructs it."""
         return next(iter(self._slots.values())).get()
 
     def __getitem__(self, application_class: type[A]) -> A:
-        """Return the single instance of an application class in this process.
+        """Return the single instance of an application class in this process. Its first use constructs it.
 
         :raises ConfigurationError: when there are no models for the class.
         """
         if application_class not in self._slots:
             names = ", ".join(cls.__qualname__ for cls in self._slots)
-            raise ConfigurationError(f"{application_class!r} has no models here (there are some for: {names}).")
+            raise ConfigurationError(f"{application_class!r} has no models here: pass some for it, as for {names}.")
         return self._slots[application_class].get()  # type: ignore[return-value]
 
     @property
@@ -206,7 +206,7 @@ class PlainHost:
         return {application_class: slot.get() for application_class, slot in self._slots.items()}
 
     def close(self) -> None:
-        """Close the applications of this process; it may be called again."""
+        """Close the applications of this process. It may be called again; the next use constructs them again."""
         for slot in self._slots.values():
             slot.close()
 
@@ -244,7 +244,7 @@ class PlainHost:
 
     @contextmanager
     def session(self) -> Iterator[orm.Session]:
-        """A context in which a session of the factory is the current one: recorders join it, the caller commits."""
+        """Make a session of the factory the current one in a block. Recorders join it, and you commit."""
         with self._made_current(self._maker()()) as made:
             yield made
 
@@ -258,7 +258,7 @@ class PlainHost:
             yield session
 
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
-        """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most."""
+        """Call a function in :meth:`transaction`, again after a conflict, at most *times*. Read aggregates in it."""
         with self._open_session():
             return self._runner.retry(function, times, lenient=lenient)
 

@@ -78,7 +78,12 @@ class _Held(Generic[T]):
 
 
 class ApplicationSlot(Generic[T]):
-    """Holds the single application of a process.
+    """Hold the single application of a process.
+
+    Use one where there is no Flask app, such as in a worker of your own, and make the application by its constructor::
+
+        slot = ApplicationSlot(Bank)
+        slot.get().open_account("Ada")
 
     :param constructor: called without arguments, at most once in a process, by the first :meth:`get`. A slot without
         one is filled by :meth:`init`.
@@ -88,6 +93,8 @@ class ApplicationSlot(Generic[T]):
 
     A slot that is garbage-collected before it was closed warns with a ``ResourceWarning``, in the process that has
     constructed the application. What is there until the process ends needs no ``close()``.
+
+    .. versionchanged:: 0.1.0 A slot that was not closed warns.
     """
 
     _warns = True
@@ -103,12 +110,14 @@ class ApplicationSlot(Generic[T]):
 
     @property
     def constructed(self) -> bool:
-        """Whether this process, not its parent, has constructed its application."""
+        """Whether this process, not its parent, has constructed its application. It constructs nothing."""
         held = self._held
         return held is not None and held.pid == os.getpid()
 
     def init(self, constructor: Callable[[], T] | None = None) -> T:
         """Construct the application of this process and return it.
+
+        Call it when a worker starts, so that an error ends the worker and not its first request.
 
         :raises ApplicationInitializedError: when this process has one already.
         :raises ApplicationNotInitializedError: when there is no constructor.
@@ -134,6 +143,8 @@ class ApplicationSlot(Generic[T]):
 
     def get(self) -> T:
         """Return the application of this process; a lazy or a forked slot constructs it first.
+
+        Threads that ask at the same time get the same object: one constructs it, and the others wait.
 
         :raises ApplicationNotInitializedError: when there is no constructor to make it, or :meth:`init` failed.
         """
@@ -172,7 +183,7 @@ class ApplicationSlot(Generic[T]):
             keep_for_ever(held.application)
 
     def close(self) -> None:
-        """Close the application of this process, if there is one; calling it again does nothing."""
+        """Close the application of this process, if there is one. Calling it again does nothing."""
         with self._lock:
             if self.constructed and self._held is not None:
                 application, self._held = self._held.application, None
@@ -225,6 +236,9 @@ _process_slot: ApplicationSlot[Any] = ApplicationSlot()
 def init_application(constructor: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Construct the application of this process as ``constructor(*args, **kwargs)`` and return it.
 
+    Call it when the process starts, after its configuration is complete; :func:`get_application` returns the same
+    object everywhere else.
+
     :raises ApplicationInitializedError: when it was constructed already in this process.
     """
     application: T = _process_slot.init(partial(constructor, *args, **kwargs))
@@ -234,11 +248,18 @@ def init_application(constructor: Callable[..., T], *args: Any, **kwargs: Any) -
 def get_application() -> Any:
     """Return the application of this process; after a fork it is constructed again, with the arguments of the first.
 
+    A forked process does not use its parent's object, whose connections and locks belong to the parent.
+
     :raises ApplicationNotInitializedError: before :func:`init_application`, or after one that failed.
+
+    .. versionchanged:: 0.1.0 After an :func:`init_application` that failed, it raises instead of trying again.
     """
     return _process_slot.get()
 
 
 def close_application() -> None:
-    """Close the application of this process, if there is one, so that it can be initialised again."""
+    """Close the application of this process, if there is one, so that it can be initialised again.
+
+    Tests call it at their end. A second call does nothing.
+    """
     _process_slot.close()

@@ -29,7 +29,7 @@ LONGEST_PAUSE = 5.0
 
 
 class Waiter:
-    """Waits for a time, or until :attr:`stopped` is set."""
+    """Wait for a time, or until :attr:`stopped` is set."""
 
     first: float = 0.0
     """Seconds after which to look into the log for the first time although there was no news."""

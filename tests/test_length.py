@@ -29,7 +29,7 @@ def test_once(): pass
     [("2", {}, 2), ("0", {"LONG": "1"}, 4), pytest.param("2", {"LONG": "1", "REQUIRE_SERVERS": "1"}, 4)],
 )
 def test_long_tests(workers: str, variables: dict[str, str], passed: int, tmp_path: Path) -> None:
-    """A run leaves out the long tests and says in one line how many and how they run, or runs all where it is told."""
+    """A run leaves out the long tests and says in one line how many and how they run, or runs all if it is asked to."""
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\n")
     env = {name: value for name, value in os.environ.items() if name not in ("LONG", "REQUIRE_SERVERS")}

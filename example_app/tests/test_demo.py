@@ -62,3 +62,15 @@ def test_a_port_that_is_taken_is_told_first(tmp_path: Path, monkeypatch: pytest.
             assert port in done.stderr
             assert "make demo PORT=" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_is_looked_at_before_anything_is_installed() -> None:
+    """``make demo`` needs only Python to say that the port is taken, so it says so before it installs anything."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-S", "-E", str(ROOT / "example_app" / "demo.py"), port, "--check-port"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"The port {port} cannot be used" in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

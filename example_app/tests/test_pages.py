@@ -164,7 +164,10 @@ def test_a_page_number_that_is_no_number_is_a_bad_request(client: FlaskClient, p
     answer = client.get(f"{path}?page=x")
     assert (answer.status_code, answer.mimetype) == (400, "text/html")
     assert "The page is not a whole number." in answer.text
-    assert client.get(f"{path}?page=0").status_code == 404
+    for page in (0, 99):
+        answer = client.get(f"{path}?page={page}")
+        assert answer.status_code == 404
+        assert "There is no such page of the list." in answer.text
 
 
 def test_the_list_is_searched_and_paged(client: FlaskClient, accounts: Accounts) -> None:

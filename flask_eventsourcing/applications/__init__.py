@@ -213,7 +213,7 @@ def _projector(given: Any) -> Any:
 
 
 def take_snapshot(application: Application[Any], aggregate_id: Any) -> int:
-    """Take a snapshot of an aggregate from its events, ignoring older snapshots, and return its version.
+    """Take a snapshot of an aggregate from all of its events, and return its version. Later reads begin there.
 
     :raises AggregateNotFoundError: when there is no such aggregate, or it was erased.
     :raises SnapshotError: when the application takes no snapshots, or has no class for them.

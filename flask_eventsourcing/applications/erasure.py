@@ -31,7 +31,11 @@ KEPT = {POSITION, *EVENT_COLUMNS, "event_id", "recorded_at"}
 
 @dataclass(frozen=True)
 class EventRedacted:
-    """A redacted event: it has the position and version of the original event, and no content."""
+    """A redacted event: it has the position and version of the original event, and no content.
+
+    It is in the log instead of an event of an aggregate that was erased with ``redact=True``. Handlers need not know
+    it.
+    """
 
     TOPIC: ClassVar[str] = "flask_eventsourcing:EventRedacted"
 
@@ -63,7 +67,7 @@ class AggregateErased:
 
     @property
     def timestamp(self) -> datetime:
-        """When it was erased."""
+        """When it was erased, as a ``datetime``. Projections ask events for their time by this name."""
         return datetime.fromisoformat(self.erased_at)
 
     def mutate(self, aggregate: Any) -> NoReturn:
@@ -97,6 +101,8 @@ def refusing_erased(projector: Any, aggregate: Any, domain_events: Any) -> Any:
 @dataclass(frozen=True)
 class Erasure:
     """The numbers of events, snapshots and dead letters that were erased, or would be.
+
+    Show them to the person who asked for the erasure; they name nobody.
 
     :param position: the position of the new tombstone, or None.
     """

@@ -120,9 +120,17 @@ class Append:
             yield Content(event.topic, event.state, event_id)
 
 
+UPSTREAM = "\0upstream "
+
+
 def upstream_key(name: str) -> str:
     """Return the key of an upstream application, which no aggregate has."""
-    return f"\0upstream {name}"
+    return f"{UPSTREAM}{name}"
+
+
+def upstream_of(key: Key) -> str | None:
+    """Return the name of the upstream application that a key stands for, or None if it is that of an aggregate."""
+    return key.removeprefix(UPSTREAM) if isinstance(key, str) and key.startswith(UPSTREAM) else None
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,9 @@ class Store(Protocol):
 
     def last_version(self, originator_id: Key) -> int | None:
         """Read the last version in the table of streams."""
+
+    def last_versions(self, originator_ids: Sequence[Key]) -> Mapping[Key, int]:
+        """Read the last versions of several streams; a stream without events is left out."""
 
     def tracked(self, name: str) -> int | None:
         """Read the position up to which an upstream application was processed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
 from functools import cached_property
@@ -41,6 +41,7 @@ class Statements(NamedTuple):
     flag: str
     write_event: str
     last_version: str
+    last_versions: str
     write_tracking: str
     tracked: str
     read_horizon: str
@@ -68,6 +69,10 @@ CQL = Statements(
     ),
     last_version=(
         "SELECT originator_version FROM {events} WHERE originator_id = ? ORDER BY originator_version DESC LIMIT 1"
+    ),
+    last_versions=(
+        "SELECT originator_id, originator_version FROM {events} WHERE originator_id IN ? "
+        "ORDER BY originator_version DESC PER PARTITION LIMIT 1"
     ),
     write_tracking="INSERT INTO {tracking} (application_name, notification_id) VALUES (?, ?) USING TIMESTAMP ?",
     tracked="SELECT notification_id FROM {tracking} WHERE application_name = ?",
@@ -156,6 +161,15 @@ class CassandraStore:
         """Read the last version in the table of streams."""
         found = self._one(self._cql.last_version, originator_id)
         return None if found is None else int(found.originator_version)
+
+    def last_versions(self, originator_ids: Sequence[Key]) -> Mapping[Key, int]:
+        """Read the last versions in the table of streams with one request."""
+        with translated():
+            statement = self._bind(self._cql.last_versions, [list(originator_ids)])
+            # Cassandra refuses to sort what it sends in pages.
+            statement.fetch_size = None
+            found = list(self.connection.execute(statement, timeout=self._timeout))
+        return {each.originator_id: int(each.originator_version) for each in found}
 
     def tracked(self, name: str) -> int | None:
         """Read the position up to which an upstream application was processed."""

@@ -20,11 +20,25 @@ from ..failures import Kept
 from .fairness import Pace
 from .memory import NOTHING, Memory
 from .queueing import Queue, Ticket
-from .rows import MOST_EVENTS, Append, Horizon, Key, MaybeDoneError, NotDoneError, Row, Span, Store, upstream_key
+from .rows import (
+    MOST_EVENTS,
+    Append,
+    Horizon,
+    Key,
+    MaybeDoneError,
+    NotDoneError,
+    Row,
+    Span,
+    Store,
+    upstream_key,
+    upstream_of,
+)
 from .walking import PAGE, Tries, Walker
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+MOST_STREAMS = 50
+"""Streams whose last versions are read with one request."""
 FIRST_VERSIONS = (0, 1)
 """What a stream can begin with."""
 
@@ -71,7 +85,6 @@ class Writer:
             raise EventValueError(
                 f"{len(append.events)} events in one save; with Cassandra {MOST_EVENTS} are the most."
             )
-        self._look_ahead(append)
         ticket = Ticket(append)
         if self._queue.join(ticket):
             self._lead()
@@ -103,19 +116,22 @@ class Writer:
         if memory is not None:
             memory.indexed(row.position)
 
-    def _look_ahead(self, append: Append) -> None:
-        """Read the last versions before this thread queues, so that nobody waits for it."""
-        memory = self._memory
-        if memory is None:
-            return
-        for key in append.keys:
-            if memory.known(key) is None:
-                self._load(memory, key)
+    def _load_all(self, memory: Memory, batch: Sequence[Ticket]) -> None:
+        """Read the last versions that nobody knows yet, of all that waits, with as few requests as that needs."""
+        keys = {key for ticket in batch for key in ticket.keys if memory.known(key) is None}
+        keys -= {key for key in keys if upstream_of(key) is not None}
+        left, horizon = iter(keys), memory.horizon
+        # A single one is read as it always is, at its turn.
+        while len(keys) > 1 and (some := list(islice(left, MOST_STREAMS))):
+            found = self._walker.repeat(partial(self._store.last_versions, some))
+            for key in some:
+                memory.offer(key, found.get(key), horizon)
 
     def _load(self, memory: Memory, key: Key) -> int:
         horizon = memory.horizon
-        if isinstance(key, str) and key.startswith(upstream_key("")):
-            read = partial(self._store.tracked, key.removeprefix(upstream_key("")))
+        upstream = upstream_of(key)
+        if upstream is not None:
+            read = partial(self._store.tracked, upstream)
         else:
             read = partial(self._store.last_version, key)
         found = self._walker.repeat(read)
@@ -148,6 +164,7 @@ class Writer:
         while True:
             batch += self._queue.take(batch)
             memory = self._memory = self._at_the_end()
+            self._load_all(memory, batch)
             self._admit_all(memory, batch)
             if not batch:
                 return None

@@ -48,7 +48,7 @@ class ClickBar:
         self._bar.__enter__()
 
     def move(self, position: int, length: int, note: str) -> None:
-        """Show that so many of so many are done."""
+        """Show how far the work is: *position* of *length*."""
         self._note = note
         self._bar.length = length
         if position > self._bar.pos:

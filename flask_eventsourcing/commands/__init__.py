@@ -83,7 +83,7 @@ class Subject:
         return store.dialect if engine is store.engine else dialect_for(engine, store.options)
 
     def engines(self) -> list[sa.Engine]:
-        """Return the databases, that of the first application first."""
+        """Return the databases; the one of the first application comes first."""
         own = [] if self.datastore is None else [self.datastore.engine]
         return list(dict.fromkeys([*own, *self.elsewhere.values()]))
 
@@ -233,7 +233,7 @@ def named(consumers: Sequence[Consumer], name: str) -> list[Consumer]:
         raise CommandError(f"There is no projection {name!r}. {registered(consumers)}")
     choices = list(dict.fromkeys(qualified(consumer, name) for consumer in found))
     if len(choices) > 1:
-        raise CommandError(f"Several applications have a projection {name!r}: say {' or '.join(choices)}.")
+        raise CommandError(f"Several applications have a projection {name!r}: write {' or '.join(choices)}.")
     return found
 
 

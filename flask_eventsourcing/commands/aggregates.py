@@ -178,7 +178,7 @@ def find(subject: Subject, name: str | None) -> Application[Any]:
         applications = subject.applications()
     found = [each for key, each in applications.items() if name in (None, key)]
     if len(found) != 1:
-        raise UsageError(f"Say the application with --application: {', '.join(applications)}.")
+        raise UsageError(f"Choose the application with --application: {', '.join(applications)}.")
     return found[0]
 
 
@@ -194,7 +194,7 @@ def as_id(owner: Application[Any], text: str) -> UUID | str:
     try:
         return UUID(text)
     except ValueError:
-        raise UsageError(f"{text!r} is no UUID, and the ids of {owner.name} are.") from None
+        raise UsageError(f"{text!r} is not a UUID, and the ids of {owner.name} are.") from None
 
 
 def _ids(owner: Application[Any], purpose: str) -> Iterator[Any]:

@@ -112,7 +112,7 @@ def skip(subject: Subject, output: Output, name: str, position: int, *, reason: 
     :raises CommandError: when it has not halted at this event.
     """
     if not reason.strip():
-        raise UsageError("Say with --reason why the event is skipped.")
+        raise UsageError("Give the reason with --reason: the dead letter shows why the event was skipped.")
     for consumer in _called(subject, name):
         with clear_errors():
             event = upkeep.skip(consumer, position, by=by or _user(), reason=reason)
@@ -150,7 +150,7 @@ def reset_reactions(
         return 1
     with clear_errors():
         upkeep.reset_reactions(consumer, to, by=by or _user(), reason=reason)
-    output.write(f"{consumer.name} goes on behind position {to}.")
+    output.write(f"{consumer.name} goes on after position {to}.")
     return 0
 
 
@@ -181,7 +181,7 @@ def _user() -> str:
 
 
 def _called(subject: Subject, name: str) -> list[Consumer]:
-    """Return the consumer of just this name, which may be that of a rebuild."""
+    """Return the consumer with exactly this name, which may be a rebuild."""
     require_tables(subject)
     base = name.removesuffix(SUFFIXES["rebuild"])
     if base != name:
@@ -214,5 +214,5 @@ def _find(subject: Subject, name: str | None) -> ProjectedApplication:
     found = [each for each in _applications(subject) if name in (None, each.name)]
     if len(found) != 1:
         names = ", ".join(each.name for each in _applications(subject))
-        raise UsageError(f"Say the application with --application: {names}.")
+        raise UsageError(f"Choose the application with --application: {names}.")
     return found[0]

@@ -8,6 +8,7 @@ from itertools import chain
 from textwrap import indent
 from typing import Any, NamedTuple
 
+from ..persistence.dialects.event_values import printable
 from ..projections.consumers import Consumer
 from ..projections.dead_letters import DeadLetter
 from ..projections.upkeep.repair import Outcome, discard, retry
@@ -97,7 +98,7 @@ def _row(letter: DeadLetter) -> list[str]:
         letter.projection,
         str(letter.position),
         _event(letter),
-        letter.originator_id,
+        printable(letter.originator_id),
         str(letter.originator_version),
         str(letter.attempts),
         letter.error if letter.error is not None else "(waits for the one before it)",
@@ -116,14 +117,14 @@ def show_letter(
         return 0
     for key, value in values.items():
         if key != "traceback" and value is not None:
-            # As JSON, a value with the end of a line in it stays on its own.
-            output.write(
-                f"{key.replace('_', ' ')}: {json.dumps(value, sort_keys=True) if key == 'metadata' else value}"
-            )
+            text = json.dumps(value, sort_keys=True) if key == "metadata" else str(value)
+            output.write(f"{key.replace('_', ' ')}: {printable(text)}")
     if found.letter.error is None:
         output.write("It waits for an earlier event of the same aggregate, which failed.")
     else:
-        output.write(f"\n{found.letter.traceback or ''}".rstrip())
+        lines = (found.letter.traceback or "").expandtabs().rstrip().splitlines()
+        # What an error says may come from a request.
+        output.write("\n".join(["", *map(printable, lines)]))
     return 0
 
 
@@ -211,7 +212,7 @@ def _described(letter: DeadLetter) -> str:
 
 
 def _event(letter: DeadLetter) -> str:
-    return letter.topic.partition(":")[2] or letter.topic
+    return printable(letter.topic.partition(":")[2] or letter.topic)
 
 
 def _consumers(subject: Subject, projection: str | None) -> Sequence[Consumer]:
@@ -239,7 +240,7 @@ def owners_of(subject: Subject, ids: Sequence[int], projection: str | None = Non
             raise CommandError(f"There is no dead letter {letter_id}: see {subject.command('dead-letters list')}.")
         if len(consumers) > 1:
             names = " or ".join(each.name for each in consumers)
-            raise CommandError(f"Several applications have a dead letter {letter_id}: say --projection {names}.")
+            raise CommandError(f"Several applications have a dead letter {letter_id}: add --projection {names}.")
         found.setdefault(consumers[0], []).append(letter_id)
     return found
 

@@ -95,7 +95,7 @@ YES = _flag("--yes", "Do not ask.")
 AS_JSON = _flag("--json", "Print JSON.", "as_json")
 APPLICATION = Parameter("--application", "Where there are several applications.", metavar="NAME")
 OF_PROJECTION = Parameter("--projection", "Only those of a projection.", metavar="NAME")
-BY = Parameter("--by", "Who does it; the user of the operating system unless given.", metavar="WHO")
+BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO")
 REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="")
 EVERY = _flag("--all", "Of every aggregate.", "everything")
 AGGREGATE = Parameter("aggregate_id")
@@ -160,7 +160,7 @@ _PROJECTIONS = Group(
         Command(
             "rename",
             checkpoints.rename,
-            "Give what projection OLD has to NEW: its position, that of its reactions, its dead letters.",
+            "Give NEW what projection OLD has: its position, that of its reactions, its dead letters.",
             (_argument("old"), _argument("new"), APPLICATION),
         ),
         Command(
@@ -184,17 +184,17 @@ _PROJECTIONS = Group(
         Command(
             "resume",
             checkpoints.resume,
-            "Let NAME go on that is paused, or try again what it has halted at.",
+            "Let NAME go on if it is paused, or try its event again if it has halted.",
             (NAME, BY, REASON),
         ),
         Command(
             "skip",
             checkpoints.skip,
-            "Set the event at POSITION aside, before which NAME is halted: it is a dead letter then, and NAME goes on.",
+            "Set aside the event at POSITION, at which NAME has halted. It becomes a dead letter, and NAME goes on.",
             (
                 NAME,
                 _argument("position", kind=int, least=1),
-                replace(REASON, help="Why, as the dead letter tells it.", default=None, required=True),
+                replace(REASON, help="Why it is skipped, for the dead letter.", default=None, required=True),
                 BY,
             ),
         ),
@@ -211,10 +211,10 @@ _REACTIONS = Group(
             "Have the reactions of projection NAME called again from a position or a time on, or go on from there.",
             (
                 NAME,
-                Parameter("--position", "Go on with the event behind it.", kind=int, metavar="N", least=0),
+                Parameter("--position", "Go on with the event after it.", kind=int, metavar="N", least=0),
                 Parameter(
                     "--since",
-                    "Go on with the first event of a time in ISO format, UTC unless it says.",
+                    "Go on with the first event of a time in ISO format, in UTC unless it has an offset.",
                     metavar="TIME",
                 ),
                 BY,
@@ -232,7 +232,7 @@ _SNAPSHOTS = Group(
         Command(
             "take",
             aggregates.take_snapshots,
-            "Take a snapshot of an aggregate from its events, whatever older snapshots say; exits with 1 if one fails.",
+            "Take a snapshot of an aggregate from its events, ignoring older snapshots; exits with 1 if one fails.",
             (AGGREGATE, EVERY, APPLICATION),
         ),
         Command(
@@ -268,7 +268,7 @@ COMMANDS = Group(
                 _flag("--once", "End when all have reached the end of the log."),
                 Parameter(
                     "--log-every",
-                    "How often a line is logged for each of them.",
+                    "Log a line for each of them this often.",
                     kind=float,
                     default=work.LOG_EVERY,
                     metavar="SECONDS",
@@ -279,7 +279,7 @@ COMMANDS = Group(
         Command(
             "status",
             reports.status,
-            "Tell how far each projection is, who runs it, and what is wrong.",
+            "Show how far each projection is, which process runs it, and what is wrong.",
             (AS_JSON, _flag("--check", "Exit with 1 unless all are run and nothing was set aside.")),
         ),
         Command(
@@ -288,12 +288,12 @@ COMMANDS = Group(
             REBUILD,
             (
                 NAME,
-                _flag("--dry-run", "Say how many events there are and how long it would take."),
+                _flag("--dry-run", "Show how many events there are and how long it would take."),
                 _flag("--drop-old", "Drop the replaced tables afterwards; otherwise they are kept."),
-                _flag("--restart", "Begin again, even if an earlier rebuild can be taken up."),
+                _flag("--restart", "Begin again, even if an earlier rebuild can be continued."),
                 _flag("--clean", "Only drop the tables that earlier rebuilds have replaced."),
                 _flag("--give-up", "Only drop what an unfinished rebuild has made."),
-                _flag("--offline", "Let everybody wait who writes, where it cannot be done otherwise."),
+                _flag("--offline", "Let all writers wait, where the database allows no other way."),
             ),
         ),
         _DEAD_LETTERS,

@@ -43,8 +43,8 @@ LOG_EVERY = 60.0
 """Seconds between two log lines of each consumer, unless told otherwise."""
 TICK = 0.2
 WAITING = (
-    "This database has one writer at a time, and {} is rebuilt in one transaction: everybody who writes would wait for "
-    "its end, or fail. If that may be, give --offline."
+    "This database has one writer at a time, and {} is rebuilt in one transaction: all writers would wait for its end, "
+    "or fail. If they may, give --offline."
 )
 OWN_CONNECTIONS = 2
 """What a worker has beside its pool: one for its locks, and one on which it listens."""
@@ -154,7 +154,7 @@ def chosen(subject: Subject, names: Sequence[str], everything: bool) -> list[Con
         raise CommandError("There is nothing to run: all projections are inline, they run within save().")
     if everything or len({consumer.projection_class for consumer in runnable}) == 1:
         return runnable
-    raise UsageError(f"Say which projections to run, or --all. {registered(runnable)}")
+    raise UsageError(f"Give the projections to run, or --all. {registered(runnable)}")
 
 
 def _runnable(known: Sequence[Consumer], name: str) -> list[Consumer]:
@@ -294,7 +294,7 @@ def rebuild(
 def _tell(subject: Subject, output: Output, done: Rebuilt) -> None:
     for table, (before, after) in done.rows.items():
         output.write(f"{table}: {after:,} rows, {before:,} before.")
-    resumed = ", taken up from an earlier run" if done.resumed else ""
+    resumed = ", continued from an earlier run" if done.resumed else ""
     output.write(
         f"Rebuilt up to position {done.position} ({done.events:,} events in {_duration(done.seconds)}{resumed})."
     )

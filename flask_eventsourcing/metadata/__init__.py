@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from .values import (
@@ -26,6 +25,7 @@ from .values import (
     RECORDED,
     TRACEPARENT,
     USER,
+    Cause,
     Metadata,
     Provider,
     Recorded,
@@ -44,11 +44,13 @@ __all__ = [
     "RECORDED",
     "TRACEPARENT",
     "USER",
+    "Cause",
     "Collector",
     "Metadata",
     "MetadataBlock",
     "Provider",
     "Recorded",
+    "Steps",
     "brought_along",
     "caused_by",
     "checked",
@@ -68,21 +70,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Link:
     """What one block has put, before what was put around it."""
 
-    __slots__ = ("before", "block", "is_over", "within")
+    __slots__ = ("before", "block", "find", "is_over", "within")
 
-    def __init__(self, before: _Link | None, block: MetadataBlock) -> None:
+    def __init__(self, before: _Link | None, block: MetadataBlock, find: Callable[[], Metadata]) -> None:
         self.before = before
         self.block = block
-        self.is_over: Callable[[], bool] = block._is_over
+        self.find = find
+        self.is_over: Callable[[], bool] = block._is_over or bool
         self.within = _within.get()
-
-
-def _never() -> bool:
-    return False
-
-
-def _always() -> bool:
-    return True
 
 
 def _living(link: _Link | None) -> _Link | None:
@@ -95,23 +90,30 @@ def _living(link: _Link | None) -> _Link | None:
     return link
 
 
-_within: ContextVar[object] = ContextVar("flask_eventsourcing.metadata.within", default=None)
+def _is_below(top: _Link | None, link: _Link) -> bool:
+    while top is not None and top is not link:
+        top = top.before
+    return top is link
+
+
+# A request, and that around it.
+_within: ContextVar[tuple[object, Any] | None] = ContextVar("flask_eventsourcing.metadata.within", default=None)
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
 
 
 def get_metadata_from_context() -> dict[str, str]:
-    """Return a copy of the metadata in the context, a dict that may be empty."""
+    """Return a copy of the metadata in the context, which may be empty. Use it to send them on by hand."""
     link, hidden = _chain.get(), False
     if link is not None and link.before is None and not link.is_over():
-        return dict(link.block._found())
+        return dict(link.find())
     parts: list[Metadata] = []
     while link is not None:
         block = link.block
         if not link.is_over():
             if not hidden:
-                parts.append(block._found())
+                parts.append(link.find())
             elif block._fills:
-                parts.append({key: value for key, value in block._found().items() if key in FILLED_IN})
+                parts.append({key: value for key, value in link.find().items() if key in FILLED_IN})
             if block._hides and block._fills:
                 break
             hidden = hidden or block._hides
@@ -129,6 +131,7 @@ class MetadataBlock:
     :param hides: whether it hides what was put around it.
     :param fills: whether it is the package that puts it: no user hides what it fills in.
     :param find: returns values, whenever metadata are collected; they are not checked.
+    :param is_over: whether the block has ended although it was not left; without it, what is put within ends with it.
     :raises EventMetadataError: for a key or a value that is not a string.
     """
 
@@ -139,9 +142,9 @@ class MetadataBlock:
         hides: bool = False,
         fills: bool = False,
         find: Provider | None = None,
-        is_over: Callable[[], bool] = _never,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
-        self._values = dict(checked(values)) if values else {}
+        self._values = checked(values) if values else {}
         self._hides = hides
         self._fills = fills
         self._find = find
@@ -150,22 +153,30 @@ class MetadataBlock:
 
     def __enter__(self) -> Self:
         if self._link is not None:
-            raise RuntimeError("This block of metadata is in use: make one of its own for each 'with'.")
-        self._link = _Link(_living(_chain.get()), self)
+            raise RuntimeError("This block of metadata is in use already: make another one for each 'with' statement.")
+        self._link = _Link(_living(_chain.get()), self, self._found)
         _chain.set(self._link)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def turn_to(self, find: Callable[[], Metadata]) -> None:
+        """Within the ``with`` block, put other values in the place of its own; what was begun before keeps the others.
+
+        :param find: returns them, whenever metadata are collected.
+        """
+        if self._link is not None:
+            self._link = _Link(self._link.before, self, find)
+            _chain.set(self._link)
+
+    def __exit__(self, *_: object) -> None:
         link, self._link = self._link, None
         if link is None:
             return
-        if _chain.get() is link:
+        top = _chain.get()
+        if top is link or (self._fills and self._is_over is None and _is_below(top, link)):
             _chain.set(link.before and _living(link.before))
         else:
             # Others have put something on top, or it is another context's.
-            link.is_over = _always
+            link.is_over = lambda: True
 
     def __call__(self, function: F) -> F:
         """Decorate a function."""
@@ -183,20 +194,19 @@ class MetadataBlock:
         if inspect.iscoroutinefunction(function):
 
             async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
-                with self._again():
-                    return await function(*args, **kwargs)
+                return await self._awaited(function(*args, **kwargs))
 
             return run_coroutine
-        if inspect.isasyncgenfunction(function):
-            return lambda *args, **kwargs: _async_stepwise(_Steps(self._again()), function(*args, **kwargs))
-        if inspect.isgeneratorfunction(function):
-            return lambda *args, **kwargs: _stepwise(_Steps(self._again()), function(*args, **kwargs))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._again():
                 found = function(*args, **kwargs)
-            # Another decorator, or an object that is called, may hide that it is a coroutine function.
-            return self._awaited(found) if inspect.iscoroutine(found) else found
+            # Another decorator, or an object that is called, may hide what kind of function it is.
+            if inspect.iscoroutine(found):
+                return self._awaited(found)
+            if inspect.isgenerator(found):
+                return _stepwise(Steps(self._again()), found)
+            return _async_stepwise(Steps(self._again()), found) if inspect.isasyncgen(found) else found
 
         return run
 
@@ -205,7 +215,7 @@ class MetadataBlock:
             return await coroutine
 
 
-class _Steps:
+class Steps:
     """The chain of a generator, in force while it runs: what it puts itself stays its own between its steps."""
 
     def __init__(self, block: MetadataBlock) -> None:
@@ -241,7 +251,7 @@ class _Answer:
         return True
 
 
-def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
+def _stepwise(steps: Steps, generator: Any) -> Generator[Any, Any, Any]:
     answer = _Answer()
     while True:
         try:
@@ -258,7 +268,7 @@ def _stepwise(steps: _Steps, generator: Any) -> Generator[Any, Any, Any]:
             raise
 
 
-async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
+async def _async_stepwise(steps: Steps, generator: Any) -> AsyncIterator[Any]:
     answer = _Answer()
     while True:
         try:
@@ -276,25 +286,29 @@ async def _async_stepwise(steps: _Steps, generator: Any) -> AsyncIterator[Any]:
             raise
 
 
-def enter_request(request: object) -> object:
-    """Note that the blocks to come are those of a request, or of none, and return the request of those before."""
-    before = _within.get()
-    _within.set(request)
-    return before
+def enter_request(request: object) -> None:
+    """Note that the blocks to come are those of a request."""
+    _within.set((request, _within.get()))
 
 
-def leave_request(request: object, outer: object = None) -> None:
+def finish_request(request: object) -> None:
+    """Note that the blocks to come are none of a request's, but those of the request around it, if there is one."""
+    within = _within.get()
+    if within is not None and within[0] is request:
+        _within.set(within[1])
+
+
+def leave_request(request: object) -> None:
     """Leave the blocks of a request that no code has left, such as that of a generator which is kept, and no others."""
     link = _chain.get()
-    while link is not None and link.within is request:
+    while link is not None and link.within is not None and link.within[0] is request:
         link = link.before
     _chain.set(link)
-    if _within.get() is request:
-        _within.set(outer)
+    finish_request(request)
 
 
 def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Add metadata to those in force; a key that is there already gets the new value.
+    """Add metadata to those in force, or replace the value of a key. Put the block around ``save()``.
 
     :return: a context manager, which is also a decorator.
     :raises EventMetadataError: for a key or a value that is not a string.
@@ -303,7 +317,7 @@ def put_metadata_in_context(metadata: Metadata) -> MetadataBlock:
 
 
 def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
-    """Replace all metadata in the context.
+    """Replace all metadata in a block, for work that is not the current request's. They are back after it.
 
     :return: a context manager, which is also a decorator.
     :raises EventMetadataError: for a key or a value that is not a string.
@@ -312,7 +326,7 @@ def set_metadata_in_context(metadata: Metadata) -> MetadataBlock:
 
 
 def null_metadata_in_context() -> MetadataBlock:
-    """Hide all metadata in the context; those that the package fills in stay.
+    """Hide all metadata in a block. Those that the package fills in, such as the correlation, stay.
 
     :return: a context manager, which is also a decorator.
     """
@@ -329,28 +343,13 @@ def event_metadata(**metadata: str) -> MetadataBlock:
     return MetadataBlock(metadata)
 
 
-def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] = _never) -> MetadataBlock:
+def caused_by(find: Callable[[], Recorded | None], is_over: Callable[[], bool] | None = None) -> MetadataBlock:
     """Give saved events the correlation of another event, and that event as their cause.
 
     :param find: returns that event; called once, when something is saved.
     :param is_over: whether the event is no longer handled, even if the block was not left.
     """
-
-    found: dict[str, str] | None = None
-
-    def values() -> Metadata:
-        nonlocal found
-        if found is None:
-            recorded, known = find(), {}
-            if recorded is not None:
-                # All that comes of it belongs together, be it that it has none itself.
-                known[CORRELATION_ID] = recorded.correlation_id or new_id()
-                if recorded.event_id is not None:
-                    known[CAUSATION_ID] = str(recorded.event_id)
-            found = known
-        return found
-
-    return MetadataBlock({}, fills=True, find=values, is_over=is_over)
+    return MetadataBlock({}, fills=True, find=Cause(find), is_over=is_over)
 
 
 def brought_along(metadata: Metadata) -> MetadataBlock:

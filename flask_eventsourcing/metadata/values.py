@@ -56,7 +56,10 @@ MOST_BYTES = 4096
 
 
 class Recorded(NamedTuple):
-    """What was recorded of an event beside its state: values are None, or empty, if nothing was recorded."""
+    """What was recorded of an event beside its state. Values are None, or empty, if nothing was recorded.
+
+    A handler, a reaction or a receiver of ``events_recorded`` gets it if it has a parameter ``recorded``.
+    """
 
     position: int
     """In the application's log."""
@@ -67,13 +70,35 @@ class Recorded(NamedTuple):
 
     @property
     def correlation_id(self) -> str | None:
-        """The request, or other unit, that the event belongs to."""
+        """The request, or other unit, that the event belongs to. Events of a request and of its tasks have the same."""
         return self.metadata.get(CORRELATION_ID)
 
     @property
     def causation_id(self) -> str | None:
-        """The ``event_id`` of the event that was being handled when this one was saved."""
+        """The ``event_id`` of the event that was handled when this one was saved. None if no event caused it."""
         return self.metadata.get(CAUSATION_ID)
+
+
+class Cause:
+    """The same values for all that an event has caused; they are looked up when something is saved."""
+
+    __slots__ = ("_find", "_values")
+
+    def __init__(self, find: Callable[[], Recorded | None]) -> None:
+        self._find = find
+        self._values: dict[str, str] | None = None
+
+    def __call__(self) -> Metadata:
+        """Return them."""
+        if self._values is None:
+            recorded, known = self._find(), {}
+            if recorded is not None:
+                # All that comes of it belongs together, be it that it has none itself.
+                known[CORRELATION_ID] = recorded.correlation_id or new_id()
+                if recorded.event_id is not None:
+                    known[CAUSATION_ID] = str(recorded.event_id)
+            self._values = known
+        return self._values
 
 
 RECORDED = "recorded"
@@ -87,27 +112,34 @@ def names_recorded(function: Callable[..., Any]) -> bool:
         return False
 
 
-def checked(values: Any, what: str = "the metadata of an event") -> Metadata:
-    """Return metadata if they are a mapping of strings to strings that every database can store.
+def checked(values: Any, what: str = "the metadata of an event") -> dict[str, str]:
+    """Return a copy of metadata if they are a mapping of strings to strings that every database can store.
 
     :raises EventMetadataError: naming the key.
     """
     if not isinstance(values, Mapping):
         raise EventMetadataError(f"A mapping of strings to strings is expected; {what} is a {type(values).__name__}.")
-    for key, value in values.items():
-        # Not by isinstance(), which believes proxies.
-        if not issubclass(type(key), str) or not key or not is_plain(key):
-            raise EventMetadataError(f"In {what}, a key is no string, empty, or has control characters.")
+    found: dict[str, str] = {}
+    # Not by dict(), which has lists of a MultiDict's values; and not by isinstance(), which believes proxies.
+    for given, value in values.items():
+        # A subclass of str may do anything, such as to escape what it is joined with.
+        key = str.__str__(given) if issubclass(type(given), str) else ""
+        if not key or not is_plain(key):
+            raise EventMetadataError(f"In {what}, a key is not a string, is empty, or has control characters.")
         if not issubclass(type(value), str):
             raise EventMetadataError(
                 f"In {what}, the value of {key!r} is of type {type(value).__name__} and no string: pass str(…)."
             )
-        if "\0" in value or not _is_text(value):
-            raise EventMetadataError(f"In {what}, the value of {key!r} has NUL or halves of surrogate pairs.")
-    return values
+        text = found[key] = str.__str__(value)
+        if not is_storable(text):
+            raise EventMetadataError(f"In {what}, the value of {key!r} has a NUL character or an unpaired surrogate.")
+    return found
 
 
-def _is_text(value: str) -> bool:
+def is_storable(value: str) -> bool:
+    """Whether every database takes a string: it has no NUL, and no halves of surrogate pairs."""
+    if "\0" in value:
+        return False
     if value.isascii():
         return True
     try:
@@ -122,10 +154,11 @@ def provided(provider: Provider) -> Metadata:
 
     :raises EventMetadataError: when it fails, or returns what cannot be stored.
     """
-    values: Metadata | None = None
-    # A function of the user's may raise anything.
+    values: Any = None
+    # A function of the user's may raise anything, and what only stands for a mapping when it is read.
     with Kept() as kept:
         values = provider()
+        values = dict(values.items()) if isinstance(values, Mapping) else values
     if kept.error is not None:
         failed = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
         raise EventMetadataError(f"{failed}: {type(kept.error).__name__}.") from kept.error
@@ -151,11 +184,16 @@ def check_size(metadata: Mapping[str, str]) -> None:
                 f"{', '.join(sorted(metadata))[:200]}): put what is long into the event."
             )
     correlation = metadata[CORRELATION_ID]
-    if not 0 < len(correlation) <= LONGEST_CORRELATION or not is_plain(correlation):
+    if not fits_column(correlation):
         raise EventMetadataError(
-            f"A correlation_id has 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
+            f"A correlation_id must have 1 to {LONGEST_CORRELATION} characters, and none that ends a line; "
             f"found {len(correlation)}."
         )
+
+
+def fits_column(correlation: str) -> bool:
+    """Whether a string can be stored as a correlation."""
+    return 0 < len(correlation) <= LONGEST_CORRELATION and is_plain(correlation)
 
 
 def to_json(metadata: Metadata) -> str:
@@ -230,10 +268,11 @@ def is_trace(value: str) -> bool:
 
 def trace_of_span() -> str | None:
     """Return the ``traceparent`` of OpenTelemetry's current span, or None if OpenTelemetry is not imported."""
-    api: Any = sys.modules.get("opentelemetry.trace")
-    if api is None:
+    # Another thread may be importing it.
+    current_span: Any = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
+    if current_span is None:
         return None
-    context = api.get_current_span().get_span_context()
+    context = current_span().get_span_context()
     if not context.is_valid:
         return None
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"

@@ -215,8 +215,8 @@ class Write:
             # An aborted transaction keeps nobody waiting.
             if not dialect.is_aborted(connection) and dialect.is_same_table(connection, self.connection, table):
                 raise WriteTimeoutError(
-                    f"This thread has saved events of {shown_id(before.originator_id)} in another session, and to save "
-                    "these would wait for its end: commit or roll it back before, or use one session."
+                    f"This thread has saved events of {shown_id(before.originator_id)} in another session, and this "
+                    "save would wait for its end: commit or roll it back before, or use one session."
                 )
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import EventMetadataError
 from ..metadata import CORRELATION_ID, Metadata, Recorded
-from ..metadata.values import ids_of, new_block, to_json, uuids_of
+from ..metadata.values import ids_of, is_storable, new_block, to_json, uuids_of
 from .dialects import Dialect
 from .dialects.event_tables import COLUMN_VALUES, METADATA_COLUMNS, NOTHING, PLAIN, POSITION, Beside, EventTable, Shape
 from .record_checks import KINDS
@@ -28,6 +28,9 @@ Collect = Callable[[], Metadata]
 logger: logging.Logger = logging.getLogger(__name__)
 
 POSITIONS_AT_ONCE = 500
+
+UNFIT = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, sa.exc.SQLAlchemyError)
+"""What types of columns raise for values that they do not take."""
 
 SHARED = ("recorded_at", "metadata", "correlation_id")
 """Columns of ``METADATA_COLUMNS`` that have one value for all events of a save."""
@@ -138,22 +141,44 @@ class Describer:
         return self._shapes[own]
 
     def _own(
-        self, column_values: Callable[..., Mapping[str, Any]], events: Sequence[StoredEvent], metadata: Metadata
+        self, column_values: Callable[..., Any], events: Sequence[StoredEvent], metadata: Metadata
     ) -> tuple[tuple[str, ...], list[list[Any]]]:
         """Return the names of the user's columns, and the values of each."""
-        found = [column_values(event, metadata) for event in _domain_events(events)]
-        names = tuple(dict.fromkeys(name for each in found for name in each))
-        for name in names:
-            if name not in self._table.c or name in KINDS or name in METADATA_COLUMNS or name == POSITION:
+        # A copy for each, as the class may take from it what it stores.
+        found: list[Any] = [column_values(event, dict(metadata)) for event in _domain_events(events)]
+        who = f"column_values() of the record class of {self._table.fullname} returns"
+        for each in found:
+            if not isinstance(each, Mapping):
                 raise EventMetadataError(
-                    f"column_values() of the record class of {self._table.fullname} returns {name!r}, which is no "
-                    "column of its own: give it the name of a column that the class adds to those of the mixin."
+                    f"{who} a {type(each).__name__}: return a mapping of columns' names to values."
                 )
-        columns = []
+        names = tuple(dict.fromkeys(name for each in found for name in each))
+        reserved = {*KINDS, *METADATA_COLUMNS, POSITION}
         for name in names:
-            encode = self._encoder(name)
-            columns.append([encode(each.get(name)) for each in found])
-        return names, columns
+            if not isinstance(name, str) or name not in self._table.c or name in reserved:
+                raise EventMetadataError(
+                    f"{who} {name!r}, which is no column of its own: give it the name of a column that the class adds "
+                    "to those of the mixin."
+                )
+        return names, [self._encoded(name, [each.get(name) for each in found], who) for name in names]
+
+    def _encoded(self, name: str, values: Sequence[Any], who: str) -> list[Any]:
+        """Return the values of one of the user's columns as the driver takes them.
+
+        :raises EventMetadataError: for a value that some database would refuse, or store as another one.
+        """
+        column_type, encode = self._table.c[name].type, self._encoder(name)
+        expected = next(python for kind, python in _CLASSES if isinstance(column_type, kind))
+        try:
+            found = [encode(_fitting(value, expected)) for value in values]
+        except UNFIT as error:
+            raise EventMetadataError(
+                f"{who} a value for {name!r} that a column of type {column_type!r} does not take: "
+                f"{type(error).__name__}."
+            ) from error
+        if not all(is_storable(each) for each in found if isinstance(each, str)):
+            raise EventMetadataError(f"{who} a value for {name!r} that has NUL or halves of surrogate pairs.")
+        return found
 
     def _encoder(self, name: str) -> Callable[[Any], Any]:
         dialect = self._dialect.engine.dialect
@@ -180,6 +205,28 @@ class Describer:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+# A driver, or a database, may make something else of a value of another class.
+_CLASSES: Sequence[tuple[type[Any], type[Any]]] = (
+    (sa.Enum, object),
+    (sa.String, str),
+    (sa.Integer, int),
+    (sa.Date, date),
+    (sa.DateTime, date),
+    (object, object),
+)
+
+
+def _fitting(value: Any, expected: type[Any]) -> Any:
+    """Return a value of a class; of a subclass of ``str``, its characters.
+
+    :raises TypeError: for a value of another class.
+    """
+    # Not by isinstance(), which believes proxies.
+    if value is not None and not issubclass(type(value), expected):
+        raise TypeError(f"Expected is a value of {expected}.")
+    return str.__str__(value) if issubclass(type(value), str) and expected is str else value
 
 
 _EXAMPLE = datetime(2026, 1, 2, 3, 4, 5, 6)
@@ -230,6 +277,8 @@ def read_recorded(
             known = dict(metadata or {})
             if correlation is not None:
                 known[CORRELATION_ID] = correlation
+            # Version 10 of the library stores a nil UUID where an event has none, which would be that of many.
+            own_id = event_id if event_id is not None and event_id.int else None
             aware = time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
-            found[position] = Recorded(position, event_id, aware, known)
+            found[position] = Recorded(position, own_id, aware, known)
     return found

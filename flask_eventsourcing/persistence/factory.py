@@ -106,13 +106,13 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         return make_models(orm.declarative_base(), self.env.name).tables if known is None else known
 
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
-        """Make a recorder for ``events`` or ``snapshots``."""
+        """Make a recorder for ``events`` or ``snapshots``. It writes no log, so snapshots have no positions."""
         recorder = self.aggregate_recorder_class(self.datastore, self._table(purpose), self.env.name)
         recorder.replaces = purpose == "snapshots"
         return recorder
 
     def application_recorder(self) -> ApplicationRecorder:
-        """Make the recorder of an application."""
+        """Make the recorder of an application. The library calls it when the application is constructed."""
         cls = self._class(self.APPLICATION_RECORDER_TOPIC, self.application_recorder_class)
         recorder: ApplicationRecorder = cls(
             self.datastore,
@@ -126,14 +126,17 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
     def tracking_recorder(
         self, tracking_recorder_class: type[SQLAlchemyTrackingRecorder] | None = None
     ) -> SQLAlchemyTrackingRecorder:
-        """Make a tracking recorder, or a view that derives from it."""
+        """Make a tracking recorder, or a view that derives from it. The library's projection runners ask for one."""
         cls = tracking_recorder_class or self._class(self.TRACKING_RECORDER_TOPIC, self.tracking_recorder_class)
         recorder: SQLAlchemyTrackingRecorder = cls(self.datastore, self._table("tracking"))
         self._create(getattr(cls, "tables", ()))
         return recorder
 
     def process_recorder(self) -> ProcessRecorder:
-        """Make the recorder of an application that processes the events of others."""
+        """Make the recorder of an application that processes the events of others.
+
+        It stores the position of the event that was processed together with the new events.
+        """
         cls = self._class(self.PROCESS_RECORDER_TOPIC, self.process_recorder_class)
         recorder: ProcessRecorder = cls(
             self.datastore,
@@ -149,14 +152,14 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         cls: type[Any] = resolve_topic(topic) if topic else default
         if not issubclass(cls, default):
             raise InfrastructureFactoryError(
-                f"{key} names {cls.__qualname__}, which does not derive from {default.__name__}."
+                f"{key} names {cls.__qualname__}, which is not a subclass: derive it from {default.__name__}."
             )
         return cls
 
     def _table(self, purpose: str) -> sa.Table:
         table = self.tables.get(purpose)
         if table is None:
-            raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
+            raise InfrastructureFactoryError(f"There is no table for {purpose!r}, only for {', '.join(self.tables)}.")
         self._create((table,))
         return table
 
@@ -166,7 +169,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
                 table.create(self.datastore.engine, checkfirst=True)
 
     def close(self) -> None:
-        """Close the engine if the factory made it; that of a Flask app belongs to the app."""
+        """Close the engine if the factory made it. That of a Flask app belongs to the app, and stays open."""
         datastore = getattr(self, "datastore", None)
         if datastore is not None and self._owns_engine:
             datastore.engine.dispose()

@@ -63,7 +63,7 @@ class Listener:
                 self._listen(ended)
             except (error_class, SQLAlchemyError, OSError) as error:
                 # Meanwhile, the waiters look from time to time.
-                logger.warning("Listening was interrupted and is taken up again: %s", error)
+                logger.warning("Listening was interrupted and begins again: %s", error)
                 ended.wait(PAUSE)
 
     def _listen(self, ended: threading.Event) -> None:

@@ -96,8 +96,8 @@ def _check_metadata(model: Any, mixin: type[Any], table: sa.Table) -> None:
         if not isinstance(table.columns[name].type, classes):
             raise ConfigurationError(
                 f"Column {name!r} of record class {model.__name__} is {table.columns[name].type!r}, and has to be "
-                f"{kind}: derive the class from flask_eventsourcing.{mixin.__name__}, which brings it, or call your "
-                "column otherwise."
+                f"{kind}: derive the class from flask_eventsourcing.{mixin.__name__}, which brings it, or give your "
+                "column another name."
             )
 
 

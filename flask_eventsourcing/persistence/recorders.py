@@ -35,10 +35,12 @@ from .dialects.looks import Use
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
+NEVER_TOO_MANY = 4
+"""Events that are read with no look at their sizes, which would keep them waiting, if only the first may be large."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
-    """Records events, or snapshots, in aggregate sequences only."""
+    """Record events, or snapshots, in aggregate sequences only. Snapshots have no position in a log."""
 
     replaces = False
     """Whether what is stored of the same version is replaced: a snapshot says nothing that its events do not."""
@@ -59,7 +61,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         self.application_name = application_name
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
-        """Insert all of the events, or none.
+        """Insert all of the events, or none. Inside a unit of work, its commit stores them.
 
         :raises IntegrityError: when another writer has recorded one of these versions, unless the caller replaces them.
         """
@@ -78,7 +80,7 @@ class SQLAlchemyAggregateRecorder(AggregateRecorder):
         desc: bool = False,
         limit: int | None = None,
     ) -> Sequence[StoredEvent]:
-        """Read the events of an aggregate, including those that the session has not committed yet."""
+        """Read the events of an aggregate. It sees those that the session has saved and not committed yet."""
         if not self.events_table.can_have(originator_id):
             return []
         with self.datastore.reading() as read:
@@ -112,7 +114,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     """At how many events a page is measured; one thread's value does for another."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
-        """Append all of the events to the log, or none, and return their positions.
+        """Append all of the events to the log, or none. Return their positions, which follow one another.
 
         :raises IntegrityError: when another writer has recorded one of these versions.
         """
@@ -179,7 +181,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         join: bool = False,
         damaged: bool = False,
     ) -> Sequence[Notification]:
-        """Like :meth:`select_notifications`, but with a connection of its own unless *join* is set.
+        """Like :meth:`select_notifications`, but on a connection of its own unless *join* is set. It sees new commits.
 
         :param damaged: whether rows that cannot be read are returned too, each as an ``UnreadableNotification``.
         """
@@ -198,6 +200,15 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
 
         page = self._read(read_page, join=join)
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
+
+    def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
+        """Read what is committed after a position, damaged rows too; other events may appear between these later.
+
+        Of some large ones only the first is read, as if the others were not there.
+        """
+        with self.datastore.reading(join=False) as read:
+            table, largest = self._table(read.connection), PAGE_BYTES // NEVER_TOO_MANY
+            return self.dialect.select_committed(read.connection, table, after, limit, largest)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, unless their states are too large.
@@ -223,21 +234,19 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             if total <= PAGE_BYTES:
                 self._looks_at = max(self._looks_at, 4 * limit)
                 return limit
-            each: Sequence[int | None] = read.connection.scalars(
-                sa.select(page.c.size).order_by(page.c.notification_id)
-            ).all()
+            in_order = sa.select(page.c.size).order_by(page.c.notification_id)
+            each: Sequence[int | None] = read.connection.scalars(in_order).all()
             fitting = max(1, sum(together <= PAGE_BYTES for together in accumulate(size or 0 for size in each)))
             self._looks_at = 2 * fitting
             return fitting
 
         try:
-            found: int = self._read(count, join=False)
+            return self._read(count, join=False)
         except sa.exc.SQLAlchemyError as error:
             raise self.dialect.translate(error) from error
-        return found
 
     def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
-        """Return what was recorded of events beside their state, by position.
+        """Return what was recorded of events beside their state, by position. Most readers do not need this query.
 
         :param connection: the connection to read with, by default the session's or a new one.
         :raises UnsafeTableError: when the table lacks one of the columns.
@@ -248,15 +257,15 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return read_recorded(self.dialect, connection, self._table(connection), positions)
 
     def cause(self, position: int, is_over: Callable[[], bool] = bool) -> MetadataBlock:
-        """Return a context in which saved events have an event of this log as their cause."""
+        """Return a context in which saved events have an event of this log as their cause. Use it in a runner."""
         return caused_by(lambda: self.find_recorded([position]).get(position), is_over)
 
     def max_notification_id(self) -> int | None:
-        """Return the position of the last event, or None for an empty log."""
+        """Return the position of the last event, or None for an empty log. Earlier ones may be uncommitted yet."""
         return self._last_position(join=True)
 
     def high_water_mark(self) -> int:
-        """Return the position up to which no more events can appear, read on a connection of its own; 0 for none."""
+        """Return the position up to which no more events can appear, or 0. A reader that stops there misses none."""
         return self._last_position(join=False) or 0
 
     def _last_position(self, *, join: bool) -> int | None:
@@ -276,15 +285,15 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 return work(read)
 
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
-        """Iterate over the log from a position on, waiting for new events at its end."""
+        """Iterate over the log from a position on, waiting for new events at its end. It starts no thread."""
         return LogSubscription(recorder=self, gt=gt, topics=topics)
 
     def waiter(self) -> Waiter:
-        """Return what waits for news of this log."""
+        """Return what waits for news of this log. It has a connection of its own where the database notifies."""
         return self.dialect.waiter(self.events_table)
 
     def shared_waiter(self) -> Waiter:
-        """Return a waiter for one of many in this process, which share a connection."""
+        """Return a waiter for one of many in this process. They share a connection."""
         return self.dialect.shared_waiter(self.events_table)
 
 
@@ -300,18 +309,17 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
         self.datastore = datastore
         self.dialect: Dialect = datastore.dialect
         self.tracking_table = tracking_table
-        self.dialect.tables[self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)] = (
-            tracking_table
-        )
+        name = self.dialect.engine.dialect.identifier_preparer.format_table(tracking_table)
+        self.dialect.tables[name] = tracking_table
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """A context with a connection: that of the current session, or one that is committed at the end."""
+        """A context with the session's connection, or one that is committed at the end. Write your view on it."""
         with self.datastore.writing() as write:
             yield write.connection
 
     def insert_tracking(self, tracking: Tracking) -> None:
-        """Record a position.
+        """Record a position. With a view of your own, call :meth:`write_tracking` in its transaction instead.
 
         :raises IntegrityError: when it is not above the recorded one.
         """
@@ -319,11 +327,11 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
             self.write_tracking(connection, tracking)
 
     def write_tracking(self, connection: Connection, tracking: Tracking) -> None:
-        """Record a position on a connection of :meth:`transaction`."""
+        """Record a position on a connection of :meth:`transaction`. It is stored with what was written there."""
         self.dialect.insert_tracking(connection, self.tracking_table, tracking)
 
     def max_tracking_id(self, application_name: str) -> int | None:
-        """Return the recorded position of an upstream application, or None."""
+        """Return the recorded position of an upstream application, or None. A runner goes on after it."""
         return self._max_tracking_id(application_name, join=True)
 
     def has_tracking_id(self, application_name: str, notification_id: int | None) -> bool:
@@ -342,7 +350,10 @@ class SQLAlchemyTrackingRecorder(TrackingRecorder):
 
 
 class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicationRecorder, ProcessRecorder):
-    """Records events together with the position of the event that caused them."""
+    """Record events together with the position of the event that caused them.
+
+    If the process ends before the commit, neither is stored, and the event is processed again.
+    """
 
     def __init__(
         self,
@@ -366,7 +377,7 @@ class SQLAlchemyProcessRecorder(SQLAlchemyTrackingRecorder, SQLAlchemyApplicatio
         """The recorders of the applications whose events are processed, by their names."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
-        """Append events and record the position in ``tracking``: both or neither.
+        """Append events and record the position in ``tracking``: both or neither. So no event is processed twice.
 
         :raises IntegrityError: when another writer has recorded one of them first.
         """

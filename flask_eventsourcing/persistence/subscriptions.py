@@ -73,7 +73,7 @@ class ListenWaiter(Waiter):
                 return True
             return bool(self._receive(self._driver, seconds))
         except (error_class, SQLAlchemyError, OSError) as error:
-            logger.warning("Listening on %s was interrupted and is taken up again: %s", self._channel, error)
+            logger.warning("Listening on %s was interrupted and begins again: %s", self._channel, error)
             self._drop()
             return None
 

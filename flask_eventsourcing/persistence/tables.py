@@ -145,7 +145,7 @@ def table_of(model: type[OnTable]) -> sa.Table:
     """Return the table of a record class."""
     table = model.__table__
     if not isinstance(table, sa.Table):
-        raise ConfigurationError(f"{model.__qualname__} is mapped to {table!r}, which is not a table.")
+        raise ConfigurationError(f"{model.__qualname__} is mapped to {table!r}, which is not a table: map it to one.")
     return table
 
 
@@ -209,7 +209,10 @@ class StoredEventMixin(_RecordMixin):
 
 
 class SnapshotMixin(_RecordMixin):
-    """Columns of a record class of snapshots: the aggregate's id and version, the snapshot's topic and state."""
+    """Columns of a record class of snapshots: the aggregate's id and version, the snapshot's topic and state.
+
+    Add it to a model of yours for more columns, and pass that as ``snapshot_model``.
+    """
 
     __originator_id_options__: ClassVar[dict[str, Any]] = {"primary_key": True}
 
@@ -218,21 +221,21 @@ class SnapshotMixin(_RecordMixin):
 
 
 class TrackingMixin(OnTable):
-    """Columns of a record class of positions: how far the log of each upstream application is processed."""
+    """Columns of how far the log of each upstream application is processed. Pass your own as ``tracking_model``."""
 
     application_name = orm.mapped_column(TEXT_ID, primary_key=True)  # type: orm.Mapped[str]
     notification_id = orm.mapped_column(POSITION_TYPE, nullable=True)  # type: orm.Mapped[int | None]
 
 
 def event_table_arguments(table_name: str, **options: Any) -> tuple[Any, ...]:
-    """The ``__table_args__`` of a record class of events: the unique key that finds conflicts, and the options."""
+    """Return the ``__table_args__`` of a class of events: call it if yours has more. It has the key of conflicts."""
     key = sa.UniqueConstraint(*VERSION_KEY, name=f"{table_name}_originator_key")
     return key, {**table_options(), **options}
 
 
 @dataclass(frozen=True)
 class Models:
-    """The three record classes of one application."""
+    """The three record classes of one application. ``EventSourcing`` makes them, or takes yours."""
 
     StoredEvent: type[StoredEventMixin]
     Snapshot: type[SnapshotMixin]
@@ -240,7 +243,7 @@ class Models:
 
     @property
     def tables(self) -> Mapping[str, sa.Table]:
-        """The tables by their use: ``events``, ``snapshots``, ``tracking``."""
+        """The tables by their use: ``events``, ``snapshots``, ``tracking``. Migrations need them."""
         return {
             "events": table_of(self.StoredEvent),
             "snapshots": table_of(self.Snapshot),
@@ -276,7 +279,7 @@ def make_models(
     snapshot_model: Any = None,
     tracking_model: Any = None,
 ) -> Models:
-    """Make the three record classes of an application on a declarative base, or take them from the arguments.
+    """Make an application's three record classes on a declarative base, or take yours. ``PlainHost`` needs them.
 
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken; nothing was made
         then.
@@ -362,8 +365,8 @@ def check_models(
     """
     if not is_plain(application_name) or application_name != application_name.strip():
         raise ConfigurationError(
-            f"An application is called {application_name!r}: a name has no control characters, no halves of surrogate "
-            "pairs, and no spaces at its ends. Set another class attribute 'name'."
+            f"An application is called {application_name!r}: a name has no control characters, no unpaired "
+            "surrogates, and no spaces at its ends. Set another class attribute 'name'."
         )
     names = TableNames.of(application_name)
     if stored_event_model is not None:

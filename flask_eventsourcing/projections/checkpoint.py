@@ -42,6 +42,8 @@ BEAT = 1.0
 """Seconds between two beats of a runner's heart."""
 NOTED = "of_position"
 """The parameter with the position, for values that a statement reads of the event there."""
+MOVED_FROM = "its_position"
+"""The parameter with the position before."""
 CODE_OF_TOKEN = 8
 """How many characters of its code's fingerprint a runner's token ends with."""
 
@@ -199,12 +201,14 @@ class Checkpoint:
         lease: bool,
         last: Mapping[str, Any] | None = None,
         called: bool = False,
+        unless: sa.ColumnElement[bool] | None = None,
     ) -> None:
         """Move the position, in the transaction that applies the events.
 
         :param last: which event is at the position, as values of the row's columns; what the database is to read is the
             same object each time.
         :param called: whether a reaction was called: this is noted even if an operator has paused it meanwhile.
+        :param unless: under which condition it must not be moved; the same object each time.
         :raises FencedError: when the claim was lost, the position is not where it was, a rebuild is about to end, or an
             operator has paused it.
         """
@@ -213,14 +217,16 @@ class Checkpoint:
             noted["leased_until"] = utc_now() + timedelta(seconds=LEASE)
         # Built once, as that takes a third as long as all else of a batch with a single event.
         read = {name: value for name, value in noted.items() if isinstance(value, sa.ClauseElement)}
-        change = self._advancing(frozenset(noted), read, called, claimed.token is None)
-        parameters = {"its_token": claimed.token, "its_position": claimed.position, "further": applied}
+        change = self._advancing(frozenset(noted), read, called, claimed.token is None, unless)
+        parameters = {"its_token": claimed.token, MOVED_FROM: claimed.position, "further": applied}
         parameters |= {f"of_{name}": value for name, value in noted.items() if name not in read}
         if self.datastore.dialect.update_and_notify(connection, self.table, change, self.name, parameters) != 1:
             raise FencedError
 
-    def _advancing(self, noted: frozenset[str], read: Mapping[str, Any], called: bool, unclaimed: bool) -> sa.Update:
-        key = noted, frozenset((name, id(value)) for name, value in read.items()), called, unclaimed
+    def _advancing(
+        self, noted: frozenset[str], read: Mapping[str, Any], called: bool, unclaimed: bool, unless: Any
+    ) -> sa.Update:
+        key = noted, frozenset((name, id(value)) for name, value in read.items()), called, unclaimed, id(unless)
         made = self._made.get(key)
         if made is None:
             c, bind = self.table.c, sa.bindparam
@@ -229,10 +235,9 @@ class Checkpoint:
             values |= {name: bind(f"of_{name}", type_=c[name].type) for name in sorted(noted - read.keys())} | {**read}
             same_token = c.token.is_(None) if unclaimed else c.token == bind("its_token")
             states = (SWAPPING,) if called else (SWAPPING, PAUSED)
-            change = sa.update(self.table).where(
-                self._row, same_token, c.position == bind("its_position"), c.state.not_in(states)
-            )
-            made = self._made[key] = change.values(values)
+            where = [self._row, same_token, c.position == bind(MOVED_FROM), c.state.not_in(states)]
+            where += [] if unless is None else [sa.not_(unless)]
+            made = self._made[key] = sa.update(self.table).where(*where).values(values)
         return made
 
     def renew(self, claimed: CheckpointRow) -> None:
@@ -265,13 +270,11 @@ class Checkpoint:
                 raise FencedError
 
     def resume(self, fingerprint: str = "") -> None:
-        """Let a halted projection try again; if processes have ended at the event, only code of another fingerprint."""
-        c = self.table.c
-        # It has its claim then, and the tries that are counted.
-        tries = sa.case((c.token.endswith(fingerprint[:CODE_OF_TOKEN]), c.claim), else_=0)
+        """Let a halted projection try again; one that has its claim, as processes have ended, only with other code."""
+        c, is_left = self.table.c, self.table.c.token.endswith(fingerprint[:CODE_OF_TOKEN])
+        halted = sa.update(self.table).where(self._row, c.state == HALTED)
         with self.engine.begin() as connection:
-            halted = sa.update(self.table).where(self._row, c.state == HALTED)
-            connection.execute(halted.values(state=ACTIVE, claim=tries))
+            connection.execute(halted.values(state=ACTIVE, claim=sa.case((is_left, c.claim), else_=0)))
 
     def release(self, claimed: CheckpointRow) -> None:
         """End the claim, if it is still this process's."""
@@ -317,8 +320,7 @@ class Checkpoint:
     def begin(self, connection: Connection, **values: Any) -> None:
         """Note that a rebuild begins, and with what."""
         beginning = {"position": 0, "applied": 0, "state": ACTIVE, "error": None, "failed_position": None}
-        change = sa.update(self.table).where(self._row)
-        connection.execute(change.values(beginning | dict.fromkeys(HANDED_OVER[2:]) | values))
+        self.set_values(connection, **(beginning | dict.fromkeys(HANDED_OVER[2:]) | values))
 
     def remove(self, connection: Connection) -> None:
         """Delete the row."""

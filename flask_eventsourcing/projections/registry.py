@@ -311,8 +311,12 @@ class Worker:
     def run(self, tick: Callable[[], None] | None = None, period: float = 0.2) -> Sequence[Exception]:
         """Run until all consumers have ended, and return the errors that ended them.
 
+        It blocks. Call :meth:`stop` in a signal handler or in another thread to end it.
+
         :param tick: called every *period* seconds, in this thread.
         :raises RuntimeError: when it was run before.
+
+        .. versionchanged:: 0.1.0 A worker runs once.
         """
         if not self._begun.acquire(blocking=False):
             raise RuntimeError("This worker was run before: make another Worker with the same consumers.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import RebuildError
 from ..persistence import Dialect
-from ..persistence.dialects import is_outage
+from ..persistence.dialects import MAY_PASS, is_outage
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
 from .applying.pages import LogPages
@@ -75,27 +75,34 @@ class Swap:
         """
         held: Sequence[str] = ()
         for tries in range(1, TRIES + 1):
+            done = self._try()
+            if isinstance(done, Swapped):
+                self._drop_built()
+                return done
+            before, held = held, self._holders()
+            if tries == 1 or (held and held != before):
+                logger.warning("%s: the swap is tried again: %s", self.rebuild.name, _why(held) or done)
+            if tries == TRIES:
+                raise RebuildError(
+                    f"The tables of {self.live.name} could not be swapped: {_why(held) or done}. What was built is "
+                    "kept: run the rebuild again to go on."
+                ) from done
+            if self.stop.wait(1):
+                return None
+        raise RebuildError("There was no try.")
+
+    def _try(self) -> Swapped | Exception:
+        """Swap once, or return the outage that has ended it; after any error the live tables are as they were."""
+        with ExitStack() as failed:
+            failed.callback(settle, self.live)
             try:
                 swapped = self._swap()
-            except Exception as error:
-                # An outage ends; anything else is raised, and the live tables are as they were.
-                settle(self.live)
+            except MAY_PASS as error:
                 if not is_outage(error):
                     raise
-                before, held = held, self._holders()
-                if tries == 1 or (held and held != before):
-                    logger.warning("%s: the swap is tried again: %s", self.rebuild.name, _why(held) or error)
-                if tries == TRIES:
-                    raise RebuildError(
-                        f"The tables of {self.live.name} could not be swapped: {_why(held) or error}. What was built "
-                        "is kept: run the rebuild again to go on."
-                    ) from error
-                if self.stop.wait(1):
-                    return None
-            else:
-                self._drop_built()
-                return swapped
-        raise RebuildError("There was no try.")
+                return error
+            failed.pop_all()
+        return swapped
 
     def _holders(self) -> Sequence[str]:
         try:

@@ -70,7 +70,7 @@ class Run:
     is_ending: bool = False
     """Whether it is itself committing or rolling back now."""
     has_committed: bool = False
-    """Whether somebody else has committed in it."""
+    """Whether other code has committed in it."""
 
 
 _running: ContextVar[Run | None] = ContextVar("flask_eventsourcing.run", default=None)

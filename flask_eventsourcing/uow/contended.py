@@ -6,6 +6,7 @@ Without the queue, a unit that lost a race reads again at once, while the next w
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from uuid import UUID
@@ -25,7 +26,7 @@ def sort_key(key: Key) -> tuple[str, str]:
 
 
 class ContendedAggregates:
-    """Remembers conflicts for a while, in this process.
+    """Remembers conflicts for a while, in this process, and as long as a unit of work is in the queue.
 
     :param seconds: how long after its last conflict an aggregate is queued for.
     :param most: how many aggregates are remembered.
@@ -35,6 +36,7 @@ class ContendedAggregates:
         self._seconds = seconds
         self._most = most
         self._until: OrderedDict[Key, float] = OrderedDict()
+        self._queues: dict[Key, weakref.WeakSet[AggregateQueue]] = {}
 
     def add(self, key: Key) -> None:
         """Note a conflict."""
@@ -45,14 +47,23 @@ class ContendedAggregates:
             except KeyError:  # another thread has emptied it
                 break
 
+    def joined(self, key: Key, queue: AggregateQueue) -> None:
+        """Note a unit that queues, or has its turn: one that did not queue would overtake it, however long it waits."""
+        if len(self._queues) >= self._most:
+            for other in [each for each, queues in list(self._queues.items()) if not queues]:
+                self._queues.pop(other, None)
+        self._queues.setdefault(key, weakref.WeakSet()).add(queue)
+
+    def left(self, key: Key, queue: AggregateQueue) -> None:
+        """Note that the turn of a unit is over."""
+        self._queues.get(key, set()).discard(queue)
+
     def __contains__(self, key: Key) -> bool:
         until = self._until.get(key)
-        if until is None:
-            return False
-        if until < time.monotonic():
+        if until is not None and until < time.monotonic():
             self._until.pop(key, None)
-            return False
-        return True
+            until = None
+        return until is not None or bool(self._queues.get(key))
 
 
 class AggregateQueue:
@@ -65,7 +76,7 @@ class AggregateQueue:
     active = False
     """Whether the unit can be run again, so that it queues at all."""
     remembers = False
-    """Whether somebody else may run it again, so that its conflicts are kept for that."""
+    """Whether other code may run it again, so that its conflicts are remembered."""
 
     def __init__(self, dialect: Dialect, contended: ContendedAggregates) -> None:
         self._dialect = dialect
@@ -125,10 +136,14 @@ class AggregateQueue:
             self._join(connection, table, originator_id, wait=True)
 
     def _join(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
+        key = (table.name, originator_id)
+        self._queued.add(key)
+        self._contended.joined(key, self)
         self._dialect.queue_for(connection, table, originator_id, wait=wait)
-        self._queued.add((table.name, originator_id))
 
     def left(self) -> None:
         """A transaction or a savepoint has ended, and with it what it had queued for."""
+        for key in self._queued:
+            self._contended.left(key, self)
         self._queued.clear()
         self._considered.clear()

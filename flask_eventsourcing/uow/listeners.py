@@ -108,7 +108,7 @@ def _release_savepoint(connection: Connection, name: str, context: None) -> None
 def _rollback_savepoint(connection: Connection, name: str, context: None) -> None:
     level = state_of(connection).left(name)
     for unit in joined(connection):
-        # The savepoint is not there any more, if somebody has ended its transaction past SQLAlchemy.
+        # The savepoint is not there any more, if other code has ended its transaction without SQLAlchemy.
         unit.look()
         unit.rolled_back(level)
 
@@ -126,7 +126,7 @@ def _rollback_twophase(connection: Connection, xid: Any, is_prepared: bool) -> N
     if not (is_prepared and connection.invalidated):
         _rollback(connection)
         return
-    # SQLAlchemy tells of it and cannot do it: the server keeps what was prepared, for somebody else to decide about.
+    # SQLAlchemy reports a rollback that it cannot make: the server keeps what was prepared until somebody decides.
     for unit in joined(connection):
         unit.unknown()
 
@@ -143,6 +143,10 @@ def _handle_error(context: ExceptionContext) -> None:
             raise CommitOutcomeUnknownError from context.original_exception
     elif context.statement is None and context.sqlalchemy_exception is not None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
+        if committing and getattr(connection.get_transaction(), "_is_prepared", None) is False:
+            # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared,
+            # and their error about that would hide this one, which may be a conflict.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
     # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
 
 
@@ -165,7 +169,7 @@ def _before_statement(
     state.statements += 1
     # The recorders have looked, or ask what became of the events.
     for unit in () if is_own(context) else joined(connection):
-        # The statement would begin another transaction, if somebody has ended this one past SQLAlchemy.
+        # The statement would begin another transaction, if other code has ended this one without SQLAlchemy.
         unit.look()
         if _is_text(context) and _has(COMMITS, statement):
             unit.gate.check()
@@ -227,7 +231,7 @@ def _before_commit(session: orm.Session) -> None:
         found[0].is_committing = not in_savepoint
 
 
-# Before the user's own, whose error would leave a commit that nobody knows of.
+# Before the user's own, whose error would leave a commit unnoticed.
 @sa.event.listens_for(orm.Session, "after_commit", insert=True)
 def _after_commit(session: orm.Session) -> None:
     found = _units_of(session)
@@ -267,7 +271,7 @@ def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) 
         return
     for unit in units:
         if unit.following.is_prepared and not committed:
-            # Its connection is lost, so that somebody else is to decide about it.
+            # Its connection is lost, so an operator has to decide about it.
             unit.unknown()
         elif committed or unit.following.is_committing:
             unit.committed()

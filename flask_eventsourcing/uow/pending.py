@@ -40,12 +40,12 @@ class Batch:
 
     @property
     def recorded(self) -> tuple[Recorded, ...]:
-        """What was recorded of each event beside its state; made only when somebody asks."""
+        """What was recorded of each event beside its state; made when it is asked for."""
         return self.described.recorded(self.positions)
 
     @property
     def notifications(self) -> list[Notification]:
-        """The events with their positions; made only when somebody asks."""
+        """The events with their positions; made when they are asked for."""
         return [
             Notification(event.originator_id, event.originator_version, event.topic, event.state, position)
             for event, position in zip(self.events, self.positions, strict=True)
@@ -157,11 +157,15 @@ class Pending:
 
 
 def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
-    """Call every function, even if one raises: the transaction has ended, and the caller must not see an error."""
+    """Call every function, even if one raises: the transaction has ended, and the caller must not see an error.
+
+    A function may have an attribute ``remedy``, which is logged if it fails.
+    """
     for item in items:
         what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
+        remedy = getattr(item.function, "remedy", "Its error did not reach the caller.")
         # The caller of commit() must not take that for a failure, nor try again.
-        with Logged(logger, "The %s, and then %r failed.", what, item.function):
+        with Logged(logger, "The %s, and then %r failed. %s", what, item.function, remedy):
             item.function()
 
 

@@ -42,7 +42,7 @@ class UnitRunner:
         :param run: the run of the unit, if the caller needs to know more of it.
         """
         unit = self._current()
-        # Kept, as somebody may remove it.
+        # Kept, as the user's code may remove it.
         session = unit.session
         outer = unit.shared.run()
         if outer is not None:
@@ -156,7 +156,7 @@ def roll_back(session: orm.Session) -> None:
         # A listener of after_commit raised: the transaction is committed, and only to be closed.
         session.close()
     except sa.exc.SQLAlchemyError as error:
-        logger.warning("A rollback failed, its session is closed: %s", error)
+        logger.warning("A rollback failed, so its session is closed: %s", error)
         close(session)
 
 

@@ -40,7 +40,7 @@ from .routes import FIXED, Route, same_database
 INFO_KEY = "flask_eventsourcing"
 """Where a session has its units of work, in ``Session.info``."""
 LENT = "flask_eventsourcing.lent"
-"""Marks a session that somebody has made the current one, and commits, in ``Session.info``."""
+"""Marks a session that other code has made the current one and commits, in ``Session.info``."""
 
 Announce = Callable[[Sequence[Batch]], None]
 
@@ -104,16 +104,16 @@ class SessionUnits:
         self.is_committing = False
         """Whether it is the session that commits now."""
         self.asked = False
-        """Whether somebody has called for the rollback that has just happened."""
+        """Whether code has asked for the rollback that has just happened."""
         self.has_half_ended = False
-        """Whether an error has rolled back the session's transaction, which stays until somebody ends it."""
+        """Whether an error has rolled back the session's transaction, which stays until code ends it."""
 
     @property
     def session(self) -> orm.Session:
         """The session."""
         session = self._session()
         if session is None:
-            raise ReferenceError("The session of this unit of work is gone.")
+            raise ReferenceError("The session of this unit of work is gone: keep it until its transaction has ended.")
         return session
 
     @property
@@ -204,7 +204,7 @@ class UnitOfWork(Unit):
             if not same and other.pending.has(Batch) and other.connection() is not connection:
                 raise SpanningTransactionError(
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
-                    "cannot be committed together with these: commit before, or use a session with twophase=True."
+                    "cannot be committed together with these: commit first, or use a session with twophase=True."
                 )
         return connection
 
@@ -247,8 +247,8 @@ class UnitOfWork(Unit):
         """Whether there may be work that is not committed yet."""
         if self.shared.depth or self.session.in_nested_transaction() or self.has_changes():
             return True
-        # The session does not tell whether its transaction has written. Where save() commits, it has done so, and
-        # nobody else need: a transaction that is open is then taken for one that reads.
+        # The session does not say whether its transaction has written. Where save() commits, it has done so, and
+        # other code need not have: an open transaction is taken for one that only reads.
         if self.units.commits.at_save:
             return False
         return self.session.in_transaction() or self.units.commits.is_to_come(self.session)
@@ -359,7 +359,7 @@ class UnitOfWork(Unit):
         """A unit of work that runs here can no longer be committed."""
         run = self.shared.run()
         if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
-            run.rollback_only = "Inside a unit of work something was rolled back, so all of it was rolled back"
+            run.rollback_only = "A part of this unit of work was rolled back, so all of it was rolled back"
 
     def released(self, level: int) -> None:
         """A savepoint was released in the database."""
@@ -386,5 +386,6 @@ class UnitOfWork(Unit):
 
     def unknown(self) -> None:
         """The connection was lost during the commit: no signal is sent, and the aggregate objects are stale."""
+        self.queue.left()
         self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(self.pending.rolled_back(0), AfterRollback))

@@ -68,7 +68,7 @@ class FlaskApart(ApartHost):
         if projection_class.inline:
             raise ConfigurationError(
                 f"Projection {name} is inline, but the events are in {self.store.title}: it could not be in one "
-                "transaction with them."
+                "transaction with them. Set inline = False, and run it in a worker."
             )
         if self._extension is None:
             raise ConfigurationError(
@@ -188,7 +188,7 @@ class ApartState(EventSourcingState):
         """
         if self.extension is None:
             raise ConfigurationError(
-                f"There is no db: the events are in {self.store.title}, and none was passed to EventSourcing(db=…)."
+                f"There is no db: the events are in {self.store.title}, and none was passed: pass EventSourcing(db=…)."
             )
         return self.extension
 

@@ -30,7 +30,7 @@ TASK = "flask_eventsourcing.task"
 
 
 class _FailureReturned(Exception):  # noqa: N818
-    """Ends a unit of work that is to be rolled back, with what its function has returned."""
+    """Ends a unit of work that has to be rolled back, with what its function has returned."""
 
     def __init__(self, returned: Any) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def _unit(host: FlaskHost) -> UnitOfWork:
 
 
 def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
-    """Return what is to be called with a return value: it returns that, or raises what rolls the unit back."""
+    """Return a function of the return value: it returns that, or raises what rolls the unit back."""
     # The outer one, where there is one, has to decide about what both did.
     looks = status and has_request_context() and not _unit(host).shared.depth
 
@@ -129,7 +129,7 @@ def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
 
 
 def _of_function(returned: Any, name: str) -> Any:
-    """Return what a function has returned, unless that is to be awaited."""
+    """Return what a function has returned, unless it has to be awaited."""
     if inspect.iscoroutine(returned):
         returned.close()
         raise ConfigurationError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from eventsourcing.application import Application
 from flask import Flask
 
 from ..config import Config
+from ..exceptions import ConfigurationError
 from ..projections.registry import Registrations
 from .apart_state import ApartState, make_apart_state
 from .setup import RecordClasses, check_settings, make_state, originator_id_type
@@ -58,6 +59,23 @@ def construct_now(state: EventSourcingState) -> None:
         state.construct()
         failed.pop_all()
     state.release_connections()
+
+
+def followed_by(projection_class: Any, of: Any, classes: Sequence[type[Application[Any]]]) -> type[Application[Any]]:
+    """Return the application class whose events a projection follows, as the argument *of* names it.
+
+    :param classes: the registered application classes.
+    :raises ConfigurationError: when it is none of these, or is not given and there are several.
+    """
+    if of is None and len(classes) == 1:
+        return classes[0]
+    if of not in classes:
+        names = ", ".join(cls.__qualname__ for cls in classes) or "none"
+        raise ConfigurationError(
+            f"Projection {projection_class!r}: of={of!r} is not a registered application class (registered: {names})."
+        )
+    found: type[Application[Any]] = of
+    return found
 
 
 @contextmanager

@@ -172,7 +172,8 @@ class AppDatabase:
         """
         if self.has_models and not isinstance(self.extension.session, orm.scoped_session):
             raise ConfigurationError(
-                f"db.session is {self.extension.session!r}, not a scoped_session: no other session can take its place."
+                f"db.session is {self.extension.session!r}, not a scoped_session, so no other session can take its "
+                "place: leave db.session as Flask-SQLAlchemy has made it."
             )
         before = self.open_session()
         self._set_session(session)

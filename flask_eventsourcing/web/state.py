@@ -195,7 +195,10 @@ class EventSourcingState:
         return {} if self.config.metadata is False else metadata_to_carry(self.app)
 
     def construct(self) -> None:
-        """Construct the applications of this process now, so that the first request does not have to."""
+        """Construct the applications of this process now, so that the first request does not have to.
+
+        Servers' hooks call it in each worker. An error in a constructor ends the worker, rather than its first request.
+        """
         for slot in self.slots.values():
             slot.get()
 
@@ -276,11 +279,11 @@ class FlaskSites:
     """Finds the states of Flask apps."""
 
     def current(self) -> EventSourcingState | None:
-        """Return that of the current app, if it has one."""
+        """Return the state of the current app, if it has one."""
         return current_state() if has_app_context() and EXTENSION in current_app.extensions else None
 
     def of(self, given: object) -> EventSourcingState | None:
-        """Return that of a Flask app."""
+        """Return the state of a Flask app."""
         return state_of(given) if isinstance(given, Flask) else None
 
     def refuse(self) -> None:

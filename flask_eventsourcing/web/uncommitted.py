@@ -25,7 +25,7 @@ from werkzeug.exceptions import InternalServerError
 
 from .._patches import finalize_request
 from ..exceptions import UncommittedEventsError
-from ..metadata import enter_request, leave_request
+from ..metadata import enter_request, finish_request, leave_request
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
 from .sessions import ENDED, LEFT
@@ -36,7 +36,7 @@ FAILURE = 400
 ENVIRON = "flask_eventsourcing.answer"
 """Where a request has its :class:`Answer`, in its WSGI environment."""
 CONTEXT = "_flask_eventsourcing_answer"
-"""Where an application context has that of the outermost request in it, in ``flask.g``."""
+"""Where an application context has the :class:`Answer` of its outermost request, in ``flask.g``."""
 IN_SAVEPOINT = (
     "EVENTSOURCING_COMMIT = 'save' commits nothing within a savepoint or a transaction that you began: end it, and "
     "call db.session.commit()"
@@ -110,13 +110,13 @@ def install(state: EventSourcingState) -> None:
 
 def connect(state: EventSourcingState) -> None:
     """Begin to look: what cannot fail, and cannot be taken back."""
-    if state.apart is not None:
-        return
     app = state.app
     request_started.connect(_begin_request, app)
-    request_started.connect(_begin_answer, app)
     request_finished.connect(_answered, app)
     request_tearing_down.connect(_end_request, app)
+    if state.apart is not None:
+        return
+    request_started.connect(_begin_answer, app)
     appcontext_pushed.connect(_begin_context, app)
     appcontext_tearing_down.connect(_end_context, app)
     finalize_request(app, partial(_finalize, app, app.finalize_request))
@@ -124,12 +124,13 @@ def connect(state: EventSourcingState) -> None:
 
 def _begin_request(_: Flask, **__: object) -> None:
     leave_inherited_connections()
-    enter_request(request.environ)
+    # Not its environment, which a view may have given to another one.
+    enter_request(request._get_current_object())  # type: ignore[attr-defined]
 
 
 def _answered(_: Flask, **__: object) -> None:
     # A test client may keep the request's context while the test puts blocks of its own around the next one.
-    enter_request(None)
+    finish_request(request._get_current_object())  # type: ignore[attr-defined]
 
 
 def _begin_answer(app: Flask, **_: object) -> None:
@@ -147,7 +148,7 @@ def _begin_answer(app: Flask, **_: object) -> None:
 
 def _end_request(_: Flask, **__: object) -> None:
     """A request whose error is raised to a test client has no answer, and is none that others are within."""
-    leave_request(request.environ)
+    leave_request(request._get_current_object())  # type: ignore[attr-defined]
     answer: Answer | None = request.environ.get(ENVIRON)
     if answer is not None:
         answer.over = True
@@ -312,8 +313,8 @@ def _forget(state: EventSourcingState, unit: UnitOfWork, error: BaseException | 
     roll_back(unit.session)
     if error is None:
         state.app.logger.warning(
-            "No commit came before the end of the application context, and what waited for one is not done: %s; "
-            "call db.session.commit() after it.",
+            "The application context has ended without a commit, and what waited for one is not done: %s; "
+            "call db.session.commit() after you ask for it.",
             waiting,
         )
 

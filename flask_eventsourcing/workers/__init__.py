@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from sqlalchemy import orm
 
 from ..applications.apart import ApartHost
 from ..applications.known_sites import SiteState, current_site, find_current_site, site_of, working_for
 from ..exceptions import ConfigurationError, EventMetadataError, NotInitializedError
-from ..failures import Logged
 from ..lifecycle import ApplicationSlot, HostSlot
 from ..metadata import (
     CORRELATION_ID,
     MetadataBlock,
     brought_along,
+    checked,
     get_metadata_from_context,
     kept_for_later,
     new_id,
 )
-from ..metadata.values import is_correlation
+from ..metadata.values import fits_column, is_correlation
 from ..uow import Run
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ StateSlot = ApplicationSlot[SiteState]
 
 CONFLICT_RETRIES = 10
 """How often a task is sent again after a conflict, unless told otherwise."""
-
-logger: logging.Logger = logging.getLogger(__name__)
 
 
 def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
@@ -102,19 +99,16 @@ def task_unit(state: SiteState, run: Run | None = None) -> Iterator[orm.Session]
 class Sending:
     """A task that is sent after a commit."""
 
+    remedy: ClassVar[str] = (
+        "It could not be sent, and will not be sent again. Send what must never be lost from a projection of the "
+        "events, which goes on where it stopped."
+    )
     description: str
     send: Callable[[], object]
 
     def __call__(self) -> None:
         """Send it."""
-        # The events are committed: the caller of commit() must not take that for a failure.
-        with Logged(
-            logger,
-            "The commit succeeded, but %s could not be sent, and will not be sent again. Send what must never be lost "
-            "from a projection of the events, which goes on where it stopped.",
-            self.description,
-        ):
-            self.send()
+        self.send()
 
     def __repr__(self) -> str:
         return self.description
@@ -153,15 +147,17 @@ def carried() -> dict[str, str]:
 def received(found: Any, task_id: str | None = None) -> MetadataBlock:
     """Return a context with the metadata that came with a task; invalid ones are ignored.
 
+    What the task leaves in the context ends with it.
+
     :param task_id: what the task and its retries have in common: their correlation if no other came with it.
     """
-    known = dict(found) if isinstance(found, Mapping) else {}
-    if CORRELATION_ID not in known:
-        known[CORRELATION_ID] = task_id if task_id and is_correlation(task_id) else new_id()
     try:
-        return brought_along(known)
+        known = checked({} if found is None else found)
     except EventMetadataError:
-        return received(None, task_id)
+        known = {}
+    if not fits_column(known.get(CORRELATION_ID, "")):
+        known[CORRELATION_ID] = task_id if task_id and is_correlation(task_id) else new_id()
+    return brought_along(known)
 
 
 def run_after_task(state: SiteState, body: Callable[[], Any], retries: int, found: Any, task_id: str | None) -> Any:

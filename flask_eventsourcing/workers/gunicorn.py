@@ -31,6 +31,9 @@ def post_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Close the applications of this process, after the worker's last request."""
+    """Close the applications of this process, after the worker's last request.
+
+    Import it in gunicorn's configuration file, which looks for hooks by their names.
+    """
     for state in states():
         state.close()

@@ -20,7 +20,7 @@ from rq.job import Job
 from rq.utils import import_attribute
 from sqlalchemy import orm
 
-from .._patches import job_callback, job_perform
+from .._patches import job_callback, job_perform, queue_jobs
 from ..applications.known_sites import current_site, site_of
 from ..exceptions import ConfigurationError
 from ..uow import Run
@@ -76,6 +76,8 @@ class EventSourcingWorkerMixin:
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """Work on the queues, as RQ's worker does.
 
+        A worker that does not know its Flask app ends here, before it takes a job.
+
         :raises ConfigurationError: when there is no Flask app.
         """
         if inspect.getattr_static(type(self), "flask_app") is None and not os.environ.get(FLASK_APP):
@@ -107,6 +109,13 @@ class EventSourcingWorkerMixin:
         """Wait for a work-horse. This process calls the callback of a job that was stopped."""
         job_callback(job, "stopped", self._in_closing_unit)
         super().monitor_work_horse(job, *args, **kwargs)  # type: ignore[misc]
+
+    def clean_registries(self) -> None:
+        """Clean the registries, as RQ's worker does. This process calls the failure callback of an abandoned job."""
+        # A worker that forks has nothing open in this process.
+        wrapped = self._in_unit if isinstance(self, SimpleWorker) else self._in_closing_unit
+        with queue_jobs(self.queues, lambda job: job_callback(job, "failure", wrapped)):  # type: ignore[attr-defined]
+            super().clean_registries()  # type: ignore[misc]
 
     def _in_unit(self, name: str) -> Callable[..., Any]:
         def call(job: Job, *args: Any) -> Any:
@@ -151,7 +160,7 @@ class EventSourcingWorker(EventSourcingWorkerMixin, Worker):
 
 
 class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
-    """RQ's worker that performs jobs in its own process, for tests."""
+    """RQ's worker that performs jobs in its own process, for tests. It does not fork: a debugger can stop in a job."""
 
 
 def _app_of_environment() -> Any:
@@ -182,7 +191,10 @@ def job_context(flask_app_or_factory: FlaskAppOrFactory) -> Iterator[orm.Session
 
 
 class EventSourcingQueue(Queue):
-    """RQ's queue, whose jobs carry the metadata in force when they are enqueued, in ``job.meta``."""
+    """RQ's queue, whose jobs carry the metadata in force when they are enqueued, in ``job.meta``.
+
+    Events that a job saves then have the correlation of the request that enqueued it.
+    """
 
     def create_job(self, *args: Any, meta: dict[str, Any] | None = None, **kwargs: Any) -> Job:
         """Make a job, as RQ's queue does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from uuid import UUID, uuid4
 
@@ -104,6 +104,11 @@ class TimedStore:
         """There is none."""
         self._world.sleep(READ)
         return None
+
+    def last_versions(self, originator_ids: Sequence[Key]) -> Mapping[Key, int]:
+        """There are none."""
+        self._world.sleep(READ)
+        return {}
 
     def tracked(self, name: str) -> int | None:
         """There is none."""

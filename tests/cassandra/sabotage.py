@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -41,6 +41,9 @@ class ReadsNoStream(Writer):
             if memory.known(span.originator_id) is None:
                 memory.offer(span.originator_id, span.first - 1, memory.horizon)
         return super()._refusal(memory, append)
+
+    def _load_all(self, memory: Memory, batch: Sequence[Ticket]) -> None:
+        """Read nothing."""
 
     def _load(self, memory: Memory, key: Key) -> int:
         return super()._load(memory, key) if str(key).startswith("\0") else NOTHING

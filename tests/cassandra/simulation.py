@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
 import greenlet
@@ -154,6 +154,12 @@ class SimulatedStore:
         """Read a stream."""
         self._ask()
         return max(self._cluster.streams.get(originator_id, {}), default=None)
+
+    def last_versions(self, originator_ids: Sequence[Key]) -> Mapping[Key, int]:
+        """Read several streams."""
+        self._ask()
+        streams = self._cluster.streams
+        return {each: max(streams[each]) for each in originator_ids if streams.get(each)}
 
     def tracked(self, name: str) -> int | None:
         """Read how far an upstream application was processed."""

@@ -239,6 +239,23 @@ def test_log_goes_on_in_the_next_bucket(new_log: NewLog) -> None:
     assert again.insert_events([event(keys[2], 1)]) == [10_017]
 
 
+def test_last_versions_of_many_streams_are_read_at_once(new_log: NewLog) -> None:
+    """A save of many aggregates, new ones among them, is checked against the last version of each in few requests."""
+    log = new_log()
+    recorder = application_recorder(log)
+    keys = [uuid4() for _ in range(120)]
+    recorder.insert_events([event(key, version) for key in keys[:60] for version in range(1, 4)])
+    store = log.parts.store
+    assert store.last_versions(keys) == dict.fromkeys(keys[:60], 3)
+
+    again = application_recorder(type(log)(store.connection, log.name))
+    again.insert_events([event(keys[119], 1)])
+    with pytest.raises(IntegrityError, match=str(keys[40])):
+        again.insert_events([event(key, 3 if key == keys[40] else 4) for key in keys[:60]])
+    positions = again.insert_events([event(key, 4 if key in keys[:60] else 1) for key in keys[:119]])
+    assert len(positions or ()) == 119
+
+
 def test_long_streams_are_read_in_pages(new_log: NewLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream is read whole, in both directions and up to a limit; no answer is too large to come in time."""
     from cassandra.cluster import Session

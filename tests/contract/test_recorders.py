@@ -49,7 +49,7 @@ class Applications(OnBackend, persistence.ApplicationRecorderTestCase):
         )
 
     def test_insert_subscribe(self) -> None:
-        """A subscription yields what was recorded before and what is recorded later, and stops when it is told."""
+        """A subscription yields what was recorded before and what is recorded later, and stops when it is asked to."""
         self.optional_test_insert_subscribe()
 
 

@@ -128,9 +128,12 @@ def test_conflict_is_seen(books: Books) -> None:
 
 
 def test_value_of_another_column(books: Books) -> None:
-    """``column_values()`` that names what is no column of its own is refused, and nothing is stored."""
+    """``column_values()`` that returns what is no column of its own, or no value of it, stores nothing."""
     with pytest.raises(EventMetadataError, match="'topic'"):
         books.save(Page("a", {"topic": "x"}))
+    for wrong in ("today", "\0", 7):
+        with pytest.raises(EventMetadataError, match="value for 'day'"):
+            books.save(Page("a", {"day": wrong}))
     assert rows() == []
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from celery import Celery
 from django.core.handlers.asgi import ASGIRequest
 from django.db import OperationalError, connections, transaction
-from django.http import HttpResponse, JsonResponse
+from django.http import FileResponse, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.test import AsyncClient, Client, RequestFactory, TestCase, override_settings
 from rq import Queue, Retry
 
@@ -247,6 +247,55 @@ def test_block_that_is_never_left_ends_with_its_request(site: DjangoBank) -> Non
         assert json.loads(answer(view).content) == {"own": "caller's", "leak": "yes"}
         assert get_metadata_from_context() == {"own": "caller's"}
     assert json.loads(answer(lambda _: JsonResponse(get_metadata_from_context())).content) == {}
+
+
+def test_streamed_response_has_its_request(site: DjangoBank, tmp_path: Path) -> None:
+    """What makes the parts of a response saves in its request, also asynchronously; in between nothing is in force."""
+    kept: list[Any] = []
+
+    def steps() -> Iterator[str]:
+        with event_metadata(leak="yes"):
+            yield "kept"
+
+    def parts() -> Iterator[str]:
+        with event_metadata(stream="yes"):
+            yield "1"
+            site.opened()
+            kept.append(steps())
+            yield next(kept[-1])
+
+    async def asynchronous() -> AsyncIterator[str]:
+        with event_metadata(stream="yes"):
+            yield "1"
+            await sync_to_async(site.opened)()
+            yield "2"
+
+    user = type("User", (), {"pk": 7, "is_authenticated": True})()
+    with _setting(site, METADATA_USER=True):
+        response = answer(lambda _: StreamingHttpResponse(parts()), user=user, X_Request_ID="s1")
+        for part in response:
+            assert get_metadata_from_context() == {}, part
+        assert response.getvalue() == b""
+    assert get_metadata_from_context() == {}
+    assert carried() == {}
+
+    async def send() -> None:
+        async with ThreadSensitiveContext():
+            found = await AsyncClient().get("/", headers={"X-Request-ID": "a1"})
+            assert [part async for part in found] == [b"1", b"2"]
+            await sync_to_async(connections.close_all)()
+
+    route(lambda _: StreamingHttpResponse(asynchronous()))
+    asyncio.run(send())
+    first, second = metadata_of(site)
+    assert first == {CORRELATION_ID: "s1", "stream": "yes", USER: "7", "id": first["id"]}
+    assert second == {CORRELATION_ID: "a1", "stream": "yes", "id": second["id"]}
+    file = tmp_path / "file"
+    file.write_text("whole")
+    sent = answer(lambda _: FileResponse(file.open("rb")))
+    assert sent.file_to_stream is not None
+    assert sent.getvalue() == b"whole"
+    sent.close()
 
 
 def test_metadata_are_of_one_request(site: DjangoBank) -> None:

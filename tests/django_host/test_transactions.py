@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
 from django.db import transaction
 from django.db.transaction import TransactionManagementError
 from django.test.utils import CaptureQueriesContext
-from eventsourcing.persistence import IntegrityError
+from eventsourcing.persistence import DataError, IntegrityError, StoredEvent
 
 from flask_eventsourcing.exceptions import StaleAggregateError
 from flask_eventsourcing.signals import events_recorded
@@ -99,11 +101,33 @@ def test_conflict_marks_the_block(site: DjangoBank) -> None:
         with pytest.raises(IntegrityError, match="Another writer was first"):
             save_late()
         assert site.connection.needs_rollback
-        with pytest.raises(TransactionManagementError):
+        with pytest.raises(TransactionManagementError) as refused:
             site.note()
         with pytest.raises(TransactionManagementError):
             site.opened()
     assert site.stored() == (2, 0)
+    # Django has it from the write, as it has it from Model.save().
+    cause = refused.value.__cause__
+    assert cause is not None
+    assert isinstance(cause.__cause__, IntegrityError)
+
+
+def test_interrupted_write_marks_the_block(site: DjangoBank) -> None:
+    """A write that ends with Ctrl-C is not committed with what was done before it, be the error caught."""
+    site.opened()
+
+    def interrupt(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        done = execute(sql, params, many, context)
+        if "INSERT INTO" in sql and "bank_events" in sql:
+            raise KeyboardInterrupt
+        return done
+
+    with site.atomic():
+        site.note()
+        with site.connection.execute_wrapper(interrupt), pytest.raises(KeyboardInterrupt):
+            site.opened()
+        assert site.connection.needs_rollback
+    assert site.stored() == (1, 0)
 
 
 def test_conflict_in_an_inner_block(site: DjangoBank) -> None:
@@ -182,6 +206,63 @@ def test_statements_are_djangos(site: DjangoBank) -> None:
         assert any("INSERT INTO" in each["sql"] and "bank_events" in each["sql"] for each in queries.captured_queries)
         counted.append([each["sql"][:90] for each in queries.captured_queries])
     assert counted[0] == counted[1] == counted[2]
+
+
+def test_save_is_one_statement(site: DjangoBank) -> None:
+    """In a block, a save of one event is one statement, as that of a row is, and two where positions are counted."""
+    account = site.bank.account(site.opened())
+    account.deposit(1)
+    # Some looks are made once.
+    site.opened()
+    for save in (site.note, site.opened, lambda: site.bank.save(account)):
+        with CaptureQueriesContext(site.connection) as queries, site.atomic():
+            save()
+        found = [each["sql"] for each in queries.captured_queries]
+        counting = [each for each in found if "LAST_INSERT_ID" in each]
+        assert len(counting) == (site.connection.vendor == "mysql" and save != site.note)
+        assert [each.split()[0] for each in found if each not in counting] == ["BEGIN", "INSERT", "COMMIT"]
+
+
+def test_listener_of_sqlalchemys(site: DjangoBank) -> None:
+    """Who listens to the statements of SQLAlchemy's engines, as a tracer does, hears of the recorders' too."""
+    account_id, heard = site.opened(), list[str]()
+    recorder: Any = site.bank.recorder
+
+    @sa.event.listens_for(recorder.datastore.engine, "before_cursor_execute")
+    def hear(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        heard.append(statement)
+
+    site.bank.deposit(account_id, 3)
+    assert [each for each in heard if "bank_events" in each and "INSERT INTO" in each]
+    assert site.elsewhere(lambda: site.bank.balance(account_id)) == 3
+
+
+def test_gaps_are_refused(site: DjangoBank) -> None:
+    """An event that cannot follow what is stored is refused, and one that follows a snapshot is stored."""
+    recorder: Any = site.bank.recorder
+    snapshots: Any = site.bank.factory.aggregate_recorder(purpose="snapshots")
+    account_id, erased = uuid4(), uuid4()
+    recorder.insert_events([StoredEvent(account_id, 1, "topic", b"state")])
+    snapshots.insert_events([StoredEvent(erased, 4, "topic", b"state")])
+    for refused in (StoredEvent(account_id, 3, "topic", b"state"), StoredEvent(erased, 1, "topic", b"state")):
+        with pytest.raises(IntegrityError, match="would leave a gap"), site.atomic():
+            recorder.insert_events([refused])
+    for stored in (StoredEvent(account_id, 2, "topic", b"state"), StoredEvent(erased, 5, "topic", b"state")):
+        with site.atomic():
+            recorder.insert_events([stored])
+    found = recorder.select_notifications(1, 10)
+    assert [each.originator_version for each in found] == [1, 2, 5]
+
+
+@pytest.mark.parametrize("url", ["mariadb-mysqlclient"], indirect=True)
+def test_event_longer_than_a_statement(site: DjangoBank) -> None:
+    """An event that the server would take for an attack is refused by name, and the connection stays."""
+    recorder: Any = site.bank.recorder
+    site.opened()
+    with pytest.raises(DataError, match="max_allowed_packet"), site.atomic():
+        recorder.insert_events([StoredEvent(uuid4(), 1, "topic", bytes(17 * 2**20))])
+    site.opened()
+    assert site.stored() == (2, 0)
 
 
 def test_execute_wrapper(site: DjangoBank) -> None:

@@ -80,7 +80,7 @@ def test_save_uses_the_session_that_is_given(site: HostSite) -> None:
 
 
 def test_session_is_never_ignored(site: HostSite) -> None:
-    """``save()`` refuses an argument that is no usable session, and leaves the object as it was."""
+    """``save()`` refuses an argument that is not a usable session, and leaves the object as it was."""
     on = OnSessions(site)
     bank, other, careless = (
         on.construct(Bank),

@@ -102,6 +102,30 @@ def test_savepoint_takes_its_events_along(site: HostSite) -> None:
         assert site.bank.balance(account_id) == 7
 
 
+@pytest.mark.parametrize("url", ["sqlite-file", "postgresql"], indirect=True)
+def test_commit_that_the_driver_refuses_stores_nothing(site: HostSite) -> None:
+    """Events are not announced when somebody commits the driver's connection and the database refuses that."""
+    engine = site.host.datastore.engine
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", lambda driver, _: driver.execute("PRAGMA foreign_keys = ON").close())
+        engine.dispose()
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE parent (id integer PRIMARY KEY)")
+        connection.exec_driver_sql("CREATE TABLE child (id integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    with recorded() as heard:
+        with site.working():
+            site.bank.open_account()
+            connection = site.session.connection()
+            connection.exec_driver_sql("INSERT INTO child VALUES (7)")
+            with pytest.raises(site.host.datastore.dialect.driver_error):
+                connection.connection.driver_connection.commit()  # type: ignore[union-attr]
+            with suppress(sa.exc.SQLAlchemyError):
+                connection.exec_driver_sql("SELECT 1")
+            site.rollback()
+        assert heard == []
+    assert site.stored() == (0, 0)
+
+
 def test_conflict_is_raised_at_save(site: HostSite) -> None:
     """A save of an aggregate that another transaction has changed is refused, and nothing of it is stored."""
     account_id = site.opened()

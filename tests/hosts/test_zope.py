@@ -29,7 +29,7 @@ from flask_eventsourcing.models import StoredEventMixin
 from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests import servers
-from tests.domain import Account, Bank, conflict_with, in_threads
+from tests.domain import Account, Bank, conflict_with, in_thread, in_threads
 from tests.hosts.test_units_of_work import recorded
 from tests.hosts.zope_site import ExplicitManager, ZopeSite
 from tests.servers import ServerFolder
@@ -439,8 +439,40 @@ def test_savepoint_of_the_manager(postgres_url: str) -> None:
     site.close()
 
 
+def test_conflict_at_the_first_of_two_phases_is_tried_again(zope_on_postgres: ZopeSite) -> None:
+    """A serialization failure while the database prepares the commit passes as it is, so ``run()`` tries again."""
+    site = zope_on_postgres
+    serializable = site.engine.execution_options(isolation_level="SERIALIZABLE")
+    assert site.scoped is not None
+    site.scoped.session_factory.configure(bind=serializable)
+    site.scoped.remove()
+    count = sa.select(sa.func.count()).select_from(site.Note)
+    tries: list[int] = []
+
+    def overtake() -> None:
+        with orm.Session(serializable) as session:
+            session.add(site.Note(text=f"after {session.scalar(count)}"))
+            session.commit()
+
+    def work() -> None:
+        tries.append(1)
+        site.session.scalar(count)
+        site.bank.open_account()
+        site.note()
+        site.session.flush()
+        if len(tries) == 1:
+            in_thread(overtake)
+
+    with recorded() as heard:
+        site.manager.run(work)
+        assert [count for _, count in heard] == [1]
+    assert len(tries) == 2
+    assert site.stored() == (1, 2)
+    assert site.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
 def test_models_are_checked(zope_site: ZopeSite) -> None:
-    """A class that is no application, or has no models, is refused with the remedy."""
+    """A class that is not an application, or has no models, is refused with the remedy."""
     for models in (object(), {Bank: object()}, {}):
         with pytest.raises(ConfigurationError):
             EventSourcing(Bank, models=models, session=zope_site.scoped)  # type: ignore[arg-type]
@@ -474,7 +506,7 @@ def test_commit_of_a_manager_that_the_session_has_not_joined_fails(tmp_path: Pat
 
 
 def test_receiver_cannot_save_in_the_commit_it_hears_of(zope_site: ZopeSite) -> None:
-    """A receiver of ``events_recorded`` that saves in the session is refused, as nobody would commit that."""
+    """A receiver of ``events_recorded`` that saves in the session is refused, as nothing would commit that."""
     refused = []
 
     def receive(sender: object, **_: Any) -> None:
@@ -512,8 +544,75 @@ def test_hook_cannot_save_in_the_transaction_that_was_committed(zope_site: ZopeS
         assert zope_site.stored() == (number + 1, number + 1)
 
 
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("way", ["hook", "hook of an empty transaction", "synchronizer"])
+def test_events_saved_during_an_abort_are_told(
+    zope_site: ZopeSite, way: str, unit: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a hook or a synchronizer saves after a rollback is rolled back too, as rows are, and logged once."""
+
+    class Saving:
+        """Saves at the end of a transaction."""
+
+        def newTransaction(self, transaction: object) -> None:  # noqa: N802
+            """Do nothing."""
+
+        afterCompletion = newTransaction  # noqa: N815
+
+        def beforeCompletion(self, transaction: object = None) -> None:  # noqa: N802
+            """Save."""
+            with zope_site.es.transaction() if unit else nullcontext():
+                zope_site.bank.open_account()
+
+    saving = Saving()
+    current = zope_site.manager.begin()
+    if way == "synchronizer":
+        zope_site.manager.registerSynch(saving)
+    else:
+        current.addAfterAbortHook(saving.beforeCompletion)
+    if way != "hook of an empty transaction":
+        zope_site.bank.open_account()
+    zope_site.manager.abort()
+    assert ["was saved by a hook or synchronizer" in each for each in caplog.messages] == [True]
+    zope_site.manager.clearSynchs()
+    with zope_site.manager:
+        zope_site.bank.open_account()
+    assert zope_site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("listener", ["before_flush", "after_flush"])
+def test_listener_of_a_flush_saves_in_the_commit(zope_site: ZopeSite, listener: str) -> None:
+    """Events that a listener saves when the commit flushes the session are committed with the rows, or not at all."""
+
+    def save(session: orm.Session, *_: object) -> None:
+        if not session.info.setdefault("has saved", False):
+            session.info["has saved"] = True
+            zope_site.bank.open_account()
+
+    session = zope_site.session
+    sa.event.listen(session, listener, save)
+    with recorded() as heard:
+        with zope_site.manager:
+            zope_site.note()
+        assert [count for _, count in heard] == [1]
+    assert zope_site.stored() == (1, 1)
+    session.info["has saved"] = False
+
+    def fail() -> None:
+        with zope_site.manager as current:
+            zope_site.note()
+            current.join(Voter(zope_site.manager, key="earlier", fails_in="vote"))
+
+    with recorded() as heard:
+        with pytest.raises(KeyError):
+            fail()
+        zope_site.manager.abort()
+        assert heard == []
+    assert zope_site.stored() == (1, 1)
+
+
 def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
-    """Its rollback takes the session's part away and is no loss; what is saved after it is a part like any other."""
+    """Its rollback undoes the session's part without a warning; what is saved after it is a part like any other."""
     with zope_site.manager:
         account_id = zope_site.bank.open_account()
     with zope_site.manager:

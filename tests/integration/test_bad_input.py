@@ -162,7 +162,7 @@ def test_bad_key_with_a_database_of_its_own(commit: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [object, "Bank", Bank.__name__, Flask, 3])
 def test_application_that_is_none_is_refused(wrong: Any) -> None:
-    """A class that is no subclass of ``Application`` is refused at once, in every argument."""
+    """A class that is not a subclass of ``Application`` is refused at once, in every argument."""
     for register in (
         lambda: EventSourcing(application=wrong),
         lambda: EventSourcing(applications=[Bank, wrong]),

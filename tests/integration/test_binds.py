@@ -328,7 +328,7 @@ class TestUsing:
         two.close()
 
     def test_it_may_outlive_the_context(self, two: Two) -> None:
-        """Without a request nobody but its owner ends it, who may commit it after the application context."""
+        """Without a request only the owner of a session ends it, and may commit it after the application context."""
         with self.session(two) as session:
             with two.app.app_context(), two.es.using(session):
                 two.es[Bank].open_account()

@@ -73,7 +73,7 @@ def test_only_inline_projections(site: Site) -> None:
 
 
 def test_the_same_name_in_two_applications(site: Site) -> None:
-    """A name that two applications have is asked for with the application's name before it."""
+    """For a name that two applications have, the command asks for the application's name before it."""
     for of in (Bank, Shop):
         site.es.projection(of=of)(projection("Balances"))
     assert run(site, "init-db")[0] == 0

@@ -284,7 +284,7 @@ def test_a_restarted_worker_tries_again(sqlite_ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "Say which projections to run, or --all. Registered: Balances, Balances:reactions, Fragile, Picky."),
+        ([], 2, "Give the projections to run, or --all. Registered: Balances, Balances:reactions, Fragile, Picky."),
         (["Nobody"], 1, "There is no projection 'Nobody'. Registered: Balances, Balances:reactions, Fragile, Picky"),
         (["Balances", "--all"], 2, "Give names or --all, not both."),
         (["Inline"], 1, "Projection 'Inline' is inline: it runs within save()"),
@@ -395,7 +395,7 @@ def test_dead_letters(ledger: Ledger) -> None:
 
 
 def test_dead_letters_are_discarded_when_confirmed(sqlite_ledger: Ledger) -> None:
-    """Discarding asks first; then the event is gone from the list and those behind it are applied."""
+    """Discarding asks first; then the event is removed from the list, and those that wait for it are applied."""
     sqlite_ledger.deposit([POISON, 2])
     assert sqlite_ledger.run("run", "Picky", "--once")[0] == 0
     ids = [each["id"] for each in json.loads(sqlite_ledger.run("dead-letters", "list", "--json")[1])]

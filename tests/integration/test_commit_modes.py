@@ -260,7 +260,7 @@ class TestRequest:
         assert site.stored() == (0, 0)
 
     def test_bare_app_context_does_not_commit(self, site: Site) -> None:
-        """Without a request there is no commit either: events in a command are dropped and told."""
+        """Without a request there is no commit either: events in a command are dropped, and the log names them."""
         heard = listen(site)
         with site.app.app_context():
             site.bank.open_account()

@@ -45,7 +45,7 @@ def test_conflict_is_raised_at_save(site: Site) -> None:
 
 
 def test_conflict_after_other_work(site: Site) -> None:
-    """A conflict after rows and events were written in the same transaction is told in the same way."""
+    """A conflict after rows and events were written in the same transaction raises the same error."""
     with site.app.app_context():
         save_late, _ = beaten(site)
         site.note()

@@ -372,7 +372,7 @@ def test_lite_bind_key(uri: str, tmp_path: Path) -> None:
 
 
 def test_models_of_two_apps_with_other_settings_are_refused() -> None:
-    """Two apps that share ``db`` and want other tables of one application cannot, and are told."""
+    """Two apps that share ``db`` cannot have different tables for one application, and the error says so."""
     db = SQLAlchemy()
     es = EventSourcing(db=db, application=Bank)
     first = make_app("sqlite://")

@@ -41,7 +41,7 @@ def deposits(site: Site, accounts: list[UUID], times: int) -> int:
 
 @on_sqlite_file
 def test_begin_of_sqlalchemys_recipe_queues(new_site: MakeSite) -> None:
-    """With SQLAlchemy's own recipe for SQLite's transactions nobody is told at once that the database is locked."""
+    """With SQLAlchemy's own recipe for SQLite's transactions, no request fails at once with "database is locked"."""
     site = new_site(PROPAGATE_EXCEPTIONS=False)
     with site.app.app_context():
         engine = site.db.engine

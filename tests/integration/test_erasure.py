@@ -1,4 +1,4 @@
-"""What is left of an aggregate that was erased, and who is told.
+"""What is left of an aggregate that was erased, and how projections and caches learn of it.
 
 ``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
 """
@@ -388,7 +388,7 @@ def test_a_tenant(site: Site, redact: bool) -> None:
 
 @on_postgresql
 def test_a_role_without_the_right_to_delete(site: Site, uri: str) -> None:
-    """A role that may not delete is told so, and nothing is changed."""
+    """A role that may not delete gets an error that says so, and nothing is changed."""
     account_id = site.opened(1)
     role = f"web_{uuid4().hex}"
     with site.app.app_context():
@@ -459,15 +459,15 @@ def test_command(site: Site) -> None:
 
 @on_sqlite_file
 def test_command_refuses(new_site: MakeSite) -> None:
-    """An unknown id, a text that is no id, and no application where there are several are one line each."""
+    """An unknown id, text that is not an id, and a missing application name are one line each."""
     site = new_site(Bank, Shop)
     unknown = str(uuid4())
     assert run(site, "erase", unknown)[0] == 2
-    assert "Say the application with --application: Bank, Shop." in run(site, "erase", unknown)[1]
+    assert "Choose the application with --application: Bank, Shop." in run(site, "erase", unknown)[1]
     code, printed = run(site, "erase", unknown, "--application", "Shop")
     assert (code, "Shop has no aggregate" in printed) == (1, True)
     code, printed = run(site, "erase", "ada", "--application", "Shop")
-    assert (code, "'ada' is no UUID, and the ids of Shop are." in printed) == (2, True)
+    assert (code, "'ada' is not a UUID, and the ids of Shop are." in printed) == (2, True)
 
 
 @on_files

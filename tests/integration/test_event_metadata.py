@@ -10,16 +10,19 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, Request, request
 from flask_sqlalchemy import SQLAlchemy
+from markupsafe import Markup
 from sqlalchemy import orm
+from werkzeug.local import LocalProxy
+from werkzeug.test import run_wsgi_app
 
 from flask_eventsourcing import ConfigurationError, EventMetadataError, EventSourcing, StoredEventMixin, events_recorded
 from flask_eventsourcing.metadata import (
@@ -446,6 +449,73 @@ def test_columns_that_are_not_the_users_are_refused(uri: str) -> None:
         site.bank.open_account()
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"tenant": "a\0b"},
+        {"tenant": "\ud800"},
+        {"tenant": 7},
+        {"tenant": b"acme"},
+        {"tenant": LocalProxy(lambda: "acme")},
+        {"day": "today"},
+        {"size": "7"},
+        {"kind": "unknown"},
+        {7: "acme"},
+        [("tenant", "acme")],
+        None,
+    ],
+    ids=repr,
+)
+def test_columns_that_cannot_be_stored_are_refused(uri: str, returned: Any) -> None:
+    """What ``column_values()`` returns wrongly is refused by its name before it is sent, and the unit can go on."""
+    returns = [returned, {"tenant": Markup("<acme>"), "day": date(2026, 1, 2), "kind": "known"}]
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> Any:
+        return returns.pop(0)
+
+    site = own_site(
+        uri,
+        tenant=orm.mapped_column(sa.String(20)),
+        day=orm.mapped_column(sa.Date),
+        size=orm.mapped_column(sa.Integer),
+        kind=orm.mapped_column(sa.Enum("known", "other", native_enum=False, validate_strings=True)),
+        column_values=column_values,
+    )
+    with site.app.app_context():
+        with pytest.raises(EventMetadataError, match=r"column_values\(\) of the record class of records returns"):
+            site.bank.open_account()
+        site.bank.open_account()
+        site.db.session.commit()
+    (found,) = records(site)
+    assert (found.tenant, found.day, found.kind) == ("<acme>", date(2026, 1, 2), "known")
+    site.close()
+
+
+@on_memory
+def test_columns_may_be_taken_from_the_metadata(uri: str) -> None:
+    """``column_values()`` may take values out of the mapping that it gets, for each event of a save."""
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> Any:
+        return {"tenant": metadata.pop("tenant")}
+
+    site = own_site("sqlite://", tenant=orm.mapped_column(sa.String(20)), column_values=column_values)
+    account = Account("Ada")
+    account.deposit(1)
+    told: list[Any] = []
+
+    def receiver(sender: Any, recorded: Any, **_: Any) -> None:
+        told.extend(recorded)
+
+    with events_recorded.connected_to(receiver, site.app), site.app.app_context(), event_metadata(tenant="acme"):
+        site.bank.save(account)
+        site.db.session.commit()
+    assert [each.tenant for each in records(site)] == ["acme", "acme"]
+    assert [each.metadata["tenant"] for each in told] == ["acme", "acme"]
+    site.close()
+
+
 def test_record_class_may_leave_the_columns_out(uri: str) -> None:
     """A record class without the columns works, and nothing is recorded of metadata."""
     left_out = dict.fromkeys(("event_id", "recorded_at", "event_metadata", "correlation_id"))
@@ -519,6 +589,33 @@ def test_trace_of_the_current_span(site: Site) -> None:
     send(site, {"traceparent": TRACE})
     found = [each.event_metadata["traceparent"] for each in records(site)]
     assert found == [f"00-{7:032x}-{9:016x}-01", TRACE]
+
+
+@on_memory
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_is_left_after_an_inner_request_ends_with_the_outer_one(uri: str, copied: bool) -> None:
+    """What a view leaves in the context ends with its request, and not with another one that it has made."""
+    site = own_site("sqlite://")
+
+    @site.app.get("/<how>")
+    def view(how: str) -> dict[str, str]:
+        if how == "outer":
+            site.app.test_client().get("/inner")
+            with site.es.event_metadata(around="yes"):
+                # An environment that is used again, as by a dispatcher.
+                run_wsgi_app(site.app, {**request.environ, "PATH_INFO": "/other"} if copied else again(request))
+                assert get_metadata_from_context() == {"around": "yes"}
+        if how != "other":
+            site.es.event_metadata(**{how: "yes"}).__enter__()
+        return get_metadata_from_context()
+
+    def again(of: Request) -> Any:
+        of.environ["PATH_INFO"] = "/other"
+        return of.environ
+
+    client = site.app.test_client()
+    assert [client.get(f"/{how}").json for how in ("outer", "other")] == [{"outer": "yes"}, {}]
+    site.close()
 
 
 @on_memory

@@ -153,7 +153,7 @@ def test_predecessor_in_the_same_transaction_counts(site: Site) -> None:
 
 
 def test_application_without_a_table_of_snapshots_appends(site: Site) -> None:
-    """The library makes no table of snapshots for an application that takes none; events are appended all the same."""
+    """The library makes no table of snapshots for an application that takes none; events can be appended without it."""
     with site.app.app_context():
         site.es.models[Bank].tables["snapshots"].drop(site.db.engine)
     account_id = site.opened()

@@ -361,7 +361,7 @@ class TestNoAnswerToChange:
         site.close()
 
     def test_thread_with_a_copied_context(self, explicit: Site, caplog: pytest.LogCaptureFixture) -> None:
-        """A thread that goes on with a copy of a context that has ended is told what to do instead."""
+        """A thread that uses a copy of a context that has ended gets an error that says what to do instead."""
         ended = threading.Event()
 
         def work() -> None:

@@ -1,4 +1,4 @@
-"""What is looked at before the first append or read, and what ``check`` says of it.
+"""What is checked before the first append or read, and what the command ``check`` says of it.
 
 ``site`` is a Flask app with the bank of ``tests/domain.py``, its database and the extension: ``tests/bank.py``.
 """
@@ -193,7 +193,7 @@ def test_column_of_metadata_that_is_missing_is_refused(new_site: MakeSite, optio
 
 
 def test_table_of_the_library_needs_no_column_more(new_site: MakeSite, caplog: pytest.LogCaptureFixture) -> None:
-    """A table that has none of the columns of metadata works as it is, is warned of once, and named by ``check``."""
+    """A table that has none of the columns of metadata works, with one warning, and ``check`` names it."""
     site = new_site()
     for optional in ("event_id", "recorded_at", "metadata", "correlation_id"):
         change(site, f"ALTER TABLE bank_events DROP COLUMN {optional}")
@@ -388,7 +388,7 @@ def test_large_saves(new_site: MakeSite, size: int) -> None:
 
 @on_mariadb
 def test_event_that_no_statement_holds(new_site: MakeSite) -> None:
-    """An event that is longer than a statement may be is refused by name, and the transaction goes on."""
+    """An event that is longer than a statement may be is refused by name, and the transaction can be used further."""
     site = new_site()
     with site.app.app_context():
         site.note()

@@ -98,7 +98,7 @@ class Kennel(Application[UUID]):
 
 
 def test_snapshot_of_the_same_version_is_replaced(new_site: MakeSite) -> None:
-    """A second snapshot of a version replaces the first, and the session goes on."""
+    """A second snapshot of a version replaces the first, and the session can be used further."""
     site = new_site(Kennel)
     with site.app.app_context():
         application: Any = site.bank

@@ -78,7 +78,7 @@ def test_fifteen_lines_are_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class TestRegisteringLater:
-    """The first class that is registered takes the place of the plain application, if nobody has used that."""
+    """The first class that is registered replaces the plain application, if that was not used yet."""
 
     @pytest.mark.parametrize("number", [1, 2])
     def test_its_place_is_taken_with_its_tables(self, number: int) -> None:
@@ -200,7 +200,7 @@ class TestConstruct:
 
     @pytest.mark.parametrize("when", ["first-use", "init"])
     def test_when_it_is_constructed(self, when: str, noted: type[Noted], tmp_path: Path) -> None:
-        """At the first use, or in ``init_app``; once either way, and once more in a forked process."""
+        """It is constructed at the first use, or in ``init_app``: once either way, and again in a forked process."""
         app = make_app(f"sqlite:///{tmp_path / 'bank.db'}", EVENTSOURCING_CONSTRUCT=when)
         es = EventSourcing(app, application=noted)
         assert len(noted.constructed) == (1 if when == "init" else 0)

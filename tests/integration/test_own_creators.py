@@ -56,7 +56,7 @@ def test_file_that_is_idle_can_be_used(file_site: Site) -> None:
 
 @pytest.mark.parametrize("what", ["transaction", "read", "driver", "fork in C"])
 def test_file_that_is_open_is_refused(file_site: Site, tmp_path: Path, what: str) -> None:
-    """A child that inherits the open file is told so, as where SQLAlchemy connects, and the parent goes on."""
+    """A child that inherits the open file is refused, as where SQLAlchemy connects, and the parent can go on."""
     with file_site.app.app_context(), closing(sqlite3.connect(tmp_path / "bank.db")) as driver:
         if what == "transaction":
             file_site.bank.open_account()

@@ -154,7 +154,7 @@ def test_a_listener_that_tells_what_a_lost_connection_is(site: Site) -> None:
 
 @on_postgresql
 def test_an_error_while_rows_are_fetched(site: Site) -> None:
-    """An error that comes while rows are fetched is told to listeners, and is the library's."""
+    """Listeners hear of an error that comes while rows are fetched, and it is raised as the library's."""
     heard: list[BaseException] = []
 
     def listen(context: Any) -> None:

@@ -122,7 +122,7 @@ def test_events_go_where_the_models_go(routed: Callable[..., Routed], route: Rou
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_save_is_refused_where_the_models_go_elsewhere(routed: Callable[..., Routed], route: Route) -> None:
-    """An app whose own address is the replica's is told, with both databases and the remedy, and nothing is stored."""
+    """An app whose own address is the replica's gets an error with both databases and the remedy; nothing is stored."""
     site = routed(route, "replica")
     with pytest.raises(ConfigurationError, match=r"primary\.db.*replica\.db.*EVENTSOURCING_BIND_KEY"):
         site.save()

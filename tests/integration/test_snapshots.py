@@ -68,7 +68,7 @@ def versions(site: Site) -> dict[UUID, list[int]]:
 
 
 def test_take_and_drop(branch: Site) -> None:
-    """A snapshot is taken of an aggregate as it is now, again too, and all of its snapshots are dropped."""
+    """A snapshot can be taken of an aggregate again and again, and all of its snapshots can be dropped."""
     account_id = branch.opened(1)
     assert run(branch, "take", str(account_id)) == (0, f"Bank {account_id}: 1 snapshot taken.\n")
     assert run(branch, "take", str(account_id))[0] == 0
@@ -217,7 +217,7 @@ class Bag(Aggregate):
 
 @on_sqlite_file
 def test_a_field_that_is_not_set(branch: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """An aggregate that lacks a field with and without its snapshot is read as it is."""
+    """An aggregate with a field that is never set can be read from its events and from its snapshot."""
     with branch.app.app_context():
         made: Any = Bag
         bag = made(colour="red")
@@ -255,7 +255,7 @@ def test_a_class_with_another_version(branch: Site, monkeypatch: pytest.MonkeyPa
 
 @on_sqlite_file
 def test_an_error_of_the_class_stays_what_it_is(branch: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that events cause, too, is raised as it is; ``take --all`` names the aggregate, and goes on."""
+    """An error that events cause, too, is raised unchanged; ``take --all`` names the aggregate, and continues."""
     account_id = branch.opened(1)
     parcel_id, _ = grown(branch, {})
 

@@ -60,7 +60,7 @@ def no_shared_memory(path: Path) -> Iterator[None]:
 
 
 def test_a_file_is_switched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file is in the mode WAL from the first connection on, and stays as it is where that is not wanted."""
+    """A file is in the mode WAL from the first connection on, and keeps its mode if the setting says so."""
     with site_on(f"sqlite:///{tmp_path / 'bank.db'}") as site:
         assert use(site) == "wal"
     with site_on(f"sqlite:///{tmp_path / 'other.db'}", EVENTSOURCING_SQLITE_WAL=False) as site:

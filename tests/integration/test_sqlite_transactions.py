@@ -59,14 +59,14 @@ def take_steps(steps: list[Step], path: Path | None) -> None:
 @SETTINGS
 @given(STEPS)
 def test_steps_in_memory(steps: list[Step]) -> None:
-    """In memory, what was committed is stored, nothing else is, and nobody ends another's transaction."""
+    """In memory, what was committed is stored, nothing else is, and no thread ends another's transaction."""
     take_steps(steps, None)
 
 
 @SETTINGS
 @given(STEPS)
 def test_steps_on_a_file(steps: list[Step]) -> None:
-    """The same holds on a file, where reads wait for nobody."""
+    """The same holds on a file, where reads do not wait."""
     with TemporaryDirectory() as folder:
         take_steps(steps, Path(folder) / "numbers.db")
 
@@ -252,7 +252,7 @@ def test_raw_connection(memory: Engine) -> None:
 
 
 def test_raw_connection_does_not_end_a_transaction(memory: Engine) -> None:
-    """The driver's own connection is told that it cannot commit another's transaction, and does not roll it back."""
+    """The driver's own connection gets an error when it commits another's transaction, and does not roll it back."""
     with memory.connect() as connection:
         insert(connection, 1)
         raw = memory.raw_connection()
@@ -268,7 +268,7 @@ def test_raw_connection_does_not_end_a_transaction(memory: Engine) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_invalidated_connection(memory: Engine, own: bool) -> None:
-    """To invalidate a connection closes the database in memory, for all; nobody waits for its transaction then."""
+    """To invalidate a connection closes the database in memory, for all; no thread waits for its transaction then."""
     first, second = memory.connect(), memory.connect()
     insert(first, 1)
     (first if own else second).invalidate()

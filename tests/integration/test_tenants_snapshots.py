@@ -167,7 +167,7 @@ def test_table_that_is_made_later_is_seen(tenants: Tenants) -> None:
 
 
 def test_is_there_is_a_tenants_own(tenants: Tenants) -> None:
-    """What erases aggregates is told for each tenant whether there are snapshots."""
+    """An erasure knows for each tenant whether there are snapshots."""
     for _ in range(2):
         for tenant in (WITH, WITHOUT):
             with tenants.turn(tenant) as connection:

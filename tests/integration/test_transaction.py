@@ -32,7 +32,7 @@ def test_success_commits(site: Site) -> None:
 
 
 def test_error_rolls_back_and_passes(site: Site) -> None:
-    """A unit of work that fails stores nothing, and its error passes as it is."""
+    """A unit of work that fails stores nothing, and its error is raised unchanged."""
     error = KeyError("view")
 
     def work() -> None:

@@ -122,7 +122,7 @@ class TestObjectWhoseEventsAreLost:
     @pytest.mark.parametrize("mode", ["explicit", "request", "save"])
     @pytest.mark.parametrize("loss", LOSSES[1:3])
     def test_unchanged_object_is_refused(self, new_site: MakeSite, loss: Callable[..., None], mode: str) -> None:
-        """A view that saves the same object once more, with no further change, does not answer that it is stored."""
+        """A view that saves the same object again, without a further change, does not answer that it is stored."""
         site = new_site(EVENTSOURCING_COMMIT=mode)
         account_id = site.opened()
 
@@ -216,7 +216,7 @@ class TestObjectThatHadAConflict:
         assert site.balance(account_id) == 100
 
     def test_loop_by_hand(self, site: Site) -> None:
-        """A loop that catches the conflict, rolls back and saves the object once more is refused."""
+        """A loop that catches the conflict, rolls back and saves the object again is refused."""
         account_id = site.opened()
         with site.app.app_context():
             account = overtaken(site, account_id)

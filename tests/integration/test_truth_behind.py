@@ -263,7 +263,7 @@ class TestBehindTheSession:
     @pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
     @pytest.mark.parametrize("statement", ["SELECT '; COMMIT'", "SELECT 1 -- ; COMMIT", "SELECT $a$ ; COMMIT $a$"])
     def test_text_that_speaks_of_a_commit_is_none(self, site: Site, statement: str) -> None:
-        """A literal or comment with the word is no commit."""
+        """A literal or a comment with the word COMMIT does not count as a commit."""
         account_id = site.opened()
 
         @site.es.transactional
@@ -329,7 +329,7 @@ class TestBehindTheSession:
 
     @closes
     def test_closed_session_is_told_outside_of_a_request(self, site: Site, close: Callable[[Site], Any]) -> None:
-        """In a command or a task, events that go with a closed session are told by ``events_discarded``."""
+        """In a command or a task, ``events_discarded`` is sent for events that are lost with a closed session."""
         account_id = site.opened()
         discarded = listen(site, events_discarded)
         with site.app.app_context():

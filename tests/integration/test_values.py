@@ -172,7 +172,7 @@ def test_state_that_a_mapper_returns_as_text(uuids: Site, kind: Callable[[Any], 
 
 
 def test_large_save_with_one_wrong_value_stores_nothing(uuids: Site) -> None:
-    """Of a save with one wrong value nothing is stored, no position is lost, and the session goes on."""
+    """Of a save with one wrong value nothing is stored, no position is lost, and the session can be used further."""
     events = [StoredEvent(uuid4(), 1, "a:b", b"") for _ in range(600)]
     with uuids.app.app_context():
         with pytest.raises(EventValueError, match=r"state of an event for .*is of type str"):

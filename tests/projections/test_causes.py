@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import Context, copy_context
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing import ConfigurationError
-from flask_eventsourcing.metadata import Recorded
+from flask_eventsourcing.metadata import Recorded, get_metadata_from_context
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from tests.projections.conftest import MakeFlaskDesk
 from tests.projections.desk import Created, Deposited
@@ -79,6 +80,28 @@ def test_correlation_is_one_and_causation_a_tree(desk: FlaskDesk, inline: bool) 
     # Inline, it is saved within what the user has put.
     reasons = [each.event_metadata.get("reason") for each in by_correlation["c"]]
     assert reasons == ["mine", "mine" if inline else None, None]
+
+
+def test_what_a_handler_has_started_keeps_its_event_as_the_cause(desk: FlaskDesk) -> None:
+    """Work in a copy of a handler's context saves events with the handler's event as their cause, however late."""
+    started: list[tuple[Context, UUID]] = []
+
+    class Starting(ModelProjection):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session, recorded: Recorded) -> None:
+            assert recorded.event_id is not None
+            started.append((copy_context(), recorded.event_id))
+
+    desk.register(Starting)
+    with desk.context() as bank:
+        for _ in range(12):
+            bank.open_account()
+        desk.db.session.commit()
+        assert not desk.run_once()
+        causes = [context.run(get_metadata_from_context)["causation_id"] for context, _ in started]
+        assert causes == [str(event_id) for _, event_id in started]
+        assert len(set(causes)) == 12
+    assert get_metadata_from_context() == {}
 
 
 def test_event_without_a_correlation_begins_one(desk: FlaskDesk) -> None:
@@ -228,3 +251,29 @@ def test_a_further_parameter_of_another_name_is_refused() -> None:
         class Wrong(ModelProjection):
             @on(Created)  # type: ignore[arg-type]  # as type checkers say too
             def opened(self, event: Any, session: orm.Session, metadata: Any) -> None: ...
+
+
+def test_ids_that_others_have_left_out(desk: FlaskDesk) -> None:
+    """The nil UUID, which version 10 of the library stores where an event has no id, is the id of none."""
+    keys: dict[str, str] = {}
+    told: dict[str, Recorded] = {}
+
+    class Told(ModelProjection):
+        @reaction(Created)
+        def answered(self, event: Any, key: str, recorded: Recorded) -> None:
+            keys[event.owner], told[event.owner] = key, recorded
+            if event.owner == "Ada":
+                desk.es.application.open_account("Bea")
+
+    desk.register(Told)
+    with desk.context() as bank:
+        bank.open_account("Ada")
+        bank.open_account("Cleo")
+        desk.db.session.commit()
+        desk.db.session.execute(sa.update(desk.es.StoredEvent).values(event_id=UUID(int=0)))
+        desk.db.session.commit()
+    for _ in range(2):
+        assert not desk.run_once()
+    assert len(set(keys.values())) == 3
+    assert (told["Ada"].event_id, told["Cleo"].event_id) == (None, None)
+    assert "causation_id" not in told["Bea"].metadata

@@ -253,6 +253,27 @@ def test_a_letter_tells_where_its_event_came_from(desk: Desk) -> None:
     assert shown["metadata"] == {"user": "eve\nerror: none", "correlation_id": "request-7"}
 
 
+def test_a_letter_does_nothing_to_a_terminal(desk: Desk) -> None:
+    """Errors, tracebacks and metadata are shown with escapes for what a terminal would obey."""
+
+    class Failing(ModelProjection):
+        on_failure = "dead-letter"
+        retries = 0
+
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None:
+            raise ValueError("\x1b[2J forged \x9b31m\x07")
+
+    desk.register(Failing)
+    with put_metadata_in_context({"user": "eve\x1b[2J\x9b\x7f"}):
+        desk.open(1)
+    desk.run_once()
+    for arguments in (("list",), ("show", "1")):
+        text = command(desk, "dead-letters", *arguments)[1]
+        assert "forged" in text
+        assert all(each.isprintable() or each == "\n" for each in text)
+
+
 def test_a_reaction_is_skipped(desk: Desk) -> None:
     """Halted reactions go on after a skipped event, and later events do not wait for it."""
     desk.reacting(retries=0)
@@ -345,7 +366,7 @@ def test_reactions_are_reset_to_a_position(desk: Desk) -> None:
         assert code == 1
         assert "at position 4. Have it called again for 2 events up to 4? [y/N]" in output
         code, output = command(desk, "reactions", "reset", "Reacting", "--position", "2", "--yes", "--by", "ada")
-        assert (code, output) == (0, "Reacting:reactions goes on behind position 2.\n")
+        assert (code, output) == (0, "Reacting:reactions goes on after position 2.\n")
         until(lambda: len(desk.calls) == 5)
         assert desk.calls[3:] == first[1:]
     assert desk.status("Reacting:reactions").changed_by == "ada"
@@ -369,7 +390,7 @@ def test_reactions_are_reset_to_a_time(desk: Desk) -> None:
     assert upkeep.position_before(application, since + timedelta(days=1)) == 5
     del desk.calls[:]
     code, output = command(desk, "reactions", "reset", "Reacting", "--since", since.isoformat(), "--yes")
-    assert (code, output) == (0, "Reacting:reactions goes on behind position 3.\n")
+    assert (code, output) == (0, "Reacting:reactions goes on after position 3.\n")
     assert not desk.run_once()
     assert [call[1] for call in desk.calls] == [4, 5]
 

@@ -17,7 +17,10 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, on, runners
 from flask_eventsourcing.projections.applying import Applier
+from flask_eventsourcing.projections.applying.pages import LogPages
+from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.dead_letters import DeadLetter
+from flask_eventsourcing.projections.runners.claims import Turn
 from tests.projections.desk import Deposited, Desk, PoisonError, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -96,6 +99,65 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
             until(lambda: desk.position() == 4002)
             assert moved == [1]
     assert desk.amounts() == {account_id: 4001}
+
+
+def test_what_is_new_at_the_end_of_the_log_is_read_by_one_statement(desk: Desk) -> None:
+    """One statement finds and reads the next events, unless others may appear between them or there are many."""
+    desk.balances()
+    account_id = desk.open(1, 2)
+    pages = LogPages(desk.consumer(), None)
+    statements: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    with desk.context():
+        # Now the table was looked at.
+        assert pages.look_ahead(3, 1000) == 3
+        sa.event.listen(desk.engine, "before_cursor_execute", note)
+        try:
+            assert pages.look_ahead(1, 1000) == 3
+            page = pages.read(1, 1000, 3)
+        finally:
+            sa.event.remove(desk.engine, "before_cursor_execute", note)
+        assert len(statements) == 1
+        assert ([each.id for each in page.events], page.position, page.full) == ([2, 3], 3, False)
+        # More than are taken at a time.
+        assert pages.look_ahead(1, 1) is None
+    desk.deposit(account_id, 3, 4, 5, 6)
+    with desk.context():
+        assert pages.look_ahead(3, 1000) is None
+        assert [each.id for each in pages.read(3, 2, 7).events] == [4, 5]
+        with desk.engine.begin() as connection:
+            connection.execute(sa.delete(desk.events_table).where(desk.events_table.c.notification_id == 5))
+        assert pages.look_ahead(4, 1000) is None
+        assert pages.look_ahead(5, 1000) == 7
+
+
+def test_what_was_applied_inline_meanwhile_is_not_applied_again(desk: Desk) -> None:
+    """A worker applies no event that a process of another release has applied inline since it looked."""
+    desk.balances()
+    desk.open(1)
+    consumer = desk.consumer()
+    with desk.context():
+        consumer.checkpoint.ensure()
+        claimed = consumer.checkpoint.claim(lease=consumer.leased)
+        assert claimed is not None
+        page = consumer.application.read_log(0, 10, None, ())
+        ranges = sa.insert(consumer.application.models.tables["inline_ranges"])
+        with desk.engine.begin() as connection:
+            connection.execute(ranges.values(projection="Balances", first_position=2, last_position=2))
+
+        def look_and_apply() -> None:
+            # Where the statement that moves the position cannot tell it, the look at the log does.
+            Turn(consumer).find_end(claimed, LogPages(consumer, None), 10)
+            Applier(consumer).apply(claimed, page, page[-1].id)
+
+        with pytest.raises(FencedError):
+            look_and_apply()
+        assert desk.row().position == 0
+        # It was the second that was applied.
+        assert Applier(consumer).apply(claimed, page[:1], page[0].id).position == 1
 
 
 def test_a_transient_error_is_retried_and_forgotten(desk: Desk) -> None:

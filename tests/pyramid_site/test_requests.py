@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 import transaction
+import zope.sqlalchemy
 from eventsourcing.persistence import IntegrityError
 from pyramid import testing
+from pyramid.config import Configurator
 from pyramid.httpexceptions import HTTPConflict, HTTPFound
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.scripting import prepare
+from sqlalchemy import orm
 from transaction import TransactionManager
 from webtest import TestApp
 
+from flask_eventsourcing.contrib.pyramid import event_models
 from flask_eventsourcing.exceptions import ConfigurationError, RollbackOnlyError, UncommittedEventsError
 from flask_eventsourcing.signals import events_discarded
 from tests.domain import Bank, conflict_with, in_threads
@@ -309,6 +314,67 @@ def test_events_of_a_callback_are_told(new_site: MakePyramidSite, way: str, capl
     assert site.stored() == (0, 0)
 
 
+def test_events_of_a_body_are_told_and_cost_no_other_client(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What the body of an answer saves with the thread's session is told; the thread's next request is answered."""
+    base = orm.declarative_base()
+    models = event_models(base, "Bank")
+    engine = sa.create_engine(url)
+    base.metadata.create_all(engine)
+    sessions = orm.scoped_session(orm.sessionmaker(engine))
+    zope.sqlalchemy.register(sessions)
+
+    def view(request: Any) -> Any:
+        bank_of(request).open_account()
+        return Response(app_iter=body(request) if "in parts" in request.GET else [b"done"])
+
+    def body(request: Any) -> Any:
+        yield b"one"
+        bank_of(request).open_account()
+        yield b"two"
+
+    with Configurator(settings=VETO) as config:
+        config.include("pyramid_tm")
+        config.include("flask_eventsourcing.contrib.pyramid")
+        config.add_eventsourcing(Bank, models=models, session=sessions)
+        config.add_route("bank", "/")
+        config.add_view(view, route_name="bank")
+    client = TestApp(config.make_wsgi_app())
+    assert client.post("/?in parts").text == "onetwo"
+    assert client.post("/").text == "done"
+    assert ["neither committed nor rolled back" in each for each in caplog.messages] == [True]
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(models.StoredEvent)) == 2
+    sessions.remove()
+    config.registry["flask_eventsourcing"].close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("tweens", [True, False])
+@pytest.mark.parametrize("saves", [True, False])
+@DATABASES
+def test_subrequest_that_drops_the_events_around_it(new_site: MakePyramidSite, tweens: bool, saves: bool) -> None:
+    """A view is no success if a subrequest with the same manager has rolled its events back; another one is."""
+
+    def configure(config: Any) -> None:
+        config.add_route("inner", "/inner")
+        config.add_view(lambda request: save(request) if saves else {}, route_name="inner", renderer="json")
+
+    def view(request: Any) -> Any:
+        bank_of(request).open_account()
+        request.invoke_subrequest(Request.blank("/inner", method="POST"), use_tweens=tweens)
+        return {}
+
+    site = with_note(new_site(configure=configure, **VETO, **{"tm.manager_hook": lambda request: transaction.manager}))
+    if tweens:
+        with pytest.raises(UncommittedEventsError, match=r"1 event of Bank .* a subrequest began a transaction"):
+            site.answer(view)
+        assert site.stored() == ((1, 1) if saves else (0, 0))
+    elif not saves or site.engine.dialect.name == "postgresql":
+        # Elsewhere a second writer waits for the first one, which is the same thread.
+        assert site.answer(view).status_code == 200
+        assert site.stored() == ((2, 1) if saves else (1, 0))
+
+
 @pytest.mark.parametrize("returned", [None, 5])
 def test_function_that_returns_no_session_is_refused(new_site: MakePyramidSite, returned: Any) -> None:
     """A save in a request whose function returns no session is refused, rather than committed on its own."""
@@ -450,19 +516,30 @@ def test_answered_conflict_is_tried_again(new_site: MakePyramidSite, settings: d
     assert site.stored() == (5, 1)
 
 
+def read_and_pay_in(request: Any) -> None:
+    """Read a row, as an authentication policy does, and change the account, which takes its time."""
+    request.dbsession.scalars(sa.select(request.registry["note"].text)).all()
+    account = bank_of(request).account(request.registry["account_id"])
+    time.sleep(request.registry["pause"])
+    account.deposit(1)
+    bank_of(request).save(account)
+
+
 @pytest.mark.parametrize("url", ["postgresql", "mariadb"], indirect=True)
-def test_eight_clients_on_one_account(site: PyramidSite) -> None:
+@pytest.mark.parametrize(("pause", "rounds"), [(0.0, 20), (0.2, 2)], ids=["at once", "slowly"])
+def test_eight_clients_on_one_account(site: PyramidSite, pause: float, rounds: int) -> None:
     """Within three attempts each, eight clients that change one account all succeed, and no update is lost."""
-    account_id = site.opened()
-    site.view = lambda request: bank_of(request).deposit(account_id)
+    site.config.registry["pause"] = pause
+    account_id = site.config.registry["account_id"] = site.opened()
+    with_note(site).view = read_and_pay_in
 
     def pay_in() -> None:
         client = TestApp(site.app)
-        for _ in range(20):
+        for _ in range(rounds):
             assert client.post("/").status_code == 200
 
-    in_threads([pay_in] * 8)
-    assert site.balance(account_id) == 160
+    in_threads([pay_in] * 8, patience=600)
+    assert site.balance(account_id) == 8 * rounds
 
 
 def test_functional_tests_decide_themselves(site: PyramidSite) -> None:

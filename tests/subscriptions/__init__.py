@@ -1,0 +1,1 @@
+"""Waiting for new events: notifications on PostgreSQL, polling elsewhere."""

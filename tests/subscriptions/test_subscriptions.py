@@ -145,7 +145,7 @@ def test_a_waiting_subscription_is_stopped_from_another_thread(recorder: SQLAlch
 
 @pytest.mark.parametrize("recorder", REMOTE, indirect=True)
 def test_a_subscription_survives_lost_connections(recorder: SQLAlchemyApplicationRecorder) -> None:
-    """When the server ends its connections, a subscription goes on where it was."""
+    """When the server ends its connections, a subscription continues where it was."""
     engine = recorder.datastore.engine
     with following(recorder) as follower:
         first = record(recorder, 3)
@@ -182,7 +182,7 @@ def test_a_subscription_survives_a_connection_lost_at_any_statement(recorder: SQ
 
 
 def test_a_subscription_survives_a_restart_of_the_server(server_folder: ServerFolder) -> None:
-    """When the database server restarts, a subscription goes on where it was."""
+    """When the database server restarts, a subscription continues where it was."""
     with (
         server_folder.private("restarted", start_postgres) as server,
         recorder_on(server.url) as recorder,

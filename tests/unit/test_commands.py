@@ -205,7 +205,7 @@ def test_a_wrong_call_has_another_exit_status(subject: Subject, output: PlainOut
 
 
 def test_a_lost_database_is_told_from_other_errors() -> None:
-    """Errors of the database and of this package become one message; one that passes is told from the others."""
+    """Errors of the database and of this package become one message, which says whether the database is unreachable."""
     with pytest.raises(UnreachableError, match=r"^The database cannot be reached: gone$"), clear_errors():
         raise persistence.OperationalError("gone")
     with pytest.raises(CommandError, match=r"^It has no models\.$") as failed, clear_errors():
@@ -243,7 +243,7 @@ def test_a_plain_output_asks(answer: str, agreed: bool, monkeypatch: pytest.Monk
 
 
 def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A program that nobody can answer asks, and takes it for a no."""
+    """At the end of the input, a question of a command is answered with no."""
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert PlainOutput().confirm("Go on?") is False
     assert capsys.readouterr().out == "Go on? [y/N]: "

@@ -99,7 +99,7 @@ def test_every_key_is_tested() -> None:
 
 @pytest.mark.parametrize(("key", "value"), cases(GOOD))
 def test_good_value_is_taken(key: str, value: Any) -> None:
-    """Each documented value of a key is taken as it is."""
+    """Each documented value of a key is accepted unchanged."""
     is_apart = "CASSANDRA" in key or value == "cassandra"
     config = Config.from_mapping({**(BESIDE if is_apart else {}), key: value})
     assert getattr(config, key.removeprefix(PREFIX).lower()) == value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from flask_eventsourcing.uow import contended
-from flask_eventsourcing.uow.contended import ContendedAggregates
+from flask_eventsourcing.uow.contended import AggregateQueue, ContendedAggregates
 
 
 class Clock:
@@ -55,3 +57,48 @@ def test_memory_is_bounded(clock: Clock) -> None:
     for name in "abcde":
         aggregates.add(("bank_events", name))
     assert [name for name in "abcde" if ("bank_events", name) in aggregates] == ["c", "d", "e"]
+
+
+class Turns:
+    """A database in which it is always the caller's turn."""
+
+    def queue_for(self, *_: object, wait: bool) -> None:
+        """Wait for nobody."""
+
+
+def test_aggregate_is_contended_while_a_unit_queues(clock: Clock) -> None:
+    """However long a unit waits for its turn and has it, the units that begin meanwhile queue behind it."""
+    aggregates = ContendedAggregates(seconds=1, most=3)
+    turns: Any = Turns()
+    table: Any = SimpleNamespace(name="bank_events")
+    queues = [AggregateQueue(turns, aggregates) for _ in range(2)]
+    key = (table.name, "a")
+    aggregates.add(key)
+    for queue in queues:
+        queue.active = True
+        queue.before_read(turns, table, "a", has_written=False)
+    clock.now += 60
+    assert key in aggregates
+    queues[0].left()
+    assert key in aggregates
+    queues[1].left()
+    assert key not in aggregates
+
+
+def test_memory_of_the_queues_is_bounded(clock: Clock) -> None:
+    """Neither aggregates that nobody queues for any more nor units that are gone are remembered."""
+    aggregates = ContendedAggregates(seconds=1, most=3)
+    turns: Any = Turns()
+    table: Any = SimpleNamespace(name="bank_events")
+
+    def queue_and_be_gone(name: str) -> None:
+        queue = AggregateQueue(turns, aggregates)
+        queue.active = True
+        aggregates.add((table.name, name))
+        queue.before_read(turns, table, name, has_written=False)
+
+    for name in "abcdef":
+        queue_and_be_gone(name)
+    clock.now += 60
+    assert not any(("bank_events", name) in aggregates for name in "abcdef")
+    assert len(aggregates._queues) <= 3

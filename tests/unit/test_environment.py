@@ -178,7 +178,7 @@ def test_address_that_cannot_be_used_is_one_line(address: str) -> None:
     ],
 )
 def test_unsuitable_driver_is_answered_with_the_right_one(name: str) -> None:
-    """For an asynchronous driver, or one that nobody has tried, the message has those that can be used."""
+    """For an asynchronous or untested driver, the message names those that can be used."""
     backend = name.partition("+")[0]
     right = {"postgresql": "psycopg", "sqlite": "pysqlite"}.get(backend, "pymysql")
     text = why_not(sa.make_url(f"{name}://"))

@@ -141,7 +141,7 @@ def test_context_manager_leaves_the_statements_of_others_alone() -> None:
 
 
 def test_context_manager_leaves_other_errors_alone() -> None:
-    """An error that is not SQLAlchemy's passes as it is."""
+    """An error that is not SQLAlchemy's is raised unchanged."""
     with pytest.raises(KeyError), dialect_of().translated:
         raise KeyError
 

@@ -12,10 +12,12 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 from uuid import UUID
 
 import pytest
+from markupsafe import Markup
 from werkzeug.local import LocalProxy
 
 from flask_eventsourcing import EventMetadataError
@@ -33,6 +35,7 @@ from flask_eventsourcing.metadata import (
     set_metadata_in_context,
 )
 from flask_eventsourcing.metadata.values import new_block, uuids_of
+from flask_eventsourcing.workers import received
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +215,24 @@ def test_decorator_of_what_hides_a_coroutine_function_or_a_method() -> None:
     def hidden() -> Any:
         return coroutine()
 
+    def steps() -> Iterator[dict[str, str]]:
+        yield get_metadata_from_context()
+
+    async def asynchronous_steps() -> AsyncIterator[dict[str, str]]:
+        yield get_metadata_from_context()
+
+    def again(function: Any) -> Any:
+        def call() -> Any:
+            return function()
+
+        return call
+
+    async def first() -> dict[str, str]:
+        found: dict[str, str] = await anext(event_metadata(a="1")(again(asynchronous_steps))())
+        return found
+
+    assert list(event_metadata(a="1")(again(steps))()) == [{"a": "1"}]
+    assert asyncio.run(first()) == {"a": "1"}
     decorated: list[Any] = [event_metadata(a="1")(Methods()), hidden]
     assert [asyncio.run(each()) for each in decorated] == [{"a": "1"}] * 2
     assert (Methods.of_class(), Methods().static()) == ({"a": "1"}, {"a": "1"})
@@ -276,6 +297,62 @@ def test_proxy_of_a_text_is_refused() -> None:
     assert isinstance(proxy, str)
     with pytest.raises(EventMetadataError, match=r"'user' is of type LocalProxy.*str"):
         put_metadata_in_context({"user": proxy})
+
+
+class Shouted(str):
+    """A text that does something else."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return "another"
+
+
+def test_texts_are_stored_as_what_they_are() -> None:
+    """Of subclasses of ``str`` the characters count, and what makes others of them, such as markup, has no say."""
+    with put_metadata_in_context({Shouted("a"): Markup("<b>"), "b": Shouted("1")}):
+        found = get_metadata_from_context()
+    assert found == {"a": "<b>", "b": "1"}
+    assert {type(each) for each in (*found, *found.values())} == {str}
+    with pytest.raises(EventMetadataError, match="NUL"):
+        put_metadata_in_context({"a": Shouted("\0")})
+
+
+class Arguments(dict[str, Any]):
+    """A mapping that has lists, and gives the last value of each, as Django's ``request.GET``."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)[-1]
+
+    def items(self) -> Any:
+        """Return the last of each."""
+        return [(key, self[key]) for key in self]
+
+
+def test_mapping_with_several_values_of_a_key() -> None:
+    """Of a request's arguments, which may have several values for a key, the one is taken that they give themselves."""
+    given = Arguments(a=["1", "2"])
+    with put_metadata_in_context(given):
+        assert get_metadata_from_context() == {"a": "2"}
+        assert Collector()()["a"] == "2"
+    assert Collector([lambda: given])()["a"] == "2"
+
+
+def test_mapping_that_fails_when_it_is_read() -> None:
+    """A provider that returns a mapping which fails when it is read, such as one of another request's, is named."""
+
+    class Gone(dict[str, str]):
+        def items(self) -> Any:
+            raise LookupError("secret")
+
+    def provider() -> Any:
+        return Gone()
+
+    with pytest.raises(EventMetadataError, match=r"provider failed.*LookupError"):
+        Collector([provider])()
 
 
 def test_mapping_that_is_changed_later_changes_nothing() -> None:
@@ -365,6 +442,38 @@ def test_what_the_package_fills_in_is_not_hidden(around: MetadataBlock, filled: 
             assert Collector()() == {**filled, "b": "2"}
         with kept_for_later({"correlation_id": "d"}):
             assert Collector()() == {"correlation_id": "d"}
+
+
+@pytest.mark.parametrize("around", [CAUSED, brought_along({"correlation_id": "c"}), kept_for_later({})])
+def test_what_is_left_ends_with_the_handler_or_task(around: MetadataBlock) -> None:
+    """What a handler or task puts in force and never leaves is not in the next one; what is around it stays."""
+    left = [event_metadata(leak="yes"), event_metadata(leak="again")]
+    with event_metadata(own="caller's"):
+        with around:
+            for each in left:
+                each.__enter__()
+            assert Collector()()["leak"] == "again"
+        assert get_metadata_from_context() == {"own": "caller's"}
+        for each in left:
+            each.__exit__(None, None, None)
+        assert get_metadata_from_context() == {"own": "caller's"}
+
+
+@pytest.mark.parametrize("correlation", ["x" * 129, "a\nb", "", None, 7])
+def test_task_whose_correlation_cannot_be_stored(correlation: Any) -> None:
+    """A task that came with a correlation that no column takes has that of its id, and saves nevertheless."""
+    with received({"correlation_id": correlation, "reason": "r"}, "task 1"):
+        found = Collector()()
+    assert found["correlation_id"] == "task 1"
+    # What is no mapping of texts is left out as a whole.
+    assert found.get("reason") == ("r" if isinstance(correlation, str) else None)
+
+
+def test_opentelemetry_that_is_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another thread imports OpenTelemetry, there is no current span, and nothing fails."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", ModuleType("opentelemetry.trace"))
+    with brought_along({"correlation_id": "c", "traceparent": "sent"}):
+        assert Collector()()["traceparent"] == "sent"
 
 
 def test_blocks_that_end_in_another_order_are_let_go() -> None:

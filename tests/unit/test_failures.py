@@ -21,14 +21,14 @@ def test_failure_is_kept() -> None:
 
 
 def test_end_of_the_program_is_not_kept() -> None:
-    """Ctrl-C goes on, as if nothing kept errors."""
+    """Ctrl-C is raised, and not kept."""
     with pytest.raises(KeyboardInterrupt), Kept() as kept:
         raise KeyboardInterrupt
     assert kept.error is None
 
 
 def test_failure_that_is_kept_is_told() -> None:
-    """Threads that wait for the block are told of its error, and of Ctrl-C as well, which goes on."""
+    """Threads that wait for the block learn of its error, and of Ctrl-C as well, which is raised."""
     seen: list[BaseException] = []
     error, end = ValueError("x"), KeyboardInterrupt()
     with Kept(seen.append):

@@ -81,7 +81,7 @@ def test_slot_without_constructor_cannot_be_initialised() -> None:
     "error", [ApplicationInitializedError, ApplicationNotInitializedError, ApplicationConstructingError]
 )
 def test_errors_are_assertion_errors(error: type[Exception]) -> None:
-    """Code that catches the classic pattern's ``AssertionError`` goes on working."""
+    """Code that catches the classic pattern's ``AssertionError`` still works."""
     assert issubclass(error, AssertionError)
     assert issubclass(error, FlaskEventSourcingError)
 
@@ -155,7 +155,7 @@ def test_racing_threads_construct_once() -> None:
 
 
 def test_racing_initialisations_succeed_once() -> None:
-    """Of threads that initialise at the same time, one succeeds and the others are told."""
+    """Of threads that initialise at the same time, one succeeds and the others get an error."""
     results: list[object] = []
 
     def construct() -> App:
@@ -252,7 +252,7 @@ def test_slot_is_a_context_manager() -> None:
 
 
 def test_slot_that_was_not_closed_warns() -> None:
-    """A program that lets a slot go without closing its application is told which one, by a ``ResourceWarning``."""
+    """A program that drops a slot without closing its application gets a ``ResourceWarning`` that names it."""
     slot = ApplicationSlot(App)
     slot.get()
     with pytest.warns(ResourceWarning, match=r"ApplicationSlot with a App was not closed: call its close\(\)"):
@@ -270,7 +270,7 @@ def test_slot_that_was_not_closed_warns() -> None:
     ids=["never constructed", "closed", "constructed and closed", "nothing to close"],
 )
 def test_slot_with_nothing_to_close_does_not_warn(use: Callable[[ApplicationSlot[Any]], object]) -> None:
-    """Nobody is told to close a slot that holds nothing that could be closed."""
+    """There is no warning for a slot that holds nothing that could be closed."""
     slot: ApplicationSlot[Any] = ApplicationSlot(App)
     use(slot)
     assert warnings_of(slot) == []
@@ -284,7 +284,7 @@ def test_host_does_not_warn() -> None:
 
 
 def test_slot_of_the_parent_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forked process that lets go what its parent has constructed is told nothing."""
+    """There is no warning in a forked process that drops what its parent has constructed."""
     slot = ApplicationSlot(App)
     slot.get()
     monkeypatch.setattr(os, "getpid", lambda: -1)

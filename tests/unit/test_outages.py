@@ -48,7 +48,7 @@ def test_locks_and_deadlocks_pass(error: Exception) -> None:
     ids=repr,
 )
 def test_errors_of_a_statement_stay(error: Exception | None) -> None:
-    """What a statement itself is to blame for is no outage."""
+    """An error that the statement itself causes is not an outage."""
     assert not is_outage(sa.exc.IntegrityError("INSERT", {}, error))  # type: ignore[arg-type]
 
 

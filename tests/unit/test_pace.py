@@ -58,7 +58,7 @@ def test_a_batch_that_takes_too_long_makes_the_next_one_smaller() -> None:
 
 @pytest.mark.parametrize(("seconds", "size"), [(0.01, 5), (0.4, 16), (0.01, 0)])
 def test_what_says_nothing_changes_nothing(seconds: float, size: int) -> None:
-    """A page that was not full, and a batch of about the right time, leave the size as it is."""
+    """A page that was not full, and a batch of about the right time, do not change the size."""
     pace = Pace(1000, 0.5)
     pace.limit = 16
     pace.adapt(seconds, size)

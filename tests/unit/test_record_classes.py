@@ -77,7 +77,7 @@ def test_any_kind_of_unique_key_will_do(arguments: tuple[Any, ...]) -> None:
 
 
 def test_index_that_is_not_unique_will_not_do() -> None:
-    """An index that admits duplicates is no key."""
+    """An index that admits duplicates is not a key."""
     model = hand_made(*PURPOSES["stored_event_model"][1], arguments=(sa.Index("some_index", *ORIGINATOR),))
     with pytest.raises(ConfigurationError, match="unique constraint"):
         make_models(orm.declarative_base(), "Bank", stored_event_model=model)

@@ -1,4 +1,4 @@
-"""The objects that ``save()`` refuses, and what a receiver of prompts is told, without a database."""
+"""The objects that ``save()`` refuses, and what a receiver of prompts gets, without a database."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_object_that_cannot_be_referenced_weakly_is_known_too() -> None:
 
 
 def test_first_reason_is_told() -> None:
-    """Refused once more, an object keeps the reason for which it was refused first."""
+    """An object that is refused again keeps the reason for which it was refused first."""
     account = Account("Ada")
     lose(account, "first")
     lose(account, "second")
@@ -62,7 +62,7 @@ def test_first_reason_is_told() -> None:
 
 
 def test_application_of_ones_own_refuses_too() -> None:
-    """An application on any persistence module refuses what could not be stored, and is closed when nobody has it."""
+    """An application on any persistence module refuses what could not be stored, and is closed when it is dropped."""
     bank = Bank()
     refuse_stale_aggregates(bank)
     closing = bank.closing

@@ -78,7 +78,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_owner_may_acquire_again() -> None:
-    """A connection that owns the queue goes on to, and one release is enough."""
+    """A connection that owns the queue can take it again, and one release is enough."""
     queue = WriteQueue("bank.db")
     connection = Connection()
     queue.acquire(connection, 1)
@@ -90,7 +90,7 @@ def test_owner_may_acquire_again() -> None:
 
 
 def test_timeout_names_the_database_and_the_remedy() -> None:
-    """A thread that waits too long is told for how long, for which database, and what to do."""
+    """The error of a thread that waits too long says for how long, for which database, and what to do."""
     queue = WriteQueue("bank.db")
     holder = Connection()
     queue.acquire(holder, 1)

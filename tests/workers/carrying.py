@@ -9,9 +9,9 @@ from typing import Any
 from celery import Celery, chain, chord
 from flask import Flask
 from redis import Redis
-from rq import Retry
+from rq import Queue, Retry
 from rq.command import send_stop_job_command
-from rq.job import Job, get_current_job
+from rq.job import Job, JobStatus, get_current_job
 
 from flask_eventsourcing.metadata import null_metadata_in_context
 from flask_eventsourcing.workers.celery import init_celery
@@ -157,7 +157,15 @@ def enqueue_jobs(who: str) -> None:
         queue.enqueue(wait_in_job, f"{who} stopped", on_stopped=called_back)
         first = queue.enqueue(save_in_job, f"{who} depends")
         queue.enqueue(save_in_job, f"{who} depends", depends_on=first, meta={"own": 1})
+        _abandon(queue, queue.enqueue(save_in_job, f"{who} abandoned", on_failure=called_back))
         queue.enqueue_many([queue.prepare_data(save_in_job, (f"{who} many",)) for _ in range(2)])
+
+
+def _abandon(queue: Queue, job: Job) -> None:
+    """Leave a job as a worker does that died long ago."""
+    queue.remove(job)
+    job.set_status(JobStatus.STARTED)
+    queue.connection.zadd(queue.started_job_registry.key, {f"{job.id}:gone": 1})
 
 
 def prepare(kind: str) -> None:

@@ -334,7 +334,7 @@ def test_commit_that_never_came_is_told(site: Site, sender: Sender, caplog: pyte
     with caplog.at_level(logging.WARNING):
         assert site.answer(reads).status_code == 200
     assert sender.sent() == []
-    (record,) = [record for record in caplog.records if "No commit came" in record.message]
+    (record,) = [record for record in caplog.records if "has ended without a commit" in record.message]
     assert "greet(name, greeting)" in record.message
     assert "secret" not in record.message
     caplog.clear()
@@ -344,7 +344,7 @@ def test_commit_that_never_came_is_told(site: Site, sender: Sender, caplog: pyte
         fail_after(sender)
 
     assert site.answer(fails).status_code == 500
-    assert "No commit came" not in caplog.text
+    assert "has ended without a commit" not in caplog.text
 
 
 def test_broker_that_fails_after_the_commit(site: Site, sender: Sender, caplog: pytest.LogCaptureFixture) -> None:

@@ -60,6 +60,7 @@ def test_rq(workspace: Workspace) -> None:
     workspace.python(f"from {CARRYING} import prepare; prepare('rq')")
     expected = {f"request {kind}": count for kind, count in {"itself": 1, "fails": 3, "depends": 2, "many": 2}.items()}
     expected |= {"nobody fails": 3, "nobody depends": 2, "nobody many": 2}
+    expected |= {"request abandoned": 1, "nobody abandoned": 1}
     expected |= {f"{who} {kind}": 2 for who in ("request", "nobody") for kind in ("success", "failure", "stopped")}
     worker = "flask_eventsourcing.workers.rq.EventSourcingWorker"
     command = ["rq.cli", "worker", "--url", workspace.redis, "--worker-class", worker]

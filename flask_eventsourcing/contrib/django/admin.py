@@ -70,7 +70,10 @@ class _ReadOnly(admin.ModelAdmin):
 
 
 class EventAdmin(_ReadOnly):
-    """Events, without their states, which may be encrypted or somebody's secret."""
+    """Show events, without their states, which may be encrypted or somebody's secret.
+
+    Rows cannot be added, changed or deleted, since the aggregate could not be read then.
+    """
 
     list_display = ("notification_id", "originator_id", "originator_version", "topic", "recorded_at")
     exclude = ("state",)
@@ -101,7 +104,10 @@ class EventAdmin(_ReadOnly):
 
 
 class CheckpointAdmin(_ReadOnly):
-    """How far each projection is, which process runs it, and what stopped it."""
+    """Show how far each projection is, which process runs it, and what stopped it.
+
+    Rows cannot be changed: the commands do it, and note who asked for it.
+    """
 
     list_display = ("name", "state", "position", "runner", "error", "changed_by", "reason")
     # A user with that permission may write in the name of the runner.
@@ -109,7 +115,7 @@ class CheckpointAdmin(_ReadOnly):
 
 
 class DeadLetterAdmin(_ReadOnly):
-    """The events that were set aside. Actions apply them again or discard them."""
+    """Show the events that were set aside. Actions apply them again or discard them."""
 
     list_display = (
         "id",
@@ -159,7 +165,10 @@ class DeadLetterAdmin(_ReadOnly):
 
 
 def register(site: admin.AdminSite = admin.site) -> None:
-    """Register the record classes of all applications, except those that you have registered yourself."""
+    """Register the record classes of all applications, except those that you have registered yourself.
+
+    Django calls it for its own admin site. Call it with a site of your own to show them there too.
+    """
     for name, records in all_records().items():
         for model, kind in (
             (records.StoredEvent, EventAdmin),

@@ -13,7 +13,10 @@ from ...applications.known_sites import add_kind
 
 
 class EventSourcingConfig(AppConfig):
-    """Registers the system checks, and the project as a site of task queues."""
+    """Register the system checks, and the project as a site of task queues.
+
+    Django finds it by ``"flask_eventsourcing.contrib.django"`` in ``INSTALLED_APPS``.
+    """
 
     name = "flask_eventsourcing.contrib.django"
     label = "eventsourcing"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from django.db import transaction
 
 from ..._patches import django_atomic_exit, django_method
-from .marks import Marked
+from .marks import Leaving, Marked
 
 
 class Checks(Protocol):
@@ -41,18 +40,22 @@ class Ends:
             django_method(wrapper, name, partial(_called, found, told, name))
         _ends[wrapper] = self
 
-    @contextmanager
-    def left(self, wrapper: Any, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
-        """A context around the end of a block."""
-        with self._marked.losses.left(savepoint, is_quiet=is_quiet):
-            try:
-                yield
-            finally:
-                checks = self._checks()
-                if checks is not None and self._marked:
-                    checks.look()
-                if not self._marked:
-                    self._marked.watch(wrapper, watched=False)
+    def leaving(self, wrapper: Any, *, is_quiet: bool) -> Leaving | None:
+        """Return a context for the end of a block, or None where nothing is noted that could end with it.
+
+        :param is_quiet: whether no error leaves the block.
+        """
+        if not self._marked.noted:
+            return None
+        savepoint = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
+        return Leaving(self._marked.losses, savepoint, partial(self._left, wrapper), is_quiet=is_quiet)
+
+    def _left(self, wrapper: Any) -> None:
+        checks = self._checks()
+        if checks is not None and self._marked.noted:
+            checks.look()
+        if not self._marked.noted:
+            self._marked.watch(wrapper, watched=False)
 
     def commit(self, wrapper: Any, commit: Callable[[], Any]) -> Any:
         """Commit, unless events would not be stored; without a block, tell here that they are committed.
@@ -60,12 +63,15 @@ class Ends:
         :raises TransactionManagementError: when events would not be stored.
         """
         checks = self._checks()
-        with ExitStack() as failed:
-            failed.callback(self._marked.losses.failed)
+        has_failed = True
+        try:
             if checks is not None:
                 checks.check_commit()
             commit()
-            failed.pop_all()
+            has_failed = False
+        finally:
+            if has_failed:
+                self._marked.losses.failed()
         self._marked.all_committed()
         if self._marked.losses.leaving is None and not self._running:
             self._marked.tell()
@@ -115,17 +121,11 @@ def _called(
     return getattr(told, name)(found, own, *arguments, **named)
 
 
-@contextmanager
-def _leaving(alias: Any, exc_type: Any) -> Iterator[None]:
-    """Around the end of a block, of any connection."""
+def _leaving(alias: Any, exc_type: Any) -> Leaving | None:
+    """Return what is around the end of a block, of any connection."""
     wrapper = transaction.get_connection(alias)
     ends = _ends.get(wrapper)
-    if ends is None:
-        yield
-        return
-    savepoint = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
-    with ends.left(wrapper, savepoint, is_quiet=exc_type is None):
-        yield
+    return None if ends is None else ends.leaving(wrapper, is_quiet=exc_type is None)
 
 
 _ends: weakref.WeakKeyDictionary[Any, Ends] = weakref.WeakKeyDictionary()

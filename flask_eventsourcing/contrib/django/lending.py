@@ -23,7 +23,8 @@ from ..._patches import django_pool
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
-from .lent_connections import LentConnection, OwnConnection, driver_errors
+from ...persistence.dialects.event_tables import Known
+from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors
 from .record_fields import zone_of
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -229,7 +230,7 @@ def make_engine(alias: str) -> Engine:
 def _lend(engine: Engine, wrapper: Any) -> Connection:
     """Return a SQLAlchemy connection on a connection of Django's."""
     pool = NullPool(lambda: LentConnection(wrapper), reset_on_return=None, dialect=engine.dialect)
-    connection = Connection(engine, pool.connect())
+    connection = ThreadConnection(engine, pool.connect(), wrapper)
     initialize(engine, connection)
     return connection
 
@@ -320,21 +321,23 @@ class Borrowed:
 
     def __init__(self, engine: Engine, wrapper: Any) -> None:
         self._engine = engine
-        self._wrapper = weakref.ref(wrapper)
+        self.find = weakref.ref(wrapper)
+        """Returns the connection of Django's."""
         self._driver: Any = None
         self.known: Connection | None = None
         """SQLAlchemy's, if it was asked for."""
         self.ends: object = None
         """What the connection tells of its transactions' ends."""
 
-    @property
-    def wrapper(self) -> Any:
-        """The connection of Django's."""
-        return self._wrapper()
-
     def connection(self) -> Connection:
         """Return SQLAlchemy's connection; Django connects if necessary."""
-        wrapper = self.wrapper
+        wrapper: Any = self.find()
+        known, driver = self.known, wrapper.connection
+        if known is None or driver is None or driver is not self._driver or known.invalidated:
+            known = self._lent(wrapper)
+        return known
+
+    def _lent(self, wrapper: Any) -> Connection:
         if self.known is not None and self.known.invalidated:
             refresh(wrapper)
         with driver_errors():
@@ -345,6 +348,10 @@ class Borrowed:
         return self.known
 
     def end(self) -> None:
-        """Tell only SQLAlchemy that the transaction has ended."""
-        if self.known is not None and self.known.in_transaction():
-            self.known.rollback()
+        """Tell only SQLAlchemy, and what hangs on its connection, that the transaction has ended."""
+        known = self.known
+        if known is None or known.invalidated:
+            return
+        if known.in_transaction():
+            known.rollback()
+        Known.of(known).ended()

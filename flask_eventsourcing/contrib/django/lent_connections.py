@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import Error
+from sqlalchemy.engine import Engine
+from sqlalchemy.pool import PoolProxiedConnection
 
 from ...persistence.dialects import DIALECTS
+from ...persistence.dialects.calls import DirectConnection
+
+T = TypeVar("T")
 
 MARK = "?"
 """That of the one database whose statements Django converts."""
@@ -125,6 +130,13 @@ class LentCursor:
         return getattr(self._cursor, name)
 
 
+def _alive(reference: Callable[[], Any]) -> Any:
+    wrapper = reference()
+    if wrapper is None:
+        raise ReferenceError("The thread or task that owned this connection has ended: open another connection.")
+    return wrapper
+
+
 class LentConnection:
     """A thread's connection of Django's, in the place of a driver's; its transactions are Django's.
 
@@ -138,10 +150,7 @@ class LentConnection:
     @property
     def wrapper(self) -> Any:
         """The connection of Django's."""
-        wrapper = self._wrapper()
-        if wrapper is None:
-            raise ReferenceError("The thread or task that owned this connection has ended: open another connection.")
-        return wrapper
+        return _alive(self._wrapper)
 
     def cursor(self, *_: Any, **__: Any) -> LentCursor:
         """Return a cursor, made by Django."""
@@ -164,7 +173,31 @@ class LentConnection:
         """Leave that to Django."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.wrapper.connection, name)
+        return getattr(_alive(self._wrapper).connection, name)
+
+
+class ThreadConnection(DirectConnection):
+    """SQLAlchemy's connection on a thread's connection of Django's.
+
+    :param wrapper: ``django.db.connections[alias]``.
+    """
+
+    def __init__(self, engine: Engine, lent: PoolProxiedConnection, wrapper: Any) -> None:
+        super().__init__(engine, lent)
+        self._lent = weakref.ref(wrapper)
+        self._marks = DIALECTS[wrapper.vendor].mark == MARK
+
+    def run(self, statement: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
+        """Run a statement on a cursor that Django makes.
+
+        :raises TransactionManagementError: where Django refuses one.
+        """
+        if self._marks:
+            statement, order = formatted(statement)
+            parameters = [parameters[number] for number in order]
+        with driver_errors(), _alive(self._lent).cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return take(cursor)
 
 
 class OwnConnection(LentConnection):

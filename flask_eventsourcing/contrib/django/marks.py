@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any
 from uuid import UUID
 
@@ -65,12 +65,36 @@ def _gone() -> Mark | None:
 class Leaving:
     """The end of one block of Django's, while that is going on.
 
+    What the block rolls back is lost, if an error has left it neither before nor now.
+
+    :param losses: those of the connection.
     :param savepoint: the block's, if it has one.
+    :param is_quiet: whether no error leaves the block.
+    :param look: called when Django has left it, and finds out what was rolled back.
     """
 
-    def __init__(self, savepoint: str | None) -> None:
+    __slots__ = ("_before", "_is_quiet", "_look", "_losses", "lost", "savepoint")
+
+    def __init__(self, losses: Losses, savepoint: str | None, look: Callable[[], None], *, is_quiet: bool) -> None:
+        self._losses = losses
+        self._look = look
+        self._is_quiet = is_quiet
+        self._before = losses.leaving
         self.savepoint = savepoint
         self.lost: list[Batch] = []
+
+    def __enter__(self) -> None:
+        self._losses.leaving = self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._look()
+        finally:
+            self._losses.leaving = self._before
+        if self._is_quiet and kind is None:
+            self._losses.lose(self.lost)
 
 
 class Losses:
@@ -117,25 +141,12 @@ class Losses:
         leaving = self.leaving
         if leaving is None:
             if self.is_closing:
-                self._lose(batches)
+                self.lose(batches)
         elif self._asked != (leaving.savepoint,):
             leaving.lost += batches
 
-    @contextmanager
-    def left(self, savepoint: str | None, *, is_quiet: bool) -> Iterator[None]:
-        """Around the end of a block: what it rolls back is lost, if an error has left it neither before nor now."""
-        before = self.leaving
-        leaving = self.leaving = Leaving(savepoint)
-        has_ended = False
-        try:
-            yield
-            has_ended = True
-        finally:
-            self.leaving = before
-            if is_quiet and has_ended:
-                self._lose(leaving.lost)
-
-    def _lose(self, batches: list[Batch]) -> None:
+    def lose(self, batches: list[Batch]) -> None:
+        """Told of events that are gone although nobody has asked for it."""
         if self.lost is not None:
             self.lost += batches
         elif batches:
@@ -157,9 +168,6 @@ class Marked:
         self.is_suspicious = False
         """Whether a statement may have ended the transaction past Django."""
         self._publish = publish
-
-    def __bool__(self) -> bool:
-        return bool(self.noted)
 
     def all(self, kind: Any) -> list[Any]:
         """Return what was noted of one kind."""
@@ -294,7 +302,9 @@ class Marked:
             return
         self.noted.remove(noted)
         self.ends += 1
-        call_all(of_kind(noted.items, AfterCommit))
-        batches = of_kind(noted.items, Batch)
+        # Django drops it now, and nobody has to be told.
+        noted.mark = _gone
+        functions, batches = of_kind(noted.items, AfterCommit), of_kind(noted.items, Batch)
         if batches:
-            call_all([AfterCommit(partial(self._publish, batches))])
+            functions.append(AfterCommit(partial(self._publish, batches)))
+        call_all(functions)

@@ -14,7 +14,7 @@ from typing import Any
 from ...exceptions import UncommittedEventsError
 from ...uow import Batch
 from .hosting import Database, lost_text, site
-from .of_requests import answering
+from .of_requests import answer_in_steps, answering
 from .transactions import DjangoUnit
 
 FAILURE = 400
@@ -71,6 +71,7 @@ class EventSourcingMiddleware:
         if lost and response.status_code < FAILURE:
             response.close()
             raise UncommittedEventsError(lost_text(lost))
+        answer_in_steps(request, response)
         return response
 
 

@@ -82,7 +82,10 @@ class AbstractStoredEvent(models.Model):
 
 
 class AbstractSnapshot(models.Model):
-    """Columns of a snapshot: the aggregate's id and version, the snapshot's topic and state."""
+    """Columns of a snapshot: the aggregate's id and version, the snapshot's topic and state.
+
+    Derive a record class of your own from it for more fields, and pass it as ``snapshot_model``.
+    """
 
     pk = models.CompositePrimaryKey(*VERSION_KEY)
     originator_id = RecordUUIDField()
@@ -101,7 +104,10 @@ class AbstractSnapshot(models.Model):
 
 
 class AbstractTracking(models.Model):
-    """Columns of the positions up to which the logs of upstream applications were processed."""
+    """Columns of the positions up to which the logs of upstream applications were processed.
+
+    Derive a record class of your own from it for more fields, and pass it as ``tracking_model``.
+    """
 
     application_name = RecordTextField(kind="text id", primary_key=True)
     notification_id = models.BigIntegerField(null=True)
@@ -115,7 +121,10 @@ class AbstractTracking(models.Model):
 
 
 class AbstractProjection(models.Model):
-    """Columns of the checkpoint of a projection, one row for each."""
+    """Columns of the checkpoint of a projection, one row for each.
+
+    The commands change these rows; a query of yours may read them, for example for a page of your operators.
+    """
 
     name = RecordTextField(kind="text id", primary_key=True)
     position = models.BigIntegerField(default=0)
@@ -149,7 +158,10 @@ class AbstractProjection(models.Model):
 
 
 class AbstractDeadLetter(models.Model):
-    """Columns of the dead letters: events that a projection could not apply, and later ones of the same aggregate."""
+    """Columns of the dead letters: events that a projection could not apply, and later ones of the same aggregate.
+
+    The admin site and the command ``dead-letters`` apply them again or discard them.
+    """
 
     id = models.BigAutoField(primary_key=True)
     projection = RecordTextField(kind="text id")

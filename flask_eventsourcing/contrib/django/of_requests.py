@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,7 +10,16 @@ from typing import Any
 from django.utils.module_loading import import_string
 
 from ...exceptions import ConfigurationError
-from ...metadata import TRACEPARENT, USER, Collector, Provider, enter_request, leave_request
+from ...metadata import (
+    TRACEPARENT,
+    USER,
+    Collector,
+    MetadataBlock,
+    Provider,
+    Steps,
+    enter_request,
+    leave_request,
+)
 from ...metadata.values import metadata_of_headers, trace_of_span
 from .configuring import SETTING, Configured
 
@@ -23,12 +32,59 @@ _request: ContextVar[Any] = ContextVar("flask_eventsourcing.request", default=No
 @contextmanager
 def answering(request: Any) -> Iterator[None]:
     """Within it, a request is the current one; the metadata that its code leaves in the context end with it."""
-    token, outer = _request.set(request), enter_request(request)
+    token = _request.set(request)
+    enter_request(request)
     try:
         yield
     finally:
-        leave_request(request, outer)
+        leave_request(request)
         _request.reset(token)
+
+
+class _Streaming(Steps):
+    """The request and the metadata of the code that makes the parts of a response: the request's, in no other code."""
+
+    def __init__(self, request: Any) -> None:
+        super().__init__(MetadataBlock({}))
+        self._current, self._before = request, None
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._before = _request.get()
+        _request.set(self._current)
+
+    def __exit__(self, *_: object) -> None:
+        _request.set(self._before)
+        super().__exit__()
+
+
+def answer_in_steps(request: Any, response: Any) -> None:
+    """Have what makes the parts of a response, after the view has returned, run in its request."""
+    # A file stays one that the server may send by itself.
+    if not getattr(response, "streaming", False) or getattr(response, "file_to_stream", None) is not None:
+        return
+    make = _async_parts if response.is_async else _parts
+    response.streaming_content = make(_Streaming(request), response.streaming_content)
+
+
+def _parts(streaming: _Streaming, content: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            with streaming:
+                part = next(content)
+        except StopIteration:
+            return
+        yield part
+
+
+async def _async_parts(streaming: _Streaming, content: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    while True:
+        try:
+            with streaming:
+                part = await anext(content)
+        except StopAsyncIteration:
+            return
+        yield part
 
 
 def of_request() -> Mapping[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from django.core.exceptions import ValidationError
 from django.db import connections, models
 from sqlalchemy.ext.compiler import compiles
 
@@ -37,7 +38,14 @@ class OwnType(sa.types.UserDefinedType[Any]):
     def bind_processor(self, dialect: Any) -> Any:
         """Return the function that makes a driver's value."""
         connection = connections[dialect.alias]
-        return lambda value: self.field.get_db_prep_save(value, connection)
+
+        def prepare(value: Any) -> Any:
+            try:
+                return self.field.get_db_prep_save(value, connection)
+            except ValidationError as error:
+                raise ValueError(f"The field {self.field.name} does not take it.") from error
+
+        return prepare
 
 
 @compiles(OwnType)

@@ -55,9 +55,18 @@ def on(*event_classes: type[Any]) -> Callable[[F], F]:
 
 
 class ModelProjection(PlainProjection):
-    """A read model: handlers that keep Django models up to date with the events of an application.
+    """Keep Django models up to date with the events of an application: a read model.
 
-    Handlers run in a transaction of the worker, and neither commit nor roll it back.
+    Handlers run in a transaction of the worker, and neither commit nor roll it back, as the position is committed with
+    what they write::
+
+        @projection
+        class Balances(ModelProjection):
+            models = (Balance,)
+
+            @on(Account.Opened)
+            def opened(self, event):
+                Balance.objects.create(account_id=event.originator_id, amount=0)
     """
 
     prefetch: ClassVar[bool] = False
@@ -84,6 +93,8 @@ class ModelProjection(PlainProjection):
 
 def projection(*, of: type[Application[Any]] | str | None = None) -> Callable[[P], P]:
     """Register a projection, as a decorator of its class.
+
+    ``manage.py eventsourcing run --all`` keeps its models up to date, in a process beside the web server.
 
     :param of: the application whose events it follows, or its name; not needed if there is only one.
     :raises ConfigurationError: when it is no subclass of this module's ``ModelProjection``, or is inline.

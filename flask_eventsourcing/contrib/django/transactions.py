@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -72,12 +73,12 @@ class DjangoUnit(Unit):
         """The identity of Django's list of functions, as to hold the list would keep what is dropped; and how often
         something has ended, as another list may have the same."""
         self._current: Transaction | None = None
-        borrowed.ends = Ends(borrowed.wrapper, self, marked)
+        borrowed.ends = Ends(borrowed.find(), self, marked)
 
     @property
     def wrapper(self) -> Any:
         """The connection, ``django.db.connections[alias]``."""
-        return self._borrowed.wrapper
+        return self._borrowed.find()
 
     @property
     def gate(self) -> Gate:
@@ -122,7 +123,7 @@ class DjangoUnit(Unit):
         """SQLAlchemy's connection on the one that Django has now."""
         connection = self._borrowed.connection()
         if self._transaction(begin=True) is not None and not connection.in_transaction():
-            # What is known of a transaction hangs on SQLAlchemy's, which the first statement would begin too late.
+            # The caller may compare transactions, and the first statement would begin SQLAlchemy's too late.
             connection.begin()
         return connection
 
@@ -139,7 +140,7 @@ class DjangoUnit(Unit):
             # Another list: after the end of a transaction, and after the rollback of a savepoint. Where something is
             # left of what was noted before, it was a savepoint. Taken for a new one, the same would do no harm.
             self.look()
-            if not self._marked:
+            if not self._marked.noted:
                 self._end()
             self._hooks = id(self.wrapper.run_on_commit), self._marked.ends
         if self._current is None:
@@ -154,26 +155,39 @@ class DjangoUnit(Unit):
     # ----------------------------------------------------------------------------------- what recorders tell
 
     def before_write(self) -> Connection:
-        """Open a block as ``Model.save()`` does: what fails in it marks the one around it for a rollback."""
+        """Have what fails mark the block for a rollback, as ``Model.save()`` does; open one where there is none."""
         self.look()
-        if self.wrapper.autocommit:
-            # With autocommit off, what is not committed would be lost with it.
-            refresh(self.wrapper)
-        block: Any = transaction.atomic(using=self.wrapper.alias, savepoint=False)
-        with driver_errors():
-            block.__enter__()
+        wrapper = self.wrapper
+        block = None
+        if not wrapper.in_atomic_block:
+            if wrapper.autocommit:
+                # With autocommit off, what is not committed would be lost with it.
+                refresh(wrapper)
+            block = transaction.atomic(using=wrapper.alias, savepoint=False)
+            with driver_errors():
+                block.__enter__()
         self._blocks.append(block)
-        with ExitStack() as failed:
-            failed.callback(self._leave, failed=True)
-            connection = self.connection()
-            failed.pop_all()
+        is_ready = False
+        try:
+            # Past SQLAlchemy's transaction, which none of the statements needs.
+            connection = self._borrowed.connection()
+            self._transaction(begin=True)
+            is_ready = True
+        finally:
+            if not is_ready:
+                self._leave(failed=True)
         return connection
 
     def _leave(self, *, failed: bool = False) -> None:
         block = self._blocks.pop()
         error = RuntimeError("A write of events failed.") if failed else None
-        with driver_errors():
-            block.__exit__(None if error is None else type(error), error, None)
+        if block is not None:
+            with driver_errors():
+                block.__exit__(None if error is None else type(error), error, None)
+        elif error is not None:
+            # Whatever has failed, be it Ctrl-C. Django names it as the cause when it refuses the next statement.
+            with suppress(RuntimeError), transaction.mark_for_rollback_on_error(using=self.wrapper.alias):
+                raise error from sys.exception()
 
     def written(self) -> None:
         """Close the block of the write, which commits where nobody has begun a transaction."""
@@ -212,7 +226,7 @@ class DjangoUnit(Unit):
 
     def look(self) -> None:
         """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
-        if self._marked:
+        if self._marked.noted:
             if self._has_ended():
                 self._marked.decide(self._there(self._marked.all(Batch)))
             self._marked.look(self.wrapper)
@@ -237,10 +251,15 @@ class DjangoUnit(Unit):
 
     def _is_over(self) -> bool:
         """Whether the driver, or the server, says that there is no transaction any more, nor an aborted one."""
+        known = self._borrowed.known
+        return self._cannot_commit() and (known is None or not self.dialect.is_aborted(known))
+
+    def _cannot_commit(self) -> bool:
+        """Whether it says that there is no transaction any more, or that it is aborted."""
         is_open, known = getattr(self.wrapper.connection, "in_transaction", None), self._borrowed.known
         if isinstance(is_open, bool):
             return not is_open
-        return known is not None and self.dialect.is_over(known) and not self.dialect.is_aborted(known)
+        return known is not None and self.dialect.is_over(known)
 
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events, after an error that was swallowed.
@@ -250,16 +269,20 @@ class DjangoUnit(Unit):
 
         :raises TransactionManagementError: when they are not there.
         """
-        wrapper, connection = self.wrapper, self._borrowed.known
-        self._marked.look(wrapper)
-        if not self._marked or connection is None or wrapper.connection is None:
+        wrapper, known, marked = self.wrapper, self._borrowed.known, self._marked
+        if marked.noted:
+            marked.look(wrapper)
+        if not marked.noted or known is None or wrapper.connection is None:
             return
+        is_doubtful = marked.is_suspicious or wrapper.errors_occurred
+        if is_doubtful or not self.dialect.driver_knows_end or self._cannot_commit():
+            self._check_stored(known, is_doubtful=is_doubtful or self.dialect.driver_knows_end)
+
+    def _check_stored(self, connection: Connection, *, is_doubtful: bool) -> None:
         is_refused = self.dialect.is_aborted(connection)
-        is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
-        if is_refused or is_doubtful or (self.dialect.driver_knows_end and self._is_over()):
-            batches = self._marked.all(Batch)
-            if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
-                raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
+        batches = self._marked.all(Batch) if is_refused or is_doubtful else []
+        if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
+            raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:
         """Return which events are in the database, or None where that cannot be asked."""

@@ -14,7 +14,7 @@ from pyramid.registry import Registry
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
 from ...metadata import enter_request, leave_request
 from ...uow import Batch, describe
-from .pyramid_host import DOOMED, DROPPED, SESSIONS, is_managed, is_run_again
+from .pyramid_host import DOOMED, DROPPED, SESSIONS, Subrequest, is_managed, is_run_again, is_within_another
 from .site_state import KEY, EventSourcing
 
 VETOED: tuple[type, ...] = (NoneType,)
@@ -39,17 +39,20 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
     """
 
     def guard_tween(request: Any) -> Any:
-        outer = enter_request(request.environ)
+        enter_request(request)
         try:
             return answer(request)
         finally:
-            leave_request(request.environ, outer)
+            leave_request(request)
 
     def answer(request: Any) -> Any:
         state: EventSourcing | None = registry.get(KEY)
         if state is None or is_managed(request):
             # The caller of the request decides, as functional tests do.
             return handler(request)
+        if not (SESSIONS in request.environ or is_within_another(request)):
+            # What is left in a session of this thread was saved after the answer to an earlier request.
+            state.finish(request)
         early = state.drop_pending()
         for key in (DOOMED, DROPPED):
             request.environ.pop(key, None)
@@ -93,15 +96,20 @@ def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventS
     error = getattr(request, "exception", None)
     if not dropped or is_run_again(request, error):
         return None
-    kind = dropped[0][1]
-    if issubclass(kind, VETOED):
-        # A veto, which is the host's rule, or an exception view where there is none.
-        if error is None:
-            return None
-        reason = f"the view raised {type(error).__name__} and pyramid_tm has no commit veto to ask"
-    else:
-        reason = f"the transaction was aborted for {kind.__name__}"
-    return _behind_view([batch for batches, _ in dropped for batch in batches], reason, response)
+    return _dropped([batch for batches, _ in dropped for batch in batches], dropped[0][1], error, response)
+
+
+def _dropped(batches: Sequence[Batch], kind: type, error: Any, response: Any) -> FlaskEventSourcingError | None:
+    if kind is Subrequest:
+        return UncommittedEventsError(
+            f"{describe(batches)} rolled back because a subrequest began a transaction with the same manager: set "
+            "tm.manager_hook = pyramid_tm.explicit_manager."
+        )
+    if not issubclass(kind, VETOED):
+        return _behind_view(batches, f"the transaction was aborted for {kind.__name__}", response)
+    # A veto, which is the host's rule, or an exception view where there is none.
+    reason = f"the view raised {type(error).__name__} and pyramid_tm has no commit veto to ask"
+    return None if error is None else _behind_view(batches, reason, response)
 
 
 def _early(state: EventSourcing, batches: Sequence[Batch]) -> FlaskEventSourcingError:

@@ -40,6 +40,10 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 """Methods of requests that change nothing, so that they need not queue for contended aggregates."""
 
 
+class Subrequest:
+    """Stands for the error where a subrequest has begun a transaction with the manager of the request around it."""
+
+
 class PyramidHost(ZopeHost):
     """A Pyramid application, whose current request has the session and the transaction manager.
 
@@ -91,11 +95,18 @@ class PyramidHost(ZopeHost):
         if request is not None:
             request.environ[DOOMED] = True
 
-    def dropped(self, batches: Sequence[Batch]) -> None:
-        """Note events that were rolled back at the end of the request rather than by its view."""
+    def dropped(self, batches: Sequence[Batch], session: orm.Session | None) -> None:
+        """Note events that were rolled back at the end of their request, or by a subrequest, rather than by a view."""
         request = get_current_request()
-        if request is not None and not is_managed(request):
+        if request is None:
+            return
+        if not is_managed(request):
             request.environ.setdefault(DROPPED, []).append((batches, type(sys.exception())))
+        elif session is not None and self._used_session() is not session:
+            around = [each["request"].environ for each in manager.stack if each["request"] is not None]
+            for environ in around:
+                if environ.get(SESSIONS, {}).get(self) is session:
+                    environ.setdefault(DROPPED, []).append((batches, Subrequest))
 
     def _may_be_repeated(self) -> bool:
         request = get_current_request()
@@ -105,7 +116,7 @@ class PyramidHost(ZopeHost):
         request = get_current_request()
         if make and request is not None and SESSIONS not in request.environ:
             request.environ[SESSIONS] = {}
-            if not is_managed(request) and not _is_within_another(request):
+            if not is_managed(request) and not is_within_another(request):
                 request.add_finished_callback(self._ended)
         if isinstance(self._session, orm.scoped_session):
             return super()._find(make=make)
@@ -144,7 +155,7 @@ def is_run_again(request: Any, error: Any) -> bool:
     return error is not None and bool(is_error_retryable(request, error))
 
 
-def _is_within_another(request: Any) -> bool:
+def is_within_another(request: Any) -> bool:
     """Whether a request is a part of another one, whose transaction it may share."""
     return any(each["request"] not in (None, request) for each in manager.stack)
 

@@ -99,7 +99,10 @@ class EventSourcing(Facade):
 
     @property
     def application(self) -> Any:
-        """The single application of this process, the first one where there are several."""
+        """The single application of this process, the first one where there are several.
+
+        It is constructed at its first use, in each forked process again.
+        """
         return self[next(iter(self.hosts))]
 
     @property
@@ -109,7 +112,10 @@ class EventSourcing(Facade):
 
     @property
     def projections(self) -> PlainProjections:
-        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own."""
+        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own.
+
+        ``pyramid-eventsourcing INI run --all`` does that. A web process does not run them.
+        """
         return self.build().projections
 
     def build(self) -> Built:
@@ -127,7 +133,10 @@ class EventSourcing(Facade):
         return False
 
     def construct(self) -> None:
-        """Construct the applications of this process now, so that the first request does not have to."""
+        """Construct the applications of this process now, so that the first request does not have to.
+
+        Call it in your server's hook for a new worker, so that an error in a constructor ends the worker.
+        """
         for application_class in self.hosts:
             self[application_class]
 

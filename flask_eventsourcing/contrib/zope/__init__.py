@@ -70,17 +70,26 @@ class EventSourcing(Facade, Generic[A]):
 
     @property
     def hosts(self) -> Mapping[type[Application[Any]], ZopeHost]:
-        """The host of each application class: how recorders find the session and its transaction."""
+        """The host of each application class: how recorders find the session and its transaction.
+
+        The adapters for task queues and the commands take hosts; views do not need them.
+        """
         return dict.fromkeys(self._host.models, self._host)
 
     @property
     def projections(self) -> PlainProjections:
-        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own."""
+        """The registered projections: iterate over them, or call ``.worker().run()`` in a process of its own.
+
+        A web process does not run them, as one process at a time runs a projection.
+        """
         return self._projections
 
     @property
     def application(self) -> A:
-        """The single application of this process, the first one where there are several."""
+        """The single application of this process, the first one where there are several.
+
+        It is constructed at its first use, in each forked process again.
+        """
         return self._host[self._application_class]
 
     @overload
@@ -91,6 +100,8 @@ class EventSourcing(Facade, Generic[A]):
 
     def projection(self, projection_class: Any = None, /, *, of: type[Application[Any]] | None = None) -> Any:
         """Register a projection, a subclass of ``ModelProjection``; a decorator.
+
+        A process of its own keeps its models up to date, with ``projections.worker().run()``.
 
         :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.

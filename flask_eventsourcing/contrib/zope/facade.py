@@ -48,7 +48,9 @@ class Facade:
         return next(iter(self.hosts.values()))
 
     def __getitem__(self, application_class: type[A]) -> A:
-        """Return the single instance of an application class in this process.
+        """Return the single instance of an application class in this process, where there are several: ``es[Bank]``.
+
+        It is constructed at its first use.
 
         :raises ConfigurationError: when there are no models for the class.
         """
@@ -59,7 +61,7 @@ class Facade:
 
     @property
     def applications(self) -> dict[type[Application[Any]], Application[Any]]:
-        """The single instance of each application class in this process."""
+        """The single instance of each application class in this process. Asking constructs all of them."""
         return {application_class: self[application_class] for application_class in self.hosts}
 
     def transaction(self) -> AbstractContextManager[orm.Session]:
@@ -109,7 +111,7 @@ class Facade:
         return decorate
 
     def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
-        """A context in which a session of your own is the current one; you commit and close it.
+        """Make a session of your own the current one within a block. You commit and close it.
 
         :raises ConfigurationError: when it is for another database than that of the events.
         """
@@ -117,11 +119,14 @@ class Facade:
 
     @staticmethod
     def event_metadata(**metadata: str) -> MetadataBlock:
-        """See :func:`flask_eventsourcing.metadata.event_metadata`."""
+        """Add metadata to the events saved in a block. See :func:`~flask_eventsourcing.metadata.event_metadata`."""
         return event_metadata(**metadata)
 
     def wait_for(self, projection: type[ModelProjection] | str, recordings: Any, timeout: float = 5.0) -> None:
         """Block until a projection has handled the events that ``save()`` recorded, so you can read your own writes.
+
+        Call it after the commit, and only where the next page would miss a row: it makes a request as slow as the
+        worker.
 
         :param recordings: what ``Application.save()`` returned, or a position of the log.
         :param timeout: in seconds.

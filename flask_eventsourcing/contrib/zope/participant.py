@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import orm
@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 from ...exceptions import ConfigurationError, UncommittedEventsError
 from ...persistence.dialects.event_tables import ConflictError
-from ...uow import LENT, Batch, UnitOfWork, close, roll_back
+from ...uow import LENT, Batch, UnitOfWork, close, describe, roll_back
 from .registered import (
     REGISTER,
     check_registration,
@@ -88,8 +88,8 @@ class Managed(Protocol):
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
 
-    def dropped(self, batches: Sequence[Batch]) -> None:
-        """Told of events that are rolled back because a transaction was aborted without being doomed."""
+    def dropped(self, batches: Sequence[Batch], session: orm.Session | None) -> None:
+        """Told of events of a session that are rolled back because its transaction was aborted without being doomed."""
 
 
 @implementer(IDataManagerSavepoint)
@@ -118,10 +118,14 @@ class Participant:
         self._host = host
         self._at_stake: list[Batch] | None = []
         """The events that a commit is about to store, or None when the database has stored them."""
-        self.is_over: bool = False
-        """Whether its part was aborted. A rollback to an older savepoint does so too, and the transaction goes on."""
+        self._stage: Literal["open", "aborting", "over"] = "open"
         self.is_following: bool = False
         """Whether it listens to the database's own commit, which the status of the transaction does not show."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its part was aborted. A rollback to an older savepoint does so too, and the transaction goes on."""
+        return self._stage == "over"
 
     def follow(self) -> None:
         """Listen to the database's own commit from now on."""
@@ -136,6 +140,26 @@ class Participant:
         """Note that a caller asked for the rollback in progress."""
         self._unit.shared.asked = True
 
+    def aborting(self) -> None:
+        """Before an abort, roll the session back."""
+        if not self.is_over:
+            self._stage = "aborting"
+        self.roll_back()
+
+    def aborted(self) -> None:
+        """After an abort, log what its hooks have saved: the transaction rolls it back, as it does with rows."""
+        if self._stage == "open":
+            self._log_late()
+
+    def _log_late(self) -> None:
+        batches = self._unit.batches
+        if batches:
+            logger.error(
+                "%s saved by a hook or synchronizer of a transaction that was aborted, and rolled back with it: save "
+                "in a transaction of its own.",
+                describe(batches),
+            )
+
     def roll_back(self) -> None:
         """Roll the session back on request: zope.sqlalchemy only closes it."""
         session = self._session()
@@ -144,12 +168,15 @@ class Participant:
         transaction = self.transaction()
         if transaction is not None and not transaction.isDoomed() and self._unit.pending.has(Batch):
             self._at_stake = []
-            self._host.dropped(self._unit.pending.all(Batch))
+            self._host.dropped(self._unit.pending.all(Batch), session)
         roll_back(session)
 
     def abort(self, transaction: Any) -> None:
         """Note that the transaction was aborted, or that its commit failed."""
-        self.is_over = True
+        if self._stage == "aborting":
+            # Synchronizers were called meanwhile.
+            self._log_late()
+        self._stage = "over"
         self.roll_back()
 
     def tpc_begin(self, transaction: Any) -> None:
@@ -202,7 +229,7 @@ class Participant:
             )
         elif self._at_stake:
             # The database has rolled them back with its commit, before anybody was asked to abort.
-            self._host.dropped(self._at_stake)
+            self._host.dropped(self._at_stake, self._session())
 
     def sortKey(self) -> str:  # noqa: N802
         """Sort before the database."""
@@ -307,9 +334,16 @@ class ManagerCommits:
         known = self._participants.get(session)
         if known is None or known.is_over or known.transaction() is not transaction:
             known = Participant(self._host.unit_of(session), manager, transaction, self._host)
-            transaction.join(known)
-            transaction.addBeforeAbortHook(known.roll_back)
             self._participants[session] = known
+            if transaction.status == Status.COMMITTING:
+                # A listener of the session's flush: what it saves is committed with the flush, or nothing is.
+                known.asked()
+                return known
+            transaction.join(known)
+            transaction.addBeforeAbortHook(known.aborting)
+            if any(transaction.getAfterAbortHooks()):
+                # One of them may be what saves here, after the abort.
+                transaction.addAfterAbortHook(known.aborted)
         return known
 
     def commit(self, session: orm.Session) -> None:

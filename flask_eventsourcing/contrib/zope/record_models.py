@@ -37,37 +37,37 @@ class EventModels:
 
     @property
     def StoredEvent(self) -> type[StoredEventMixin]:  # noqa: N802
-        """The record class of events."""
+        """The record class of events. Query it, and let ``save()`` write it."""
         return self.events.StoredEvent
 
     @property
     def Snapshot(self) -> type[SnapshotMixin]:  # noqa: N802
-        """The record class of snapshots."""
+        """The record class of snapshots. It has no rows unless snapshots are taken."""
         return self.events.Snapshot
 
     @property
     def Tracking(self) -> type[TrackingMixin]:  # noqa: N802
-        """The record class of positions in the logs of others."""
+        """The record class of positions in the logs of others. It has rows if the application follows some."""
         return self.events.Tracking
 
     @property
     def Projection(self) -> type[CheckpointMixin]:  # noqa: N802
-        """The record class of the positions of projections."""
+        """The record class of the positions of projections. ``status`` shows them, with the states."""
         return self.projections.Projection
 
     @property
     def DeadLetter(self) -> type[DeadLetterMixin]:  # noqa: N802
-        """The record class of events that projections have set aside."""
+        """The record class of events that projections have set aside. Retry or discard them with the commands."""
         return self.projections.DeadLetter
 
     @property
     def InlineRange(self) -> type[InlineRangeMixin]:  # noqa: N802
-        """The record class of the positions that inline projections have applied."""
+        """The record class of the positions that inline projections have applied. No query of yours needs it."""
         return self.projections.InlineRange
 
     @property
     def tables(self) -> dict[str, sa.Table]:
-        """The tables by their use, such as ``events`` and ``projections``."""
+        """The tables by their use, such as ``events`` and ``projections``. A migration needs them by these names."""
         return {**self.events.tables, **self.projections.tables}
 
 
@@ -92,6 +92,8 @@ def event_models(
     :param correlation_index: whether the column ``correlation_id`` has an index.
     :param stored_event_model: a record class of your own, made with ``StoredEventMixin`` on the same base.
     :raises ConfigurationError: when a table name is taken, or a given record class lacks something.
+
+    .. versionchanged:: 0.1.0 The argument *stored_event_model* was added.
     """
     events = make_models(
         base,

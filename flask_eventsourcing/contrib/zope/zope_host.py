@@ -18,7 +18,7 @@ from ...host import PlainHost, redirected_session
 from ...metadata import Provider
 from ...models import Models
 from ...persistence import DialectOptions
-from ...uow import Batch, Run, UnitOfWork
+from ...uow import Batch, Run, UnitOfWork, same_database
 from .participant import ManagerCommits, TransientConflictError
 from .registered import IMPLICIT, REGISTER, current_transaction, has_owner, of_thread, registration_of, watch
 
@@ -70,6 +70,7 @@ class ZopeHost(PlainHost):
         for each in (session, factory):
             if isinstance(each, orm.scoped_session | orm.sessionmaker):
                 watch(each)
+                sa.event.listen(each, "after_begin", self._begun)
                 sa.event.listen(each, "after_transaction_end", commits.ended, insert=True)
 
     # ------------------------------------------------------------------------------------------- the host
@@ -178,8 +179,8 @@ class ZopeHost(PlainHost):
     def doomed(self) -> None:
         """Told that a unit of work which failed has doomed the transaction around it."""
 
-    def dropped(self, batches: Sequence[Batch]) -> None:
-        """Told of events that are rolled back because a transaction was aborted without being doomed."""
+    def dropped(self, batches: Sequence[Batch], session: orm.Session | None) -> None:
+        """Told of events of a session that are rolled back because its transaction was aborted without being doomed."""
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
@@ -189,7 +190,15 @@ class ZopeHost(PlainHost):
         """Whether a first try queues for aggregates that had conflicts lately."""
         return False
 
-    def _queue(self, unit: UnitOfWork) -> None:
+    def _begun(self, session: orm.Session, _: object, connection: Connection) -> None:
+        """Queue before the first read of a transaction that is tried again: its snapshot may be made by that."""
+        registered = registration_of(session)
+        if registered is None or not self.memory(registered.transaction_manager):
+            return
+        if same_database(connection.engine, self.datastore.engine):
+            self._queue(self.unit_of(session), connection)
+
+    def _queue(self, unit: UnitOfWork, connection: Connection | None = None) -> None:
         registered = registration_of(unit.session)
         if registered is None or unit.shared.depth:
             return
@@ -201,7 +210,7 @@ class ZopeHost(PlainHost):
         queue.active = bool(memory) or self._may_be_repeated()
         if memory and not unit.pending and not queue.has_joined:
             with unit.dialect.translated:
-                queue.join_conflicting(unit.connection())
+                queue.join_conflicting(connection or unit.connection())
 
 
 def manager_of(factory: Any) -> Any:

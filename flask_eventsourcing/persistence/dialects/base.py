@@ -54,7 +54,7 @@ class DialectOptions:
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 MARK_HOLDS_FOR = 1.0
-"""Seconds for which a high-water mark is remembered. It holds for ever, unless somebody makes the table again."""
+"""Seconds for which a high-water mark is remembered. It stays true unless the table is created again."""
 
 IDENTITY = "__log__"
 """The name under which the tracking table has the identity of the log."""
@@ -83,9 +83,9 @@ class _KnownMark(NamedTuple):
 class _Page(NamedTuple):
     start: int | None
     limit: int
-    stop: int | None
-    topics: Sequence[str]
-    inclusive_of_start: bool
+    stop: int | None = None
+    topics: Sequence[str] = ()
+    inclusive_of_start: bool = True
 
 
 class Dialect(Looks, ForProjections, ABC):
@@ -134,7 +134,7 @@ class Dialect(Looks, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
-        # From one that takes no changes, all of the pool is to go: it is not the primary server any more.
+        # A server that takes no changes is not the primary any more, so all connections of the pool are closed.
         context.is_disconnect = context.is_disconnect or self.is_read_only(error)
         answers = (self.driver_error, sa.exc.SQLAlchemyError)
         if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):
@@ -307,11 +307,19 @@ class Dialect(Looks, ForProjections, ABC):
                     return found
         return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
 
+    def select_committed(
+        self, connection: Connection, table: EventTable, after: int, limit: int, largest: int
+    ) -> list[Notification]:
+        """Read the log by position, whatever may appear before the events; only the next one may be a large one."""
+        first = f"SELECT min({POSITION}) FROM {table.name} WHERE {POSITION} > {after}"
+        small = f"({POSITION} = ({first}) OR length(state) <= {largest})"
+        return self._select_page(connection, table, _Page(after, limit, inclusive_of_start=False), None, small)
+
     def _find_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
-            until = time.monotonic() + MARK_HOLDS_FOR
-            self._marks[table.name] = _KnownMark(mark, until, self.is_meant(connection, table))
+            is_meant = self.is_meant(connection, table)
+            self._marks[table.name] = _KnownMark(mark, time.monotonic() + MARK_HOLDS_FOR, is_meant)
         return mark
 
     def _select_page(
@@ -330,10 +338,8 @@ class Dialect(Looks, ForProjections, ABC):
             conditions.append(f"topic IN ({', '.join([self.mark] * len(page.topics))})")
             parameters.extend(page.topics)
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
-        statement = (
-            f"SELECT {POSITION}, {', '.join(EVENT_COLUMNS)} "
-            f"FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
-        )
+        columns = f"{POSITION}, {', '.join(EVENT_COLUMNS)}"
+        statement = f"SELECT {columns} FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         return table.page(self.fetch(connection, statement, [*parameters, page.limit]))
 
     def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
@@ -375,17 +381,11 @@ class Dialect(Looks, ForProjections, ABC):
             return known
         with suppress(sa.exc.IntegrityError), connection.begin_nested():
             connection.execute(sa.insert(tracking_table).values(new_identity()))
-        made: int = connection.scalars(
-            sa.select(tracking_table.c[POSITION]).where(tracking_table.c.application_name == IDENTITY)
-        ).one()
-        return made
+        query = sa.select(tracking_table.c[POSITION]).where(tracking_table.c.application_name == IDENTITY)
+        return int(connection.scalars(query).one())
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for news of a log; here it polls."""
-        return Waiter()
-
-    def listen(self, channel: str) -> Waiter:
-        """Return what waits for a notification on a channel; here it polls."""
         return Waiter()
 
     @abstractmethod

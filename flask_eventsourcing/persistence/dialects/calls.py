@@ -1,22 +1,69 @@
-"""Counts the calls of a driver's connection, to notice when it is used without SQLAlchemy, and asks with it."""
+"""What goes past SQLAlchemy: calls of a driver's connection, which are counted, and statements on a host's cursors."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from ..._patches import driver_method
 
+T = TypeVar("T")
+
 OWN = "flask_eventsourcing"
 """The execution option of the recorders' own statements."""
 # Taken over as it is, and not copied, by a connection without options of its own.
 OPTIONS = sa.util.immutabledict({OWN: True})
+
+
+class DirectConnection(Connection):
+    """SQLAlchemy's connection on one that a host lends, of whose transactions SQLAlchemy knows nothing.
+
+    There is nothing that SQLAlchemy could do with the recorders' statements, so they go to the host's own cursors.
+    """
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody listens to statements, who is to hear of these too."""
+        return self._has_events or self.engine._has_events
+
+    def run(self, statement: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
+        """Run a statement on a new cursor, and return what is taken from it.
+
+        :raises: the driver's errors.
+        """
+        raise NotImplementedError
+
+
+class Modified(NamedTuple):
+    """What a modifying statement did."""
+
+    rowcount: int
+    lastrowid: Any
+
+
+def all_rows(cursor: Any) -> list[Any]:
+    """Return the rows of a driver's cursor."""
+    rows: list[Any] = cursor.fetchall()
+    return rows
+
+
+def modified(cursor: Any) -> Modified:
+    """Return what the statement of a driver's cursor did; not every driver has the last id."""
+    return Modified(cursor.rowcount, getattr(cursor, "lastrowid", None))
+
+
+@lru_cache(64)
+def of_rows(statement: str, mark: str, own: int, shared: int, count: int) -> str:
+    """Return the statement that inserts many rows, from that for one; the drivers know one that is the same object."""
+    again = [f"{mark}{own + number}" for number in range(1, shared + 1)]
+    return statement + f", ({', '.join([mark] * own + again)})" * (count - 1)
 
 
 def is_own(context: Any) -> bool:
@@ -54,17 +101,19 @@ class _Counted:
         self._calls, self._ends = calls, name != CURSOR
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A call that fails may have ended the transaction or not, as another's cursor may have.
+        self._calls.cursors += 1
+        answer = self._method(self._driver(), *args, **kwargs)
         if self._ends:
+            self._calls.cursors -= 1
             self._calls.ends += 1
-        else:
-            self._calls.cursors += 1
-        return self._method(self._driver(), *args, **kwargs)
+        return answer
 
 
 def count_calls(driver: Any, record: Any) -> None:
     """Listen to the event "connect" of an engine: count how often transactions are ended, and cursors made.
 
-    One that is ended past SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
+    One that is ended without SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
     cursor that is none of SQLAlchemy's may have done that, or have rolled a savepoint back.
     """
     _count(driver, record, COUNTED)

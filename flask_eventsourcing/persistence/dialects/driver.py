@@ -1,17 +1,16 @@
 """Runs the recorders' statements with ``Connection.exec_driver_sql``, and translates errors to the library's.
 
-Pools, listeners, logs and what an error does to a connection are SQLAlchemy's. Each of these statements has the
-execution option ``flask_eventsourcing``, by which a listener tells it from others.
+Pools, listeners, logs and what an error does to a connection are SQLAlchemy's, but on a :class:`DirectConnection`. Each
+statement has the execution option ``flask_eventsourcing``, by which a listener tells it from others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import lru_cache
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
 from eventsourcing import persistence
@@ -20,7 +19,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
-from .calls import OPTIONS, Calls, calls_of
+from .calls import OPTIONS, Calls, DirectConnection, Modified, all_rows, calls_of, modified, of_rows
 from .event_tables import (
     EVENT_COLUMNS,
     NOTHING,
@@ -35,6 +34,8 @@ from .event_tables import (
     is_key,
 )
 
+T = TypeVar("T")
+
 # The classes of PEP 249, which SQLAlchemy, every driver and the library have; each stands before those it derives from.
 _PEP_249 = (
     "IntegrityError",
@@ -47,26 +48,11 @@ _PEP_249 = (
     "InterfaceError",
 )
 
-
 AUTOCOMMIT = "AUTOCOMMIT"
 COMMITS_BY_ITSELF = (
     "This engine commits each statement by itself, so events and models cannot be one transaction: make it "
     "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."
 )
-
-
-class Modified(NamedTuple):
-    """What a modifying statement did."""
-
-    rowcount: int
-    lastrowid: Any
-
-
-@lru_cache(64)
-def _of_rows(statement: str, mark: str, own: int, shared: int, count: int) -> str:
-    """Return the statement that inserts many rows, from that for one; the drivers know one that is the same object."""
-    again = [f"{mark}{own + number}" for number in range(1, shared + 1)]
-    return statement + f", ({', '.join([mark] * own + again)})" * (count - 1)
 
 
 class Driver:
@@ -117,11 +103,13 @@ class Driver:
         return False
 
     def ended_past(self, connection: Connection) -> None:
-        """Called where somebody has ended the transaction past SQLAlchemy."""
+        """Called when other code has ended the transaction without SQLAlchemy."""
         return
 
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows, as the driver gives them."""
+        if isinstance(connection, DirectConnection) and not connection.is_heard:
+            return self._run_directly(connection, statement, tuple(parameters), all_rows)
         try:
             result = connection.exec_driver_sql(statement, tuple(parameters), OPTIONS)
             # The result's way to the driver, by which an error is treated as one of the execution, without its Row.
@@ -132,6 +120,8 @@ class Driver:
 
     def modify(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> Modified:
         """Run a statement that returns no rows."""
+        if isinstance(connection, DirectConnection) and not connection.is_heard:
+            return self._run_directly(connection, statement, tuple(parameters), modified)
         result = self._run(connection, statement, tuple(parameters))
         # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
         return Modified(result.rowcount, getattr(result.context.cursor, "lastrowid", None))
@@ -146,6 +136,17 @@ class Driver:
         except exc.DBAPIError as error:
             # Not from SQLAlchemy's, which has the parameters.
             raise self.own_error(connection, error.orig, statement) from error.orig
+
+    def _run_directly(
+        self, connection: DirectConnection, statement: str, parameters: tuple[Any, ...], take: Callable[[Any], T]
+    ) -> T:
+        try:
+            return connection.run(statement, parameters, take)
+        except self.driver_error as error:
+            dialect: Any = self.engine.dialect
+            if not connection.invalidated and dialect.is_disconnect(error, connection.connection, None):
+                connection.invalidate(error)
+            raise self.own_error(connection, error, statement) from error
 
     def insert_rows(
         self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], beside: Beside = NOTHING
@@ -188,7 +189,7 @@ class Driver:
     ) -> Any:
         values, own, shared = beside.joined(rows), len(rows[0]) + len(beside.columns), beside.shared
         values[own:own] = shared
-        return self.modify(connection, _of_rows(statement, self.mark, own, len(shared), len(rows)), values).lastrowid
+        return self.modify(connection, of_rows(statement, self.mark, own, len(shared), len(rows)), values).lastrowid
 
     def insert_statement(self, table: EventTable, shape: Shape = PLAIN) -> str:
         """The statement that inserts one event."""
@@ -311,7 +312,7 @@ class Driver:
         if table is not None and self.code(error) in self.duplicates:
             columns = self.violated(connection, error, table)
         if table is None or columns is None or not is_key(table, columns):
-            return ConstraintError(f"A constraint of the database that is no key of the events refused this: {found}")
+            return ConstraintError(f"A constraint that is not a key of the events refused an event: {found}")
         return self._not_unique(connection, table, columns, found)
 
     def _not_unique(

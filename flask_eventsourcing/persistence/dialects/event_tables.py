@@ -36,7 +36,6 @@ COLUMN_VALUES = "flask_eventsourcing.column_values"
 
 Processor = Callable[[Any], Any]
 Snapshot = Callable[[str, str | None], str]
-
 _VALUES = attrgetter(*EVENT_COLUMNS)
 
 
@@ -395,3 +394,7 @@ class Known:
         if self._transaction is None or self._transaction() is not transaction:
             self._transaction, self._floors = weakref.ref(transaction), {}
         return self._floors
+
+    def ended(self) -> None:
+        """Told of the end of a transaction that SQLAlchemy does not know."""
+        self._transaction = None

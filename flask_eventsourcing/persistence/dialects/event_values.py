@@ -59,7 +59,7 @@ def as_text(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    raise TypeError(f"its id is of type {type(value).__name__} and no text")
+    raise TypeError(f"its id is of type {type(value).__name__} and not text")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Accepted:
 
     def _topic(self, found: Any) -> str:
         if not isinstance(found, str):
-            self._refuse("topic of an event", f"is of type {type(found).__name__}, and must be a text")
+            self._refuse("topic of an event", f"is of type {type(found).__name__}, and must be a string")
         return self._text("topic of an event", found, self.longest_topic)
 
     def _state(self, found: Any) -> bytes:
@@ -172,7 +172,7 @@ def check_tracking(tracking: Tracking) -> None:
     name: Any = tracking.application_name
     position: Any = tracking.notification_id
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not is_plain(name):
-        raise EventValueError(f"The name of an upstream application must be a text of 1 to {LONGEST_NAME} characters.")
+        raise EventValueError(f"The name of an upstream application must be text of 1 to {LONGEST_NAME} characters.")
     if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= LARGEST:
         raise EventValueError(f"The position of an upstream application must be an int from 0 to {LARGEST}.")
 

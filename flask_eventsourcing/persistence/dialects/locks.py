@@ -64,7 +64,7 @@ class RunnerLock(ABC):
 
     @abstractmethod
     def acquire(self) -> bool:
-        """Take the lock if nobody has it, and return whether it is held now."""
+        """Take the lock if it is free, and return whether it is held now."""
 
     @abstractmethod
     def check(self) -> None:
@@ -80,7 +80,7 @@ class RunnerLock(ABC):
 
     @abstractmethod
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
-        """Whether somebody has the lock now."""
+        """Whether the lock is taken now."""
 
 
 FARTHEST = timedelta(minutes=1)
@@ -288,6 +288,8 @@ class ForProjections(ForSwaps):
         """
         return False
 
+    locks_what_it_compares = False
+    """Whether a change locks the rows that its conditions look for, so that nobody else can insert such ones."""
     canceled: ClassVar[frozenset[object]] = frozenset()
     """The driver's codes of errors by which the server has ended a statement that took too long."""
     has_one_writer = False

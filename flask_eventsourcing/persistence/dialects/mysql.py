@@ -27,7 +27,7 @@ from ..._patches import dialect_rollback
 from ...exceptions import WriteTimeoutError
 from .base import DialectOptions
 from .calls import ask, count_calls
-from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, columns_of, gap, heads
+from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
 from .locks import RunnerLock
 from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
@@ -61,6 +61,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     duplicates: ClassVar[frozenset[object]] = frozenset({1062})
     # Of a database, a table, a column; not to the server, which is no matter of tables.
     rights_lacking: ClassVar[frozenset[object]] = frozenset({1044, 1142, 1143})
+    canceled: ClassVar[frozenset[object]] = frozenset({1317, 1969, 3024})
     title = "MySQL"
     appends_one_by_one = True
     drivers: ClassVar[dict[str, str]] = {
@@ -80,6 +81,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     aborts_transactions = True
     driver_knows_end = False
     reads_in_autocommit = True
+    locks_what_it_compares = True
     rows_at_once = 500
 
     @classmethod
@@ -137,28 +139,18 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         self.refuse_padded(connection, table, [event.originator_id for event in events])
         snapshots = self.needs_snapshots(connection, table, first)
         last = self._draw(connection, table, len(events), snapshots=snapshots)
-        self._check(connection, table, first, len(events), snapshots=snapshots)
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(each, *row) for each, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
-        columns = f"{POSITION}, {beside.shape.columns}"
-        self.insert_rows(connection, f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", rows)
+        into = f"INSERT INTO {table.name} ({POSITION}, {beside.shape.columns})"
+        if len(rows) == 1 and self.reads_latest(connection) and self.chunks(connection, rows):
+            condition, known = _surely_follows(table, values[0], first=begins(events[0]), snapshots=snapshots)
+            statement = f"{into} SELECT {marks} FROM (SELECT 1 AS one) AS o WHERE {condition}"
+            if self.modify(connection, statement, (*rows[0], *known)).rowcount:
+                return positions
+        self.check_gap(connection, table, first, len(events), snapshots=snapshots)
+        self.insert_rows(connection, f"{into} VALUES ({marks})", rows)
         return positions
-
-    def _check(
-        self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int, *, snapshots: bool
-    ) -> None:
-        # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
-        # would find there what it must not see. A snapshot that is older than what others have stored since may lack
-        # the predecessor, which a locking read finds.
-        missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
-        if missing is not None:
-            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE", snapshots=snapshots)
-        if missing is not None:
-            # The row is locked, so nobody has seen the positions.
-            back = "SET notification_id = notification_id - %s WHERE application_name = %s"
-            self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
-            raise gap(missing)
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -307,8 +299,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     # ------------------------------------------------------------------------------------- what projections need
 
-    canceled = frozenset({1317, 1969, 3024})
-
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not obtained in time."""
@@ -340,6 +330,18 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
 
 _nodes: weakref.WeakKeyDictionary[Engine, bool] = weakref.WeakKeyDictionary()
+
+
+def _surely_follows(
+    table: EventTable, row: Sequence[Any], *, first: bool, snapshots: bool
+) -> tuple[str, Sequence[Any]]:
+    """Return a condition that needs few looks, with its parameters; what it refuses is looked at more closely."""
+    if not first:
+        key = "originator_id = %s AND originator_version = %s"
+        return f"EXISTS (SELECT 1 FROM {table.name} WHERE {key})", (row[0], row[1] - 1)
+    names = [table.name, table.snapshots] if snapshots else [table.name]
+    conditions = [f"NOT EXISTS (SELECT 1 FROM {name} WHERE originator_id = %s)" for name in names]
+    return " AND ".join(conditions), [row[0]] * len(names)
 
 
 def _after_error(context: Any) -> None:

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import DataError
+from eventsourcing.persistence import DataError, StoredEvent
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
 from .base import Dialect
-from .event_tables import POSITION, VERSION, EventTable
+from .event_tables import POSITION, VERSION, EventTable, gap
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
 
 # The default collations take "Ada" for "ada", and some "é" for "e".
@@ -25,6 +25,8 @@ EXACT_UNPADDED = {True: "utf8mb4_nopad_bin", False: "utf8mb4_0900_bin"}
 """Those that do not take "Ada " for "Ada", by whether it is MariaDB."""
 ESCAPED = b"\\'\"\0\n\r\x1a"
 """What has two bytes in the text of a statement."""
+LEVEL = "flask_eventsourcing.level"
+"""Where a connection of the driver has its isolation level."""
 OF_ROW = 100
 """The bytes of a statement beside those of a row's ids, topics and states."""
 OF_STATEMENT = 1000
@@ -72,7 +74,8 @@ class MySQLLooks(Dialect):
                 "SQLALCHEMY_ENGINE_OPTIONS = {'connect_args': {'init_command': \"SET sql_mode = 'TRADITIONAL'\"}}."
             )
             yield Finding(text, APPEND, UnsafeSettingError)
-        if level.replace(" ", "-").upper() == "READ-UNCOMMITTED":
+        level = connection.info[LEVEL] = level.replace(" ", "-").upper()
+        if level == "READ-UNCOMMITTED":
             text = "With the isolation level READ UNCOMMITTED readers would see events that are rolled back later"
             yield Finding(f"{text}: use READ COMMITTED or REPEATABLE READ.", USES, UnsafeSettingError)
 
@@ -95,10 +98,16 @@ class MySQLLooks(Dialect):
         return FoundTable(columns, tables[0][0], keys=keys)
 
     def is_there(self, connection: Connection, table: sa.Table) -> bool:
-        """Ask whether it is there, and no more."""
+        """Ask whether it is there, and no more; where nothing is looked at again, not twice."""
+        seen: Seen | None = None if self.looks_again else connection.info.get(Seen.KEY)
+        if seen is not None and table.fullname in seen.there:
+            return True
         where = "TABLE_SCHEMA = coalesce(%s, DATABASE()) AND TABLE_NAME = %s"
         place = (self.schema_of(connection, table), table.name)
-        return bool(self.fetch(connection, f"SELECT 1 FROM information_schema.TABLES WHERE {where}", place))
+        there = bool(self.fetch(connection, f"SELECT 1 FROM information_schema.TABLES WHERE {where}", place))
+        if there and seen is not None:
+            seen.there.add(table.fullname)
+        return there
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""
@@ -145,6 +154,33 @@ class MySQLLooks(Dialect):
         if table.counter is None:
             raise MissingTableError(f"The recorder of {table.name} was made without a tracking table, which counts.")
         return table.counter
+
+    @staticmethod
+    def reads_latest(connection: Connection) -> bool:
+        """Whether each statement sees what is committed by then, and INSERT … SELECT locks nothing that it reads.
+
+        As it was when the connection was looked at first; a level that a transaction has for itself may lock more.
+        """
+        return connection.info.get(LEVEL) == "READ-COMMITTED"
+
+    def check_gap(
+        self, connection: Connection, table: EventTable, first: Sequence[StoredEvent], count: int, *, snapshots: bool
+    ) -> None:
+        """Refuse events that would leave a gap, and give their positions back.
+
+        :raises IntegrityError: for such an event.
+        """
+        # Not before the positions are drawn: the read makes a snapshot, and what waits for the counting row with one
+        # would find there what it must not see. A snapshot that is older than what others have stored since may lack
+        # the predecessor, which a locking read finds.
+        missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
+        if missing is not None:
+            missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE", snapshots=snapshots)
+        if missing is not None:
+            # The row is locked, so nobody has seen the positions.
+            back = "SET notification_id = notification_id - %s WHERE application_name = %s"
+            self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
+            raise gap(missing)
 
     @staticmethod
     def opening(table: EventTable, *, snapshots: bool) -> str:

@@ -44,7 +44,7 @@ def status_of(driver_connection: Any) -> Any:
 
 
 def prepare_connections(engine: Engine) -> None:
-    """Count what ends transactions past SQLAlchemy, and get binary values with psycopg 3: ``bytea`` as text is longer.
+    """Count what ends transactions without SQLAlchemy, and get binary values with psycopg 3, as text is longer.
 
     Connections of psycopg2 take no attributes, those of a class derived from theirs do. One that the user asks for by
     ``connection_factory`` is left as it is.

@@ -43,7 +43,7 @@ class LockConnection:
         self._checked = 0.0
 
     def acquire(self, lock: SessionLock) -> bool:
-        """Take a lock if nobody has it, also nobody else in this process; a lost connection is replaced."""
+        """Take a lock if it is free, in this process too. A lost connection is replaced."""
         with self._mutex:
             self._users.add(lock)
             owner = self._owners.get(lock.name)
@@ -131,7 +131,7 @@ class SessionLock(RunnerLock):
         """Return what the statements need to name the lock."""
 
     def acquire(self) -> bool:
-        """Take the lock if nobody has it."""
+        """Take the lock if it is free."""
         return self._connection.acquire(self)
 
     def check(self) -> None:
@@ -147,7 +147,7 @@ class SessionLock(RunnerLock):
         self._connection.leave()
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
-        """Ask the server whether somebody has the lock."""
+        """Ask the server whether the lock is taken."""
         return bool(connection.execute(sa.text(self.look), self.parameters()).scalar())
 
 
@@ -171,7 +171,7 @@ class NamedLock(SessionLock):
         return self._is_node(None)
 
     def acquire(self) -> bool:
-        """Take the lock if nobody has it; a lease is taken with the claim."""
+        """Take the lock if it is free. A lease is taken with the claim."""
         return self.leased or super().acquire()
 
     def check(self) -> None:
@@ -180,7 +180,7 @@ class NamedLock(SessionLock):
             super().check()
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
-        """Ask the server whether somebody has the lock, or look at the lease."""
+        """Ask the server whether the lock is taken, or look at the lease."""
         if self._is_node(connection):
             return Lease(self.engine, self.name).is_held(connection, leased_until)
         return super().is_held(connection, leased_until)

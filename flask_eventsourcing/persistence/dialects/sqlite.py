@@ -37,7 +37,7 @@ WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
 SCOPE = "SELECT s.schema_version, d.name, d.file FROM pragma_schema_version AS s, pragma_database_list AS d"
 SCHEMA_HOLDS_FOR = 0.05
-"""Seconds for which nobody is taken to change the schema and delete the last event, too."""
+"""Seconds for which it is assumed that nobody both changes the schema and deletes the last event."""
 WITHOUT_AUTOINCREMENT = (
     "Table {0} has lost its AUTOINCREMENT, so the position of a deleted event would be used again, and readers could "
     "miss events: let a migration create the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
@@ -140,7 +140,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             self._configure(driver, name)
 
         sa.event.listen(engine, "before_cursor_execute", _before_statement)
-        # In memory nobody ends a transaction of another's, and its driver connection is asked to all the time.
+        # In memory no other process ends a transaction, and the driver's connection is asked for it all the time.
         sa.event.listen(engine, "connect", count_cursors if memory else count_calls)
         if memory:
             sa.event.listen(engine, "after_cursor_execute", _after_statement)

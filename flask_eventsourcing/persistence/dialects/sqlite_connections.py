@@ -262,8 +262,8 @@ class SharedConnection(QueuedConnection):
     through. The pool rolls back each connection that is returned to it, without an event: that, and the end of a
     connection that only reads, must not end the transaction of the owner.
 
-    What is written past SQLAlchemy, with a cursor of the driver, cannot be told apart from what others do with it. It
-    joins what is open, and if nothing is, the first connection that ends a transaction ends this one.
+    What is written without SQLAlchemy, with a cursor of the driver, cannot be told apart from what others do with it.
+    It joins what is open, and if nothing is, the first connection that ends a transaction ends this one.
     """
 
     level: str | None = ""

@@ -167,7 +167,7 @@ class JournalMode:
         self._timeout = min(timeout, LONGEST_WAIT)
         self._settled: FileId | None = None
         self._in_use: str | None = None
-        """The file that others have used for the whole of the time; nobody waits for them again."""
+        """The file that other processes did not let go in the whole time. Nothing waits for them a second time."""
         self._warned: set[str] = set()
 
     def settle(self, arguments: Sequence[Any], parameters: Mapping[str, Any]) -> None:
@@ -179,7 +179,7 @@ class JournalMode:
         if path is None or ((file := _file_id(path)) is not None and file == self._settled):
             return
         if "immutable=1" in str(arguments[0]):
-            # It is read as it is, past all locks and logs.
+            # It is read as it is, without locks and without the log.
             return
         address, uri = arguments[0], bool(parameters.get("uri"))
         try:

@@ -108,7 +108,7 @@ class ForSwaps:
         return {name for (_, name), keys in found.items() if any(key["referred_table"] == table.name for key in keys)}
 
     def holders(self, tables: Sequence[sa.Table], seconds: int) -> Sequence[str]:
-        """Return the sessions that have used some tables for more than so many seconds, if the database tells them."""
+        """Return the sessions that have used some tables for longer than some seconds, if the database shows them."""
         return ()
 
     # ------------------------------------------------------------------------------------- the end

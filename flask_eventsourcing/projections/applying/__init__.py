@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 from eventsourcing import utils
-from eventsourcing.persistence import Mapper, Notification
+from eventsourcing.persistence import Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 
 from ...applications.apart import refusing_saves, trying
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
-from ...metadata import caused_by
+from ...metadata import Cause, MetadataBlock
 from ...persistence.dialects import has_waited, is_canceled, is_outage, is_read_only, is_serialization_failure
 from ...persistence.dialects.catalogs import Checks
 from ...persistence.dialects.event_values import UnreadableNotification
@@ -75,7 +75,6 @@ class Applier:
         self.ends = ends
         self.consumer = consumer
         self.projection: ModelProjection = consumer.projection_class()
-        self._handlers = consumer.handlers
         name = self.projection.__class__.__name__
         models = consumer.projection_class.models
         dialect = consumer.application.datastore.dialect
@@ -87,11 +86,6 @@ class Applier:
         self._has_letters: bool | None = None
         self.has_saved: bool = False
         """Whether a reaction has saved events."""
-
-    @cached_property
-    def _mapper(self) -> Mapper[Any]:
-        # Looked up once, as there are many thousand events a second.
-        return self.consumer.application.mapper
 
     @property
     def commits_each(self) -> bool:
@@ -194,8 +188,8 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         try:
-            with unit.gate.hold(ENDED.format(name)), trying() as attempt, self.projection.told_errors():
-                self._handle_one(session, notification)
+            with unit.gate.hold(ENDED.format(name)), trying() as attempt, self._calling(session) as call:
+                call(notification)
                 session.flush()
             if unit.batches or attempt.has_saved:
                 self.has_saved = True
@@ -257,8 +251,8 @@ class Applier:
         called: bool = False,
     ) -> None:
         last, leased = self.consumer.last_event(connection, position, notifications), self.consumer.leased
-        checkpoint = self.consumer.checkpoint
-        checkpoint.advance(connection, claimed, position, applied, lease=leased, last=last, called=called)
+        advance, unless = self.consumer.checkpoint.advance, self.consumer.applied_inline
+        advance(connection, claimed, position, applied, lease=leased, last=last, called=called, unless=unless)
 
     def connection(self, session: orm.Session) -> Connection:
         """Return the session's connection to the database of the events."""
@@ -279,13 +273,13 @@ class Applier:
                 unit.gate.hold(ENDED.format(name)),
                 self._refusing_saves(),
                 self._batches.applying(session, connection, notifications) as batch,
-                self.projection.told_errors(),
+                self._calling(session) as call,
             ):
                 for notification in notifications:
                     if blocked and str(notification.originator_id) in blocked:
                         self.letters.add(connection, self.consumer.name, notification)
                     else:
-                        self._handle_one(session, notification)
+                        call(notification)
                     batch.end_event()
                     handled += 1
                     if self.ends():
@@ -309,8 +303,8 @@ class Applier:
     def handle(self, session: orm.Session, notification: Notification) -> None:
         """Handle one event, in the caller's transaction."""
         applying = self._batches.applying(session, self.connection(session), [notification])
-        with self._refusing_saves(), applying as batch, self.projection.told_errors():
-            self._handle_one(session, notification)
+        with self._refusing_saves(), applying as batch, self._calling(session) as call:
+            call(notification)
             batch.end_event()
             session.flush()
 
@@ -319,7 +313,49 @@ class Applier:
         is_reaction = self.consumer.kind == "reactions"
         return nullcontext() if is_reaction else refusing_saves(APART.format(self.projection.__class__.__name__))
 
-    def _handle_one(self, session: orm.Session, notification: Notification) -> None:
+    @contextmanager
+    def _calling(self, session: orm.Session) -> Iterator[_Calls]:
+        connection = partial(self.connection, session)
+        calls = _Calls(self.consumer, self.projection, self._recordings, session, connection)
+        with self.projection.told_errors(), calls.block:
+            yield calls
+
+
+class _Call(NamedTuple):
+    """How the handler of an event class is called."""
+
+    handler: Callable[..., Any]
+    last: Sequence[Any]
+    """The arguments after the event; a reaction's is the key."""
+    named: dict[str, Any]
+    is_told: bool
+    """Whether it has the parameter ``recorded``."""
+
+
+class _Calls:
+    """Calls handlers in one session, within :attr:`block`, so that what each saves has its event as the cause.
+
+    What is the same for all events of a class is found once, as there are many thousand events a second.
+    """
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        projection: ModelProjection,
+        recordings: Recordings,
+        session: orm.Session,
+        connection: Callable[[], Connection],
+    ) -> None:
+        self._consumer = consumer
+        self._projection = projection
+        self._recordings = recordings
+        self._session = session
+        self._connection = connection
+        self._to_domain_event = consumer.application.mapper.to_domain_event
+        self._known: dict[type[Any], _Call | None] = {}
+        self.block: MetadataBlock = MetadataBlock({}, fills=True)
+
+    def __call__(self, notification: Notification) -> None:
         """Call the handler of one event, if there is one.
 
         :raises UnreadableEventError: when the row of the event cannot be read.
@@ -328,23 +364,33 @@ class Applier:
         if isinstance(notification, UnreadableNotification):
             raise notification.error
         try:
-            event = self._mapper.to_domain_event(notification)
+            event = self._to_domain_event(notification)
         except utils.TopicError as error:
             raise UnknownTopicError(UNKNOWN.format(notification.topic)) from error
-        handler = self._handlers.find(type(event))
-        if handler is None:
+        event_class = type(event)
+        if event_class not in self._known:
+            self._known[event_class] = self._find(event_class)
+        call = self._known[event_class]
+        if call is None:
             return
-        connection, position, recorded = partial(self.connection, session), notification.id, None
-        if handler in self._handlers.telling:
-            recorded = self._recordings.of(connection, position)
-        last, named = self.projection.arguments_of(handler, session)
-        if self.consumer.kind == "reactions":
-            last, named = (self._recordings.key(connection, notification),), {}
+        handler, last, named, is_told = call
+        if self._consumer.kind == "reactions":
+            last = (self._recordings.key(self._connection, notification),)
+        recorded = partial(self._recordings.of, self._connection, notification.id)
+        self.block.turn_to(Cause(recorded))
         try:
-            with caused_by(partial(self._recordings.of, connection, position)):
-                if recorded is None:
-                    handler(self.projection, event, *last, **named)
-                else:
-                    handler(self.projection, event, *last, **named, recorded=recorded)
+            if is_told:
+                handler(self._projection, event, *last, **named, recorded=recorded())
+            else:
+                handler(self._projection, event, *last, **named)
         except SystemExit as error:
-            raise HandlerError(EXITED.format(type(self.projection).__name__)) from error
+            raise HandlerError(EXITED.format(type(self._projection).__name__)) from error
+
+    def _find(self, event_class: type[Any]) -> _Call | None:
+        handlers = self._consumer.handlers
+        handler = handlers.find(event_class)
+        if handler is None:
+            return None
+        last, named = self._projection.arguments_of(handler, self._session)
+        is_reaction = self._consumer.kind == "reactions"
+        return _Call(handler, last, {} if is_reaction else named, handler in handlers.telling)

@@ -15,6 +15,7 @@ from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
 from ...metadata import Recorded
+from ...persistence.recorders import NEVER_TOO_MANY
 from ..checkpoint import CheckpointRow
 from ..consumers import Consumer
 from ..definitions import MOST_EVENTS, MOST_TOPICS
@@ -49,9 +50,29 @@ class LogPages:
         self.topics: set[str] = set(json.loads(row.topics)) if row is not None and row.topics else set[str]()
         self.known_to: int = (row.topics_position if row is not None else None) or 0
         self._saved = self.known_to
+        self._ahead: Sequence[Notification] = ()
+
+    def look_ahead(self, after: int, limit: int) -> int | None:
+        """Read the events right after a position, and return where they end, or None if the log has to be asked.
+
+        Between positions that follow each other no event can appear, so that one statement tells what two would. They
+        are kept for :meth:`read`.
+        """
+        self._ahead, application = (), self.consumer.application
+        if not application.log.can_filter or self.consumer.follows_models:
+            return None
+        limit = min(limit + 1, NEVER_TOO_MANY)
+        read = application.recorder.read_committed(after, limit)
+        if len(read) == limit or any(each.id != position for position, each in enumerate(read, after + 1)):
+            return None
+        self._ahead = read
+        return read[-1].id if read else after
 
     def read(self, after: int, limit: int, stop: int) -> Page:
         """Read events after a position, up to another one."""
+        ahead, self._ahead = self._ahead, ()
+        if ahead and ahead[0].id == after + 1 and ahead[-1].id <= stop:
+            return self._page(after, ahead, ahead[-1].id, stop)
         log = self.consumer.application.log
         if log.can_filter and stop - after >= COLLECT_FROM and stop > self.known_to:
             self._collect(stop)
@@ -60,6 +81,9 @@ class LogPages:
             stop = min(stop, self.known_to)
             topics = self._filter()
         read, position = log.page(after, limit, stop, topics)
+        return self._page(after, read, position, stop)
+
+    def _page(self, after: int, read: Sequence[Notification], position: int, stop: int) -> Page:
         if after == self.known_to:
             self.topics.update(each.topic for each in read)
             self.known_to = position

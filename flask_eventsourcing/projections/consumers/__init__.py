@@ -20,7 +20,7 @@ from ...host import Host
 from ...models import ProjectionModels
 from ...persistence import Datastore, SQLAlchemyApplicationRecorder
 from ...persistence.dialects.locks import Lease, RunnerLock
-from ..checkpoint import Checkpoint
+from ..checkpoint import MOVED_FROM, NOTED, Checkpoint
 from ..dead_letters import DeadLetters
 from ..definitions import Handlers, ModelProjection
 from ..definitions.fingerprints import fingerprint_of
@@ -223,10 +223,27 @@ class Consumer:
         event_id = log.event_id(connection, position)
         return {"last_originator_id": at[0], "last_originator_version": at[1], "last_event_id": event_id}
 
+    @cached_property
+    def applied_inline(self) -> sa.ColumnElement[bool] | None:
+        """The condition, in the statement that moves its position, that others have applied inline what it passes over.
+
+        None where nobody does, or where the condition would keep others waiting and has to be asked before.
+        """
+        if self.kind != "projection" or self.application.datastore.dialect.locks_what_it_compares:
+            return None
+        c = self.application.models.tables["inline_ranges"].c
+        passed = (c.last_position > sa.bindparam(MOVED_FROM), c.last_position <= sa.bindparam(NOTED))
+        return sa.exists(sa.select(sa.literal(1)).where(c.projection == self.name, *passed))
+
+    @property
+    def follows_models(self) -> bool:
+        """Whether it goes no further than the projection's models, as reactions do."""
+        return self.kind == "reactions" and bool(self.projection_class.handlers) and not self.projection_class.inline
+
     def end(self) -> int:
         """How far it may go now: up to the high-water mark, and reactions no further than the projection's models."""
         mark = self.application.high_water_mark()
-        if self.kind == "reactions" and self.projection_class.handlers and not self.projection_class.inline:
+        if self.follows_models:
             row = self.of_kind("projection").checkpoint.read()
             return min(mark, row.position if row is not None else 0)
         return mark

@@ -335,7 +335,7 @@ class Runner:
                     progress.state = "up to date"
                     return True
                 if claimed.position >= progress.high_water_mark:
-                    self._wait(waiter, claimed, heartbeat)
+                    self._wait(waiter, claimed, heartbeat, pages)
                     continue
                 claimed = self._move(claimed, once, pages, delivery)
             return False
@@ -360,7 +360,7 @@ class Runner:
             self.goal = self.progress.high_water_mark = self.consumer.end()
         return self.goal
 
-    def _wait(self, waiter: Waiter, claimed: CheckpointRow, heartbeat: Heartbeat) -> None:
+    def _wait(self, waiter: Waiter, claimed: CheckpointRow, heartbeat: Heartbeat, pages: LogPages) -> None:
         """Wait until there is something to do."""
         pause = Backoff(SHORTEST_WAIT, waiter.longest, GROWTH)
         look = time.monotonic() + waiter.first - pause.seconds
@@ -371,7 +371,7 @@ class Runner:
                 news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
                 now = time.monotonic()
                 if news or now >= look + pause.seconds:
-                    self.progress.high_water_mark = self.turn.find_end(claimed)
+                    self.progress.high_water_mark = self.turn.find_end(claimed, pages, self.pace.limit)
                     if self.progress.high_water_mark > claimed.position:
                         return
                     self.progress.state = "up to date"

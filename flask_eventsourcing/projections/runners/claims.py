@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from ...persistence.dialects import MAY_PASS, is_outage
 from ...persistence.dialects.locks import RunnerLock
+from ..applying.pages import LogPages
 from ..checkpoint import LEASE, CheckpointRow, FencedError
 from ..consumers import Consumer
 from ..consumers.belonging import OLD_CODE, Belonging, Mismatch
@@ -174,16 +175,19 @@ class Turn:
         made = checkpoint.read()
         return None if made is None else self.take(made)
 
-    def find_end(self, row: CheckpointRow) -> int:
+    def find_end(self, row: CheckpointRow, pages: LogPages, limit: int) -> int:
         """Return how far the consumer may go now.
 
+        :param pages: looks for up to *limit* events, and keeps them.
         :raises FencedError: when an older release, or a newer one, applies events inline; the next turn says what then.
         """
-        end = self.consumer.end()
+        end = pages.look_ahead(row.position, limit)
+        if end is None:
+            end = self.consumer.end()
         if end <= row.position:
             # It has applied all that a process may have ended of.
             self.suspects.left = 0
-        elif self.consumer.kind == "projection":
+        elif self.consumer.kind == "projection" and self.consumer.applied_inline is None:
             # After the end was known, so that what is noted of the events before it is there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:

@@ -172,6 +172,8 @@ def pause(consumer: Consumer, *, by: str, reason: str = "") -> None:
 def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
     """Let a paused consumer go on, or a halted one try again.
 
+    A halted one tries the event again at which it has halted: correct its handler first.
+
     :param by: the operator who asks for it, as ``status`` shows it.
     :param reason: why.
     :raises CheckpointError: when it is neither.

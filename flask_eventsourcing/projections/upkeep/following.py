@@ -72,11 +72,11 @@ class ProjectionStatus:
 
     @property
     def healthy(self) -> bool:
-        """Whether it runs, or need not run, and nothing was set aside."""
+        """Whether it runs, or need not run, and nothing was set aside. Otherwise an operator has to do something."""
         return self.state in ("running", "inline") and not self.dead_letters
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict for JSON."""
+        """Return it as a dict for JSON. Times are in ISO 8601."""
         values = asdict(self)
         values["since"] = None if self.since is None else self.since.isoformat()
         return values
@@ -84,17 +84,17 @@ class ProjectionStatus:
 
 @dataclass(frozen=True)
 class Health:
-    """All projections of a host."""
+    """The state of all projections of a host. It is what a view for monitoring returns, as JSON."""
 
     projections: tuple[ProjectionStatus, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether each of them is healthy."""
+        """Whether each of them is healthy. Answer 503 where it is False."""
         return all(projection.healthy for projection in self.projections)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict for JSON."""
+        """Return it as a dict for JSON, with the key ``ok`` and the list ``projections``. Times are in ISO 8601."""
         return {"ok": self.ok, "projections": [projection.to_dict() for projection in self.projections]}
 
 

@@ -56,6 +56,8 @@ def retry(consumer: Consumer, letter_ids: Collection[int] | None = None, *, tell
 def discard(consumer: Consumer, letter_id: int, *, tell: Tell | None = None) -> Repair:
     """Discard a failed event, and apply those of the same aggregate that wait behind it.
 
+    Use it where the row is right without the event; where it is not, correct the handler and call :func:`retry`.
+
     :param tell: as in :func:`retry`.
     :raises DeadLetterError: when there is no such letter, or it only waits for another one.
     """

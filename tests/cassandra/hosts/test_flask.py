@@ -15,6 +15,7 @@ from flask import Flask, request
 
 from flask_eventsourcing import ConfigurationError, current_application, events_recorded
 from flask_eventsourcing.exceptions import InheritedDatabaseError, StaleAggregateError
+from flask_eventsourcing.metadata import get_metadata_from_context
 from tests.cassandra.hosts.conftest import MakeApp
 from tests.cassandra.hosts.site import Account, Bank
 
@@ -35,6 +36,20 @@ def test_program(make_app: MakeApp) -> None:
         _ = es.db
     with app.app_context(), pytest.raises(ConfigurationError, match="There are no record classes"):
         _ = es.StoredEvent
+
+
+def test_metadata_that_a_view_leaves_end_with_its_request(make_app: MakeApp) -> None:
+    """What a view puts in force and never leaves is not in force in the next request."""
+    app, es = make_app()
+
+    @app.get("/<how>")
+    def view(how: str) -> dict[str, str]:
+        if how == "leak":
+            es.event_metadata(leak="yes").__enter__()
+        return get_metadata_from_context()
+
+    client = app.test_client()
+    assert [client.get(f"/{how}").json for how in ("leak", "other")] == [{"leak": "yes"}, {}]
 
 
 def test_failed_view_keeps_what_it_saved(make_app: MakeApp) -> None:

@@ -71,4 +71,7 @@ class EventSourcingTestCase(_Initialized, TestCase):
 
 
 class EventSourcingTransactionTestCase(_Initialized, TransactionTestCase):
-    """A ``TransactionTestCase`` that initialises the applications before each test, and closes them after it."""
+    """A ``TransactionTestCase`` that initialises the applications before each test, and closes them after it.
+
+    Use it for tests of what comes after a commit, such as ``events_recorded`` or a worker in another thread.
+    """
