@@ -412,10 +412,11 @@ def test_the_position_of_any_time_is_found(desk: Desk, number: int, monkeypatch:
         def __init__(self, position: int) -> None:
             self.id = position
 
-    def read_log(self: Any, after: int, limit: int, stop: int, topics: Any) -> list[Event]:
-        return [Event(each) for each in range(after + 1, min(after + limit, stop) + 1)]
+    def page(self: Any, after: int, limit: int, stop: int, topics: Any) -> tuple[list[Event], int]:
+        upto = min(after + limit, stop)
+        return [Event(each) for each in range(after + 1, upto + 1)], upto
 
-    monkeypatch.setattr(type(application), "read_log", read_log)
+    monkeypatch.setattr(type(application.log), "page", page)
     monkeypatch.setattr(type(application), "high_water_mark", lambda self: number)
     monkeypatch.setattr(type(application), "time_of", lambda self, event: times[event.id])
     for moment in {each for each in times.values() if each is not None}:
