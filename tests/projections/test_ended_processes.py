@@ -101,6 +101,7 @@ def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(dying: Desk, uri: st
 
 
 @pytest.mark.xdist_group("rebuild")
+@long_on_servers
 @pytest.mark.parametrize("on_failure", ["halt"])
 def test_a_supervisor_does_not_have_it_tried_again(dying: Desk, uri: str, on_failure: str) -> None:
     """What starts ``run`` again and again has no process end again, until an operator or other code tries the event."""
