@@ -143,11 +143,16 @@ def _handle_error(context: ExceptionContext) -> None:
             raise CommitOutcomeUnknownError from context.original_exception
     elif context.statement is None and context.sqlalchemy_exception is not None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
-        if committing and getattr(connection.get_transaction(), "_is_prepared", None) is False:
-            # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared,
-            # and their error about that would hide this one, which may be a conflict.
-            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        if committing:
+            _end_first_phase(context, connection)
     # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+
+
+def _end_first_phase(context: ExceptionContext, connection: Connection) -> None:
+    if getattr(connection.get_transaction(), "_is_prepared", None) is False:
+        # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared, and
+        # their error about that would hide this one, which may be a conflict.
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
 
 def _refused(units: list[UnitOfWork], connection: Connection) -> None:
