@@ -150,8 +150,8 @@ def _handle_error(context: ExceptionContext) -> None:
 
 def _end_first_phase(context: ExceptionContext, connection: Connection) -> None:
     if getattr(connection.get_transaction(), "_is_prepared", None) is False:
-        # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared, and
-        # their error about that would hide this one, which may be a conflict.
+        # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for
+        # prepared, and their error about that would hide this one, which may be a conflict.
         context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
 
