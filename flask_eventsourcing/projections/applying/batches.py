@@ -55,6 +55,7 @@ _PADDED = (sa.Enum, sa.CHAR, sa.NCHAR)
 """Strings that can come back as something else."""
 
 _OF_SAVEPOINTS = ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+_OPERATIONS = ("insert", "update", "delete")
 
 _watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
@@ -103,12 +104,14 @@ class Batches:
         with batch.listening():
             yield batch
 
-    def _prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> list[Any]:
+    def _prefetch(self, session: orm.Session, notifications: Sequence[Any]) -> list[Any]:
         """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
         found: list[Any] = []
-        if len(notifications) < PREFETCH_FROM or self.flushes_each:
+        if len(notifications) < PREFETCH_FROM or self.flushes_each or not self._id_keys:
             return found
-        ids = list({each.originator_id for each in notifications if not isinstance(each, UnreadableNotification)})
+        # By their numbers, as Python makes a call for each hash of a UUID.
+        readable = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
+        ids = list({each.int: each for each in readable}.values())
         for model, column in self._id_keys:
             if not self.is_plain(model):
                 continue
@@ -337,9 +340,6 @@ def _is_plain(model: type[Any]) -> bool:
         or any(len(listener) for listener in listeners)
         or any(key.onupdate for key in _keys_to(mapper.local_table))
     ) and all(_is_plain_column(column) for each in mapper.column_attrs for column in each.columns)
-
-
-_OPERATIONS = ("insert", "update", "delete")
 
 
 def _keys_to(table: sa.Table) -> Iterator[sa.ForeignKeyConstraint]:
