@@ -176,7 +176,7 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
                 subject.database.engine.connect().close()
                 require_tables(subject)
                 for consumer in consumers:
-                    consumer.checkpoint.resume()
+                    consumer.checkpoint.resume(consumer.fingerprint)
         except UnreachableError as error:
             # A worker that is started together with the database goes on when that is there.
             if once:
@@ -234,7 +234,7 @@ def _run(worker: Worker, signals: Signals, reporter: Reporter) -> Sequence[Excep
 
 def end_if_halted(worker: Worker) -> None:
     """End when no consumer is left to run, so the supervisor of the process notices."""
-    if all(runner.progress.halted is not None for runner in worker.runners):
+    if worker.is_idle:
         worker.stop()
 
 

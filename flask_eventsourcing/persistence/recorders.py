@@ -35,8 +35,6 @@ from .dialects.looks import Use
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
-NEVER_TOO_MANY = 4
-"""Events that are read with no look at their sizes, which would keep them waiting, until a large one was met."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -110,8 +108,8 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     predecessor must be an event, or a snapshot in *snapshots_table*.
     """
 
-    _looks_at, _unmeasured = 1000, NEVER_TOO_MANY
-    """At how many events a page is measured, and how many are read without that; one thread's values do for another."""
+    _looks_at = 1000
+    """At how many events a page is measured; one thread's value does for another."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none. Return their positions, which follow one another.
@@ -198,19 +196,17 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
                 joined=read.unit is not None,
             )
 
-        page = self._measured(self._read(read_page, join=join))
+        page = self._read(read_page, join=join)
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
-        """Read what is committed after a position, damaged rows too; other events may appear between these later."""
+        """Read what is committed after a position, damaged rows too; other events may appear between these later.
+
+        Events whose states would be too large if all were as large are left out.
+        """
         with self.datastore.reading(join=False) as read:
             table = self._table(read.connection)
-            return self._measured(self.dialect.select_committed(read.connection, table, after, limit))
-
-    def _measured(self, page: Sequence[Notification]) -> Sequence[Notification]:
-        if len(page) <= NEVER_TOO_MANY and any(len(each.state) * NEVER_TOO_MANY > PAGE_BYTES for each in page):
-            self._unmeasured = 1
-        return page
+            return self.dialect.select_committed(read.connection, table, after, limit, PAGE_BYTES // limit)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, unless their states are too large.
@@ -220,7 +216,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         :param after: the position after which they begin; *stop* is the last one, if there is one.
         :raises PersistenceError: when the database cannot be asked.
         """
-        if limit <= self._unmeasured:
+        if limit <= 1:
             return limit
         limit = min(limit, self._looks_at)
         c = self.events_table.table.c

@@ -269,11 +269,14 @@ class Checkpoint:
             if connection.execute(change).rowcount != 1:
                 raise FencedError
 
-    def resume(self) -> None:
-        """Let a halted projection try again."""
+    def resume(self, fingerprint: str = "") -> None:
+        """Let a halted projection try again; if processes have ended at the event, only code of another fingerprint."""
+        c = self.table.c
+        # It has its claim then, and the tries that are counted.
+        tries = sa.case((c.token.endswith(fingerprint[:CODE_OF_TOKEN]), c.claim), else_=0)
         with self.engine.begin() as connection:
-            halted = sa.update(self.table).where(self._row, self.table.c.state == HALTED)
-            connection.execute(halted.values(state=ACTIVE))
+            halted = sa.update(self.table).where(self._row, c.state == HALTED)
+            connection.execute(halted.values(state=ACTIVE, claim=tries))
 
     def release(self, claimed: CheckpointRow) -> None:
         """End the claim, if it is still this process's."""

@@ -299,6 +299,11 @@ class Worker:
         self._failed: set[Runner] = set()
         self._begun = threading.Lock()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether each consumer has halted, or was ended by an error."""
+        return all(runner.progress.halted is not None or runner in self._failed for runner in self.runners)
+
     def stop(self) -> None:
         """End the run after the batches in progress. It returns at once, and may be called in a signal handler."""
         self.stopping.set()

@@ -14,6 +14,8 @@ from flask_eventsourcing.contrib.django import wait_for
 from tests.contract.backends import url_for
 from tests.django_host.conftest import DATABASES, DjangoBank
 from tests.django_host.test_projections import balances, quiet, status
+from tests.django_host.working import DIED, RETRIES
+from tests.domain import Account
 from tests.source import ROOT
 
 __all__ = ["quiet"]
@@ -21,6 +23,10 @@ PATIENCE = 180.0
 WORKERS = 3
 EACH = 10
 
+LONG_ON_SERVERS = [
+    "sqlite-file",
+    *(pytest.param(each, marks=pytest.mark.long) for each in DATABASES if each != "sqlite-file"),
+]
 LONG = [pytest.param(each, marks=pytest.mark.long) for each in DATABASES if each != "postgresql"]
 
 
@@ -71,3 +77,49 @@ def test_killed_workers(site: DjangoBank) -> None:
         assert last.wait(PATIENCE) == 0
     assert sum(balances(site).values()) == sum(saved)
     assert (status().position, status().runner) == (len(accounts) + len(saved), None)
+
+
+@pytest.mark.xdist_group("rebuild")
+@pytest.mark.parametrize("url", DATABASES, indirect=True)
+def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(site: DjangoBank) -> None:
+    """A rebuild that is started again after its process has ended sets aside what it died of, and nothing else."""
+    from tests.django_host.ledger.models import BankRecords
+
+    site.bank.save(*(Account(owner) for owner in ("one", "deadly", "three")))
+    codes = [rebuild(site, "dead-letter")[0] for _ in range(RETRIES + 3)]
+    assert codes == [DIED] * (RETRIES + 2) + [0]
+    assert notes(site) == ["one", "three"]
+    letters = BankRecords.DeadLetter.objects.using(site.alias)
+    assert [(each.projection, each.position, each.attempts) for each in letters.all()] == [("Deadly", 2, RETRIES + 1)]
+    names = BankRecords.Projection.objects.using(site.alias).values_list("name", flat=True)
+    assert list(names) == ["Deadly"]
+
+
+@pytest.mark.xdist_group("rebuild")
+@pytest.mark.parametrize("url", LONG_ON_SERVERS, indirect=True)
+def test_an_event_that_ends_a_rebuild_is_named(site: DjangoBank) -> None:
+    """Where events are not set aside, the next rebuild names what it died of, and tries it again only when told to."""
+    site.bank.save(*(Account(owner) for owner in ("one", "deadly", "three")))
+    site.note("old")
+    assert [rebuild(site, "halt")[0] for _ in range(RETRIES + 2)] == [DIED] * (RETRIES + 2)
+    for _ in range(2):
+        code, text = rebuild(site, "halt")
+        assert code == 1
+        assert "halts before position 2, and nothing was changed" in text
+        assert "tries it again only after 'manage.py eventsourcing rebuild Deadly --restart'" in text
+    assert notes(site) == ["old"]
+    assert rebuild(site, "halt", "--restart")[0] == DIED
+
+
+def rebuild(site: DjangoBank, *words: str) -> tuple[int, str]:
+    """Rebuild the deadly projection in a process, and return how that has ended and what it has printed."""
+    command = [sys.executable, "-m", "tests.django_host.working", site.url, "rebuild", *words]
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=PATIENCE, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout
+
+
+def notes(site: DjangoBank) -> list[str]:
+    """Return the rows that the deadly projection writes."""
+    from tests.django_host.ledger.models import Note
+
+    return sorted(Note.objects.using(site.alias).values_list("text", flat=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import orm
 
-from flask_eventsourcing.projections import ModelProjection, checkpoint, on
+from flask_eventsourcing.projections import ModelProjection, checkpoint, consumers, on
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from tests.projections import desk as desks
 from tests.projections.desk import Created, Deposited, Desk
@@ -50,8 +50,13 @@ if __name__ == "__main__":
     # So that the next process need not wait for long.
     checkpoint.LEASE, checkpoint.BEAT = 0.5, 0.1
     DESK = make(sys.argv[1], sys.argv[2])
-    DESK.poison.add(13)
+    if "corrected" in sys.argv:
+        consumers.Consumer.fingerprint = "corrected"  # type: ignore[assignment]
+    else:
+        DESK.poison.add(13)
     if "rebuild" in sys.argv:
         Rebuild(DESK.consumer()).run()
+    elif "run" in sys.argv:
+        sys.exit(DESK.command("run", "--all", "--once").exit_code)
     else:
         sys.exit(len(DESK.run_once()))

@@ -100,6 +100,24 @@ def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(dying: Desk, uri: st
     assert dying.amounts() == {one: 1, two: 11}
 
 
+@pytest.mark.xdist_group("rebuild")
+@pytest.mark.parametrize("on_failure", ["halt"])
+def test_a_supervisor_does_not_have_it_tried_again(dying: Desk, uri: str, on_failure: str) -> None:
+    """What starts ``run`` again and again has no process end again, until an operator or other code tries the event."""
+    account_id = dying.open(1, 13, 4)
+    assert restart(uri, on_failure, "run")[-1] == 1
+    assert [restart(uri, on_failure, "run") for _ in range(2)] == [[1], [1]]
+    for name in ("Balances", REACTIONS):
+        status = dying.status(name)
+        assert (status.state, status.failed_position) == ("halted", 3)
+        assert f"projections resume {name}" in str(status.error)
+    assert dying.command("projections", "resume", "Balances").exit_code == 0
+    assert restart(uri, on_failure, "run") == [DIED] * (RETRIES + 1) + [1]
+    assert restart(uri, on_failure, "run") == [1]
+    assert restart(uri, on_failure, "run", "corrected") == [0]
+    assert dying.amounts() == {account_id: 18}
+
+
 def leave_claim(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave a claim as a process that was killed does."""
     consumer = desk.consumer()

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import orm
 
+from flask_eventsourcing.commands.work import end_if_halted
 from flask_eventsourcing.exceptions import HandlerError, ProjectionHaltedError
+from flask_eventsourcing.persistence.dialects.locks import utc_now
 from flask_eventsourcing.projections import ModelProjection, on, reaction, runners
+from flask_eventsourcing.projections.checkpoint import ACTIVE, LEASE
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from tests.projections.desk import Created, Deposited, Desk, until
+from tests.projections.desk import PATIENCE, Created, Deposited, Desk, until
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 
@@ -120,6 +125,42 @@ def test_a_failing_handler_has_one_traceback(desk: Desk, once: bool, caplog: pyt
     assert [bool(record.exc_info) for record in caplog.records if record.exc_info] == [True]
     lines = [record.getMessage() for record in caplog.records if "its handler failed" in record.getMessage()]
     assert [line.partition(", try ")[2][0] for line in lines] == ["1", "2", "3", "4", "5"]
+
+
+@on_sqlite
+def test_a_worker_with_nothing_left_to_run_ends(desk: Desk) -> None:
+    """A worker ends for its supervisor to see if each projection has halted, or was ended by what is no failure."""
+    leaving(desk, KeyboardInterrupt(), name="Leaving")
+    desk.balances(retries=0)
+    desk.poison = {13}
+    desk.open(13)
+    worker = desk.worker()
+    thread = threading.Thread(target=worker.run, args=(lambda: end_if_halted(worker), 0.02))
+    thread.start()
+    thread.join(PATIENCE)
+    has_ended = not thread.is_alive()
+    worker.stop()
+    thread.join(PATIENCE)
+    assert has_ended
+    assert sorted(type(error).__name__ for error in worker.errors) == ["HandlerError", "ProjectionHaltedError"]
+
+
+@on_sqlite
+def test_one_that_another_worker_runs_has_not_halted(desk: Desk) -> None:
+    """A worker in which a projection has halted does not say so any more once another one runs it."""
+    desk.balances(retries=0)
+    desk.poison = {13}
+    desk.open(13)
+    consumer = desk.consumer()
+    with desk.running() as worker:
+        until(lambda: worker.runners[0].progress.halted is not None)
+        with desk.engine.begin() as connection:
+            lease = utc_now() + timedelta(seconds=LEASE)
+            consumer.checkpoint.set_values(connection, state=ACTIVE, token="another", leased_until=lease)
+        until(lambda: worker.runners[0].progress.state == "standing by")
+        assert worker.runners[0].progress.halted is None
+        worker.stop()
+    assert worker.errors == []
 
 
 def test_a_run_goes_on_with_what_its_reactions_save(desk: Desk) -> None:

@@ -1,17 +1,22 @@
 """Rebuilds a projection on Django's models: its rows are deleted and written again, all in one transaction.
 
 Handlers write their models through Django's ORM, which has no other tables for them to write. So readers see the old
-rows until the commit, the live projection waits meanwhile, and of a rebuild that is killed nothing is left. Where the
+rows until the commit, the live projection waits meanwhile, and of a rebuild that is killed no row is left. Where the
 database has one writer at a time, every writer waits. That is done only on request.
+
+How far it is, is noted outside of that transaction, so that the next process knows at which event this one has ended.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification
@@ -21,15 +26,16 @@ from ...exceptions import HandlerError, ProjectionBusyError, RebuildError
 from ...persistence.dialects.swapping import LEFT
 from ...projections.applying import Applier, EventError
 from ...projections.applying.pages import LogPages, Page
-from ...projections.checkpoint import CheckpointRow
+from ...projections.checkpoint import Checkpoint, CheckpointRow
 from ...projections.consumers import Consumer, ProjectedApplication
 from ...projections.consumers.shadows import REFERS, UNDECLARED, own_tables, written_tables
 from ...projections.dead_letters import describe, event_name
 from ...projections.definitions import MOST_EVENTS
 from ...projections.rebuilding import BUSY, NO_MODELS, TRIAL_EVENTS, Estimate, Rebuilt
 from ...projections.runners import FIRST_PAUSE, LONGEST_PAUSE, Progress
+from ...projections.runners.claims import ProcessEndedError
 from ...projections.runners.pace import Backoff
-from ...projections.swap import NEAR, hand_over
+from ...projections.swap import NEAR, hand_over, lease_of_rebuild
 from ...uow import AfterCommit
 from .marks import Mark
 from .transactions import DjangoUnit, nothing
@@ -43,6 +49,59 @@ SENDS = (
 
 class _UndoneError(Exception):
     """Leaves the transaction, of which nothing is to stay."""
+
+
+class _Left(NamedTuple):
+    """Where a process was whose rebuild has not ended: in the page after a position, or trying one of its events."""
+
+    after: int
+    at: int = 0
+    tries: int = 0
+
+
+class _Notes:
+    """Notes of a rebuild outside of its transaction: in a row, or in a file where nobody else can write meanwhile."""
+
+    def __init__(self, live: Consumer) -> None:
+        self._live = live
+        dialect = live.application.datastore.dialect
+        self._row: Checkpoint | None = None if dialect.has_one_writer else lease_of_rebuild(live)
+        with live.application.engine.connect() as connection:
+            path = dialect.file_beside(connection)
+        digest = hashlib.sha256(f"{live.application.name}/{live.name}".encode()).hexdigest()[:8]
+        self._file: Path | None = None if path is None else path.with_name(f"{path.name}-rebuild-{digest}")
+
+    def begin(self) -> None:
+        """Make the row, before the transaction may lock its place."""
+        if self._row is not None:
+            self._row.ensure()
+
+    def read(self) -> _Left | None:
+        """Return where a process with the same code was, if one has ended in a rebuild."""
+        code, found = None, _Left(0)
+        if self._row is not None and (row := self._row.read()) is not None:
+            code, found = row.fingerprint, _Left(row.position, row.failed_position or 0, row.claim or 0)
+        elif self._file is not None and self._file.exists():
+            code, *noted = json.loads(self._file.read_text())
+            found = _Left(*noted)
+        return found if code == self._live.fingerprint else None
+
+    def write(self, left: _Left) -> None:
+        """Note where the process is."""
+        if self._row is not None:
+            values = {"position": left.after, "failed_position": left.at, "claim": left.tries}
+            with self._row.engine.begin() as connection:
+                self._row.set_values(connection, fingerprint=self._live.fingerprint, **values)
+        elif self._file is not None:
+            self._file.write_text(json.dumps([self._live.fingerprint, *left]))
+
+    def remove(self) -> None:
+        """Remove them, as the rebuild has come to an end."""
+        if self._row is not None:
+            with self._row.engine.begin() as connection:
+                self._row.remove(connection)
+        elif self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 class Rewrite:
@@ -61,6 +120,7 @@ class Rewrite:
         self.progress: Progress = Progress()
         self.name: str = self.rebuild.name
         self._applier = Applier(self.rebuild, joins=True)
+        self._notes = _Notes(self.live)
         if not self.live.tables or not self.live.handlers:
             raise RebuildError(NO_MODELS.format(consumer.projection_class.__name__))
 
@@ -77,24 +137,40 @@ class Rewrite:
     def run(self, *, restart: bool = False) -> Rebuilt | None:
         """Rebuild it; returns None when it was stopped, and nothing was changed.
 
-        :param restart: it always begins from the start.
+        :param restart: try also an event again at which processes have ended; it always begins from the start.
         :raises ProjectionBusyError: when another process rebuilds it.
         :raises RebuildError: when it cannot be rebuilt, or an event cannot be applied; nothing was changed.
         """
         started = time.monotonic()
         with self._alone():
             self.live.checkpoint.ensure(self.live.start())
-            try:
+            with self._noting(restart), suppress(_UndoneError):
                 with self._emptied() as (connection, before):
                     row = self._catch_up(connection)
                     letters = self._verify(connection, row)
                     pairs = zip(before, self._count_rows(connection), strict=True)
                     rows = dict(zip((table.name for table in self.live.tables), pairs, strict=True))
                     hand_over(self.live, self.rebuild, connection)
-            except _UndoneError:
-                return None
-        seconds = time.monotonic() - started
-        return Rebuilt(self.progress.events, seconds, row.position, False, rows, *letters)
+                seconds = time.monotonic() - started
+                return Rebuilt(self.progress.events, seconds, row.position, False, rows, *letters)
+        return None
+
+    @contextmanager
+    def _noting(self, restart: bool) -> Iterator[None]:
+        """Within it, the process is noted, until it has done what it can."""
+        if restart:
+            self._notes.remove()
+        self._notes.begin()
+        is_kept = False
+        try:
+            yield
+        except RebuildError as error:
+            # The same code is not to try it again, and end its process, only because it is started again.
+            is_kept = isinstance(error.__cause__, ProcessEndedError)
+            raise
+        finally:
+            if not is_kept:
+                self._notes.remove()
 
     def estimate(self) -> Estimate:
         """Count the events and try some of them, in a transaction that is rolled back.
@@ -123,7 +199,8 @@ class Rewrite:
         return []
 
     def give_up(self) -> list[str]:
-        """Return that an unfinished rebuild has left nothing."""
+        """Forget where the process of an unfinished rebuild has ended; return that there is nothing to drop."""
+        self._notes.remove()
         return []
 
     # -------------------------------------------------------------------------------------------- its transaction
@@ -221,12 +298,20 @@ class Rewrite:
         row, pages, progress = self._begin(connection), LogPages(self.rebuild, None), self.progress
         progress.state, progress.position = "catching up", 0
         progress.high_water_mark = self.application.high_water_mark()
+        left = self._notes.read()
         # What comes meanwhile is the live projection's.
         while row.position < progress.high_water_mark:
             if self.stop.is_set():
                 raise _UndoneError
-            page = pages.read(row.position, MOST_EVENTS, progress.high_water_mark)
-            row = self._deliver(row, page)
+            is_before = left is not None and row.position < left.after
+            stop = min(left.after, progress.high_water_mark) if left and is_before else progress.high_water_mark
+            page = pages.read(row.position, MOST_EVENTS, stop)
+            if left is not None and not is_before:
+                row, left = self._deliver_noted(row, page, left), None
+            else:
+                if left is None:
+                    self._notes.write(_Left(row.position))
+                row = self._deliver(row, page)
             progress.position, progress.events = row.position, progress.events + len(page.events)
             if row.position >= progress.high_water_mark:
                 mark = self.application.high_water_mark()
@@ -242,8 +327,22 @@ class Rewrite:
                 row = self._deliver_one(row, notification)
         return self._applier.apply(row, (), page.position)
 
-    def _deliver_one(self, row: CheckpointRow, notification: Notification) -> CheckpointRow:
-        pause, attempts = Backoff(FIRST_PAUSE, LONGEST_PAUSE), 0
+    def _deliver_noted(self, row: CheckpointRow, page: Page, left: _Left) -> CheckpointRow:
+        """Apply the events of which one may have ended a process, each of which is noted before."""
+        for notification in page.events:
+            tries = left.tries if left.at == notification.id else 0
+            if tries > self.live.projection_class.retries:
+                # As it was read: by now an event before it is noted.
+                self._notes.write(left)
+                error = ProcessEndedError(self.live.command("rebuild", "--restart"))
+                row = self._set_aside(row, notification, error, tries)
+            else:
+                self._notes.write(_Left(left.after, notification.id, tries + 1))
+                row = self._deliver_one(row, notification, tries)
+        return self._applier.apply(row, (), page.position)
+
+    def _deliver_one(self, row: CheckpointRow, notification: Notification, attempts: int = 0) -> CheckpointRow:
+        pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         while True:
             try:
                 return self._applier.apply(row, [notification], notification.id)
@@ -255,6 +354,11 @@ class Rewrite:
             if self.stop.wait(pause.seconds):
                 raise _UndoneError
             pause.grow()
+        return self._set_aside(row, notification, error, attempts)
+
+    def _set_aside(
+        self, row: CheckpointRow, notification: Notification, error: BaseException, attempts: int
+    ) -> CheckpointRow:
         if isinstance(error, HandlerError) or self.live.projection_class.on_failure == "halt":
             raise RebuildError(
                 f"The rebuild of {self.live.name} halts before position {notification.id}, and nothing was changed: "

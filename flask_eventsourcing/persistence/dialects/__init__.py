@@ -231,6 +231,12 @@ def is_read_only(error: BaseException) -> bool:
     return driver_error is not None and any(each.is_read_only(driver_error) for each in DIALECTS.values())
 
 
+def is_canceled(error: BaseException) -> bool:
+    """Whether a server has ended a statement that took longer than a setting of the server allows."""
+    driver_error = _driver_error(error)
+    return driver_error is not None and any(each.code(driver_error) in each.canceled for each in DIALECTS.values())
+
+
 def is_serialization_failure(error: BaseException) -> bool:
     """Whether a database has ended one of several transactions that were in each other's way."""
     driver_error = _driver_error(error)
@@ -266,6 +272,7 @@ __all__ = [
     "guard_forks",
     "has_waited",
     "hide_values",
+    "is_canceled",
     "is_in_memory",
     "is_outage",
     "is_read_only",

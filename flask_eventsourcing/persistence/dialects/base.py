@@ -83,9 +83,9 @@ class _KnownMark(NamedTuple):
 class _Page(NamedTuple):
     start: int | None
     limit: int
-    stop: int | None
-    topics: Sequence[str]
-    inclusive_of_start: bool
+    stop: int | None = None
+    topics: Sequence[str] = ()
+    inclusive_of_start: bool = False
 
 
 class Dialect(Looks, ForProjections, ABC):
@@ -307,9 +307,11 @@ class Dialect(Looks, ForProjections, ABC):
                     return found
         return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
 
-    def select_committed(self, connection: Connection, table: EventTable, after: int, limit: int) -> list[Notification]:
-        """Read the log by position, whatever may appear before the events that are returned."""
-        return self._select_page(connection, table, _Page(after, limit, None, (), inclusive_of_start=False), None)
+    def select_committed(
+        self, connection: Connection, table: EventTable, after: int, limit: int, most: int
+    ) -> list[Notification]:
+        """Read the log by position, whatever may appear before what is returned; states above *most* bytes are not."""
+        return self._select_page(connection, table, _Page(after, limit), None, f"length(state) <= {most:d}")
 
     def _find_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         mark = self.high_water_mark(connection, table, joined=joined)
@@ -334,18 +336,16 @@ class Dialect(Looks, ForProjections, ABC):
             conditions.append(f"topic IN ({', '.join([self.mark] * len(page.topics))})")
             parameters.extend(page.topics)
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
-        statement = (
-            f"SELECT {POSITION}, {', '.join(EVENT_COLUMNS)} "
-            f"FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
-        )
+        columns = ", ".join((POSITION, *EVENT_COLUMNS))
+        statement = f"SELECT {columns} FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         return table.page(self.fetch(connection, statement, [*parameters, page.limit]))
 
     def last_position(self, connection: Connection, table: EventTable, *, joined: bool = False) -> int | None:
         """Return the position of the last event up to the high-water mark, or None for an empty log."""
         mark = self._find_mark(connection, table, joined=joined)
         upto = "" if mark is None else f" WHERE {POSITION} <= {self.mark}"
-        statement = f"SELECT max({POSITION}) FROM {table.name}{upto}"
-        position: int | None = self.fetch(connection, statement, [] if mark is None else [mark])[0][0]
+        values = [] if mark is None else [mark]
+        position: int | None = self.fetch(connection, f"SELECT max({POSITION}) FROM {table.name}{upto}", values)[0][0]
         return position
 
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:

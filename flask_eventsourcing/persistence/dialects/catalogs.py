@@ -1,16 +1,18 @@
-"""Reads the databases' catalogs: whether a table is still the same one, or was created again."""
+"""Reads the databases' catalogs: whether a table is still the same one, and what the database checks in its rows."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingTableError, UnsafeTableError
 from .driver import Driver
+from .event_values import as_parameter
 
 EXACT = {"postgresql"}
 """Where a table has another identity only after it was made again; elsewhere also after it was altered."""
@@ -103,4 +105,103 @@ _FINDERS: dict[str, Callable[[Connection, Sequence[sa.Table]], dict[str, str]]] 
     "mysql": _mysql,
     "mariadb": _mysql,
     "sqlite": _sqlite,
+}
+
+
+# ------------------------------------------------------------------------------------------------ what is checked
+
+
+class Checks(NamedTuple):
+    """What a database does with the rows of some tables, beside looking at types and primary keys."""
+
+    tables: frozenset[str] = frozenset()
+    """The keys of those with further constraints, or with triggers."""
+    deferred: tuple[str, ...] = ()
+    """The quoted names of constraints that are looked at with the commit, where a statement can have it done before."""
+    at_commit: bool = False
+    """Whether there are constraints that only the commit looks at."""
+
+
+def checks_of(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str = "") -> Checks:
+    """Return what is checked in the rows of tables, and of their shadows with a suffix."""
+    find = _CHECKS.get(connection.dialect.name)
+    return Checks() if find is None or not tables else find(connection, dialect, tables, suffix)
+
+
+def check_now(connection: Connection, checks: Checks) -> None:
+    """Have the database look now at what it would look at with the commit, and then as before."""
+    if checks.deferred:
+        names = ", ".join(checks.deferred).replace("%", "%%")
+        connection.exec_driver_sql(f"SET CONSTRAINTS {names} IMMEDIATE")
+        connection.exec_driver_sql(f"SET CONSTRAINTS {names} DEFERRED")
+
+
+def _checks_of_postgresql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
+    checked, deferred = set(), {}
+    for table in tables:
+        for name in {table.name, table.name + suffix}:
+            qualified = as_parameter(dialect.qualified(table, name))
+            if connection.exec_driver_sql(_CHECKED, (qualified,)).scalar():
+                checked.add(table.key)
+            for found in connection.exec_driver_sql(_DEFERRED, (qualified, qualified)).scalars():
+                deferred[found] = True
+    return Checks(frozenset(checked), tuple(deferred))
+
+
+def _checks_of_mysql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
+    checked = {
+        table.key
+        for table in tables
+        if connection.exec_driver_sql(_CHECKED_BY_MYSQL, (table.schema, table.name) * 3).scalar()
+    }
+    return Checks(frozenset(checked))
+
+
+def _checks_of_sqlite(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
+    keys = bool(connection.exec_driver_sql("PRAGMA foreign_keys").scalar())
+    checked, at_commit = set(), False
+    for schema in {table.schema for table in tables}:
+        own = {table.name.lower(): table for table in tables if table.schema == schema}
+        quoted = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
+        rows = connection.exec_driver_sql(f"SELECT tbl_name, sql FROM {quoted}sqlite_master WHERE sql IS NOT NULL")
+        for owner, sql in rows.all():
+            table = own.get(owner.lower())
+            if table is not None and CHECKING.search(sql):
+                checked.add(table.key)
+            # One of another table may refer to one of these.
+            is_about = table is not None or any(name in sql.lower() for name in own)
+            at_commit = at_commit or (keys and is_about and COMMITTING.search(sql) is not None)
+    return Checks(frozenset(checked), at_commit=at_commit)
+
+
+CHECKING = re.compile(r"\b(UNIQUE|CHECK|REFERENCES|COLLATE|GENERATED|TRIGGER)\b", re.I)
+"""What stands in the definition of a table, an index or a trigger by which rows may be refused or changed."""
+COMMITTING = re.compile(r"\bINITIALLY\s+DEFERRED\b", re.I)
+
+_CHECKED = """
+SELECT relkind <> 'r' OR relrowsecurity
+    OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = r.oid AND contype NOT IN ('p', 'n'))
+    OR EXISTS (SELECT FROM pg_index WHERE indrelid = r.oid AND indisunique AND NOT indisprimary)
+    OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r.oid AND NOT tgisinternal)
+    OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = r.oid)
+    OR EXISTS (SELECT FROM pg_attribute JOIN pg_type t ON t.oid = atttypid WHERE attrelid = r.oid AND typtype = 'd')
+FROM pg_class r WHERE oid = to_regclass(%s)"""
+
+_DEFERRED = """
+SELECT format('%%I.%%I', nspname, conname) FROM pg_constraint k JOIN pg_namespace n ON n.oid = connamespace
+WHERE condeferred AND (conrelid = to_regclass(%s) OR confrelid = to_regclass(%s))"""
+
+_CHECKED_BY_MYSQL = """
+SELECT EXISTS (SELECT 1 FROM information_schema.table_constraints WHERE table_schema = coalesce(%s, database())
+    AND table_name = %s AND constraint_type <> 'PRIMARY KEY')
+OR EXISTS (SELECT 1 FROM information_schema.triggers WHERE event_object_schema = coalesce(%s, database())
+    AND event_object_table = %s)
+OR EXISTS (SELECT 1 FROM information_schema.columns WHERE table_schema = coalesce(%s, database())
+    AND table_name = %s AND extra NOT IN ('', 'auto_increment'))"""
+
+_CHECKS: dict[str, Callable[[Connection, Any, Sequence[sa.Table], str], Checks]] = {
+    "postgresql": _checks_of_postgresql,
+    "mysql": _checks_of_mysql,
+    "mariadb": _checks_of_mysql,
+    "sqlite": _checks_of_sqlite,
 }

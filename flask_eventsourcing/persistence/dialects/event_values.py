@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification, Tracking
+from sqlalchemy import orm
 
 from ...config import is_plain
 from ...exceptions import ConfigurationError, EventValueError, IdentifierTypeError, UnreadableEventError
@@ -241,3 +243,120 @@ def check_names(tables: Iterable[sa.Table], title: str, longest: int, counted: s
 def as_parameter(quoted: str) -> str:
     """Return a name, quoted for a driver whose placeholders begin with a percent sign, as the value of a parameter."""
     return quoted.replace("%%", "%")
+
+
+Check = Callable[[Any], bool]
+"""Tells whether a column takes a value, other than None, and returns it unchanged."""
+
+
+def check_of(column: sa.ColumnElement[Any]) -> Check | None:
+    """Return what tells it of the values of a column, or None where the column may change or refuse any of them.
+
+    Of times it does not tell whether the database keeps their microseconds.
+    """
+    kind = column.type
+    if isinstance(kind, _CHANGING):
+        return None
+    return next((make(kind) for found, make in _CHECKS if isinstance(kind, found)), None)
+
+
+def is_one(expected: type[Any]) -> Check:
+    """Return what tells whether a value is of a class, and no subclass."""
+    return lambda value: type(value) is expected
+
+
+def _whole(kind: Any) -> Check:
+    bits = 64 if isinstance(kind, sa.BigInteger) else 16 if isinstance(kind, sa.SmallInteger) else 32
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _text(kind: Any) -> Check:
+    longest = min(kind.length or LONGEST_TOPIC, LONGEST_TOPIC)
+    # A NUL and half a surrogate pair, which not every database takes, cannot be printed.
+    return lambda value: type(value) is str and len(value) <= longest and value.isprintable()
+
+
+def _binary(kind: Any) -> Check:
+    longest = min(kind.length or LONGEST_TOPIC, LONGEST_TOPIC)
+    return lambda value: type(value) is bytes and len(value) <= longest
+
+
+def _moment(kind: Any) -> Check | None:
+    if kind.timezone:
+        return None
+    return lambda value: type(value) is datetime and value.tzinfo is None and value.year >= EARLIEST_YEAR
+
+
+EARLIEST_YEAR = 1000
+"""The year in which the times of MySQL begin."""
+_CHANGING = (sa.Enum, sa.CHAR, sa.NCHAR, sa.TIMESTAMP)
+"""Types whose values come back padded or in another class, or that have a shorter range."""
+_CHECKS: tuple[tuple[type[Any], Callable[[Any], Check | None]], ...] = (
+    (sa.Integer, _whole),
+    (sa.Boolean, lambda kind: is_one(bool)),
+    (sa.String, _text),
+    (sa.Uuid, lambda kind: is_one(UUID)),
+    (sa.LargeBinary, _binary),
+    (sa.DateTime, _moment),
+)
+
+
+class PlainColumn(NamedTuple):
+    """A column of a plain class."""
+
+    key: str
+    check: Check
+    may_lack: bool
+    """Whether a row can be stored without a value for it."""
+    is_key: bool
+    attribute: Any
+
+
+def plain_columns(model: type[Any], uuid_type: type[Any]) -> Sequence[PlainColumn] | None:
+    """Return the columns of a class whose rows are stored as they are, or None where its model says that more is done.
+
+    :param uuid_type: a further type of columns with UUIDs.
+    """
+    mapper = sa.inspect(model, raiseerr=False)
+    if not isinstance(mapper, orm.Mapper) or not isinstance(mapper.local_table, sa.Table):
+        return None
+    if not _has_columns_alone(mapper, mapper.local_table):
+        return None
+    found = [_plain_column(each, uuid_type) for each in mapper.column_attrs]
+    return None if None in found else [each for each in found if each is not None]
+
+
+def _has_columns_alone(mapper: orm.Mapper[Any], table: sa.Table) -> bool:
+    """Whether a model has nothing by which more is done than to store its columns, or by which they may be refused."""
+    listeners = (getattr(mapper.dispatch, f"{when}_{what}") for when in ("before", "after") for what in _OPERATIONS)
+    return not (
+        mapper.relationships
+        or mapper.inherits
+        or mapper.polymorphic_on is not None
+        or mapper.version_id_col is not None
+        or any(len(listener) for listener in listeners)
+        or any(key.onupdate for key in _keys_to(table))
+        or any(not isinstance(each, sa.PrimaryKeyConstraint) for each in table.constraints)
+        or any(index.unique for index in table.indexes)
+    )
+
+
+def _plain_column(mapped: orm.ColumnProperty[Any], uuid_type: type[Any]) -> PlainColumn | None:
+    column = mapped.columns[0]
+    if len(mapped.columns) > 1 or not isinstance(column, sa.Column):
+        return None
+    check = is_one(UUID) if isinstance(column.type, uuid_type) else check_of(column)
+    if check is None or (column.onupdate, column.server_onupdate, column.computed) != (None, None, None):
+        return None
+    has_default = column.default is not None or column.server_default is not None
+    may_lack = bool(column.nullable or column.primary_key or has_default)
+    return PlainColumn(mapped.key, check, may_lack, column.primary_key, mapped.class_attribute)
+
+
+_OPERATIONS = ("insert", "update", "delete")
+
+
+def _keys_to(table: sa.Table) -> Iterator[sa.ForeignKeyConstraint]:
+    for other in table.metadata.tables.values():
+        yield from (key for key in other.foreign_key_constraints if key.referred_table is table)

@@ -17,7 +17,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -289,6 +290,8 @@ class ForProjections(ForSwaps):
 
     locks_what_it_compares = False
     """Whether a change locks the rows that its conditions look for, so that nobody else can insert such ones."""
+    canceled: ClassVar[frozenset[object]] = frozenset()
+    """The driver's codes of errors by which the server has ended a statement that took too long."""
     has_one_writer = False
     """Whether one writer keeps out all others, so that a handler that waits is waiting for itself."""
 
@@ -327,6 +330,10 @@ class ForProjections(ForSwaps):
     def shares_connections(self) -> bool:
         """Whether a proxy gives a connection of the server to other clients between two transactions."""
         return False
+
+    def file_beside(self, connection: Connection) -> Path | None:
+        """Return the file of a database whose one writer lets nobody else note anything, if it has one."""
+        return None
 
     def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
         """Return the oldest transaction that holds readers of a log back; here none does, as writers queue."""

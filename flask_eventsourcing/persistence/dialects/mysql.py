@@ -298,6 +298,8 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     # ------------------------------------------------------------------------------------- what projections need
 
+    canceled = frozenset({1317, 1969, 3024})
+
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
         """Whether a lock was not obtained in time."""

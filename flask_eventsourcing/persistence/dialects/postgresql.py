@@ -368,7 +368,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     # ------------------------------------------------------------------------------------- what projections need
 
-    keeps_microseconds = True
+    keeps_microseconds, canceled = True, frozenset({"57014"})
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:

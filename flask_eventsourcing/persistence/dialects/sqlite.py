@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -334,6 +335,11 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     batch_seconds: float = 0.1
     keeps_microseconds = True
     has_one_writer = True
+
+    def file_beside(self, connection: Connection) -> Path | None:
+        """Return the file; a database in memory has none."""
+        rows = connection.exec_driver_sql("PRAGMA database_list").all()
+        return next((Path(path) for _, name, path in rows if name == "main" and path), None)
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:

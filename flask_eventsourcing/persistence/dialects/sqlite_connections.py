@@ -177,6 +177,12 @@ class QueuedConnection(sqlite3.Connection):
             try:
                 with self.calls:
                     super().commit()
+            except sqlite3.IntegrityError:
+                # SQLite leaves the transaction open, and SQLAlchemy takes it for ended: there would be no end.
+                with self.calls:
+                    super().rollback()
+                self._ended(owner)
+                raise
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                     raise

@@ -15,8 +15,10 @@ from sqlalchemy.engine import Connection
 from ...applications.apart import refusing_saves, trying
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ...metadata import Cause, MetadataBlock
-from ...persistence.dialects import has_waited, is_outage, is_read_only, is_serialization_failure
+from ...persistence.dialects import has_waited, is_canceled, is_outage, is_read_only, is_serialization_failure
+from ...persistence.dialects.catalogs import Checks
 from ...persistence.dialects.event_values import UnreadableNotification
+from ...persistence.dialects.swapping import NEW
 from ..checkpoint import PAUSED, CheckpointRow, FencedError
 from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
@@ -86,6 +88,18 @@ class Applier:
         """Whether a reaction has saved events."""
 
     @property
+    def commits_each(self) -> bool:
+        """Whether each event needs a commit of its own, as there are constraints that only the commit looks at."""
+        if self._batches.checks is None:
+            with self.consumer.application.engine.connect() as connection:
+                return self._look(connection).at_commit
+        return self._batches.checks.at_commit
+
+    def _look(self, connection: Connection) -> Checks:
+        suffix = NEW if self.consumer.kind == "rebuild" else ""
+        return self._batches.checks or self._batches.look_at(connection, self.consumer.tables, suffix)
+
+    @property
     def letters(self) -> DeadLetters:
         """The dead letters."""
         return self.consumer.application.dead_letters
@@ -141,7 +155,7 @@ class Applier:
             raise
         except Exception as error:
             # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
-            error_class = EventError if not is_outage(error) else SuspectError if self._is_suspect(error) else None
+            error_class = EventError if not self._passes(error) else SuspectError if self._is_suspect(error) else None
             if error_class is None:
                 raise
             raise error_class from error
@@ -197,6 +211,10 @@ class Applier:
         ids = {str(each.originator_id) for each in notifications}
         return self.letters.blocked(connection, self.consumer.name, ids)
 
+    def _passes(self, error: BaseException) -> bool:
+        """Whether an error allows another try: what is before the handlers may wait for longer than a statement may."""
+        return is_outage(error) or (self._batches.last is None and is_canceled(error))
+
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether the handler may have caused an error that allows another try: it would be tried for ever."""
         batch = self._batches.last
@@ -245,10 +263,10 @@ class Applier:
         """Call the handlers, and return for how many events: the batch may end early."""
         handled = 0
         unit = self.consumer.application.host.unit_of(session)
-        # Some hosts rebuild in a transaction that may have events.
-        saved = len(unit.batches)
+        saved = len(unit.batches)  # Some hosts rebuild in a transaction that may have events.
         name = self.consumer.projection_class.__name__
         blocked = self._blocked(connection, notifications)
+        self._look(connection)
         self._recordings.begin(connection, notifications)
         try:
             with (

@@ -3,7 +3,8 @@
 At the beginning of each event, the objects in the session must be as in the database. To flush and expire the session
 after each event ensures this, but is slow. For *plain* models both can wait: a value that the database returns
 unchanged need not be read again, and a flush that no code asked for can be done before the next statement. Each class
-and each value that is set is checked; what is not known to be plain is flushed and expired.
+and each value that is set is checked; what is not known to be plain is flushed and expired. So is a row that the
+database might refuse, or do more with than to store it: a later event might change it, and nobody would be told.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification
@@ -25,7 +24,8 @@ from sqlalchemy_utils.aggregates import manager
 
 from ...exceptions import HandlerError
 from ...persistence import Dialect
-from ...persistence.dialects.event_values import UnreadableNotification
+from ...persistence.dialects.catalogs import Checks, check_now, checks_of
+from ...persistence.dialects.event_values import Check, PlainColumn, UnreadableNotification, plain_columns
 from ...persistence.tables import UUIDType
 
 PREFETCH_FROM = 8
@@ -42,20 +42,7 @@ _ENDS = re.compile(
 )
 """Begins of a textual statement that ends a transaction, or would."""
 
-_PLAIN_TYPES: tuple[tuple[type[Any], type[Any]], ...] = (
-    (sa.Integer, int),
-    (sa.Boolean, bool),
-    (sa.String, str),
-    (sa.Uuid, UUID),
-    (UUIDType, UUID),
-    (sa.LargeBinary, bytes),
-    (sa.DateTime, datetime),
-)
-_PADDED = (sa.Enum, sa.CHAR, sa.NCHAR)
-"""Strings that can come back as something else."""
-
 _OF_SAVEPOINTS = ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
-_OPERATIONS = ("insert", "update", "delete")
 
 _watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
@@ -88,9 +75,20 @@ class Batches:
         """Whether to flush after each event, because the handlers were found to need it."""
         self.last: Batch | None = None
         """The last one, to describe it when it has failed."""
-        self._plain: dict[type[Any], bool] = {}
-        for model in models:
-            self.is_plain(model)
+        self.checks: Checks | None = None
+        """What the database does with rows, once it was looked at."""
+        # Until then, and of all other models, no row waits.
+        self._columns: dict[type[Any], Sequence[PlainColumn] | None] = dict.fromkeys(models)
+
+    def look_at(self, connection: Connection, tables: Sequence[sa.Table], suffix: str) -> Checks:
+        """Look what the database does with the rows of some tables, and of their shadows with a suffix."""
+        self.checks = checks_of(connection, self.dialect, tables, suffix)
+        for model in self._columns:
+            found = plain_columns(model, UUIDType)
+            if found is not None and sa.inspect(model).local_table.key not in self.checks.tables:
+                _watch(model, found)
+                self._columns[model] = found
+        return self.checks
 
     @contextmanager
     def applying(
@@ -121,33 +119,22 @@ class Batches:
 
     def is_plain(self, model: type[Any]) -> bool:
         """Whether flushing the rows of a class later, and not reading them again, cannot be observed."""
-        found = self._plain.get(model)
-        if found is None:
-            found = self._plain[model] = _is_plain(model)
-            if found:
-                _watch(model)
-        return found
+        return self._columns.get(model) is not None
 
-    def keeps(self, column: sa.ColumnElement[Any], value: Any) -> bool:
-        """Whether a column of a plain class returns a value unchanged."""
-        if value is None or type(value) is not _python_type(column):
-            return value is None
-        if isinstance(value, datetime):
-            return (
-                value.tzinfo is None
-                and not getattr(column.type, "timezone", False)
-                and (self.dialect.keeps_microseconds or value.microsecond == 0)
-            )
-        return True
+    def keeps(self, check: Check, value: Any) -> bool:
+        """Whether a column of a plain class takes a value, and returns it unchanged."""
+        return check(value) and (self.dialect.keeps_microseconds or getattr(value, "microsecond", 0) == 0)
 
     def keeps_row(self, instance: Any) -> bool:
         """Whether a row and each of its values can be flushed later without being observed."""
-        model = type(instance)
-        if not self.is_plain(model):
+        columns = self._columns.get(type(instance))
+        if columns is None:
             return False
         loaded = sa.inspect(instance).dict
-        mapper: orm.Mapper[Any] = sa.inspect(model)
-        return all(self.keeps(each.columns[0], loaded.get(each.key)) for each in mapper.column_attrs)
+        return all(
+            each.may_lack if (value := loaded.get(each.key)) is None else self.keeps(each.check, value)
+            for each in columns
+        )
 
 
 class Batch:
@@ -215,19 +202,23 @@ class Batch:
         ):
             self._flushes = True
             self._session.flush()
+            if self._state.is_observed:
+                raise ObservedError
             self._forget()
             models = {type(instance) for instance in self._session.identity_map.values()}
             self._flushes = self._state.always_flushes or not all(map(self._batches.is_plain, models))
         self._added.clear()
         self._state.has_waiting = True
+        if self._batches.checks is not None:
+            check_now(self._connection, self._batches.checks)
 
     def keep(self, instances: Sequence[Any]) -> None:
         """Keep references to loaded objects, as the session has weak ones and would load them again."""
         self._kept += instances
 
-    def noted(self, column: sa.Column[Any], value: Any) -> None:
-        """Hear of a value that is set in a row of a plain class."""
-        if not self._flushes and not self._batches.keeps(column, value):
+    def noted(self, check: Check | None, value: Any) -> None:
+        """Hear of a value that is set in a row of a plain class, which may be one to flush it for."""
+        if not self._flushes and (check is None or not self._batches.keeps(check, value)):
             self._flushes = True
 
     def _add(self, instance: Any) -> None:
@@ -248,8 +239,16 @@ class Batch:
 
     def _before_flush(self, context: Any, instances: Any) -> None:
         self._state.is_flushing = True
-        # The database may delete and change further rows with it.
-        self._flushes = self._flushes or bool(self._session.deleted)
+        if self._session.deleted:
+            # The database may delete and change further rows with it.
+            self._flushes = True
+            self._state.is_observed = self._state.is_observed or self._replaces_deleted()
+
+    def _replaces_deleted(self) -> bool:
+        """Whether a row that an earlier event has added would take the place of one that is deleted only now."""
+        new = [each for each in self._session.new if all(each is not added for added in self._added)]
+        keys = {sa.inspect(each).key for each in self._session.deleted}
+        return any(sa.inspect(type(each)).identity_key_from_instance(each) in keys for each in new)
 
     def _after_flush(self, context: Any) -> None:
         self._state.is_flushing = False
@@ -327,62 +326,29 @@ class _State:
     is_observed: bool = False
 
 
-def _is_plain(model: type[Any]) -> bool:
-    mapper = sa.inspect(model, raiseerr=False)
-    if not isinstance(mapper, orm.Mapper) or not isinstance(mapper.local_table, sa.Table):
-        return False
-    listeners = (getattr(mapper.dispatch, f"{when}_{what}") for when in ("before", "after") for what in _OPERATIONS)
-    return not (
-        mapper.relationships
-        or mapper.inherits
-        or mapper.polymorphic_on is not None
-        or mapper.version_id_col is not None
-        or any(len(listener) for listener in listeners)
-        or any(key.onupdate for key in _keys_to(mapper.local_table))
-    ) and all(_is_plain_column(column) for each in mapper.column_attrs for column in each.columns)
-
-
-def _keys_to(table: sa.Table) -> Iterator[sa.ForeignKeyConstraint]:
-    for other in table.metadata.tables.values():
-        yield from (key for key in other.foreign_key_constraints if key.referred_table is table)
-
-
-def _is_plain_column(column: Any) -> bool:
-    return (
-        isinstance(column, sa.Column)
-        and _python_type(column) is not None
-        and column.onupdate is None
-        and column.server_onupdate is None
-        and column.computed is None
-    )
-
-
-def _python_type(column: sa.ColumnElement[Any]) -> type[Any] | None:
-    if isinstance(column.type, _PADDED):
-        return None
-    return next((python for kind, python in _PLAIN_TYPES if isinstance(column.type, kind)), None)
-
-
-def _watch(model: type[Any]) -> None:
+def _watch(model: type[Any], columns: Sequence[PlainColumn]) -> None:
     """Listen to the values that are set in rows of a class, and tell the batch of those that it watches."""
     if model in _watched:
         return
     _watched.add(model)
-    for each in sa.inspect(model).column_attrs:
+    for each in columns:
         # With all that SQLAlchemy offers, as it puts nothing around such a function.
-        sa.event.listen(each.class_attribute, "set", _setter(each.columns[0]), raw=True, retval=True, include_key=True)
+        sa.event.listen(each.attribute, "set", _setter(each), raw=True, retval=True, include_key=True)
 
 
-def _setter(column: sa.Column[Any]) -> Callable[..., Any]:
-    expected = _python_type(column)
-    is_moment = expected is datetime
+def _setter(column: PlainColumn) -> Callable[..., Any]:
+    check, is_key = column.check, column.is_key
+    is_nullable = column.attribute.property.columns[0].nullable
+    is_moment = isinstance(column.attribute.type, sa.DateTime)
 
     def noted(state: Any, value: Any, old: Any, initiator: Any, **key: Any) -> Any:
-        if type(value) is not expected or is_moment:
+        # The key of a stored row may be that of another one.
+        is_moved = is_key and state.key is not None
+        if is_moved or is_moment or not (is_nullable if value is None else check(value)):
             session = state.session
             batch: Batch | None = None if session is None else session.info.get(_KEY)
             if batch is not None:
-                batch.noted(column, value)
+                batch.noted(check if is_moment and not is_moved else None, value)
         return value
 
     return noted

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 
 from ...exceptions import HandlerError, ProjectionHaltedError
-from ...persistence.dialects import MAY_PASS, hide_values, is_outage, is_read_only
+from ...persistence.dialects import MAY_PASS, hide_values, is_canceled, is_outage, is_read_only
 from ...persistence.dialects.locks import RunnerLock
 from ...tailing import Waiter
 from ..applying import Applier, EventError, SuspectError
@@ -94,7 +94,7 @@ class Delivery:
         """
         self.pace.begin()
         events, size = page.events, page.size
-        if events and self.suspects.left:
+        if events and (self.suspects.left or (len(events) > 1 and self.applier.commits_each)):
             return self._one_by_one(claimed, events)
         if len(events) == 1:
             # Not as a batch, so that a reaction is called no more often than it says.
@@ -128,7 +128,7 @@ class Delivery:
         pause = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         attempts = self.suspects.tries(claimed, notification)
         if attempts:
-            error: BaseException = ProcessEndedError()
+            error: BaseException = ProcessEndedError(self.consumer.command("projections resume"))
             self._note(claimed, notification, error, attempts)
             if attempts > self.consumer.projection_class.retries:
                 return self._fail(claimed, notification, error, attempts)
@@ -146,7 +146,6 @@ class Delivery:
                 self.progress.events += 1
                 self.progress.has_saved = self.applier.has_saved
                 return applied
-            # An outage is raised from here.
             self._note(claimed, notification, error, attempts)
             if attempts > self.consumer.projection_class.retries:
                 refuse_missing(self.consumer)
@@ -178,6 +177,7 @@ class Delivery:
             return self.applier.apply(claimed, [notification], notification.id, dead=(error, attempts))
         text = f"{event_name(notification)}: {describe(error)}"
         self.consumer.checkpoint.halt(claimed, notification.id, text)
+        self.suspects.halted(error)
         self.progress.state = "halted"
         raise ProjectionHaltedError(halted_message(self.consumer, notification.id, text)) from error
 
@@ -242,8 +242,8 @@ class Runner:
             except FencedError:
                 logger.info("%s: another process moved its position; it goes on from there", self.name)
             except MAY_PASS as error:
-                # An outage ends; anything else is raised.
-                if not is_outage(error):
+                # An outage ends, and so may what a statement waited for; anything else is raised.
+                if not (is_outage(error) or (is_canceled(error) and not once)):
                     raise
                 self.progress.state = "unreachable"
                 hide_values(error)
@@ -313,7 +313,7 @@ class Runner:
         self.stop.wait(STANDBY_PAUSE)
 
     def _stand_by(self, row: CheckpointRow | None, once: bool) -> bool:
-        self.progress.state = "standing by"
+        self.progress.state, self.progress.halted = "standing by", None
         if row is not None:
             self.progress.position = row.position
         if once and self.progress.position >= self._find_goal():

@@ -34,10 +34,16 @@ _alone = threading.RLock()
 
 
 class ProcessEndedError(Exception):
-    """A process has ended while it applied an event."""
+    """A process has ended while it applied an event.
 
-    def __init__(self) -> None:
-        super().__init__("the process ended while it applied the event, by a signal, a lack of memory, or os._exit()")
+    :param again: the command after which it is tried again.
+    """
+
+    def __init__(self, again: str) -> None:
+        super().__init__(
+            "the process ended while it applied the event, by a signal, a lack of memory, or os._exit(); the same code "
+            f"tries it again only after {again}"
+        )
 
 
 class Suspects:
@@ -45,7 +51,9 @@ class Suspects:
 
     A process that is ended by a signal, a lack of memory, or ``os._exit()``, does not give its claim back.
 
-    :param token: of the claim of this process, if it has one.
+    A supervisor that starts processes again is nobody who has decided to try it again.
+
+    :param token: of the claim that this process is to give back, if it has one.
     :param left: how many events the process before may have been applying, or 0 if it has given its claim back.
     """
 
@@ -58,6 +66,11 @@ class Suspects:
         """Return how often other processes have tried an event before they ended."""
         is_noted = self.left and claimed.failed_position == notification.id
         return claimed.claim or 0 if is_noted else 0
+
+    def halted(self, error: BaseException) -> None:
+        """Leave the claim as the process has left it that has ended, if the consumer has halted for that."""
+        if isinstance(error, ProcessEndedError):
+            self.token = None
 
     @contextmanager
     def trying(self, claimed: CheckpointRow, notification: Notification, attempt: int) -> Iterator[None]:
@@ -126,7 +139,7 @@ class Turn:
             notes = self._notes(belonging, connection, row, mark)
         if isinstance(notes, Mismatch):
             return self._refuse(notes)
-        code = self.consumer.fingerprint if self.consumer.kind == "projection" else ""
+        code = "" if self.consumer.kind == "rebuild" else self.consumer.fingerprint
         at = row.position if "position" in notes else None
         claimed = self.consumer.checkpoint.claim(
             lease=self.lock.leased, fingerprint=code, notes=notes, abandoned=abandoned, at=at
@@ -209,7 +222,8 @@ class Turn:
         """End the claim, and note the tables as they are left."""
         try:
             self._note(claimed)
-            self.consumer.checkpoint.release(claimed)
+            if self.suspects.token is not None:
+                self.consumer.checkpoint.release(claimed)
         except FencedError:
             logger.debug("%s: its claim was lost before it was released", self.consumer.name)
         except MAY_PASS as error:

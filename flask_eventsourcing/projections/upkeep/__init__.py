@@ -183,7 +183,7 @@ def resume(consumer: Consumer, *, by: str, reason: str = "") -> None:
         row = _locked(consumer, connection)
         if row.state not in (PAUSED, HALTED):
             raise CheckpointError(f"{row.name} is neither paused nor halted.")
-        consumer.checkpoint.set_values(connection, state=ACTIVE, **_noted(by, reason))
+        consumer.checkpoint.set_values(connection, state=ACTIVE, claim=0, **_noted(by, reason))
 
 
 def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
@@ -280,9 +280,8 @@ def position_before(application: ProjectedApplication, moment: datetime) -> int:
         else:
             low = found[0]
     while True:
-        page = application.read_log(max(0, low - LOOK_BACK), LOOK_BACK, low, ())
-        late = (each.id for each in page if (time := application.time_of(each)) is not None and time >= moment)
-        first = next(late, None)
+        times = _times(application, max(0, low - LOOK_BACK), low, LOOK_BACK)
+        first = next((position for position, time in times if time >= moment), None)
         if first is None:
             return low
         low = first - 1
@@ -290,12 +289,16 @@ def position_before(application: ProjectedApplication, moment: datetime) -> int:
 
 def _first_time(application: ProjectedApplication, after: int, stop: int) -> tuple[int, datetime] | None:
     """Return the position and the timestamp of the first event after a position that has a timestamp."""
-    while page := application.read_log(after, FEW, stop, ()):
+    return next(_times(application, after, stop, FEW), None)
+
+
+def _times(application: ProjectedApplication, after: int, stop: int, limit: int) -> Iterator[tuple[int, datetime]]:
+    """Return the positions and timestamps between two positions, of as many events at once as are not too large."""
+    while after < stop:
+        page, after = application.log.page(after, limit, stop, ())
         for each in page:
             if (time := application.time_of(each)) is not None:
-                return each.id, time
-        after = page[-1].id
-    return None
+                yield each.id, time
 
 
 def _refuse_inline(consumer: Consumer) -> None:
