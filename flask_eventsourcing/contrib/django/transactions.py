@@ -246,7 +246,7 @@ class DjangoUnit(Unit):
         """Refuse a commit that would not store the events, after an error that was swallowed.
 
         A driver or server that is in doubt tells it without a round trip; after an error of it the events are looked
-        for.
+        for, and where code commits without a block and the driver does not know about rollbacks.
 
         :raises TransactionManagementError: when they are not there.
         """
@@ -256,6 +256,7 @@ class DjangoUnit(Unit):
             return
         is_refused = self.dialect.is_aborted(connection)
         is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
+        is_doubtful |= self.losses.leaving is None and not self.dialect.driver_knows_end
         if is_refused or is_doubtful or (self.dialect.driver_knows_end and self._is_over()):
             batches = self._marked.all(Batch)
             if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
