@@ -192,10 +192,10 @@ class EventTable:
             parameters += [originator_id] * (1 + snapshots) if first else ()
         return " UNION ALL ".join(statements), parameters
 
-    def between(self, first: int, last: int) -> str:
-        """Return the statement that reads what :meth:`page` takes, without parameters."""
+    def between(self, first: int, last: int, place: str = "") -> str:
+        """Return the statement that reads what :meth:`page` takes, without parameters, of the table at a place."""
         columns = ", ".join((POSITION, *EVENT_COLUMNS))
-        return f"SELECT {columns} FROM {self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
+        return f"SELECT {columns} FROM {place or self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
 
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
@@ -362,6 +362,8 @@ class KnownLog(NamedTuple):
     snapshots: str | None
     """The name of the table of snapshots, whatever names mean later; None where it is looked for each time."""
     statements: dict[str, str]
+    table: str = ""
+    """The name of the table itself, whatever names mean later."""
 
 
 class Known:
