@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from ..exceptions import CommitOutcomeUnknownError
+from ..exceptions import CommitOutcomeUnknownError, FlaskEventSourcingError
 from ..persistence.dialects.calls import is_own, root_engine
 from .commit_gate import joined_late
 from .pending import Batch, known_state, state_of
@@ -84,7 +84,13 @@ def _commit(connection: Connection) -> None:
         if not unit.shared.is_committing:
             # Somebody commits past the session, which has not asked.
             unit.look()
-            unit.gate.check()
+            try:
+                unit.gate.check()
+            except FlaskEventSourcingError:
+                # SQLAlchemy takes the transaction for ended, and the connection's next user would commit it.
+                if not unit.dialect.roll_back(connection):
+                    connection.invalidate()
+                raise
         unit.following.is_committing = True
 
 
