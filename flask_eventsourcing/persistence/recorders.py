@@ -35,6 +35,8 @@ from .dialects.looks import Use
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
 """How many bytes the states of a page of events have at most, unless it is one event."""
+NEVER_TOO_MANY = 4
+"""Events that are read with no look at their sizes, which would keep them waiting, if only the first may be large."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
@@ -202,11 +204,11 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
         """Read what is committed after a position, damaged rows too; other events may appear between these later.
 
-        Events whose states would be too large if all were as large are left out.
+        Of some large ones only the first is read, as if the others were not there.
         """
         with self.datastore.reading(join=False) as read:
-            table = self._table(read.connection)
-            return self.dialect.select_committed(read.connection, table, after, limit, PAGE_BYTES // limit)
+            table, largest = self._table(read.connection), PAGE_BYTES // NEVER_TOO_MANY
+            return self.dialect.select_committed(read.connection, table, after, limit, largest)
 
     def fitting(self, after: int, limit: int, stop: int | None = None, topics: Sequence[str] = ()) -> int:
         """Return how many of the next events to read at once: up to *limit*, unless their states are too large.

@@ -270,13 +270,11 @@ class Checkpoint:
                 raise FencedError
 
     def resume(self, fingerprint: str = "") -> None:
-        """Let a halted projection try again; if processes have ended at the event, only code of another fingerprint."""
-        c = self.table.c
-        # It has its claim then, and the tries that are counted.
-        tries = sa.case((c.token.endswith(fingerprint[:CODE_OF_TOKEN]), c.claim), else_=0)
+        """Let a halted projection try again; one that has its claim, as processes have ended, only with other code."""
+        c, is_left = self.table.c, self.table.c.token.endswith(fingerprint[:CODE_OF_TOKEN])
+        halted = sa.update(self.table).where(self._row, c.state == HALTED)
         with self.engine.begin() as connection:
-            halted = sa.update(self.table).where(self._row, c.state == HALTED)
-            connection.execute(halted.values(state=ACTIVE, claim=tries))
+            connection.execute(halted.values(state=ACTIVE, claim=sa.case((is_left, c.claim), else_=0)))
 
     def release(self, claimed: CheckpointRow) -> None:
         """End the claim, if it is still this process's."""
@@ -322,8 +320,7 @@ class Checkpoint:
     def begin(self, connection: Connection, **values: Any) -> None:
         """Note that a rebuild begins, and with what."""
         beginning = {"position": 0, "applied": 0, "state": ACTIVE, "error": None, "failed_position": None}
-        change = sa.update(self.table).where(self._row)
-        connection.execute(change.values(beginning | dict.fromkeys(HANDED_OVER[2:]) | values))
+        self.set_values(connection, **(beginning | dict.fromkeys(HANDED_OVER[2:]) | values))
 
     def remove(self, connection: Connection) -> None:
         """Delete the row."""

@@ -247,6 +247,12 @@ def test_a_few_large_events_are_bounded_too(desk: Desk, monkeypatch: pytest.Monk
         monkeypatch.setattr(recorders, "PAGE_BYTES", 1)
         assert len(pages.read(4, 4, 31).events) == 1
         assert len(pages.read(5, 2, 31).events) == 1
+        # The one statement at the end of the log reads the next event, however large, and small ones after it.
+        assert pages.look_ahead(29, 1000) == 30
+        assert [each.id for each in pages.read(29, 1000, 30).events] == [30]
+        with desk.engine.begin() as connection:
+            connection.execute(sa.delete(desk.events_table).where(desk.events_table.c.notification_id == 30))
+        assert pages.look_ahead(29, 1000) is None
         monkeypatch.setattr(recorders, "PAGE_BYTES", 2**20)
         assert len(pages.read(6, 2, 31).events) == 2
 

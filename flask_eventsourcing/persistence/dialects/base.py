@@ -85,7 +85,7 @@ class _Page(NamedTuple):
     limit: int
     stop: int | None = None
     topics: Sequence[str] = ()
-    inclusive_of_start: bool = False
+    inclusive_of_start: bool = True
 
 
 class Dialect(Looks, ForProjections, ABC):
@@ -308,16 +308,18 @@ class Dialect(Looks, ForProjections, ABC):
         return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
 
     def select_committed(
-        self, connection: Connection, table: EventTable, after: int, limit: int, most: int
+        self, connection: Connection, table: EventTable, after: int, limit: int, largest: int
     ) -> list[Notification]:
-        """Read the log by position, whatever may appear before what is returned; states above *most* bytes are not."""
-        return self._select_page(connection, table, _Page(after, limit), None, f"length(state) <= {most:d}")
+        """Read the log by position, whatever may appear before the events; only the next one may be a large one."""
+        first = f"SELECT min({POSITION}) FROM {table.name} WHERE {POSITION} > {after}"
+        small = f"({POSITION} = ({first}) OR length(state) <= {largest})"
+        return self._select_page(connection, table, _Page(after, limit, inclusive_of_start=False), None, small)
 
     def _find_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
         mark = self.high_water_mark(connection, table, joined=joined)
         if mark is not None and not joined:
-            until = time.monotonic() + MARK_HOLDS_FOR
-            self._marks[table.name] = _KnownMark(mark, until, self.is_meant(connection, table))
+            is_meant = self.is_meant(connection, table)
+            self._marks[table.name] = _KnownMark(mark, time.monotonic() + MARK_HOLDS_FOR, is_meant)
         return mark
 
     def _select_page(
@@ -336,7 +338,7 @@ class Dialect(Looks, ForProjections, ABC):
             conditions.append(f"topic IN ({', '.join([self.mark] * len(page.topics))})")
             parameters.extend(page.topics)
         where = " WHERE " + " AND ".join(conditions) if conditions else ""
-        columns = ", ".join((POSITION, *EVENT_COLUMNS))
+        columns = f"{POSITION}, {', '.join(EVENT_COLUMNS)}"
         statement = f"SELECT {columns} FROM {table.name}{where} ORDER BY {POSITION} LIMIT {self.mark}"
         return table.page(self.fetch(connection, statement, [*parameters, page.limit]))
 
@@ -344,8 +346,8 @@ class Dialect(Looks, ForProjections, ABC):
         """Return the position of the last event up to the high-water mark, or None for an empty log."""
         mark = self._find_mark(connection, table, joined=joined)
         upto = "" if mark is None else f" WHERE {POSITION} <= {self.mark}"
-        values = [] if mark is None else [mark]
-        position: int | None = self.fetch(connection, f"SELECT max({POSITION}) FROM {table.name}{upto}", values)[0][0]
+        statement = f"SELECT max({POSITION}) FROM {table.name}{upto}"
+        position: int | None = self.fetch(connection, statement, [] if mark is None else [mark])[0][0]
         return position
 
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:
@@ -379,10 +381,8 @@ class Dialect(Looks, ForProjections, ABC):
             return known
         with suppress(sa.exc.IntegrityError), connection.begin_nested():
             connection.execute(sa.insert(tracking_table).values(new_identity()))
-        made: int = connection.scalars(
-            sa.select(tracking_table.c[POSITION]).where(tracking_table.c.application_name == IDENTITY)
-        ).one()
-        return made
+        query = sa.select(tracking_table.c[POSITION]).where(tracking_table.c.application_name == IDENTITY)
+        return int(connection.scalars(query).one())
 
     def waiter(self, table: EventTable) -> Waiter:
         """Return what waits for news of a log; here it polls."""

@@ -22,8 +22,7 @@ _new = object.__new__
 
 POSITION = "notification_id"
 EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
-"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
-from these. The first is the aggregate's id."""
+"""The columns of an event beside its position, as the library's ``StoredEvent`` names them, the aggregate's id first."""
 VERSION_KEY = EVENT_COLUMNS[:2]
 VERSION = VERSION_KEY[1]
 """The columns that tell the events of an application from each other."""
@@ -194,8 +193,7 @@ class EventTable:
 
     def between(self, first: int, last: int, place: str = "") -> str:
         """Return the statement that reads what :meth:`page` takes, without parameters, of the table at a place."""
-        columns = ", ".join((POSITION, *EVENT_COLUMNS))
-        return f"SELECT {columns} FROM {place or self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
+        return f"SELECT {', '.join((POSITION, *EVENT_COLUMNS))} FROM {place or self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
 
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.

@@ -61,6 +61,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     duplicates: ClassVar[frozenset[object]] = frozenset({1062})
     # Of a database, a table, a column; not to the server, which is no matter of tables.
     rights_lacking: ClassVar[frozenset[object]] = frozenset({1044, 1142, 1143})
+    canceled: ClassVar[frozenset[object]] = frozenset({1317, 1969, 3024})
     title = "MySQL"
     appends_one_by_one = True
     drivers: ClassVar[dict[str, str]] = {
@@ -297,8 +298,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         return any(name in DRIVER_MODULES for name in frames)
 
     # ------------------------------------------------------------------------------------- what projections need
-
-    canceled = frozenset({1317, 1969, 3024})
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:

@@ -15,12 +15,11 @@ from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
 from ...metadata import Recorded
+from ...persistence.recorders import NEVER_TOO_MANY
 from ..checkpoint import CheckpointRow
 from ..consumers import Consumer
 from ..definitions import MOST_EVENTS, MOST_TOPICS
 
-MOST_AHEAD = 4
-"""How many events are read with no look at the end of the log."""
 COLLECT_FROM = 2000
 """How many positions there must be to read for their topics to be worth a look."""
 COLLECT_AT_ONCE = 200_000
@@ -62,14 +61,12 @@ class LogPages:
         self._ahead, application = (), self.consumer.application
         if not application.log.can_filter or self.consumer.follows_models:
             return None
-        recorder = application.recorder
-        limit = min(limit + 1, MOST_AHEAD)
-        read = recorder.read_committed(after, limit)
-        # There may be a large event where there seems to be none.
-        if not read or len(read) == limit or any(each.id != position for position, each in enumerate(read, after + 1)):
+        limit = min(limit + 1, NEVER_TOO_MANY)
+        read = application.recorder.read_committed(after, limit)
+        if len(read) == limit or any(each.id != position for position, each in enumerate(read, after + 1)):
             return None
         self._ahead = read
-        return read[-1].id
+        return read[-1].id if read else after
 
     def read(self, after: int, limit: int, stop: int) -> Page:
         """Read events after a position, up to another one."""
