@@ -203,6 +203,20 @@ def test_health_checks(site: DjangoBank) -> None:
         assert site.bank.balance(account_id) == 3
 
 
+@pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
+def test_connection_that_is_lost_before_a_doubtful_commit(site: DjangoBank) -> None:
+    """A commit before which events would be looked for fails as Django's own, and the next block has a connection."""
+    account_id = site.opened()
+    with pytest.raises((OperationalError, InterfaceError)), site.atomic():
+        site.bank.deposit(account_id)
+        with site.connection.cursor() as cursor:
+            cursor.execute("DO $$ BEGIN END $$" if site.connection.vendor == "postgresql" else "DO 1")
+        end_connection(site)
+    with site.atomic():
+        site.bank.deposit(account_id)
+    assert site.bank.balance(account_id) == 1
+
+
 def end_connections(site: DjangoBank) -> None:
     """Have the server end all connections to the database."""
     ends = {

@@ -283,7 +283,10 @@ class DjangoUnit(Unit):
     def _check_stored(self, connection: Connection, *, is_doubtful: bool) -> None:
         is_refused = self.dialect.is_aborted(connection)
         batches = self._marked.all(Batch) if is_refused or is_doubtful else []
-        if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
+        # With Django's errors, after which it gives up a connection that is lost.
+        with self.wrapper.wrap_database_errors:
+            is_gone = is_refused or not all(is_there(self.dialect, connection, each) for each in batches)
+        if batches and is_gone:
             raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:
