@@ -22,6 +22,10 @@ TIMEOUT = 3.0
 """Seconds for an answer; a node that does not answer is asked again through another one."""
 BATCH_BYTES = 40 * 1024
 """The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
+MOST_BYTES = 64 * 2**20
+"""The most of one save that is sent: nodes end the connection after 128 MiB, and the outcome would be unknown."""
+AT_ONCE = 256
+"""Writes that are sent together: each of them has to be answered in time."""
 FIRST_PAGE, LONGEST_PAGE = 64, 4096
 """Rows of a stream in one answer, at first and at most."""
 PAGE_BYTES = 2 * 2**20
@@ -120,6 +124,9 @@ class CassandraStore:
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""
         contents = row.contents or ()
+        size = sum(len(each.state) for each in contents)
+        if size > MOST_BYTES:
+            raise SaveTooLargeError(f"A save of {size} bytes is too large: {MOST_BYTES} are sent at most. Save less.")
         values = (
             bucket_of(row.position),
             row.position,
@@ -130,7 +137,7 @@ class CassandraStore:
             row.versions,
             contents,
         )
-        found = self._one(self._cql.insert, *values, size=sum(len(each.state) for each in contents))
+        found = self._one(self._cql.insert, *values, size=size)
         if found.applied:
             return None
         if found.row_id is None:
@@ -202,8 +209,10 @@ class CassandraStore:
         pending: list[Sequence[Any]] = [*streams, *([each] for each in tracking)]
         step = 0
         while pending:
-            with translated():
-                self.connection.execute_all([each[step] for each in pending], self._timeout)
+            statements = [each[step] for each in pending]
+            for first in range(0, len(statements), AT_ONCE):
+                with translated():
+                    self.connection.execute_all(statements[first : first + AT_ONCE], self._timeout)
             step += 1
             pending = [each for each in pending if len(each) > step]
 

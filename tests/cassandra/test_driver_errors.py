@@ -196,3 +196,33 @@ def test_request_is_repeated_elsewhere() -> None:
     assert list(order.make_query_plan()) == [nodes[2], nodes[0], nodes[1]]
     order._until.clear()
     assert list(order.make_query_plan()) == nodes
+
+
+def test_writes_are_sent_in_portions() -> None:
+    """The streams of many aggregates are written some at a time, as nodes have to answer all that is sent together."""
+    from eventsourcing.persistence import StoredEvent
+
+    from flask_eventsourcing.cassandra import CassandraSettings
+    from flask_eventsourcing.cassandra.rows import Append, row_of
+    from flask_eventsourcing.cassandra.store import AT_ONCE, CassandraStore
+
+    connection = Mock(settings=CassandraSettings(("127.0.0.1",), "bank"))
+    events = [StoredEvent(uuid4(), 1, "topic", b"state") for _ in range(1000)]
+    CassandraStore(connection, "bank").index(row_of(1, 0, [Append(events)]))
+    sizes = [len(call.args[0]) for call in connection.execute_all.call_args_list]
+    assert (sum(sizes), max(sizes)) == (1000, AT_ONCE)
+
+
+def test_save_that_no_node_takes_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of more bytes than a connection bears is refused before anything is sent, so that its outcome is known."""
+    from eventsourcing.persistence import StoredEvent
+
+    from flask_eventsourcing.cassandra import CassandraSettings, SaveTooLargeError, store
+    from flask_eventsourcing.cassandra.rows import Append, row_of
+
+    monkeypatch.setattr(store, "MOST_BYTES", 100)
+    connection = Mock(settings=CassandraSettings(("127.0.0.1",), "bank"))
+    append = Append([StoredEvent(uuid4(), 1, "topic", bytes(101))])
+    with pytest.raises(SaveTooLargeError, match="A save of 101 bytes is too large"):
+        store.CassandraStore(connection, "bank").insert(row_of(1, 0, [append]))
+    connection.execute.assert_not_called()
