@@ -202,7 +202,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
-        """Read what is committed after a position, damaged rows too; other events may appear between these later."""
+        """Read what is committed after a position, damaged rows too. Events may appear between these later."""
         with self.datastore.reading(join=False) as read:
             table = self._table(read.connection)
             return self._measured(self.dialect.select_committed(read.connection, table, after, limit))
