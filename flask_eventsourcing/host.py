@@ -258,7 +258,7 @@ class PlainHost:
             yield session
 
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
-        """Call a function in :meth:`transaction`, again after a conflict, at most *times*. Read aggregates in it."""
+        """Call a function in :meth:`transaction`, again after a conflict, *times* times at most. It must read again."""
         with self._open_session():
             return self._runner.retry(function, times, lenient=lenient)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,35 +20,79 @@ from .settings import CassandraSettings
 # Two projects bring the package of this name, so that what is imported might be half of each.
 check_drivers()
 
-from cassandra import AuthenticationFailed, ConsistencyLevel, ProtocolVersion, UnresolvableContactPoints  # noqa: E402
+from cassandra import (  # noqa: E402
+    AuthenticationFailed,
+    ConsistencyLevel,
+    OperationTimedOut,
+    ProtocolVersion,
+    UnresolvableContactPoints,
+)
 from cassandra.auth import PlainTextAuthProvider  # noqa: E402
 from cassandra.cluster import (  # noqa: E402
     EXEC_PROFILE_DEFAULT,
     Cluster,
     ExecutionProfile,
     NoHostAvailable,
+    ResponseFuture,
     Session,
 )
 from cassandra.policies import (  # noqa: E402
     DCAwareRoundRobinPolicy,
     ExponentialReconnectionPolicy,
     FallthroughRetryPolicy,
+    LoadBalancingPolicy,
     RoundRobinPolicy,
     TokenAwarePolicy,
+    WrapperPolicy,
 )
 from cassandra.pool import Host  # noqa: E402
 from cassandra.query import BoundStatement, PreparedStatement, SimpleStatement  # noqa: E402
 
+from .errors import UNKNOWN  # noqa: E402
+
 TIMEOUT = 5.0
 """Seconds for an answer, unless told otherwise."""
+GRACE = 2.0
+"""Seconds for which the driver may be late to tell that there is no answer: it counts on the machine's clock."""
 RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
 """Seconds between tries to reach a node that is down; by default they grow to minutes."""
+
+
+SILENT, TROUBLED = 30.0, 2.0
+"""Seconds for which a node is asked last after it gave no answer, and after it told that it could not do the work."""
+
+
+class LastResort(WrapperPolicy):  # type: ignore[misc]
+    """Asks nodes last that did not do lately what they were asked for, so that a request is repeated elsewhere.
+
+    A node that hangs, or has lost its network, is taken to be up for a minute, and it is asked first for some rows.
+    """
+
+    def __init__(self, order: LoadBalancingPolicy) -> None:
+        super().__init__(order)
+        self._until: dict[Any, float] = {}
+
+    def note(self, node: Host, seconds: float) -> None:
+        """Ask a node last for some time."""
+        self._until[node.endpoint] = time.monotonic() + seconds
+
+    def make_query_plan(self, working_keyspace: str | None = None, query: Any = None) -> Iterator[Host]:
+        """Yield the nodes in the order in which they are asked."""
+        last: list[Host] = []
+        now = time.monotonic()
+        for node in self._child_policy.make_query_plan(working_keyspace, query):
+            if self._until.get(node.endpoint, now) > now:
+                last.append(node)
+            else:
+                yield node
+        yield from last
 
 
 @dataclass(frozen=True)
 class _Held:
     pid: int
     session: Session
+    order: LastResort
     prepared: dict[str, PreparedStatement] = field(default_factory=dict)
 
 
@@ -64,6 +110,8 @@ class Connection:
         self.serial_consistency: int = ConsistencyLevel.name_to_value[settings.serial_consistency]
         self._lock = ProcessLock()
         self._held: _Held | None = None
+        self._failed: tuple[float, OperationalError] | None = None
+        """When no node could be reached, and what was told."""
 
     @property
     def session(self) -> Session:
@@ -84,9 +132,10 @@ class Connection:
     def _own(self) -> _Held:
         held = self._held
         if held is None:
+            asked = time.monotonic()
             with self._lock:
                 if self._held is None:
-                    self._held = _Held(os.getpid(), self._connect())
+                    self._held = _Held(os.getpid(), *self._connect_since(asked))
                 held = self._held
         if held.pid != os.getpid():
             # Its finalizers would close what belongs to the parent.
@@ -97,12 +146,24 @@ class Connection:
             )
         return held
 
-    def _connect(self) -> Session:
+    def _connect_since(self, asked: float) -> tuple[Session, LastResort]:
+        """Connect, unless another thread has tried while this one waited for it."""
+        failed = self._failed
+        if failed is not None and failed[0] > asked:
+            raise OperationalError(str(failed[1])) from failed[1]
+        try:
+            return self._connect()
+        except OperationalError as error:
+            self._failed = time.monotonic(), error
+            raise
+
+    def _connect(self) -> tuple[Session, LastResort]:
         check_process()
         settings = self.settings
         inner = DCAwareRoundRobinPolicy(settings.local_dc) if settings.local_dc else RoundRobinPolicy()
+        order = LastResort(TokenAwarePolicy(inner))
         profile = ExecutionProfile(
-            load_balancing_policy=TokenAwarePolicy(inner),
+            load_balancing_policy=order,
             retry_policy=FallthroughRetryPolicy(),
             consistency_level=self.consistency,
             serial_consistency_level=self.serial_consistency,
@@ -128,7 +189,7 @@ class Connection:
                 session = cluster.connect()
                 self._check_centres({str(each.datacenter) for each in cluster.metadata.all_hosts()})
                 failed.pop_all()
-            return session
+            return session, order
 
     def _check_centres(self, names: set[str]) -> None:
         """Check that the nodes that take part in a save are always the same.
@@ -168,7 +229,8 @@ class Connection:
         held = self._own()
         found = held.prepared.get(cql)
         if found is None:
-            found = held.prepared[cql] = held.session.prepare(cql)
+            with _noted(held.order):
+                found = held.prepared[cql] = held.session.prepare(cql)
         return found
 
     def execute(
@@ -179,10 +241,12 @@ class Connection:
         serial: int | None = None,
         timeout: float | None = None,
         host: Host | None = None,
+        paging_state: bytes | None = None,
     ) -> Any:
         """Run a statement, and return the driver's result.
 
         :param host: the node to ask, instead of one that the driver chooses.
+        :param paging_state: what an answer has had, to which this one is the next page.
         """
         if isinstance(statement, PreparedStatement):
             statement, parameters = statement.bind(parameters or ()), None
@@ -192,7 +256,17 @@ class Connection:
             statement.consistency_level = consistency
         if serial is not None and isinstance(statement, BoundStatement | SimpleStatement):
             statement.serial_consistency_level = serial
-        return self.session.execute(statement, parameters, timeout=timeout or TIMEOUT, host=host)
+        held, timeout = self._own(), timeout or TIMEOUT
+        sent = held.session.execute_async(statement, parameters, timeout=timeout, host=host, paging_state=paging_state)
+        with _noted(held.order, sent):
+            return answer(sent, timeout)
+
+    def execute_all(self, statements: Sequence[Any], timeout: float) -> None:
+        """Send statements that are bound, all at once, and wait until each of them is done."""
+        held = self._own()
+        for sent in [held.session.execute_async(each, timeout=timeout) for each in statements]:
+            with _noted(held.order, sent):
+                answer(sent, timeout)
 
     def nodes(self) -> list[Host]:
         """Return the nodes of the cluster, always in one order."""
@@ -208,3 +282,32 @@ class Connection:
                 held.session.cluster.shutdown()
             else:
                 keep_for_ever(held)
+
+
+@contextmanager
+def _noted(order: LastResort, sent: ResponseFuture | None = None) -> Iterator[None]:
+    """Note the node that has not done what it was asked for."""
+    try:
+        yield
+    except OperationTimedOut as error:
+        if error.last_host is not None:
+            order.note(error.last_host, SILENT)
+        raise
+    except UNKNOWN:
+        if sent is not None and sent.coordinator_host is not None:
+            order.note(sent.coordinator_host, TROUBLED)
+        raise
+
+
+def answer(sent: ResponseFuture, timeout: float) -> Any:
+    """Return the answer to a request.
+
+    The driver's own wait has no end if the machine's clock is set back meanwhile, or if the driver's thread is stuck.
+
+    :param timeout: the seconds after which the driver itself tells that there is none.
+    """
+    told = threading.Event()
+    sent.add_callbacks(lambda _: told.set(), lambda _: told.set())
+    if not told.wait(timeout + GRACE):
+        raise OperationTimedOut({"the driver": f"It told nothing for {timeout + GRACE:g} s."})
+    return sent.result()

@@ -59,12 +59,16 @@ def translated(size: int = 0) -> Iterator[None]:
         if error.code == CAS_WRITE_UNKNOWN:
             raise MaybeDoneError(_first_line(error)) from error
         raise ProgrammingError(f"Cassandra refused a statement: {_first_line(error)}") from error
+    except cassandra.DriverException as error:
+        raise MaybeDoneError(_first_line(error)) from error
 
 
 def _refusal(error: Exception, size: int) -> Exception:
     text = str(error)
     if "too large" in text or "exceeds" in text:
         return SaveTooLargeError(f"A save of {size} bytes is too large for the nodes: save less ({text[-120:]}).")
+    if "ndefined column" in text:
+        return ProgrammingError(f"{_first_line(error)}: the table was altered; run the command 'check'.")
     if "table" in text.lower() or "eyspace" in text:
         return MissingTableError(f"{_first_line(error)}: run the command 'init-db'.")
     return ProgrammingError(f"Cassandra refused a statement: {_first_line(error)}")

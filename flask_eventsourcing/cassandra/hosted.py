@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..config import Config
+from ..exceptions import ConfigurationError
 from ..lifecycle import PerProcess
 from ..metadata import Collector
 from .connecting import Connection
@@ -91,11 +93,22 @@ class _Lent:
 def make_store(config: Config, collector: Collector | None, id_types: Mapping[str, IdType]) -> HostedCassandra:
     """Make the store that a host's settings describe; no connection is opened.
 
-    :raises ConfigurationError: when the driver does not work in this process.
+    :raises ConfigurationError: when the driver does not work in this process, or no tables can have these names.
     """
+    _check_names(id_types)
     # Again, as gevent may have patched the sockets since the driver was imported.
     check_drivers()
     return HostedCassandra(settings_of(config), collector, id_types)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Check that there can be tables of these names."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise ConfigurationError(
+                f"The application {name!r} has a name that tables in Cassandra cannot have: give it one of ASCII "
+                "letters, digits and underscores."
+            )
 
 
 def settings_of(config: Config) -> CassandraSettings:

@@ -33,7 +33,6 @@ COLUMNS = (
     "WHERE keyspace_name = %s AND table_name IN ({})"
 )
 IDENTITY = "SELECT id FROM system_schema.tables WHERE keyspace_name = %s AND table_name = %s"
-LIFETIMES = "SELECT table_name, default_time_to_live FROM system_schema.tables WHERE keyspace_name = %s"
 SETTINGS = "SELECT name, value FROM system_views.settings WHERE name IN ('commitlog_sync', 'paxos_variant')"
 REMEDY = "run the command 'init-db'"
 PERIODIC = (
@@ -130,8 +129,6 @@ class Schema:
         yield from self._look_at_keyspace(keyspace)
         yield from _look_at_copies(keyspace.replication, nodes)
         found = self._found(self._up()[0])
-        rows = self._ask(LIFETIMES, (name,), host=self._up()[0]).all()
-        lifetimes = {row.table_name: row.default_time_to_live for row in rows}
         for table, shape in self.tables.items():
             if table not in found:
                 yield f"table {name}.{table} is missing: {REMEDY}", True
@@ -140,8 +137,6 @@ class Schema:
                 yield from ((f"{table}: {each}", True) for each in differences)
             else:
                 yield f"table {name}.{table} ok", False
-            if lifetimes.get(table):
-                yield f"{table}: rows are dropped after {lifetimes[table]} s: alter its default_time_to_live to 0", True
 
     def identity(self, prefix: str) -> int | None:
         """Return the identity of an application's log, or None if it has no table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection
 from uuid import UUID
 
@@ -11,6 +11,40 @@ from .rows import Append, Horizon, Key, Row, row_of, upstream_key
 
 NOTHING = -1
 """The version of an aggregate, or the position of an upstream application, of which there is nothing."""
+OFFERED = 10_000
+"""Aggregates without a row since the horizon whose versions are kept."""
+
+
+class Versions:
+    """The last versions of aggregates: those that rows of the log have told, and some that were read of streams."""
+
+    def __init__(self) -> None:
+        self._told: dict[Key, tuple[int, int]] = {}
+        """With the position of the row."""
+        self._read: OrderedDict[Key, int] = OrderedDict()
+        """To forget one is safe, as it can be read again."""
+
+    def get(self, key: Key) -> int | None:
+        """Return the last version of an aggregate, or None if it is not known."""
+        told = self._told.get(key)
+        return self._read.get(key) if told is None else told[0]
+
+    def tell(self, key: Key, version: int, position: int) -> None:
+        """Take what a row has told."""
+        self._told[key] = (version, position)
+
+    def offer(self, key: Key, version: int) -> None:
+        """Take what was read, unless a row has told more."""
+        if key not in self._told:
+            self._read[key] = version
+            if len(self._read) > OFFERED:
+                self._read.popitem(last=False)
+
+    def forget(self, horizon: int) -> None:
+        """Forget what was read, and what rows below a horizon have told."""
+        # In this order: what rows have told is later than what was read.
+        self._read.clear()
+        self._told = {key: told for key, told in self._told.items() if told[1] >= horizon}
 
 
 class Memory:
@@ -29,15 +63,13 @@ class Memory:
         self.last_row: tuple[int, UUID] | None = None
         """Position and id of the last row, or None if there is none since the horizon."""
         self._positions: deque[int] = deque()
-        self._known: dict[Key, tuple[int, int]] = {}
-        """The last version of each aggregate, and the row of which it is known."""
+        self._versions = Versions()
         self._unindexed: dict[int, set[Key]] = {}
         self._lock = threading.Lock()
 
     def known(self, key: Key) -> int | None:
         """Return the last version of an aggregate, or the last position of an upstream application; None if unknown."""
-        found = self._known.get(key)
-        return None if found is None else found[0]
+        return self._versions.get(key)
 
     def offer(self, key: Key, version: int | None, horizon: int) -> None:
         """Take the last version of an aggregate that no row has had yet.
@@ -45,17 +77,17 @@ class Memory:
         :param horizon: the horizon of this memory before the version was read.
         """
         with self._lock:
-            if horizon == self.horizon and key not in self._known:
-                self._known[key] = (NOTHING if version is None else version, horizon)
+            if horizon == self.horizon:
+                self._versions.offer(key, NOTHING if version is None else version)
 
     def meet(self, row: Row) -> None:
         """Take the row at the head of the log, and move the head behind it."""
         with self._lock:
             for key, version in row.versions:
-                self._known[key] = (version, row.position)
+                self._versions.tell(key, version, row.position)
             for part in row.parts:
                 if part.upstream is not None and part.upstream_position is not None:
-                    self._known[upstream_key(part.upstream)] = (part.upstream_position, row.position)
+                    self._versions.tell(upstream_key(part.upstream), part.upstream_position, row.position)
             if not row.indexed:
                 self._unindexed[row.position] = row.keys
             self.head, self.last_event, self.last_row = row.end, row.last_event, (row.position, row.id)
@@ -88,7 +120,7 @@ class Memory:
     def forget(self, horizon: int) -> None:
         """Forget the rows below a later horizon."""
         with self._lock:
-            self._known = {key: known for key, known in self._known.items() if known[1] >= horizon}
+            self._versions.forget(horizon)
             self._unindexed = {at: about for at, about in self._unindexed.items() if at >= horizon}
             while self._positions and self._positions[0] < horizon:
                 self._positions.popleft()

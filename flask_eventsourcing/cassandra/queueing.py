@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from .rows import Append, Key
+from ..exceptions import CommitOutcomeUnknownError
+from .rows import MOST_EVENTS, Append, Key
 
 MOST_BYTES = 512 * 1024
 """Bytes of states that are committed together; a larger save goes alone."""
@@ -18,10 +19,12 @@ class Ticket:
     """An append that waits for its outcome.
 
     :param append: the events to record.
+    :param until: when it has waited long enough, by the store's clock.
     """
 
-    def __init__(self, append: Append) -> None:
+    def __init__(self, append: Append, until: float = float("inf")) -> None:
         self.append: Append = append
+        self.until: float = until
         self.keys: set[Key] = append.keys
         self.bytes: int = sum(len(event.state) for event in append.events)
         self.position: int | None = None
@@ -65,8 +68,12 @@ class Queue:
         self._waiting: deque[Ticket] = deque()
         self._is_led = False
 
-    def join(self, ticket: Ticket) -> bool:
-        """Wait in the queue; return True if this thread leads now, and False if its append has an outcome."""
+    def join(self, ticket: Ticket, longest: float) -> bool:
+        """Wait in the queue; return True if this thread leads now, and False if its append has an outcome.
+
+        :param longest: seconds after which the thread that leads must be gone, however it was ended.
+        :raises CommitOutcomeUnknownError: when it is.
+        """
         with self._lock:
             self._waiting.append(ticket)
             if not self._is_led:
@@ -74,7 +81,11 @@ class Queue:
                 return True
         with ExitStack() as interrupted:
             interrupted.callback(self._leave, ticket)
-            ticket.woken.wait()
+            if not ticket.woken.wait(longest):
+                raise CommitOutcomeUnknownError(
+                    f"A save was told nothing for {longest:g} s by the thread that saves for others: read the "
+                    "aggregate again before you repeat it."
+                )
             interrupted.pop_all()
         return not ticket.is_done
 
@@ -88,6 +99,7 @@ class Queue:
     def take(self, taken: Sequence[Ticket]) -> list[Ticket]:
         """Take the appends that can be committed with those that are taken: no two are about one aggregate."""
         room = MOST_BYTES - sum(each.bytes for each in taken)
+        places = MOST_EVENTS - sum(each.append.size for each in taken)
         about: set[Key] = {key for each in taken for key in each.keys}
         found: list[Ticket] = []
         with self._lock:
@@ -95,9 +107,11 @@ class Queue:
             while self._waiting and len(taken) + len(found) < MOST_APPENDS:
                 ticket = self._waiting.popleft()
                 first = not taken and not found
-                if ticket.keys.isdisjoint(about) and (first or ticket.bytes <= room):
+                fits = ticket.bytes <= room and ticket.append.size <= places
+                if ticket.keys.isdisjoint(about) and (first or fits):
                     found.append(ticket)
                     room -= ticket.bytes
+                    places -= ticket.append.size
                 else:
                     left.append(ticket)
                 # One that has to wait is not overtaken by others about the same aggregate.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from uuid import UUID
 
 from eventsourcing.persistence import Notification
 
+from ..exceptions import UnreadableEventError
 from ..metadata import Recorded
-from .rows import Key, Row, Store
+from .rows import Key, Row, Store, bucket_of
 from .walking import FIRST_PAGE, PAGE_BYTES, Walker
 from .writing import Writer
 
@@ -100,6 +102,17 @@ class Reader:
 
     def last_row(self) -> Row | None:
         """Return the last row of the log without its states, or None for an empty log."""
+        if self._head > 1:
+            with suppress(UnreadableEventError):
+                last = self._last_row()
+                if last is not None:
+                    return last
+            # What is remembered is gone: the tables were emptied or made again.
+            self._edges, self._head = OrderedDict({1: None}), 1
+            self._recorded.clear()
+        return self._last_row()
+
+    def _last_row(self) -> Row | None:
         if self._head == 1:
             self._head = self._walker.repeat(self._store.read_horizon).position
         last: Row | None = None
@@ -123,7 +136,10 @@ class Reader:
         if position in self._edges:
             return position
         found = self._walker.repeat(lambda: self._store.row_before(position))
-        return 1 if found is None else found
+        if found is None:
+            # The log ends far before it, or is empty.
+            return position if bucket_of(position) > 1 else 1
+        return found
 
     def _note(self, row: Row) -> None:
         self._edges[row.position] = self._edges[row.end] = None

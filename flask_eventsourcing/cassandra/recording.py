@@ -32,6 +32,8 @@ from .walking import Walker
 from .writing import Writer
 
 LARGEST = 2**63 - 1
+MOST_ROWS = 2**31 - 1
+"""What a limit can be."""
 LONGEST_ID = 65_535
 """Bytes of a key, as the nodes have them."""
 IdType = Literal["uuid", "text"]
@@ -91,9 +93,9 @@ class Log:
         self, purpose: str, originator_id: Key, gt: int | None, lte: int | None, *, desc: bool, limit: int | None
     ) -> Sequence[StoredEvent]:
         """Read the rows of an aggregate in a table."""
-        if not self.has(originator_id) or originator_id == "":
+        if not self.has(originator_id) or originator_id == "" or (limit is not None and limit <= 0):
             return []
-        parts = self.parts
+        parts, limit = self.parts, None if limit is None else min(limit, MOST_ROWS)
         return parts.walker.repeat(
             lambda: parts.store.select(purpose, originator_id, _bounded(gt), _bounded(lte), desc=desc, limit=limit)
         )
@@ -242,7 +244,7 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
     ) -> Sequence[Notification]:
         """Read the log by position; no event can appear later at or before the last one that is returned."""
         first = 1 if start is None else start + (not inclusive_of_start)
-        return self.log.parts.reader.page(max(first, 1), limit, stop, topics)
+        return self.log.parts.reader.page(min(max(first, 1), LARGEST), limit, stop, topics)
 
     def read_log(
         self,

@@ -14,7 +14,7 @@ from eventsourcing.persistence import IntegrityError, StoredEvent, Tracking
 BUCKET = 10_000
 """Positions in a partition of the log."""
 MOST_EVENTS = BUCKET
-"""Events in one save: the row behind it begins in this bucket or in the next one."""
+"""Events in one save, and positions of one row: the row behind it begins in this bucket or in the next one."""
 
 Key = UUID | str
 

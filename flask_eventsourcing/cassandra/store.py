@@ -14,7 +14,7 @@ from eventsourcing.persistence import StoredEvent
 
 from ..metadata import CORRELATION_ID
 from .connecting import Connection
-from .errors import translated
+from .errors import SaveTooLargeError, translated
 from .rows import Content, Horizon, Key, MaybeDoneError, NotDoneError, Part, Row, StreamRow, bucket_of, stream_rows
 from .schema import TABLES, table
 
@@ -22,12 +22,16 @@ TIMEOUT = 3.0
 """Seconds for an answer; a node that does not answer is asked again through another one."""
 BATCH_BYTES = 40 * 1024
 """The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
+MOST_BYTES = 64 * 2**20
+"""The most of one save that is sent: nodes end the connection after 128 MiB, and the outcome would be unknown."""
+AT_ONCE = 256
+"""Writes that are sent together: each of them has to be answered in time."""
 FIRST_PAGE, LONGEST_PAGE = 64, 4096
 """Rows of a stream in one answer, at first and at most."""
 PAGE_BYTES = 2 * 2**20
 """The bytes of states after which the next answer has fewer rows."""
 EVENT_BYTES = 200
-"""What an event takes beside its state, roughly."""
+"""What an event takes beside its state and texts, roughly; the correlation id is stored twice."""
 
 
 class Statements(NamedTuple):
@@ -56,16 +60,16 @@ STREAM = "originator_id, originator_version, topic, state"
 CQL = Statements(
     insert=(
         "INSERT INTO {log} (bucket, position, row_id, size, last_event, appends, versions, events) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS"
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) IF NOT EXISTS USING TTL 0"
     ),
     read_rows="SELECT {light} FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_rows_with_states="SELECT {light}, events FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_row="SELECT {light}, events FROM {log} WHERE bucket = ? AND position = ?",
     row_before="SELECT position FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
-    flag="UPDATE {log} SET indexed = true WHERE bucket = ? AND position = ?",
+    flag="UPDATE {log} USING TTL 0 SET indexed = true WHERE bucket = ? AND position = ?",
     write_event=(
         "INSERT INTO {events} ({stream}, notification_id, event_id, recorded_at, metadata, correlation_id) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) USING TIMESTAMP ?"
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL 0 AND TIMESTAMP ?"
     ),
     last_version=(
         "SELECT originator_version FROM {events} WHERE originator_id = ? ORDER BY originator_version DESC LIMIT 1"
@@ -74,15 +78,18 @@ CQL = Statements(
         "SELECT originator_id, originator_version FROM {events} WHERE originator_id IN ? "
         "ORDER BY originator_version DESC PER PARTITION LIMIT 1"
     ),
-    write_tracking="INSERT INTO {tracking} (application_name, notification_id) VALUES (?, ?) USING TIMESTAMP ?",
+    write_tracking=(
+        "INSERT INTO {tracking} (application_name, notification_id) VALUES (?, ?) USING TTL 0 AND TIMESTAMP ?"
+    ),
     tracked="SELECT notification_id FROM {tracking} WHERE application_name = ?",
     read_horizon="SELECT horizon, last_event FROM {state} WHERE id = 'log'",
-    move_horizon="INSERT INTO {state} (id, horizon, last_event) VALUES ('log', ?, ?) USING TIMESTAMP ?",
+    move_horizon="INSERT INTO {state} (id, horizon, last_event) VALUES ('log', ?, ?) USING TTL 0 AND TIMESTAMP ?",
     snapshot="SELECT originator_version FROM {snapshots} WHERE originator_id = ? AND originator_version = ?",
-    write_snapshot="INSERT INTO {snapshots} ({stream}) VALUES (?, ?, ?, ?)",
+    write_snapshot="INSERT INTO {snapshots} ({stream}) VALUES (?, ?, ?, ?) USING TTL 0",
     select="SELECT {stream} FROM {purpose} WHERE originator_id = ?",
 )
-"""What is derived has the position as its time: a write, however late, never replaces what is newer."""
+"""What is derived has the position as its time: a write, however late, never replaces what is newer. Nothing expires,
+whatever the tables have as their default."""
 
 
 class CassandraStore:
@@ -117,6 +124,9 @@ class CassandraStore:
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""
         contents = row.contents or ()
+        size = sum(len(each.state) for each in contents)
+        if size > MOST_BYTES:
+            raise SaveTooLargeError(f"A save of {size} bytes is too large: {MOST_BYTES} are sent at most. Save less.")
         values = (
             bucket_of(row.position),
             row.position,
@@ -127,7 +137,7 @@ class CassandraStore:
             row.versions,
             contents,
         )
-        found = self._one(self._cql.insert, *values, size=sum(len(each.state) for each in contents))
+        found = self._one(self._cql.insert, *values, size=size)
         if found.applied:
             return None
         if found.row_id is None:
@@ -182,36 +192,36 @@ class CassandraStore:
 
     def index(self, row: Row) -> None:
         """Write the rows that are derived from a row of the log; those of one aggregate in their order."""
-        streams = [list(self._batches(each)) for each in stream_rows(row)]
+        try:
+            self._write(row, BATCH_BYTES)
+        except SaveTooLargeError:
+            # The nodes take smaller batches than usual. What the log has must be written.
+            self._write(row, 0)
+
+    def _write(self, row: Row, batch_bytes: int) -> None:
+        streams = [list(self._batches(each, batch_bytes)) for each in stream_rows(row)]
         tracking = [
             self._bind(self._cql.write_tracking, (part.upstream, part.upstream_position, part.upstream_position))
             for part in row.parts
             if part.upstream is not None
         ]
-        with translated():
-            if len(streams) == 1 and not tracking:
-                for batch in streams[0]:
-                    self.connection.execute(batch, timeout=self._timeout)
-                return
-            # A stream is never seen with a gap: its next batch is sent when the one before is written.
-            pending: list[Sequence[Any]] = [*streams, *([each] for each in tracking)]
-            step = 0
-            while pending:
-                self._together([each[step] for each in pending])
-                step += 1
-                pending = [each for each in pending if len(each) > step]
+        # A stream is never seen with a gap: its next batch is sent when the one before is written.
+        pending: list[Sequence[Any]] = [*streams, *([each] for each in tracking)]
+        step = 0
+        while pending:
+            statements = [each[step] for each in pending]
+            for first in range(0, len(statements), AT_ONCE):
+                with translated():
+                    self.connection.execute_all(statements[first : first + AT_ONCE], self._timeout)
+            step += 1
+            pending = [each for each in pending if len(each) > step]
 
-    def _together(self, statements: Sequence[Any]) -> None:
-        session = self.connection.session
-        for future in [session.execute_async(each, timeout=self._timeout) for each in statements]:
-            future.result()
-
-    def _batches(self, events: Sequence[StreamRow]) -> Iterator[Any]:
+    def _batches(self, events: Sequence[StreamRow], batch_bytes: int = BATCH_BYTES) -> Iterator[Any]:
         batch: list[Any] = []
         size = 0
         for each in events:
-            weight = len(each.content.state) + EVENT_BYTES
-            if batch and size + weight > BATCH_BYTES:
+            weight = _weight(each)
+            if batch and size + weight > batch_bytes:
                 yield _batch(batch)
                 batch, size = [], 0
             batch.append(self._bind(self._cql.write_event, _stream_values(each)))
@@ -266,7 +276,7 @@ class CassandraStore:
             with translated():
                 statement = self._bind(cql, values)
                 statement.fetch_size = rows
-                found = self.connection.session.execute(statement, timeout=self._timeout, paging_state=state)
+                found = self.connection.execute(statement, timeout=self._timeout, paging_state=state)
             page, state = list(found.current_rows), found.paging_state
             yield from page
             if state is None:
@@ -287,6 +297,12 @@ def _batch(statements: Sequence[Any]) -> Any:
     for statement in statements:
         batch.add(statement)
     return batch
+
+
+def _weight(each: StreamRow) -> int:
+    """Return the bytes of an event in a batch, roughly."""
+    texts = [each.content.topic, str(each.originator_id), *each.part.metadata, *each.part.metadata.values()]
+    return EVENT_BYTES + len(each.content.state) + sum(len(text.encode()) for text in texts)
 
 
 def _stream_values(each: StreamRow) -> tuple[Any, ...]:

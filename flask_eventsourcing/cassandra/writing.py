@@ -41,6 +41,8 @@ MOST_STREAMS = 50
 """Streams whose last versions are read with one request."""
 FIRST_VERSIONS = (0, 1)
 """What a stream can begin with."""
+LONGEST_WAIT = 20
+"""How many times its patience a save waits at most: that of each step of the save before it, and of its own."""
 
 
 class Writer:
@@ -85,8 +87,8 @@ class Writer:
             raise EventValueError(
                 f"{len(append.events)} events in one save; with Cassandra {MOST_EVENTS} are the most."
             )
-        ticket = Ticket(append)
-        if self._queue.join(ticket):
+        ticket = Ticket(append, self._store.now() + self._patience)
+        if self._queue.join(ticket, LONGEST_WAIT * self._patience):
             self._lead()
         return ticket.outcome()
 
@@ -162,7 +164,9 @@ class Writer:
         tries = Tries(self._store, self._patience)
         losses = 0
         while True:
-            batch += self._queue.take(batch)
+            batch += [each for each in self._queue.take(batch) if self._is_in_time(each)]
+            if not batch:
+                return None
             memory = self._memory = self._at_the_end()
             self._load_all(memory, batch)
             self._admit_all(memory, batch)
@@ -182,6 +186,14 @@ class Writer:
             if tries.over:
                 raise OperationalError(f"Other writers were first for {self._patience:g} s, so that nothing was saved.")
             self._pace.lost(losses)
+
+    def _is_in_time(self, ticket: Ticket) -> bool:
+        """Whether a save may still be tried; otherwise as many threads as wait would fail one after the other."""
+        if self._store.now() < ticket.until:
+            return True
+        waited = f"A save has waited for others of this process for {self._patience:g} s, so that nothing was saved."
+        ticket.fail(OperationalError(waited))
+        return False
 
     def _insert(self, row: Row, tries: Tries) -> Row | None:
         """Insert a row, again and again while the outcome is unknown; return the one that was there before, if any."""

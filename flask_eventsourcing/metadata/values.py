@@ -70,7 +70,7 @@ class Recorded(NamedTuple):
 
     @property
     def correlation_id(self) -> str | None:
-        """The request, or other unit, that the event belongs to. Events of a request and of its tasks have the same."""
+        """The request, or other unit, that the event belongs to. Events of a request and of its tasks share it."""
         return self.metadata.get(CORRELATION_ID)
 
     @property

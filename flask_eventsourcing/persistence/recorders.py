@@ -202,7 +202,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return page.before_damage() if isinstance(page, DamagedPage) and not damaged else page
 
     def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
-        """Read what is committed after a position, damaged rows too; other events may appear between these later.
+        """Read what is committed after a position, damaged rows too. Events may appear between these later.
 
         Of some large ones only the first is read, as if the others were not there.
         """

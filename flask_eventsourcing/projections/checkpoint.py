@@ -235,7 +235,7 @@ class Checkpoint:
             values |= {name: bind(f"of_{name}", type_=c[name].type) for name in sorted(noted - read.keys())} | {**read}
             same_token = c.token.is_(None) if unclaimed else c.token == bind("its_token")
             states = (SWAPPING,) if called else (SWAPPING, PAUSED)
-            where = [self._row, same_token, c.position == bind(MOVED_FROM), c.state.not_in(states)]
+            where = [self._row, same_token, c.position == bind(MOVED_FROM), *(c.state != each for each in states)]
             where += [] if unless is None else [sa.not_(unless)]
             made = self._made[key] = sa.update(self.table).where(*where).values(values)
         return made

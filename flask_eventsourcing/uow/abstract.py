@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from ..persistence import Dialect
 from ..persistence.datastore import JoinedUnit
 from ..persistence.describing import Description
-from ..persistence.dialects.event_tables import EventTable
+from ..persistence.dialects.event_tables import EventTable, Known
 from .contended import AggregateQueue
 from .pending import AfterCommit, AfterRollback, Batch, Item, Refusal
 
@@ -92,7 +92,9 @@ class Unit(JoinedUnit, ABC):
         described: Description,
     ) -> None:
         """Note events that were written and are not committed yet."""
-        self._note(Batch(application_name, table, events, positions, described), connection)
+        known = Known.of(connection).logs.get(table.name)
+        place = "" if known is None else known.table
+        self._note(Batch(application_name, table, events, positions, described, place), connection)
 
     def on_commit(self, function: Callable[[], None]) -> None:
         """Call a function after the work so far is committed; drop it if the work is rolled back."""

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from ..exceptions import CommitOutcomeUnknownError
+from ..exceptions import CommitOutcomeUnknownError, FlaskEventSourcingError
 from ..persistence.dialects.calls import is_own, root_engine
 from .commit_gate import joined_late
 from .pending import Batch, known_state, state_of
@@ -84,7 +84,13 @@ def _commit(connection: Connection) -> None:
         if not unit.shared.is_committing:
             # Somebody commits past the session, which has not asked.
             unit.look()
-            unit.gate.check()
+            try:
+                unit.gate.check()
+            except FlaskEventSourcingError:
+                # SQLAlchemy takes the transaction for ended, and the connection's next user would commit it.
+                if not unit.dialect.roll_back(connection):
+                    connection.invalidate()
+                raise
         unit.following.is_committing = True
 
 
@@ -143,11 +149,16 @@ def _handle_error(context: ExceptionContext) -> None:
             raise CommitOutcomeUnknownError from context.original_exception
     elif context.statement is None and context.sqlalchemy_exception is not None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
-        if committing and getattr(connection.get_transaction(), "_is_prepared", None) is False:
-            # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for prepared,
-            # and their error about that would hide this one, which may be a conflict.
-            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        if committing:
+            _end_first_phase(context, connection)
     # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+
+
+def _end_first_phase(context: ExceptionContext, connection: Connection) -> None:
+    if getattr(connection.get_transaction(), "_is_prepared", None) is False:
+        # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for
+        # prepared, and their error about that would hide this one, which may be a conflict.
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
 
 def _refused(units: list[UnitOfWork], connection: Connection) -> None:

@@ -37,6 +37,8 @@ class Batch:
     events: Sequence[StoredEvent]
     positions: Sequence[int]
     described: Description = PLAIN_DESCRIPTION
+    place: str = ""
+    """The name of the table, whatever names mean later, where that may change."""
 
     @property
     def recorded(self) -> tuple[Recorded, ...]:
@@ -241,7 +243,8 @@ def is_there(dialect: Dialect, connection: Connection, batch: Batch) -> bool:
     :raises: the driver's errors.
     """
     table = dialect.located(connection, batch.table)
-    statement = table.between(min(batch.positions), max(batch.positions))
+    place = batch.place if table is batch.table else ""
+    statement = table.between(min(batch.positions), max(batch.positions), place)
     found = {event.id: event for event in table.page(ask(connection.connection.dbapi_connection, statement))}
     return all(found.get(event.id) == event for event in batch.notifications)
 

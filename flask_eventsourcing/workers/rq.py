@@ -160,7 +160,7 @@ class EventSourcingWorker(EventSourcingWorkerMixin, Worker):
 
 
 class EventSourcingSimpleWorker(EventSourcingWorkerMixin, SimpleWorker):
-    """RQ's worker that performs jobs in its own process, for tests. It does not fork: a debugger can stop in a job."""
+    """RQ's worker that performs jobs in its own process, for tests. A debugger can stop in a job."""
 
 
 def _app_of_environment() -> Any:

@@ -158,11 +158,12 @@ class Woken:
             self._world.wake(self._waiter)
             self._waiter = None
 
-    def wait(self) -> None:
-        """Wait for it."""
+    def wait(self, seconds: float) -> bool:
+        """Wait for it, however long."""
         if not self._is_set:
             self._waiter = greenlet.getcurrent()
             self._world.hub.switch()
+        return True
 
 
 class TimedQueue(Queue):
@@ -172,10 +173,10 @@ class TimedQueue(Queue):
         super().__init__()
         self._world = world
 
-    def join(self, ticket: Ticket) -> bool:
+    def join(self, ticket: Ticket, longest: float) -> bool:
         """Queue."""
         ticket.woken = Woken(self._world)  # type: ignore[assignment]
-        return super().join(ticket)
+        return super().join(ticket, longest)
 
 
 class Contention:

@@ -147,7 +147,8 @@ class SimulatedStore:
         """Read plainly."""
         self._ask()
         cluster = self._cluster
-        found = [at for at, row in cluster.rows.items() if at <= position and self._sees(row)]
+        near = (bucket_of(position), bucket_of(position) - 1)
+        found = [at for at, row in cluster.rows.items() if at <= position and bucket_of(at) in near and self._sees(row)]
         return max(found, default=None)
 
     def last_version(self, originator_id: Key) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
-from eventsourcing.persistence import ProgrammingError
+from eventsourcing.persistence import OperationalError, ProgrammingError
 
 from flask_eventsourcing.exceptions import ConfigurationError, MissingRightError, MissingTableError
 
@@ -31,6 +33,7 @@ def maybe_done() -> list[Any]:
         protocol.CDCWriteException(0x1600, "no space for the log of changes", None),
         # CAS_WRITE_UNKNOWN, for which the driver has no class.
         protocol.ErrorMessage(0x1700, "CAS operation result is unknown", None),
+        cassandra.DriverException("ID mismatch while trying to reprepare"),
     ]
 
 
@@ -60,6 +63,7 @@ def test_what_stays_wrong_is_told_at_once() -> None:
         (cassandra.InvalidRequest("Keyspace 'bank' does not exist"), MissingTableError),
         (cassandra.InvalidRequest("CQL Message of size 9 bytes exceeds allowed maximum of 8 bytes"), SaveTooLargeError),
         (cassandra.InvalidRequest("Unset value"), ProgrammingError),
+        (cassandra.InvalidRequest("Undefined column name indexed in table bank.bank_log"), ProgrammingError),
         (cassandra.Unauthorized("no MODIFY permission"), MissingRightError),
         (protocol.ErrorMessage(0x2300, "no such option", None), ProgrammingError),
     ):
@@ -107,3 +111,118 @@ def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatc
     with pytest.raises(ConfigurationError, match=r"several data centres, east, west, .*: set LOCAL_DC"):
         _ = connection.session
     made.shutdown.assert_called_once()
+
+
+class Crowd:
+    """A lock that counts who wants it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        self._count.release()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def wait(self, number: int) -> None:
+        """Wait for so many."""
+        for _ in range(number):
+            assert self._count.acquire(timeout=60)
+
+
+def test_threads_do_not_connect_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait while one finds no node are told so too, and the next request tries again."""
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection
+
+    crowd, tries = Crowd(), []
+
+    def connect(_: Connection) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            crowd.wait(5)
+        raise OperationalError("nobody is there")
+
+    connection = Connection(CassandraSettings(("127.0.0.1",), "bank"))
+    monkeypatch.setattr(connection, "_lock", crowd)
+    monkeypatch.setattr(Connection, "_connect", connect)
+
+    def use(_: int) -> None:
+        with pytest.raises(OperationalError, match="nobody is there"):
+            _ = connection.session
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(use, range(5)))
+    assert len(tries) == 1
+    use(6)
+    assert len(tries) == 2
+
+
+def test_driver_that_tells_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose answer the driver never tells, as the machine's clock was set back, has an unknown outcome."""
+    from flask_eventsourcing.cassandra import connecting
+    from flask_eventsourcing.cassandra.errors import translated
+    from flask_eventsourcing.cassandra.rows import MaybeDoneError
+
+    monkeypatch.setattr(connecting, "GRACE", 0.01)
+    with pytest.raises(MaybeDoneError), translated():
+        connecting.answer(Mock(), 0.01)
+
+
+def test_request_is_repeated_elsewhere() -> None:
+    """A node that gave no answer is asked last for some time, and one that could not do the work for a short one."""
+    from cassandra.policies import LoadBalancingPolicy
+    from cassandra.protocol import ServerError
+
+    from flask_eventsourcing.cassandra.connecting import LastResort, _noted
+
+    nodes = [Mock(endpoint=name) for name in "abc"]
+
+    class InOrder(LoadBalancingPolicy):  # type: ignore[misc]
+        def make_query_plan(self, working_keyspace: str | None = None, query: Any = None) -> Any:
+            return iter(nodes)
+
+    order = LastResort(InOrder())
+    assert list(order.make_query_plan()) == nodes
+    with pytest.raises(cassandra.OperationTimedOut), _noted(order):
+        raise cassandra.OperationTimedOut({}, nodes[0])
+    assert list(order.make_query_plan()) == [nodes[1], nodes[2], nodes[0]]
+    with pytest.raises(ServerError), _noted(order, Mock(coordinator_host=nodes[1])):
+        raise ServerError(0, "null pointer", None)
+    with pytest.raises(cassandra.InvalidRequest), _noted(order, Mock(coordinator_host=nodes[2])):
+        raise cassandra.InvalidRequest("no table")
+    assert list(order.make_query_plan()) == [nodes[2], nodes[0], nodes[1]]
+    order._until.clear()
+    assert list(order.make_query_plan()) == nodes
+
+
+def test_writes_are_sent_in_portions() -> None:
+    """The streams of many aggregates are written some at a time, as nodes have to answer all that is sent together."""
+    from eventsourcing.persistence import StoredEvent
+
+    from flask_eventsourcing.cassandra import CassandraSettings
+    from flask_eventsourcing.cassandra.rows import Append, row_of
+    from flask_eventsourcing.cassandra.store import AT_ONCE, CassandraStore
+
+    connection = Mock(settings=CassandraSettings(("127.0.0.1",), "bank"))
+    events = [StoredEvent(uuid4(), 1, "topic", b"state") for _ in range(1000)]
+    CassandraStore(connection, "bank").index(row_of(1, 0, [Append(events)]))
+    sizes = [len(call.args[0]) for call in connection.execute_all.call_args_list]
+    assert (sum(sizes), max(sizes)) == (1000, AT_ONCE)
+
+
+def test_save_that_no_node_takes_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of more bytes than a connection bears is refused before anything is sent, so that its outcome is known."""
+    from eventsourcing.persistence import StoredEvent
+
+    from flask_eventsourcing.cassandra import CassandraSettings, SaveTooLargeError, store
+    from flask_eventsourcing.cassandra.rows import Append, row_of
+
+    monkeypatch.setattr(store, "MOST_BYTES", 100)
+    connection = Mock(settings=CassandraSettings(("127.0.0.1",), "bank"))
+    append = Append([StoredEvent(uuid4(), 1, "topic", bytes(101))])
+    with pytest.raises(SaveTooLargeError, match="A save of 101 bytes is too large"):
+        store.CassandraStore(connection, "bank").insert(row_of(1, 0, [append]))
+    connection.execute.assert_not_called()

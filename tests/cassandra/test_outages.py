@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import pytest
 from eventsourcing.persistence import OperationalError, StoredEvent
 
 from flask_eventsourcing.exceptions import MissingRightError, MissingTableError
-from tests.cassandra_nodes import cassandra_cluster
+from tests.cassandra_nodes import Node, cassandra_cluster, keyspace_on
 from tests.servers import ServerFolder, free_port
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ def connection_to(url: str, **settings: Any) -> Iterator[Connection]:
 
     host, _, port = url.partition(":")
     defaults: dict[str, Any] = {"keyspace": f"missing_{uuid4().hex}", "replication": 1, "patience": 5.0}
-    made = Connection(CassandraSettings((host,), port=int(port), **defaults | settings))
+    defaults["contact_points"] = (host,)
+    made = Connection(CassandraSettings(port=int(port), **defaults | settings))
     yield made
     made.close()
 
@@ -90,3 +93,24 @@ def test_role_without_rights(server_folder: ServerFolder) -> None:
                     Schema(refused, {"other": "uuid"}).create()
                 assert refused.execute("SELECT count(*) FROM bank.bank_log").one()[0] == 1
             save(connection)
+
+
+@pytest.mark.long
+def test_node_that_hangs(cluster: list[Node]) -> None:
+    """Saves succeed while one of three nodes, whichever, hangs with its connections open, as one without a network."""
+    from flask_eventsourcing.cassandra.inspecting import Schema
+
+    # Less than the minute for which the driver takes such a node to be up.
+    points = {"contact_points": tuple(node.address for node in cluster), "replication": 3, "patience": 25.0}
+    with keyspace_on(cluster[0].url) as keyspace, connection_to(cluster[0].url, keyspace=keyspace, **points) as made:
+        Schema(made, {"bank": "uuid"}).create()
+        save(made)
+        for node in cluster:
+            process = node.process
+            assert process is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                for _ in range(3):
+                    save(made)
+            finally:
+                os.kill(process.pid, signal.SIGCONT)

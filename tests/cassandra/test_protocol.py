@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
-from eventsourcing.persistence import IntegrityError, StoredEvent
+from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_eventsourcing.cassandra import rows
-from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, Row
+from flask_eventsourcing.cassandra import memory, queueing, rows
+from flask_eventsourcing.cassandra.memory import Memory
+from flask_eventsourcing.cassandra.queueing import Queue, Ticket
+from flask_eventsourcing.cassandra.reading import Reader
+from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, NotDoneError, Row
 from flask_eventsourcing.cassandra.writing import Writer
+from flask_eventsourcing.exceptions import CommitOutcomeUnknownError
 from tests.cassandra.sabotage import TOUCHING, WITHOUT, LeavesUnindexed, leave_gaps, without
 from tests.cassandra.simulation import Cluster, Crash, QuickWriter, SimulatedStore, Simulation
 from tests.length import examples
@@ -25,8 +29,14 @@ from tests.length import examples
 def small_buckets() -> Iterator[None]:
     """Let a log have several buckets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "BUCKET", 7)
+        set_buckets(patch, 7)
         yield
+
+
+def set_buckets(patch: pytest.MonkeyPatch, positions: int) -> None:
+    """Let buckets, and rows, have so many positions at most."""
+    patch.setattr(rows, "BUCKET", positions)
+    patch.setattr(queueing, "MOST_EVENTS", positions)
 
 
 @given(seed=st.integers(min_value=0, max_value=2**48))
@@ -140,7 +150,7 @@ class SlowStore(SimulatedStore):
 
 def test_threads_share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that save at the same time are committed together, and each is told its own position."""
-    monkeypatch.setattr(rows, "BUCKET", 10_000)
+    set_buckets(monkeypatch, 10_000)
     store = SlowStore()
     with ThreadPoolExecutor(17) as pool:
         first = pool.submit(store.writer.append, Append(events=[event(uuid4(), 1)]))
@@ -155,7 +165,7 @@ def test_threads_share_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_threads_with_one_version_one_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of threads that save one version of an aggregate exactly one succeeds; the others have a conflict."""
-    monkeypatch.setattr(rows, "BUCKET", 10_000)
+    set_buckets(monkeypatch, 10_000)
     writer = Writer(calm_store(), 5.0)
     key = uuid4()
 
@@ -187,3 +197,133 @@ def test_version_that_would_leave_a_gap_is_refused() -> None:
         writer.append(Append(events=[event(key, 3)]))
     with pytest.raises(IntegrityError):
         writer.append(Append(events=[event(uuid4(), 2)]))
+
+
+class SilentStore(SimulatedStore):
+    """A store whose nodes never take an insert; the first one fails when others have queued."""
+
+    def __init__(self) -> None:
+        super().__init__(CalmCluster())
+        self.writer = Writer(self, 5.0)
+        self.tried: set[UUID] = set()
+
+    def insert(self, row: Row) -> Row | None:
+        """Fail."""
+        while not self.tried and len(self.writer._queue._waiting) < 7:
+            time.sleep(0.001)
+        self.tried.add(row.id)
+        raise NotDoneError("no answer")
+
+
+def test_saves_do_not_fail_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that save the same aggregate while no node answers wait for one patience in all, and not for one each."""
+    set_buckets(monkeypatch, 10_000)
+    store, key = SilentStore(), uuid4()
+
+    def save(_: int) -> None:
+        with pytest.raises(OperationalError, match=r"nothing was saved|did not answer"):
+            store.writer.append(Append(events=[event(key, 1)]))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(8)))
+    assert len(store.tried) == 1
+
+
+def test_leader_that_is_gone_is_not_waited_for() -> None:
+    """If the thread that saves for others is gone without a word, the others are told so at last."""
+    queue = Queue()
+    assert queue.join(Ticket(Append(events=[event(uuid4(), 1)])), 1.0)
+    waiting = Ticket(Append(events=[event(uuid4(), 1)]))
+    with pytest.raises(CommitOutcomeUnknownError, match=r"was told nothing for 0\.01 s"):
+        queue.join(waiting, 0.01)
+    assert queue.take([]) != [waiting]
+
+
+def test_what_is_read_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that reads many aggregates remembers the last versions of some, and of all that the log has."""
+    monkeypatch.setattr(memory, "OFFERED", 3)
+    known, changed = Memory(Horizon()), uuid4()
+    known.meet(rows.row_of(1, 0, [Append(events=[event(changed, 1)])]))
+    keys = [uuid4() for _ in range(5)]
+    for key in keys:
+        known.offer(key, 7, 1)
+        known.offer(changed, 0, 1)
+    assert [known.known(key) for key in keys] == [None, None, 7, 7, 7]
+    assert known.known(changed) == 1
+    known.forget(2)
+    assert [known.known(key) for key in [*keys, changed]] == [None] * 6
+
+
+@pytest.mark.parametrize("others", [0, 1, 9])
+def test_end_of_a_log_that_was_emptied(others: int) -> None:
+    """A reader that has seen the end of a log which was emptied then sees the end of what has come since."""
+    cluster = CalmCluster()
+    store, writer = SimulatedStore(cluster), Writer(SimulatedStore(cluster), 5.0)
+    reader = Reader(store, writer, 5.0)
+    for events in (2, 1):
+        writer.append(Append(events=[event(uuid4(), 1) for _ in range(events)]))
+    last = reader.last_row()
+    assert last is not None
+    assert last.end == 4
+    cluster.rows.clear()
+    again = Writer(store, 5.0)
+    for number in range(others):
+        # Rows that end elsewhere than those before.
+        again.append(Append(events=[event(uuid4(), 1) for _ in range(2 if number == 1 else 1)]))
+    last = reader.last_row()
+    assert (last.end if last else 1) == others + 1 + (others > 1)
+    assert len(reader.page(1, 100, None, ())) == others + (others > 1)
+
+
+class CountingStore(SimulatedStore):
+    """A store that counts what is read of the log, and on which each insert takes 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(CalmCluster())
+        self.reads = 0
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Count it."""
+        self.reads += 1
+        return super().read_rows(position, limit, states=states)
+
+    def insert(self, row: Row) -> Row | None:
+        """Take its time."""
+        self._cluster.clock += 0.02
+        return super().insert(row)
+
+
+def test_steady_writer_reads_no_log() -> None:
+    """A process that saves again and again reads the end of the log at its first save only, and after a pause."""
+    store = CountingStore()
+    writer = Writer(store, 5.0)
+    for number in range(50):
+        writer.append(Append(events=[event(uuid4(), 1)]))
+        assert store.reads == 1, number
+    store._cluster.clock += writer.pause
+    writer.append(Append(events=[event(uuid4(), 1)]))
+    assert store.reads == 2
+
+
+def test_rows_are_not_larger_than_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves of many small events are not put into one row that would reach over a whole bucket of the log."""
+    set_buckets(monkeypatch, 10_000)
+    queue = Queue()
+    tickets = [Ticket(Append(events=[event(uuid4(), 1)] * size)) for size in (6000, 6000, 10_001, 3000)]
+    queue._waiting.extend(tickets)
+    assert queue.take([]) == [tickets[0], tickets[3]]
+    assert queue.take([tickets[0]]) == []
+    assert queue.take([]) == [tickets[1]]
+    assert queue.take([]) == [tickets[2]]
+
+
+def test_reader_far_behind_the_end() -> None:
+    """A reader whose position is far behind the end of a log, which was emptied, does not read all of it each time."""
+    store = CountingStore()
+    writer = Writer(store, 5.0)
+    for _ in range(50):
+        writer.append(Append(events=[event(uuid4(), 1)]))
+    reader, store.reads = Reader(store, writer, 5.0), 0
+    assert reader.page(1000, 10, None, ()) == []
+    assert store.reads <= 2
+    assert [each.id for each in reader.page(50, 10, None, ())] == [50]

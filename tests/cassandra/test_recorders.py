@@ -258,27 +258,67 @@ def test_last_versions_of_many_streams_are_read_at_once(new_log: NewLog) -> None
 
 def test_long_streams_are_read_in_pages(new_log: NewLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream is read whole, in both directions and up to a limit; no answer is too large to come in time."""
-    from cassandra.cluster import Session
+    from flask_eventsourcing.cassandra import Connection
 
     log, key = new_log(), uuid4()
     sizes: list[int] = []
     recorder = application_recorder(log)
     for first in range(1, 401, 80):
         recorder.insert_events([event(key, first + each, bytes(20_000)) for each in range(80)])
-    execute = Session.execute
+    execute = Connection.execute
 
-    def counted(self: Session, *arguments: Any, **others: Any) -> Any:
+    def counted(self: Connection, *arguments: Any, **others: Any) -> Any:
         found = execute(self, *arguments, **others)
         sizes.append(sum(len(each.state) for each in found.current_rows if hasattr(each, "state")))
         return found
 
-    monkeypatch.setattr(Session, "execute", counted)
+    monkeypatch.setattr(Connection, "execute", counted)
     versions = list(range(1, 401))
     assert [each.originator_version for each in recorder.select_events(key)] == versions
     assert sum(sizes) == 400 * 20_000
     assert max(sizes) < 4 * 2**20
     assert [each.originator_version for each in recorder.select_events(key, desc=True)] == versions[::-1]
     assert [each.originator_version for each in recorder.select_events(key, gt=10, limit=150)] == versions[10:160]
+
+
+@pytest.mark.parametrize("batch_bytes", [None, 2**20], ids=["usual batches", "too large batches"])
+def test_events_with_much_metadata(batch_bytes: int | None, new_log: NewLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save whose metadata are many times its states is written to the streams, whatever batches the nodes take."""
+    from flask_eventsourcing.cassandra import store
+
+    if batch_bytes is not None:
+        monkeypatch.setattr(store, "BATCH_BYTES", batch_bytes)
+    log, key = new_log(), uuid4()
+    log = type(log)(log.parts.store.connection, log.name, collect=lambda: {"note": "x" * 4000})
+    recorder = application_recorder(log)
+    events = [event(key, version) for version in range(1, 41)]
+    assert recorder.insert_events(events) == list(range(1, 41))
+    assert recorder.select_events(key) == events
+    assert len(recorder.find_recorded([40])[40].metadata["note"]) == 4000
+
+
+def test_nothing_expires(new_log: NewLog) -> None:
+    """What is saved stays, also where an operator has given the tables a default lifetime."""
+    from flask_eventsourcing.cassandra.rows import Horizon
+    from flask_eventsourcing.cassandra.schema import TABLES, table
+
+    log, key = new_log(), uuid4()
+    connection = log.parts.store.connection
+    names = {purpose: table(connection.settings, log.name.lower(), purpose) for purpose in TABLES}
+    for name in names.values():
+        connection.execute(f"ALTER TABLE {name} WITH default_time_to_live = 3600", timeout=60)
+    process_recorder(log).insert_events([event(key, 1)], tracking=Tracking("upstream", 1))
+    snapshot_recorder(log).insert_events([event(key, 1)])
+    log.parts.store.move_horizon(Horizon(2, 1))
+    for purpose, column in (
+        ("log", "row_id"),
+        ("log", "indexed"),
+        ("events", "topic"),
+        ("tracking", "notification_id"),
+        ("snapshots", "topic"),
+        ("state", "horizon"),
+    ):
+        assert connection.execute(f"SELECT TTL({column}) FROM {names[purpose]}").one()[0] is None
 
 
 @pytest.mark.parametrize("others_save", [False, True])
@@ -291,6 +331,7 @@ def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -
     kept = uuid4()
     for version in range(1, 4):
         recorder.insert_events([event(kept, version)])
+    assert recorder.max_notification_id() == 3
     connection = log.parts.store.connection
     for purpose in TABLES:
         connection.execute(f"TRUNCATE {table(connection.settings, log.name.lower(), purpose)}", timeout=60)
@@ -301,6 +342,7 @@ def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -
     # Only what comes at once would be taken for the next one.
     log.parts.writer.pause = 0.0
     assert recorder.insert_events([event(kept, 1)]) == [expected]
+    assert recorder.max_notification_id() == expected
     assert [each.id for each in recorder.select_notifications(1, 10)] == list(range(1, expected + 1))
     assert [each.originator_version for each in recorder.select_events(kept)] == [1]
 
@@ -314,7 +356,7 @@ def test_process_that_starts_behind_100_000_appends(new_log: NewLog) -> None:
 
     log = new_log()
     store, connection = log.parts.store, log.parts.store.connection
-    plainly = connection.prepare(store._cql.insert.removesuffix(" IF NOT EXISTS"))
+    plainly = connection.prepare(store._cql.insert.replace(" IF NOT EXISTS", ""))
     rows = [row_of(at, at - 1, [Append([event(uuid4(), 1)])]) for at in range(1, 100_001)]
     values = [
         (bucket_of(at), at, row.id, 1, row.last_event, [*map(tuple, row.parts)], row.versions, row.contents)

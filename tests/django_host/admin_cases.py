@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 from bank.domain import Account, Bank  # type: ignore[import-not-found]
 from bank.models import BankRecords  # type: ignore[import-not-found]
@@ -10,7 +11,7 @@ from bank.projections import Balances  # type: ignore[import-not-found]
 from django.contrib.auth.models import Permission, User
 from django.contrib.contenttypes.models import ContentType
 
-from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django import admin, get_application
 from flask_eventsourcing.contrib.django.testing import EventSourcingTestCase, run_projections
 
 EVENTS = "/admin/bank/bankstoredevent/"
@@ -71,7 +72,18 @@ class AdminTest(EventSourcingTestCase):
         """Events are found by the aggregate, and by nothing else than what was given."""
         self.enter("view_bankstoredevent")
         self.assertContains(self.client.get(EVENTS, {"q": str(self.account.id)}), "Account.Opened")
+        self.assertContains(self.client.get(EVENTS, {"q": "bank.domain:Account.Opened"}), str(self.account.id))
         self.assertNotContains(self.client.get(EVENTS, {"q": "ccc"}), "Account.Opened")
+
+    def test_many_rows(self) -> None:
+        """However long the log is, a page counts a limited number of rows, of which it has the last ones."""
+        self.enter("view_bankstoredevent")
+        later = [get_application(Bank).open_account(owner) for owner in ("Eve", "Zoe")]
+        with mock.patch.object(admin, "MOST_ROWS", 2), mock.patch.object(admin.EventAdmin, "list_per_page", 1):
+            shown = [self.client.get(EVENTS, {"p": number}) for number in (1, 2)]
+        for page, account in zip(shown, reversed(later), strict=True):
+            self.assertContains(page, str(account.id))
+            assert page.context["cl"].result_count == 2
 
     def test_permissions(self) -> None:
         """A user with the permission to view one model sees no other, and can change nothing."""

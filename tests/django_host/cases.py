@@ -153,6 +153,13 @@ class CommittedTest(TransactionTestCase):
         """Save again."""
         self.test_one()
 
+    def test_read_beside(self) -> None:
+        """Read past a transaction, with another connection, which must not be open when the database is dropped."""
+        bank = get_application(Bank)
+        with transaction.atomic():
+            bank.save(Counter())
+            bank.recorder.high_water_mark()
+
 
 @pytest.mark.django_db
 class TestPytest:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import InterfaceError, OperationalError, close_old_connections, connections, router
+from django.db import DataError, InterfaceError, OperationalError, close_old_connections, connections, router
 from django.test import override_settings
 from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
 from eventsourcing.persistence import OperationalError as LibraryOperationalError
@@ -102,6 +102,60 @@ def test_pool(url: str) -> None:
         site.connection.close_pool()
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_pool_is_left_to_the_threads(url: str) -> None:
+    """What is read beside a transaction takes no connection of psycopg's pool, whose threads would wait for it."""
+    from django.db import transaction
+
+    options = {**project.database_settings(url)["OPTIONS"], "pool": {"min_size": 1, "max_size": 1, "timeout": 1}}
+    with project.database("small", url, OPTIONS=options, CONN_MAX_AGE=0), project.applications(Bank="small"):
+        site = DjangoBank("small", url)
+        with ExitStack() as stack:
+            stack.callback(site.connection.close_pool)
+            stack.callback(site.connection.close)
+            with transaction.atomic(using="small"):
+                read_beside(site)
+                site.opened()
+            site.connection.close()
+            assert site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("is_local", [False, True])
+def test_search_path_that_moves(site: DjangoBank, is_local: bool) -> None:
+    """Within a block the search path may move from tenant to tenant: what each of them has saved is committed."""
+    from tests.django_host.ledger.models import BankRecords
+
+    def move(tenant: str, statement: str = "SET {}search_path TO {}") -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute(statement.format("LOCAL " if is_local and site.connection.in_atomic_block else "", tenant))
+
+    def count(tenant: str) -> int:
+        move(tenant)
+        return int(BankRecords.StoredEvent.objects.using(site.alias).count())
+
+    for tenant in ("ada", "eve"):
+        move(tenant, "CREATE SCHEMA {1}")
+        move(tenant)
+        with site.connection.schema_editor() as editor:
+            for model in BankRecords.models:
+                editor.create_model(model)
+    with site.atomic():
+        move("ada")
+        site.opened()
+        with suppress(DataError), site.atomic(), site.connection.cursor() as cursor:
+            cursor.execute("SELECT 1 / 0")
+        move("eve")
+        site.opened()
+        site.opened()
+    assert (count("ada"), count("eve")) == (1, 2)
+    with site.rolled_back():
+        move("ada")
+        site.opened()
+        move("eve")
+    assert (count("ada"), count("eve")) == (1, 2)
+
+
 LOST = (OperationalError, InterfaceError, LibraryOperationalError, LibraryInterfaceError)
 """Django's errors where Django runs the statement, and the library's where a recorder does."""
 KILL = {
@@ -147,6 +201,25 @@ def test_health_checks(site: DjangoBank) -> None:
     close_old_connections()
     with site.atomic():
         assert site.bank.balance(account_id) == 3
+
+
+@pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
+def test_connection_that_is_lost_before_a_doubtful_commit(site: DjangoBank) -> None:
+    """A commit before which events would be looked for fails as Django's own, and the next block has a connection."""
+    account_id = site.opened()
+
+    def lose() -> None:
+        with site.atomic():
+            site.bank.deposit(account_id)
+            with site.connection.cursor() as cursor:
+                cursor.execute("DO $$ BEGIN END $$" if site.connection.vendor == "postgresql" else "DO 1")
+            end_connection(site)
+
+    with pytest.raises((OperationalError, InterfaceError)):
+        lose()
+    with site.atomic():
+        site.bank.deposit(account_id)
+    assert site.bank.balance(account_id) == 1
 
 
 def end_connections(site: DjangoBank) -> None:

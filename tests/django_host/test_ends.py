@@ -233,7 +233,6 @@ def test_manual_transaction_past_django(site: DjangoBank) -> None:
     assert site.stored()[0] == 2
 
 
-@pytest.mark.parametrize("url", DATABASES[:2], indirect=True)
 def test_events_of_others_at_a_lost_position(site: DjangoBank) -> None:
     """Events that the driver has rolled back are not taken for those of others that have got their positions since."""
     site.connection.set_autocommit(False)

@@ -15,7 +15,7 @@ from django.db import connections, models
 from django.test import override_settings
 from django.test.utils import isolate_apps
 from eventsourcing.application import Application
-from eventsourcing.domain import BaseAggregate, CanInitAggregate, CanMutateAggregate, event
+from eventsourcing.domain import Aggregate, BaseAggregate, CanInitAggregate, CanMutateAggregate, event
 from eventsourcing.persistence import IntegrityError
 
 from flask_eventsourcing.contrib.django import get_application
@@ -35,6 +35,13 @@ SITE = {
     "Bank": {"APPLICATION": "tests.domain.Bank", "DATABASE": "own"},
     "Books": {"APPLICATION": f"{__name__}.Books", "DATABASE": "own"},
 }
+
+
+ODD = {"APPLICATION": f"{__name__}.Odd", "DATABASE": "own"}
+
+
+class Odd(Application[Any]):
+    """An application whose table has an odd name."""
 
 
 class Page(BaseAggregate[str]):
@@ -215,6 +222,34 @@ def test_refused_record_classes() -> None:
     refused("two types of originator_id", stored_event_model=Whole, snapshot_model=Texts)
     refused("Field 'notification_id'", tracking_model=Tracking)
     assert connections["default"].vendor
+
+
+@pytest.mark.parametrize("table", ["of journal", "Order", 'books"."journal', '"books"."journal"', '"plain"'])
+def test_table_with_an_odd_name(url: str, table: str) -> None:
+    """``db_table`` may need quotes, have them already, or name a schema of PostgreSQL, as Django allows it."""
+    has_schema, body = "books" in table, {"db_table": table, "app_label": "ledger"}
+    if '"' in table and not url.startswith("postgresql"):
+        return
+    module = "tests.django_host.ledger.models"
+    with isolate_apps("tests.django_host.ledger"):
+        meta = type("Meta", (AbstractStoredEvent.Meta,), body)
+        model: Any = type("Odd", (AbstractStoredEvent,), {"__module__": module, "Meta": meta})
+        records = event_models(module, "Odd", stored_event_model=model)
+    with project.alias("own", url), override_settings(EVENTSOURCING={"Odd": ODD}):
+        if has_schema:
+            with connections["own"].cursor() as cursor:
+                cursor.execute("CREATE SCHEMA books")
+        with connections["own"].schema_editor() as editor:
+            for each in records.models:
+                editor.create_model(each)
+        odd = get_application(Odd)
+        aggregate = Aggregate()
+        odd.save(aggregate)
+        odd.save(Aggregate(), Aggregate())
+        assert odd.repository.get(aggregate.id).id == aggregate.id
+        assert len(odd.notification_log.select(1, 10)) == 3
+        call_command("check", databases=["own"])
+        assert model.objects.using("own").count() == 3
 
 
 @isolate_apps("tests.django_host.ledger")

@@ -34,6 +34,10 @@ from bank.models import Balance, BankRecords
 print([(each.account_id == event.originator_id, each.amount) for each, event in
        zip(Balance.objects.all(), BankRecords.StoredEvent.objects.all())])
 """
+PICKLED = """
+import pickle
+print(list(pickle.loads(pickle.dumps(BankStoredEvent.objects.all()))))
+"""
 
 
 class Project:
@@ -104,6 +108,9 @@ def test_program(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -
     assert "201 36" in project.manage("shell", "-v", "0", "-c", REQUEST)
     project.manage("eventsourcing", "run", "--once")
     assert "[(True, 0)]" in project.manage("shell", "-v", "0", "-c", BALANCES)
+    said = project.manage("shell", "-c", PICKLED)
+    assert "could not" not in said
+    assert "[<BankStoredEvent: " in said
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.Fixtur
     project.write("bank/test_admin.py", (ROOT / "tests/django_host/admin_cases.py").read_text())
     project.manage("makemigrations", "bank")
     said = project.manage("test", "--parallel", "2")
-    assert "Ran 10 tests" in said
+    assert "Ran 11 tests" in said
     assert said.count("Cloning test database") in (0, 2)
     plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider", "-p", "xdist", "-n", "2")
     settings = ("--ds", "site_of_bank.settings", "bank/test_accounts.py")
@@ -136,12 +143,12 @@ def test_test_cases_of_users(backend: str, tmp_path: Path, request: pytest.Fixtu
     project.write("bank/test_cases.py", (ROOT / "tests/django_host/cases.py").read_text())
     project.manage("makemigrations", "bank")
     said = project.manage("test", "bank.test_cases", "--parallel", "2")
-    assert "Ran 9 tests" in said
+    assert "Ran 10 tests" in said
     plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider")
     said = project.run(
         *plain, "--ds", "site_of_bank.settings", "bank/test_cases.py", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
     )
-    assert "14 passed" in said
+    assert "15 passed" in said
 
 
 LIVE = """
@@ -191,6 +198,41 @@ def test_tables_of_another_site(backend: str, tmp_path: Path, request: pytest.Fi
     assert "balance 8 events 3" in said
     assert flask_site.balance(account_id) == 8
     flask_site.close()
+
+
+OWN = """
+from django.db import models
+from flask_eventsourcing.contrib.django.models import AbstractStoredEvent, event_models
+
+
+class Event(AbstractStoredEvent):
+    # further fields
+    class Meta(AbstractStoredEvent.Meta):
+        db_table = "events"
+
+    @classmethod
+    def column_values(cls, event, metadata):
+        return {}
+
+
+BankRecords = event_models(__name__, "Bank", stored_event_model=Event)
+"""
+
+
+def test_migration_of_a_table(tmp_path: Path) -> None:
+    """``migrate`` adds a column that the record class has got, of which ``check`` then says that it is missing."""
+    project = bank_project(tmp_path)
+    project.write("bank/projections.py", "")
+    project.write("bank/models.py", OWN)
+    project.manage("makemigrations", "bank")
+    project.manage("migrate")
+    project.write("bank/models.py", OWN.replace("# further fields", "tenant = models.TextField(null=True)"))
+    assert "E005" in project.manage("check", "--database", "default", status=1)
+    project.manage("makemigrations", "bank")
+    said = project.manage("migrate")
+    assert "events.tenant is missing" in said
+    assert "0002" in said
+    assert "tenant" not in project.manage("check", "--database", "default")
 
 
 def test_nothing_is_constructed_by_commands(tmp_path: Path) -> None:

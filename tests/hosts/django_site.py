@@ -26,6 +26,7 @@ WITHOUT_MEANING = {
     "test_listener_that_raises_after_the_commit_swallows_nothing": SESSIONS,
     "test_conflict_outside_of_a_session_is_known": SESSIONS,
     "test_commit_that_the_driver_refuses_stores_nothing": "an end past Django is not one that it knows",
+    "test_commit_of_a_connection_that_is_refused_leaves_nothing_in_it": SESSIONS,
     "test_commit_that_the_database_refuses_is_none": "it is Django that commits, and calls on_commit after that",
     "test_session_of_ones_own_may_commit_inside_a_unit": SESSIONS,
     "test_events_of_a_transaction_of_the_caller": SESSIONS,

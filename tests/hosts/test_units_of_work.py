@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
 
-from flask_eventsourcing.exceptions import RollbackOnlyError
+from flask_eventsourcing.exceptions import CommitInsideUnitError, RollbackOnlyError
 from flask_eventsourcing.persistence.dialects.event_tables import ConflictError
 from flask_eventsourcing.signals import events_recorded
 from tests.domain import conflict_with, in_threads
@@ -124,6 +124,29 @@ def test_commit_that_the_driver_refuses_stores_nothing(site: HostSite) -> None:
             site.rollback()
         assert heard == []
     assert site.stored() == (0, 0)
+
+
+def test_commit_of_a_connection_that_is_refused_leaves_nothing_in_it(site: HostSite) -> None:
+    """What a unit of work has saved stays out of the connection's next transaction, after a commit past the session."""
+
+    def go_on_after_the_refusal() -> None:
+        with site.host.context(), site.host.transaction() as session:
+            site.bank.open_account()
+            with pytest.raises(CommitInsideUnitError):
+                session.connection().commit()
+
+    with recorded() as heard:
+        with pytest.raises((RollbackOnlyError, sa.exc.InvalidRequestError)):
+            go_on_after_the_refusal()
+        assert site.stored() == (0, 0)
+        with suppress(CommitInsideUnitError), site.host.context(), site.host.transaction() as session:
+            site.bank.open_account()
+            session.connection().commit()
+        assert heard == []
+        assert site.stored() == (0, 0)
+        with site.host.context(), site.host.transaction():
+            site.note()
+    assert site.stored() == (0, 1)
 
 
 def test_conflict_is_raised_at_save(site: HostSite) -> None:

@@ -21,6 +21,7 @@ from flask import Flask, Request, request
 from flask_sqlalchemy import SQLAlchemy
 from markupsafe import Markup
 from sqlalchemy import orm
+from sqlalchemy.dialects import postgresql
 from werkzeug.local import LocalProxy
 from werkzeug.test import run_wsgi_app
 
@@ -35,7 +36,7 @@ from tests.bank import Site
 from tests.domain import Account, Bank
 from tests.headers import CORRELATION, HOSTILE, TRACE, assert_left_out
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_sqlite_file
+from tests.integration.marks import on_postgresql, on_sqlite_file
 
 on_memory = pytest.mark.parametrize("uri", ["sqlite-memory"], indirect=True)
 
@@ -489,6 +490,60 @@ def test_columns_that_cannot_be_stored_are_refused(uri: str, returned: Any) -> N
         site.db.session.commit()
     (found,) = records(site)
     assert (found.tenant, found.day, found.kind) == ("<acme>", date(2026, 1, 2), "known")
+    site.close()
+
+
+@on_postgresql
+@pytest.mark.parametrize("count", [1, 3, 120])
+def test_columns_that_are_arrays(uri: str, count: int) -> None:
+    """A column of arrays gets that of each event, whatever is in it, in saves of every size."""
+    texts = ['a,"b"', "\\{}", "", None, "NULL"]
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> Any:
+        if event.originator_version % 2 == 0:
+            return {"texts": None, "pairs": [], "blobs": []}
+        return {"texts": texts, "pairs": [[1, 2], [3, 4]], "blobs": [b"\0\\x"]}
+
+    site = own_site(
+        uri,
+        texts=orm.mapped_column(postgresql.ARRAY(sa.Text)),
+        pairs=orm.mapped_column(postgresql.ARRAY(sa.Integer, dimensions=2)),
+        blobs=orm.mapped_column(postgresql.ARRAY(sa.LargeBinary)),
+        column_values=column_values,
+    )
+    with site.app.app_context():
+        account = Account("Ada")
+        for _ in range(count - 1):
+            account.deposit(1)
+        site.bank.save(account)
+        site.db.session.commit()
+    full: Any = (texts, [[1, 2], [3, 4]], [b"\0\\x"])
+    empty: Any = (None, [], [])
+    found = [(each.texts, each.pairs, each.blobs) for each in records(site)]
+    assert found == [full if number % 2 else empty for number in range(1, count + 1)]
+    site.close()
+
+
+@pytest.mark.parametrize("count", [1, 3, 600])
+def test_columns_may_have_any_name(uri: str, count: int) -> None:
+    """Columns of one's own have any name that the database takes, that of something in our statements too."""
+    names = ["place", "first", "user", "per%cent", "Mixed Case", "last_value"]
+
+    @classmethod  # type: ignore[misc]
+    def column_values(cls: Any, event: Any, metadata: Any) -> Any:
+        return {name: f"{name} {event.originator_version}" for name in names}
+
+    columns = {f"own_{number}": orm.mapped_column(name, sa.String(20)) for number, name in enumerate(names)}
+    site = own_site(uri, **columns, column_values=column_values)
+    with site.app.app_context():
+        account = Account("Ada")
+        for _ in range(count - 1):
+            account.deposit(1)
+        site.bank.save(account)
+        site.db.session.commit()
+    for number, each in enumerate(records(site), 1):
+        assert [getattr(each, key) for key in columns] == [f"{name} {number}" for name in names]
     site.close()
 
 

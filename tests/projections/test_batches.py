@@ -414,7 +414,7 @@ def test_ways_to_the_same_rows(case: Case) -> None:
 
 @on_sqlite
 def test_an_event_of_a_batch_takes_few_calls(new_desk: MakeDesk) -> None:
-    """Beside handler, library and SQLAlchemy, an event of a large batch costs less than 24 calls of Python."""
+    """Beside handler, library and SQLAlchemy, an event of a large batch costs less than 20 calls of Python."""
     desk = new_desk()
     desk.balances()
     with desk.context() as bank:
@@ -440,4 +440,4 @@ def test_an_event_of_a_batch_takes_few_calls(new_desk: MakeDesk) -> None:
     finally:
         sys.setprofile(before)
     assert desk.position() == 30 * 21
-    assert calls / (30 * 21) < 24
+    assert calls / (30 * 21) < 20

@@ -132,6 +132,13 @@ def test_what_is_new_at_the_end_of_the_log_is_read_by_one_statement(desk: Desk) 
             connection.execute(sa.delete(desk.events_table).where(desk.events_table.c.notification_id == 5))
         assert pages.look_ahead(4, 1000) is None
         assert pages.look_ahead(5, 1000) == 7
+        with desk.engine.begin() as connection:
+            connection.execute(
+                sa.update(desk.events_table).where(desk.events_table.c.notification_id == 7).values(state=bytes(2**21))
+            )
+        # Only the first may be large.
+        assert pages.look_ahead(5, 1000) == 6
+        assert pages.look_ahead(6, 1000) == 7
 
 
 def test_what_was_applied_inline_meanwhile_is_not_applied_again(desk: Desk) -> None:

@@ -20,6 +20,12 @@ def test_a_pause_grows_to_its_longest_and_begins_again() -> None:
     assert pause.seconds == 0.1
 
 
+def test_a_pause_that_is_taken_grows() -> None:
+    """Each pause that a runner takes is longer than the one before."""
+    pause = Backoff(0.002, 1.0, 1.5)
+    assert [pause.take(), pause.take(), pause.seconds] == pytest.approx([0.002, 0.003, 0.0045])
+
+
 def test_a_pause_grows_as_fast_as_is_asked() -> None:
     """The growth can be chosen."""
     pause = Backoff(1.0, 100.0, 1.5)

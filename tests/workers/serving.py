@@ -123,18 +123,31 @@ class Served:
             return ask(connection, path, method)
 
     def load(
-        self, paths: Sequence[str], clients: int = 16, *, keep_alive: bool = False, timeout: float = 60
+        self,
+        paths: Sequence[str],
+        clients: int = 16,
+        *,
+        keep_alive: bool = False,
+        timeout: float = 60,
+        patience: float = 300,
     ) -> Answers:
-        """Send requests from so many clients, and return what was answered to each and what failed."""
+        """Send requests from so many clients, and return what was answered to each and what failed.
+
+        :param patience: seconds after which what was not sent yet has failed.
+        """
         answers = Answers()
         left = iter(paths)
         lock = threading.Lock()
+        end = time.monotonic() + patience
 
         def client() -> None:
             connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
             while True:
                 with lock:
                     path = next(left, None)
+                    if path is not None and time.monotonic() > end:
+                        answers.failed |= dict.fromkeys([path, *left], "not sent in time")
+                        path = None
                 if path is None:
                     connection.close()
                     return

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from django.core import mail
 from django.db import connections
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool, QueuePool
@@ -45,8 +46,15 @@ def note_process(*, connection: Any, **_: Any) -> None:
     """Note in which process a connection was made, and the pool it came from: Django's ``connection_created``."""
     _opened_in[connection] = os.getpid()
     pools = getattr(connection, "_connection_pools", {})
-    if connection.alias in pools:
-        _pools.setdefault(pools[connection.alias], (os.getpid(), pools))
+    if connection.alias not in pools or not connection.settings_dict["OPTIONS"].get("pool"):
+        return
+    made_in, _ = _pools.setdefault(pools[connection.alias], (os.getpid(), pools))
+    if made_in != os.getpid():
+        # It is a session of the parent's, which Django takes from the pool where no Python function runs at a fork.
+        _leave_pools()
+        keep_for_ever(connection.connection)
+        connection.connection = None
+        connection.connect()
 
 
 def close_before_fork() -> None:
@@ -239,6 +247,8 @@ def initialize(engine: Engine, connection: Connection) -> None:
     """Let a dialect read the server's settings, as SQLAlchemy does for its first connection."""
     if engine not in _initialized:
         engine.dialect.initialize(connection)
+        # Whoever gets the connection may want each statement to be committed.
+        connection.rollback()
         _initialized.add(engine)
 
 
@@ -267,6 +277,9 @@ class LentEngine(Engine):
             self.dispose()
         connection = super().connect()
         initialize(self, connection)
+        if hasattr(mail, "outbox"):
+            # Tests are running. While a pool keeps connections to it, PostgreSQL does not drop the tests' database.
+            connection.detach()
         return connection
 
 

@@ -205,6 +205,8 @@ class OwnConnection(LentConnection):
 
     def __init__(self, wrapper: Any) -> None:
         self._copy = wrapper.copy()
+        # From Django's pool it would be kept away from the project's threads, which might wait for it for ever.
+        self._copy.settings_dict["OPTIONS"].pop("pool", None)
         # It may be held for others, as that with the locks of runners is.
         self._copy.inc_thread_sharing()
         super().__init__(self._copy)

@@ -5,6 +5,7 @@ Nothing here depends on settings, so that ``makemigrations`` finds the same in e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -313,7 +314,10 @@ def _model(
         "verbose_name_plural": f"{title}s of {name}",
     }
     own = {"__module__": module, "__qualname__": f"{name}{base.__name__.removeprefix('Abstract')}"}
-    return type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (_meta_of(base),), body)})
+    made = type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (_meta_of(base),), body)})
+    # Where its name says it is: pickled query sets and Django's shell look for it there.
+    vars(sys.modules[module]).setdefault(made.__name__, made)
+    return made
 
 
 def _meta_of(base: Any) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ MIXINS: Mapping[str, type[Any]] = {
     "AbstractStoredEvent": StoredEventMixin,
     "AbstractTracking": TrackingMixin,
 }
+QUOTED = re.compile(r"([\"`])(.+)\1|([^\"`]+([\"`])\.\4[^\"`]+)")
+"""A name that Django does not quote, or that is whole only within the quotes that Django adds."""
 TEXT_ID = "text id"
 """The kind of a field with the ids of aggregates that are texts."""
 
@@ -138,6 +141,15 @@ def has_text_ids(model: Any) -> bool:
     return kind == TEXT_ID
 
 
+def place_of(db_table: str) -> tuple[str | None, str]:
+    """Return the schema and the name of a table, of which ``db_table`` may have both: ``'"schema"."table"'``."""
+    found = QUOTED.fullmatch(db_table)
+    if found is None:
+        return None, db_table
+    schema, _, name = (found[2] or found[3]).replace("`", '"').rpartition('"."')
+    return schema or None, name
+
+
 def mirrored(base: Any, model: Any) -> Any:
     """Return the SQLAlchemy class for a record class of the user's.
 
@@ -145,7 +157,10 @@ def mirrored(base: Any, model: Any) -> Any:
     """
     abstract = _base_of(model)
     options: Any = model._meta
-    body: dict[str, Any] = {"__tablename__": options.db_table, "__module__": model.__module__}
+    schema, name = place_of(options.db_table)
+    body: dict[str, Any] = {"__tablename__": name, "__module__": model.__module__}
+    if schema is not None:
+        body["metadata"] = sa.MetaData(schema=schema)
     if "originator_id" in {each.name for each in options.local_concrete_fields} and has_text_ids(model):
         body["__originator_id_type__"] = "text"
     there = {each.column for each in options.local_concrete_fields}

@@ -27,6 +27,7 @@ from .configuring import SETTING
 from .hosting import PROGRAM, Database, Site, get_application, site
 from .in_cassandra import is_engine
 from .lending import refresh, sqlalchemy_errors
+from .own_records import place_of
 from .projections import USING, ModelProjection, registered
 from .records import records_of
 from .retrying import run_again
@@ -65,7 +66,8 @@ def _table_of(model: Any, alias: str) -> sa.Table:
         for each, kind in fields
         if kind is not None
     ]
-    return sa.Table(model._meta.db_table, sa.MetaData(), *columns)
+    schema, name = place_of(model._meta.db_table)
+    return sa.Table(name, sa.MetaData(), *columns, schema=schema)
 
 
 class DjangoHost:

@@ -161,6 +161,15 @@ class RecordTimeField(_RecordField, models.DateTimeField):
         found: datetime = value.astimezone(UTC)
         return found
 
+    def value_from_object(self, obj: Any) -> Any:
+        """Return text for dumps and forms: of a time, JSON has only the milliseconds."""
+        value = super().value_from_object(obj)
+        return value.isoformat() if isinstance(value, datetime) else value
+
+    def value_to_string(self, obj: Any) -> str:
+        """Return the same for dumps that have nothing but text."""
+        return self.value_from_object(obj) or ""
+
     def to_python(self, value: Any) -> Any:
         """Return the time."""
         if value is None or isinstance(value, datetime):

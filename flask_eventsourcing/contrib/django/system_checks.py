@@ -8,6 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections, router
+from django.db.migrations.executor import MigrationExecutor
 from eventsourcing.persistence import PersistenceError
 
 from ...applications import check_environment
@@ -137,18 +138,28 @@ def check_databases(app_configs: Any = None, databases: Sequence[str] | None = N
 def _check_tables(database: Any) -> list[CheckMessage]:
     messages: list[CheckMessage] = []
     dialect = database.datastore.dialect
-    hint = "Let a migration make the table as the record class has it; event_models(…) says how."
     try:
         connection = database.units.current().connection()
         settings_hint = "The documentation's page on Django has the settings."
         messages += [_message(each, each.text, settings_hint) for each in dialect.check_settings(connection)]
         for records in database.records.values():
-            for table in records.mirror.all():
-                findings = dialect.check_table(connection, table) or ()
-                messages += [_message(each, f"{records.name}: {each.text}", hint) for each in findings]
+            findings = [each for table in records.mirror.all() for each in dialect.check_table(connection, table) or ()]
+            hint = "Let a migration make the table as the record class has it; event_models(…) says how."
+            if findings and _awaits_migrations(connections[database.alias], records):
+                # An error would keep migrate itself from running.
+                findings = [each._replace(is_fault=False) for each in findings]
+                hint = "Run migrate: a migration of the app is not applied."
+            messages += [_message(each, f"{records.name}: {each.text}", hint) for each in findings]
     except PersistenceError as error:
         messages.append(Error(str(error), hint="Look at DATABASES.", id="eventsourcing.E006"))
     return messages
+
+
+def _awaits_migrations(wrapper: Any, records: Records) -> bool:
+    """Whether migrations after the first one may still make the tables as they should be."""
+    executor = MigrationExecutor(wrapper)
+    labels = {each._meta.app_label for each in records.models} & {app for app, _ in executor.loader.applied_migrations}
+    return bool(executor.migration_plan([each for label in labels for each in executor.loader.graph.leaf_nodes(label)]))
 
 
 def _message(finding: Any, text: str, hint: str) -> CheckMessage:

@@ -265,7 +265,7 @@ class DjangoUnit(Unit):
         """Refuse a commit that would not store the events, after an error that was swallowed.
 
         A driver or server that is in doubt tells it without a round trip; after an error of it the events are looked
-        for.
+        for, and where code commits without a block and the driver does not know about rollbacks.
 
         :raises TransactionManagementError: when they are not there.
         """
@@ -276,12 +276,17 @@ class DjangoUnit(Unit):
             return
         is_doubtful = marked.is_suspicious or wrapper.errors_occurred
         if is_doubtful or not self.dialect.driver_knows_end or self._cannot_commit():
-            self._check_stored(known, is_doubtful=is_doubtful or self.dialect.driver_knows_end)
+            # Without a block of Django's around it, other code may have ended the transaction, and the driver not tell.
+            knows = self.losses.leaving is not None and not self.dialect.driver_knows_end
+            self._check_stored(known, is_doubtful=is_doubtful or not knows)
 
     def _check_stored(self, connection: Connection, *, is_doubtful: bool) -> None:
         is_refused = self.dialect.is_aborted(connection)
         batches = self._marked.all(Batch) if is_refused or is_doubtful else []
-        if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
+        # With Django's errors, after which it gives up a connection that is lost.
+        with self.wrapper.wrap_database_errors:
+            is_gone = is_refused or not all(is_there(self.dialect, connection, each) for each in batches)
+        if batches and is_gone:
             raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:

@@ -22,11 +22,10 @@ _new = object.__new__
 
 POSITION = "notification_id"
 EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
-"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; every statement is made
-from these. The first is the aggregate's id."""
+"""The columns of an event beside its position, as the library's ``StoredEvent`` names them; the first is the id."""
 VERSION_KEY = EVENT_COLUMNS[:2]
 VERSION = VERSION_KEY[1]
-"""The columns that tell the events of an application from each other."""
+"""They tell the events of an application from each other."""
 OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
 """Those that differ among the events of an aggregate."""
 METADATA_COLUMNS = ("event_id", "recorded_at", "metadata", "correlation_id")
@@ -80,8 +79,7 @@ class Beside(NamedTuple):
         """Return the values of events with those of each beside them, one after another."""
         if not self.columns:
             return list(chain.from_iterable(rows))
-        width = len(rows[0]) + len(self.columns)
-        values: list[Any] = [None] * (width * len(rows))
+        values: list[Any] = [None] * ((width := len(rows[0]) + len(self.columns)) * len(rows))
         # A column at once: no row is made again.
         for number, column in enumerate(chain(zip(*rows, strict=True), self.columns)):
             values[number::width] = column
@@ -105,7 +103,7 @@ class EventTable:
     """Quoted, and qualified by the schema if there is one."""
     accepted: Accepted
     binds: tuple[tuple[int, Processor], ...]
-    """Functions that turn a column's value into the driver's, by the column's number, for the columns that need one."""
+    """Functions that turn the value of a column into the driver's, by the column's number."""
     decode_id: Processor
     counter: str | None = None
     """The quoted name of the tracking table, where a database counts positions in it."""
@@ -192,10 +190,10 @@ class EventTable:
             parameters += [originator_id] * (1 + snapshots) if first else ()
         return " UNION ALL ".join(statements), parameters
 
-    def between(self, first: int, last: int) -> str:
-        """Return the statement that reads what :meth:`page` takes, without parameters."""
+    def between(self, first: int, last: int, place: str = "") -> str:
+        """Return the statement that reads what :meth:`page` takes, without parameters, of the table at a place."""
         columns = ", ".join((POSITION, *EVENT_COLUMNS))
-        return f"SELECT {columns} FROM {self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
+        return f"SELECT {columns} FROM {place or self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
 
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
         """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
@@ -362,6 +360,8 @@ class KnownLog(NamedTuple):
     snapshots: str | None
     """The name of the table of snapshots, whatever names mean later; None where it is looked for each time."""
     statements: dict[str, str]
+    table: str = ""
+    """The name of the table itself, whatever names mean later."""
 
 
 class Known:

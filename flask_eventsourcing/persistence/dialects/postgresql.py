@@ -214,7 +214,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     def _log(self, connection: Connection, table: EventTable, use: Use = "read") -> KnownLog:
         """Look which table a name means on a connection now."""
         parameters = (table.snapshots and as_parameter(table.snapshots), *self.place(connection, table.table))
-        identity, name, short, is_found, snapshots = self.fetch(connection, LOOK, parameters)[0]
+        identity, place, name, short, is_found, snapshots = self.fetch(connection, LOOK, parameters)[0]
         if identity is None:
             raise self.missing(table.table.fullname)
         log = self._logs.get((table.name, identity))
@@ -226,7 +226,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
             is_found = is_found and table.name == self.quote(table.table.name)
             name = self.quote(short) if is_found else name.replace("%", "%%")
             log = self._logs[table.name, identity] = KnownLog(
-                identity, name, snapshots and snapshots.replace("%", "%%"), {}
+                identity, name, snapshots and snapshots.replace("%", "%%"), {}, place.replace("%", "%%")
             )
         Known.of(connection).logs[table.name] = self._logs[table.name, 0] = log
         return log

@@ -29,7 +29,10 @@ JOIN pg_sequence s ON s.seqrelid = c.oid
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')"""
 
 LOOK = f"""
-SELECT t.oid::bigint, s.name, s.short, s.is_found, (
+SELECT t.oid::bigint, (
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = t.oid
+), s.name, s.short, s.is_found, (
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = to_regclass(%s) AND (SELECT source FROM pg_settings WHERE name = 'search_path') <> 'session'
 )

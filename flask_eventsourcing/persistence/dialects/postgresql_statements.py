@@ -77,7 +77,10 @@ WITH held AS MATERIALIZED (
     WHERE NOT CASE WHEN e.originator_version <= {{latest_first}} THEN {{follows_or_begins}} ELSE {{follows}} END LIMIT 1
 )"""
 
-_ROWS = """unnest({arrays}) WITH ORDINALITY AS e ({each}, place)"""
+_PLACE = "flask_eventsourcing_place"
+"""A name that no column of a user's record class has."""
+
+_ROWS = f"""unnest({{arrays}}) WITH ORDINALITY AS e ({{each}}, {_PLACE})"""
 
 # The ids of one append must be contiguous. They are drawn in one go, and if another writer drew one in between,
 # nothing is inserted and the caller goes to the gate: a gap in the positions does no harm. A gap in a stream does: ids
@@ -94,7 +97,7 @@ _APPEND_BLOCK = f"""{_HELD}, allowed AS MATERIALIZED (
     SELECT min(id) AS first FROM drawn HAVING max(id) - min(id) = count(*) - 1
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}})
-    SELECT block.first + e.place - 1, {{selected}} FROM block, {_ROWS}
+    SELECT block.first + e.{_PLACE} - 1, {{selected}} FROM block, {_ROWS}
 )
 SELECT (SELECT first FROM block), (SELECT place FROM gap) FROM held"""
 
@@ -139,7 +142,7 @@ WITH block AS MATERIALIZED (
     SELECT first FROM block WHERE CASE WHEN first IS NULL THEN false {{notify}} ELSE true END
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}})
-    SELECT allowed.first + e.place - 1, {{selected}} FROM allowed, {_ROWS}
+    SELECT allowed.first + e.{_PLACE} - 1, {{selected}} FROM allowed, {_ROWS}
 )
 SELECT first FROM block"""
 
@@ -174,6 +177,9 @@ LEFT JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
 WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY 3 DESC NULLS LAST LIMIT 1"""
+
+ARRAY = "[]"
+"""The end of the names of arrays' types."""
 
 _MADE = {
     "first": _APPEND_SOON,
@@ -211,11 +217,11 @@ def make_statement(
         position=POSITION,
         columns=shape.columns,
         each=", ".join([*kinds, *each]),
-        selected=", ".join([*kinds, *each, *(f"%s::{kind}" for kind in shared.values())]),
+        selected=", ".join([*map(_selected, (kinds | each).items()), *(f"%s::{kind}" for kind in shared.values())]),
         marks=", ".join(f"%s::{kind}" for kind in (*kinds.values(), *shape.kinds)),
         allowed=_surely_follows(table, how, snapshot, kinds) if how in ("first", "next") else follows,
         values=", ".join(f"%s::{kind} AS {name}" for name, kind in {**kinds, **each, **shared}.items()),
-        arrays=", ".join(f"%s::{kind}[]" for kind in (*kinds.values(), *each.values())),
+        arrays=", ".join(f"%s::{_row_kind(kind)}[]" for kind in (*kinds.values(), *each.values())),
         key=", ".join(VERSION_KEY),
         key_arrays=", ".join(f"%s::{kinds[name]}[]" for name in VERSION_KEY),
         latest_first=LATEST_FIRST_VERSION,
@@ -229,6 +235,16 @@ def make_statement(
         notify="" if quiet else f"WHEN pg_notify({literal(_doubled(table.table.name))}, '') IS NULL THEN false",
         own="AND l.pid IS DISTINCT FROM pg_backend_pid()" if how == "joined mark" else "",
     )
+
+
+def _row_kind(kind: str) -> str:
+    # Of arrays of arrays there would be no row for each.
+    return "TEXT" if kind.endswith(ARRAY) else kind
+
+
+def _selected(column: tuple[str, str]) -> str:
+    name, kind = column
+    return f"e.{name}::{kind}" if kind.endswith(ARRAY) else f"e.{name}"
 
 
 def _surely_follows(table: EventTable, how: str, snapshot: Snapshot | None, kinds: dict[str, str]) -> str:
@@ -276,7 +292,21 @@ def row_arrays(table: EventTable, values: Beside) -> list[Any]:
     for number, kind in zip(range(len(EVENT_COLUMNS), len(columns)), values.shape.kinds, strict=False):
         if kind == "UUID":
             columns[number] = _of_uuids(columns[number])
+        elif kind.endswith(ARRAY):
+            columns[number] = [None if value is None else _array_text(value) for value in columns[number]]
     return columns
+
+
+def _array_text(value: Any) -> str:
+    """Return an array, or what is in it, as PostgreSQL reads it."""
+    if isinstance(value, list | tuple):
+        return f"{{{','.join(map(_array_text, value))}}}"
+    if value is None:
+        return "NULL"
+    # Drivers have wrappers for bytes.
+    raw = getattr(value, "obj", getattr(value, "adapted", value))
+    text = f"\\x{bytes(raw).hex()}" if isinstance(raw, bytes | bytearray | memoryview) else str(value)
+    return '"{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))
 
 
 def _of_uuids(column: list[Any]) -> Any:

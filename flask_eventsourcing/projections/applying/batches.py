@@ -102,12 +102,14 @@ class Batches:
         with batch.listening():
             yield batch
 
-    def _prefetch(self, session: orm.Session, notifications: Sequence[Notification]) -> list[Any]:
+    def _prefetch(self, session: orm.Session, notifications: Sequence[Any]) -> list[Any]:
         """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
         found: list[Any] = []
-        if len(notifications) < PREFETCH_FROM or self.flushes_each:
+        if len(notifications) < PREFETCH_FROM or self.flushes_each or not self._id_keys:
             return found
-        ids = list({each.originator_id for each in notifications if not isinstance(each, UnreadableNotification)})
+        # By their numbers, as Python makes a call for each hash of a UUID.
+        readable = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
+        ids = list({each.int: each for each in readable}.values())
         for model, column in self._id_keys:
             if not self.is_plain(model):
                 continue

@@ -31,7 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 STANDBY_PAUSE = 0.5
 """Seconds between the tries of a runner that stands by to take over."""
-SHORTEST_WAIT, GROWTH = 0.003, 1.5
+SHORTEST_WAIT, GROWTH = 0.002, 1.5
 SLICE = 0.2
 """Seconds after which a wait looks whether it was told to stop."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -363,21 +363,21 @@ class Runner:
     def _wait(self, waiter: Waiter, claimed: CheckpointRow, heartbeat: Heartbeat, pages: LogPages) -> None:
         """Wait until there is something to do."""
         pause = Backoff(SHORTEST_WAIT, waiter.longest, GROWTH)
-        look = time.monotonic() + waiter.first - pause.seconds
+        due = time.monotonic() + waiter.first
         heartbeat.resting = claimed
         try:
             while not self.stop.is_set():
                 heartbeat.check()
-                news = waiter.wait(max(0.0, min(SLICE, look + pause.seconds - time.monotonic())))
-                now = time.monotonic()
-                if news or now >= look + pause.seconds:
+                news = waiter.wait(max(0.0, min(SLICE, due - time.monotonic())))
+                if news or time.monotonic() >= due:
                     self.progress.high_water_mark = self.turn.find_end(claimed, pages, self.pace.limit)
                     if self.progress.high_water_mark > claimed.position:
                         return
                     self.progress.state = "up to date"
                     # After news that cannot be read yet, because a writer is in progress, look again soon.
-                    pause.reset() if news else pause.grow()
-                    look = now
+                    if news:
+                        pause.reset()
+                    due = time.monotonic() + pause.take()
         finally:
             heartbeat.resting = None
 

@@ -22,6 +22,12 @@ class Backoff:
         self._longest = longest
         self._growth = growth
 
+    def take(self) -> float:
+        """Return the seconds of a pause, and make the next one longer."""
+        seconds = self.seconds
+        self.grow()
+        return seconds
+
     def grow(self) -> None:
         """Make the next pause longer."""
         self.seconds = min(self.seconds * self._growth, self._longest)

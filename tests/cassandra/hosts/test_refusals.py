@@ -90,6 +90,13 @@ def test_projection(inline: bool, later: bool) -> None:
         second()
 
 
+@pytest.mark.parametrize("name", ["Größe", 'x"; DROP KEYSPACE bank; --', "two words"])
+def test_names(name: str) -> None:
+    """An application whose name cannot be that of tables is refused by its name."""
+    with pytest.raises(ConfigurationError, match="has a name that tables in Cassandra cannot have"):
+        start(EventSourcing(application=type("Named", (Bank,), {"name": name})))
+
+
 def test_failed_start_leaves_the_app_untouched() -> None:
     """A start that is refused registers nothing, and can be done again."""
     app, es = Flask(__name__), EventSourcing(application=Bank)

@@ -43,7 +43,6 @@ def test_init_db_and_check(cassandra_server: str, cassandra_keyspace: str) -> No
     assert "has another replication than the settings" in output
     with session_on(cassandra_server) as session:
         session.execute(f"ALTER TABLE {cassandra_keyspace}.bank_events DROP correlation_id")
-        session.execute(f"ALTER TABLE {cassandra_keyspace}.bank_log WITH default_time_to_live = 3600")
         session.execute(
             f"ALTER KEYSPACE {cassandra_keyspace} WITH replication = "
             "{'class': 'NetworkTopologyStrategy', 'datacenter1': 3} AND durable_writes = false"
@@ -51,7 +50,6 @@ def test_init_db_and_check(cassandra_server: str, cassandra_keyspace: str) -> No
     code, output = run(cassandra_server, cassandra_keyspace, "check", CASSANDRA_REPLICATION={"datacenter1": 3})
     assert code == 1
     assert "bank_events: column correlation_id is missing" in output
-    assert "bank_log: rows are dropped after 3600 s: alter its default_time_to_live to 0" in output
     assert "has durable_writes = false" in output
     assert "datacenter1 asks for 3 copies, but there are 1 nodes" in output
 
