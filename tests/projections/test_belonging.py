@@ -621,7 +621,8 @@ def test_a_fingerprint_is_the_same_while_other_threads_parse(
         running.pop()
         if failing and failing.pop():
             raise SystemError("AST constructor recursion depth mismatch (before=171, after=226)")
-        return parse(source, *args, **kwargs)
+        parsed: ast.Module = parse(source, *args, **kwargs)
+        return parsed
 
     monkeypatch.setattr(ast, "parse", watched)
     monkeypatch.setattr(fingerprints, "_digests", {})
