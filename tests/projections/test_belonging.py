@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import json
@@ -15,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from flask_eventsourcing.persistence.dialects.mysql_looks import ORDER
 from flask_eventsourcing.projections import ModelProjection, on, reaction, upkeep
 from flask_eventsourcing.projections.applying import pages
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
+from flask_eventsourcing.projections.definitions import fingerprints
 from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of, note_sources
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner, claims
@@ -599,6 +602,35 @@ def test_a_fingerprint_changes_with_the_code_and_not_with_comments(fingerprint: 
     assert fingerprint(operator=" + ") == first
     assert fingerprint(operator="-") != first
     assert fingerprint(factor=2) != first
+
+
+def test_a_fingerprint_is_the_same_while_other_threads_parse(
+    fingerprint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runners parse one after the other, and again where Python fails because another thread has parsed something."""
+    first = fingerprint()
+    parse = ast.parse
+    running: list[int] = []
+    most: list[int] = []
+    failing = [True]
+
+    def watched(source: str, *args: Any, **kwargs: Any) -> ast.Module:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
+        if failing and failing.pop():
+            raise SystemError("AST constructor recursion depth mismatch (before=171, after=226)")
+        parsed: ast.Module = parse(source, *args, **kwargs)
+        return parsed
+
+    monkeypatch.setattr(ast, "parse", watched)
+    monkeypatch.setattr(fingerprints, "_digests", {})
+    cls = sys.modules["belonging_projection"].Balances
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fingerprint_of(cls, cls.handlers.functions.values()), range(4)))
+    assert found == [first] * 4
+    assert set(most) == {1}
 
 
 def test_a_fingerprint_is_that_of_the_source_when_the_class_was_registered(

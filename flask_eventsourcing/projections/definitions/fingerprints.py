@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ...lifecycle import ProcessLock
+
 PACKAGE = __name__.partition(".")[0]
 MOST_EARLIER = 100
 """How many earlier fingerprints are kept."""
@@ -19,6 +21,8 @@ SIMPLE = (bool, int, float, str, bytes, type(None))
 
 _sources: dict[str, str | None] = {}
 _digests: dict[str, str] = {}
+_parsing = ProcessLock()
+"""Held while a source is parsed: Python counts how deep it is for all threads together (gh-106905)."""
 
 
 def note_sources(cls: type[Any]) -> None:
@@ -87,10 +91,19 @@ def _read_source(module: str) -> str | None:
         return None
     try:
         source = inspect.getsource(found)
-        ast.parse(source)
+        _parse(source)
     except (OSError, TypeError, SyntaxError):
         return None
     return source
+
+
+def _parse(source: str) -> ast.Module:
+    with _parsing:
+        try:
+            return ast.parse(source)
+        except SystemError:
+            # Another thread has parsed something meanwhile, as the import of a module may.
+            return ast.parse(source)
 
 
 def _is_source_of(source: str, cls: type[Any], module: str) -> bool:
@@ -119,7 +132,7 @@ def _digest(*parts: str) -> str:
 def _digest_of_source(source: str) -> str:
     found = _digests.get(source)
     if found is None:
-        found = _digests[source] = _digest(*_tree(ast.parse(source)))
+        found = _digests[source] = _digest(*_tree(_parse(source)))
     return found
 
 
