@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +49,17 @@ def test_dumpdata_and_loaddata(site: DjangoBank, kind: str, tmp_path: Path) -> N
     assert site.bank.balance(account_id) == 7
     run()
     assert balances(site) == {account_id: 7}
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_metadata_as_each_driver_takes_them(driver: str) -> None:
+    """Metadata are given to the driver that Django uses as that one takes JSON."""
+    from tests.django_host.ledger.models import BankRecords
+
+    connection = SimpleNamespace(vendor="postgresql", Database=importlib.import_module(driver))
+    value = BankRecords.StoredEvent._meta.get_field("metadata").get_db_prep_value({"user": "ada"}, connection)
+    assert type(value).__module__.startswith("psycopg.") is (driver == "psycopg")
+    assert json.loads(value if isinstance(value, str) else json.dumps(value.obj)) == {"user": "ada"}
 
 
 def test_fixture_whose_metadata_are_no_json(site: DjangoBank, tmp_path: Path) -> None:

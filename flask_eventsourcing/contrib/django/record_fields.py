@@ -32,15 +32,19 @@ TYPES: Mapping[str, sa.types.TypeEngine[Any]] = {
 
 
 @cache
-def _dialect(vendor: str, is_second: bool) -> Any:
-    return sa.dialects.registry.load(vendor)(**({"is_mariadb": True} if is_second else {}))
+def _dialect(vendor: str, driver: str, is_second: bool) -> Any:
+    # Values differ by the driver where the database's first one is another.
+    name = f"{vendor}.{driver}" if driver in DIALECTS[vendor].drivers else vendor
+    return sa.dialects.registry.load(name)(**({"is_mariadb": True} if is_second else {}))
 
 
 def dialect_of(connection: Any) -> Any:
     """Return SQLAlchemy's dialect of the database of a connection, or None for one that is not supported."""
     # Of two that have the same vendor, the server says which one it is; their collations differ.
     is_second = getattr(connection, "mysql_is_mariadb", False)
-    return _dialect(connection.vendor, is_second) if connection.vendor in DIALECTS else None
+    if connection.vendor not in DIALECTS:
+        return None
+    return _dialect(connection.vendor, connection.Database.__name__.lower(), is_second)
 
 
 def zone_of(connection: Any) -> tzinfo:
