@@ -153,11 +153,16 @@ def test_health_checks(site: DjangoBank) -> None:
 def test_connection_that_is_lost_before_a_doubtful_commit(site: DjangoBank) -> None:
     """A commit before which events would be looked for fails as Django's own, and the next block has a connection."""
     account_id = site.opened()
-    with pytest.raises((OperationalError, InterfaceError)), site.atomic():
-        site.bank.deposit(account_id)
-        with site.connection.cursor() as cursor:
-            cursor.execute("DO $$ BEGIN END $$" if site.connection.vendor == "postgresql" else "DO 1")
-        end_connection(site)
+
+    def work() -> None:
+        with site.atomic():
+            site.bank.deposit(account_id)
+            with site.connection.cursor() as cursor:
+                cursor.execute("DO $$ BEGIN END $$" if site.connection.vendor == "postgresql" else "DO 1")
+            end_connection(site)
+
+    with pytest.raises((OperationalError, InterfaceError)):
+        work()
     with site.atomic():
         site.bank.deposit(account_id)
     assert site.bank.balance(account_id) == 1
