@@ -278,7 +278,7 @@ class LentEngine(Engine):
         connection = super().connect()
         initialize(self, connection)
         if hasattr(mail, "outbox"):
-            # Tests are running. While a pool keeps connections to it, PostgreSQL does not drop the tests' database.
+            # Tests are running. While a pool keeps connections to it, a server may not drop the tests' database.
             connection.detach()
         return connection
 
