@@ -149,11 +149,18 @@ def _handle_error(context: ExceptionContext) -> None:
             raise CommitOutcomeUnknownError from context.original_exception
     elif context.statement is None and context.sqlalchemy_exception is not None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
-        if committing and getattr(connection.get_transaction(), "_is_prepared", None) is False:
-            # The first of two phases has failed, which ends the transaction. Drivers take it for prepared, and their
-            # error about that would hide this one, which may be a conflict.
-            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+        if committing:
+            _keep_first_error(context, connection)
     # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+
+
+def _keep_first_error(context: ExceptionContext, connection: Connection) -> None:
+    """If the first of two phases has failed, which may be a conflict, let no other error hide that.
+
+    It ends the transaction, but drivers take that for prepared, and cannot roll it back: the connection is given up.
+    """
+    if getattr(connection.get_transaction(), "_is_prepared", None) is False:
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
 
 def _refused(units: list[UnitOfWork], connection: Connection) -> None:
