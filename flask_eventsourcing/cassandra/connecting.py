@@ -62,7 +62,7 @@ SILENT, TROUBLED = 30.0, 2.0
 """Seconds for which a node is asked last after it gave no answer, and after it told that it could not do the work."""
 
 
-class LastResort(WrapperPolicy):  # type: ignore[misc]
+class _LastResort(WrapperPolicy):  # type: ignore[misc]
     """Asks nodes last that did not do lately what they were asked for, so that a request is repeated elsewhere.
 
     A node that hangs, or has lost its network, is taken to be up for a minute, and it is asked first for some rows.
@@ -92,7 +92,7 @@ class LastResort(WrapperPolicy):  # type: ignore[misc]
 class _Held:
     pid: int
     session: Session
-    order: LastResort
+    order: _LastResort
     prepared: dict[str, PreparedStatement] = field(default_factory=dict)
 
 
@@ -146,7 +146,7 @@ class Connection:
             )
         return held
 
-    def _connect_since(self, asked: float) -> tuple[Session, LastResort]:
+    def _connect_since(self, asked: float) -> tuple[Session, _LastResort]:
         """Connect, unless another thread has tried while this one waited for it."""
         failed = self._failed
         if failed is not None and failed[0] > asked:
@@ -157,11 +157,11 @@ class Connection:
             self._failed = time.monotonic(), error
             raise
 
-    def _connect(self) -> tuple[Session, LastResort]:
+    def _connect(self) -> tuple[Session, _LastResort]:
         check_process()
         settings = self.settings
         inner = DCAwareRoundRobinPolicy(settings.local_dc) if settings.local_dc else RoundRobinPolicy()
-        order = LastResort(TokenAwarePolicy(inner))
+        order = _LastResort(TokenAwarePolicy(inner))
         profile = ExecutionProfile(
             load_balancing_policy=order,
             retry_policy=FallthroughRetryPolicy(),
@@ -285,7 +285,7 @@ class Connection:
 
 
 @contextmanager
-def _noted(order: LastResort, sent: ResponseFuture | None = None) -> Iterator[None]:
+def _noted(order: _LastResort, sent: ResponseFuture | None = None) -> Iterator[None]:
     """Note the node that has not done what it was asked for."""
     try:
         yield

@@ -176,7 +176,7 @@ def test_request_is_repeated_elsewhere() -> None:
     from cassandra.policies import LoadBalancingPolicy
     from cassandra.protocol import ServerError
 
-    from flask_eventsourcing.cassandra.connecting import LastResort, _noted
+    from flask_eventsourcing.cassandra.connecting import _LastResort, _noted
 
     nodes = [Mock(endpoint=name) for name in "abc"]
 
@@ -184,7 +184,7 @@ def test_request_is_repeated_elsewhere() -> None:
         def make_query_plan(self, working_keyspace: str | None = None, query: Any = None) -> Any:
             return iter(nodes)
 
-    order = LastResort(InOrder())
+    order = _LastResort(InOrder())
     assert list(order.make_query_plan()) == nodes
     with pytest.raises(cassandra.OperationTimedOut), _noted(order):
         raise cassandra.OperationTimedOut({}, nodes[0])

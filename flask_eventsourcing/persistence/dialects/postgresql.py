@@ -56,7 +56,6 @@ NOT_DRAWN = (
     "The positions of {count} events could not be drawn one after another, as others draw positions of {table} without "
     "waiting: let all processes that write to it run the same version of this package, and try again."
 )
-
 QUIET = " quiet!"
 """The end of the uses of statements that notify nobody."""
 
@@ -368,7 +367,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     # ------------------------------------------------------------------------------------- what projections need
 
-    keeps_microseconds, canceled = True, frozenset({"57014"})
+    keeps_microseconds = True
+    canceled: ClassVar[frozenset[object]] = frozenset({"57014"})
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
