@@ -277,7 +277,7 @@ class LentEngine(Engine):
         connection = super().connect()
         initialize(self, connection)
         if hasattr(mail, "outbox"):
-            # Tests are running. While a pool keeps connections to it, PostgreSQL does not drop the tests' database.
+            # Tests are running, and some servers do not drop a database while a pool has connections to it.
             connection.detach()
         return connection
 

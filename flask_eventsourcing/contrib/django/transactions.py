@@ -242,6 +242,12 @@ class DjangoUnit(Unit):
             return not is_open
         return known is not None and self.dialect.is_over(known) and not self.dialect.is_aborted(known)
 
+    def _may_be_over(self) -> bool:
+        """Whether the transaction may have been ended past Django, so that the events have to be looked for."""
+        if self._marked.is_suspicious or self.wrapper.errors_occurred:
+            return True
+        return self._is_over() if self.dialect.driver_knows_end else self.losses.leaving is None
+
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events, after an error that was swallowed.
 
@@ -255,9 +261,7 @@ class DjangoUnit(Unit):
         if not self._marked or connection is None or wrapper.connection is None:
             return
         is_refused = self.dialect.is_aborted(connection)
-        is_doubtful = self._marked.is_suspicious or wrapper.errors_occurred
-        is_doubtful |= self.losses.leaving is None and not self.dialect.driver_knows_end
-        if is_refused or is_doubtful or (self.dialect.driver_knows_end and self._is_over()):
+        if is_refused or self._may_be_over():
             batches = self._marked.all(Batch)
             if batches and (is_refused or not all(is_there(self.dialect, connection, each) for each in batches)):
                 raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
