@@ -79,7 +79,7 @@ def test_the_same_name_in_two_applications(site: Site) -> None:
     assert run(site, "init-db")[0] == 0
     code, output = run(site, "run", "Balances", "--once")
     assert code == 1
-    assert "say Bank.Balances or Shop.Balances" in output
+    assert "write Bank.Balances or Shop.Balances" in output
     site.opened()
     assert run(site, "run", "Bank.Balances", "--once")[0] == 0
     code, output = run(site, "run", "Nobody")

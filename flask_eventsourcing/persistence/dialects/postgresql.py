@@ -341,7 +341,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     def is_over(self, connection: Connection) -> bool:
         """Ask the driver, without a round trip, whether there is a transaction."""
-        return status_of(connection.connection.dbapi_connection) in (IDLE, INERROR, UNKNOWN)
+        return status_of(connection.connection.driver_connection) in (IDLE, INERROR, UNKNOWN)
 
     def driver_commits(self, connection: Connection) -> bool:
         """Ask the driver."""
