@@ -476,7 +476,7 @@ def test_a_rebuild_that_was_stopped_goes_on(sqlite_ledger: Ledger) -> None:
     assert sqlite_ledger.balance(account_id) == 300
     code, output = sqlite_ledger.run("rebuild", "Balances")
     assert code == 0
-    assert "taken up from an earlier run" in output
+    assert "continued from an earlier run" in output
     assert sqlite_ledger.balance(account_id) == 300
 
 

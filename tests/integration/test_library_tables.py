@@ -197,7 +197,7 @@ def test_standalone_module_in_memory() -> None:
         ({}, "SQLALCHEMY_DATABASE_URI"),
         ({"SQLALCHEMY_DATABASE_URI": "sqlite://", "ORIGINATOR_ID_TYPE": "int"}, "ORIGINATOR_ID_TYPE must be"),
         ({"FLASK_EVENTSOURCING_DATASTORE": "gone"}, "datastore that is gone"),
-        ({"SQLALCHEMY_DATABASE_URI": "sqlite://", "APPLICATION_RECORDER_TOPIC": "tests.domain:Bank"}, "derive from"),
+        ({"SQLALCHEMY_DATABASE_URI": "sqlite://", "APPLICATION_RECORDER_TOPIC": "tests.domain:Bank"}, "derive it from"),
     ],
 )
 def test_standalone_module_says_what_is_wrong(env: dict[str, str], message: str) -> None:

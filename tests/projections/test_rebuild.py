@@ -434,6 +434,8 @@ def test_interrupted_swap_is_settled(desk: Desk, renamed: bool, monkeypatch: pyt
         monkeypatch.setattr(swap, "hand_over", die)
     else:
         monkeypatch.setattr(MySQLDialect, "swap_tables", die)
+        # A process that is killed settles nothing.
+        monkeypatch.setattr(swap, "settle", die)
     with pytest.raises(Killed):
         rebuilding.run()
     monkeypatch.undo()

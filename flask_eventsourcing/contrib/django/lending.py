@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from django.core import mail
 from django.db import connections
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool, QueuePool
 
 from ..._patches import django_pool
 from ...exceptions import ConfigurationError, InheritedDatabaseError
@@ -262,6 +262,7 @@ class LentEngine(Engine):
     def __init__(self, alias: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._alias = alias
+        sa.event.listen(self, "checkin", _close_in_tests)
 
     def connect(self) -> Connection:
         """Return a connection."""
@@ -277,10 +278,13 @@ class LentEngine(Engine):
             self.dispose()
         connection = super().connect()
         initialize(self, connection)
-        if hasattr(mail, "outbox"):
-            # Tests are running. While a pool keeps connections to it, a server may not drop the tests' database.
-            connection.detach()
         return connection
+
+
+def _close_in_tests(_: Any, record: ConnectionPoolEntry) -> None:
+    # While a pool keeps connections to it, a server may not drop the tests' database.
+    if hasattr(mail, "outbox"):
+        record.invalidate()
 
 
 def is_shared(wrapper: Any) -> bool:
