@@ -440,4 +440,4 @@ def test_an_event_of_a_batch_takes_few_calls(new_desk: MakeDesk) -> None:
     finally:
         sys.setprofile(before)
     assert desk.position() == 30 * 21
-    assert calls / (30 * 21) < 20
+    assert calls / (30 * 21) < 22

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from django.db import Error
+from django.db.transaction import TransactionManagementError
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -38,7 +39,9 @@ class _DriverErrors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # An error without a cause is Django's own, as in a broken transaction.
+        # That of a broken transaction is Django's own; its cause is what has broken it.
+        if isinstance(error, TransactionManagementError):
+            return
         if isinstance(error, Error) and error.__cause__ is not None:
             raise error.__cause__
 
