@@ -531,6 +531,8 @@ def test_eight_clients_on_one_account(site: PyramidSite, pause: float, rounds: i
     """Within three attempts each, eight clients that change one account all succeed, and no update is lost."""
     site.config.registry["pause"] = pause
     account_id = site.config.registry["account_id"] = site.opened()
+    # On MariaDB units queue at the second event. While it is not there, one that queues may be ended by a deadlock.
+    site.elsewhere(lambda bank: bank.deposit(account_id))
     with_note(site).view = read_and_pay_in
 
     def pay_in() -> None:
@@ -539,7 +541,7 @@ def test_eight_clients_on_one_account(site: PyramidSite, pause: float, rounds: i
             assert client.post("/").status_code == 200
 
     in_threads([pay_in] * 8, patience=600)
-    assert site.balance(account_id) == 8 * rounds
+    assert site.balance(account_id) == 8 * rounds + 1
 
 
 def test_functional_tests_decide_themselves(site: PyramidSite) -> None:
