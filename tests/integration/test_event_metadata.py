@@ -493,6 +493,16 @@ def test_columns_that_cannot_be_stored_are_refused(uri: str, returned: Any) -> N
     site.close()
 
 
+def save_account(site: Any, count: int) -> None:
+    """Save a new account with so many events at once."""
+    with site.app.app_context():
+        account = Account("Ada")
+        for _ in range(count - 1):
+            account.deposit(1)
+        site.bank.save(account)
+        site.db.session.commit()
+
+
 @on_postgresql
 @pytest.mark.parametrize("count", [1, 3, 120])
 def test_columns_that_are_arrays(uri: str, count: int) -> None:
@@ -512,12 +522,7 @@ def test_columns_that_are_arrays(uri: str, count: int) -> None:
         blobs=orm.mapped_column(postgresql.ARRAY(sa.LargeBinary)),
         column_values=column_values,
     )
-    with site.app.app_context():
-        account = Account("Ada")
-        for _ in range(count - 1):
-            account.deposit(1)
-        site.bank.save(account)
-        site.db.session.commit()
+    save_account(site, count)
     full: Any = (texts, [[1, 2], [3, 4]], [b"\0\\x"])
     empty: Any = (None, [], [])
     found = [(each.texts, each.pairs, each.blobs) for each in records(site)]
@@ -536,12 +541,7 @@ def test_columns_may_have_any_name(uri: str, count: int) -> None:
 
     columns = {f"own_{number}": orm.mapped_column(name, sa.String(20)) for number, name in enumerate(names)}
     site = own_site(uri, **columns, column_values=column_values)
-    with site.app.app_context():
-        account = Account("Ada")
-        for _ in range(count - 1):
-            account.deposit(1)
-        site.bank.save(account)
-        site.db.session.commit()
+    save_account(site, count)
     for number, each in enumerate(records(site), 1):
         assert [getattr(each, key) for key in columns] == [f"{name} {number}" for name in names]
     site.close()
