@@ -169,13 +169,17 @@ class Reading:
         self.connection = plan.connection()
         store = FaultyStore(self.connection, plan)
         self.reader = Reader(store, prepared(plan, store), self.connection.settings.patience)
+        self.patch = pytest.MonkeyPatch()
+        self.bucket = plan.bucket
         if plan.lacks == TOUCHING:
             leave_gaps(self.reader)
 
     def __enter__(self) -> Any:
+        self.patch.setattr("flask_eventsourcing.cassandra.rows.BUCKET", self.bucket)
         return self.reader
 
     def __exit__(self, *_: object) -> None:
+        self.patch.undo()
         self.connection.close()
 
 

@@ -156,7 +156,6 @@ class OftenMoving(Writer):
 
 def prepared(plan: Plan, store: CassandraStore) -> Writer:
     """Return a writer as the plan has it."""
-    rows.BUCKET = plan.bucket
     writer = without(plan.lacks, OftenMoving)(store, store.connection.settings.patience)
     if plan.lacks == TOUCHING:
         leave_gaps(writer)
@@ -228,6 +227,7 @@ def run(plan: Plan) -> None:
     draw = random.Random(plan.seed)
     connection = plan.connection()
     store = KillingStore(connection, plan, draw)
+    rows.BUCKET = plan.bucket
     writer = prepared(plan, store)
     journal = Journal(plan.journal)
     stop = Path(plan.stop)

@@ -15,7 +15,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointError, ProjectionHaltedError
 from flask_eventsourcing.metadata import put_metadata_in_context
-from flask_eventsourcing.projections import ModelProjection, on, reaction, runners, upkeep
+from flask_eventsourcing.projections import ModelProjection, on, reaction, runners, swap, upkeep
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.swap import Swap, settle
@@ -183,7 +183,12 @@ def test_a_rebuild_leaves_a_paused_projection_paused(desk: Desk, outcome: str, m
                 original(self, connection)
             raise KilledError
 
+        def die(consumer: object) -> None:
+            raise KilledError
+
         monkeypatch.setattr(Swap, "_rename", kill)
+        # A process that is killed settles nothing.
+        monkeypatch.setattr(swap, "settle", die)
         with pytest.raises(KilledError):
             Rebuild(desk.consumer()).run()
         monkeypatch.undo()
