@@ -111,18 +111,21 @@ class MySQLLooks(Dialect):
     ) -> tuple[bool, T]:
         """Call work that is to open the snapshots too if they are read before these events; return whether it did so.
 
-        That there is a table of them is remembered. Where it is gone, or the next tenant has none, the work fails
-        before it has changed anything and is repeated.
+        That there is a table of them is remembered until a tenant has none: the work fails once then, before it has
+        changed anything, and the server is asked each time.
         """
         if table.snapshots in self._with_snapshots and any(map(begins, events)):
             with suppress(MissingTableError):
                 return True, work(True)
-            self._with_snapshots.discard(table.snapshots)
+            self._tenants_differ = True
+            self._with_snapshots.clear()
         snapshots = self.needs_snapshots(connection, table, events)
         done = work(snapshots)
-        if snapshots and table.snapshots is not None:
+        if snapshots and table.snapshots is not None and not self._tenants_differ:
             self._with_snapshots.add(table.snapshots)
         return snapshots, done
+
+    _tenants_differ: bool = False
 
     @cached_property
     def _with_snapshots(self) -> set[str]:
