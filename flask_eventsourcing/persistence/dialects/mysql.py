@@ -14,6 +14,7 @@ import re
 import weakref
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from traceback import walk_tb
 from typing import Any, ClassVar
 from uuid import UUID
@@ -30,7 +31,7 @@ from .calls import ask, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
 from .locks import RunnerLock
-from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks
+from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks, surely_follows
 from .mysql_swapping import MySQLSwaps
 from .session_locks import NamedLock
 
@@ -137,14 +138,15 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         values = beside.completed([table.row(event) for event in events])
         first = heads(events)
         self.refuse_padded(connection, table, [event.originator_id for event in events])
-        snapshots = self.needs_snapshots(connection, table, first)
-        last = self._draw(connection, table, len(events), snapshots=snapshots)
+        draw = partial(self._draw, connection, table, len(events))
+        snapshots, last = self.beside_snapshots(connection, table, first, draw)
         positions = list(range(last - len(events) + 1, last + 1))
         rows = [(each, *row) for each, row in zip(positions, values, strict=True)]
         marks = ", ".join(["%s"] * len(rows[0]))
         into = f"INSERT INTO {table.name} ({POSITION}, {beside.shape.columns})"
-        if len(rows) == 1 and self.reads_latest(connection) and self.chunks(connection, rows):
-            condition, known = _surely_follows(table, values[0], first=begins(events[0]), snapshots=snapshots)
+        begun = begins(events[0])
+        if len(rows) == 1 and (begun or self.reads_latest(connection)) and self.chunks(connection, rows):
+            condition, known = surely_follows(table, values[0], first=begun, snapshots=snapshots)
             statement = f"{into} SELECT {marks} FROM (SELECT 1 AS one) AS o WHERE {condition}"
             if self.modify(connection, statement, (*rows[0], *known)).rowcount:
                 return positions
@@ -167,13 +169,14 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             return False
         return True
 
-    def _draw(self, connection: Connection, table: EventTable, count: int, *, snapshots: bool) -> int:
+    def _draw(self, connection: Connection, table: EventTable, count: int, snapshots: bool) -> int:
         counter = self.counter_of(table)
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
+        opened, condition = self.opening(table, snapshots=snapshots)
         update = (
-            f"{self._latest(connection)}UPDATE {counter} AS c{self.opening(table, snapshots=snapshots)} "
-            "SET c.notification_id = LAST_INSERT_ID(c.notification_id + %s) WHERE c.application_name = %s"
+            f"{self._latest(connection)}UPDATE {counter} AS c{opened} "
+            f"SET c.notification_id = LAST_INSERT_ID(c.notification_id + %s) WHERE c.application_name = %s{condition}"
         )
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
@@ -249,8 +252,9 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         table = self.located(connection, table)
         counter = self.counter_of(table)
         self._ensure_counter(connection, table, counter)
-        opened = f"{counter} AS c{self.opening(table, snapshots=False)}"
-        lock = f"{self._latest(connection)}SELECT 1 FROM {opened} WHERE c.application_name = %s FOR UPDATE"
+        opened, condition = self.opening(table, snapshots=False)
+        select = f"SELECT 1 FROM {counter} AS c{opened} WHERE c.application_name = %s{condition} FOR UPDATE"
+        lock = f"{self._latest(connection)}{select}"
         self.fetch(connection, lock, (ORDER,))
 
     def commits_implicitly(self, statement: str) -> bool:
@@ -330,18 +334,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
 
 _nodes: weakref.WeakKeyDictionary[Engine, bool] = weakref.WeakKeyDictionary()
-
-
-def _surely_follows(
-    table: EventTable, row: Sequence[Any], *, first: bool, snapshots: bool
-) -> tuple[str, Sequence[Any]]:
-    """Return a condition that needs few looks, with its parameters; what it refuses is looked at more closely."""
-    if not first:
-        key = "originator_id = %s AND originator_version = %s"
-        return f"EXISTS (SELECT 1 FROM {table.name} WHERE {key})", (row[0], row[1] - 1)
-    names = [table.name, table.snapshots] if snapshots else [table.name]
-    conditions = [f"NOT EXISTS (SELECT 1 FROM {name} WHERE originator_id = %s)" for name in names]
-    return " AND ".join(conditions), [row[0]] * len(names)
 
 
 def _after_error(context: Any) -> None:
