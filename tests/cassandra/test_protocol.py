@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
 import pytest
-from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
+from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +117,20 @@ def test_aggregate_is_blocked_without_indexing_before_a_refusal() -> None:
     for _ in range(5):
         with pytest.raises(IntegrityError):
             change(store, writer, key)
+
+
+@pytest.mark.parametrize("key", ["\0upstream other", "other", ""])
+def test_aggregate_is_never_taken_for_an_upstream_application(key: str) -> None:
+    """Whatever text an aggregate has as its id, its versions are checked, and an upstream position is another thing."""
+    cluster = CalmCluster()
+    Writer(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 1)]))
+    cluster.horizon = Horizon(2, 1)
+    with pytest.raises(IntegrityError):
+        Writer(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 1)]))
+    writer = Writer(SimulatedStore(cluster), 5.0)
+    assert writer.append(Append(events=[event(key, 2)])) == 2
+    assert writer.append(Append(tracking=Tracking("other", 1))) == 3
+    assert writer.append(Append(events=[event(key, 3)], tracking=Tracking("other", 2))) == 4
 
 
 def test_stream_is_read_where_the_log_does_not_tell() -> None:
