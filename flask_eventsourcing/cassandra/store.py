@@ -43,6 +43,7 @@ class Statements(NamedTuple):
     read_row: str
     row_before: str
     flag: str
+    unflag: str
     write_event: str
     last_version: str
     last_versions: str
@@ -65,8 +66,9 @@ CQL = Statements(
     read_rows="SELECT {light} FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_rows_with_states="SELECT {light}, events FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_row="SELECT {light}, events FROM {log} WHERE bucket = ? AND position = ?",
-    row_before="SELECT position FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
+    row_before="SELECT position, row_id FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
     flag="UPDATE {log} USING TTL 0 SET indexed = true WHERE bucket = ? AND position = ?",
+    unflag="DELETE indexed FROM {log} WHERE bucket = ? AND position = ? IF row_id = null",
     write_event=(
         "INSERT INTO {events} ({stream}, notification_id, event_id, recorded_at, metadata, correlation_id) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL 0 AND TIMESTAMP ?"
@@ -141,7 +143,9 @@ class CassandraStore:
         if found.applied:
             return None
         if found.row_id is None:
-            raise MaybeDoneError(f"position {row.position} has a flag without a row")
+            # Of a row of a log that was emptied since: it was written later than that.
+            self._one(self._cql.unflag, bucket_of(row.position), row.position)
+            raise NotDoneError(f"position {row.position} had a flag without a row")
         return _row(found)
 
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
@@ -162,9 +166,12 @@ class CassandraStore:
         """Find the last row at or before a position, without SERIAL."""
         bucket = bucket_of(position)
         for each in (bucket, bucket - 1):
-            found = self._one(self._cql.row_before, each, position)
-            if found is not None:
-                return int(found.position)
+            at = position
+            while (found := self._one(self._cql.row_before, each, at)) is not None:
+                if found.row_id is not None:
+                    return int(found.position)
+                # A flag without a row.
+                at = found.position - 1
         return None
 
     def last_version(self, originator_id: Key) -> int | None:
