@@ -19,7 +19,7 @@ from flask_eventsourcing.cassandra.queueing import Queue, Ticket
 from flask_eventsourcing.cassandra.reading import Reader
 from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, NotDoneError, Row
 from flask_eventsourcing.cassandra.writing import Writer
-from flask_eventsourcing.exceptions import CommitOutcomeUnknownError
+from flask_eventsourcing.exceptions import CommitOutcomeUnknownError, UnreadableEventError
 from tests.cassandra.sabotage import TOUCHING, WITHOUT, LeavesUnindexed, leave_gaps, without
 from tests.cassandra.simulation import Cluster, Crash, QuickWriter, SimulatedStore, Simulation
 from tests.length import examples
@@ -287,6 +287,23 @@ def test_end_of_a_log_that_was_emptied(others: int) -> None:
     last = reader.last_row()
     assert (last.end if last else 1) == others + 1 + (others > 1)
     assert len(reader.page(1, 100, None, ())) == others + (others > 1)
+
+
+def test_rows_of_a_log_that_was_restored() -> None:
+    """A reader that has seen where rows begin reads on where they begin elsewhere, as the log was restored."""
+    cluster = CalmCluster()
+    store = SimulatedStore(cluster)
+    reader = Reader(store, Writer(store, 5.0), 5.0)
+    for sizes in ((1, 1, 1, 1, 1, 1), (1, 3, 1, 1, 1)):
+        cluster.rows.clear()
+        writer = Writer(store, 5.0)
+        for events in sizes:
+            writer.append(Append(events=[event(uuid4(), 1) for _ in range(events)]))
+        for position in range(1, sum(sizes) + 1):
+            assert [each.id for each in reader.page(position, 2, None, ())][0] == position
+    del cluster.rows[5]
+    with pytest.raises(UnreadableEventError):
+        reader.page(5, 2, None, ())
 
 
 class CountingStore(SimulatedStore):
