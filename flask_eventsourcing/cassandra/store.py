@@ -30,6 +30,8 @@ FIRST_PAGE, LONGEST_PAGE = 64, 4096
 """Rows of a stream in one answer, at first and at most."""
 PAGE_BYTES = 2 * 2**20
 """The bytes of states after which the next answer has fewer rows."""
+FEWER = 8
+"""By what the rows of an answer are divided that did not come in time, as they may be large."""
 EVENT_BYTES = 200
 """What an event takes beside its state and texts, roughly; the correlation id is stored twice."""
 
@@ -280,10 +282,16 @@ class CassandraStore:
         """Yield rows that have a state, no more of them with one answer than nodes can send in time."""
         rows, state = FIRST_PAGE, None
         while True:
-            with translated():
-                statement = self._bind(cql, values)
-                statement.fetch_size = rows
-                found = self.connection.execute(statement, timeout=self._timeout, paging_state=state)
+            try:
+                with translated():
+                    statement = self._bind(cql, values)
+                    statement.fetch_size = rows
+                    found = self.connection.execute(statement, timeout=self._timeout, paging_state=state)
+            except (NotDoneError, MaybeDoneError):
+                if rows == 1:
+                    raise
+                rows = max(1, rows // FEWER)
+                continue
             page, state = list(found.current_rows), found.paging_state
             yield from page
             if state is None:

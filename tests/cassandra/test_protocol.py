@@ -17,7 +17,7 @@ from flask_eventsourcing.cassandra import memory, queueing, rows
 from flask_eventsourcing.cassandra.memory import Memory
 from flask_eventsourcing.cassandra.queueing import Queue, Ticket
 from flask_eventsourcing.cassandra.reading import Reader
-from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, NotDoneError, Row
+from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, MaybeDoneError, NotDoneError, Row
 from flask_eventsourcing.cassandra.writing import Writer
 from flask_eventsourcing.exceptions import CommitOutcomeUnknownError, UnreadableEventError
 from tests.cassandra.sabotage import TOUCHING, WITHOUT, LeavesUnindexed, leave_gaps, without
@@ -300,7 +300,7 @@ def test_rows_of_a_log_that_was_restored() -> None:
         for events in sizes:
             writer.append(Append(events=[event(uuid4(), 1) for _ in range(events)]))
         for position in range(1, sum(sizes) + 1):
-            assert [each.id for each in reader.page(position, 2, None, ())][0] == position
+            assert next(each.id for each in reader.page(position, 2, None, ())) == position
     del cluster.rows[5]
     with pytest.raises(UnreadableEventError):
         reader.page(5, 2, None, ())
@@ -334,6 +334,27 @@ def test_steady_writer_reads_no_log() -> None:
     store._cluster.clock += writer.pause
     writer.append(Append(events=[event(uuid4(), 1)]))
     assert store.reads == 2
+
+
+class BusyStore(SimulatedStore):
+    """A store that does not send many rows with states in time."""
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Take too long, or answer."""
+        self._cluster.clock += 0.5
+        if limit > 3:
+            raise MaybeDoneError("timed out")
+        return super().read_rows(position, limit, states=states)
+
+
+def test_large_rows_are_read_some_at_a_time() -> None:
+    """Where nodes do not send as many rows in time as are asked for, fewer are, down to one."""
+    store = calm_store()
+    writer = Writer(store, 5.0)
+    for _ in range(40):
+        writer.append(Append(events=[event(uuid4(), 1)]))
+    reader = Reader(BusyStore(store._cluster), writer, 5.0)
+    assert [each.id for each in reader.page(1, 100, None, ())] == list(range(1, 41))
 
 
 def test_rows_are_not_larger_than_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
