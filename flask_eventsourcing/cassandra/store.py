@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
@@ -18,8 +17,6 @@ from .errors import SaveTooLargeError, translated
 from .rows import Content, Horizon, Key, MaybeDoneError, NotDoneError, Part, Row, StreamRow, bucket_of, stream_rows
 from .schema import TABLES, table
 
-TIMEOUT = 3.0
-"""Seconds for an answer; a node that does not answer is asked again through another one."""
 BATCH_BYTES = 40 * 1024
 """The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
 MOST_BYTES = 64 * 2**20
@@ -109,21 +106,17 @@ class CassandraStore:
         names = self._names | {"light": LIGHT, "stream": STREAM, "purpose": "{purpose}"}
         self._cql = Statements(*(each.format(**names) for each in CQL))
 
-    @cached_property
-    def _timeout(self) -> float:
-        return min(TIMEOUT, self.connection.settings.patience / 2)
-
     def _bind(self, cql: str, values: Sequence[Any]) -> Any:
         return self.connection.prepare(cql).bind(values)
 
     def _one(self, cql: str, *values: Any, consistency: int | None = None, size: int = 0) -> Any:
         with translated(size):
             statement = self._bind(cql, values)
-            return self.connection.execute(statement, consistency=consistency, timeout=self._timeout).one()
+            return self.connection.execute(statement, consistency=consistency, timeout=self.connection.timeout).one()
 
     def _all(self, cql: str, *values: Any) -> Any:
         with translated():
-            return list(self.connection.execute(self._bind(cql, values), timeout=self._timeout))
+            return list(self.connection.execute(self._bind(cql, values), timeout=self.connection.timeout))
 
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""
@@ -187,7 +180,7 @@ class CassandraStore:
             statement = self._bind(self._cql.last_versions, [list(originator_ids)])
             # Cassandra refuses to sort what it sends in pages.
             statement.fetch_size = None
-            found = list(self.connection.execute(statement, timeout=self._timeout))
+            found = list(self.connection.execute(statement, timeout=self.connection.timeout))
         return {each.originator_id: int(each.originator_version) for each in found}
 
     def tracked(self, name: str) -> int | None:
@@ -221,7 +214,7 @@ class CassandraStore:
             statements = [each[step] for each in pending]
             for first in range(0, len(statements), AT_ONCE):
                 with translated():
-                    self.connection.execute_all(statements[first : first + AT_ONCE], self._timeout)
+                    self.connection.execute_all(statements[first : first + AT_ONCE], self.connection.timeout)
             step += 1
             pending = [each for each in pending if len(each) > step]
 
@@ -286,7 +279,7 @@ class CassandraStore:
                 with translated():
                     statement = self._bind(cql, values)
                     statement.fetch_size = rows
-                    found = self.connection.execute(statement, timeout=self._timeout, paging_state=state)
+                    found = self.connection.execute(statement, timeout=self.connection.timeout, paging_state=state)
             except (NotDoneError, MaybeDoneError):
                 if rows == 1:
                     raise
