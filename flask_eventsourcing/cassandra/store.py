@@ -23,8 +23,8 @@ MOST_BYTES = 64 * 2**20
 """The most of one save that is sent: nodes end the connection after 128 MiB, and the outcome would be unknown."""
 AT_ONCE = 256
 """Writes that are sent together: each of them has to be answered in time."""
-FIRST_PAGE, LONGEST_PAGE = 64, 4096
-"""Rows of a stream in one answer, at first and at most."""
+FIRST_PAGE, LONGEST_PAGE = 64, 128
+"""Rows of a stream in one answer, at first and at most: a node has all of them in its memory, and any may be large."""
 PAGE_BYTES = 2 * 2**20
 """The bytes of states after which the next answer has fewer rows."""
 FEWER = 8
