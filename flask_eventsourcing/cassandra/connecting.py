@@ -52,6 +52,8 @@ from .errors import UNKNOWN  # noqa: E402
 
 TIMEOUT = 5.0
 """Seconds for an answer, unless told otherwise."""
+SHORT_TIMEOUT = 3.0
+"""Seconds for an answer that another node can give too."""
 GRACE = 2.0
 """Seconds for which the driver may be late to tell that there is no answer: it counts on the machine's clock."""
 RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
@@ -108,6 +110,8 @@ class Connection:
         self.settings = settings
         self.consistency: int = ConsistencyLevel.name_to_value[settings.consistency]
         self.serial_consistency: int = ConsistencyLevel.name_to_value[settings.serial_consistency]
+        self.timeout: float = min(SHORT_TIMEOUT, settings.patience / 2)
+        """Seconds for the answer to a statement of a save or a read, which is sent again otherwise."""
         self._lock = ProcessLock()
         self._held: _Held | None = None
         self._failed: tuple[float, OperationalError] | None = None
@@ -180,6 +184,8 @@ class Connection:
                 protocol_version=ProtocolVersion.V5,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 ssl_context=settings.ssl_context,
+                # Each of them would be waited for, also one that hangs; a node that lacks a statement says so.
+                prepare_on_all_hosts=False,
                 reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT),
                 **options,
             )
@@ -187,6 +193,8 @@ class Connection:
             with ExitStack() as failed:
                 failed.callback(cluster.shutdown)
                 session = cluster.connect()
+                # How long it waits when it prepares a statement; with profiles there is no public way to say that.
+                session._default_timeout = self.timeout
                 self._check_centres({str(each.datacenter) for each in cluster.metadata.all_hosts()})
                 failed.pop_all()
             return session, order

@@ -229,9 +229,18 @@ class Schema:
         )
         if not keyspace.durable_writes:
             yield f"keyspace {name} has durable_writes = false, so that a killed node loses events: alter it", True
-        plain = asked if isinstance(asked, Mapping) or asked is None else {"replication_factor": asked}
-        if plain is not None and found != {key: str(value) for key, value in plain.items()}:
+        if asked is not None and found != _copies(asked, found):
             yield f"keyspace {name} has another replication than the settings: alter the one or the other", True
+
+
+def _copies(asked: int | Mapping[str, int], found: Mapping[str, str]) -> dict[str, str]:
+    """Return what a keyspace should say of its copies."""
+    if isinstance(asked, int):
+        return {"replication_factor": str(asked)}
+    if set(asked) == {"replication_factor"}:
+        # For each data centre; the nodes write down their names instead.
+        return dict.fromkeys(found, str(asked["replication_factor"]))
+    return {name: str(number) for name, number in asked.items()}
 
 
 def _look_at_copies(replication: Mapping[str, str], nodes: Sequence[Host]) -> Iterator[Line]:

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection
 from uuid import UUID
 
-from .rows import Append, Horizon, Key, Row, row_of, upstream_key
+from .rows import Append, Horizon, Row, Subject, Upstream, row_of
 
 NOTHING = -1
 """The version of an aggregate, or the position of an upstream application, of which there is nothing."""
@@ -19,21 +19,21 @@ class Versions:
     """The last versions of aggregates: those that rows of the log have told, and some that were read of streams."""
 
     def __init__(self) -> None:
-        self._told: dict[Key, tuple[int, int]] = {}
+        self._told: dict[Subject, tuple[int, int]] = {}
         """With the position of the row."""
-        self._read: OrderedDict[Key, int] = OrderedDict()
+        self._read: OrderedDict[Subject, int] = OrderedDict()
         """To forget one is safe, as it can be read again."""
 
-    def get(self, key: Key) -> int | None:
+    def get(self, key: Subject) -> int | None:
         """Return the last version of an aggregate, or None if it is not known."""
         told = self._told.get(key)
         return self._read.get(key) if told is None else told[0]
 
-    def tell(self, key: Key, version: int, position: int) -> None:
+    def tell(self, key: Subject, version: int, position: int) -> None:
         """Take what a row has told."""
         self._told[key] = (version, position)
 
-    def offer(self, key: Key, version: int) -> None:
+    def offer(self, key: Subject, version: int) -> None:
         """Take what was read, unless a row has told more."""
         if key not in self._told:
             self._read[key] = version
@@ -64,14 +64,14 @@ class Memory:
         """Position and id of the last row, or None if there is none since the horizon."""
         self._positions: deque[int] = deque()
         self._versions = Versions()
-        self._unindexed: dict[int, set[Key]] = {}
+        self._unindexed: dict[int, set[Subject]] = {}
         self._lock = threading.Lock()
 
-    def known(self, key: Key) -> int | None:
+    def known(self, key: Subject) -> int | None:
         """Return the last version of an aggregate, or the last position of an upstream application; None if unknown."""
         return self._versions.get(key)
 
-    def offer(self, key: Key, version: int | None, horizon: int) -> None:
+    def offer(self, key: Subject, version: int | None, horizon: int) -> None:
         """Take the last version of an aggregate that no row has had yet.
 
         :param horizon: the horizon of this memory before the version was read.
@@ -87,7 +87,7 @@ class Memory:
                 self._versions.tell(key, version, row.position)
             for part in row.parts:
                 if part.upstream is not None and part.upstream_position is not None:
-                    self._versions.tell(upstream_key(part.upstream), part.upstream_position, row.position)
+                    self._versions.tell(Upstream(part.upstream), part.upstream_position, row.position)
             if not row.indexed:
                 self._unindexed[row.position] = row.keys
             self.head, self.last_event, self.last_row = row.end, row.last_event, (row.position, row.id)
@@ -102,7 +102,7 @@ class Memory:
         """Return the row that would record appends at the head."""
         return row_of(self.head, self.last_event, appends)
 
-    def unindexed(self, keys: Collection[Key], before: int | None = None) -> list[int]:
+    def unindexed(self, keys: Collection[Subject], before: int | None = None) -> list[int]:
         """Return the rows about some of these keys that may not be indexed, in their order."""
         with self._lock:
             found = [position for position, about in self._unindexed.items() if not about.isdisjoint(keys)]

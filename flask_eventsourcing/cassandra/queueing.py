@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ..exceptions import CommitOutcomeUnknownError
-from .rows import MOST_EVENTS, Append, Key
+from .rows import MOST_EVENTS, Append, Subject
 
 MOST_BYTES = 512 * 1024
 """Bytes of states that are committed together; a larger save goes alone."""
@@ -25,7 +25,7 @@ class Ticket:
     def __init__(self, append: Append, until: float = float("inf")) -> None:
         self.append: Append = append
         self.until: float = until
-        self.keys: set[Key] = append.keys
+        self.keys: set[Subject] = append.keys
         self.bytes: int = sum(len(event.state) for event in append.events)
         self.position: int | None = None
         self.error: BaseException | None = None
@@ -100,7 +100,7 @@ class Queue:
         """Take the appends that can be committed with those that are taken: no two are about one aggregate."""
         room = MOST_BYTES - sum(each.bytes for each in taken)
         places = MOST_EVENTS - sum(each.append.size for each in taken)
-        about: set[Key] = {key for each in taken for key in each.keys}
+        about: set[Subject] = {key for each in taken for key in each.keys}
         found: list[Ticket] = []
         with self._lock:
             left: deque[Ticket] = deque()

@@ -107,10 +107,13 @@ class Reader:
                 last = self._last_row()
                 if last is not None:
                     return last
-            # What is remembered is gone: the tables were emptied or made again.
-            self._edges, self._head = OrderedDict({1: None}), 1
-            self._recorded.clear()
+            self._forget()
         return self._last_row()
+
+    def _forget(self) -> None:
+        """Forget what is gone: the tables were emptied, made again or restored."""
+        self._edges, self._head = OrderedDict({1: None}), 1
+        self._recorded.clear()
 
     def _last_row(self) -> Row | None:
         if self._head == 1:
@@ -125,12 +128,20 @@ class Reader:
 
     def _rows(self, start: int, *, page: int) -> Iterator[Row]:
         """Yield the rows from that one on which has a position, each indexed and with its states."""
-        for row in self._walker.rows(self._begin(start), states=True, page=page):
-            if not self._writer.is_indexed(row):
-                self._walker.index(row)
-                self._writer.was_indexed(row)
-            self._note(row)
-            yield row
+        is_remembered = start > 1 and start in self._edges
+        try:
+            for row in self._walker.rows(self._begin(start), states=True, page=page):
+                is_remembered = False
+                if not self._writer.is_indexed(row):
+                    self._walker.index(row)
+                    self._writer.was_indexed(row)
+                self._note(row)
+                yield row
+        except UnreadableEventError:
+            if not is_remembered:
+                raise
+            self._forget()
+            yield from self._rows(start, page=page)
 
     def _begin(self, position: int) -> int:
         if position in self._edges:

@@ -19,6 +19,16 @@ MOST_EVENTS = BUCKET
 Key = UUID | str
 
 
+class Upstream(NamedTuple):
+    """An upstream application, whose position is checked as versions are; no aggregate has such a key."""
+
+    name: str
+
+
+Subject = Key | Upstream
+"""What a save is about."""
+
+
 def bucket_of(position: int) -> int:
     """Return the bucket of a position."""
     return position // BUCKET
@@ -98,11 +108,11 @@ class Append:
         return list(found.values())
 
     @property
-    def keys(self) -> set[Key]:
-        """The aggregates, and the name of an upstream application, that it is about."""
-        keys: set[Key] = {event.originator_id for event in self.events}
+    def keys(self) -> set[Subject]:
+        """The aggregates, and an upstream application, that it is about."""
+        keys: set[Subject] = {event.originator_id for event in self.events}
         if self.tracking is not None:
-            keys.add(upstream_key(self.tracking.application_name))
+            keys.add(Upstream(self.tracking.application_name))
         return keys
 
     @property
@@ -118,19 +128,6 @@ class Append:
         ids = self.event_ids or [None] * len(self.events)
         for event, event_id in zip(self.events, ids, strict=True):
             yield Content(event.topic, event.state, event_id)
-
-
-UPSTREAM = "\0upstream "
-
-
-def upstream_key(name: str) -> str:
-    """Return the key of an upstream application, which no aggregate has."""
-    return f"{UPSTREAM}{name}"
-
-
-def upstream_of(key: Key) -> str | None:
-    """Return the name of the upstream application that a key stands for, or None if it is that of an aggregate."""
-    return key.removeprefix(UPSTREAM) if isinstance(key, str) and key.startswith(UPSTREAM) else None
 
 
 @dataclass(frozen=True)
@@ -154,10 +151,10 @@ class Row:
         return self.position + self.size
 
     @property
-    def keys(self) -> set[Key]:
-        """The aggregates, and the names of upstream applications, that it is about."""
-        keys: set[Key] = {key for key, _ in self.versions}
-        return keys | {upstream_key(part.upstream) for part in self.parts if part.upstream is not None}
+    def keys(self) -> set[Subject]:
+        """The aggregates and the upstream applications that it is about."""
+        keys: set[Subject] = {key for key, _ in self.versions}
+        return keys | {Upstream(part.upstream) for part in self.parts if part.upstream is not None}
 
     def flagged(self) -> Row:
         """Return the row with the flag that it is indexed."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
@@ -18,18 +17,18 @@ from .errors import SaveTooLargeError, translated
 from .rows import Content, Horizon, Key, MaybeDoneError, NotDoneError, Part, Row, StreamRow, bucket_of, stream_rows
 from .schema import TABLES, table
 
-TIMEOUT = 3.0
-"""Seconds for an answer; a node that does not answer is asked again through another one."""
 BATCH_BYTES = 40 * 1024
 """The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
 MOST_BYTES = 64 * 2**20
 """The most of one save that is sent: nodes end the connection after 128 MiB, and the outcome would be unknown."""
 AT_ONCE = 256
 """Writes that are sent together: each of them has to be answered in time."""
-FIRST_PAGE, LONGEST_PAGE = 64, 4096
-"""Rows of a stream in one answer, at first and at most."""
+FIRST_PAGE, LONGEST_PAGE = 64, 128
+"""Rows of a stream in one answer, at first and at most: a node has all of them in its memory, and any may be large."""
 PAGE_BYTES = 2 * 2**20
 """The bytes of states after which the next answer has fewer rows."""
+FEWER = 8
+"""By what the rows of an answer are divided that did not come in time, as they may be large."""
 EVENT_BYTES = 200
 """What an event takes beside its state and texts, roughly; the correlation id is stored twice."""
 
@@ -43,6 +42,7 @@ class Statements(NamedTuple):
     read_row: str
     row_before: str
     flag: str
+    unflag: str
     write_event: str
     last_version: str
     last_versions: str
@@ -65,8 +65,9 @@ CQL = Statements(
     read_rows="SELECT {light} FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_rows_with_states="SELECT {light}, events FROM {log} WHERE bucket = ? AND position >= ? LIMIT ?",
     read_row="SELECT {light}, events FROM {log} WHERE bucket = ? AND position = ?",
-    row_before="SELECT position FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
+    row_before="SELECT position, row_id FROM {log} WHERE bucket = ? AND position <= ? ORDER BY position DESC LIMIT 1",
     flag="UPDATE {log} USING TTL 0 SET indexed = true WHERE bucket = ? AND position = ?",
+    unflag="DELETE indexed FROM {log} WHERE bucket = ? AND position = ? IF row_id = null",
     write_event=(
         "INSERT INTO {events} ({stream}, notification_id, event_id, recorded_at, metadata, correlation_id) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL 0 AND TIMESTAMP ?"
@@ -105,21 +106,17 @@ class CassandraStore:
         names = self._names | {"light": LIGHT, "stream": STREAM, "purpose": "{purpose}"}
         self._cql = Statements(*(each.format(**names) for each in CQL))
 
-    @cached_property
-    def _timeout(self) -> float:
-        return min(TIMEOUT, self.connection.settings.patience / 2)
-
     def _bind(self, cql: str, values: Sequence[Any]) -> Any:
         return self.connection.prepare(cql).bind(values)
 
     def _one(self, cql: str, *values: Any, consistency: int | None = None, size: int = 0) -> Any:
         with translated(size):
             statement = self._bind(cql, values)
-            return self.connection.execute(statement, consistency=consistency, timeout=self._timeout).one()
+            return self.connection.execute(statement, consistency=consistency, timeout=self.connection.timeout).one()
 
     def _all(self, cql: str, *values: Any) -> Any:
         with translated():
-            return list(self.connection.execute(self._bind(cql, values), timeout=self._timeout))
+            return list(self.connection.execute(self._bind(cql, values), timeout=self.connection.timeout))
 
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""
@@ -141,7 +138,9 @@ class CassandraStore:
         if found.applied:
             return None
         if found.row_id is None:
-            raise MaybeDoneError(f"position {row.position} has a flag without a row")
+            # Of a row of a log that was emptied since: it was written later than that.
+            self._one(self._cql.unflag, bucket_of(row.position), row.position)
+            raise NotDoneError(f"position {row.position} had a flag without a row")
         return _row(found)
 
     def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
@@ -162,9 +161,12 @@ class CassandraStore:
         """Find the last row at or before a position, without SERIAL."""
         bucket = bucket_of(position)
         for each in (bucket, bucket - 1):
-            found = self._one(self._cql.row_before, each, position)
-            if found is not None:
-                return int(found.position)
+            at = position
+            while (found := self._one(self._cql.row_before, each, at)) is not None:
+                if found.row_id is not None:
+                    return int(found.position)
+                # A flag without a row.
+                at = found.position - 1
         return None
 
     def last_version(self, originator_id: Key) -> int | None:
@@ -178,7 +180,7 @@ class CassandraStore:
             statement = self._bind(self._cql.last_versions, [list(originator_ids)])
             # Cassandra refuses to sort what it sends in pages.
             statement.fetch_size = None
-            found = list(self.connection.execute(statement, timeout=self._timeout))
+            found = list(self.connection.execute(statement, timeout=self.connection.timeout))
         return {each.originator_id: int(each.originator_version) for each in found}
 
     def tracked(self, name: str) -> int | None:
@@ -212,7 +214,7 @@ class CassandraStore:
             statements = [each[step] for each in pending]
             for first in range(0, len(statements), AT_ONCE):
                 with translated():
-                    self.connection.execute_all(statements[first : first + AT_ONCE], self._timeout)
+                    self.connection.execute_all(statements[first : first + AT_ONCE], self.connection.timeout)
             step += 1
             pending = [each for each in pending if len(each) > step]
 
@@ -273,10 +275,16 @@ class CassandraStore:
         """Yield rows that have a state, no more of them with one answer than nodes can send in time."""
         rows, state = FIRST_PAGE, None
         while True:
-            with translated():
-                statement = self._bind(cql, values)
-                statement.fetch_size = rows
-                found = self.connection.execute(statement, timeout=self._timeout, paging_state=state)
+            try:
+                with translated():
+                    statement = self._bind(cql, values)
+                    statement.fetch_size = rows
+                    found = self.connection.execute(statement, timeout=self.connection.timeout, paging_state=state)
+            except (NotDoneError, MaybeDoneError):
+                if rows == 1:
+                    raise
+                rows = max(1, rows // FEWER)
+                continue
             page, state = list(found.current_rows), found.paging_state
             yield from page
             if state is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TypeVar
 
 from eventsourcing.persistence import OperationalError
@@ -19,6 +18,10 @@ PAGE = 500
 FIRST_PAGE = 8
 PAGE_BYTES = 4 * 2**20
 """The bytes of states behind which fewer rows are read at once."""
+LONGEST_PAGE = 128
+"""Rows that are read at once with their states: those that come may be larger than those before."""
+FEWER = 8
+"""By what the rows of an answer are divided that did not come in time, as they may be large."""
 
 
 class Tries:
@@ -83,7 +86,7 @@ class Walker:
         """Yield the rows from a position on to the end of the log; a row must begin at the position."""
         while True:
             at = position
-            rows = self.repeat(partial(self.store.read_rows, at, page, states=states))
+            rows, page = self._page(at, page, states=states)
             for row in rows:
                 if row.position != position:
                     found = self.settled(position)
@@ -95,7 +98,21 @@ class Walker:
             else:
                 if len(rows) < page and bucket_of(position) == bucket_of(at):
                     return
-            page = fitting(page, rows) if states else page
+            page = fitting(page, rows) if states else PAGE
+
+    def _page(self, position: int, page: int, *, states: bool) -> tuple[Sequence[Row], int]:
+        """Read rows, fewer of them when the answer does not come; return them, and how many were asked for."""
+        sizes = [page]
+
+        def read() -> Sequence[Row]:
+            try:
+                return self.store.read_rows(position, sizes[-1], states=states)
+            except (NotDoneError, MaybeDoneError):
+                sizes.append(max(1, sizes[-1] // FEWER))
+                raise
+
+        rows = self.repeat(read)
+        return rows, sizes[-1]
 
     def settled(self, position: int) -> Row:
         """Return the row at a position where one is known to begin. Afterwards, reads without SERIAL see it too.
@@ -120,4 +137,4 @@ class Walker:
 def fitting(page: int, rows: Sequence[Row]) -> int:
     """Return how many rows to read next, by the size of those that were read with their states."""
     size = sum(len(each.state) for row in rows for each in row.contents or ())
-    return max(1, page // 2) if size > PAGE_BYTES else min(2 * page, PAGE)
+    return max(1, page // 2) if size > PAGE_BYTES else min(2 * page, LONGEST_PAGE)

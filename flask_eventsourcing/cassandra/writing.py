@@ -24,14 +24,13 @@ from .rows import (
     MOST_EVENTS,
     Append,
     Horizon,
-    Key,
     MaybeDoneError,
     NotDoneError,
     Row,
     Span,
     Store,
-    upstream_key,
-    upstream_of,
+    Subject,
+    Upstream,
 )
 from .walking import PAGE, Tries, Walker
 
@@ -120,8 +119,8 @@ class Writer:
 
     def _load_all(self, memory: Memory, batch: Sequence[Ticket]) -> None:
         """Read the last versions that nobody knows yet, of all that waits, with as few requests as that needs."""
-        keys = {key for ticket in batch for key in ticket.keys if memory.known(key) is None}
-        keys -= {key for key in keys if upstream_of(key) is not None}
+        about = {key for ticket in batch for key in ticket.keys if memory.known(key) is None}
+        keys = [key for key in about if not isinstance(key, Upstream)]
         left, horizon = iter(keys), memory.horizon
         # A single one is read as it always is, at its turn.
         while len(keys) > 1 and (some := list(islice(left, MOST_STREAMS))):
@@ -129,11 +128,10 @@ class Writer:
             for key in some:
                 memory.offer(key, found.get(key), horizon)
 
-    def _load(self, memory: Memory, key: Key) -> int:
+    def _load(self, memory: Memory, key: Subject) -> int:
         horizon = memory.horizon
-        upstream = upstream_of(key)
-        if upstream is not None:
-            read = partial(self._store.tracked, upstream)
+        if isinstance(key, Upstream):
+            read = partial(self._store.tracked, key.name)
         else:
             read = partial(self._store.last_version, key)
         found = self._walker.repeat(read)
@@ -293,7 +291,7 @@ class Writer:
                 )
         tracking = append.tracking
         if tracking is not None:
-            known = self._last(memory, upstream_key(tracking.application_name))
+            known = self._last(memory, Upstream(tracking.application_name))
             if tracking.notification_id <= known:
                 return f"Position {tracking.notification_id} of {tracking.application_name} was processed before."
         return None
@@ -311,7 +309,7 @@ class Writer:
             memory.meet(row)
         return True
 
-    def _last(self, memory: Memory, key: Key) -> int:
+    def _last(self, memory: Memory, key: Subject) -> int:
         known = memory.known(key)
         return self._load(memory, key) if known is None else known
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from flask_eventsourcing.cassandra.memory import NOTHING, Memory
 from flask_eventsourcing.cassandra.queueing import Ticket
-from flask_eventsourcing.cassandra.rows import Append, Key, MaybeDoneError, NotDoneError, Row
+from flask_eventsourcing.cassandra.rows import Append, MaybeDoneError, NotDoneError, Row, Subject, Upstream
 from flask_eventsourcing.cassandra.walking import Tries, Walker
 from flask_eventsourcing.cassandra.writing import Writer
 
@@ -45,8 +45,8 @@ class ReadsNoStream(Writer):
     def _load_all(self, memory: Memory, batch: Sequence[Ticket]) -> None:
         """Read nothing."""
 
-    def _load(self, memory: Memory, key: Key) -> int:
-        return super()._load(memory, key) if str(key).startswith("\0") else NOTHING
+    def _load(self, memory: Memory, key: Subject) -> int:
+        return super()._load(memory, key) if isinstance(key, Upstream) else NOTHING
 
 
 class LeavesUnindexed(Writer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from eventsourcing.persistence import OperationalError, ProgrammingError
@@ -211,6 +211,39 @@ def test_writes_are_sent_in_portions() -> None:
     CassandraStore(connection, "bank").index(row_of(1, 0, [Append(events)]))
     sizes = [len(call.args[0]) for call in connection.execute_all.call_args_list]
     assert (sum(sizes), max(sizes)) == (1000, AT_ONCE)
+
+
+class StreamRow(NamedTuple):
+    """A row of a stream."""
+
+    originator_id: UUID
+    originator_version: int
+    topic: str
+    state: bytes
+
+
+@pytest.mark.parametrize("most", [5, 100_000], ids=["large rows", "small rows"])
+def test_stream_is_read_some_rows_at_a_time(most: int) -> None:
+    """No answer has so many rows that a node could not send large ones; where none comes, it is asked for fewer."""
+    from flask_eventsourcing.cassandra import CassandraSettings
+    from flask_eventsourcing.cassandra.store import CassandraStore
+
+    connection, statement, sizes = Mock(settings=CassandraSettings(("127.0.0.1",), "bank")), Mock(), []
+    connection.prepare.return_value.bind.return_value = statement
+    stream = [StreamRow(uuid4(), version, "topic", b"") for version in range(1, 1001)]
+
+    def execute(_: object, paging_state: bytes | None, **others: object) -> Mock:
+        first, size = int(paging_state or b"0"), statement.fetch_size
+        if size > most:
+            raise cassandra.OperationTimedOut
+        sizes.append(size)
+        left = str(first + size).encode() if first + size < len(stream) else None
+        return Mock(current_rows=stream[first : first + size], paging_state=left)
+
+    connection.execute = execute
+    found = CassandraStore(connection, "bank").select("events", stream[0][0], None, None, desc=False, limit=None)
+    assert [each.originator_version for each in found] == [each.originator_version for each in stream]
+    assert max(sizes) <= 128
 
 
 def test_save_that_no_node_takes_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:

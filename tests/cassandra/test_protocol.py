@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
 import pytest
-from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent
+from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +17,9 @@ from flask_eventsourcing.cassandra import memory, queueing, rows
 from flask_eventsourcing.cassandra.memory import Memory
 from flask_eventsourcing.cassandra.queueing import Queue, Ticket
 from flask_eventsourcing.cassandra.reading import Reader
-from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, NotDoneError, Row
+from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, MaybeDoneError, NotDoneError, Row
 from flask_eventsourcing.cassandra.writing import Writer
-from flask_eventsourcing.exceptions import CommitOutcomeUnknownError
+from flask_eventsourcing.exceptions import CommitOutcomeUnknownError, UnreadableEventError
 from tests.cassandra.sabotage import TOUCHING, WITHOUT, LeavesUnindexed, leave_gaps, without
 from tests.cassandra.simulation import Cluster, Crash, QuickWriter, SimulatedStore, Simulation
 from tests.length import examples
@@ -117,6 +117,20 @@ def test_aggregate_is_blocked_without_indexing_before_a_refusal() -> None:
     for _ in range(5):
         with pytest.raises(IntegrityError):
             change(store, writer, key)
+
+
+@pytest.mark.parametrize("key", ["\0upstream other", "other", ""])
+def test_aggregate_is_never_taken_for_an_upstream_application(key: str) -> None:
+    """Whatever text an aggregate has as its id, its versions are checked, and an upstream position is another thing."""
+    cluster = CalmCluster()
+    Writer(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 1)]))
+    cluster.horizon = Horizon(2, 1)
+    with pytest.raises(IntegrityError):
+        Writer(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 1)]))
+    writer = Writer(SimulatedStore(cluster), 5.0)
+    assert writer.append(Append(events=[event(key, 2)])) == 2
+    assert writer.append(Append(tracking=Tracking("other", 1))) == 3
+    assert writer.append(Append(events=[event(key, 3)], tracking=Tracking("other", 2))) == 4
 
 
 def test_stream_is_read_where_the_log_does_not_tell() -> None:
@@ -275,6 +289,23 @@ def test_end_of_a_log_that_was_emptied(others: int) -> None:
     assert len(reader.page(1, 100, None, ())) == others + (others > 1)
 
 
+def test_rows_of_a_log_that_was_restored() -> None:
+    """A reader that has seen where rows begin reads on where they begin elsewhere, as the log was restored."""
+    cluster = CalmCluster()
+    store = SimulatedStore(cluster)
+    reader = Reader(store, Writer(store, 5.0), 5.0)
+    for sizes in ((1, 1, 1, 1, 1, 1), (1, 3, 1, 1, 1)):
+        cluster.rows.clear()
+        writer = Writer(store, 5.0)
+        for events in sizes:
+            writer.append(Append(events=[event(uuid4(), 1) for _ in range(events)]))
+        for position in range(1, sum(sizes) + 1):
+            assert next(each.id for each in reader.page(position, 2, None, ())) == position
+    del cluster.rows[5]
+    with pytest.raises(UnreadableEventError):
+        reader.page(5, 2, None, ())
+
+
 class CountingStore(SimulatedStore):
     """A store that counts what is read of the log, and on which each insert takes 20 ms."""
 
@@ -303,6 +334,27 @@ def test_steady_writer_reads_no_log() -> None:
     store._cluster.clock += writer.pause
     writer.append(Append(events=[event(uuid4(), 1)]))
     assert store.reads == 2
+
+
+class BusyStore(SimulatedStore):
+    """A store that does not send many rows with states in time."""
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Take too long, or answer."""
+        self._cluster.clock += 0.5
+        if limit > 3:
+            raise MaybeDoneError("timed out")
+        return super().read_rows(position, limit, states=states)
+
+
+def test_large_rows_are_read_some_at_a_time() -> None:
+    """Where nodes do not send as many rows in time as are asked for, fewer are, down to one."""
+    store = calm_store()
+    writer = Writer(store, 5.0)
+    for _ in range(40):
+        writer.append(Append(events=[event(uuid4(), 1)]))
+    reader = Reader(BusyStore(store._cluster), writer, 5.0)
+    assert [each.id for each in reader.page(1, 100, None, ())] == list(range(1, 41))
 
 
 def test_rows_are_not_larger_than_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,6 +347,24 @@ def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -
     assert [each.originator_version for each in recorder.select_events(kept)] == [1]
 
 
+def test_flags_of_a_log_that_was_emptied(new_log: NewLog) -> None:
+    """Flags that arrive after a log was emptied stop no save and no reader, wherever its new rows begin."""
+    log = new_log()
+    store, recorder = log.parts.store, application_recorder(log)
+    log.parts.writer._patience = 2.0
+    for position in (1, 2, 4, 5, 20):
+        store.connection.execute(store._bind(store._cql.flag, (0, position)))
+    assert recorder.max_notification_id() is None
+    assert recorder.insert_events([event(uuid4(), 1)]) == [1]
+    assert recorder.insert_events([event(uuid4(), 1) for _ in range(5)]) == list(range(2, 7))
+    again = application_recorder(type(log)(store.connection, log.name))
+    assert [each.id for each in again.select_notifications(5, 10)] == [5, 6]
+    assert [each.id for each in again.select_notifications(1, 10)] == list(range(1, 7))
+    assert again.select_notifications(30, 10) == []
+    assert again.max_notification_id() == 6
+    assert again.insert_events([event(uuid4(), 1)]) == [7]
+
+
 @pytest.mark.torture
 def test_process_that_starts_behind_100_000_appends(new_log: NewLog) -> None:
     """Where the horizon lies 100,000 appends back, a new process reads these once, and then saves."""

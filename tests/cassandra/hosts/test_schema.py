@@ -52,6 +52,11 @@ def test_init_db_and_check(cassandra_server: str, cassandra_keyspace: str) -> No
     assert "bank_events: column correlation_id is missing" in output
     assert "has durable_writes = false" in output
     assert "datacenter1 asks for 3 copies, but there are 1 nodes" in output
+    for copies, differs in ((3, False), (2, True)):
+        _, output = run(
+            cassandra_server, cassandra_keyspace, "check", CASSANDRA_REPLICATION={"replication_factor": copies}
+        )
+        assert ("has another replication than the settings" in output) is differs, output
 
 
 def test_refused_keyspace(cassandra_server: str, cassandra_keyspace: str) -> None:
