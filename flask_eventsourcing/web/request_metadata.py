@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask, current_app, has_app_context, has_request_context, request
+from flask import globals as flask_globals
 from flask.globals import app_ctx
 
 from ..config import Config
@@ -26,6 +27,14 @@ from ..metadata.values import metadata_of_headers, trace_of_span
 
 KEPT = "flask_eventsourcing.metadata"
 """Where the environment of a request has what was filled in for it, for all of its saves."""
+
+# From version 3.2 of Flask on, it is the application context.
+_request_context: Any = vars(flask_globals).get("request_ctx", app_ctx)
+
+
+def request_context() -> object:
+    """Return Flask's context of the current request. A copy of it, as for another thread, has the same request."""
+    return _request_context._get_current_object()
 
 
 def make_collector(app: Flask, config: Config) -> Collector | None:

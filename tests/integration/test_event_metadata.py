@@ -17,7 +17,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask, Request, request
+from flask import Flask, Request, copy_current_request_context, request
 from flask_sqlalchemy import SQLAlchemy
 from markupsafe import Markup
 from sqlalchemy import orm
@@ -699,3 +699,18 @@ def test_generator_that_is_kept_leaks_into_no_other_request(uri: str) -> None:
         with event_metadata(reason="caller's"):
             assert preserving.get("/other").text == "caller's"
     site.close()
+
+
+@on_memory
+def test_copied_request_context_ends_no_block(site: Site) -> None:
+    """A function with a copy of the request's context leaves what its caller has put in force, wherever it runs."""
+
+    def view() -> None:
+        copied = copy_current_request_context(get_metadata_from_context)
+        with ThreadPoolExecutor(1) as threads, site.es.event_metadata(reason="kept"):
+            assert copied() == {"reason": "kept"}
+            assert threads.submit(copied).result() == {}
+            site.bank.open_account()
+
+    send(site, view=view)
+    assert [each.event_metadata.get("reason") for each in records(site)] == ["kept", None]
