@@ -29,7 +29,7 @@ from ..exceptions import UncommittedEventsError
 from ..metadata import enter_request, finish_request, leave_request
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
-from .request_metadata import request_context
+from .request_metadata import answer_in_steps, request_context
 from .sessions import ENDED, LEFT
 from .state import EventSourcingState, discard, state_of
 
@@ -132,9 +132,11 @@ def _begin_request(_: Flask, **__: object) -> None:
     enter_request(request_context())
 
 
-def _answered(_: Flask, **__: object) -> None:
-    # A test client may keep the request's context while the test puts blocks of its own around the next one.
-    finish_request(request_context())
+def _answered(_: Flask, response: Response, **__: object) -> None:
+    # A stream may keep the request's context to its end, and a test client while the test puts blocks of its own around
+    # the next one.
+    end = leave_request if answer_in_steps(response) else finish_request
+    end(request_context())
 
 
 def _begin_answer(app: Flask, **_: object) -> None:
