@@ -6,10 +6,11 @@ A header that cannot be used is ignored and not logged.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flask import Flask, current_app, has_app_context, has_request_context, request
+from flask import Flask, Response, current_app, has_app_context, has_request_context, request
+from flask import globals as flask_globals
 from flask.globals import app_ctx
 
 from ..config import Config
@@ -18,7 +19,9 @@ from ..metadata import (
     TRACEPARENT,
     USER,
     Collector,
+    MetadataBlock,
     Provider,
+    Steps,
     get_metadata_from_context,
     new_id,
 )
@@ -26,6 +29,14 @@ from ..metadata.values import metadata_of_headers, trace_of_span
 
 KEPT = "flask_eventsourcing.metadata"
 """Where the environment of a request has what was filled in for it, for all of its saves."""
+
+# From version 3.2 of Flask on, it is the application context.
+_request_context: Any = vars(flask_globals).get("request_ctx", app_ctx)
+
+
+def request_context() -> object:
+    """Return Flask's context of the current request. A copy of it, as for another thread, has the same request."""
+    return _request_context._get_current_object()
 
 
 def make_collector(app: Flask, config: Config) -> Collector | None:
@@ -65,6 +76,44 @@ class Carried:
                 found = of_context._flask_eventsourcing_metadata = {CORRELATION_ID: new_id()}
         trace = trace_of_span()
         return found if trace is None else {**found, TRACEPARENT: trace}
+
+
+def answer_in_steps(response: Response) -> bool:
+    """Have what makes the parts of a response, after the view has returned, keep its metadata to itself.
+
+    :return: whether the response is made of such parts.
+    """
+    # A file stays one that the server may send by itself.
+    in_steps = response.is_streamed and not response.direct_passthrough
+    if in_steps:
+        response.response = _Parts(response.response)
+    return in_steps
+
+
+class _Parts:
+    """What a response streams: metadata that it puts in force are so in its own steps, and in no other code.
+
+    A server that gives a response up, or a test that never reads it, leaves a generator in the middle of a block.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        self._parts = parts
+        self._iterator = iter(parts)
+        self._steps = Steps(MetadataBlock({}))
+
+    def __iter__(self) -> _Parts:
+        return self
+
+    def __next__(self) -> Any:
+        with self._steps:
+            return next(self._iterator)
+
+    def close(self) -> None:
+        """End it."""
+        close = getattr(self._parts, "close", None)
+        if close is not None:
+            with self._steps:
+                close()
 
 
 def is_current(app: Flask) -> bool:

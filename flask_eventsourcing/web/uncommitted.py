@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ from ..exceptions import UncommittedEventsError
 from ..metadata import enter_request, finish_request, leave_request
 from ..persistence.forks import leave_inherited_connections
 from ..uow import AfterCommit, Batch, UnitOfWork, commit, describe, roll_back
+from .request_metadata import answer_in_steps, request_context
 from .sessions import ENDED, LEFT
 from .state import EventSourcingState, discard, state_of
 
@@ -64,11 +66,13 @@ class Answer:
     :param outer: that of the request in whose view this one was made, with a test client for example.
     :param inner: whether this request uses the transaction of the outer one, which then commits it or rolls it back.
     :param before: what was pending when it began.
+    :param context: returns the context of Flask's in which it began.
     """
 
     outer: Answer | None
     inner: bool
     before: Sequence[Batch]
+    context: Callable[[], object]
     dropped: list[str] = field(default_factory=list)
     """What was lost elsewhere while the request was answered."""
     rolled_back: list[str] = field(default_factory=list)
@@ -125,12 +129,14 @@ def connect(state: EventSourcingState) -> None:
 def _begin_request(_: Flask, **__: object) -> None:
     leave_inherited_connections()
     # Not its environment, which a view may have given to another one.
-    enter_request(request._get_current_object())  # type: ignore[attr-defined]
+    enter_request(request_context())
 
 
-def _answered(_: Flask, **__: object) -> None:
-    # A test client may keep the request's context while the test puts blocks of its own around the next one.
-    finish_request(request._get_current_object())  # type: ignore[attr-defined]
+def _answered(_: Flask, response: Response, **__: object) -> None:
+    # A stream may keep the request's context to its end, and a test client while the test puts blocks of its own around
+    # the next one.
+    end = leave_request if answer_in_steps(response) else finish_request
+    end(request_context())
 
 
 def _begin_answer(app: Flask, **_: object) -> None:
@@ -139,7 +145,7 @@ def _begin_answer(app: Flask, **_: object) -> None:
     session = None if alone else state_of(app).host.database.open_session()
     inner = session is not None and session.in_transaction()
     before = [batch for unit in state_of(app).open_units() for batch in unit.batches] if inner else []
-    answer = Answer(unanswered(), inner, before)
+    answer = Answer(unanswered(), inner, before, weakref.ref(request_context()))
     request.environ[ENVIRON] = answer
     if alone:
         g._flask_eventsourcing_answer = answer
@@ -147,10 +153,14 @@ def _begin_answer(app: Flask, **_: object) -> None:
 
 
 def _end_request(_: Flask, **__: object) -> None:
-    """A request whose error is raised to a test client has no answer, and is none that others are within."""
-    leave_request(request._get_current_object())  # type: ignore[attr-defined]
+    """A request whose error is raised to a test client has no answer, and is none that others are within.
+
+    A copy of its context, in another thread for example, has an end of its own, which is not the request's.
+    """
+    context = request_context()
+    leave_request(context)
     answer: Answer | None = request.environ.get(ENVIRON)
-    if answer is not None:
+    if answer is not None and answer.context() is context:
         answer.over = True
 
 
@@ -167,7 +177,7 @@ def _finalize(
     """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
     response = finalize(*args, from_error_handler=from_error_handler)
     # A view may have given its environment to another request, or app.
-    answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[])
+    answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[], context=request_context)
     try:
         _look(state_of(app), answer, response, after_error=from_error_handler)
     except Exception as error:

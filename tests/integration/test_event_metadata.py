@@ -17,7 +17,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask, Request, request
+from flask import Flask, Request, Response, copy_current_request_context, request, stream_with_context
 from flask_sqlalchemy import SQLAlchemy
 from markupsafe import Markup
 from sqlalchemy import orm
@@ -699,3 +699,49 @@ def test_generator_that_is_kept_leaks_into_no_other_request(uri: str) -> None:
         with event_metadata(reason="caller's"):
             assert preserving.get("/other").text == "caller's"
     site.close()
+
+
+@on_memory
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_streams_an_answer_leaks_into_no_other_request(site: Site, closed: bool) -> None:
+    """What puts metadata in force while an answer is streamed is alone with them, whether or not it gets to its end."""
+
+    def parts() -> Iterator[str]:
+        with site.es.event_metadata(reason="streamed"):
+            yield "begun"
+            site.bank.open_account()
+            site.db.session.commit()
+            yield "saved"
+
+    @site.app.get("/stream")
+    def stream() -> Response:
+        site.es.event_metadata(left="by the view").__enter__()
+        return Response(stream_with_context(parts()))
+
+    with event_metadata(around="both"):
+        answer = site.app.test_client().get("/stream", headers={"X-Correlation-ID": "first"})
+        assert get_metadata_from_context() == {"around": "both"}
+        if not closed:
+            send(site, {"X-Correlation-ID": "second"})
+        assert answer.data == b"begunsaved"
+        assert get_metadata_from_context() == {"around": "both"}
+        if closed:
+            send(site, {"X-Correlation-ID": "second"})
+    found = {each.correlation_id: each.event_metadata for each in records(site)}
+    assert found["second"] == {"around": "both", "correlation_id": "second"}
+    assert found["first"] == {"around": "both", "left": "by the view", "reason": "streamed", "correlation_id": "first"}
+
+
+@on_memory
+def test_copied_request_context_ends_no_block(site: Site) -> None:
+    """A function with a copy of the request's context leaves what its caller has put in force, wherever it runs."""
+
+    def view() -> None:
+        copied = copy_current_request_context(get_metadata_from_context)
+        with ThreadPoolExecutor(1) as threads, site.es.event_metadata(reason="kept"):
+            assert copied() == {"reason": "kept"}
+            assert threads.submit(copied).result() == {}
+            site.bank.open_account()
+
+    send(site, view=view)
+    assert [each.event_metadata.get("reason") for each in records(site)] == ["kept", None]

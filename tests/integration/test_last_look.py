@@ -9,11 +9,21 @@ import contextvars
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from flask import Blueprint, Flask, Response, after_this_request, request, request_finished, stream_with_context
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    after_this_request,
+    copy_current_request_context,
+    request,
+    request_finished,
+    stream_with_context,
+)
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_eventsourcing import EventSourcing, events_discarded
@@ -157,6 +167,25 @@ def test_nested_context_is_told_in_the_answer(site: Site, caplog: pytest.LogCapt
     lines = [record.getMessage() for record in caplog.records if "application context" in record.getMessage()]
     assert any("1 event of Bank (Account.Created " in line for line in lines)
     assert site.answer(lambda: "the next one is as ever").status_code == 200
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_copied_request_context_does_not_end_the_request(explicit: Site, in_thread: bool) -> None:
+    """After a function with a copy of the request's context has ended, events that are dropped make the answer 500."""
+
+    def path() -> str:
+        return request.path
+
+    def view() -> str:
+        copied = copy_current_request_context(path)
+        with ThreadPoolExecutor(1) as threads:
+            assert (threads.submit(copied).result() if in_thread else copied()) == "/"
+        with explicit.app.app_context():
+            explicit.bank.open_account()
+        return "done"
+
+    assert explicit.answer(view).status_code == 500
+    assert explicit.stored() == (0, 0)
 
 
 def test_nested_context_that_commits_is_left_alone(site: Site) -> None:
