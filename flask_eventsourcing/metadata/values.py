@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from json.encoder import encode_basestring
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -242,13 +243,15 @@ LONGEST_TRACE = 128
 _TRACE = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
 
 
-def metadata_of_headers(headers: Any) -> dict[str, str]:
+def metadata_of_headers(headers: Any, around: Metadata = MappingProxyType({})) -> dict[str, str]:
     """Return the metadata of a request. A header that cannot be used is ignored and not logged.
 
     :param headers: those of the request, of any framework.
+    :param around: the metadata of the request around it, which hold where its headers say nothing.
     """
     sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
-    found = {CORRELATION_ID: next(filter(is_correlation, sent), None) or new_id()}
+    correlation = next(filter(is_correlation, sent), None) or around.get(CORRELATION_ID) or new_id()
+    found = {**around, CORRELATION_ID: correlation}
     trace = headers.get(TRACEPARENT, "")
     if is_trace(trace):
         found[TRACEPARENT] = trace

@@ -112,6 +112,24 @@ def test_block_that_is_never_left_ends_with_its_request(site: PyramidSite) -> No
     assert site.answer(view, headers={"X-Look": "yes"}).json == {}
 
 
+def test_subrequest_belongs_to_the_request_around_it(site: PyramidSite) -> None:
+    """What a subrequest saves has the correlation and the trace of its parent, unless its own headers say otherwise."""
+
+    def view(request: Any) -> Any:
+        for headers in ({}, {"X-Request-ID": "own"}) if request.headers.get("X-Outer") else ():
+            request.invoke_subrequest(Request.blank("/", method="POST", headers=headers), use_tweens=True)
+        bank_of(request).open_account()
+        return {}
+
+    site.answer(view, headers={"X-Outer": "yes", "traceparent": TRACE})
+    site.answer(view, headers={"X-Outer": "yes", "X-Request-ID": "r1"})
+    found = described(site)
+    first, *_ = (each["correlation_id"] for each in found)
+    assert [each["correlation_id"] for each in found] == [first, "own", first, "r1", "own", "r1"]
+    assert first not in {"own", "r1"}
+    assert [each.get("traceparent") for each in found] == [TRACE] * 3 + [None] * 3
+
+
 def test_provider_that_fails_fails_the_save(new_site: MakePyramidSite) -> None:
     """If a provider raises, ``save()`` names it and stores nothing; one that returns a mapping adds to the metadata."""
     fails = [True, False]

@@ -166,13 +166,14 @@ def is_managed(request: Any) -> bool:
 
 
 def of_request() -> Mapping[str, str]:
-    """Provide the correlation of the current request, and its trace."""
-    request = get_current_request()
-    if request is None:
+    """Provide the correlation and the trace of the current request; a subrequest has those of the one around it."""
+    if get_current_request() is None:
         return {}
-    found: dict[str, str] | None = request.environ.get(KEPT)
-    if found is None:
-        found = request.environ[KEPT] = metadata_of_headers(request.headers)
+    found: Mapping[str, str] = {}
+    for request in (each["request"] for each in manager.stack if each["request"] is not None):
+        if KEPT not in request.environ:
+            request.environ[KEPT] = metadata_of_headers(request.headers, found)
+        found = request.environ[KEPT]
     trace = trace_of_span()
     return found if trace is None else {**found, TRACEPARENT: trace}
 

@@ -42,8 +42,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 NO_SAVEPOINTS = (
     "zope.sqlalchemy has no savepoints on {name}: leave transaction.savepoint() out, or use another database"
 )
-
-
 ELSEWHERE = (
     "The session of these events takes part in the transaction of another manager, so this one would not commit them: "
     "register the session once, and call mark_changed() of the object that zope.sqlalchemy.register() returned, not "
@@ -149,6 +147,7 @@ class Participant:
     def aborted(self) -> None:
         """After an abort, log what its hooks have saved: the transaction rolls it back, as it does with rows."""
         if self._stage == "open":
+            self._stage = "over"
             self._log_late()
 
     def _log_late(self) -> None:
@@ -173,8 +172,8 @@ class Participant:
 
     def abort(self, transaction: Any) -> None:
         """Note that the transaction was aborted, or that its commit failed."""
-        if self._stage == "aborting":
-            # Synchronizers were called meanwhile.
+        if self._stage == "aborting" or (self._stage == "open" and _is_aborting(transaction)):
+            # Synchronizers were called meanwhile, or it was one of them that made the session join.
             self._log_late()
         self._stage = "over"
         self.roll_back()
@@ -261,6 +260,11 @@ def _no_savepoint_support() -> set[str]:
 
     found: set[str] = datamanager.NO_SAVEPOINT_SUPPORT
     return found
+
+
+def _is_aborting(transaction: Any) -> bool:
+    """Whether its owner aborts all of it, not back to a savepoint, which stays; no public name shows it."""
+    return transaction.status in (Status.ACTIVE, Status.DOOMED) and not transaction._savepoint2index
 
 
 def _failed_participant(own: Participant) -> str:
