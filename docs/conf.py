@@ -1,5 +1,12 @@
 """Sphinx configuration; ``make docs`` builds."""
 
+import django
+from django.conf import settings
+
+# Django's models can be imported only where there are settings.
+settings.configure(INSTALLED_APPS=["django.contrib.admin", "django.contrib.auth", "django.contrib.contenttypes"])
+django.setup()
+
 project = "Flask-EventSourcing"
 project_copyright = "Flask-EventSourcing contributors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]

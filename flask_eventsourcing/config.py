@@ -21,8 +21,8 @@ CommitMode = Literal["explicit", "request", "save"]
 OriginatorIdType = Literal["uuid", "text"]
 PostgresOrder = Literal["advisory-lock", "table-lock"]
 REQUIRED_BY_CASSANDRA = ("cassandra_contact_points", "cassandra_keyspace", "cassandra_replication")
-RENAMED = {(f"{PREFIX}POSTGRES_ORDER", "floor"): "advisory-lock"}
-"""Values that had another name before, each with its present one: accepted, with a ``DeprecationWarning``."""
+RENAMED = {(f"{PREFIX}POSTGRES_ORDER", "floor"): ("advisory-lock", "0.3")}
+"""Values that had another name before, each with its present one, and the version that ends the old one."""
 ProjectionLock = Literal["database", "lease"]
 Construct = Literal["first-use", "init"]
 Persistence = Literal["sqlalchemy", "cassandra"]
@@ -156,10 +156,11 @@ def _named(key: Any) -> str:
 
 def _current(key: str, value: Any) -> Any:
     """Return the present name of a value that had another one."""
-    present = RENAMED.get((key, value)) if isinstance(value, str) else None
-    if present is None:
+    renamed = RENAMED.get((key, value)) if isinstance(value, str) else None
+    if renamed is None:
         return value
-    message = f"{key} = {value!r} is now called {present!r}."
+    present, end = renamed
+    message = f"{key} = {value!r} is now called {present!r}. Version {end} will not accept the old name."
     warnings.warn(message, DeprecationWarning, stacklevel=_depth_of_caller())
     return present
 

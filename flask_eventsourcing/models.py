@@ -137,7 +137,10 @@ class ProjectionModels:
 def make_projection_models(
     base: Any, application_name: str, *, schema: str | None = None, bind_key: str | None = None
 ) -> ProjectionModels:
-    """Make the record classes on a declarative base; their tables are named after the application."""
+    """Make the record classes of an application's projections on a declarative base.
+
+    The tables are named after the application: ``bank_projections``, ``bank_dead_letters`` and ``bank_inline_ranges``.
+    """
     prefix = application_name.lower()
     options = {} if schema is None else {"schema": schema}
 

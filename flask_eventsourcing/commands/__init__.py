@@ -28,6 +28,8 @@ from ..projections.registry import BoundProjections, PlainProjections
 class Subject:
     """What commands work on.
 
+    A program on ``PlainHost`` makes one with :meth:`of_plain_host`.
+
     :param commit_mode: who commits, as ``check`` tells it.
     :param datastore: the database of the events, or None where they are apart, and there are no projections.
     :param application_tables: the tables of applications, each with the application's name.
@@ -48,7 +50,10 @@ class Subject:
 
     @classmethod
     def of_plain_host(cls, projections: PlainProjections) -> Subject:
-        """Return what commands work on in a program on a ``PlainHost``."""
+        """Return what commands work on in a program on a ``PlainHost``.
+
+        They see the projections, and the applications that the host has.
+        """
         host = projections.host
         models = {application_class.name: each for application_class, each in host.models.items()}
         return cls(
@@ -138,7 +143,7 @@ class Output(Protocol):
 
 
 class PlainOutput:
-    """An output for hosts that have none of their own: it has no progress bar.
+    """An output for hosts that have none of their own. It has no progress bar.
 
     :param stream: where it prints, standard output unless told otherwise.
     """

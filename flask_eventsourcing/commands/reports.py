@@ -46,7 +46,10 @@ WORTH_A_BAR = 1000
 
 
 def init_db(subject: Subject, output: Output) -> int:
-    """Create the missing tables of applications, projections and their models; others may do the same meanwhile."""
+    """Create the missing tables of applications, projections and their models.
+
+    Another process may do the same at the same time.
+    """
     apart = _create_apart(subject)
     left = missing = missing_tables(subject)
     stuck = 0
@@ -86,6 +89,8 @@ def _create(subject: Subject, missing: Sequence[sa.Table]) -> None:
 
 def check(subject: Subject, output: Output) -> int:
     """Check the configuration, the connection, the settings, the tables, the rights and the logs.
+
+    It prints what it finds, each fault with its remedy.
 
     :raises CommandError: when something is wrong.
     """
@@ -172,6 +177,8 @@ def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> Non
 
 def status(subject: Subject, output: Output, *, as_json: bool = False, check: bool = False) -> int:
     """Show how far each projection is, who runs it, and what is wrong.
+
+    It prints a table, and below it what needs an operator.
 
     :param check: return 1 unless all run and nothing was set aside.
     """

@@ -214,6 +214,8 @@ class BoundProjections:
 class PlainProjections(BoundProjections):
     """The projections of a ``PlainHost``.
 
+    Register a class with :meth:`register`, and run it with a worker of :meth:`worker`.
+
     :param host: the host.
     :param models: the record classes for the projections of each application class, as
         ``flask_eventsourcing.models.make_projection_models`` makes them.
@@ -248,7 +250,7 @@ class PlainProjections(BoundProjections):
     def register(
         self, projection_class: type[ModelProjection], of: type[Application[Any]] | None = None
     ) -> type[ModelProjection]:
-        """Register a projection, and return it; usable as a decorator where there is one application.
+        """Register a projection, and return it. Use it as a decorator where there is one application.
 
         :param of: the application class whose events it follows; not needed if there is only one.
         :raises ConfigurationError: when the class cannot be used; the message says why.

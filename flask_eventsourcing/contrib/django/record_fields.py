@@ -125,7 +125,10 @@ class RecordBinaryField(_RecordField, models.BinaryField):
 
 
 class RecordTextField(_RecordField, models.TextField):
-    """Text, which is compared byte by byte where it is a key."""
+    """Text, which is compared byte by byte where it is a key.
+
+    Use ``RecordTextField(kind="text id")`` for ``originator_id`` in a record class of your own whose ids are texts.
+    """
 
     kind = "text"
 

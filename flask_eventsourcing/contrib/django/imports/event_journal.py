@@ -23,7 +23,10 @@ from .sources import check_tables, event_journal
 
 @dataclass(frozen=True)
 class JournalEvent:
-    """An event of the journal."""
+    """An event of the journal.
+
+    The functions that you pass to :func:`import_event_journal` get it.
+    """
 
     position: int
     """The row's id, which becomes the position in the application's log."""

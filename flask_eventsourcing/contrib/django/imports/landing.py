@@ -28,7 +28,10 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Imported:
-    """What was taken over into the tables of one application."""
+    """What was taken over into the tables of one application.
+
+    An import returns one for each application. It was committed, unless the import was a dry run.
+    """
 
     application: str
     events: int
