@@ -200,6 +200,28 @@ def test_prepared_statements_that_get_lost(new_site: MakeSite) -> None:
         site.db.session.rollback()
 
 
+@on_postgresql
+def test_a_migration_of_a_column_costs_one_read(site: Site, uri: str) -> None:
+    """After a column has got another type, one read fails, as in an outage; prepared statements are prepared again."""
+    account_id = site.opened(5)
+    with site.app.app_context():
+        recorder = site.bank.recorder
+
+    def read_often() -> None:
+        # psycopg prepares a statement that it has run five times.
+        for _ in range(7):
+            assert len(recorder.select_events(account_id)) == 2
+
+    read_often()
+    migration = sa.create_engine(uri)
+    with migration.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE bank_events ALTER topic TYPE varchar(1000)")
+    migration.dispose()
+    with pytest.raises(persistence.OperationalError, match="cached plan"):
+        read_often()
+    read_often()
+
+
 def test_own_statements_can_be_told_from_others(site: Site) -> None:
     """A listener tells the recorders' statements from others by their execution option."""
     own: list[str] = []

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from eventsourcing.persistence import OperationalError, PersistenceError
 from sqlalchemy.engine import Connection
 
 from ...exceptions import MissingRightError, MissingTableError, UnsafeSequenceError
 from .base import Dialect
 from .event_tables import POSITION, VERSION
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable
+from .postgresql_drivers import is_outdated
 
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
@@ -131,6 +133,10 @@ def behind(table_name: str, sequence: str, last: int | None, position: int | Non
 
 class CatalogLooks(Dialect):
     """The part of PostgreSQL's dialect that looks."""
+
+    def _special(self, driver_error: Any, text: str) -> PersistenceError | None:
+        # Not what the server calls it: the same statement is prepared again, and succeeds.
+        return OperationalError(text) if is_outdated(driver_error) else super()._special(driver_error, text)
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

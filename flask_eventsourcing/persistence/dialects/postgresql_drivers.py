@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from .calls import count_calls, is_own
 
@@ -16,6 +16,8 @@ BINARY = 1
 """psycopg's format of results."""
 LOST_PREPARED = ("42P05", "26000")
 """The codes for a prepared statement that is there already, and for one that is not there."""
+OUTDATED = ("0A000", "RevalidateCachedQuery")
+"""The code, and the function of the server, of a prepared statement whose columns a migration has changed since."""
 SET_INSTEAD = (
     ". A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode: set "
     'SQLALCHEMY_ENGINE_OPTIONS = {"connect_args": {"prepare_threshold": None}}, so that psycopg prepares no statements.'
@@ -36,6 +38,12 @@ def text_of(driver_error: Any) -> str:
         # A value that its column does not take stands at the end.
         return text.partition(': "')[0]
     return text + SET_INSTEAD if code in LOST_PREPARED else text
+
+
+def is_outdated(driver_error: Any) -> bool:
+    """Whether a connection has prepared a statement that would return other columns now, and refuses it each time."""
+    diagnosis: Any = getattr(driver_error, "diag", None)
+    return (code_of(driver_error), getattr(diagnosis, "source_function", None)) == OUTDATED
 
 
 def status_of(driver_connection: Any) -> Any:
@@ -60,6 +68,12 @@ def prepare_connections(engine: Engine) -> None:
             parameters.setdefault("connection_factory", derived)
 
     sa.event.listen(engine, "connect", count_calls)
+    sa.event.listen(engine, "handle_error", _give_up_outdated)
+
+
+def _give_up_outdated(context: ExceptionContext) -> None:
+    # The driver forgets what it has prepared with a rollback, and in autocommit there is none.
+    context.is_disconnect = context.is_disconnect or is_outdated(context.original_exception)
 
 
 def _ask_for_binary(
