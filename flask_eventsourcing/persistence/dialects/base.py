@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -27,10 +27,9 @@ from .looks import Looks
 
 @dataclass(frozen=True)
 class DialectOptions:
-    """What the configuration says about databases.
+    """What the configuration says about databases, with times in seconds.
 
     A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
-    ``lock_timeout`` and ``stall_limit`` are in seconds.
 
     :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
     :param ends: how messages name the calls that commit and roll back the host's session.
@@ -350,8 +349,7 @@ class Dialect(Looks, ForProjections, ABC):
         mark = self._find_mark(connection, table, joined=joined)
         upto = "" if mark is None else f" WHERE {POSITION} <= {self.mark}"
         statement = f"SELECT max({POSITION}) FROM {table.name}{upto}"
-        position: int | None = self.fetch(connection, statement, [] if mark is None else [mark])[0][0]
-        return position
+        return cast("int | None", self.fetch(connection, statement, [] if mark is None else [mark])[0][0])
 
     def insert_tracking(self, connection: Connection, table: sa.Table, tracking: Tracking) -> None:
         """Record a position, which must be above the recorded one.
@@ -374,8 +372,7 @@ class Dialect(Looks, ForProjections, ABC):
         """Return the recorded position of an upstream application, or None."""
         name = self.name_of(connection, table)
         statement = f"SELECT max(notification_id) FROM {name} WHERE application_name = {self.mark}"
-        position: int | None = self.fetch(connection, statement, (application_name,))[0][0]
-        return position
+        return cast("int | None", self.fetch(connection, statement, (application_name,))[0][0])
 
     def log_identity(self, connection: Connection, tracking_table: sa.Table) -> int:
         """Return the number that tells a log from every other; a log whose tables have none yet gets one."""
