@@ -60,7 +60,8 @@ def note_process(*, connection: Any, **_: Any) -> None:
 def close_before_fork() -> None:
     """Close idle connections to databases that must not be open when a process forks: this thread's, and ours."""
     for wrapper in connections.all(initialized_only=True):
-        if not (_survives_forks(wrapper.vendor) or is_shared(wrapper) or wrapper.in_atomic_block):
+        is_idle = wrapper.connection is not None and wrapper.autocommit and not wrapper.in_atomic_block
+        if is_idle and not (_survives_forks(wrapper.vendor) or is_shared(wrapper)):
             wrapper.close()
     for engine in list(_initialized):
         if not _survives_forks(engine.dialect.name):
