@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from django.db import DataError, InterfaceError, OperationalError, close_old_connections, connections, router
 from django.test import override_settings
 from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
@@ -154,6 +155,19 @@ def test_search_path_that_moves(site: DjangoBank, is_local: bool) -> None:
         site.opened()
         move("eve")
     assert (count("ada"), count("eve")) == (1, 2)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_several_hosts(url: str) -> None:
+    """Servers of which one takes writes are named in HOST and PORT as Django's driver takes them."""
+    known = sa.make_url(url)
+    host, port = str(known.query.get("host") or known.host), known.port or 5432
+    several = {"HOST": f"{host},{host}", "PORT": f"{port},{port}", "OPTIONS": {"target_session_attrs": "read-write"}}
+    with project.database("ledger", url, **several), project.applications(Bank="ledger"):
+        site = DjangoBank("ledger", url)
+        account_id = site.opened()
+        read_beside(site)
+        assert site.bank.balance(account_id) == 0
 
 
 LOST = (OperationalError, InterfaceError, LibraryOperationalError, LibraryInterfaceError)

@@ -209,10 +209,11 @@ def drivername(wrapper: Any) -> str:
 def address(wrapper: Any) -> sa.URL:
     """Return a text that identifies a database, without user and password."""
     settings = wrapper.settings_dict
-    host, port, name = (settings.get(key) or None for key in ("HOST", "PORT", "NAME"))
-    return sa.URL.create(
-        drivername(wrapper), host=host, port=int(port) if port else None, database=None if name is None else str(name)
-    )
+    host, port, name = (str(settings.get(key) or "") or None for key in ("HOST", "PORT", "NAME"))
+    # Of several hosts, each may have its own port.
+    query = {"port": port} if port and not port.isdigit() else {}
+    number = int(port) if port and not query else None
+    return sa.URL.create(drivername(wrapper), host=host, port=number, database=name, query=query)
 
 
 def make_engine(alias: str) -> Engine:
