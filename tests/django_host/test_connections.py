@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from django.core.management import CommandError, call_command
 from django.db import DataError, InterfaceError, OperationalError, close_old_connections, connections, router
 from django.test import override_settings
 from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
@@ -168,6 +170,35 @@ def test_several_hosts(url: str) -> None:
         account_id = site.opened()
         read_beside(site)
         assert site.bank.balance(account_id) == 0
+
+
+def checked(site: DjangoBank) -> tuple[bool, str]:
+    """Return whether the command finds a fault, and what it says."""
+    said = StringIO()
+    try:
+        call_command("eventsourcing", "check", database=site.alias, stdout=said)
+    except (CommandError, SystemExit) as error:
+        return True, f"{said.getvalue()}{error}"
+    return False, said.getvalue()
+
+
+def test_pooler(pgbouncer_url: str) -> None:
+    """Behind a PgBouncer in transaction mode, check names the setting with which one runner at a time is a promise."""
+    from tests.django_host.test_projections import balances, run
+
+    settings = {"PROJECTION_LOCK": "lease", "POSTGRES_NOTIFY": False}
+    with project.database("ledger", pgbouncer_url, DISABLE_SERVER_SIDE_CURSORS=True):
+        site = DjangoBank("ledger", pgbouncer_url)
+        with project.applications(Bank="ledger"):
+            is_fault, said = checked(site)
+            assert is_fault
+            assert "set EVENTSOURCING['Bank']['PROJECTION_LOCK'] to 'lease'" in said
+        with project.applications(settings, Bank="ledger"):
+            is_fault, said = checked(site)
+            assert not is_fault, said
+            account_id = site.opened()
+            run()
+            assert balances(site) == {account_id: 0}
 
 
 LOST = (OperationalError, InterfaceError, LibraryOperationalError, LibraryInterfaceError)

@@ -385,5 +385,5 @@ def test_check_finds_a_pooler(postgres_url: str, pgbouncer_url: str) -> None:
         desk.balances()
         result = desk.command("check")
         assert result.exit_code == faults, result.output
-        assert ("EVENTSOURCING_PROJECTION_LOCK = 'lease'" in result.output) == bool(faults)
+        assert ("EVENTSOURCING_PROJECTION_LOCK to 'lease'" in result.output) == bool(faults)
         desk.close()
