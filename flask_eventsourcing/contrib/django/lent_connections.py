@@ -97,6 +97,9 @@ class LentCursor:
             statement, order = formatted(statement)
             parameters = tuple(parameters[number] for number in order)
         with driver_errors():
+        if isinstance(parameters, dict):
+            # Wrappers of statements add their own, and SQLAlchemy's may not be changed.
+            parameters = dict(parameters)
             return self._cursor.execute(statement, parameters)
 
     def executemany(self, statement: str, rows: Sequence[Any]) -> Any:
