@@ -16,6 +16,7 @@ from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
 from eventsourcing.persistence import OperationalError as LibraryOperationalError
 
 from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django.projecting import projections
 from tests.django_host import project
 from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
 from tests.django_host.test_forks import read_beside
@@ -157,6 +158,35 @@ def test_search_path_that_moves(site: DjangoBank, is_local: bool) -> None:
         site.opened()
         move("eve")
     assert (count("ada"), count("eve")) == (1, 2)
+
+
+def make_tenant(site: DjangoBank, tenant: str) -> None:
+    """Make the tables in a schema of their own."""
+    from tests.django_host.ledger.models import Balance, BankRecords
+
+    with site.connection.cursor() as cursor:
+        cursor.execute(f"CREATE SCHEMA {tenant}; SET search_path TO {tenant}")
+    with site.connection.schema_editor() as editor:
+        for model in (*BankRecords.models, Balance):
+            editor.create_model(model)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_workers_of_two_tenants(site: DjangoBank, url: str) -> None:
+    """Projections of the same name in two schemas of a database do not wait for each other."""
+    make_tenant(site, "ada")
+    make_tenant(site, "eve")
+    with ExitStack() as stack:
+        taken: list[bool] = []
+        for tenant in ("ada", "eve", "ada"):
+            alias = f"{tenant}{len(taken)}"
+            options = {**project.database_settings(url)["OPTIONS"], "options": f"-c search_path={tenant}"}
+            stack.enter_context(project.alias(alias, url, OPTIONS=options))
+            stack.enter_context(project.applications(Bank=alias))
+            lock = projections().bound[alias].find("Balances").lock()
+            stack.callback(lock.release)
+            taken.append(lock.acquire())
+        assert taken == [True, True, False]
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
