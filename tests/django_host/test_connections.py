@@ -15,8 +15,9 @@ from django.test import override_settings
 from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
 from eventsourcing.persistence import OperationalError as LibraryOperationalError
 
-from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django import get_application, wait_for
 from flask_eventsourcing.contrib.django.projecting import projections
+from flask_eventsourcing.persistence.dialects import postgresql_drivers
 from tests.django_host import project
 from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
 from tests.django_host.test_forks import read_beside
@@ -169,6 +170,40 @@ def make_tenant(site: DjangoBank, tenant: str) -> None:
     with site.connection.schema_editor() as editor:
         for model in (*BankRecords.models, Balance):
             editor.create_model(model)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_connections_beside_a_search_path(site: DjangoBank, monkeypatch: pytest.MonkeyPatch, is_asked: bool) -> None:
+    """Connections beside the thread's look for tables where its search path leads, on older servers too."""
+    from tests.django_host.test_projections import balances, run
+
+    if is_asked:
+        # As of a server that does not tell by itself.
+        monkeypatch.setattr(postgresql_drivers, "told", lambda driver, name: None)
+
+    def move(tenant: str) -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute(f"SET search_path TO {tenant}")
+
+    datastore: Any = site.bank.recorder.datastore  # type: ignore[attr-defined]
+    site.opened()
+    run()
+    accounts = {}
+    for number, tenant in enumerate(("ada", "eve"), start=2):
+        make_tenant(site, tenant)
+        accounts[tenant] = {site.opened() for _ in range(number)}
+        with site.atomic(), datastore.reading(join=False) as reading:
+            found = reading.connection.exec_driver_sql("SELECT count(*) FROM bank_events")
+            assert found.scalar_one() == number
+        # A run closes the connection of its thread at its end.
+        run()
+        move(tenant)
+        assert set(balances(site)) == accounts[tenant]
+        wait_for("Balances", number)
+    move("public")
+    assert len(balances(site)) == 1
+    read_beside(site)
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)

@@ -25,7 +25,7 @@ from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
 from ...persistence.dialects.event_tables import Known
-from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors
+from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors, place_of_tables
 from .record_fields import zone_of
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -279,6 +279,8 @@ class LentEngine(Engine):
             self.url = found
             self.dispose()
         connection = super().connect()
+        own: Any = connection.connection.dbapi_connection
+        own.follow(*place_of_tables(wrapper))
         initialize(self, connection)
         return connection
 

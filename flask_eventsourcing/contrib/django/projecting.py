@@ -27,6 +27,7 @@ from .configuring import PROGRAM, SETTING
 from .hosting import Database, Site, get_application, site
 from .in_cassandra import is_engine
 from .lending import refresh, sqlalchemy_errors
+from .lent_connections import looking_for_tables
 from .own_records import place_of
 from .projections import USING, ModelProjection, registered
 from .records import records_of
@@ -86,7 +87,8 @@ class DjangoHost:
     def context(self) -> Iterator[None]:
         """Around a piece of work that is not a request: at its end the connection of its thread is closed."""
         try:
-            yield
+            with looking_for_tables(connections[self._alias]):
+                yield
         finally:
             wrapper: Any = connections[self._alias]
             if not wrapper.in_atomic_block:

@@ -87,6 +87,15 @@ class Dialect(Looks, ForProjections, ABC):
         self._located: dict[str, EventTable] = {}
 
     @classmethod
+    def search_path(cls, driver_connection: Any) -> str | None:
+        """Return where a connection looks for tables, or None where that is the same for all, or cannot be asked."""
+        return None
+
+    @classmethod
+    def set_search_path(cls, driver_connection: Any, path: str) -> None:
+        """Have a connection look for tables elsewhere, until it is closed."""
+
+    @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
         """Whether an address is that of a database in this process's memory."""
         return False
