@@ -317,3 +317,42 @@ def checked(name: str, given: Any, shown_as: str) -> Any:
         found = repr(value) if metadata["shown"] and plain else f"a value of type {_type(value)}"
         raise ConfigurationError(f"{shown_as} {problem}; found {found}.")
     return value
+
+
+OF_CONNECTIONS = ("sqlite_wal",)
+"""Those of :class:`DialectOptions` that say how connections are made."""
+
+
+@dataclass(frozen=True)
+class DialectOptions:
+    """What the configuration says about databases, with times in seconds.
+
+    A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
+
+    :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
+    :param ends: how messages name the calls that commit and roll back the host's session.
+    :param setting: how they name a setting, with ``{0}`` for its name in capitals, ``{1}`` for that in small ones.
+    :raises ConfigurationError: for a value that the setting of that name refuses.
+    """
+
+    lock_timeout: float = 30.0
+    postgres_order: PostgresOrder = "advisory-lock"
+    postgres_notify: bool = True
+    sqlite_wal: bool = True
+    stall_limit: float = 60.0
+    program: str | None = None
+    ends: tuple[str, str] = ("session.commit()", "session.rollback()")
+    setting: str = "EVENTSOURCING_{0}"
+
+    def __post_init__(self) -> None:
+        for name in self.settings():
+            object.__setattr__(self, name, checked(name, getattr(self, name), f"DialectOptions({name}=…)"))
+
+    @classmethod
+    def settings(cls) -> Sequence[str]:
+        """Return the names of those that are settings too; the host knows the others."""
+        return [each.name for each in fields(cls) if each.name not in ("program", "ends", "setting")]
+
+    def named(self, name: str) -> str:
+        """Return how messages name a setting."""
+        return self.setting.format(name.upper(), name)

@@ -37,7 +37,7 @@ TRIES, PAUSE = 5, 0.1
 
 POOLER = (
     "A pooler shares the server's connections among clients, as PgBouncer does in transaction mode, so no process can "
-    "hold the lock of a projection: set EVENTSOURCING_PROJECTION_LOCK = 'lease'."
+    "hold the lock of a projection: set {} to 'lease'."
 )
 FIRST_LINE = 2.0
 """Seconds after which the first lines are logged, or earlier when the period is shorter."""
@@ -155,9 +155,8 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
 def _check_locks(subject: Subject) -> list[str]:
     """Look whether the server's locks would stay with the process that has taken them."""
     dialects = {consumer.application.datastore.dialect for consumer in subject.consumers() if not consumer.leased}
-    if not any(dialect.shares_connections() for dialect in dialects):
-        return []
-    return [POOLER]
+    sharing = (dialect.options for dialect in dialects if dialect.shares_connections())
+    return [POOLER.format(options.named("projection_lock")) for options in sharing][:1]
 
 
 def _merge(subject: Subject) -> None:

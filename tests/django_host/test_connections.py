@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from django.core.management import CommandError, call_command
 from django.db import DataError, InterfaceError, OperationalError, close_old_connections, connections, router
 from django.test import override_settings
 from eventsourcing.persistence import InterfaceError as LibraryInterfaceError
 from eventsourcing.persistence import OperationalError as LibraryOperationalError
 
-from flask_eventsourcing.contrib.django import get_application
+from flask_eventsourcing.contrib.django import get_application, wait_for
+from flask_eventsourcing.contrib.django.projecting import projections
+from flask_eventsourcing.persistence.dialects import postgresql_drivers
 from tests.django_host import project
 from tests.django_host.conftest import DATABASES, DjangoBank, UndoneError
 from tests.django_host.test_forks import read_beside
@@ -154,6 +159,111 @@ def test_search_path_that_moves(site: DjangoBank, is_local: bool) -> None:
         site.opened()
         move("eve")
     assert (count("ada"), count("eve")) == (1, 2)
+
+
+def make_tenant(site: DjangoBank, tenant: str) -> None:
+    """Make the tables in a schema of their own."""
+    from tests.django_host.ledger.models import Balance, BankRecords
+
+    with site.connection.cursor() as cursor:
+        cursor.execute(f"CREATE SCHEMA {tenant}; SET search_path TO {tenant}")
+    with site.connection.schema_editor() as editor:
+        for model in (*BankRecords.models, Balance):
+            editor.create_model(model)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_connections_beside_a_search_path(site: DjangoBank, monkeypatch: pytest.MonkeyPatch, is_asked: bool) -> None:
+    """Connections beside the thread's look for tables where its search path leads, on older servers too."""
+    from tests.django_host.test_projections import balances, run
+
+    if is_asked:
+        # As of a server that does not tell by itself.
+        monkeypatch.setattr(postgresql_drivers, "told", lambda driver, name: None)
+
+    def move(tenant: str) -> None:
+        with site.connection.cursor() as cursor:
+            cursor.execute(f"SET search_path TO {tenant}")
+
+    datastore: Any = site.bank.recorder.datastore  # type: ignore[attr-defined]
+    site.opened()
+    run()
+    accounts = {}
+    for number, tenant in enumerate(("ada", "eve"), start=2):
+        make_tenant(site, tenant)
+        accounts[tenant] = {site.opened() for _ in range(number)}
+        with site.atomic(), datastore.reading(join=False) as reading:
+            found = reading.connection.exec_driver_sql("SELECT count(*) FROM bank_events")
+            assert found.scalar_one() == number
+        # A run closes the connection of its thread at its end.
+        run()
+        move(tenant)
+        assert set(balances(site)) == accounts[tenant]
+        wait_for("Balances", number)
+    move("public")
+    assert len(balances(site)) == 1
+    read_beside(site)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_workers_of_two_tenants(site: DjangoBank, url: str) -> None:
+    """Projections of the same name in two schemas of a database do not wait for each other."""
+    make_tenant(site, "ada")
+    make_tenant(site, "eve")
+    with ExitStack() as stack:
+        taken: list[bool] = []
+        for tenant in ("ada", "eve", "ada"):
+            alias = f"{tenant}{len(taken)}"
+            options = {**project.database_settings(url)["OPTIONS"], "options": f"-c search_path={tenant}"}
+            stack.enter_context(project.alias(alias, url, OPTIONS=options))
+            stack.enter_context(project.applications(Bank=alias))
+            lock = projections().bound[alias].find("Balances").lock()
+            stack.callback(lock.release)
+            taken.append(lock.acquire())
+        assert taken == [True, True, False]
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_several_hosts(url: str) -> None:
+    """Servers of which one takes writes are named in HOST and PORT as Django's driver takes them."""
+    known = sa.make_url(url)
+    host, port = str(known.query.get("host") or known.host), known.port or 5432
+    several = {"HOST": f"{host},{host}", "PORT": f"{port},{port}", "OPTIONS": {"target_session_attrs": "read-write"}}
+    with project.database("ledger", url, **several), project.applications(Bank="ledger"):
+        site = DjangoBank("ledger", url)
+        account_id = site.opened()
+        read_beside(site)
+        assert site.bank.balance(account_id) == 0
+
+
+def checked(site: DjangoBank) -> tuple[bool, str]:
+    """Return whether the command finds a fault, and what it says."""
+    said = StringIO()
+    try:
+        call_command("eventsourcing", "check", database=site.alias, stdout=said)
+    except (CommandError, SystemExit) as error:
+        return True, f"{said.getvalue()}{error}"
+    return False, said.getvalue()
+
+
+def test_pooler(pgbouncer_url: str) -> None:
+    """Behind a PgBouncer in transaction mode, check names the setting with which one runner at a time is a promise."""
+    from tests.django_host.test_projections import balances, run
+
+    settings = {"PROJECTION_LOCK": "lease", "POSTGRES_NOTIFY": False}
+    with project.database("ledger", pgbouncer_url, DISABLE_SERVER_SIDE_CURSORS=True):
+        site = DjangoBank("ledger", pgbouncer_url)
+        with project.applications(Bank="ledger"):
+            is_fault, said = checked(site)
+            assert is_fault
+            assert "set EVENTSOURCING['Bank']['PROJECTION_LOCK'] to 'lease'" in said
+        with project.applications(settings, Bank="ledger"):
+            is_fault, said = checked(site)
+            assert not is_fault, said
+            account_id = site.opened()
+            run()
+            assert balances(site) == {account_id: 0}
 
 
 LOST = (OperationalError, InterfaceError, LibraryOperationalError, LibraryInterfaceError)

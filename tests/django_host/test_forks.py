@@ -74,6 +74,26 @@ def test_idle_connections_to_a_sqlite_file(site: DjangoBank) -> None:
 
 
 @pytest.mark.parametrize("url", DATABASES[:1], indirect=True)
+def test_fork_in_a_transaction_without_a_block(site: DjangoBank) -> None:
+    """Where autocommit is switched off, a fork does not roll back what was saved, and the child has no part in it."""
+    site.connection.set_autocommit(False)
+    site.opened()
+    site.note()
+
+    def child() -> Any:
+        try:
+            site.opened()
+        except InheritedDatabaseError:
+            return "refused"
+        return "done"
+
+    assert in_child(child) == "refused"
+    site.connection.commit()
+    site.connection.set_autocommit(True)
+    assert site.stored() == (1, 1)
+
+
+@pytest.mark.parametrize("url", DATABASES[:1], indirect=True)
 @pytest.mark.parametrize("opened", ["beside", "elsewhere"])
 def test_sqlite_file_that_is_open_at_a_fork(site: DjangoBank, opened: str) -> None:
     """Where a file is open at a fork, be it by another thread, every thread of the child refuses it."""

@@ -254,6 +254,7 @@ def test_checks(tmp_path: Path) -> None:
         "EVENTSOURCING = []": "E001",
         'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "DB": "x"}}': "E001",
         'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "DATABASE": "other"}}': "E001",
+        'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "PROJECTION_LOCK": True}}': "E001",
         'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Nope"}}': "E002",
         'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Account"}}': "E002",
         'EVENTSOURCING = {"Bank": {"APPLICATION": "bank.domain.Bank", "ENV": {"CIPHR_KEY": "x"}}}': "E002",

@@ -6,13 +6,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
 import pytest
 from django.db import IntegrityError as DjangoIntegrityError
 from django.db import connections, transaction
 from django.http import HttpResponse
-from django.test import Client, TestCase
+from django.test import Client, TestCase, override_settings
 from eventsourcing.persistence import IntegrityError
 
 from flask_eventsourcing.contrib.django import retry_on_conflict
@@ -334,6 +335,69 @@ def test_retried_view_has_no_transaction_around_it(site: DjangoBank, client: Cli
 
     assert ask(client, view) == 201
     assert site.stored() == (1, 0)
+
+
+def by_read(request: Any) -> bytes:
+    """Read the body as a stream, which can be done once."""
+    found: bytes = request.read()
+    return found
+
+
+def by_body(request: Any) -> bytes:
+    """Read the body as a whole."""
+    found: bytes = request.body
+    return found
+
+
+def by_upload(request: Any) -> bytes:
+    """Read a file of a form."""
+    found: bytes = request.FILES["file"].read()
+    return found
+
+
+def of_rest_framework(request: Any) -> bytes:
+    """Read the body as Django REST framework does, with a request of its own at each try."""
+    found: bytes = request.body if request._read_started else request.read()
+    return found
+
+
+READINGS = {
+    "stream": (by_read, "data", 200),
+    "body": (by_body, "data", 200),
+    "upload": (by_upload, "file", 200),
+    "large upload": (by_upload, "file", 200),
+    "rest framework": (of_rest_framework, "data", 200),
+    "large stream": (by_read, "data", 500),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("is_method", [False, True])
+def test_retried_view_reads_its_request_again(site: DjangoBank, client: Client, reading: str, is_method: bool) -> None:
+    """Each try of a view reads the same, or there is no further try where a body too large to keep was read."""
+    read, kind, status = READINGS[reading]
+    seen: list[bytes] = []
+
+    def view(request: Any) -> HttpResponse:
+        seen.append(read(request))
+        if len(seen) == 1:
+            conflict_again(site, site.opened())
+        return HttpResponse()
+
+    class View:
+        @retry_on_conflict
+        def post(self, request: Any) -> HttpResponse:
+            return view(request)
+
+    route(View().post if is_method else retry_on_conflict(view))
+    body = b"Ada"
+    with override_settings(FILE_UPLOAD_MAX_MEMORY_SIZE=100 if "large" in reading else 10_000):
+        if "large" in reading:
+            body *= 100
+        sent: Any = {"file": BytesIO(body)} if kind == "file" else body
+        answer = client.post("/", sent) if kind == "file" else client.post("/", sent, content_type="text/plain")
+    assert answer.status_code == status
+    assert seen == [body] * (2 if status == 200 else 1)
 
 
 def test_contended_aggregate(site: DjangoBank) -> None:

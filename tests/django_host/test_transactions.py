@@ -15,6 +15,7 @@ from eventsourcing.persistence import DataError, IntegrityError, StoredEvent
 from flask_eventsourcing.exceptions import StaleAggregateError
 from flask_eventsourcing.signals import events_recorded
 from tests.django_host.conftest import DjangoBank, UndoneError
+from tests.django_host.test_projections import balances, run
 from tests.domain import Account, conflict_with
 
 
@@ -277,6 +278,20 @@ def test_execute_wrapper(site: DjangoBank) -> None:
     with site.connection.execute_wrapper(forbid), pytest.raises(UndoneError):
         site.opened()
     assert site.stored() == (1, 0)
+
+
+def test_wrapper_that_adds_parameters(site: DjangoBank) -> None:
+    """A wrapper may change the parameters of a statement, as packages do that send their context with each."""
+
+    def add(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if isinstance(params, dict) and not many:
+            params.update(context="of the request")
+        return execute(sql, params, many, context)
+
+    with site.connection.execute_wrapper(add), site.atomic():
+        account_id = site.opened()
+        run()
+    assert balances(site) == {account_id: 0}
 
 
 def test_many_events_of_one_save(site: DjangoBank) -> None:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing.commands.work import warn_of_connections
+from flask_eventsourcing.persistence.dialects.session_locks import KEY
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
@@ -241,7 +242,7 @@ def lock_holders(desk: Desk, names: list[str]) -> set[int]:
                 query = (
                     "SELECT max(pid) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
                     "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
-                    "AND objid::bigint = hashtext(:name)::bigint & 4294967295"
+                    f"AND objid::bigint = {KEY}::bigint & 4294967295"
                 )
             found.add(int(connection.scalar(sa.text(query), lock.parameters()) or 0))
     return found
@@ -385,5 +386,5 @@ def test_check_finds_a_pooler(postgres_url: str, pgbouncer_url: str) -> None:
         desk.balances()
         result = desk.command("check")
         assert result.exit_code == faults, result.output
-        assert ("EVENTSOURCING_PROJECTION_LOCK = 'lease'" in result.output) == bool(faults)
+        assert ("EVENTSOURCING_PROJECTION_LOCK to 'lease'" in result.output) == bool(faults)
         desk.close()

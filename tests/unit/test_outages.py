@@ -28,6 +28,7 @@ def driver_error(*args: object, **attributes: str) -> Exception:
         driver_error(1205, "Lock wait timeout exceeded"),
         driver_error(1213, "Deadlock found"),
         driver_error("database is locked"),
+        driver_error("database table is locked: bank_projections"),
     ],
     ids=repr,
 )

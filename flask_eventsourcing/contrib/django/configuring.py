@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from django.conf import settings
@@ -11,12 +11,18 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 from eventsourcing.application import Application
 
-from ...config import Config
+from ...config import OF_CONNECTIONS, Config, DialectOptions, checked
 from ...exceptions import ConfigurationError
 from .in_cassandra import engine_settings, is_engine, read_settings
 
 SETTING = "EVENTSOURCING"
-KEYS = ("APPLICATION", "DATABASE", "ENV", "METADATA", "METADATA_USER", "CASSANDRA")
+LOCK = "PROJECTION_LOCK"
+# How connections are made is in DATABASES.
+OPTIONS = tuple(each.upper() for each in DialectOptions.settings() if each not in OF_CONNECTIONS)
+"""What the setting says of a database, the same for each application that has its events there."""
+FURTHER = ("METADATA", "METADATA_USER", LOCK, *OPTIONS)
+KEYS = ("APPLICATION", "DATABASE", "ENV", "CASSANDRA", *FURTHER)
+PROGRAM = "manage.py eventsourcing"
 EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
 
@@ -31,15 +37,33 @@ class Configured:
     """Of the database with the events, or with the models of projections where the events are apart: ``DATABASE``."""
     env: Mapping[str, str]
     """What the library reads: ``ENV``."""
-    metadata: Any = ()
-    """The dotted paths of functions that return metadata, or False and none are stored: ``METADATA``."""
-    metadata_user: Any = False
-    """Whether the user of a request is among them: ``METADATA_USER``."""
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """What else the setting says, by its keys."""
     cassandra: Config | None = None
     """Where the events are in Cassandra: what ``CASSANDRA`` and the settings of the engine say of that."""
 
     engine: str | None = None
     """The alias of django-cassandra-engine whose settings they are."""
+
+    @property
+    def metadata(self) -> Any:
+        """The dotted paths of functions that return metadata, or False and none are stored: ``METADATA``."""
+        return self.further.get("METADATA", ())
+
+    @property
+    def metadata_user(self) -> Any:
+        """Whether the user of a request is among them: ``METADATA_USER``."""
+        return self.further.get("METADATA_USER", False)
+
+    @property
+    def lease(self) -> bool:
+        """Whether runners of projections hold a lease rather than a lock of the server: ``PROJECTION_LOCK``."""
+        return self.further.get(LOCK) == "lease"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the database: :data:`OPTIONS`."""
+        return {key: self.further[key] for key in OPTIONS if key in self.further}
 
     @property
     def place(self) -> str:
@@ -99,9 +123,12 @@ def _read(name: Any, value: Any) -> Configured:
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise ConfigurationError(f"{where} has {unknown[0]!r}, which nothing reads: the keys are {', '.join(KEYS)}.")
-    defaults: tuple[Any, ...] = (None, DEFAULT_DB_ALIAS, {}, (), False)
-    found = Configured(name, *(value.get(key, default) for key, default in zip(KEYS, defaults, strict=False)))
+    further = {key: value[key] for key in FURTHER if key in value}
+    path, alias, env = value.get("APPLICATION"), value.get("DATABASE", DEFAULT_DB_ALIAS), value.get("ENV", {})
+    found = Configured(name, path, alias, env, further)
     _check_values(where, found)
+    given = {key: checked(key.lower(), further[key], f"{where}[{key!r}]") for key in (LOCK, *OPTIONS) if key in further}
+    found = replace(found, further={**further, **given})
     return _located(where, found, value)
 
 
@@ -117,6 +144,27 @@ def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configu
         raise ConfigurationError(f"{error} The other settings come from DATABASES[{found.alias!r}].") from error
     # The engine has no transactions: models of projections are in the project's first database.
     return replace(found, alias=DEFAULT_DB_ALIAS, cassandra=config, engine=found.alias)
+
+
+def options_of(found: Sequence[Configured]) -> DialectOptions:
+    """Return the options of a database.
+
+    :param found: the applications whose events, or projections, are there.
+    :raises ConfigurationError: when they do not agree.
+    """
+    first = found[0] if found else None
+    for each in found[1:]:
+        if first is not None and each.options != first.options:
+            raise ConfigurationError(
+                f"{SETTING}[{first.name!r}] and {SETTING}[{each.name!r}] are in one database, {first.alias!r}: write "
+                f"the same for {', '.join(sorted({*each.options, *first.options}))} in both."
+            )
+    return DialectOptions(
+        program=PROGRAM,
+        ends=("transaction.commit()", "transaction.rollback()"),
+        setting=f"{SETTING}[{first.name!r}]['{{0}}']" if first is not None else f"{SETTING}_{{0}}",
+        **({key.lower(): value for key, value in first.options.items()} if first is not None else {}),
+    )
 
 
 def _refuse_former(where: str, env: Any) -> None:

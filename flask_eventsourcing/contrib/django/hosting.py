@@ -16,11 +16,11 @@ from ...applications.apart import ApartHost, id_type_of
 from ...exceptions import ApplicationInitializedError, ConfigurationError
 from ...host import by_application, recordings_of, send_each, send_recorded
 from ...lifecycle import ApplicationSlot, HostSlot
-from ...persistence import Datastore, DialectOptions
+from ...persistence import Datastore
 from ...persistence.datastore import Read
 from ...signals import events_discarded, events_recorded
 from ...uow import Batch
-from .configuring import EXAMPLE, SETTING, Configured, configured
+from .configuring import EXAMPLE, SETTING, Configured, configured, options_of
 from .in_cassandra import ApartApplication, new_store
 from .lending import is_shared, make_engine
 from .of_requests import make_collector
@@ -31,7 +31,6 @@ A = TypeVar("A", bound=Application[Any])
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-PROGRAM = "manage.py eventsourcing"
 NAMED = 5
 REMEDY = (
     "let an error leave its atomic() block, put code that may fail into an atomic() block of its own, and commit if "
@@ -65,15 +64,17 @@ def _has_own_transaction(unit: DjangoUnit) -> bool:
 
 
 class Database:
-    """The applications whose events are in one of Django's databases."""
+    """The applications whose events are in one of Django's databases.
 
-    def __init__(self, alias: str, found: Sequence[Configured]) -> None:
+    :param beside: those that have only their projections there.
+    """
+
+    def __init__(self, alias: str, found: Sequence[Configured], beside: Sequence[Configured] = ()) -> None:
         self.alias = alias
         self.records: dict[str, Records] = {each.name: records_of(each.name) for each in found}
         engine = make_engine(alias)
         tables = {name: records.mirror.tables for name, records in self.records.items()}
-        options = DialectOptions(program=PROGRAM, ends=("transaction.commit()", "transaction.rollback()"))
-        plain = DjangoDatastore(engine, options, tables.get, metadata=make_collector(found))
+        plain = DjangoDatastore(engine, options_of([*found, *beside]), tables.get, metadata=make_collector(found))
         for each in tables.values():
             plain.dialect.check_names(each.values())
         self.units = DjangoUnits(alias, plain, self._publish, self.lose)
@@ -164,7 +165,8 @@ class Site:
     def projected(self, alias: str) -> Database:
         """Return a database in which projections have their models, with or without events."""
         if alias not in self.databases and alias not in self._beside:
-            self._beside[alias] = Database(alias, ())
+            beside = [each for each in self.configured.values() if each.is_apart and each.alias == alias]
+            self._beside[alias] = Database(alias, (), beside)
         return self.databases.get(alias) or self._beside[alias]
 
     def slot(self, name: str) -> ApplicationSlot[Application[Any]]:

@@ -25,7 +25,7 @@ from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import keep_for_ever
 from ...persistence.dialects import DIALECTS
 from ...persistence.dialects.event_tables import Known
-from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors
+from .lent_connections import LentConnection, OwnConnection, ThreadConnection, driver_errors, place_of_tables
 from .record_fields import zone_of
 
 _initialized: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -60,7 +60,8 @@ def note_process(*, connection: Any, **_: Any) -> None:
 def close_before_fork() -> None:
     """Close idle connections to databases that must not be open when a process forks: this thread's, and ours."""
     for wrapper in connections.all(initialized_only=True):
-        if not (_survives_forks(wrapper.vendor) or is_shared(wrapper) or wrapper.in_atomic_block):
+        is_idle = wrapper.connection is not None and wrapper.autocommit and not wrapper.in_atomic_block
+        if is_idle and not (_survives_forks(wrapper.vendor) or is_shared(wrapper)):
             wrapper.close()
     for engine in list(_initialized):
         if not _survives_forks(engine.dialect.name):
@@ -208,10 +209,11 @@ def drivername(wrapper: Any) -> str:
 def address(wrapper: Any) -> sa.URL:
     """Return a text that identifies a database, without user and password."""
     settings = wrapper.settings_dict
-    host, port, name = (settings.get(key) or None for key in ("HOST", "PORT", "NAME"))
-    return sa.URL.create(
-        drivername(wrapper), host=host, port=int(port) if port else None, database=None if name is None else str(name)
-    )
+    host, port, name = (str(settings.get(key) or "") or None for key in ("HOST", "PORT", "NAME"))
+    # Of several hosts, each may have its own port.
+    query = {"port": port} if port and not port.isdigit() else {}
+    number = int(port) if port and not query else None
+    return sa.URL.create(drivername(wrapper), host=host, port=number, database=name, query=query)
 
 
 def make_engine(alias: str) -> Engine:
@@ -277,6 +279,8 @@ class LentEngine(Engine):
             self.url = found
             self.dispose()
         connection = super().connect()
+        own: Any = connection.connection.dbapi_connection
+        own.follow(*place_of_tables(wrapper))
         initialize(self, connection)
         return connection
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, TypeVar
@@ -96,6 +97,9 @@ class LentCursor:
         if self._marks:
             statement, order = formatted(statement)
             parameters = tuple(parameters[number] for number in order)
+        if isinstance(parameters, dict):
+            # Wrappers of statements add their own, and SQLAlchemy's may not be changed.
+            parameters = dict(parameters)
         with driver_errors():
             return self._cursor.execute(statement, parameters)
 
@@ -214,14 +218,31 @@ class OwnConnection(LentConnection):
         self._copy.inc_thread_sharing()
         super().__init__(self._copy)
         self._commits_each = self._is_begun = False
-        self._needs_transaction = DIALECTS[wrapper.vendor].needs_transaction
+        self._dialect = DIALECTS[wrapper.vendor]
         with driver_errors():
             self._copy.ensure_connection()
+        self._path = self._first_path = self._dialect.search_path(self._copy.connection)
 
     def cursor(self, *_: Any, **__: Any) -> LentCursor:
         """Return a cursor, whose first statement begins the transaction if it has to be in one."""
         with driver_errors():
             return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
+
+    def follow(self, path: str | None, tenant: Any = None, with_public: object = True) -> None:
+        """Look for tables where a thread's connection does.
+
+        :param path: its search path, or None for that of a new connection.
+        :param tenant: what a backend sets the path by, before each statement.
+        """
+        if tenant is not None:
+            if self._copy.tenant is not tenant or self._copy.include_public_schema != with_public:
+                self._copy.set_tenant(tenant, with_public)
+            return
+        found = path or self._first_path
+        if found is not None and found != self._path:
+            with driver_errors(), self._copy.wrap_database_errors:
+                self._dialect.set_search_path(self._copy.connection, found)
+            self._path = found
 
     def is_usable(self) -> bool:
         """Ask the server whether the connection is there."""
@@ -236,7 +257,7 @@ class OwnConnection(LentConnection):
         self._is_begun = not self._commits_each
 
     def _begin(self, statement: str) -> None:
-        if self._is_begun and self._needs_transaction(statement) and self._copy.get_autocommit():
+        if self._is_begun and self._dialect.needs_transaction(statement) and self._copy.get_autocommit():
             self._is_begun = False
             with driver_errors():
                 self._copy.set_autocommit(False, force_begin_transaction_with_broken_autocommit=True)
@@ -260,3 +281,28 @@ class OwnConnection(LentConnection):
         """Close it."""
         with driver_errors():
             self._copy.close()
+
+
+_fixed: ContextVar[tuple[Any, ...] | None] = ContextVar("flask_eventsourcing.search_path", default=None)
+
+
+def place_of_tables(wrapper: Any) -> tuple[Any, ...]:
+    """Return where a thread's connection looks for tables, as ``OwnConnection.follow`` takes it."""
+    fixed = _fixed.get()
+    if fixed is not None:
+        return fixed
+    tenant = getattr(wrapper, "tenant", None)
+    if tenant is not None:
+        return None, tenant, wrapper.include_public_schema
+    known = wrapper.connection
+    return (None if known is None else DIALECTS[wrapper.vendor].search_path(known),)
+
+
+@contextmanager
+def looking_for_tables(wrapper: Any) -> Iterator[None]:
+    """Within it, tables are where they are now, so that nobody asks for that again."""
+    token = _fixed.set(place_of_tables(wrapper))
+    try:
+        yield
+    finally:
+        _fixed.reset(token)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from inspect import getattr_static
 from typing import Any
 
+from django.conf import settings
+from django.http import HttpRequest, RawPostDataException
 from django.utils.module_loading import import_string
 
 from ...exceptions import ConfigurationError
@@ -85,6 +88,50 @@ async def _async_parts(streaming: _Streaming, content: AsyncIterator[Any]) -> As
         except StopAsyncIteration:
             return
         yield part
+
+
+class Rereading:
+    """Lets a view that is run again read its request again.
+
+    :param arguments: the first ones of the view, or of a method that is one.
+    """
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        # Django REST framework has a request of its own around Django's.
+        found = (
+            each if isinstance(each, HttpRequest) else getattr_static(each, "_request", None) for each in arguments
+        )
+        self._requests: list[Any] = [each for each in found if isinstance(each, HttpRequest)]
+        for request in self._requests:
+            length = str(request.META.get("CONTENT_LENGTH", ""))
+            if length.isdecimal() and 0 < int(length) <= _longest_in_memory():
+                # Where something has read it before, the request has what came of that.
+                with suppress(RawPostDataException):
+                    _ = request.body
+
+    def rewind(self) -> bool:
+        """Have what was read be read from its beginning, or return False where a body that was not kept was read."""
+        # Each of them, even if one cannot.
+        return min((_rewind(each) for each in self._requests), default=True)
+
+
+def _longest_in_memory() -> int:
+    longest = settings.DATA_UPLOAD_MAX_MEMORY_SIZE, settings.FILE_UPLOAD_MAX_MEMORY_SIZE
+    return int(min(each for each in longest if each is not None))
+
+
+def _rewind(request: Any) -> bool:
+    there = vars(request)
+    uploads = there["_files"].lists() if "_files" in there else ()
+    for each in (upload for _, named in uploads for upload in named):
+        # The view that has closed it finds it closed.
+        with suppress(ValueError):
+            each.open()
+    if "_body" in there:
+        request._stream.seek(0)
+        return True
+    # Only a form is parsed into what can be had again.
+    return ("_files" in there and request.method == "POST") or not there.get("_read_started")
 
 
 def of_request() -> Mapping[str, str]:

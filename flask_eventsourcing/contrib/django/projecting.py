@@ -23,10 +23,11 @@ from ...persistence import Datastore
 from ...projections.consumers import ProjectedApart, ProjectedApplication
 from ...projections.registry import BoundProjections, Registrations
 from ...uow import Run
-from .configuring import SETTING
-from .hosting import PROGRAM, Database, Site, get_application, site
+from .configuring import PROGRAM, SETTING
+from .hosting import Database, Site, get_application, site
 from .in_cassandra import is_engine
 from .lending import refresh, sqlalchemy_errors
+from .lent_connections import looking_for_tables
 from .own_records import place_of
 from .projections import USING, ModelProjection, registered
 from .records import records_of
@@ -86,7 +87,8 @@ class DjangoHost:
     def context(self) -> Iterator[None]:
         """Around a piece of work that is not a request: at its end the connection of its thread is closed."""
         try:
-            yield
+            with looking_for_tables(connections[self._alias]):
+                yield
         finally:
             wrapper: Any = connections[self._alias]
             if not wrapper.in_atomic_block:
@@ -188,18 +190,19 @@ class Projections:
     def _maker(self, host: Any) -> Callable[[type[Application[Any]]], ProjectedApplication]:
         def make(of: type[Application[Any]]) -> ProjectedApplication:
             records = self.site.database(of.name).records[of.name]
-            models = records.mirror.projections
-            return ProjectedApplication(host, of.name, lambda: get_application(of), models, rebuild_with=Rewrite)
+            models, lease = records.mirror.projections, self.site.configured[of.name].lease
+            return ProjectedApplication(host, of.name, lambda: get_application(of), models, lease, rebuild_with=Rewrite)
 
         return make
 
     def _follow_apart(self, of: type[Application[Any]]) -> ProjectedApplication:
         """Make what the projections of an application share whose events are apart."""
-        host: Any = DjangoHost(self.site.projected(self.site.configured[of.name].alias))
+        one = self.site.configured[of.name]
+        host: Any = DjangoHost(self.site.projected(one.alias))
         models = records_of(of.name, projected=True).mirror.projections
         store = self.site.apart[of.name].store
         find = partial(get_application, of)
-        return ProjectedApart(host, of.name, find, models, rebuild_with=Rewrite, store=store)
+        return ProjectedApart(host, of.name, find, models, one.lease, rebuild_with=Rewrite, store=store)
 
     def _bind(self, cls: type[ModelProjection], of: type[Application[Any]] | str | None) -> None:
         name = self.site.name_of(of)

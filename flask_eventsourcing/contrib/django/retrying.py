@@ -18,6 +18,7 @@ from ...applications.apart import trying
 from ...exceptions import ConfigurationError, RollbackOnlyError
 from ...uow import LONGEST_PAUSE, check_times
 from .hosting import site
+from .of_requests import Rereading
 from .transactions import DjangoUnit
 
 P = ParamSpec("P")
@@ -48,9 +49,9 @@ def retry_on_conflict(
 ) -> Any:
     """Run a function in ``atomic(durable=True)``, and again after a conflict; usable as a decorator of views.
 
-    A decorated view gets no transaction from ``ATOMIC_REQUESTS``. A conflict is another writer who was first, a
-    serialisation failure or a deadlock. The next try queues for the aggregates that had the conflict before it reads
-    them, so that it does not lose the race again.
+    A decorated view gets no transaction from ``ATOMIC_REQUESTS``, and reads the same body and uploads at each try. A
+    conflict is another writer who was first, a serialisation failure or a deadlock. The next try queues for the
+    aggregates that had the conflict before it reads them, so that it does not lose the race again.
 
     :param times: how often it is run again, at most.
     :param using: the alias of the database; by default, that of the only one with events.
@@ -68,7 +69,7 @@ def retry_on_conflict(
 
         @wraps(decorated)
         def run(*args: Any, **kwargs: Any) -> Any:
-            return run_again(lambda: decorated(*args, **kwargs), times, using)
+            return run_again(lambda: decorated(*args, **kwargs), times, using, Rereading(args[:2]).rewind)
 
         # Django looks for it on the view of the URL. The setting must not be read while views are imported.
         run._non_atomic_requests = _Aliases(using)  # type: ignore[attr-defined]
@@ -104,8 +105,15 @@ def _alias(using: str | None) -> str:
     return using
 
 
-def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any:
-    """Call a function in a block, and again after a conflict, *times* times at most."""
+def _always() -> bool:
+    return True
+
+
+def run_again(function: Callable[[], Any], times: int, using: str | None, rewind: Callable[[], bool] = _always) -> Any:
+    """Call a function in a block, and again after a conflict, *times* times at most.
+
+    :param rewind: called before another try; returns whether there can be one.
+    """
     apart = site().host_apart() if using is None else None
     if apart is not None:
         return apart.retry(function, times)
@@ -124,7 +132,7 @@ def run_again(function: Callable[[], Any], times: int, using: str | None) -> Any
                 if conflict is None or attempt.has_saved:
                     # What is apart from the database would be saved again.
                     raise
-                if tries == times:
+                if tries == times or not rewind():
                     conflict.add_note(f"Tried {tries + 1} times.")
                     raise conflict from conflict.__cause__
         time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311

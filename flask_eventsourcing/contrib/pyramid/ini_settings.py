@@ -60,7 +60,7 @@ class IniSettings:
                 known = f"did you mean {PREFIX}{close[0]}?" if close else f"known are {', '.join(plain | options)}"
                 raise ConfigurationError(f"Unknown setting {key}: {known}")
         given_options = {name: value for name, value in found.items() if name in options}
-        chosen = DialectOptions(program=CALLED.get(), **given_options)
+        chosen = DialectOptions(program=CALLED.get(), setting=f"{PREFIX}{{1}}", **given_options)
         checked("env", env, f"{PREFIX}{ENV}…")
         return cls(**{name: value for name, value in found.items() if name in plain}, options=chosen, env=env)
 

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from eventsourcing import persistence
 from sqlalchemy.engine import URL, Engine
 
+from ...config import DialectOptions
 from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError, WriteTimeoutError
-from .base import Dialect, DialectOptions
+from .base import Dialect
 from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .mysql_looks import ExactText

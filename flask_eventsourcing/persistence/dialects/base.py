@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 from uuid import UUID
 
@@ -16,43 +16,13 @@ import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, Notification, StoredEvent, Tracking
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from ...config import PostgresOrder, checked
+from ...config import DialectOptions
 from ...tailing import Waiter
 from .calls import root_engine
 from .event_tables import EVENT_COLUMNS, NOTHING, OF_AGGREGATE, POSITION, Beside, EventTable, Processor, begins
 from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
 from .looks import Looks
-
-
-@dataclass(frozen=True)
-class DialectOptions:
-    """What the configuration says about databases, with times in seconds.
-
-    A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
-
-    :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
-    :param ends: how messages name the calls that commit and roll back the host's session.
-    :raises ConfigurationError: for a value that the setting of that name refuses.
-    """
-
-    lock_timeout: float = 30.0
-    postgres_order: PostgresOrder = "advisory-lock"
-    postgres_notify: bool = True
-    sqlite_wal: bool = True
-    stall_limit: float = 60.0
-    program: str | None = None
-    ends: tuple[str, str] = ("session.commit()", "session.rollback()")
-
-    def __post_init__(self) -> None:
-        for name in self.settings():
-            object.__setattr__(self, name, checked(name, getattr(self, name), f"DialectOptions({name}=…)"))
-
-    @classmethod
-    def settings(cls) -> Sequence[str]:
-        """Return the names of those that are settings too; the host knows the others."""
-        return [each.name for each in fields(cls) if each.name not in ("program", "ends")]
-
 
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 MARK_HOLDS_FOR = 1.0
@@ -115,6 +85,15 @@ class Dialect(Looks, ForProjections, ABC):
         self.options = options
         self._marks: dict[str, _KnownMark] = {}
         self._located: dict[str, EventTable] = {}
+
+    @classmethod
+    def search_path(cls, driver_connection: Any) -> str | None:
+        """Return where a connection looks for tables, or None where that is the same for all, or cannot be asked."""
+        return None
+
+    @classmethod
+    def set_search_path(cls, driver_connection: Any, path: str) -> None:
+        """Have a connection look for tables elsewhere, until it is closed."""
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:

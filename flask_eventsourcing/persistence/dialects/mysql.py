@@ -25,8 +25,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 
 from ..._patches import dialect_rollback
+from ...config import DialectOptions
 from ...exceptions import WriteTimeoutError
-from .base import DialectOptions
 from .calls import ask, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
@@ -289,7 +289,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         if self.code(error) == LOCK_WAIT_TIMEOUT:
             return WriteTimeoutError(
                 f"Waited {self.options.lock_timeout:g} s for another transaction's lock: keep transactions short, or "
-                "raise EVENTSOURCING_LOCK_TIMEOUT."
+                f"raise {self.options.named('lock_timeout')}."
             )
         return super().own_error(connection, error, statement)
 

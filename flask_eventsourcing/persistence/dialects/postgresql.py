@@ -19,11 +19,12 @@ from eventsourcing.persistence import IntegrityError, OperationalError, StoredEv
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection, Engine
 
+from ...config import DialectOptions
 from ...exceptions import StandbyError
 from ...tailing import Waiter
 from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, poll, receive
-from .base import DialectOptions, FrozenSnapshotError
+from .base import FrozenSnapshotError
 from .driver import AUTOCOMMIT
 from .event_tables import (
     NOTHING,
@@ -80,8 +81,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
-        # The table's lock needs a transaction.
-        self.appends_in_autocommit: bool = options.postgres_order == "advisory-lock"
+        self.appends_in_autocommit: bool = options.postgres_order == "advisory-lock"  # A table's lock needs a block.
         self.appends_one_by_one: bool = options.postgres_order == "table-lock"
         self._logs: dict[tuple[str, int], KnownLog] = {}
         self._notifying: weakref.WeakKeyDictionary[sa.Update, sa.Update] = weakref.WeakKeyDictionary()

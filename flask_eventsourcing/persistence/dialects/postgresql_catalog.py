@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from ...exceptions import MissingRightError, MissingTableError, UnsafeSequenceEr
 from .base import Dialect
 from .event_tables import POSITION, VERSION
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable
-from .postgresql_drivers import is_outdated
+from .postgresql_drivers import is_outdated, search_path_of
 
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
@@ -137,6 +138,17 @@ class CatalogLooks(Dialect):
     def _special(self, driver_error: Any, text: str) -> PersistenceError | None:
         # Not what the server calls it: the same statement is prepared again, and succeeds.
         return OperationalError(text) if is_outdated(driver_error) else super()._special(driver_error, text)
+
+    @classmethod
+    def search_path(cls, driver_connection: Any) -> str | None:
+        """Return its schemas, or None if it is closed."""
+        return search_path_of(driver_connection)
+
+    @classmethod
+    def set_search_path(cls, driver_connection: Any, path: str) -> None:
+        """Set it for the session."""
+        with closing(driver_connection.cursor()) as cursor:
+            cursor.execute("SELECT set_config('search_path', %s, false)", (path,))
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

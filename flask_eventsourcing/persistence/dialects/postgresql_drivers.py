@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from .calls import count_calls, is_own
+from .calls import ask, count_calls, is_own
 
 IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; a statement is running; the transaction has failed and a commit
@@ -49,6 +49,20 @@ def is_outdated(driver_error: Any) -> bool:
 def status_of(driver_connection: Any) -> Any:
     """Return the state of the transaction, without a round trip."""
     return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
+
+
+def told(driver_connection: Any, name: str) -> str | None:
+    """Return a setting of the session, if it is one that the server tells by itself."""
+    found: str | None = driver_connection.info.parameter_status(name)
+    return found
+
+
+def search_path_of(driver_connection: Any) -> str | None:
+    """Return the schemas in which a connection looks for tables. Servers before version 18 have to be asked."""
+    if driver_connection.closed:
+        return None
+    found = told(driver_connection, "search_path")
+    return str(ask(driver_connection, "SELECT current_setting('search_path')")[0][0]) if found is None else found
 
 
 def prepare_connections(engine: Engine) -> None:

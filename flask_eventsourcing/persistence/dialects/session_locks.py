@@ -191,18 +191,24 @@ class NamedLock(SessionLock):
         return {"name": f"{NAMESPACE}:{hashlib.sha1(unique.encode(), usedforsecurity=False).hexdigest()}"}
 
 
+KEY = "hashtext(:name || coalesce(to_regclass(:table)::oid::text, ''))"
+"""Of a lock: a schema of the search path may have a table of the same name, with a projection of the same name."""
+
+
 class AdvisoryLock(SessionLock):
     """An advisory lock of a connection, in the space of two 32-bit keys."""
 
-    take = "SELECT pg_try_advisory_lock(hashtext(:namespace), hashtext(:name))"
-    give = "SELECT pg_advisory_unlock(hashtext(:namespace), hashtext(:name))"
+    take = f"SELECT pg_try_advisory_lock(hashtext(:namespace), {KEY})"
+    give = f"SELECT pg_advisory_unlock(hashtext(:namespace), {KEY})"
     look = (
         "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
         "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
         "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
-        "AND objid::bigint = hashtext(:name)::bigint & 4294967295)"
+        f"AND objid::bigint = {KEY}::bigint & 4294967295)"
     )
 
     def parameters(self) -> dict[str, Any]:
         """The two keys are hashes, made by the server."""
-        return {"namespace": NAMESPACE, "name": self.name}
+        schema, _, table = self.name.partition("/")[0].rpartition(".")
+        place = f'"{schema}"."{table}"' if schema else f'"{table}"'
+        return {"namespace": NAMESPACE, "name": self.name, "table": place}

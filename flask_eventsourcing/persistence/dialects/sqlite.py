@@ -51,6 +51,7 @@ DEFERRED = (
     'of several that read and then write at once, most end with "database is locked", as transactions begin without '
     "the lock to write; and in another journal mode than WAL, readers keep writers waiting."
 )
+LOCKED = ("database is locked", "database table is locked")
 MOST_PARAMETERS = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 LONGEST_KNOWN = 1000
 """The characters of a statement whose kind is remembered, at most."""
@@ -343,8 +344,8 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether the database was locked by another process for too long."""
-        return "database is locked" in str(driver_error)
+        """Whether another connection has locked the database for too long, or a table of one in memory just now."""
+        return any(text in str(driver_error) for text in LOCKED)
 
 
 _known_kind = lru_cache(256)(kind_of)

@@ -126,14 +126,15 @@ class Belonging:
         :param end: the last position that is committed.
         """
         application = self.consumer.application
-        limit = application.datastore.options.stall_limit
+        options = application.datastore.options
+        limit = options.stall_limit
         if writer is None or writer.seconds is None or writer.seconds <= limit:
             return None
         return Mismatch(
             HELD_BACK,
             f"{self.name} is held back at position {mark}, and the log of {application.name} goes on to {end}: "
             f"{writer.name} has had a transaction open for {writer.seconds:.0f} s, in which it appended events. "
-            f"End it: {writer.remedy}. EVENTSOURCING_STALL_LIMIT is {limit:g} s.",
+            f"End it: {writer.remedy}. {options.named('stall_limit')} is {limit:g} s.",
         )
 
     def find_mismatch_of_log(self, connection: Connection, row: CheckpointRow) -> Mismatch | None:
