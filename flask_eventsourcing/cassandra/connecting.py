@@ -57,7 +57,7 @@ SHORT_TIMEOUT = 3.0
 GRACE = 2.0
 """Seconds for which the driver may be late to tell that there is no answer: it counts on the machine's clock."""
 RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
-"""Seconds between tries to reach a node that is down; by default they grow to minutes."""
+"""Seconds between tries to reach a node that is down; by default they grow to minutes, and end after 64 tries."""
 
 
 SILENT, TROUBLED = 30.0, 2.0
@@ -186,7 +186,7 @@ class Connection:
                 ssl_context=settings.ssl_context,
                 # Each of them would be waited for, also one that hangs; a node that lacks a statement says so.
                 prepare_on_all_hosts=False,
-                reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT),
+                reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT, max_attempts=None),
                 **options,
             )
             # Its threads would go on for ever.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 from uuid import UUID, uuid4
@@ -111,6 +112,25 @@ def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatc
     with pytest.raises(ConfigurationError, match=r"several data centres, east, west, .*: set LOCAL_DC"):
         _ = connection.session
     made.shutdown.assert_called_once()
+
+
+def test_nodes_are_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of whatever length a process finds the nodes again; by default the driver gives up in minutes."""
+    from flask_eventsourcing.cassandra import CassandraSettings, Connection, connecting
+
+    options: dict[str, Any] = {}
+    made = Mock()
+    made.metadata.all_hosts.return_value = []
+
+    def make(*_: Any, **others: Any) -> Mock:
+        options.update(others)
+        return made
+
+    monkeypatch.setattr(connecting, "Cluster", make)
+    _ = Connection(CassandraSettings(("127.0.0.1",), "bank")).session
+    waits = list(islice(options["reconnection_policy"].new_schedule(), 10_000))
+    assert len(waits) == 10_000
+    assert max(waits) <= connecting.LONGEST_RECONNECT * 1.15
 
 
 class Crowd:
