@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import aggregates, checkpoints, letters, reports, work
+from ..metadata.values import is_storable
+from ..persistence.dialects.event_values import LARGEST
+from . import UsageError, aggregates, checkpoints, letters, reports, work
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Parameter:
     :param metavar: what stands for it in help; that of an argument which takes several ends with three dots.
     :param required: whether it must be given.
     :param least: the least number; for a ``float`` it must be more than that.
+    :param is_note: whether it may be any text, as it is stored with escapes for what no database takes.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Parameter:
     default: Any = None
     required: bool = False
     least: int | None = None
+    is_note: bool = False
 
     @property
     def is_option(self) -> bool:
@@ -51,6 +56,22 @@ class Parameter:
         """The parameter of the function."""
         return self.dest or self.name.lstrip("-").replace("-", "_")
 
+    def check(self, value: Any) -> None:
+        """Check a value that was read from the command line.
+
+        :raises UsageError: for one that no database takes.
+        """
+        shown = self.name if self.is_option else self.single
+        if isinstance(value, tuple | list):
+            for each in value:
+                self.check(each)
+        elif isinstance(value, str) and not self.is_note and not is_storable(value):
+            raise UsageError(f"{shown} is no text in the encoding of the command line.")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"{shown} is a number up to {LARGEST}; {value} is beyond it.")
+        elif isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"{shown} is a number; nan is none.")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -63,6 +84,16 @@ class Command:
     called: Callable[..., int]
     help: str
     parameters: Sequence[Parameter] = ()
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what it is called with, of all that was read from the command line.
+
+        :raises UsageError: for a value that no database takes.
+        """
+        found = {each.destination: given[each.destination] for each in self.parameters}
+        for each in self.parameters:
+            each.check(found[each.destination])
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,8 +126,8 @@ YES = _flag("--yes", "Do not ask.")
 AS_JSON = _flag("--json", "Print JSON.", "as_json")
 APPLICATION = Parameter("--application", "Where there are several applications.", metavar="NAME")
 OF_PROJECTION = Parameter("--projection", "Only those of a projection.", metavar="NAME")
-BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO")
-REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="")
+BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO", is_note=True)
+REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="", is_note=True)
 EVERY = _flag("--all", "Of every aggregate.", "everything")
 AGGREGATE = Parameter("aggregate_id")
 
