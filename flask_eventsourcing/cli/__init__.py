@@ -11,7 +11,7 @@ from typing import Any
 import click
 from flask.cli import with_appcontext
 
-from ..commands import Bar, CommandError, Subject, UsageError
+from ..commands import Bar, CommandError, Subject, UsageError, encodable, has_terminal
 from ..commands.listing import COMMANDS, Command, Group, Parameter
 from ..web.state import PROGRAM, current_state
 
@@ -25,15 +25,15 @@ class ClickOutput:
 
     def write(self, text: str) -> None:
         """Print lines."""
-        click.echo(text)
+        click.echo(encodable(text, sys.stdout))
 
     def confirm(self, question: str) -> bool:
         """Ask; no aborts the command."""
-        return click.confirm(question, abort=True)
+        return click.confirm(encodable(question, sys.stdout), abort=True)
 
     def bar(self, length: int, label: str) -> Bar | None:
         """Show a bar where standard error is a terminal."""
-        return ClickBar(length, label) if sys.stderr.isatty() else None
+        return ClickBar(length, label) if has_terminal() else None
 
 
 class ClickBar:
