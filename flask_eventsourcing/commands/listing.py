@@ -11,6 +11,9 @@ from ..metadata.values import is_storable
 from ..persistence.dialects.event_values import LARGEST
 from . import UsageError, aggregates, checkpoints, letters, reports, work
 
+NOTES = ("by", "reason")
+"""Parameters that may be any text: it is stored with escapes in the place of what no database takes."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -23,7 +26,6 @@ class Parameter:
     :param metavar: what stands for it in help; that of an argument which takes several ends with three dots.
     :param required: whether it must be given.
     :param least: the least number; for a ``float`` it must be more than that.
-    :param is_note: whether it may be any text, as it is stored with escapes for what no database takes.
     """
 
     name: str
@@ -34,7 +36,6 @@ class Parameter:
     default: Any = None
     required: bool = False
     least: int | None = None
-    is_note: bool = False
 
     @property
     def is_option(self) -> bool:
@@ -65,7 +66,7 @@ class Parameter:
         if isinstance(value, tuple | list):
             for each in value:
                 self.check(each)
-        elif isinstance(value, str) and not self.is_note and not is_storable(value):
+        elif isinstance(value, str) and not (self.destination in NOTES or is_storable(value)):
             raise UsageError(f"{shown} is no text in the encoding of the command line.")
         elif isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"{shown} is a number up to {LARGEST}; {value} is beyond it.")
@@ -126,8 +127,8 @@ YES = _flag("--yes", "Do not ask.")
 AS_JSON = _flag("--json", "Print JSON.", "as_json")
 APPLICATION = Parameter("--application", "Where there are several applications.", metavar="NAME")
 OF_PROJECTION = Parameter("--projection", "Only those of a projection.", metavar="NAME")
-BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO", is_note=True)
-REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="", is_note=True)
+BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO")
+REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="")
 EVERY = _flag("--all", "Of every aggregate.", "everything")
 AGGREGATE = Parameter("aggregate_id")
 
