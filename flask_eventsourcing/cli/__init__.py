@@ -6,13 +6,12 @@ They work on the current Flask app, or on the ``Subject`` of a program on anothe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 from flask.cli import with_appcontext
 
-from ..commands import Bar, CommandError, Subject, UsageError
+from ..commands import Bar, CommandError, Subject, UsageError, encodable, has_terminal
 from ..commands.listing import COMMANDS, Command, Group, Parameter
 from ..web.state import PROGRAM, current_state
 
@@ -26,15 +25,15 @@ class ClickOutput:
 
     def write(self, text: str) -> None:
         """Print lines."""
-        click.echo(text)
+        click.echo(encodable(text, sys.stdout))
 
     def confirm(self, question: str) -> bool:
         """Ask; no aborts the command."""
-        return click.confirm(question, abort=True)
+        return click.confirm(encodable(question, sys.stdout), abort=True)
 
     def bar(self, length: int, label: str) -> Bar | None:
         """Show a bar where standard error is a terminal."""
-        return ClickBar(length, label) if sys.stderr.isatty() else None
+        return ClickBar(length, label) if has_terminal() else None
 
 
 class ClickBar:
@@ -77,11 +76,12 @@ def subject() -> Subject:
     )
 
 
-def call(command: Callable[..., int], options: dict[str, Any]) -> None:
+def call(listed: Command, options: dict[str, Any]) -> None:
     """Call a command on what there is to work on, and end with its exit status."""
 
     def called() -> int:
-        return command(subject(), ClickOutput(), **options)
+        given = listed.options(options)
+        return listed.called(subject(), ClickOutput(), **given)
 
     try:
         exit_status = called() if _given() is not None else with_appcontext(called)()
@@ -100,10 +100,9 @@ def _made(listed: Command | Group) -> click.Command:
         for each in listed.commands:
             made.add_command(_made(each))
         return made
-    called = listed.called
     parameters = [_parameter(each) for each in listed.parameters]
     return click.Command(
-        listed.name, callback=lambda **options: call(called, options), params=parameters, help=listed.help
+        listed.name, callback=lambda **options: call(listed, options), params=parameters, help=listed.help
     )
 
 

@@ -6,6 +6,7 @@ or raises a :class:`CommandError`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,10 +154,17 @@ class PlainOutput:
 
     def write(self, text: str) -> None:
         """Print lines."""
-        # Looked up each time, as others may have put another one in its place.
+        # Looked up each time, as others may have put another one in its place. There is none where it was closed.
         stream = self._stream or sys.stdout
-        stream.write(f"{text}\n")
-        stream.flush()
+        if stream is None:
+            return
+        try:
+            stream.write(f"{encodable(text, stream)}\n")
+            stream.flush()
+        except BrokenPipeError:
+            # The reader has seen enough, as 'head' has. Python would write to it again at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise SystemExit(1) from None
 
     def confirm(self, question: str) -> bool:
         """Ask on standard input; any answer but yes, and the end of the input, means no."""
@@ -167,6 +175,17 @@ class PlainOutput:
 
     def bar(self, length: int, label: str) -> Bar | None:
         """Return None: log lines tell of progress."""
+
+
+def encodable(text: str, stream: Any) -> str:
+    """Return a text with escapes in the place of what the encoding of a stream lacks."""
+    encoding = getattr(stream, "encoding", None)
+    return text.encode(encoding, "backslashreplace").decode(encoding) if encoding else text
+
+
+def has_terminal() -> bool:
+    """Whether standard error is a terminal; it is None where it was closed."""
+    return bool(sys.stderr and sys.stderr.isatty())
 
 
 def missing_tables(subject: Subject) -> list[sa.Table]:

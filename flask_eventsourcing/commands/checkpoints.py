@@ -196,10 +196,10 @@ def new_identity(subject: Subject, output: Output, *, application: str | None = 
     :raises CommandError: when it cannot be done.
     """
     require_tables(subject)
+    found = _applications(subject) if application is None else [_find(subject, application)]
     with clear_errors():
-        for each in _applications(subject):
-            if application in (None, each.name):
-                output.write(f"{each.name}: the log has the identity {upkeep.give_identity(each)} now.")
+        for each in found:
+            output.write(f"{each.name}: the log has the identity {upkeep.give_identity(each)} now.")
     return 0
 
 

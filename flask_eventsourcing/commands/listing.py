@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import aggregates, checkpoints, letters, reports, work
+from ..metadata.values import is_storable
+from ..persistence.dialects.event_values import LARGEST
+from . import UsageError, aggregates, checkpoints, letters, reports, work
+
+NOTES = ("by", "reason")
+"""Parameters that may be any text: it is stored with escapes in the place of what no database takes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,22 @@ class Parameter:
         """The parameter of the function."""
         return self.dest or self.name.lstrip("-").replace("-", "_")
 
+    def check(self, value: Any) -> None:
+        """Check a value that was read from the command line.
+
+        :raises UsageError: for one that no database takes.
+        """
+        shown = self.name if self.is_option else self.single
+        if isinstance(value, tuple | list):
+            for each in value:
+                self.check(each)
+        elif isinstance(value, str) and not (self.destination in NOTES or is_storable(value)):
+            raise UsageError(f"{shown} is no text in the encoding of the command line.")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"{shown} is a number up to {LARGEST}; {value} is beyond it.")
+        elif isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"{shown} is a number; nan is none.")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -63,6 +85,16 @@ class Command:
     called: Callable[..., int]
     help: str
     parameters: Sequence[Parameter] = ()
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what it is called with, of all that was read from the command line.
+
+        :raises UsageError: for a value that no database takes.
+        """
+        found = {each.destination: given[each.destination] for each in self.parameters}
+        for each in self.parameters:
+            each.check(found[each.destination])
+        return found
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,6 @@ def add_commands(parser: Any, group: Group) -> None:
             _add(made, parameter)
 
 
-def options_of(given: Any) -> dict[str, Any]:
-    """Return what a command is called with.
-
-    :param given: what was parsed, as a mapping.
-    """
-    return {each.destination: given[each.destination] for each in given["listed"].parameters}
-
-
 def _add(parser: Any, parameter: Parameter) -> None:
     options: dict[str, Any] = {"help": parameter.help}
     if parameter.kind is bool:

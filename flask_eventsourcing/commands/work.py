@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from . import (
     UsageError,
     clear_errors,
     counted,
+    has_terminal,
     message_of,
     named,
     registered,
@@ -94,7 +94,7 @@ def shown_log() -> Iterator[None]:
         return
     handler = logging.StreamHandler()
     # On a terminal a line begins by wiping out the bar that may stand there.
-    wipe = "\r\033[K" if sys.stderr.isatty() else ""
+    wipe = "\r\033[K" if has_terminal() else ""
     handler.setFormatter(logging.Formatter(f"{wipe}%(asctime)s %(levelname)s %(message)s"))
     level = package.level
     package.addHandler(handler)

@@ -152,8 +152,10 @@ class _Worker:
         state = self._state(request)
         retries = getattr(task, "conflict_retries", self.conflict_retries)
         if request.is_eager:
+            # Celery tells no signal of it. What is in force where it is sent is what a worker would be sent.
+            found = brought(request) or carried()
             # Celery would raise Retry to the caller when task_eager_propagates is set.
-            with state.host.context():
+            with received(found, request.root_id or request.id), state.host.context():
                 return state.host.retry(body, retries, lenient=True)
         run = Run(lenient=True)
         try:

@@ -418,6 +418,9 @@ def test_dead_letters_are_discarded_when_confirmed(sqlite_ledger: Ledger) -> Non
         (["retry"], 2, "Give the ids of dead letters, or --all."),
         (["retry", "--all", "7"], 2, "Give the ids of dead letters, or --all."),
         (["list", "--projection", "Nobody"], 1, "There is no projection 'Nobody'"),
+        (["show", "9" * 20], 2, "ID is a number up to 9223372036854775807"),
+        (["retry", "7", "9" * 20], 2, "ID is a number up to 9223372036854775807"),
+        (["list", "--aggregate", "\udcff"], 2, "--aggregate is no text in the encoding of the command line."),
     ],
 )
 def test_dead_letters_that_are_not_there(sqlite_ledger: Ledger, arguments: list[str], code: int, message: str) -> None:

@@ -264,6 +264,9 @@ def test_a_clone_gets_an_identity_of_its_own(desk: Desk) -> None:
     account_id = desk.open(1)
     assert not desk.run_once()
     before = desk.consumer().application.log.identity()
+    refused = desk.command("new-identity", "--application", "Shop")
+    assert (refused.exit_code, "Choose the application with --application: Bank." in refused.output) == (2, True)
+    assert desk.consumer().application.log.identity() == before
     assert "identity" in command(desk, "new-identity")
     assert desk.consumer().application.log.identity() != before
     desk.deposit(account_id, 1)
@@ -795,7 +798,7 @@ def test_what_is_not_registered_can_be_forgotten(desk: Desk) -> None:
 
 
 def test_a_projection_with_a_checkpoint_of_its_own_takes_no_other(desk: Desk) -> None:
-    """Renaming overwrites no other position, and is refused while a worker runs."""
+    """Renaming overwrites no other position, and is refused while a worker runs, or to what can be no name."""
     desk.balances()
     desk.reacting()
     desk.open(1)
@@ -803,6 +806,9 @@ def test_a_projection_with_a_checkpoint_of_its_own_takes_no_other(desk: Desk) ->
     application = desk.consumer().application
     with pytest.raises(CheckpointError, match="of its own"):
         upkeep.rename(application, "Reacting", "Balances")
+    for name in ("", "a:b", "x" * 101):
+        with pytest.raises(CheckpointError, match="1 to 100 characters"):
+            upkeep.rename(application, "Reacting", name)
     with desk.running("Balances"):
         until(lambda: desk.status().state == "running")
         with pytest.raises(CheckpointError, match="is run by"):

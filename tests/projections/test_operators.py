@@ -457,6 +457,8 @@ def test_dead_letters_behind_the_position_are_dealt_with_again(desk: Desk) -> No
         (["Reacting", "--position", "1", "--since", "2026-01-01"], 2, "Give --position or --since."),
         (["Reacting", "--since", "yesterday"], 2, "--since takes a time in ISO format"),
         (["Reacting", "--position", "9", "--yes"], 1, "a position of the log, which is 0 to 2; found 9"),
+        (["Reacting", "--position", "9" * 20, "--yes"], 2, "--position is a number up to 9223372036854775807"),
+        (["\udcff", "--position", "1"], 2, "NAME is no text in the encoding of the command line."),
         (["Balances", "--position", "1"], 1, "Balances has no reactions."),
         (["Nobody", "--position", "1"], 1, "There is no projection 'Nobody'"),
     ],

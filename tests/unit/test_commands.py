@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -18,9 +20,10 @@ from eventsourcing import persistence
 from eventsourcing.application import Application
 
 from flask_eventsourcing import commands
-from flask_eventsourcing.cli import group
+from flask_eventsourcing.cli import ClickOutput, group
 from flask_eventsourcing.commands import (
     CommandError,
+    Output,
     PlainOutput,
     Subject,
     UnreachableError,
@@ -240,6 +243,36 @@ def test_a_plain_output_asks(answer: str, agreed: bool, monkeypatch: pytest.Monk
     """Only a yes is a yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
     assert PlainOutput().confirm("Go on?") is agreed
+
+
+@pytest.mark.parametrize("make", [PlainOutput, ClickOutput])
+def test_what_the_encoding_lacks_is_escaped(make: Callable[[], Output], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command prints escapes for characters that the encoding of standard output lacks, and does not fail."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "latin-1"))
+    make().write("caf\xe9 \u2192 \udcff")
+    sys.stdout.flush()
+    assert printed.getvalue() == b"caf\xe9 \\u2192 \\udcff\n"
+
+
+@pytest.mark.parametrize("make", [PlainOutput, ClickOutput])
+def test_closed_outputs(make: Callable[[], Output], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command whose standard output and error are closed prints nothing, shows no bar and does not fail."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    make().write("nothing")
+    assert make().bar(10, "rebuilding") is None
+    with work.shown_log():
+        work.logger.info("nothing")
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """A command whose output is read by ``head`` ends with 1, without a traceback, when that has seen enough."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stream, pytest.raises(SystemExit) as ended:
+        PlainOutput(stream).write("more")
+    assert ended.value.code == 1
 
 
 def test_the_end_of_the_input_is_no(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
 from flask import Flask, current_app
 from sqlalchemy.exc import IntegrityError as CommitError
@@ -84,6 +85,35 @@ def test_eager_task_is_a_unit_of_work(site: Site, celery_app: Any) -> None:
     assert site.stored() == (1, 0)
     assert deposit.delay(str(account_id), False).state == "SUCCESS"
     assert site.stored() == (2, 1)
+
+
+def test_eager_tasks_have_the_metadata_of_what_sends_them(site: Site, celery_app: Any) -> None:
+    """Events of an eager task, and of one that it sends, have the correlation and metadata that a worker would get."""
+
+    @celery_app.task(shared=False, bind=True)
+    def open_accounts(self: Any, more: int) -> None:
+        site.bank.open_account()
+        if more:
+            site.db.session.commit()
+            self.app.tasks[self.name].delay(more - 1)
+
+    def recorded() -> list[dict[str, str]]:
+        query = sa.select(site.es.StoredEvent).order_by(site.es.StoredEvent.notification_id)
+        found = [dict(each.event_metadata or {}) for each in site.db.session.scalars(query)]
+        site.db.session.rollback()
+        return found
+
+    with site.app.app_context():
+        with site.es.event_metadata(reason="import 7"):
+            site.bank.open_account()
+            site.db.session.commit()
+            open_accounts.delay(1)
+        found = recorded()
+        assert [each["reason"] for each in found] == ["import 7"] * 3
+        assert len({each["correlation_id"] for each in found}) == 1
+    open_accounts.apply_async((0,), task_id="of-the-task")
+    with site.app.app_context():
+        assert recorded()[-1] == {"correlation_id": "of-the-task"}
 
 
 @pytest.mark.parametrize("propagates", [False, True])

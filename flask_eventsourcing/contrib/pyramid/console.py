@@ -12,7 +12,7 @@ from pyramid.paster import get_app, setup_logging
 
 from ...commands import CommandError, PlainOutput, Subject, UsageError
 from ...commands.listing import COMMANDS
-from ...commands.parsing import add_commands, options_of
+from ...commands.parsing import add_commands
 from ...exceptions import ConfigurationError
 from .ini_settings import CALLED, PROGRAM
 from .site_state import EventSourcing, state_of
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"Error: {given.ini} has no application to work on: {_cause(error)}\n")
         return 1
     try:
-        exit_status: int = given.listed.called(subject_of(state), PlainOutput(), **options_of(vars(given)))
+        options = given.listed.options(vars(given))
+        exit_status: int = given.listed.called(subject_of(state), PlainOutput(), **options)
     except UsageError as error:
         parser.error(str(error))
     except CommandError as error:

@@ -278,9 +278,18 @@ def check_projection(cls: Any) -> type[ModelProjection]:
     return cls
 
 
+NAMES = "a string of 1 to 100 characters without ':'"
+"""What the name of a projection must be."""
+
+
+def is_name(name: object) -> bool:
+    """Whether a projection can have a name."""
+    return isinstance(name, str) and 0 < len(name) <= 100 and ":" not in name
+
+
 def _problems(cls: Any) -> Iterable[str]:
-    if not isinstance(cls.name, str) or not 0 < len(cls.name) <= 100 or ":" in cls.name:
-        yield f"name must be a string of 1 to 100 characters without ':'; found {cls.name!r}."
+    if not is_name(cls.name):
+        yield f"name must be {NAMES}; found {cls.name!r}."
     if not cls.handlers and not cls.reactions:
         yield "it has no handler: mark its methods with @on(EventClass) or @reaction(EventClass)."
     if cls.on_failure not in get_args(OnFailure):

@@ -16,6 +16,7 @@ from ..consumers import SUFFIXES, Consumer, ProjectedApplication
 from ..consumers.belonging import Belonging
 from ..consumers.inline import find_not_applied
 from ..dead_letters import event_name, note_of
+from ..definitions import NAMES, is_name
 from ..definitions.fingerprints import accept as accept_fingerprint
 from ..runners import stopped_message
 
@@ -53,8 +54,12 @@ def entries(application: ProjectedApplication) -> list[Entry]:
 def rename(application: ProjectedApplication, old: str, new: str) -> list[str]:
     """Rename the checkpoints, dead letters and ranges of a projection. Return their old names.
 
-    :raises CheckpointError: when there are none, another has some, or a process runs it.
+    :raises CheckpointError: when there are none, another has some, a process runs it, or no projection can have the
+        new name.
     """
+    suffix = next((each for each in SUFFIXES.values() if each and old.endswith(each)), "")
+    if not is_name(new.removesuffix(suffix)):
+        raise CheckpointError(f"The new name of a projection must be {NAMES}; found {new!r}.")
     with application.engine.begin() as connection:
         found = _lock_all(application, connection, old)
         for checkpoint in _all_of(application, new):

@@ -21,7 +21,7 @@ from flask_eventsourcing.commands import (
     work,
 )
 from flask_eventsourcing.commands.listing import COMMANDS
-from flask_eventsourcing.commands.parsing import add_commands, options_of
+from flask_eventsourcing.commands.parsing import add_commands
 from flask_eventsourcing.contrib.django.hosting import site
 from flask_eventsourcing.contrib.django.projecting import projections
 from flask_eventsourcing.exceptions import ConfigurationError
@@ -93,10 +93,11 @@ class Command(BaseCommand):
 
         :raises CommandError: of Django's, when the command fails; with its exit status.
         """
-        called = options["listed"].called
+        listed = options["listed"]
+        called = OWN.get(listed.called, listed.called)
         try:
-            subject = projections().subject(_alias(database))
-            exit_status = OWN.get(called, called)(subject, PlainOutput(self.stdout), **options_of(options))
+            given = listed.options(options)
+            exit_status = called(projections().subject(_alias(database)), PlainOutput(self.stdout), **given)
         except (ConfigurationError, UsageError, CommandError) as error:
             status = error.exit_status if isinstance(error, CommandError) else 1
             raise DjangoCommandError(str(error), returncode=status) from error
