@@ -21,7 +21,8 @@ from .lifecycle import PerProcess
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-PAGE, FIRST_PAGE = 500, 10
+PAGE, FIRST_PAGE = 500, 1
+"""Events of a page that was measured, and of one that was not, as nobody knows whether there are any."""
 SHORTEST_WAIT = 0.005
 GROWTH = 1.5
 LONGEST_PAUSE = 5.0

@@ -20,7 +20,15 @@ from eventsourcing.persistence import PersistenceError
 from ..applications.apart import EventStore
 from ..exceptions import FlaskEventSourcingError
 from ..persistence import Datastore
-from ..persistence.dialects import Dialect, dialect_for, hide_values, is_outage, without_values
+from ..persistence.dialects import (
+    Dialect,
+    dialect_for,
+    has_waited,
+    hide_values,
+    is_outage,
+    is_serialization_failure,
+    without_values,
+)
 from ..projections.consumers import Consumer
 from ..projections.registry import BoundProjections, PlainProjections
 
@@ -231,6 +239,8 @@ def message_of(error: Exception) -> str:
     hide_values(error)
     driver_error = getattr(error, "orig", None)
     text = str(error).strip() if driver_error is None else without_values(driver_error)
+    if is_serialization_failure(error) or has_waited(error):
+        return f"Another transaction was in the way: {text.rstrip('.')}. Run the command again."
     if is_outage(error):
         return f"The database cannot be reached: {text}"
     return text if isinstance(error, FlaskEventSourcingError) else f"{type(error).__name__}: {text}"

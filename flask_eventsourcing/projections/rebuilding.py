@@ -37,6 +37,10 @@ from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000
 BUSY = "Another process rebuilds {} now."
+ALTERED = (
+    "The columns of table {} were changed while its copy was built, so that a swap would lose some: run the rebuild "
+    "again, with the code that has them in its models."
+)
 NO_MODELS = "{} has no models to rebuild: name them in its models=[…]."
 SEVERAL = (
     "{} is inline, and the database has several servers that take writes: a rebuild cannot stop the others while it "
@@ -121,7 +125,7 @@ class Rebuild:
         if self.live.projection_class.inline and self.application.datastore.dialect.is_node():
             raise RebuildError(SEVERAL.format(self.live.name))
         with self._alone() as confirm:
-            swap = Swap(self.live, self.stop, confirm)
+            swap = Swap(self.live, self.stop, self._also_of_tables(confirm))
             with self.application.host.context():
                 self.live.checkpoint.ensure(self.live.start())
                 settle(self.live)
@@ -135,6 +139,18 @@ class Rebuild:
             events = self.runner.progress.events + swapped.events
             seconds = time.monotonic() - started
             return Rebuilt(events, seconds, swapped.position, resumed, swapped.rows, *swapped.letters)
+
+    def _also_of_tables(self, confirm: Callable[[Connection], None]) -> Callable[[Connection], None]:
+        """Return a function that calls another, and sees whether the live tables are as they were at the beginning."""
+
+        def confirm_both(connection: Connection) -> None:
+            confirm(connection)
+            row = self.rebuild.checkpoint.read(connection)
+            if row is not None and row.tables_id != self._shape(connection):
+                names = ", ".join(repr(table.name) for table in self.live.tables)
+                raise RebuildError(ALTERED.format(names))
+
+        return confirm_both
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[Connection], None]]:
@@ -302,7 +318,7 @@ class Rebuild:
             self.new.drop(connection)
             self.new.create(connection)
             known = self._known_topics(connection)
-            values = {"fingerprint": self.live.fingerprint, "tables_id": self._shape(), **known}
+            values = {"fingerprint": self.live.fingerprint, "tables_id": self._shape(connection), **known}
             self.rebuild.checkpoint.begin(connection, **values)
         try:
             swap.check()
@@ -323,7 +339,7 @@ class Rebuild:
     def _can_go_on(self, connection: Connection, row: CheckpointRow) -> bool:
         """Whether an earlier rebuild can be taken up: by the same code, for the same tables, of the same log."""
         return (
-            (row.fingerprint, row.tables_id) == (self.live.fingerprint, self._shape())
+            (row.fingerprint, row.tables_id) == (self.live.fingerprint, self._shape(connection))
             and self.new.all_exist(connection)
             and Belonging(self.rebuild).find_mismatch(connection, row) is None
         )
@@ -338,9 +354,11 @@ class Rebuild:
             if self.application.high_water_mark() - self.runner.progress.position <= NEAR:
                 return True
 
-    def _shape(self) -> str:
-        """The shape of the tables and the events that are asked for, beside the code."""
+    def _shape(self, connection: Connection) -> str:
+        """The shape of the tables, in the models and in the database, and the events that are asked for."""
         parts = [str(CreateTable(table).compile(self.application.engine)) for table in self.live.tables]
+        dialect = self.application.datastore.dialect
+        parts += [" ".join(sorted(dialect.columns_of(connection, table))) for table in self.live.tables]
         # Not those of subclasses: which of them there are depends on what was imported, and collected.
         parts += sorted(get_topic(event_class) for event_class in self.live.handlers.functions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

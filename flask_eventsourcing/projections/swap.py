@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection
 
 from ..exceptions import RebuildError
 from ..persistence import Dialect
-from ..persistence.dialects import MAY_PASS, is_outage
+from ..persistence.dialects import MAY_PASS, is_canceled, is_outage, without_values
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, Part
 from .applying import Applier
 from .applying.pages import LogPages
@@ -98,6 +98,10 @@ class Swap:
             try:
                 swapped = self._swap()
             except MAY_PASS as error:
+                if is_canceled(error):
+                    raise RebuildError(
+                        TOO_LONG.format(self.live.name, without_values(getattr(error, "orig", None) or error))
+                    ) from error
                 if not is_outage(error):
                     raise
                 return error
@@ -121,6 +125,8 @@ class Swap:
 
     def _swap(self) -> Swapped:
         replacing = self.check()
+        if not replacing:
+            self.new.gather_statistics()
         if self.application.datastore.dialect.is_node():
             self._hold_live()
         if not replacing and not self.application.datastore.dialect.swaps_in_transaction:
@@ -209,13 +215,13 @@ class Swap:
             dialect.limit_ddl_waiting(connection, PATIENCE)
         try:
             dialect.replace_rows(connection, sa.schema.sort_tables(self.live.tables), NEW)
+            broken = dialect.broken_keys(connection, self.live.tables)
         except sa.exc.DBAPIError as error:
-            if is_outage(error):
+            if is_outage(error) or is_canceled(error):
                 raise
-            raise RebuildError(
-                f"The rows of {self.live.name} do not fit into the live tables, which stay as they were: "
-                f"{dialect.text(error.orig)}"
-            ) from error
+            raise RebuildError(NO_FIT.format(self.live.name, dialect.text(error.orig))) from error
+        if broken:
+            raise RebuildError(NO_FIT.format(self.live.name, f"they break a foreign key ({', '.join(broken)})"))
         if self._live().count_rows(connection) != self.new.count_rows(connection):
             raise RebuildError(f"The live tables of {self.live.name} have not taken all rows: they stay as they were.")
 
@@ -258,6 +264,13 @@ class Swap:
         return failed, waiting
 
 
+NO_FIT = "The rows of {} do not fit into the live tables, which stay as they were: {}"
+TOO_LONG = (
+    "The tables of {} could not be swapped, as a statement took longer than a setting of the server allows: {}. What "
+    "was built is kept: allow this role longer statements, and run the rebuild again."
+)
+
+
 def _why(held: Sequence[str]) -> str:
     return f"the tables are in use by {'; '.join(held)}" if held else ""
 
@@ -271,7 +284,7 @@ def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bo
     lost: list[str] = []
     missing: list[str] = []
     for table in new.live:
-        has = columns_of(connection, dialect, table)
+        has = dialect.columns_of(connection, table)
         wanted = {column.name for column in table.columns}
         parts = _lost_parts(connection, dialect, table, has - wanted)
         _refuse_acting(connection, new, table, parts)
@@ -320,12 +333,6 @@ def _needed(connection: Connection, old: ShadowTables) -> list[str]:
         for part in dialect.parts_of(connection, table, table.name + OLD)
         if part.dependent
     ]
-
-
-def columns_of(connection: Connection, dialect: Dialect, table: sa.Table) -> set[str]:
-    """Return the columns that a table has in the database."""
-    query = "SELECT * FROM {} WHERE 1 = 0"
-    return set(connection.exec_driver_sql(query.format(dialect.qualified(table, table.name))).keys())
 
 
 def _try(connection: Connection, new: ShadowTables) -> None:

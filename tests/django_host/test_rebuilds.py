@@ -296,6 +296,30 @@ def test_keys_that_the_commit_looks_at(site: DjangoBank) -> None:
             assert found() == ([1, 3, 4], [2])
 
 
+def test_keys_that_are_broken_at_the_end(site: DjangoBank) -> None:
+    """Rows without those that they refer to end a rebuild, which names the key, and nothing is changed."""
+    from tests.django_host.ledger.models import Entry
+
+    class Entries(ModelProjection):
+        models = (Entry,)
+        retries = 0
+
+        @on(AnyAccount.Created)
+        def opened(self, event: Any, using: str) -> None:
+            Entry.objects.using(using).create(pk=1, before_id=before[0])
+
+    before: list[Any] = [None]
+    site.opened()
+    with declaring(Entries):
+        run("Entries")
+        before[0] = 7
+        with pytest.raises(RebuildError, match="nothing was changed"):
+            rewrite("Entries").run()
+        assert [each.before_id for each in Entry.objects.using(site.alias).all()] == [None]
+        before[0] = None
+        assert rewrite("Entries").run() is not None
+
+
 def test_one_at_a_time(site: DjangoBank) -> None:
     """Two rebuilds and a worker at once end with the right rows."""
     account_id = spoiled(site)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,7 +15,7 @@ from eventsourcing.persistence import Notification, StoredEvent, Subscription
 from sqlalchemy import orm
 
 from flask_eventsourcing.models import make_models
-from flask_eventsourcing.persistence import Datastore, DialectOptions, SQLAlchemyApplicationRecorder
+from flask_eventsourcing.persistence import Datastore, DialectOptions, SQLAlchemyApplicationRecorder, recorders
 from tests.servers import ServerFolder, forget_killed_connections, restart_postgres, start_postgres
 
 PATIENCE = 20
@@ -120,6 +121,25 @@ def test_a_subscription_begins_after_a_position(recorder: SQLAlchemyApplicationR
     positions = record(recorder, 5)
     with following(recorder, gt=positions[2]) as follower:
         assert follower.wait_for(2) == positions[3:]
+
+
+@pytest.mark.parametrize("recorder", ["sqlite", "postgres_url", "mariadb_url"], indirect=True)
+def test_a_page_of_a_subscription_is_bounded_in_bytes(
+    recorder: SQLAlchemyApplicationRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subscription never reads more large events at once than fit into a page, not even at its beginning."""
+    monkeypatch.setattr(recorders, "PAGE_BYTES", 1)
+    positions, sizes, read_log = record(recorder, 8), set[int](), recorder.read_log
+
+    def read(*arguments: Any, **options: Any) -> Sequence[Notification]:
+        page = read_log(*arguments, **options)
+        sizes.add(len(page))
+        return page
+
+    monkeypatch.setattr(recorder, "read_log", read)
+    with following(recorder) as follower:
+        assert follower.wait_for(8) == positions
+    assert sizes <= {0, 1}
 
 
 @pytest.mark.parametrize("recorder", ALL, indirect=True)

@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -208,9 +209,15 @@ def test_a_wrong_call_has_another_exit_status(subject: Subject, output: PlainOut
 
 
 def test_a_lost_database_is_told_from_other_errors() -> None:
-    """Errors of the database and of this package become one message, which says whether the database is unreachable."""
+    """Errors of the database and of this package become one message, which tells an outage from a wait for others."""
     with pytest.raises(UnreachableError, match=r"^The database cannot be reached: gone$"), clear_errors():
         raise persistence.OperationalError("gone")
+    deadlock = sa.exc.OperationalError("UPDATE t", {}, sqlite3.OperationalError("database is locked"))
+    with (
+        pytest.raises(UnreachableError, match=r"^Another transaction was in the way: database is locked\. Run"),
+        clear_errors(),
+    ):
+        raise deadlock
     with pytest.raises(CommandError, match=r"^It has no models\.$") as failed, clear_errors():
         raise RebuildError("It has no models.")
     assert not isinstance(failed.value, UnreachableError)

@@ -47,6 +47,12 @@ SENDS = (
 )
 
 
+BROKEN = (
+    "The rows that the rebuild of {} has written break a foreign key ({}), so nothing was changed: a handler adds a "
+    "row without the one that it refers to."
+)
+
+
 class _UndoneError(Exception):
     """Leaves the transaction, of which nothing is to stay."""
 
@@ -147,6 +153,7 @@ class Rewrite:
             with self._noting(restart), suppress(_UndoneError):
                 with self._emptied() as (connection, before):
                     row = self._catch_up(connection)
+                    self._check_keys(connection)
                     letters = self._verify(connection, row)
                     pairs = zip(before, self._count_rows(connection), strict=True)
                     rows = dict(zip((table.name for table in self.live.tables), pairs, strict=True))
@@ -365,6 +372,12 @@ class Rewrite:
                 f"{event_name(notification)}: {describe(error)}"
             ) from error
         return self._applier.apply(row, [notification], notification.id, dead=(error, attempts))
+
+    def _check_keys(self, connection: Connection) -> None:
+        """Check the keys that only the commit would look at, which names neither table nor row."""
+        broken = self.application.datastore.dialect.broken_keys(connection, self.live.tables)
+        if broken:
+            raise RebuildError(BROKEN.format(self.live.name, ", ".join(broken)))
 
     def _verify(self, connection: Connection, row: CheckpointRow) -> tuple[int, int]:
         failed, waiting = self.application.dead_letters.count(connection, self.rebuild.name)

@@ -116,8 +116,10 @@ class Checks(NamedTuple):
 
     tables: frozenset[str] = frozenset()
     """The keys of those with further constraints, or with triggers."""
+    deferrable: tuple[str, ...] = ()
+    """The quoted names of constraints that the commit may look at, where a statement can have it done before."""
     deferred: tuple[str, ...] = ()
-    """The quoted names of constraints that are looked at with the commit, where a statement can have it done before."""
+    """Those of them that are, unless a handler says otherwise for its own event."""
     at_commit: bool = False
     """Whether there are constraints that only the commit looks at."""
 
@@ -129,23 +131,22 @@ def checks_of(connection: Connection, dialect: Any, tables: Sequence[sa.Table], 
 
 
 def check_now(connection: Connection, checks: Checks) -> None:
-    """Have the database look now at what it would look at with the commit, and then as before."""
-    if checks.deferred:
-        names = ", ".join(checks.deferred).replace("%", "%%")
-        connection.exec_driver_sql(f"SET CONSTRAINTS {names} IMMEDIATE")
-        connection.exec_driver_sql(f"SET CONSTRAINTS {names} DEFERRED")
+    """Have the database look now at what it would look at with the commit, and then as at its beginning."""
+    for names, when in ((checks.deferrable, "IMMEDIATE"), (checks.deferred, "DEFERRED")):
+        if names:
+            connection.exec_driver_sql(f"SET CONSTRAINTS {', '.join(names).replace('%', '%%')} {when}")
 
 
 def _checks_of_postgresql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
-    checked, deferred = set(), {}
+    checked, found = set(), dict[str, bool]()
     for table in tables:
         for name in {table.name, table.name + suffix}:
             qualified = as_parameter(dialect.qualified(table, name))
             if connection.exec_driver_sql(_CHECKED, (qualified,)).scalar():
                 checked.add(table.key)
-            for found in connection.exec_driver_sql(_DEFERRED, (qualified, qualified)).scalars():
-                deferred[found] = True
-    return Checks(frozenset(checked), tuple(deferred))
+            for name_of, is_deferred in connection.exec_driver_sql(_DEFERRABLE, (qualified, qualified)):
+                found[name_of] = is_deferred or found.get(name_of, False)
+    return Checks(frozenset(checked), tuple(found), tuple(each for each, is_deferred in found.items() if is_deferred))
 
 
 def _checks_of_mysql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
@@ -187,9 +188,10 @@ SELECT relkind <> 'r' OR relrowsecurity
     OR EXISTS (SELECT FROM pg_attribute JOIN pg_type t ON t.oid = atttypid WHERE attrelid = r.oid AND typtype = 'd')
 FROM pg_class r WHERE oid = to_regclass(%s)"""
 
-_DEFERRED = """
-SELECT format('%%I.%%I', nspname, conname) FROM pg_constraint k JOIN pg_namespace n ON n.oid = connamespace
-WHERE condeferred AND (conrelid = to_regclass(%s) OR confrelid = to_regclass(%s))"""
+_DEFERRABLE = """
+SELECT format('%%I.%%I', nspname, conname), condeferred
+FROM pg_constraint k JOIN pg_namespace n ON n.oid = connamespace
+WHERE condeferrable AND (conrelid = to_regclass(%s) OR confrelid = to_regclass(%s))"""
 
 _CHECKED_BY_MYSQL = """
 SELECT EXISTS (SELECT 1 FROM information_schema.table_constraints WHERE table_schema = coalesce(%s, database())

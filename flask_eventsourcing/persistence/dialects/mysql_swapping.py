@@ -91,6 +91,22 @@ class MySQLSwaps(ForSwaps):
             if not connection.invalidated:
                 connection.exec_driver_sql("SET SESSION foreign_key_checks = @flask_eventsourcing_checks")
 
+    def broken_keys(self, connection: Connection, tables: Sequence[sa.Table]) -> Collection[str]:
+        """Look at the keys of the live tables, which new ones may not have had, row by row."""
+        quote, broken = self.engine.dialect.identifier_preparer.quote, []
+        for table in tables:
+            keys: dict[str, list[tuple[str, ...]]] = {}
+            for name, *columns in connection.exec_driver_sql(_KEYS, (table.schema, table.name)):
+                keys.setdefault(name, []).append(tuple(map(quote, columns)))
+            for name, columns in keys.items():
+                (schema, target), pairs = columns[0][2:], [each[:2] for each in columns]
+                there = " AND ".join(f"t.{theirs} = r.{own}" for own, theirs in pairs)
+                whole = " AND ".join(f"r.{own} IS NOT NULL" for own, _ in pairs)
+                statement = _BROKEN.format(self.qualified(table, table.name), whole, f"{schema}.{target}", there)
+                if connection.exec_driver_sql(statement).first() is not None:
+                    broken.append(f"{table.name}: {name}")
+        return broken
+
     def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
         """Raise the row that counts; where there is none yet, it will begin where the table ends."""
         counter = self.qualified(tracking, tracking.name)
@@ -127,6 +143,14 @@ WHERE event_object_schema = coalesce(%s, database()) AND event_object_table = %s
 _REFERRERS = """
 SELECT DISTINCT table_name FROM information_schema.key_column_usage
 WHERE referenced_table_schema = coalesce(%s, database()) AND referenced_table_name = %s"""
+
+_KEYS = """
+SELECT constraint_name, column_name, referenced_column_name, referenced_table_schema, referenced_table_name
+FROM information_schema.key_column_usage
+WHERE table_schema = coalesce(%s, database()) AND table_name = %s AND referenced_table_name IS NOT NULL
+ORDER BY constraint_name, ordinal_position"""
+
+_BROKEN = "SELECT 1 FROM {} r WHERE {} AND NOT EXISTS (SELECT 1 FROM {} t WHERE {}) LIMIT 1"
 
 _HOLDERS = """
 SELECT trx_mysql_thread_id, trx_started FROM information_schema.innodb_trx

@@ -19,8 +19,9 @@ class PostgreSQLSwaps(ForSwaps):
     overriding: ClassVar[str] = " OVERRIDING SYSTEM VALUE"
 
     def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
-        """Limit the waiting to the end of the transaction."""
+        """Limit the waiting to the end of the transaction, and how long a frozen process keeps others waiting."""
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{seconds}s'")
+        connection.exec_driver_sql(_THAWED, (f"{5 * seconds}s",))
 
     def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
         """Name its parts; it has no partitions, as rows are copied where the live one has some."""
@@ -32,9 +33,9 @@ class PostgreSQLSwaps(ForSwaps):
         return self.fitting(name, suffix)
 
     def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
-        """Give a key that has a name the suffix: it has an index of that name, and is renamed with it."""
-        is_key = isinstance(constraint, sa.PrimaryKeyConstraint | sa.UniqueConstraint)
-        if is_key and constraint.name is not None:
+        """Give what has an index of its name, as a key, the suffix: it is renamed with it."""
+        has_index = not isinstance(constraint, sa.CheckConstraint | sa.ForeignKeyConstraint)
+        if has_index and constraint.name is not None:
             constraint.name = sa.sql.quoted_name(self.fitting(str(constraint.name), suffix), None)
 
     def parts_of(self, connection: Connection, table: sa.Table, name: str) -> Collection[Part]:
@@ -62,7 +63,7 @@ class PostgreSQLSwaps(ForSwaps):
     def rename_parts(self, connection: Connection, table: sa.Table, new: str, old: str) -> None:
         """Rename indexes, sequences and constraints, which have not changed their names with the table."""
         for name, renamed in (
-            (table.name + old, lambda part: f"{part[: self.longest_name - len(old)]}{old}"),
+            (table.name + old, lambda part: self.fitting(part, old)),
             (table.name, lambda part: part.replace(new, "")),
         ):
             qualified = as_parameter(self.qualified(table, name))
@@ -85,6 +86,12 @@ class PostgreSQLSwaps(ForSwaps):
         """Replace the rows; row-level security that would hide some of them is an error."""
         connection.exec_driver_sql("SET LOCAL row_security = off")
         super().replace_rows(connection, tables, new)
+        # What the commit would look at, and say of no table.
+        connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+
+    def gather_statistics(self, connection: Connection, table: sa.Table, name: str) -> None:
+        """Gather them now: those of a replaced table are not the new one's, and autovacuum comes later."""
+        connection.exec_driver_sql(f"ANALYZE {self.qualified(table, name)}")
 
     def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
         """Set sequences to the higher of two values, as a rollback does not set them back."""
@@ -103,6 +110,10 @@ class PostgreSQLSwaps(ForSwaps):
             raised = _RAISED.format(found.replace("%", "%%"))
             connection.exec_driver_sql(raised, (found, position, position), execution_options=OWN)
 
+
+_THAWED = """
+SELECT set_config('idle_in_transaction_session_timeout', %s, true)
+WHERE current_setting('idle_in_transaction_session_timeout') = '0'"""
 
 _SEQUENCE = "SELECT pg_get_serial_sequence(%s, %s)"
 
@@ -172,6 +183,10 @@ UNION ALL SELECT 'own', 'index ' || c.relname, pg_get_indexdef(c.oid),
 UNION ALL SELECT 'own', 'constraint ' || conname, pg_get_constraintdef(k.oid),
     (SELECT string_agg(attname, E'\\n') FROM pg_attribute WHERE attrelid = k.conrelid AND attnum = ANY (k.conkey))
     FROM r JOIN pg_constraint k ON conrelid = r.oid AND contype <> 't'
+UNION ALL SELECT 'own', 'the collation or storage of column ' || attname, concat_ws(' ',
+    nullif(attcollation, typcollation)::regcollation, nullif(attstorage, typstorage), attcompression), attname
+    FROM r JOIN pg_attribute ON attrelid = r.oid AND attnum > 0 AND NOT attisdropped JOIN pg_type t ON t.oid = atttypid
+    WHERE attcollation <> typcollation OR attstorage <> typstorage OR attcompression <> ''
 UNION ALL SELECT 'own', 'the default of column ' || attname, pg_get_expr(adbin, adrelid), attname
     FROM r JOIN pg_attrdef ON adrelid = r.oid JOIN pg_attribute ON attrelid = r.oid AND attnum = adnum
 UNION ALL SELECT 'own', 'the comment on ' || pg_describe_object(classoid, objoid, objsubid), description,

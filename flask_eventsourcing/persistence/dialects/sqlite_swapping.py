@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ from .swapping import OWN, ForSwaps, Part
 
 SPACE = re.compile(r"\s+")
 NAMED = re.compile(r"\bCONSTRAINT\s+(\"[^\"]+\"|\S+)", re.I)
+COLLATED = re.compile(r"\bCOLLATE\s+\"?(\w+)", re.I)
 NAMES = re.compile(r"[\"`\[\]]")
 
 
@@ -24,7 +25,7 @@ class SQLiteSwaps(ForSwaps):
         """Ask the catalog; *name* is that of the table or of a shadow."""
         inspector = sa.inspect(connection)
         found = {*_constraints(inspector, name), *self._unique(connection, name)}
-        mentioned = re.compile(rf"\b{re.escape(name)}\b", re.I)
+        mentioned = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.I)
         for kind, part, owner, sql in connection.exec_driver_sql(_CATALOG).all():
             if kind == "trigger" and owner.lower() == name.lower():
                 found.add(Part(f"trigger {part}", sql, acts=True))
@@ -49,6 +50,8 @@ class SQLiteSwaps(ForSwaps):
         for kind, part, _, sql in connection.exec_driver_sql(_CATALOG).all():
             if kind == "table" and part.lower() == name.lower():
                 yield from (Part(f"constraint {NAMES.sub('', called)}") for called in NAMED.findall(sql))
+                yield Part("the storage", sql.rpartition(")")[2].strip().upper())
+                yield Part("collations", " ".join(sorted(map(str.upper, COLLATED.findall(sql)))))
 
     def _about(self, connection: Connection, index: str) -> frozenset[str]:
         quoted = self.engine.dialect.identifier_preparer.quote_identifier(index)
@@ -63,6 +66,28 @@ class SQLiteSwaps(ForSwaps):
             connection.exec_driver_sql(f"DROP INDEX IF EXISTS {quote(f'{index.name}{new}')}")
             # The engine's dialect, as the connection's own may name the new table, which is the live one now.
             connection.exec_driver_sql(str(CreateIndex(index).compile(dialect=self.engine.dialect)))
+
+    def copy_rows(self, connection: Connection, tables: Sequence[sa.Table], new: str, where: str = "") -> None:
+        """Copy rows, which refer to each other as those of the new tables did: keys are looked at afterwards."""
+        self.put_off_keys(connection)
+        super().copy_rows(connection, tables, new, where)
+
+    def put_off_keys(self, connection: Connection) -> None:
+        """Do so to the end of the transaction, which otherwise begins with the first write."""
+        driver: Any = connection.connection.dbapi_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("PRAGMA defer_foreign_keys = ON")
+
+    def broken_keys(self, connection: Connection, tables: Sequence[sa.Table]) -> Collection[str]:
+        """Look at the keys of the live tables, if the connection does."""
+        if not connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
+            return ()
+        quote = self.engine.dialect.identifier_preparer.quote_identifier
+        found = (
+            connection.exec_driver_sql(f"PRAGMA foreign_key_check({quote(table.name)})").first() for table in tables
+        )
+        return [f"{row[0]}: the key that refers to {row[2]}" for row in found if row is not None]
 
     def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
         """Raise what ``AUTOINCREMENT`` has counted to."""

@@ -70,10 +70,12 @@ class ForSwaps:
 
     def name_shadow(self, table: sa.Table, shadow: sa.Table, suffix: str) -> None:
         """Name the indexes and constraints of a copy of a table after those of the original, with a suffix."""
-        # By their columns, as names may be made of the table's name.
-        originals = {(index.unique, *index.columns.keys()): index.name for index in table.indexes}
+        names, copied = {index.name for index in table.indexes}, {index.name for index in shadow.indexes}
+        # By their columns, where the copy has a name that is made of the table's: a column has one such index.
+        made = {(i.unique, *i.columns.keys()): i.name for i in table.indexes if i.name not in copied}
         for index in shadow.indexes:
-            original = originals.get((index.unique, *index.columns.keys()), index.name)
+            of_table = index.name not in names
+            original = made.get((index.unique, *index.columns.keys()), index.name) if of_table else index.name
             index.name = sa.sql.quoted_name(self.shadow_index_name(str(original), suffix), None)
         for constraint in shadow.constraints:
             self.name_shadow_constraint(constraint, suffix)
@@ -84,10 +86,16 @@ class ForSwaps:
 
     def fitting(self, name: str, suffix: str) -> str:
         """Return a name with a suffix; one that would be too long is shortened, and differs from any other."""
-        if len(name) + len(suffix) <= self.longest_name:
+        if self.fits(f"{name}{suffix}"):
             return f"{name}{suffix}"
         end = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}{suffix}"
-        return f"{name[: self.longest_name - len(end)]}{end}"
+        while not self.fits(f"{name}{end}"):
+            name = name[:-1]
+        return f"{name}{end}"
+
+    def fits(self, name: str) -> bool:
+        """Whether a name is not too long."""
+        return len(name.encode() if self.counts == "bytes" else name) <= self.longest_name
 
     def name_shadow_constraint(self, constraint: sa.Constraint, suffix: str) -> None:
         """Name a constraint of a shadow table; here its name may be that of the original."""
@@ -97,6 +105,11 @@ class ForSwaps:
         return name
 
     # ------------------------------------------------------------------------------------- what there is
+
+    def columns_of(self, connection: Connection, table: sa.Table) -> set[str]:
+        """Return the columns that a table has in the database."""
+        query = f"SELECT * FROM {self.qualified(table, table.name)} WHERE 1 = 0"
+        return set(connection.exec_driver_sql(query).keys())
 
     def parts_of(self, connection: Connection, table: sa.Table, name: str) -> Collection[Part]:
         """Return what a table has that is not in a new one by itself; *name* is that of the table or of a shadow."""
@@ -149,6 +162,16 @@ class ForSwaps:
                 f"SELECT {columns} FROM {self.qualified(table, table.name + new)}{where}"
             )
             connection.exec_driver_sql(statement, execution_options=OWN)
+
+    def put_off_keys(self, connection: Connection) -> None:
+        """Have foreign keys looked at with the commit, where tables may refer to each other in a circle."""
+
+    def broken_keys(self, connection: Connection, tables: Sequence[sa.Table]) -> Collection[str]:
+        """Return the foreign keys that copied rows of tables break, where nobody has looked at them; here all were."""
+        return ()
+
+    def gather_statistics(self, connection: Connection, table: sa.Table, name: str) -> None:
+        """Have the planner know the rows of a shadow table; here it does by itself."""
 
     def go_on_counting(self, connection: Connection, table: sa.Table, new: str) -> None:
         """Let a table give no value again that the new one has given; where it sees what is inserted, it does so."""

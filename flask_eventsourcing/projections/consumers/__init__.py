@@ -12,6 +12,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from eventsourcing.application import Application
 from eventsourcing.persistence import Mapper, Notification
+from sqlalchemy import orm
 from sqlalchemy.engine import Connection, Engine
 
 from ...applications.apart import EventStore
@@ -157,8 +158,9 @@ class Consumer:
 
     @cached_property
     def tables(self) -> Sequence[sa.Table]:
-        """The tables of the models that it owns."""
-        return tables_of(self.application.host, self.projection_class)
+        """The tables of the models that it owns, and those between two of these models."""
+        found = tables_of(self.application.host, self.projection_class)
+        return list(dict.fromkeys((*found, *_tables_between(self.projection_class.models))))
 
     @property
     def handlers(self) -> Handlers:
@@ -253,6 +255,15 @@ def tables_of(host: Host, projection_class: type[ModelProjection]) -> Sequence[s
     """Return the tables of the models that a projection owns."""
     found = {table.key: table for model in projection_class.models for table in host.tables_of(model)}
     return list(found.values())
+
+
+def _tables_between(models: Sequence[Any]) -> Iterable[sa.Table]:
+    """Return the tables without a model in which rows of one model refer to several of another, if both are given."""
+    mappers = [mapper for model in models if isinstance(mapper := sa.inspect(model, raiseerr=False), orm.Mapper)]
+    for mapper in mappers:
+        for each in mapper.relationships:
+            if isinstance(each.secondary, sa.Table) and each.mapper in mappers:
+                yield each.secondary
 
 
 def consumers_of(application: ProjectedApplication, projection_class: type[ModelProjection]) -> list[Consumer]:

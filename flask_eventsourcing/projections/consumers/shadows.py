@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, SetColumnComment, SetTab
 
 from ...exceptions import HandlerError, RebuildError
 from ...host import Host
+from ...models import is_of_rebuild
 from ...persistence import Datastore, Dialect
 from ...persistence.dialects.swapping import OWN
 from . import Consumer
@@ -66,25 +67,40 @@ class ShadowTables:
     suffix: str
     own: Callable[[], Collection[str]] = tuple
 
-    @cached_property
+    @property
     def tables(self) -> dict[str, sa.Table]:
         """Copies of the live tables with other names, by the keys of the live ones."""
-        owned = {table.key for table in self.live}
+        return self._copied[0]
+
+    @cached_property
+    def _copied(self) -> tuple[dict[str, sa.Table], dict[str, str]]:
         metadata = sa.MetaData()
         shadows = {table.key: table.to_metadata(metadata, name=table.name + self.suffix) for table in self.live}
+        names: dict[str, str] = {}
         for table in self.live:
             shadow = shadows[table.key]
+            before = {constraint: constraint.name for constraint in shadow.constraints}
             self.datastore.dialect.name_shadow(table, shadow, self.suffix)
-            for constraint in list(shadow.foreign_key_constraints):
-                _redirect(shadow, constraint, owned, self.suffix, self.datastore.dialect)
-            _add_targets(table, owned, metadata)
-        return shadows
+            named = ((name, each.name) for each, name in before.items() if each.name is not None)
+            names |= {str(name): str(other) for name, other in named if name != other}
+            _redirect(table, shadows, self.datastore.dialect)
+        return shadows, names
+
+    def name_of_constraint(self, name: str) -> str:
+        """Return the name that a constraint of a live table has at its shadow."""
+        if name in self._copied[1]:
+            return self._copied[1][name]
+        # One without a name in the model has one that begins with that of its table.
+        owners = [table.name for table in self.live if name.startswith(f"{table.name}_")]
+        owner = max(owners, key=len, default=None)
+        return name if owner is None else f"{owner}{self.suffix}{name[len(owner) :]}"
 
     def check(self) -> None:
         """Check that there can be such tables.
 
         :raises RebuildError: when a table that is not among them refers to one of them, or a name gets too long.
         """
+        _refuse_taken(self.live)
         _check(self.live, self.suffix, self.datastore.dialect)
 
     def create(self, connection: Connection) -> None:
@@ -95,9 +111,24 @@ class ShadowTables:
                 connection.execute(CreateIndex(index))
             _comment(connection, shadow)
 
+    def gather_statistics(self) -> None:
+        """Have the planner know the tables, before anybody reads them."""
+        try:
+            with self.datastore.engine.begin() as connection:
+                for table in self.live:
+                    self.datastore.dialect.gather_statistics(connection, table, table.name + self.suffix)
+        except sa.exc.DBAPIError as error:
+            # Readers may be slow until the database does it by itself.
+            logger.warning("Statistics of tables with %s could not be gathered: %s", self.suffix, error)
+
     def drop(self, connection: Connection) -> list[str]:
-        """Drop the tables that exist, and return their names. Only tables are dropped."""
+        """Drop the tables that exist, and return their names. Only tables are dropped.
+
+        :raises RebuildError: when another table has the name of one.
+        """
+        _refuse_taken(self.live)
         dropped = [table for table in reversed(sa.schema.sort_tables(self.live)) if self.exists(connection, table)]
+        self.datastore.dialect.put_off_keys(connection)
         for table in dropped:
             connection.exec_driver_sql(f"DROP TABLE {self._quoted(table)}")
         return [table.name + self.suffix for table in dropped]
@@ -118,7 +149,7 @@ class ShadowTables:
     @contextmanager
     def session(self, host: Host) -> Iterator[orm.Session]:
         """Within the host's context, a current session that writes these tables instead of the live ones."""
-        with _connect(self.datastore, self.tables, self.own) as connection, host.using(connection) as session:
+        with _connect(self) as connection, host.using(connection) as session:
             yield session
 
     def exists(self, connection: Connection, table: sa.Table) -> bool:
@@ -129,9 +160,16 @@ class ShadowTables:
         return self.datastore.dialect.qualified(table, table.name + self.suffix)
 
 
+def _refuse_taken(tables: Sequence[sa.Table]) -> None:
+    for table in tables:
+        for other in table.metadata.tables.values():
+            if other.schema == table.schema and is_of_rebuild(other.name, (table.name,)):
+                raise RebuildError(TAKEN.format(other.name, table.name))
+
+
 def _check(tables: Sequence[sa.Table], suffix: str, dialect: Dialect) -> None:
     for table in tables:
-        if len(table.name) + len(suffix) > dialect.longest_name:
+        if not dialect.fits(f"{table.name}{suffix}"):
             raise RebuildError(f"The name of table {table.name!r} is too long for a copy with a suffix: shorten it.")
         for other in table.metadata.tables.values():
             if other not in tables and any(key.column.table is table for key in other.foreign_keys):
@@ -149,6 +187,8 @@ def _check_order(tables: Sequence[sa.Table]) -> None:
         names = ", ".join(sorted({repr(table.name) for table in error.args[1]}))
         raise RebuildError(CIRCLE.format(names)) from error
 
+
+TAKEN = "A rebuild calls a copy of table {1!r} {0!r}, as another table is called: give that another name."
 
 REFERS = (
     "Table {!r} has a foreign key to {!r}, whose place a rebuilt table will take: "
@@ -173,63 +213,84 @@ def _comment(connection: Connection, shadow: sa.Table) -> None:
             connection.execute(SetColumnComment(column))
 
 
-def _redirect(
-    shadow: sa.Table, constraint: sa.ForeignKeyConstraint, owned: set[str], suffix: str, dialect: Dialect
-) -> None:
-    """Let a foreign key refer to the shadow of its target."""
-    targets = []
-    for element in constraint.elements:
-        table, _, column = element.target_fullname.rpartition(".")
-        targets.append(f"{table}{suffix if table in owned else ''}.{column}")
-    columns = [column.name for column in constraint.columns]
-    shadow.constraints.discard(constraint)
-    for element in constraint.elements:
-        element.parent.foreign_keys.discard(element)
-        shadow.foreign_keys.discard(element)
-    options = {name: getattr(constraint, name) for name in ("onupdate", "ondelete", "deferrable", "initially")}
-    options["name"] = dialect.shadow_key_name(constraint.name)
-    shadow.append_constraint(sa.ForeignKeyConstraint(columns, targets, **options))
+def _redirect(table: sa.Table, shadows: Mapping[str, sa.Table], dialect: Dialect) -> None:
+    """Let the foreign keys of a shadow refer to the shadows of their targets."""
+    shadow = shadows[table.key]
+    for constraint in list(shadow.foreign_key_constraints):
+        shadow.constraints.discard(constraint)
+        for element in constraint.elements:
+            element.parent.foreign_keys.discard(element)
+            shadow.foreign_keys.discard(element)
+    for constraint in sorted(table.foreign_key_constraints, key=lambda each: list(each.column_keys)):
+        columns = [shadow.c[key] for key in constraint.column_keys]
+        # By their objects, as a name may have a dot in it.
+        targets = [
+            _copy_of(each.column.table, shadows, shadow.metadata).c[each.column.key] for each in constraint.elements
+        ]
+        options = {
+            name: getattr(constraint, name) for name in ("onupdate", "ondelete", "deferrable", "initially", "match")
+        }
+        options["name"] = dialect.shadow_key_name(constraint.name)
+        shadow.append_constraint(sa.ForeignKeyConstraint(columns, targets, **options))
 
 
-def _add_targets(table: sa.Table, owned: set[str], metadata: sa.MetaData) -> None:
-    for key in table.foreign_keys:
-        target = key.column.table
-        if target.key not in owned and target.key not in metadata.tables:
-            target.to_metadata(metadata)
+def _copy_of(target: sa.Table, shadows: Mapping[str, sa.Table], metadata: sa.MetaData) -> sa.Table:
+    """Return the shadow of a table, or a copy of one that has none."""
+    found = shadows.get(target.key, metadata.tables.get(target.key))
+    return target.to_metadata(metadata) if found is None else found
 
 
-def _connect(datastore: Datastore, shadows: Mapping[str, sa.Table], own: Callable[[], Collection[str]]) -> Connection:
+def _connect(tables: ShadowTables) -> Connection:
+    datastore, shadows, own = tables.datastore, tables.tables, tables.own
     connection = datastore.engine.connect()
     if isinstance(datastore.engine.pool, sa.pool.QueuePool):
         # Out of the pool, which may have no second one for the checkpoint and the log.
         connection.detach()
-    connection.dialect = _redirected(datastore.engine.dialect, shadows)
-    text = re.compile("|".join(rf"\b{re.escape(key.rpartition('.')[2])}\b" for key in shadows))
+    connection.dialect = _redirected(datastore.engine.dialect, tables)
 
     def refuse(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         if OWN.items() <= getattr(context, "execution_options", {}).items():
             return
-        written = getattr(getattr(context, "compiled", None), "statement", None)
-        if isinstance(written, sa.TextClause) and (found := text.search(statement)):
-            raise HandlerError(
-                f"A handler names table {found[0]!r} in textual SQL, so that it cannot be rebuilt: use the model's "
-                "attributes, or select(), insert(), update() and delete()."
-            )
         for table in written_tables(statement, context):
-            if isinstance(table, sa.Table) and table.key in shadows:
+            if isinstance(table, sa.TableClause) and table.fullname in shadows:
                 continue
-            name = table.name if isinstance(table, sa.Table) else table
+            name = table if isinstance(table, str) else table.name
             if name not in own():
-                raise HandlerError(UNDECLARED.format(name))
+                raise HandlerError((TEXTUAL if name in live else UNDECLARED).format(name))
 
+    live = {table.name for table in tables.live}
     sa.event.listen(connection, "before_cursor_execute", refuse)
     return connection.execution_options(compiled_cache={})
 
 
+TEXTUAL = (
+    "A handler names table {!r} in textual SQL, so that it cannot be rebuilt: use the model's attributes, or select(), "
+    "insert(), update() and delete()."
+)
 UNDECLARED = (
     "A handler writes table {!r}, which is not among the projection's models, so that a rebuild would write it "
     "again: add its model to models=[…], and leave textual SQL."
 )
+
+
+class Names:
+    """The names of live tables, as they stand in textual SQL."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        either = "|".join(map(re.escape, names))
+        self._any = re.compile(rf"(?<!\w)({either})(?!\w)")
+        # A column, or a word of a text, may have the name of a table.
+        self._read = re.compile(rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?(?:[\w\"`\[\]]+\.)?[\"`\[]?({either})(?!\w)", re.I)
+
+    def refuse(self, text: str, *, read: bool) -> None:
+        """Refuse a text.
+
+        :param read: whether only where it reads a table.
+        :raises HandlerError: when it names one.
+        """
+        found = (self._read if read else self._any).search(text)
+        if found is not None:
+            raise HandlerError(TEXTUAL.format(found[1]))
 
 
 class Undeclared:
@@ -239,9 +300,15 @@ class Undeclared:
         self._consumer = consumer
         self._own = own_tables(consumer)
         self._is_told = consumer.kind != "projection"
+        self._names = Names(table.name for table in consumer.tables) if consumer.kind == "rebuild" else None
 
     def look(self, statement: str, context: Any) -> None:
-        """Look at a statement before it is executed."""
+        """Look at a statement before it is executed.
+
+        :raises HandlerError: in a rebuild, if the driver would be sent the name of a live table.
+        """
+        if self._names is not None and getattr(context, "compiled", None) is None:
+            self._names.refuse(statement, read=True)
         if self._is_told:
             return
         for table in written_tables(statement, context):
@@ -253,7 +320,7 @@ class Undeclared:
                 logger.warning("%s: %s", self._consumer.name, UNDECLARED.format(name))
 
 
-def written_tables(statement: str, context: Any) -> Iterator[sa.Table | str]:
+def written_tables(statement: str, context: Any) -> Iterator[sa.TableClause | str]:
     """The tables that a statement writes, as far as it shows; in textual SQL, the name after the first words."""
     compiled = getattr(context, "compiled", None)
     written = getattr(compiled, "statement", None)
@@ -267,7 +334,7 @@ def written_tables(statement: str, context: Any) -> Iterator[sa.Table | str]:
             yield word if target is None else _plain_name(target[1])
         return
     for element in (written, *(cte.element for cte in getattr(compiled, "ctes", None) or ())):
-        if isinstance(element, sa.UpdateBase) and isinstance(element.table, sa.Table):
+        if isinstance(element, sa.UpdateBase) and isinstance(element.table, sa.TableClause):
             yield element.table
 
 
@@ -275,12 +342,12 @@ def _plain_name(name: str) -> str:
     return QUOTES.sub("", name).rpartition(".")[2]
 
 
-def _redirected(dialect: Any, shadows: Mapping[str, sa.Table]) -> Any:
-    """Return a copy of a dialect that names shadow tables instead of the live ones; all else stays as it is."""
-    plain = dialect.identifier_preparer
+def _redirecting(plain: Any, shadows: Mapping[str, sa.Table]) -> Callable[[Any, str, str], str]:
+    """Return what puts the name of a shadow into the place of a live table's, before some end."""
 
     def redirected(table: Any, text: str, end: str) -> str:
-        shadow = shadows.get(table.key) if isinstance(table, sa.Table) else None
+        # Also of one that is written down as table("…").
+        shadow = shadows.get(table.fullname) if isinstance(table, sa.TableClause) else None
         if shadow is None:
             return text
         for name, other in (
@@ -291,15 +358,34 @@ def _redirected(dialect: Any, shadows: Mapping[str, sa.Table]) -> Any:
                 return f"{other}{text[len(name) :]}"
         return text
 
+    return redirected
+
+
+def _redirected(dialect: Any, tables: ShadowTables) -> Any:
+    """Return a copy of a dialect that names shadow tables instead of the live ones; all else stays as it is."""
+    plain = dialect.identifier_preparer
+    redirected, names = _redirecting(plain, tables.tables), Names(table.name for table in tables.live)
+
     class ShadowPreparer(type(plain)):  # type: ignore[misc]
         def format_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
             return redirected(table, super().format_table(table, *args, **kwargs), " ")
+
+        def truncate_and_render_constraint_name(self, name: Any, *args: Any, **kwargs: Any) -> Any:
+            # An upsert may name a constraint.
+            shadowed = sa.sql.quoted_name(tables.name_of_constraint(str(name)), None)
+            return super().truncate_and_render_constraint_name(shadowed, *args, **kwargs)
 
     class ShadowCompiler(dialect.statement_compiler):  # type: ignore[misc]
         def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
             return redirected(table, super().visit_table(table, *args, **kwargs), " ")
 
+        def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> str:
+            names.refuse(textclause.text, read=bool(self.stack))
+            return str(super().visit_textclause(textclause, *args, **kwargs))
+
         def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> str:
+            if column.is_literal:
+                names.refuse(column.name, read=True)
             return redirected(column.table, super().visit_column(column, *args, **kwargs), ".")
 
     shadowing = copy.copy(dialect)
