@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Protocol
 
 from sqlalchemy import orm
 
-from ..exceptions import AbortedTransactionError, CommitInsideUnitError, HandlerError, NotInitializedError
+from ..exceptions import (
+    AbortedTransactionError,
+    CommitInsideUnitError,
+    HandlerError,
+    NotInitializedError,
+    UncommittedEventsError,
+    WriteTimeoutError,
+)
 from ..persistence import Dialect
 from .pending import Batch, Following, Pending, Refusal
 
@@ -107,6 +116,61 @@ def running(run: Run, scope: object) -> Iterator[None]:
     finally:
         # Not by a token: the end of a generator may come in another context than its beginning.
         _running.set(before)
+
+
+SHARED = (
+    "Another thread {does} the session of these events at this moment: give each thread a session and a transaction "
+    "manager of its own."
+)
+
+
+class Turns:
+    """Keeps the threads apart that use one session, as a commit would store events of which it does not know yet.
+
+    Each notes what it does before it looks at what others do, so that of two that begin at once one sees the other.
+    """
+
+    def __init__(self) -> None:
+        self.saving: int | None = None
+        self.committing: int | None = None
+        """The thread that does so."""
+
+    def look(self) -> None:
+        """Refuse what another thread is in the midst of.
+
+        :raises UncommittedEventsError: while another thread saves or commits.
+        """
+        thread = get_ident()
+        if self.saving not in (None, thread):
+            raise UncommittedEventsError(SHARED.format(does="saves in"))
+        if self.committing not in (None, thread):
+            raise UncommittedEventsError(SHARED.format(does="commits"))
+
+    def save(self) -> None:
+        """Begin a save.
+
+        :raises UncommittedEventsError: while another thread commits.
+        """
+        thread = self.saving = get_ident()
+        if self.committing not in (None, thread):
+            self.saving = None
+            raise UncommittedEventsError(SHARED.format(does="commits"))
+
+    def commit(self, timeout: float) -> None:
+        """Begin a commit, when the save of another thread has ended.
+
+        :param timeout: in seconds.
+        :raises WriteTimeoutError: when it takes longer.
+        """
+        thread = self.committing = get_ident()
+        if self.saving in (None, thread):
+            return
+        deadline = time.monotonic() + timeout
+        while self.saving not in (None, thread):
+            if time.monotonic() > deadline:
+                self.committing = None
+                raise WriteTimeoutError(SHARED.format(does="saves in"))
+            time.sleep(0.001)
 
 
 class CommitGate:

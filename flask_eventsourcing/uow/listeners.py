@@ -234,12 +234,20 @@ def _after_begin(session: orm.Session, transaction: orm.SessionTransaction, conn
 def _before_commit(session: orm.Session) -> None:
     joined_late(session)
     found = _units_of(session)
-    if found is not None:
-        in_savepoint = session.in_nested_transaction()
-        for unit in found[1]:
+    if found is None or not found[1]:
+        return
+    shared, units = found
+    in_savepoint = session.in_nested_transaction()
+    shared.is_committing = False
+    shared.turns.commit(units[0].dialect.options.lock_timeout)
+    try:
+        for unit in units:
             unit.look()
             unit.gate.check(in_savepoint=in_savepoint)
-        found[0].is_committing = not in_savepoint
+        shared.is_committing = not in_savepoint
+    finally:
+        if not shared.is_committing:
+            shared.turns.committing = None
 
 
 # Before the user's own, whose error would leave a commit unnoticed.
@@ -266,6 +274,7 @@ def _after_soft_rollback(session: orm.Session, ended: orm.SessionTransaction) ->
     # A flush that fails rolls back and leaves the end to the caller, who may not notice.
     shared.has_half_ended = not (ended.parent is None or ended.nested)
     shared.asked = shared.is_committing = False
+    shared.turns.committing = None
     if not shared.has_half_ended:
         for unit in units:
             unit.resolve(asked=True)
@@ -296,3 +305,4 @@ def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) 
                 # A unit of work that is being run fails for it, and may be run again.
                 unit.resolve(asked=run is not None and run.rollback_only is not None)
     shared.asked = shared.has_half_ended = shared.is_committing = False
+    shared.turns.committing = None

@@ -21,7 +21,7 @@ from ..exceptions import SpanningTransactionError
 from ..persistence import Datastore, Dialect
 from ..persistence.dialects.event_tables import EventTable
 from .abstract import Unit
-from .commit_gate import CommitGate, Commits, Run, current_run
+from .commit_gate import CommitGate, Commits, Run, Turns, current_run
 from .contended import AggregateQueue, ContendedAggregates
 from .pending import (
     AfterCommit,
@@ -103,6 +103,7 @@ class SessionUnits:
         """The session's transaction or savepoint that was committed and has not ended yet."""
         self.is_committing = False
         """Whether it is the session that commits now."""
+        self.turns = Turns()
         self.asked = False
         """Whether code has asked for the rollback that has just happened."""
         self.has_half_ended = False
@@ -189,16 +190,22 @@ class UnitOfWork(Unit):
         """Return the connection to write with; refuse a write if the session has events in another database.
 
         :raises SpanningTransactionError: unless the session commits in two phases.
+        :raises UncommittedEventsError: while another thread saves in the session, or commits it.
         :raises ConfigurationError: when the session writes models in another transaction.
         """
+        self.shared.turns.look()
         self.look()
         session = self.session
         self.units.commits.joining(session)
         connection = self.route.connection(session)
         if not self.pending.has(Batch):
             self.route.check(session, connection)
-        if len(self.shared.units) == 1 or session.twophase:
-            return connection
+        if len(self.shared.units) > 1 and not session.twophase:
+            self._refuse_spanning(connection)
+        self.shared.turns.save()
+        return connection
+
+    def _refuse_spanning(self, connection: Connection) -> None:
         for other in self.shared.units.values():
             same = other.units.datastore.engine is self.units.datastore.engine
             if not same and other.pending.has(Batch) and other.connection() is not connection:
@@ -206,7 +213,6 @@ class UnitOfWork(Unit):
                     f"This transaction has events of {other.batches[0].application_name} in another database, which "
                     "cannot be committed together with these: commit first, or use a session with twophase=True."
                 )
-        return connection
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
         """Queue for an aggregate before it is read, if it had conflicts lately and the unit can be run again."""
@@ -216,11 +222,13 @@ class UnitOfWork(Unit):
 
     def failed(self, connection: Connection) -> None:
         """Note a write that failed."""
+        self.shared.turns.saving = None
         self._follow(connection)
         self.gate.has_failed = True
 
     def written(self) -> None:
         """After a write: commit, if each save is committed at once and no unit or savepoint is around it."""
+        self.shared.turns.saving = None
         session = self.session
         if self.units.commits.at_save and not self.shared.depth and not session.in_nested_transaction():
             transaction = session.get_transaction()
@@ -257,6 +265,7 @@ class UnitOfWork(Unit):
         self.resolve(asked=True)
         if connection is None:
             # A rollback of nothing would not be noticed, so there is a transaction from here on.
+            self.shared.turns.look()
             self.units.commits.joining(self.session)
             connection = self.connection()
         self._follow(connection)

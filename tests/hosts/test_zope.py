@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import transaction
 import zope.sqlalchemy
 from eventsourcing.persistence import IntegrityError
 from sqlalchemy import orm
+from transaction import TransactionManager
 from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
 
 from flask_eventsourcing.contrib.zope import EventSourcing, event_models
@@ -579,6 +581,45 @@ def test_events_saved_during_an_abort_are_told(
     with zope_site.manager:
         zope_site.bank.open_account()
     assert zope_site.stored() == (1, 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_threads_that_share_a_transaction(zope_site: ZopeSite, late: bool) -> None:
+    """A commit waits for the save of another thread in its session, and announces it; a save in a commit is refused."""
+    manager, factory = TransactionManager(explicit=True), orm.sessionmaker(zope_site.engine)
+    zope.sqlalchemy.register(factory, transaction_manager=manager)
+    es = EventSourcing(Bank, models=zope_site.models, session=factory)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def pause(*_: object) -> None:
+        if threading.current_thread() is pausing:
+            reached.set()
+            go_on.wait(20)
+
+    def save() -> None:
+        try:
+            es.application.open_account()
+        except UncommittedEventsError as error:
+            refused.append(str(error))
+
+    refused: list[str] = []
+    manager.begin()
+    es.application.open_account()
+    first, second = (manager.commit, save) if late else (save, manager.commit)
+    pausing = threading.Thread(target=first)
+    sa.event.listen(zope_site.engine, "commit" if late else "before_cursor_execute", pause)
+    with recorded() as heard:
+        pausing.start()
+        assert reached.wait(20)
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.2)
+        go_on.set()
+        for each in (pausing, other):
+            each.join(20)
+        assert sum(count for _, count in heard) == zope_site.stored()[0] == 2 - late
+    assert ["Another thread commits the session" in each for each in refused] == [True] * late
+    es.close()
 
 
 @pytest.mark.parametrize("listener", ["before_flush", "after_flush"])

@@ -40,7 +40,7 @@ class ZopeSite(HostSite):
     ) -> None:
         base = orm.declarative_base()
         self.engine = engine_for(url)
-        models = event_models(base, "Bank")
+        self.models = models = event_models(base, "Bank")
         self.StoredEvent = models.StoredEvent
         self.Note = make_note(base)
         base.metadata.create_all(self.engine)

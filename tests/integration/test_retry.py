@@ -9,7 +9,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import pytest
-from eventsourcing.persistence import IntegrityError
+from eventsourcing.persistence import IntegrityError, StoredEvent
 
 from flask_eventsourcing import ConfigurationError
 from tests.bank import Site
@@ -208,6 +208,35 @@ def test_the_queue_for_one_aggregate_keeps_no_other_waiting(new_site: MakeSite, 
 
     with site.app.app_context():
         unit()
+
+
+@pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
+def test_the_queue_at_a_first_change_keeps_no_other_waiting(new_site: MakeSite) -> None:
+    """While a unit queues for a new account, a late save has a conflict at once, and other accounts are saved."""
+    site = new_site(EVENTSOURCING_LOCK_TIMEOUT=1)
+    ids = sorted(site.opened() for _ in range(3))
+    tries: list[int] = []
+
+    @site.es.retry_on_conflict
+    def unit() -> None:
+        account = site.bank.account(ids[1])
+        tries.append(1)
+        if len(tries) == 1:
+            site.elsewhere(lambda: site.bank.deposit(ids[1], 1))
+        else:
+            late = StoredEvent(ids[1], 2, "late:Event", b"{}")
+            with pytest.raises(IntegrityError):
+                site.elsewhere(lambda: cast(Any, site.bank.recorder).insert_events([late]))
+            for other in (ids[0], ids[2]):
+                site.elsewhere(lambda other=other: site.bank.deposit(other, 1))  # type: ignore[misc]
+            for _ in range(5):
+                site.elsewhere(site.bank.open_account)
+        account.deposit(1)
+        site.bank.save(account)
+
+    with site.app.app_context():
+        unit()
+    assert len(tries) == 2
 
 
 @on_files

@@ -17,7 +17,6 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from traceback import walk_tb
 from typing import Any, ClassVar
-from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, PersistenceError, StoredEvent, Tracking
@@ -135,6 +134,15 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
     ) -> list[int]:
         """Draw a block of positions from the counting row, which locks it, and insert the events with them."""
+        try:
+            return self._append(connection, table, events, beside)
+        except ConflictError:
+            self.note_places(connection, table, events)
+            raise
+
+    def _append(
+        self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside
+    ) -> list[int]:
         values = beside.completed([table.row(event) for event in events])
         first = heads(events)
         self.refuse_padded(connection, table, [event.originator_id for event in events])
@@ -233,19 +241,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             self.modify(connection, insert, (application_name, position))
         except IntegrityError as error:
             raise IntegrityError(f"Position {position} of {application_name} is not above the recorded one.") from error
-
-    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
-        """Lock its second event; a locking read makes no snapshot, so what follows reads the latest.
-
-        It locks the gap before a row of a key too. Before the first event, that is where others append to another
-        aggregate: they have the counting row that this unit will want, and of the two it would be ended each time.
-        Where there is no second event nothing is queued for, but a conflict has just made one.
-        """
-        if not wait:
-            return
-        table = self.located(connection, table)
-        statement = f"SELECT 1 FROM {table.name} WHERE originator_id = %s AND originator_version = 2 FOR UPDATE"
-        self.fetch(connection, statement, (table.encode_id(originator_id),))
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
         """Lock the counting row, which every append takes."""

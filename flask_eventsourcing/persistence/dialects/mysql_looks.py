@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -9,13 +10,14 @@ from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from eventsourcing.persistence import DataError, StoredEvent
+from eventsourcing.persistence import DataError, PersistenceError, StoredEvent
 from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
-from .base import Dialect
+from .base import Dialect, DialectOptions
+from .calls import root_engine
 from .event_tables import POSITION, VERSION, EventTable, begins, gap
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
 
@@ -33,6 +35,8 @@ LEVEL = "flask_eventsourcing.level"
 OF_ROW = 100
 """The bytes of a statement beside those of a row's ids, topics and states."""
 OF_STATEMENT = 1000
+MOST_PLACES = 1024
+"""Aggregates with a conflict of which the place is known where the next tries queue."""
 
 
 class ExactText(sa.types.TypeDecorator[str]):
@@ -53,12 +57,20 @@ class ExactText(sa.types.TypeDecorator[str]):
         return "ExactText()"
 
 
+_places: weakref.WeakKeyDictionary[Engine, dict[tuple[str, Any], int]] = weakref.WeakKeyDictionary()
+"""The position of an aggregate's first event, by the table's name and the id."""
+
+
 class MySQLLooks(Dialect):
-    """The part of the dialect that looks."""
+    """The part of the dialect that looks, and that queues for aggregates."""
 
     equal_families: ClassVar[frozenset[frozenset[str]]] = frozenset(
         frozenset(pair) for pair in (("text", "uuid"), ("truth", "integer"), ("json", "text"), ("number", "integer"))
     )
+
+    def __init__(self, engine: Engine, options: DialectOptions) -> None:
+        super().__init__(engine, options)
+        self._places: dict[tuple[str, Any], int] = _places.setdefault(root_engine(engine), {})
 
     def scope(self, connection: Connection) -> Any:
         """Return the database."""
@@ -203,6 +215,43 @@ class MySQLLooks(Dialect):
             back = "SET notification_id = notification_id - %s WHERE application_name = %s"
             self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
             raise gap(missing)
+
+    # ------------------------------------------------------------------------------------------ queues for aggregates
+
+    def note_places(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
+        """After a conflict, note the position of each aggregate's first event, at which the next tries queue.
+
+        Later it could be read only with a snapshot, or with a lock that keeps others waiting.
+        """
+        for originator_id in {event.originator_id for event in events}:
+            encoded = table.encode_id(originator_id)
+            statement = f"SELECT min({POSITION}) FROM {table.name} WHERE originator_id = %s"
+            # The caller is told of the conflict, and not of what became of its connection since.
+            with suppress(PersistenceError):
+                position = self.fetch(connection, statement, (encoded,))[0][0]
+                if position is not None:
+                    self._places[table.name, encoded] = position
+            while len(self._places) > MOST_PLACES:
+                self._places.pop(next(iter(list(self._places))), None)
+
+    def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
+        """Lock its first event by the position; a locking read makes no snapshot, so what follows reads the latest.
+
+        Nobody who appends wants that lock. Of the key of ids and versions InnoDB would lock the gap too, where others
+        append to another aggregate, or the row that others try to insert as well: they have the counting row that
+        this unit will want, and of the two it would be ended each time. Where the position is not known, as after a
+        conflict at the commit in a cluster, the second event is locked so, if there is one.
+        """
+        if not wait:
+            return
+        table = self.located(connection, table)
+        encoded = table.encode_id(originator_id)
+        place = self._places.get((table.name, encoded))
+        if place is not None:
+            self.fetch(connection, f"SELECT 1 FROM {table.name} WHERE {POSITION} = %s FOR UPDATE", (place,))
+            return
+        statement = f"SELECT 1 FROM {table.name} WHERE originator_id = %s AND {VERSION} = 2 FOR UPDATE"
+        self.fetch(connection, statement, (encoded,))
 
     def opening(self, table: EventTable, *, snapshots: bool) -> tuple[str, str]:
         """Return what lets a statement on the counting row open the tables first that are read or written after it.
