@@ -356,6 +356,16 @@ def test_dirty_reads_are_refused(uri: str) -> None:
 
 
 @on_mariadb
+def test_reads_that_are_cut_are_refused(uri: str) -> None:
+    """With ``sql_select_limit`` a stream would be read without its end, so reads and appends are refused."""
+    with with_session(uri, "SET sql_select_limit = 100") as site:
+        refused(site, UnsafeSettingError, "sql_select_limit is 100.*DEFAULT", reads=True)
+    site = make_site(uri, create=False)
+    assert site.balance(site.opened(5)) == 5
+    site.close()
+
+
+@on_mariadb
 def test_engine_that_keeps_what_was_rolled_back(uri: str) -> None:
     """Tables are made with InnoDB, whatever the server's default; one with another engine is refused."""
     with with_session(uri, "SET default_storage_engine = 'Aria'") as site:
