@@ -82,9 +82,7 @@ class MySQLLooks(Dialect):
             text = "With the isolation level READ UNCOMMITTED readers would see events that are rolled back later"
             yield Finding(f"{text}: use READ COMMITTED or REPEATABLE READ.", USES, UnsafeSettingError)
         if int(most) < NO_LIMIT:
-            text = (
-                f"The session's sql_select_limit is {most}, so that longer streams would be read without their end"
-            )
+            text = f"The session's sql_select_limit is {most}, so that longer streams would be read without their end"
             yield Finding(f"{text}: SET sql_select_limit = DEFAULT.", USES, UnsafeSettingError)
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
