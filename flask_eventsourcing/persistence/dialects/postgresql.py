@@ -346,7 +346,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
         diagnosis: Any = getattr(error, "diag", None)
         name, detail = getattr(diagnosis, "constraint_name", None), getattr(diagnosis, "message_detail", None)
-        if name is None or diagnosis.table_name != table.name:
+        # The row may have been for a partition; what a function of a trigger has inserted has a context.
+        if name is None or (diagnosis.table_name != table.name and diagnosis.context):
             return None
         known = columns_of(table, name)
         found = KEY_IN_DETAIL.search(detail or "")
