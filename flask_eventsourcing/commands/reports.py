@@ -133,10 +133,11 @@ def _check_store(subject: Subject, output: Output, faults: list[str]) -> None:
 def _check_logs(subject: Subject, output: Output) -> list[str]:
     faults: list[str] = []
     for name, application in subject.applications().items():
-        # It is also what finds a standby, with which the order would not be safe.
-        last = application.recorder.max_notification_id() or 0
         recorder = application.recorder
-        if isinstance(recorder, SQLAlchemyApplicationRecorder):
+        # It is also what finds a standby, with which the order would not be safe. The session may not begin by itself.
+        is_ours = isinstance(recorder, SQLAlchemyApplicationRecorder)
+        last = recorder.high_water_mark() if is_ours else recorder.max_notification_id() or 0
+        if is_ours:
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
