@@ -101,8 +101,7 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Kind:
-        """Take a type apart as any of the databases writes it."""
-        # PostgreSQL can be set to quote every name.
+        """Take a type apart as any of the databases writes it; PostgreSQL can be set to quote every name."""
         found = KIND.match(text.lower().replace('"', ""))
         if found is None:
             return cls("", text, None)
