@@ -134,12 +134,14 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
     faults: list[str] = []
     for name, application in subject.applications().items():
         recorder = application.recorder
-        # It is also what finds a standby, with which the order would not be safe. The session may not begin by itself.
-        is_ours = isinstance(recorder, SQLAlchemyApplicationRecorder)
-        last = recorder.high_water_mark() if is_ours else recorder.max_notification_id() or 0
-        if is_ours:
+        # It is also what finds a standby, with which the order would not be safe.
+        if isinstance(recorder, SQLAlchemyApplicationRecorder):
+            # Not of the session, which may not begin by itself.
+            last = recorder.high_water_mark()
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
+        else:
+            last = recorder.max_notification_id() or 0
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
     faults += _check_locks(subject)
     if not faults:
