@@ -138,12 +138,15 @@ def _check_store(subject: Subject, output: Output, faults: list[str]) -> None:
 def _check_logs(subject: Subject, output: Output) -> list[str]:
     faults: list[str] = []
     for name, application in subject.applications().items():
-        # It is also what finds a standby, with which the order would not be safe.
-        last = application.recorder.max_notification_id() or 0
         recorder = application.recorder
+        # It is also what finds a standby, with which the order would not be safe.
         if isinstance(recorder, SQLAlchemyApplicationRecorder):
+            # Not of the session, which may not begin by itself.
+            last = recorder.high_water_mark()
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
+        else:
+            last = recorder.max_notification_id() or 0
         output.write(f"{name}: log {'is not safe' if faults else 'ok'}, last position {last}")
     faults += _check_locks(subject)
     if not faults:

@@ -71,6 +71,9 @@ class UnitRunner:
 
     def _begin(self, unit: UnitOfWork, session: orm.Session) -> None:
         unit.units.commits.begin(session)
+        # A session may be made not to begin by itself.
+        if not (session.autobegin or session.in_transaction()):
+            session.begin()
         if session.in_transaction():
             with unit.dialect.translated:
                 unit.begun(unit.connection())

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, OperationalError, PersistenceError, StoredEvent
+from sqlalchemy.engine.default import DefaultDialect
 
 from flask_eventsourcing.persistence.dialects.event_tables import KnownLog
 from flask_eventsourcing.persistence.dialects.postgresql_statements import GATE, SMALL_BLOCK, make_draw
@@ -212,6 +214,27 @@ def test_gap_in_a_large_save_draws_nothing(site: Site) -> None:
             recorder.insert_events(events(SMALL_BLOCK + 1, first=5))
         assert recorder.insert_events(events(1)) == [2]
         site.db.session.commit()
+
+
+@on_postgresql
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_large_save_that_fails_leaves_no_transaction(uri: str, driver: str) -> None:
+    """A large save outside of a session that has a conflict is a conflict, also if the pool rolls nothing back."""
+    url = sa.make_url(uri).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+    options: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
+    if "skip_autocommit_rollback" in signature(DefaultDialect).parameters:
+        options["skip_autocommit_rollback"] = True
+    site = make_site(url, SQLALCHEMY_ENGINE_OPTIONS=options)
+    with site.app.app_context():
+        recorder = site.bank.recorder
+    saved = events(SMALL_BLOCK + 1)
+    recorder.insert_events(saved[:1])
+    for refused in (saved, events(SMALL_BLOCK + 1, first=7)):
+        with pytest.raises(IntegrityError):
+            recorder.insert_events(refused)
+    recorder.insert_events(saved[1:])
+    assert len(recorder.select_notifications(None, 1000)) == len(saved)
+    site.close()
 
 
 @on_postgresql

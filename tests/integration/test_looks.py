@@ -311,6 +311,51 @@ def test_position_given_twice_is_no_conflict(new_site: MakeSite) -> None:
     assert "behind position 5" in output
 
 
+# ------------------------------------------------------------------------------------ settings of PostgreSQL
+
+
+@contextmanager
+def with_options(uri: str, driver: str, options: str) -> Iterator[Site]:
+    """Make a site whose connections have settings of their own."""
+    url = sa.make_url(uri).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+    site = make_site(url, SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"options": options}})
+    try:
+        yield site
+    finally:
+        site.close()
+
+
+def save_bytes(site: Site, count: int) -> None:
+    """Save events whose states have every byte, and read them again."""
+    state, account_id = bytes(range(256)), uuid4()
+    with site.app.app_context():
+        events = [event_of(account_id, state, version) for version in range(1, count + 1)]
+        site.bank.recorder.insert_events(events)
+        assert [each.state for each in site.bank.recorder.select_events(account_id)] == [state] * count
+        site.db.session.commit()
+
+
+@on_postgresql
+def test_strings_that_do_not_conform(uri: str) -> None:
+    """With ``standard_conforming_strings`` off, states are stored as they are, or refused if a driver changes them."""
+    options = "-c standard_conforming_strings=off"
+    with with_options(uri, "psycopg", options) as site:
+        refused(site, UnsafeSettingError, "standard_conforming_strings.*-c standard_conforming_strings=on")
+        with site.app.app_context():
+            assert site.bank.recorder.select_notifications(None, 10) == []
+    with with_options(uri, "psycopg2", options) as site:
+        for count in (1, 3, 150):
+            save_bytes(site, count)
+
+
+@on_postgresql
+def test_types_whose_names_are_quoted(uri: str) -> None:
+    """A server that quotes every name has the same types."""
+    with with_options(uri, "psycopg", "-c quote_all_identifiers=on") as site:
+        save_bytes(site, 3)
+        assert run_check(site)[0] == 0
+
+
 # --------------------------------------------------------------------------------------- settings of MariaDB
 
 
@@ -353,6 +398,16 @@ def test_dirty_reads_are_refused(uri: str) -> None:
     """With READ UNCOMMITTED a reader would see events that are rolled back."""
     with with_session(uri, "SET SESSION TRANSACTION ISOLATION LEVEL READ UNCOMMITTED") as site:
         refused(site, UnsafeSettingError, "READ UNCOMMITTED", reads=True)
+
+
+@on_mariadb
+def test_reads_that_are_cut_are_refused(uri: str) -> None:
+    """With ``sql_select_limit`` a stream would be read without its end, so reads and appends are refused."""
+    with with_session(uri, "SET sql_select_limit = 100") as site:
+        refused(site, UnsafeSettingError, "sql_select_limit is 100.*DEFAULT", reads=True)
+    site = make_site(uri, create=False)
+    assert site.balance(site.opened(5)) == 5
+    site.close()
 
 
 @on_mariadb

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -198,6 +198,47 @@ def test_prepared_statements_that_get_lost(new_site: MakeSite) -> None:
         with pytest.raises(persistence.ProgrammingError, match="prepare_threshold"):
             any(site.bank.balance(UUID(int=1)) for _ in range(10))
         site.db.session.rollback()
+
+
+def append_all_ways(site: Site) -> None:
+    """Save one event, some, and more than are drawn beside others."""
+    with site.app.app_context():
+        for count in (1, 3, 101):
+            account_id = uuid4()
+            saved = [StoredEvent(account_id, version, "topic", b"") for version in range(1, count + 1)]
+            site.bank.recorder.insert_events(saved)
+            assert site.bank.recorder.select_events(account_id) == saved
+            site.db.session.commit()
+            with pytest.raises(persistence.IntegrityError) as raised:
+                site.bank.recorder.insert_events(saved)
+            assert site.bank.recorder.dialect.is_conflict(raised.value)  # type: ignore[attr-defined]
+            site.db.session.rollback()
+
+
+SEQUENCE = "bank_events_notification_id_seq"
+IDENTITY = (
+    f"DROP SEQUENCE {SEQUENCE} CASCADE",
+    "ALTER TABLE bank_events ALTER notification_id ADD GENERATED ALWAYS AS IDENTITY",
+)
+PARTITIONED = "LIKE template INCLUDING DEFAULTS, UNIQUE (originator_id, originator_version)"
+PARTITIONS = (
+    "ALTER TABLE bank_events RENAME TO template",
+    f"CREATE TABLE bank_events ({PARTITIONED}) PARTITION BY HASH (originator_id)",
+    "CREATE TABLE part0 PARTITION OF bank_events FOR VALUES WITH (MODULUS 2, REMAINDER 0)",
+    "CREATE TABLE part1 PARTITION OF bank_events FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+    f"ALTER SEQUENCE {SEQUENCE} OWNED BY bank_events.notification_id",
+    "DROP TABLE template",
+)
+
+
+@on_postgresql
+@pytest.mark.parametrize("migration", [IDENTITY, PARTITIONS], ids=["identity", "partitions"])
+def test_a_table_that_a_migration_has_made_another_way(site: Site, migration: tuple[str, ...]) -> None:
+    """Positions may be an identity column, the table may have partitions, and a conflict is a conflict there, too."""
+    with site.app.app_context(), site.db.engine.begin() as connection:
+        for statement in migration:
+            connection.exec_driver_sql(statement)
+    append_all_ways(site)
 
 
 @on_postgresql

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import pytest
+from flask_sqlalchemy import SQLAlchemy
 
-from flask_eventsourcing import NotInitializedError, RollbackOnlyError, events_recorded
-from tests.bank import Site
+from flask_eventsourcing import EventSourcing, NotInitializedError, RollbackOnlyError, events_recorded
+from tests.bank import Site, make_app
+from tests.domain import Bank
 
 
 def inner_that_fails(site: Site) -> None:
@@ -175,3 +178,32 @@ def test_work_before_the_unit_belongs_to_it(site: Site) -> None:
         with site.es.transaction():
             site.note()
     assert site.stored() == (1, 1)
+
+
+def test_unit_begins_a_session_that_does_not_begin_by_itself(uri: str) -> None:
+    """With ``autobegin=False`` a unit of work begins the session, in every try, and ``check`` needs no transaction."""
+    db = SQLAlchemy(session_options={"autobegin": False})
+    es = EventSourcing[Bank](db=db, application=Bank)
+    app = make_app(uri)
+    db.init_app(app)
+    es.init_app(app)
+    tries: list[int] = []
+
+    @es.retry_on_conflict
+    def open_account() -> UUID:
+        tries.append(1)
+        account_id = es.application.open_account()
+        if len(tries) == 1:
+            raise es.application.recorder.dialect.conflict_error  # type: ignore[attr-defined]
+        return account_id
+
+    with app.app_context():
+        db.create_all()
+        account_id = open_account()
+        with es.transaction():
+            es.application.deposit(account_id, 5)
+        with db.session.begin():
+            assert es.application.balance(account_id) == 5
+            assert len(es.application.recorder.select_notifications(None, 10)) == 2
+    assert app.test_cli_runner().invoke(args=["eventsourcing", "check"]).exit_code == 0
+    es.close(app)

@@ -101,8 +101,8 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Kind:
-        """Take a type apart as any of the databases writes it."""
-        found = KIND.match(text.lower())
+        """Take a type apart as any of the databases writes it; PostgreSQL can be set to quote every name."""
+        found = KIND.match(text.lower().replace('"', ""))
         if found is None:
             return cls("", text, None)
         word = ("varchar" if found[2] else SAME.get(found[1], found[1])) or ""

@@ -15,8 +15,9 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 
+from ...config import DialectOptions
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
-from .base import Dialect, DialectOptions
+from .base import Dialect
 from .calls import root_engine
 from .event_tables import POSITION, VERSION, EventTable, begins, gap
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
@@ -30,6 +31,8 @@ EXACT_UNPADDED = {True: "utf8mb4_nopad_bin", False: "utf8mb4_0900_bin"}
 """Those that do not take "Ada " for "Ada", by whether it is MariaDB."""
 ESCAPED = b"\\'\"\0\n\r\x1a"
 """What has two bytes in the text of a statement."""
+NO_LIMIT = 2**63 - 1
+"""What ``sql_select_limit`` has at least where it does not limit: its default is this or, on 64 bits, twice as much."""
 LEVEL = "flask_eventsourcing.level"
 """Where a connection of the driver has its isolation level."""
 OF_ROW = 100
@@ -79,7 +82,8 @@ class MySQLLooks(Dialect):
     def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
         """Look at the modes of the session."""
         isolation = "@@tx_isolation" if getattr(self.engine.dialect, "is_mariadb", False) else "@@transaction_isolation"
-        mode, level, seen.longest = self.fetch(connection, f"SELECT @@sql_mode, {isolation}, @@max_allowed_packet")[0]
+        settings = f"@@sql_mode, {isolation}, @@max_allowed_packet, @@sql_select_limit"
+        mode, level, seen.longest, most = self.fetch(connection, f"SELECT {settings}")[0]
         # Asked now, while there is a connection: the next caller may hold the last one of the pool.
         self.is_node(connection)
         if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
@@ -93,6 +97,9 @@ class MySQLLooks(Dialect):
         if level == "READ-UNCOMMITTED":
             text = "With the isolation level READ UNCOMMITTED readers would see events that are rolled back later"
             yield Finding(f"{text}: use READ COMMITTED or REPEATABLE READ.", USES, UnsafeSettingError)
+        if int(most) < NO_LIMIT:
+            text = f"The session's sql_select_limit is {most}, so that longer streams would be read without their end"
+            yield Finding(f"{text}: SET sql_select_limit = DEFAULT.", USES, UnsafeSettingError)
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as the server's schema has it."""

@@ -25,7 +25,6 @@ from ...tailing import Waiter
 from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, poll, receive
 from .base import FrozenSnapshotError
-from .driver import AUTOCOMMIT
 from .event_tables import (
     NOTHING,
     PLAIN,
@@ -45,7 +44,7 @@ from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
-from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, code_of, prepare_connections, status_of, text_of
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, status_of, text_of
 from .postgresql_statements import SMALL_BLOCK, key_arrays, literal, make_draw, make_statement, regclass, row_arrays
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
@@ -146,24 +145,20 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         :raises IntegrityError: for an event that would leave a gap.
         """
         first, columns = heads(events), [*values.shared, *row_arrays(table, values)]
-        # The floor is the transaction's. Should a statement fail, the pool's rollback ends one that is begun here.
-        autocommit = connection.get_execution_options().get("isolation_level") == AUTOCOMMIT
-        if autocommit:
-            self.modify(connection, "BEGIN")
-        floor = Known.of(connection).floors_of(connection).get(log.identity)
-        statement = self._append_statement(connection, table, log, "gap")
-        rows = self.fetch(connection, statement, (floor, log.identity, *key_arrays(table, first)))
         start: int | None = None
-        if rows:
-            if rows[0][0] is not None:
-                raise self._refusal(connection, first[rows[0][0] - 1])
-            self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
-            statement = self._append_statement(connection, table, log, "drawn", values.shape)
-            start = self.fetch(connection, statement, columns)[0][0]
-            if start is None:
-                raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
-        if autocommit:
-            self.modify(connection, "COMMIT")
+        # The floor is the transaction's.
+        with begun(connection, self.modify):
+            floor = Known.of(connection).floors_of(connection).get(log.identity)
+            statement = self._append_statement(connection, table, log, "gap")
+            rows = self.fetch(connection, statement, (floor, log.identity, *key_arrays(table, first)))
+            if rows:
+                if rows[0][0] is not None:
+                    raise self._refusal(connection, first[rows[0][0] - 1])
+                self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
+                statement = self._append_statement(connection, table, log, "drawn", values.shape)
+                start = self.fetch(connection, statement, columns)[0][0]
+                if start is None:
+                    raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
         return start
 
     def _refusal(self, connection: Connection, event: StoredEvent) -> IntegrityError:
@@ -351,7 +346,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         """Return the columns of the constraint; of one that the record class does not have, those in the detail."""
         diagnosis: Any = getattr(error, "diag", None)
         name, detail = getattr(diagnosis, "constraint_name", None), getattr(diagnosis, "message_detail", None)
-        if name is None or diagnosis.table_name != table.name:
+        # The row may have been for a partition; what a function of a trigger has inserted has a context.
+        if name is None or (diagnosis.table_name != table.name and diagnosis.context):
             return None
         known = columns_of(table, name)
         found = KEY_IN_DETAIL.search(detail or "")

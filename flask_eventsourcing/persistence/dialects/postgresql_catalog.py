@@ -11,12 +11,18 @@ import sqlalchemy as sa
 from eventsourcing.persistence import OperationalError, PersistenceError
 from sqlalchemy.engine import Connection
 
-from ...exceptions import MissingRightError, MissingTableError, UnsafeSequenceError
+from ...exceptions import MissingRightError, MissingTableError, UnsafeSequenceError, UnsafeSettingError
 from .base import Dialect
 from .event_tables import POSITION, VERSION
-from .looks import APPEND, USES, Finding, FoundColumn, FoundTable
+from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
 from .postgresql_drivers import is_outdated, search_path_of
 
+CONFORMING = "standard_conforming_strings"
+NOT_CONFORMING = (
+    f"With the server's setting {CONFORMING} = off, psycopg would change the states of events that are saved together: "
+    f"set it to on, for the database or with SQLALCHEMY_ENGINE_OPTIONS = "
+    f"{{'connect_args': {{'options': '-c {CONFORMING}=on'}}}}."
+)
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 # A name that means nothing is NULL here, where ``::regclass`` would end the transaction.
@@ -149,6 +155,12 @@ class CatalogLooks(Dialect):
         """Set it for the session."""
         with closing(driver_connection.cursor()) as cursor:
             cursor.execute("SELECT set_config('search_path', %s, false)", (path,))
+
+    def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
+        """Look at how psycopg would escape bytes within an array; the server tells it without being asked."""
+        info: Any = getattr(connection.connection.driver_connection, "info", None)
+        if self.engine.driver == "psycopg" and info.parameter_status(CONFORMING) == "off":
+            yield Finding(NOT_CONFORMING, APPEND, UnsafeSettingError)
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

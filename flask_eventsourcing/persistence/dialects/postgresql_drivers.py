@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 from .calls import ask, count_calls, is_own
+from .driver import AUTOCOMMIT
 
 IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; a statement is running; the transaction has failed and a commit
@@ -63,6 +66,31 @@ def search_path_of(driver_connection: Any) -> str | None:
         return None
     found = told(driver_connection, "search_path")
     return str(ask(driver_connection, "SELECT current_setting('search_path')")[0][0]) if found is None else found
+
+
+@contextmanager
+def begun(connection: Connection, modify: Callable[[Connection, str], object]) -> Iterator[None]:
+    """A transaction, which is rolled back on an error, if the connection commits each statement; else nothing.
+
+    Drivers and pools take such a connection for one without a transaction, and may not roll it back.
+
+    :param modify: runs a statement.
+    """
+    if connection.get_execution_options().get("isolation_level") != AUTOCOMMIT:
+        yield
+        return
+    modify(connection, "BEGIN")
+    with ExitStack() as failed:
+        failed.callback(_roll_back, connection, modify)
+        yield
+        failed.pop_all()
+    modify(connection, "COMMIT")
+
+
+def _roll_back(connection: Connection, modify: Callable[[Connection, str], object]) -> None:
+    # The server rolls back what a connection has left that is lost.
+    if not connection.invalidated:
+        modify(connection, "ROLLBACK")
 
 
 def prepare_connections(engine: Engine) -> None:

@@ -50,6 +50,9 @@ _FLOOR = """pg_advisory_xact_lock_shared(
 _CLOSED = """WHEN NOT pg_try_advisory_lock_shared({gate}, s.tableoid::int) THEN false
     WHEN NOT pg_advisory_unlock_shared({gate}, s.tableoid::int) THEN false"""
 
+# What was drawn is inserted, also into an identity column that takes the server's own numbers only.
+_DRAWN = "OVERRIDING SYSTEM VALUE"
+
 _IF_ALLOWED = f"""CASE
     WHEN {{named}} <> %s::oid THEN false
     WHEN NOT ({{allowed}}) THEN false
@@ -62,11 +65,11 @@ RETURNING {{position}}"""
 # Where the driver prepares nothing, as Django's does, the server plans it each time: it has as few subqueries and
 # comparisons as the usual cases need. What it refuses, the next one looks at more closely.
 _APPEND_SOON = f"""
-INSERT INTO {{table}} ({{position}}, {{columns}})
+INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
 SELECT nextval({{regclass}}), {{marks}} FROM {{sequence}} AS s WHERE {_IF_ALLOWED}"""
 
 _APPEND_ONE = f"""
-INSERT INTO {{table}} ({{position}}, {{columns}})
+INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
 SELECT nextval({{regclass}}), e.* FROM {{sequence}} AS s, (SELECT {{values}}) AS e WHERE {_IF_ALLOWED}"""
 
 _HELD = f"""
@@ -96,7 +99,7 @@ _APPEND_BLOCK = f"""{_HELD}, allowed AS MATERIALIZED (
 ), block AS MATERIALIZED (
     SELECT min(id) AS first FROM drawn HAVING max(id) - min(id) = count(*) - 1
 ), inserted AS (
-    INSERT INTO {{table}} ({{position}}, {{columns}})
+    INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
     SELECT block.first + e.{_PLACE} - 1, {{selected}} FROM block, {_ROWS}
 )
 SELECT (SELECT first FROM block), (SELECT place FROM gap) FROM held"""
@@ -141,7 +144,7 @@ WITH block AS MATERIALIZED (
 ), allowed AS MATERIALIZED (
     SELECT first FROM block WHERE CASE WHEN first IS NULL THEN false {{notify}} ELSE true END
 ), inserted AS (
-    INSERT INTO {{table}} ({{position}}, {{columns}})
+    INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
     SELECT allowed.first + e.{_PLACE} - 1, {{selected}} FROM allowed, {_ROWS}
 )
 SELECT first FROM block"""
