@@ -27,10 +27,7 @@ from .looks import Looks
 
 @dataclass(frozen=True)
 class DialectOptions:
-    """What the configuration says about databases.
-
-    A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
-    ``lock_timeout`` and ``stall_limit`` are in seconds.
+    """What the configuration says about databases. ``lock_timeout`` and ``stall_limit`` are in seconds.
 
     :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
     :param ends: how messages name the calls that commit and roll back the host's session.
