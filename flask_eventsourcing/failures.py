@@ -6,9 +6,11 @@ What has to be undone after an error, and raises it, is a callback of an :class:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from eventsourcing.utils import resolve_topic
 
 
 class Kept:
@@ -39,28 +41,22 @@ class Kept:
         return True
 
 
-class Logged:
-    """Logs the error of the block, and goes on: for calls of user code after something that cannot be undone.
+def call_each(logger: logging.Logger, calls: Iterable[tuple[Callable[[], object], str, tuple[object, ...]]]) -> None:
+    """Call functions of the user after something that cannot be undone: each of them, even if one raises.
 
     An error that is not an ``Exception``, such as Ctrl-C, is raised.
 
-    :param message: the log's, with its arguments.
+    :param calls: the functions, each with the message, and its arguments, that is logged with its error.
     """
+    for function, message, arguments in calls:
+        try:
+            function()
+        except Exception as error:
+            logger.error(message, *arguments, exc_info=error)
 
-    __slots__ = ("_arguments", "_logger", "_message")
 
-    def __init__(self, logger: logging.Logger, message: str, *arguments: object) -> None:
-        self._logger = logger
-        self._message = message
-        self._arguments = arguments
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._logger.error(self._message, *self._arguments, exc_info=error)
-        return True
+def resolve(topic: str) -> tuple[Any, Exception | None]:
+    """Return what a topic names, or None and the error: a module that is imported for it may raise anything."""
+    with Kept() as kept:
+        return resolve_topic(topic), None
+    return None, kept.error

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection
 
 from .applications import check_environment, construct
 from .exceptions import ConfigurationError, NotInitializedError
-from .failures import Logged
+from .failures import call_each
 from .lifecycle import ApplicationSlot, HostSlot
 from .metadata import RECORDED, Collector, Provider, Recorded, names_recorded
 from .models import Models
@@ -123,11 +123,11 @@ def send_each(
     signal: NamedSignal, sender: object, find_recorded: Callable[[], Sequence[Recorded]] | None = None, **told: Any
 ) -> None:
     """Send a signal of what has happened; what a receiver raises is logged, and the others are told all the same."""
+    name = signal.name.replace("-", "_")
     for receiver in signal.receivers_for(sender):
         further = {RECORDED: find_recorded()} if find_recorded is not None and names_recorded(receiver) else {}
-        # Receivers may raise anything, and the caller of commit() must not take that for a failure.
-        with Logged(logger, "A receiver of %s failed.", signal.name.replace("-", "_")):
-            receiver(sender, **told, **further)
+        # The caller of commit() must not take an error for a failure.
+        call_each(logger, [(partial(receiver, sender, **told, **further), "A receiver of %s failed.", (name,))])
 
 
 class PlainHost:

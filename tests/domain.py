@@ -1,14 +1,18 @@
-"""A small bank, with no framework in it, for the tests."""
+"""A small bank, with no framework in it, for the tests; threads, and waiting for what they do."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
 from eventsourcing.application import AggregateNotFoundError, Application
 from eventsourcing.domain import Aggregate, event
+
+PATIENCE = 30.0
+"""Seconds to wait for what takes a moment."""
 
 
 class Account(Aggregate):
@@ -92,3 +96,11 @@ def in_threads(functions: Sequence[Callable[[], Any]], patience: float = 60) -> 
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a thread does not end"
+
+
+def until(condition: Callable[[], Any], what: str = "it", patience: float = PATIENCE) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} has not happened in {patience:g} s"
+        time.sleep(0.01)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from eventsourcing.application import Application
-from eventsourcing.utils import Environment, resolve_topic, strtobool
+from eventsourcing.utils import Environment, strtobool
 
 from ..exceptions import ConfigurationError
-from ..failures import Kept
+from ..failures import resolve
 from ..persistence import Datastore, Factory
 from ..persistence.dialects import LIBRARY_SETTINGS
 
@@ -158,14 +158,12 @@ def _is_accepted(convert: Callable[[str], Any], value: str) -> bool:
 
 
 def _why_unresolved(topic: str) -> str | None:
-    # A module may raise anything while it is imported, and this is where that is said.
-    with Kept() as kept:
-        resolve_topic(topic)
+    _, error = resolve(topic)
     module = sys.modules.get(topic.partition(":")[0])
-    if kept.error is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
+    if error is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
         # The module that makes the app is being imported, and the class may stand below.
         return None
-    return str(kept.error.__cause__ or kept.error) or type(kept.error).__name__
+    return str(error.__cause__ or error) or type(error).__name__
 
 
 def _cipher_problems(env: Environment) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -155,10 +155,6 @@ class Row:
         """The aggregates and the upstream applications that it is about."""
         keys: set[Subject] = {key for key, _ in self.versions}
         return keys | {Upstream(part.upstream) for part in self.parts if part.upstream is not None}
-
-    def flagged(self) -> Row:
-        """Return the row with the flag that it is indexed."""
-        return replace(self, indexed=True)
 
     def located(self) -> Iterator[tuple[int, Key, int, int]]:
         """Yield the position, aggregate and version of each event, with the number of its part."""

@@ -25,7 +25,7 @@ from ..exceptions import ProjectionBusyError, RebuildError
 from ..persistence.dialects import MAY_PASS, is_outage
 from ..persistence.dialects.locks import RunnerLock
 from ..persistence.dialects.swapping import LEFT, NEW, OLD, TRIAL
-from .applying import Applier, EventError, may_be_its_own
+from .applying import Applier, EventError, may_be_its_own, telling
 from .applying.pages import LogPages
 from .checkpoint import LEASE, Checkpoint, CheckpointRow, Heartbeat
 from .consumers import Consumer, ProjectedApplication
@@ -253,22 +253,22 @@ class Rebuild:
                     failed += 1
                     continue
                 try:
-                    with session.begin_nested():
+                    with telling(), session.begin_nested():
                         applier.handle(session, notification)
                         session.flush()
-                except Exception as error:
-                    # A handler may raise anything.
-                    lost = is_outage(error)
+                except (EventError, *MAY_PASS) as error:
+                    lost = not isinstance(error, EventError)
                     if lost:
                         session.rollback()
                         if not (may_be_its_own(error) and self._database_answers()):
                             raise
                     # What it did before is gone with its connection.
                     if lost or self.live.projection_class.on_failure == "halt":
+                        cause = error if lost else error.__cause__ or error
                         raise RebuildError(
                             f"The rebuild of {self.live.name} would halt before position {notification.id}: "
-                            f"{event_name(notification)}: {describe(error)}"
-                        ) from error
+                            f"{event_name(notification)}: {describe(cause)}"
+                        ) from cause
                     failed += 1
                     blocked.add(notification.originator_id)
         finally:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from eventsourcing.persistence import Notification, StoredEvent
 from sqlalchemy.engine import Connection
 
-from ..failures import Logged
+from ..failures import call_each
 from ..metadata import Recorded
 from ..persistence import Dialect
 from ..persistence.describing import PLAIN_DESCRIPTION, Description
@@ -163,12 +163,13 @@ def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
 
     A function may have an attribute ``remedy``, which is logged if it fails.
     """
-    for item in items:
-        what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
-        remedy = getattr(item.function, "remedy", "Its error did not reach the caller.")
-        # The caller of commit() must not take that for a failure, nor try again.
-        with Logged(logger, "The %s, and then %r failed. %s", what, item.function, remedy):
-            item.function()
+    # The caller of commit() must not take an error for a failure, nor try again.
+    call_each(logger, ((item.function, "The %s, and then %r failed. %s", _told(item)) for item in items))
+
+
+def _told(item: AfterCommit | AfterRollback) -> tuple[object, ...]:
+    what = "commit succeeded" if isinstance(item, AfterCommit) else "transaction was rolled back"
+    return what, item.function, getattr(item.function, "remedy", "Its error did not reach the caller.")
 
 
 def log_lost(batches: Sequence[Batch]) -> None:

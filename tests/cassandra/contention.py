@@ -6,6 +6,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from uuid import UUID, uuid4
 
@@ -87,7 +88,7 @@ class TimedStore:
         self._world.sleep(READ)
         found: list[Row] = []
         while (row := self._world.rows.get(position)) is not None and len(found) < limit:
-            found.append(row.flagged() if self._world.flags else row)
+            found.append(replace(row, indexed=True) if self._world.flags else row)
             position = row.end
         return found
 

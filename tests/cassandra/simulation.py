@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 import greenlet
@@ -74,7 +75,7 @@ class Cluster:
     def read(self, position: int) -> Row | None:
         """Return a row as it is."""
         row = self.rows.get(position)
-        return row.flagged() if row is not None and position in self.flags else row
+        return replace(row, indexed=True) if row is not None and position in self.flags else row
 
 
 class SimulatedStore:

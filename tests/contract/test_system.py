@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,10 +35,9 @@ from flask_eventsourcing import EventSourcing, StaleAggregateError
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import make_app
 from tests.contract.backends import url_for
-from tests.domain import in_thread
+from tests.domain import PATIENCE, in_thread, until
 
 BACKENDS = ("sqlite-file", "postgresql", "mariadb")
-PATIENCE = 30.0
 RUNNERS = [SingleThreadedRunner, NewSingleThreadedRunner, MultiThreadedRunner, NewMultiThreadedRunner]
 
 
@@ -172,14 +170,6 @@ def flask_app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Flask]
         tricks.create(db.engine)
     yield app
     es.close()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextmanager

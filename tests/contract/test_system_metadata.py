@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +15,8 @@ from eventsourcing.system import ProcessApplication, System
 
 from flask_eventsourcing.persistence import SQLAlchemyTrackingRecorder
 from tests.bank import make_site
-from tests.contract.test_system import PATIENCE, RUNNERS
-from tests.domain import Bank
+from tests.contract.test_system import RUNNERS
+from tests.domain import PATIENCE, Bank, until
 
 
 class Mirror(Aggregate):
@@ -38,14 +36,6 @@ class CopiesOfCopies(Copies):
     """Makes a mirror of each mirror."""
 
 
-def wait(condition: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_system(tmp_path: Path, runner_class: Any) -> None:
     """In a ``System`` all events that a request causes have its correlation, and each names its cause."""
@@ -58,7 +48,7 @@ def test_system(tmp_path: Path, runner_class: Any) -> None:
             runner.get(Bank).open_account()
             site.db.session.commit()
         last = runner.get(CopiesOfCopies)
-        wait(lambda: last.recorder.max_notification_id() == 1)
+        until(lambda: last.recorder.max_notification_id() == 1)
     finally:
         runner.stop()
     with site.app.app_context():

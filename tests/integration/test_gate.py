@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
 from itertools import pairwise
@@ -23,6 +23,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from flask_eventsourcing.persistence.dialects.event_tables import KnownLog
 from flask_eventsourcing.persistence.dialects.postgresql_statements import GATE, SMALL_BLOCK, make_draw
 from tests.bank import Site, make_site
+from tests.domain import until
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_postgresql
 
@@ -67,14 +68,6 @@ def recorder_of(site: Site) -> Any:
         return site.bank.recorder
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "It took too long."
-        time.sleep(0.005)
-
-
 @on_postgresql
 def test_large_save_stops_nobody(site: Site) -> None:
     """Beside small writers and an idle transaction a large save succeeds at once; no writer waits for its commit."""
@@ -101,11 +94,11 @@ def test_large_save_stops_nobody(site: Site) -> None:
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: len(small) > 20)
+        until(lambda: len(small) > 20)
         with site.app.app_context():
             large = list(site.bank.recorder.insert_events(events(5000)) or ())
             before = len(small)
-            wait_until(lambda: len(small) > before + 20)
+            until(lambda: len(small) > before + 20)
             site.db.session.commit()
     finally:
         stop.set()
@@ -138,7 +131,7 @@ def test_others_wait_while_a_block_is_drawn(site: Site, uri: str, count: int, ec
     thread = threading.Thread(target=append)
     with closed(uri), server(uri, isolation_level="AUTOCOMMIT") as look:
         thread.start()
-        wait_until(lambda: look.exec_driver_sql("SELECT FROM pg_locks WHERE NOT granted").all())
+        until(lambda: look.exec_driver_sql("SELECT FROM pg_locks WHERE NOT granted").all())
         assert positions == []
     thread.join()
     recorder.dialect.engine.echo = False
@@ -267,12 +260,12 @@ def interrupted_draw(url: str, how: str) -> None:
 
         thread = threading.Thread(target=draw)
         thread.start()
-        wait_until(lambda: holders(look))
+        until(lambda: holders(look))
         if how != "statement_timeout":
             look.exec_driver_sql(f"SELECT {how}(%s)", (holders(look)[0],))
         thread.join()
         assert caught
-        wait_until(lambda: holders(look) == [])
+        until(lambda: holders(look) == [])
 
 
 @on_postgresql

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pytest
 from eventsourcing.application import Application
 
+from flask_eventsourcing.projections import runners
 from tests.projections.desk import Desk
 from tests.projections.desk_hosts import FlaskDesk, make_desk, make_plain_desk, make_zope_desk
 
@@ -97,6 +98,13 @@ def new_desk(uri: str, host: str, caplog: pytest.LogCaptureFixture) -> Iterator[
     for desk in made:
         desk.close()
     assert host == "flask" or FlaskDesk.program not in caplog.text
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let tests wait for pauses: between tries, and of a worker that stands by."""
+    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.02)
 
 
 @pytest.fixture

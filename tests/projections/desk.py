@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,10 +22,9 @@ from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
 from flask_eventsourcing.projections.registry import BoundProjections, Worker
 from flask_eventsourcing.projections.upkeep.following import Health, ProjectionStatus
-from tests.domain import Account, Bank
+from tests.domain import PATIENCE, Account, Bank
 
 R = TypeVar("R")
-PATIENCE = 30.0
 on_flask = pytest.mark.parametrize("host", ["flask"], indirect=True)
 """For what is Flask's own."""
 Created: Any = Account.Created
@@ -35,6 +33,14 @@ Deposited: Any = Account.Deposited  # type: ignore[attr-defined]
 
 class PoisonError(Exception):
     """What the handlers of the tests fail with."""
+
+
+class Idle(ModelProjection):
+    """A projection that does nothing."""
+
+    @on(Created)
+    def opened(self, event: Any, session: orm.Session) -> None:
+        """Do nothing."""
 
 
 def make_models(base: Any, id_type: Any = None) -> tuple[Any, Any]:
@@ -177,6 +183,20 @@ class Desk(ABC):
 
         return self.register(type("Reacting", (Reacting,), attributes))
 
+    def listing(self, **attributes: Any) -> type[ModelProjection]:
+        """Register a projection with a row for each event, whose text is the name of the event's class."""
+        desk = self
+
+        class Listing(ModelProjection):
+            models = (desk.Seen,)
+
+            @on(Created, Deposited)
+            def happened(self, event: Any, session: orm.Session) -> None:
+                seen = {"account_id": str(event.originator_id), "version": event.originator_version}
+                session.add(desk.Seen(**seen, text=type(event).__name__))
+
+        return self.register(type("Listing", (Listing,), attributes))
+
     def register(self, projection_class: Any) -> type[ModelProjection]:
         """Register a projection on the bank."""
         registered: type[ModelProjection] = self.projection(projection_class)
@@ -259,11 +279,3 @@ class Desk(ABC):
         """Return the last position of the log."""
         with self.context() as bank:
             return bank.recorder.max_notification_id() or 0
-
-
-def until(condition: Callable[[], Any], what: str = "it", patience: float = PATIENCE) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} has not happened in {patience:g} s"
-        time.sleep(0.01)

@@ -36,9 +36,9 @@ from flask_eventsourcing.projections.definitions import fingerprints
 from flask_eventsourcing.projections.definitions.fingerprints import fingerprint_of, note_sources
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner, claims
-from tests.domain import Account
+from tests.domain import Account, until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk, until
+from tests.projections.desk import Created, Deposited, Desk
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 OTHER = "0" * 64

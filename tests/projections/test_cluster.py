@@ -18,8 +18,8 @@ from flask_eventsourcing.exceptions import ProjectionBusyError, RebuildError
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.upkeep.repair import retry
 from tests import servers
+from tests.domain import until
 from tests.galera import catch_up
-from tests.projections.desk import until
 from tests.projections.desk_hosts import FlaskDesk, make_desk
 from tests.projections.test_killed_rebuild import start
 from tests.projections.test_rebuild import repeating

@@ -12,8 +12,9 @@ import pytest
 
 from flask_eventsourcing.projections import checkpoint
 from flask_eventsourcing.projections.checkpoint import Checkpoint, CheckpointRow
+from tests.domain import until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Desk, until
+from tests.projections.desk import Desk
 from tests.projections.dying import DIED, RETRIES, make
 
 ROOT = Path(__file__).parents[2]

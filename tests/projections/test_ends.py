@@ -17,18 +17,14 @@ from sqlalchemy import orm
 from flask_eventsourcing.commands.work import end_if_halted
 from flask_eventsourcing.exceptions import HandlerError, ProjectionHaltedError
 from flask_eventsourcing.persistence.dialects.locks import utc_now
-from flask_eventsourcing.projections import ModelProjection, on, reaction, runners
+from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.checkpoint import ACTIVE, LEASE
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from tests.projections.desk import PATIENCE, Created, Deposited, Desk, until
+from tests.domain import PATIENCE, until
+from tests.projections.desk import Created, Deposited, Desk
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not let tests wait for pauses between tries."""
-    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
 
 
 def leaving(desk: Desk, error: BaseException, **attributes: Any) -> list[int]:

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointMismatchError
-from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.consumers.inline import merge_ranges
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.upkeep import accept
-from tests.domain import Account, Bank, in_threads
+from tests.domain import PATIENCE, Account, Bank, in_threads
 from tests.length import examples
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import PATIENCE, Created, Deposited, Desk
 
-NAME = "Noted"
+NAME = "Listing"
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(["inline", "inline", "inline", "worker", "alone", "rolled back"]), st.integers(1, 3)),
@@ -41,27 +37,13 @@ FEW = settings(
 )
 
 
-def note(desk: Desk, *, inline: bool) -> None:
-    """Register a projection that adds a row for each event."""
-
-    class Noted(ModelProjection):
-        models = (desk.Seen,)
-
-        @on(Created, Deposited)
-        def happened(self, event: Any, session: orm.Session) -> None:
-            version = event.originator_version
-            session.add(desk.Seen(account_id=str(event.originator_id), version=version, text="applied"))
-
-    desk.register(type(NAME, (Noted,), {"inline": inline}))
-
-
 class History:
     """Two processes on one database, a program without Flask, and a model of what is right."""
 
     def __init__(self, new_desk: MakeDesk) -> None:
         self.inline, self.worker = new_desk(), new_desk()
-        note(self.inline, inline=True)
-        note(self.worker, inline=False)
+        self.inline.listing(inline=True)
+        self.worker.listing()
         with self.inline.context():
             address = self.inline.engine.url.render_as_string(hide_password=False)
         env = {"PERSISTENCE_MODULE": "flask_eventsourcing.persistence", "SQLALCHEMY_DATABASE_URI": address}
@@ -180,7 +162,7 @@ def test_each_event_is_applied_once_or_its_absence_is_told(history: History, ste
 def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
     """While several processes write and two merge ranges, every event counts as applied at each moment."""
     desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=60)
-    note(desk, inline=True)
+    desk.listing(inline=True)
     application = desk.consumer(NAME).application
     writing = threading.Event()
     states: list[str] = []

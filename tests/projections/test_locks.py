@@ -18,8 +18,9 @@ from flask_eventsourcing.projections import ModelProjection, checkpoint, on, rea
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.registry import Worker
+from tests.domain import PATIENCE, until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import PATIENCE, Created, Deposited, Desk, until
+from tests.projections.desk import Created, Deposited, Desk
 from tests.projections.desk_hosts import make_desk
 from tests.servers import ServerFolder, forget_killed_connections, start_postgres
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy import orm
 
-from flask_eventsourcing.projections import ModelProjection, checkpoint, on, runners
-from tests.domain import Account
-from tests.projections.desk import Created, Deposited, Desk, until
+from flask_eventsourcing.projections import checkpoint
+from tests.domain import Account, until
+from tests.projections.desk import Desk
 from tests.projections.test_locks import end_locks
 
 EVENTS = 40
@@ -26,26 +25,10 @@ EVENTS = 40
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not let tests wait for pauses between tries."""
-    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.02)
+def short_leases(short_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let tests wait for the end of a lease, nor for pauses between tries."""
     monkeypatch.setattr(checkpoint, "BEAT", 0.05)
     monkeypatch.setattr(checkpoint, "LEASE", 0.3)
-
-
-def listing(desk: Desk) -> None:
-    """Register a projection with a row for each event."""
-
-    class Listing(ModelProjection):
-        models = (desk.Seen,)
-
-        @on(Created, Deposited)
-        def happened(self, event: Any, session: orm.Session) -> None:
-            version = event.originator_version
-            session.add(desk.Seen(account_id=str(event.originator_id), version=version, text="applied"))
-
-    desk.register(Listing)
 
 
 def save(desk: Desk) -> None:
@@ -80,7 +63,7 @@ def save_and_wait(desk: Desk, after: str | None = None) -> None:
 
 def lose(desk: Desk, lose_claim: Callable[[], Any], times: int) -> Counter[str]:
     """Have a worker lose its claim so many times while events come; return of what it has more in the end."""
-    listing(desk)
+    desk.listing()
     save(desk)
     assert desk.run_once() == []
     with desk.running():

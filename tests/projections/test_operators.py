@@ -15,21 +15,16 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import CheckpointError, ProjectionHaltedError
 from flask_eventsourcing.metadata import put_metadata_in_context
-from flask_eventsourcing.projections import ModelProjection, on, reaction, runners, swap, upkeep
+from flask_eventsourcing.projections import ModelProjection, on, reaction, swap, upkeep
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.swap import Swap, settle
 from flask_eventsourcing.projections.upkeep.repair import retry
-from tests.projections.desk import Created, Deposited, Desk, until
+from tests.domain import until
+from tests.projections.desk import Created, Deposited, Desk
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not let tests wait for pauses between tries."""
-    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(runners, "STANDBY_PAUSE", 0.05)
 
 
 def command(desk: Desk, *arguments: str) -> tuple[int, str]:

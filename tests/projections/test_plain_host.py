@@ -15,18 +15,9 @@ from sqlalchemy import orm
 from flask_eventsourcing.exceptions import ConfigurationError, MissingTableError, ProjectionHaltedError
 from flask_eventsourcing.host import PlainHost
 from flask_eventsourcing.models import make_models
-from flask_eventsourcing.projections import ModelProjection, on
 from tests.domain import Bank, Shop
-from tests.projections.desk import Created
+from tests.projections.desk import Idle
 from tests.projections.desk_hosts import PlainDesk, make_plain_desk
-
-
-class Idle(ModelProjection):
-    """A projection that does nothing."""
-
-    @on(Created)
-    def opened(self, event: Any, session: orm.Session) -> None:
-        """Do nothing."""
 
 
 @pytest.fixture

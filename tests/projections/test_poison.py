@@ -19,8 +19,9 @@ from flask_eventsourcing.projections.applying.pages import LogPages
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner
 from flask_eventsourcing.projections.upkeep.repair import retry
+from tests.domain import until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Deposited, Desk, until
+from tests.projections.desk import Deposited, Desk
 from tests.servers import forget_killed_connections
 
 KILLS = {

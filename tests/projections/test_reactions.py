@@ -19,8 +19,9 @@ from flask_eventsourcing.exceptions import ProjectionHaltedError
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
+from tests.domain import until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk, until
+from tests.projections.desk import Created, Deposited, Desk
 
 NAME = "Reacting:reactions"
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)

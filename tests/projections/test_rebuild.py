@@ -21,8 +21,9 @@ from flask_eventsourcing.projections import ModelProjection, on, swap
 from flask_eventsourcing.projections.checkpoint import SWAPPING
 from flask_eventsourcing.projections.consumers import Consumer
 from flask_eventsourcing.projections.rebuilding import Rebuild, Rebuilt
+from tests.domain import until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Created, Deposited, Desk, until
+from tests.projections.desk import Created, Deposited, Desk
 
 on_a_server_first = pytest.mark.parametrize(
     "uri",
@@ -103,19 +104,9 @@ def test_rebuild_replaces_wrong_rows(desk: Desk) -> None:
 
 def test_rebuild_again_and_again(desk: Desk) -> None:
     """Rebuilds one after the other leave the names of indexes and sequences as they were."""
-
-    class Everything(ModelProjection):
-        models = (desk.Seen,)
-        name = "Balances"
-
-        @on(Created, Deposited)
-        def happened(self, event: Any, session: orm.Session) -> None:
-            text = type(event).__name__
-            session.add(desk.Seen(account_id=str(event.originator_id), version=event.originator_version, text=text))
-
     sa.Index("seen_by_account", desk.Seen.account_id)
     sa.Index("seen_once", desk.Seen.account_id, desk.Seen.version, unique=True)
-    desk.register(Everything)
+    desk.listing(name="Balances")
     account_id = desk.open(1, 2)
     desk.run_once()
     before = indexes(desk, "seen")

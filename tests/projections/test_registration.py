@@ -26,7 +26,7 @@ from tests.bank import make_app
 from tests.domain import Bank, Shop
 from tests.integration.test_databases import Club, TextId
 from tests.projections.conftest import MakeFlaskDesk
-from tests.projections.desk import Created, Deposited, make_models
+from tests.projections.desk import Created, Deposited, Idle, make_models
 from tests.projections.desk_hosts import FlaskDesk, make_desk
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
@@ -44,14 +44,6 @@ def dispose(es: EventSourcing[Any, Any], app: Flask, db: Any) -> None:
     with app.app_context():
         for engine in db.engines.values():
             engine.dispose()
-
-
-class Idle(ModelProjection):
-    """A projection that does nothing."""
-
-    @on(Created)
-    def opened(self, event: Any, session: orm.Session) -> None:
-        """Do nothing."""
 
 
 def registered(app: Flask) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 from flask_eventsourcing.exceptions import DeadLetterError
 from flask_eventsourcing.projections.dead_letters import DeadLetter
 from flask_eventsourcing.projections.upkeep.repair import discard, retry
-from tests.projections.desk import Desk, until
+from tests.domain import until
+from tests.projections.desk import Desk
 
 
 def letters(desk: Desk) -> list[DeadLetter]:

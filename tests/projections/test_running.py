@@ -15,21 +15,17 @@ from eventsourcing.domain import Aggregate
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError
-from flask_eventsourcing.projections import ModelProjection, on, runners
+from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.applying.pages import LogPages
 from flask_eventsourcing.projections.checkpoint import FencedError
 from flask_eventsourcing.projections.dead_letters import DeadLetter
 from flask_eventsourcing.projections.runners.claims import Turn
-from tests.projections.desk import Deposited, Desk, PoisonError, until
+from tests.domain import until
+from tests.projections.desk import Deposited, Desk, PoisonError
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not let tests wait for pauses between tries."""
-    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
 
 
 def letters(desk: Desk, name: str = "Balances") -> list[DeadLetter]:

@@ -182,17 +182,7 @@ def test_a_column_that_is_missing_is_named(desk: Desk) -> None:
 
 def test_generated_keys_go_on(desk: Desk) -> None:
     """Where rows are replaced, no key is generated twice afterwards."""
-
-    class Everything(ModelProjection):
-        models = (desk.Seen,)
-        name = "Balances"
-
-        @on(Created, Deposited)
-        def happened(self, event: Any, session: orm.Session) -> None:
-            text = type(event).__name__
-            session.add(desk.Seen(account_id=str(event.originator_id), version=event.originator_version, text=text))
-
-    desk.register(Everything)
+    desk.listing(name="Balances")
     account_id = desk.open(1, 2)
     desk.run_once()
     execute(desk, "CREATE INDEX seen_by_text ON seen (text)", "DELETE FROM seen")

@@ -14,8 +14,10 @@ from eventsourcing.persistence import DataError
 from sqlalchemy import orm
 
 from flask_eventsourcing.exceptions import ProjectionHaltedError, UnreadableEventError
-from flask_eventsourcing.projections import ModelProjection, on, runners
+from flask_eventsourcing.projections import ModelProjection, on
 from tests.projections.desk import Deposited, Desk
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 DAMAGE = {
     "text id": ("originator_id", "user-ann"),
@@ -28,12 +30,6 @@ DAMAGE = {
 CASES = [("sqlite-file", name) for name in DAMAGE] + [("mariadb", "text id"), ("mariadb", "topic of nothing")]
 damaged = pytest.mark.parametrize(("uri", "damage"), CASES, indirect=["uri"])
 SECRET = "4111-1111-1111-1111"
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not let tests wait for pauses between tries."""
-    monkeypatch.setattr(runners, "FIRST_PAUSE", 0.01)
 
 
 def write(desk: Desk, position: int, damage: str) -> None:

@@ -16,9 +16,9 @@ from flask_eventsourcing import UncommittedEventsError
 from flask_eventsourcing.exceptions import ConfigurationError, OldSnapshotError, ProjectionHaltedError
 from flask_eventsourcing.persistence.subscriptions import ListenWaiter
 from flask_eventsourcing.projections.upkeep import following
-from tests.domain import Account
+from tests.domain import Account, until
 from tests.projections.conftest import MakeDesk
-from tests.projections.desk import Desk, until
+from tests.projections.desk import Desk
 
 on_sqlite = pytest.mark.parametrize("uri", ["sqlite-file"], indirect=True)
 on_mariadb = pytest.mark.parametrize("uri", ["mariadb"], indirect=True)

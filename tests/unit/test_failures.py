@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from uuid import UUID
 
 import pytest
 
-from flask_eventsourcing.failures import Kept, Logged
+from flask_eventsourcing.failures import Kept, call_each, resolve
+
+Call = tuple[Callable[[], object], str, tuple[object, ...]]
 
 
 def test_failure_is_kept() -> None:
@@ -40,16 +46,38 @@ def test_failure_that_is_kept_is_told() -> None:
     assert seen == [error, end]
 
 
-def test_failure_is_logged_and_passes(caplog: pytest.LogCaptureFixture) -> None:
-    """The log has the message and the traceback; the caller goes on."""
-    with Logged(logging.getLogger("tests"), "Sending to %s failed.", "Ada"):
+def test_each_function_is_called_although_one_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """A function that raises keeps no other from being called; the log has its message and the traceback."""
+    called: list[str] = []
+
+    def fail() -> None:
         raise ValueError("no route")
+
+    calls: list[Call] = [(fail, "Sending to %s failed.", ("Ada",)), (partial(called.append, "Grace"), "It failed.", ())]
+    call_each(logging.getLogger("tests"), calls)
+    assert called == ["Grace"]
     assert caplog.messages == ["Sending to Ada failed."]
     assert "ValueError: no route" in caplog.text
 
 
 def test_end_of_the_program_is_not_held(caplog: pytest.LogCaptureFixture) -> None:
-    """Ctrl-C ends the block as it would without it."""
-    with pytest.raises(KeyboardInterrupt), Logged(logging.getLogger("tests"), "It failed."):
+    """Ctrl-C in a function is raised, and the functions behind it are not called."""
+    called: list[str] = []
+
+    def interrupt() -> None:
         raise KeyboardInterrupt
-    assert caplog.messages == []
+
+    calls: list[Call] = [(interrupt, "It failed.", ()), (partial(called.append, "Grace"), "It failed.", ())]
+    with pytest.raises(KeyboardInterrupt):
+        call_each(logging.getLogger("tests"), calls)
+    assert (called, caplog.messages) == ([], [])
+
+
+def test_what_a_topic_names_or_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A topic gives its class, or the error that kept it from being found, even one of the module's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module_of_a_topic.py").write_text("raise ValueError('no licence')")
+    assert resolve("uuid:UUID") == (UUID, None)
+    found, error = resolve("broken_module_of_a_topic:Account")
+    assert found is None
+    assert "no licence" in f"{error} {error.__cause__ if error else ''}"

@@ -119,14 +119,15 @@ def test_module_and_its_functions_are_short(name: str) -> None:
 
 
 def test_places_that_catch_every_error_are_few() -> None:
-    """At most 17 places go on after any error, or raise another one: those that call what a user has written."""
-    # Seven have an except of their own, eight use Kept and two Logged.
-    assert len(found := sorted(catching())) <= 17, found
+    """At most 11 places go on after any error, or raise another one: those that call what a user has written."""
+    # Four have an except of their own, and seven use Kept.
+    assert len(found := sorted(catching())) <= 11, found
 
 
 def test_broad_excepts_are_few() -> None:
-    """At most seven of the places that catch every error have an ``except`` of their own."""
-    assert len(found := [each for each in sorted(catching()) if each.endswith("except")]) <= 7, found
+    """At most four of the places that catch every error have an ``except`` of their own."""
+    # One of them is telling(), the block in which handlers of projections are called.
+    assert len(found := [each for each in sorted(catching()) if each.endswith("except")]) <= 4, found
 
 
 @pytest.mark.parametrize("room", ["extension", "config", "lifecycle", "models", "web", "cli", "commands"])
@@ -143,7 +144,7 @@ def catching() -> Iterator[str]:
         for node in ast.walk(parse(name)):
             if isinstance(node, ast.ExceptHandler) and _is_broad(node.type):
                 yield f"{name}:{node.lineno} except"
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("Kept", "Logged"):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Kept":
                 yield f"{name}:{node.lineno} {ast.unparse(node.func)}"
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "suppress":
                 yield from (f"{name}:{node.lineno} suppress" for each in node.args if _is_broad(each))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable
 
 import pytest
 from eventsourcing.persistence import OperationalError
@@ -13,20 +11,12 @@ from eventsourcing.persistence import OperationalError
 from flask_eventsourcing import WriteTimeoutError
 from flask_eventsourcing.persistence.dialects.locks import WriteQueue, _Place, write_queue_of
 from flask_eventsourcing.persistence.dialects.sqlite import kind_of
-from tests.domain import in_thread, in_threads
+from tests.domain import in_thread, in_threads, until
 from tests.unit.test_lifecycle_fork import in_child
 
 
 class Connection:
     """Stands for a connection, which is all that the queue looks at."""
-
-
-def until(condition: Callable[[], bool], patience: float = 10) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def waiting(queue: WriteQueue) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.domain import until
 from tests.workers.serving import Answers, Database, serving
 
 Line = Callable[[int], list[str]]
@@ -28,7 +29,7 @@ def ends_gracefully(line: Line, bare: Line, folder: Path, database: Database, **
             target=lambda: answers.append(served.load([f"/open/{name}?seconds=1.5" for name in names], clients=2))
         )
         clients.start()
-        _until(lambda: database.log.read_text(errors="replace").count("INSERT INTO") >= 1)
+        until(lambda: database.log.read_text(errors="replace").count("INSERT INTO") >= 1)
         time.sleep(0.7)
         status = served.end()
         clients.join()
@@ -64,7 +65,7 @@ def survives_a_kill(line: Line, folder: Path, database: Database, **variables: s
         # What was in progress in the killed worker; others may be refused while the server takes note of it.
         assert 0 < len(found.failed) < len(paths) / 2, served.log.read_text(errors="replace")[-3000:]
         answered = {path.split("/")[2].partition("?")[0] for path in found.done}
-        _until(lambda: database.site.stored()[0] >= len(answered))
+        until(lambda: database.site.stored()[0] >= len(answered))
         owners, notes = database.names()
         assert owners == notes
         assert answered <= owners
@@ -83,10 +84,3 @@ def survives_a_kill(line: Line, folder: Path, database: Database, **variables: s
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _until(condition: Callable[[], bool], patience: float = 20) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

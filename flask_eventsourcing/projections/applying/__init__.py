@@ -15,7 +15,14 @@ from sqlalchemy.engine import Connection
 from ...applications.apart import refusing_saves, trying
 from ...exceptions import HandlerError, UnknownTopicError, WriteTimeoutError
 from ...metadata import Cause, MetadataBlock
-from ...persistence.dialects import has_waited, is_canceled, is_outage, is_read_only, is_serialization_failure
+from ...persistence.dialects import (
+    MAY_PASS,
+    has_waited,
+    is_canceled,
+    is_outage,
+    is_read_only,
+    is_serialization_failure,
+)
 from ...persistence.dialects.catalogs import Checks
 from ...persistence.dialects.event_values import UnreadableNotification
 from ...persistence.dialects.swapping import NEW
@@ -24,8 +31,10 @@ from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
 from ..definitions import EXITED, ModelProjection
-from .batches import Batches, ObservedError
+from .batches import Batches, EventError, ObservedError, SuspectError, telling
 from .pages import Recordings
+
+__all__ = ["Applier", "EventError", "SuspectError", "may_be_its_own", "never", "telling"]
 
 ENDED = (
     "A handler of {} ended the transaction: it must not call session.commit() or session.rollback(), as its position "
@@ -44,14 +53,6 @@ UNKNOWN = (
     "The class of topic {!r}, or a class that its state names, is not found: import its module, or, if the class has a "
     "new name, register the old topic for it with eventsourcing.utils.register_topic()."
 )
-
-
-class EventError(Exception):
-    """A handler failed, or an event could not be read; the cause is the error itself."""
-
-
-class SuspectError(EventError):
-    """The database failed while a handler ran or its writes were committed: if it answers now, the handler did it."""
 
 
 def may_be_its_own(error: BaseException) -> bool:
@@ -139,7 +140,8 @@ class Applier:
         applied = 0 if dead is not None else len(notifications)
         self._batches.last = None
         try:
-            with self.consumer.application.host.transaction() as session:
+            # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
+            with telling(self._passes), self.consumer.application.host.transaction() as session:
                 connection = self.connection(session)
                 # First, as its lock keeps everybody else out.
                 self._advance(connection, claimed, position, applied, notifications)
@@ -151,14 +153,10 @@ class Applier:
                         moved, notifications = claimed._replace(position=position), notifications[:applied]
                         position = notifications[-1].id
                         self._advance(connection, moved, position, -len(left), notifications)
-        except (EventError, ObservedError):
+        except MAY_PASS as error:
+            if self._is_suspect(error):
+                raise SuspectError from error
             raise
-        except Exception as error:
-            # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
-            error_class = EventError if not self._passes(error) else SuspectError if self._is_suspect(error) else None
-            if error_class is None:
-                raise
-            raise error_class from error
         return claimed._replace(position=position, applied=claimed.applied + applied)
 
     def _react(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
@@ -188,17 +186,18 @@ class Applier:
         unit = self.consumer.application.host.unit_of(session)
         name = self.consumer.projection_class.__name__
         try:
-            with unit.gate.hold(ENDED.format(name)), trying() as attempt, self._calling(session) as call:
-                call(notification)
-                session.flush()
-            if unit.batches or attempt.has_saved:
-                self.has_saved = True
-            if unit.dialect.is_aborted(self.connection(session)):
-                raise HandlerError(SWALLOWED.format(name))
-        except Exception as error:
+            with telling():
+                with unit.gate.hold(ENDED.format(name)), trying() as attempt, self._calling(session) as call:
+                    call(notification)
+                    session.flush()
+                if unit.batches or attempt.has_saved:
+                    self.has_saved = True
+                if unit.dialect.is_aborted(self.connection(session)):
+                    raise HandlerError(SWALLOWED.format(name))
+        except MAY_PASS as error:
             if isinstance(error, FencedError) or is_serialization_failure(error):
                 raise
-            raise (SuspectError if is_outage(error) else EventError) from error
+            raise SuspectError from error
 
     def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
         """Return the aggregates of some events that wait behind an event that was set aside."""
@@ -268,7 +267,7 @@ class Applier:
         blocked = self._blocked(connection, notifications)
         self._look(connection)
         self._recordings.begin(connection, notifications)
-        try:
+        with telling():
             with (
                 unit.gate.hold(ENDED.format(name)),
                 self._refusing_saves(),
@@ -288,12 +287,6 @@ class Applier:
             if unit.dialect.is_aborted(connection):
                 # A commit would be a rollback, and nobody would be told.
                 raise HandlerError(SWALLOWED.format(name))
-        except ObservedError:
-            raise
-        except Exception as error:
-            if is_outage(error):
-                raise
-            raise EventError from error
         if self.consumer.kind == "rebuild" and len(unit.batches) != saved:
             raise HandlerError(
                 f"{name} saves events, and a rebuild would save them again: move its models to another projection."

@@ -24,6 +24,7 @@ from sqlalchemy_utils.aggregates import manager
 
 from ...exceptions import HandlerError
 from ...persistence import Dialect
+from ...persistence.dialects import is_outage
 from ...persistence.dialects.catalogs import Checks, check_now, checks_of
 from ...persistence.dialects.event_values import Check, PlainColumn, UnreadableNotification, plain_columns
 from ...persistence.tables import UUIDType
@@ -49,6 +50,30 @@ _watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
 
 class ObservedError(Exception):
     """The handlers do something that needs a flush before it, which is not possible: begin the batch again."""
+
+
+class EventError(Exception):
+    """A handler failed, or an event could not be read; the cause is the error itself."""
+
+
+class SuspectError(EventError):
+    """The database failed while a handler ran or its writes were committed: if it answers now, the handler did it."""
+
+
+@contextmanager
+def telling(passes: Callable[[BaseException], bool] = is_outage) -> Iterator[None]:
+    """Around handlers, which may raise anything: raise an error as the cause of an :class:`EventError`.
+
+    :param passes: whether an error allows another try, and is raised as it is; such errors are among ``MAY_PASS``.
+    """
+    try:
+        yield
+    except (EventError, ObservedError):
+        raise
+    except Exception as error:
+        if passes(error):
+            raise
+        raise EventError from error
 
 
 class Batches:

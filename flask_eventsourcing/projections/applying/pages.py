@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
+from ...failures import resolve
 from ...metadata import Recorded
 from ...persistence.recorders import NEVER_TOO_MANY
 from ..checkpoint import CheckpointRow
@@ -109,7 +110,7 @@ class LogPages:
     def _filter(self) -> Sequence[str]:
         """Return the topics to filter by, or none if a topic is unresolved or there are too many."""
         handlers = self.consumer.handlers
-        if any(handlers.resolve(topic) is None for topic in self.topics):
+        if any(resolve(topic)[0] is None for topic in self.topics):
             return ()
         wanted = [topic for topic in self.topics if handlers.concerns(topic)]
         return (wanted or [NO_TOPIC]) if len(wanted) <= MOST_TOPICS else ()

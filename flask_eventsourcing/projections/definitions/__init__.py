@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
-from eventsourcing import utils
 from eventsourcing.application import Application
 from eventsourcing.domain import BaseAggregate
 from sqlalchemy import orm
 
 from ...exceptions import ConfigurationError
-from ...failures import Kept
+from ...failures import resolve
 from ...metadata import RECORDED, Recorded, names_recorded
 from .fingerprints import note_sources
 
@@ -184,19 +183,11 @@ class Handlers:
         """Whether an event of a topic concerns the handlers; an unknown topic does, so that it is not skipped."""
         found = self._topics.get(topic)
         if found is None:
-            event_class = self.resolve(topic)
+            event_class, _ = resolve(topic)
             if event_class is None:
                 return True
             found = self._topics[topic] = isinstance(event_class, type) and self.find(event_class) is not None
         return found
-
-    @staticmethod
-    def resolve(topic: str) -> Any:
-        """Return the class of a topic, or None if it cannot be found."""
-        # A module that is imported for it may raise anything.
-        with Kept():
-            return utils.resolve_topic(topic)
-        return None
 
 
 ERRORS_AS_THEY_ARE: AbstractContextManager[object] = nullcontext()

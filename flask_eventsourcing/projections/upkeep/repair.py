@@ -10,8 +10,8 @@ from typing import Any, Literal
 from eventsourcing.persistence import Notification
 
 from ...exceptions import DeadLetterError
-from ...persistence.dialects import is_outage
-from ..applying import Applier, may_be_its_own
+from ...persistence.dialects import MAY_PASS
+from ..applying import Applier, EventError, may_be_its_own, telling
 from ..consumers import Consumer
 from ..dead_letters import PAGE, Aggregate, DeadLetter
 
@@ -154,16 +154,16 @@ class _Repairer:
     def _apply(self, letter: DeadLetter) -> bool:
         self.handling = False
         try:
-            if not self.consumer.application.host.retry(partial(self._apply_once, letter), TRIES):
-                return True
-        except Exception as error:
-            # A handler may raise anything; the letter says what.
-            if is_outage(error) and not (self.handling and may_be_its_own(error)):
+            with telling():
+                if not self.consumer.application.host.retry(partial(self._apply_once, letter), TRIES):
+                    return True
+        except (EventError, *MAY_PASS) as error:
+            if not isinstance(error, EventError) and not (self.handling and may_be_its_own(error)):
                 raise
             self.tried.add(letter.position)
             # An outage is raised from here.
             with self.engine.begin() as connection:
-                self.letters.note_failure(connection, letter, error)
+                self.letters.note_failure(connection, letter, error.__cause__ or error)
             self.tell("failed", self._read(ids=[letter.id]) or letter)
             return False
         self.tell("applied", letter)
