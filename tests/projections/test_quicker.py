@@ -165,7 +165,8 @@ def test_rows_are_gotten_as_the_session_gets_them(desk: Desk) -> None:
     """``session.get()`` in a handler finds what it finds elsewhere, whatever was done to the row."""
     desk.balances()
     account_id, other = uuid4(), uuid4()
-    with desk.context(), orm.Session(desk.engine) as session:
+    with desk.context(), orm.Session(desk.engine) as made:
+        session: Any = made
         session.add_all(
             [desk.Balance(account_id=account_id, amount=1), desk.Seen(id=1, account_id="", version=1, text="")]
         )
