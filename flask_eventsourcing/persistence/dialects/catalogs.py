@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -114,8 +115,9 @@ _FINDERS: dict[str, Callable[[Connection, Sequence[sa.Table]], dict[str, str]]] 
 class Checks(NamedTuple):
     """What a database does with the rows of some tables, beside looking at types and primary keys."""
 
-    tables: frozenset[str] = frozenset()
-    """The keys of those with further constraints, or with triggers."""
+    tables: Mapping[str, frozenset[str] | None] = MappingProxyType({})
+    """By the keys of those with further constraints: the columns that these are about, in lower case, or None where the
+    database may do more with a row than to store or to refuse it."""
     deferrable: tuple[str, ...] = ()
     """The quoted names of constraints that the commit may look at, where a statement can have it done before."""
     deferred: tuple[str, ...] = ()
@@ -126,8 +128,8 @@ class Checks(NamedTuple):
 
 def checks_of(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str = "") -> Checks:
     """Return what is checked in the rows of tables, and of their shadows with a suffix."""
-    find = _CHECKS.get(connection.dialect.name)
-    return Checks() if find is None or not tables else find(connection, dialect, tables, suffix)
+    find = _CHECKS.get(connection.dialect.name, _checks_of_others)
+    return find(connection, dialect, tables, suffix)
 
 
 def check_now(connection: Connection, checks: Checks) -> None:
@@ -137,55 +139,111 @@ def check_now(connection: Connection, checks: Checks) -> None:
             connection.exec_driver_sql(f"SET CONSTRAINTS {', '.join(names).replace('%', '%%')} {when}")
 
 
+def _both(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
+    return None if one is None or other is None else one | other
+
+
+def _lower(names: Iterable[str | None], table: sa.Table) -> frozenset[str]:
+    """Return names of columns; one that is None stands for all columns."""
+    found = [[each.name for each in table.columns] if name is None else [name] for name in names]
+    return frozenset(name.lower() for each in found for name in each)
+
+
+def _checks_of_others(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
+    """Go by the models, where the catalogs are not known."""
+    checked = (
+        table.key
+        for table in tables
+        if any(not isinstance(each, sa.PrimaryKeyConstraint) for each in table.constraints)
+        or any(index.unique for index in table.indexes)
+    )
+    return Checks(dict.fromkeys(checked))
+
+
 def _checks_of_postgresql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
-    checked, found = set(), dict[str, bool]()
+    checked: dict[str, frozenset[str] | None] = {}
+    constraints: dict[str, bool] = {}
     for table in tables:
         for name in {table.name, table.name + suffix}:
             qualified = as_parameter(dialect.qualified(table, name))
-            if connection.exec_driver_sql(_CHECKED, (qualified,)).scalar():
-                checked.add(table.key)
+            for does_more, refuses_any, names in connection.exec_driver_sql(_CHECKED, (qualified,)):
+                found = None if does_more else _lower([None] if refuses_any else names, table)
+                checked[table.key] = _both(found, checked.get(table.key, frozenset()))
             for name_of, is_deferred in connection.exec_driver_sql(_DEFERRABLE, (qualified, qualified)):
-                found[name_of] = is_deferred or found.get(name_of, False)
-    return Checks(frozenset(checked), tuple(found), tuple(each for each, is_deferred in found.items() if is_deferred))
+                constraints[name_of] = is_deferred or constraints.get(name_of, False)
+    deferred = tuple(each for each, is_deferred in constraints.items() if is_deferred)
+    return Checks(checked, tuple(constraints), deferred)
 
 
 def _checks_of_mysql(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
-    checked = {
-        table.key
-        for table in tables
-        if connection.exec_driver_sql(_CHECKED_BY_MYSQL, (table.schema, table.name) * 3).scalar()
-    }
-    return Checks(frozenset(checked))
+    checked: dict[str, frozenset[str] | None] = {}
+    for table in tables:
+        place = (table.schema, table.name)
+        if connection.exec_driver_sql(_MORE_BY_MYSQL, place * 3).scalar():
+            checked[table.key] = None
+            continue
+        checked[table.key] = _lower(connection.exec_driver_sql(_CHECKED_BY_MYSQL, place * 3).scalars(), table)
+    return Checks(checked)
 
 
 def _checks_of_sqlite(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
     keys = bool(connection.exec_driver_sql("PRAGMA foreign_keys").scalar())
-    checked, at_commit = set(), False
+    checked: dict[str, frozenset[str] | None] = {}
+    at_commit = False
     for schema in {table.schema for table in tables}:
         own = {table.name.lower(): table for table in tables if table.schema == schema}
         quoted = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
         rows = connection.exec_driver_sql(f"SELECT tbl_name, sql FROM {quoted}sqlite_master WHERE sql IS NOT NULL")
         for owner, sql in rows.all():
             table = own.get(owner.lower())
-            if table is not None and CHECKING.search(sql):
-                checked.add(table.key)
+            if table is not None:
+                found = _columns_of_sqlite(connection, table, owner, sql)
+                checked[table.key] = _both(found, checked.get(table.key, frozenset()))
             # One of another table may refer to one of these.
-            is_about = table is not None or any(name in sql.lower() for name in own)
-            at_commit = at_commit or (keys and is_about and COMMITTING.search(sql) is not None)
-    return Checks(frozenset(checked), at_commit=at_commit)
+            named = [each.key for name, each in own.items() if name in sql.lower()]
+            if keys and (table is not None or named) and COMMITTING.search(sql):
+                at_commit = True
+            if CASCADING.search(sql):
+                checked |= dict.fromkeys(named)
+    return Checks(checked, at_commit=at_commit)
 
 
-CHECKING = re.compile(r"\b(UNIQUE|CHECK|REFERENCES|COLLATE|GENERATED|TRIGGER)\b", re.I)
-"""What stands in the definition of a table, an index or a trigger by which rows may be refused or changed."""
+def _columns_of_sqlite(connection: Connection, table: sa.Table, name: str, sql: str) -> frozenset[str] | None:
+    """Return the columns that keys and indexes are about, all where there is a check, or None where more is done."""
+    place = (name, table.schema or "main")
+    if (
+        CHANGING.search(sql)
+        or connection.exec_driver_sql("SELECT 1 FROM pragma_table_xinfo(?, ?) WHERE hidden <> 0", place).first()
+    ):
+        return None
+    names = connection.exec_driver_sql(_CHECKED_BY_SQLITE, (*place, place[1], *place)).scalars()
+    return _lower([*names, None] if CHECK.search(sql) else names, table)
+
+
+CHANGING = re.compile(r"\b(COLLATE|GENERATED|TRIGGER|ON\s+CONFLICT)\b", re.I)
+"""What stands in the definition of a table, an index or a trigger by which more is done than to store a row."""
+CHECK = re.compile(r"\bCHECK\b", re.I)
+CASCADING = re.compile(r"\bON\s+UPDATE\s+(CASCADE|SET)\b", re.I)
 COMMITTING = re.compile(r"\bINITIALLY\s+DEFERRED\b", re.I)
 
+# A check that is not valid for the rows there are, or that calls a function of the user's, may fail at any change. So
+# may an expression in an index; and an index takes no text of any length.
 _CHECKED = """
 SELECT relkind <> 'r' OR relrowsecurity
-    OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = r.oid AND contype NOT IN ('p', 'n'))
-    OR EXISTS (SELECT FROM pg_index WHERE indrelid = r.oid AND indisunique AND NOT indisprimary)
+    OR EXISTS (SELECT FROM pg_constraint WHERE confrelid = r.oid AND contype = 'f' AND confupdtype NOT IN ('a', 'r'))
     OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r.oid AND NOT tgisinternal)
     OR EXISTS (SELECT FROM pg_rewrite WHERE ev_class = r.oid)
-    OR EXISTS (SELECT FROM pg_attribute JOIN pg_type t ON t.oid = atttypid WHERE attrelid = r.oid AND typtype = 'd')
+    OR EXISTS (SELECT FROM pg_attribute JOIN pg_type t ON t.oid = atttypid
+        WHERE attrelid = r.oid AND (typtype = 'd' OR attgenerated <> '')),
+EXISTS (SELECT FROM pg_constraint WHERE conrelid = r.oid AND contype NOT IN ('p', 'n')
+        AND (contype NOT IN ('c', 'f', 'u') OR NOT convalidated OR coalesce(cardinality(conkey), 0) = 0))
+    OR EXISTS (SELECT FROM pg_constraint k JOIN pg_depend d ON d.objid = k.oid AND d.classid = 'pg_constraint'::regclass
+        WHERE conrelid = r.oid AND contype = 'c' AND refclassid <> 'pg_class'::regclass)
+    OR EXISTS (SELECT FROM pg_index WHERE indrelid = r.oid AND (indexprs IS NOT NULL OR indpred IS NOT NULL)),
+ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = r.oid AND attnum > 0 AND (
+    EXISTS (SELECT FROM pg_constraint WHERE conrelid = r.oid AND contype IN ('c', 'f', 'u') AND attnum = ANY (conkey))
+    OR EXISTS (SELECT FROM pg_index WHERE indrelid = r.oid AND NOT indisprimary AND attnum = ANY (indkey)
+        AND (indisunique OR attlen < 0))))
 FROM pg_class r WHERE oid = to_regclass(%s)"""
 
 _DEFERRABLE = """
@@ -193,13 +251,27 @@ SELECT format('%%I.%%I', nspname, conname), condeferred
 FROM pg_constraint k JOIN pg_namespace n ON n.oid = connamespace
 WHERE condeferrable AND (conrelid = to_regclass(%s) OR confrelid = to_regclass(%s))"""
 
-_CHECKED_BY_MYSQL = """
-SELECT EXISTS (SELECT 1 FROM information_schema.table_constraints WHERE table_schema = coalesce(%s, database())
-    AND table_name = %s AND constraint_type <> 'PRIMARY KEY')
-OR EXISTS (SELECT 1 FROM information_schema.triggers WHERE event_object_schema = coalesce(%s, database())
+_MORE_BY_MYSQL = """
+SELECT EXISTS (SELECT 1 FROM information_schema.triggers WHERE event_object_schema = coalesce(%s, database())
     AND event_object_table = %s)
 OR EXISTS (SELECT 1 FROM information_schema.columns WHERE table_schema = coalesce(%s, database())
-    AND table_name = %s AND extra NOT IN ('', 'auto_increment'))"""
+    AND table_name = %s AND extra NOT IN ('', 'auto_increment'))
+OR EXISTS (SELECT 1 FROM information_schema.referential_constraints WHERE unique_constraint_schema =
+    coalesce(%s, database()) AND referenced_table_name = %s AND update_rule NOT IN ('RESTRICT', 'NO ACTION'))"""
+
+_CHECKED_BY_MYSQL = """
+SELECT column_name AS name FROM information_schema.statistics WHERE table_schema = coalesce(%s, database())
+    AND table_name = %s AND non_unique = 0 AND index_name <> 'PRIMARY'
+UNION SELECT column_name FROM information_schema.key_column_usage WHERE table_schema = coalesce(%s, database())
+    AND table_name = %s AND referenced_table_name IS NOT NULL
+UNION SELECT NULL FROM information_schema.table_constraints WHERE table_schema = coalesce(%s, database())
+    AND table_name = %s AND constraint_type NOT IN ('PRIMARY KEY', 'UNIQUE', 'FOREIGN KEY')"""
+
+_CHECKED_BY_SQLITE = """
+SELECT CASE WHEN l.partial THEN NULL ELSE i.name END
+FROM pragma_index_list(?, ?) AS l, pragma_index_xinfo(l.name, ?) AS i
+WHERE i.key AND (l.partial OR i.cid = -2 OR (l."unique" AND l.origin <> 'pk'))
+UNION SELECT "from" FROM pragma_foreign_key_list(?, ?)"""
 
 _CHECKS: dict[str, Callable[[Connection, Any, Sequence[sa.Table], str], Checks]] = {
     "postgresql": _checks_of_postgresql,

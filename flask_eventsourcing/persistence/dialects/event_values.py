@@ -306,6 +306,8 @@ class PlainColumn(NamedTuple):
     """A column of a plain class."""
 
     key: str
+    name: str
+    """Its name in the table, in lower case."""
     check: Check
     may_lack: bool
     """Whether a row can be stored without a value for it."""
@@ -315,6 +317,8 @@ class PlainColumn(NamedTuple):
 
 def plain_columns(model: type[Any], uuid_type: type[Any]) -> Sequence[PlainColumn] | None:
     """Return the columns of a class whose rows are stored as they are, or None where its model says that more is done.
+
+    What the database checks in them is not looked at.
 
     :param uuid_type: a further type of columns with UUIDs.
     """
@@ -328,7 +332,7 @@ def plain_columns(model: type[Any], uuid_type: type[Any]) -> Sequence[PlainColum
 
 
 def _has_columns_alone(mapper: orm.Mapper[Any], table: sa.Table) -> bool:
-    """Whether a model has nothing by which more is done than to store its columns, or by which they may be refused."""
+    """Whether a model has nothing by which more is done than to store its columns."""
     listeners = (getattr(mapper.dispatch, f"{when}_{what}") for when in ("before", "after") for what in _OPERATIONS)
     return not (
         mapper.relationships
@@ -337,8 +341,6 @@ def _has_columns_alone(mapper: orm.Mapper[Any], table: sa.Table) -> bool:
         or mapper.version_id_col is not None
         or any(len(listener) for listener in listeners)
         or any(key.onupdate for key in _keys_to(table))
-        or any(not isinstance(each, sa.PrimaryKeyConstraint) for each in table.constraints)
-        or any(index.unique for index in table.indexes)
     )
 
 
@@ -351,7 +353,7 @@ def _plain_column(mapped: orm.ColumnProperty[Any], uuid_type: type[Any]) -> Plai
         return None
     has_default = column.default is not None or column.server_default is not None
     may_lack = bool(column.nullable or column.primary_key or has_default)
-    return PlainColumn(mapped.key, check, may_lack, column.primary_key, mapped.class_attribute)
+    return PlainColumn(mapped.key, column.name.lower(), check, may_lack, column.primary_key, mapped.class_attribute)
 
 
 _OPERATIONS = ("insert", "update", "delete")

@@ -31,8 +31,8 @@ from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
 from ..definitions import EXITED, ModelProjection
-from .batches import Batches, EventError, ObservedError, SuspectError, telling
-from .pages import Recordings
+from .batches import Batches
+from .pages import Decoding, EventError, ObservedError, Recordings, SuspectError, telling
 
 __all__ = ["Applier", "EventError", "SuspectError", "may_be_its_own", "never", "telling"]
 
@@ -84,6 +84,7 @@ class Applier:
         # Within the transaction of somebody else, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._recordings = Recordings(consumer)
+        self._decoding: Decoding | None = None
         self._has_letters: bool | None = None
         self.has_saved: bool = False
         """Whether a reaction has saved events."""
@@ -308,8 +309,10 @@ class Applier:
 
     @contextmanager
     def _calling(self, session: orm.Session) -> Iterator[_Calls]:
-        connection = partial(self.connection, session)
-        calls = _Calls(self.consumer, self.projection, self._recordings, session, connection)
+        connection, mapper = partial(self.connection, session), self.consumer.application.mapper
+        if self._decoding is None or self._decoding.mapper is not mapper:
+            self._decoding = Decoding(mapper)
+        calls = _Calls(self.consumer, self.projection, self._recordings, session, connection, self._decoding)
         with self.projection.told_errors(), calls.block:
             yield calls
 
@@ -338,13 +341,14 @@ class _Calls:
         recordings: Recordings,
         session: orm.Session,
         connection: Callable[[], Connection],
+        to_domain_event: Decoding,
     ) -> None:
         self._consumer = consumer
         self._projection = projection
         self._recordings = recordings
         self._session = session
         self._connection = connection
-        self._to_domain_event = consumer.application.mapper.to_domain_event
+        self._to_domain_event = to_domain_event
         self._known: dict[type[Any], _Call | None] = {}
         self.block: MetadataBlock = MetadataBlock({}, fills=True)
 

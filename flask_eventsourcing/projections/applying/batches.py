@@ -3,8 +3,9 @@
 At the beginning of each event, the objects in the session must be as in the database. To flush and expire the session
 after each event ensures this, but is slow. For *plain* models both can wait: a value that the database returns
 unchanged need not be read again, and a flush that no code asked for can be done before the next statement. Each class
-and each value that is set is checked; what is not known to be plain is flushed and expired. So is a row that the
-database might refuse, or do more with than to store it: a later event might change it, and nobody would be told.
+and each value that is set is checked; what is not known to be plain is flushed and expired. So is a row with which the
+database might do more than to store it. A row that it might refuse is flushed after each event that adds it, or sets
+a column that a constraint is about: a later event might change it, and nobody would be told. It is not expired.
 """
 
 from __future__ import annotations
@@ -14,26 +15,30 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import sqlalchemy as sa
 from eventsourcing.persistence import Notification
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy_utils.aggregates import manager
 
+from ..._patches import session_get
 from ...exceptions import HandlerError
 from ...persistence import Dialect
-from ...persistence.dialects import is_outage
 from ...persistence.dialects.catalogs import Checks, check_now, checks_of
-from ...persistence.dialects.event_values import Check, PlainColumn, UnreadableNotification, plain_columns
+from ...persistence.dialects.event_values import PlainColumn, plain_columns
 from ...persistence.tables import UUIDType
+from ..consumers import load_rows
+from .pages import ObservedError
 
 PREFETCH_FROM = 8
 """Fewer events than this are not worth a query for the rows of all their aggregates."""
-ROWS_AT_ONCE = 500
 MOST_KEPT = 5000
 """The rows that are kept from one event to the next."""
+SCALARS = frozenset({UUID, int, str})
 _KEY = "flask_eventsourcing.batch"
 
 _CHANGES = re.compile(r"(?<!FOR )(?<!KEY )\b(INSERT|UPDATE|DELETE|MERGE|REPLACE|TRUNCATE|CALL)\b", re.IGNORECASE)
@@ -44,36 +49,18 @@ _ENDS = re.compile(
 """Begins of a textual statement that ends a transaction, or would."""
 
 _OF_SAVEPOINTS = ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
-
-_watched: weakref.WeakSet[type[Any]] = weakref.WeakSet()
-
-
-class ObservedError(Exception):
-    """The handlers do something that needs a flush before it, which is not possible: begin the batch again."""
+_watched: weakref.WeakKeyDictionary[type[Any], set[str]] = weakref.WeakKeyDictionary()
+"""The classes that are listened to, with the attributes of which a batch is told at each value."""
 
 
-class EventError(Exception):
-    """A handler failed, or an event could not be read; the cause is the error itself."""
+class _Plain(NamedTuple):
+    """A plain class."""
 
-
-class SuspectError(EventError):
-    """The database failed while a handler ran or its writes were committed: if it answers now, the handler did it."""
-
-
-@contextmanager
-def telling(passes: Callable[[BaseException], bool] = is_outage) -> Iterator[None]:
-    """Around handlers, which may raise anything: raise an error as the cause of an :class:`EventError`.
-
-    :param passes: whether an error allows another try, and is raised as it is; such errors are among ``MAY_PASS``.
-    """
-    try:
-        yield
-    except (EventError, ObservedError):
-        raise
-    except Exception as error:
-        if passes(error):
-            raise
-        raise EventError from error
+    columns: Sequence[PlainColumn]
+    checked: frozenset[str] | None
+    """The attributes that constraints are about, None where the database has none."""
+    is_gotten: bool
+    """Whether a session finds its rows by one value, and does not read them again."""
 
 
 class Batches:
@@ -103,16 +90,19 @@ class Batches:
         self.checks: Checks | None = None
         """What the database does with rows, once it was looked at."""
         # Until then, and of all other models, no row waits.
-        self._columns: dict[type[Any], Sequence[PlainColumn] | None] = dict.fromkeys(models)
+        self.plain: dict[type[Any], _Plain | None] = dict.fromkeys(models)
 
     def look_at(self, connection: Connection, tables: Sequence[sa.Table], suffix: str) -> Checks:
         """Look what the database does with the rows of some tables, and of their shadows with a suffix."""
         self.checks = checks_of(connection, self.dialect, tables, suffix)
-        for model in self._columns:
+        for model in self.plain:
             found = plain_columns(model, UUIDType)
-            if found is not None and sa.inspect(model).local_table.key not in self.checks.tables:
-                _watch(model, found)
-                self._columns[model] = found
+            names = None if found is None else self.checks.tables.get(sa.inspect(model).local_table.key, frozenset())
+            if found is not None and names is not None:
+                checked = frozenset(each.key for each in found if each.name in names)
+                is_gotten = sum(each.is_key for each in found) == 1 and not sa.inspect(model).always_refresh
+                self.plain[model] = _Plain(found, checked if names else None, is_gotten)
+                _watch(model, found, checked)
         return self.checks
 
     @contextmanager
@@ -123,42 +113,28 @@ class Batches:
         # What handlers have kept, and what a session expires at no commit, is as old as anything else.
         session.expire_all()
         batch = self.last = Batch(self, session, connection)
-        batch.keep(self._prefetch(session, notifications))
+        if len(notifications) >= PREFETCH_FROM and not self.flushes_each:
+            batch.keep(load_rows(session, [key for key in self._id_keys if self.is_plain(key[0])], notifications))
         with batch.listening():
             yield batch
 
-    def _prefetch(self, session: orm.Session, notifications: Sequence[Any]) -> list[Any]:
-        """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them."""
-        found: list[Any] = []
-        if len(notifications) < PREFETCH_FROM or self.flushes_each or not self._id_keys:
-            return found
-        # By their numbers, as Python makes a call for each hash of a UUID.
-        readable = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
-        ids = list({each.int: each for each in readable}.values())
-        for model, column in self._id_keys:
-            if not self.is_plain(model):
-                continue
-            for start in range(0, len(ids), ROWS_AT_ONCE):
-                found += session.scalars(sa.select(model).where(column.in_(ids[start : start + ROWS_AT_ONCE])))
-        return found
-
     def is_plain(self, model: type[Any]) -> bool:
         """Whether flushing the rows of a class later, and not reading them again, cannot be observed."""
-        return self._columns.get(model) is not None
+        return self.plain.get(model) is not None
 
-    def keeps(self, check: Check, value: Any) -> bool:
-        """Whether a column of a plain class takes a value, and returns it unchanged."""
-        return check(value) and (self.dialect.keeps_microseconds or getattr(value, "microsecond", 0) == 0)
+    def keeps(self, value: Any) -> bool:
+        """Whether the database keeps the microseconds of a value, if it has some."""
+        return self.dialect.keeps_microseconds or getattr(value, "microsecond", 0) == 0
 
     def keeps_row(self, instance: Any) -> bool:
         """Whether a row and each of its values can be flushed later without being observed."""
-        columns = self._columns.get(type(instance))
-        if columns is None:
+        plain = self.plain.get(type(instance))
+        if plain is None:
             return False
         loaded = sa.inspect(instance).dict
         return all(
-            each.may_lack if (value := loaded.get(each.key)) is None else self.keeps(each.check, value)
-            for each in columns
+            each.may_lack if (value := loaded.get(each.key)) is None else each.check(value) and self.keeps(value)
+            for each in plain.columns
         )
 
 
@@ -194,7 +170,8 @@ class Batch:
             sa.event.listen(self._connection, *target)
         self._session.info[_KEY] = self
         try:
-            yield
+            with session_get(orm.Session, self._session, self._get):
+                yield
         finally:
             del self._session.info[_KEY]
             for target in of_connection:
@@ -202,6 +179,15 @@ class Batch:
             # The last batch is known until the next one, which may be long.
             self._kept.clear()
             self._added.clear()
+
+    def _get(self, entity: Any, ident: Any, *, identity_token: Any = None, **options: Any) -> Any:
+        """Do what the session's own method does: it makes twenty calls for a row that is there."""
+        plain = self._batches.plain.get(entity)
+        if plain is not None and plain.is_gotten and type(ident) in SCALARS and identity_token is None:
+            found = self._session.identity_map.get((entity, (ident,), None))
+            if found is not None and not instance_state(found).expired and not any(options.values()):
+                return found
+        return orm.Session.get(self._session, entity, ident, identity_token=identity_token, **options)
 
     @property
     def has_failed(self) -> bool:
@@ -218,33 +204,46 @@ class Batch:
             raise HandlerError(self._batches.ended)
         if self._state.is_observed:
             raise ObservedError
-        if (
-            self._flushes
-            # Not the property, which makes a set for each event.
-            or self._session._deleted
-            or len(self._kept) > MOST_KEPT
-            or (self._added and not all(map(self._batches.keeps_row, self._added)))
-        ):
+        # Not the property ``deleted``, which makes a set for each event.
+        if self._session._deleted or len(self._kept) > MOST_KEPT:
             self._flushes = True
-            self._session.flush()
-            if self._state.is_observed:
-                raise ObservedError
+        for instance in self._added:
+            self._look_at_added(instance)
+        if self._flushes or self._state.sends:
+            self._send()
+        self._added.clear()
+        self._state.has_waiting = True
+        if self._state.has_sent and (checks := self._batches.checks) is not None and checks.deferred:
+            check_now(self._connection, checks)
+            self._state.has_sent = False
+
+    def _look_at_added(self, instance: Any) -> None:
+        plain = self._batches.plain.get(type(instance))
+        if plain is None or not self._batches.keeps_row(instance):
+            self._flushes = True
+        elif plain.checked is not None:
+            self._state.sends = True
+
+    def _send(self) -> None:
+        self._session.flush()
+        if self._state.is_observed:
+            raise ObservedError
+        self._state.sends = False
+        if self._flushes:
             self._forget()
             models = {type(instance) for instance in self._session.identity_map.values()}
             self._flushes = self._state.always_flushes or not all(map(self._batches.is_plain, models))
-        self._added.clear()
-        self._state.has_waiting = True
-        if self._batches.checks is not None:
-            check_now(self._connection, self._batches.checks)
 
     def keep(self, instances: Sequence[Any]) -> None:
         """Keep references to loaded objects, as the session has weak ones and would load them again."""
         self._kept += instances
 
-    def noted(self, check: Check | None, value: Any) -> None:
+    def noted(self, model: type[Any], key: str, value: Any, *, accepted: bool) -> None:
         """Hear of a value that is set in a row of a plain class, which may be one to flush it for."""
-        if not self._flushes and (check is None or not self._batches.keeps(check, value)):
+        if not accepted or not self._batches.keeps(value):
             self._flushes = True
+        elif (plain := self._batches.plain.get(model)) is not None and key in (plain.checked or ()):
+            self._state.sends = True
 
     def _add(self, instance: Any) -> None:
         self._added.append(instance)
@@ -290,7 +289,7 @@ class Batch:
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
         self._batches.look(statement, context)
-        self._state.is_waiting = True
+        self._state.is_waiting = self._state.has_sent = True
         if self._state.is_flushing or statement.startswith(_OF_SAVEPOINTS):
             return
         compiled = getattr(context, "compiled", None)
@@ -343,37 +342,44 @@ _OF_SESSIONS: Mapping[str, Listener] = {
 @dataclass
 class _State:
     always_flushes: bool
+    sends: bool = False
+    """Whether the present event is flushed, as the database may refuse what it has set."""
     has_waiting: bool = False
     """Whether what earlier events have changed may wait to be flushed."""
     is_flushing: bool = False
     is_waiting: bool = False
     """Whether a statement was sent and not answered, or with an error."""
+    has_sent: bool = False
+    """Whether one was sent since constraints were looked at that would wait for the commit."""
     is_observed: bool = False
 
 
-def _watch(model: type[Any], columns: Sequence[PlainColumn]) -> None:
+def _watch(model: type[Any], columns: Sequence[PlainColumn], checked: frozenset[str]) -> None:
     """Listen to the values that are set in rows of a class, and tell the batch of those that it watches."""
     if model in _watched:
+        _watched[model].update(checked)  # Another database may check other columns.
         return
-    _watched.add(model)
+    _watched[model] = {*checked}
     for each in columns:
         # With all that SQLAlchemy offers, as it puts nothing around such a function.
-        sa.event.listen(each.attribute, "set", _setter(each), raw=True, retval=True, include_key=True)
+        listener = _setter(each, _watched[model])
+        sa.event.listen(each.attribute, "set", listener, raw=True, retval=True, include_key=True)
 
 
-def _setter(column: PlainColumn) -> Callable[..., Any]:
-    check, is_key = column.check, column.is_key
+def _setter(column: PlainColumn, checked: set[str]) -> Callable[..., Any]:
+    name, check, is_key = column.key, column.check, column.is_key
     is_nullable = column.attribute.property.columns[0].nullable
     is_moment = isinstance(column.attribute.type, sa.DateTime)
 
     def noted(state: Any, value: Any, old: Any, initiator: Any, **key: Any) -> Any:
         # The key of a stored row may be that of another one.
         is_moved = is_key and state.key is not None
-        if is_moved or is_moment or not (is_nullable if value is None else check(value)):
+        accepted = not is_moved and (is_nullable if value is None else check(value))
+        if not accepted or is_moment or name in checked:
             session = state.session
             batch: Batch | None = None if session is None else session.info.get(_KEY)
             if batch is not None:
-                batch.noted(check if is_moment and not is_moved else None, value)
+                batch.noted(state.class_, name, value, accepted=accepted)
         return value
 
     return noted

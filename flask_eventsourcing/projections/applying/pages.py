@@ -1,4 +1,5 @@
-"""Reads pages of a log for one consumer: its events, and those whose class is unknown; and what was recorded of them.
+"""Reads pages of a log for one consumer: its events, and those whose class is unknown; decodes them; and reads what was
+recorded of them.
 
 Topics are filtered in the database only if all topics of that part of the log are known. The class of a topic may not
 be imported yet, or was moved: whether a topic concerns the consumer is known only after it was resolved.
@@ -8,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
-from eventsourcing.persistence import Notification
+from eventsourcing.persistence import JSONTranscoder, Mapper, Notification, find_id_convertor, pass_through_convertor
+from eventsourcing.utils import resolve_topic
 from sqlalchemy.engine import Connection
 
 from ...failures import resolve
 from ...metadata import Recorded
+from ...persistence.dialects import is_outage
 from ...persistence.recorders import NEVER_TOO_MANY
 from ..checkpoint import CheckpointRow
 from ..consumers import Consumer
@@ -27,6 +32,34 @@ COLLECT_AT_ONCE = 200_000
 LONGEST_TOPICS = 15_000
 """Characters of topics that a checkpoint keeps: the shortest column of text has 65,535 bytes."""
 NO_TOPIC = "-"
+
+
+class ObservedError(Exception):
+    """The handlers do something that needs a flush before it, which is not possible: begin the batch again."""
+
+
+class EventError(Exception):
+    """A handler failed, or an event could not be read; the cause is the error itself."""
+
+
+class SuspectError(EventError):
+    """The database failed while a handler ran or its writes were committed: if it answers now, the handler did it."""
+
+
+@contextmanager
+def telling(passes: Callable[[BaseException], bool] = is_outage) -> Iterator[None]:
+    """Around handlers, which may raise anything: raise an error as the cause of an :class:`EventError`.
+
+    :param passes: whether an error allows another try, and is raised as it is; such errors are among ``MAY_PASS``.
+    """
+    try:
+        yield
+    except (EventError, ObservedError):
+        raise
+    except Exception as error:
+        if passes(error):
+            raise
+        raise EventError from error
 
 
 @dataclass(frozen=True)
@@ -114,6 +147,72 @@ class LogPages:
             return ()
         wanted = [topic for topic in self.topics if handlers.concerns(topic)]
         return (wanted or [NO_TOPIC]) if len(wanted) <= MOST_TOPICS else ()
+
+
+class Decoding:
+    """Makes domain events of stored ones, as the mapper does; what is the same for all of a topic is found once.
+
+    The mapper itself makes those that need more, and all where it or its transcoder is of a class of the user's.
+    """
+
+    def __init__(self, mapper: Mapper[Any]) -> None:
+        self.mapper = mapper
+        self._scan = _scanner_of(mapper)
+        self._classes: dict[str, type[Any] | None] = {}
+
+    def __call__(self, stored: Notification) -> Any:
+        """Return the domain event.
+
+        :raises TopicError: when its class is not found.
+        :raises MapperDeserialisationError: when its state cannot be decoded.
+        """
+        try:
+            event_class = self._classes[stored.topic]
+        except KeyError:
+            event_class = self._classes[stored.topic] = self._find(stored)
+        if event_class is None:
+            return self.mapper.to_domain_event(stored)
+        state: Any = None
+        try:
+            text = stored.state.decode()
+            # Not behind spaces, which only the decoder skips.
+            state, end = self._scan(text, 0) if text[:1] == "{" else ((), 0)
+        finally:
+            if state is None:
+                # For its error, which names the event.
+                self.mapper.to_domain_event(stored)
+        if type(state) is not dict or end != len(text) or "class_version" in state:
+            return self.mapper.to_domain_event(stored)
+        state["originator_id"] = stored.originator_id
+        state["originator_version"] = stored.originator_version
+        event = object.__new__(event_class)
+        object.__setattr__(event, "__dict__", state)
+        return event
+
+    def _find(self, stored: Notification) -> type[Any] | None:
+        """Return the class of an event that needs no more than its state, or None."""
+        found, id_class = resolve_topic(stored.topic), cast(Any, type(stored.originator_id))
+        try:
+            convert = find_id_convertor(found, id_class)
+        except TypeError:
+            # So does the mapper, after it has decoded the state.
+            return None
+        is_plain = convert is pass_through_convertor and getattr(found, "class_version", 1) == 1
+        return found if is_plain and self._scan is not None else None
+
+
+def _scanner_of(mapper: Any) -> Any:
+    """Return what reads the JSON of a mapper that the library has made, or None for every other one."""
+    transcoder = mapper.transcoder
+    decoder: Any = getattr(transcoder, "decoder", None)
+    is_plain = (
+        type(mapper) is Mapper
+        and not (mapper.compressor or mapper.cipher)
+        and getattr(type(transcoder), "decode", None) is JSONTranscoder.decode
+        and not ("to_domain_event" in vars(mapper) or "decode" in vars(transcoder))
+        and type(decoder) is json.JSONDecoder
+    )
+    return decoder.scan_once if is_plain else None
 
 
 class Recordings:

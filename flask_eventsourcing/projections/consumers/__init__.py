@@ -20,6 +20,7 @@ from ...failures import Kept
 from ...host import Host
 from ...models import ProjectionModels
 from ...persistence import Datastore, SQLAlchemyApplicationRecorder
+from ...persistence.dialects.event_values import UnreadableNotification
 from ...persistence.dialects.locks import Lease, RunnerLock
 from ..checkpoint import MOVED_FROM, NOTED, Checkpoint
 from ..dead_letters import DeadLetters
@@ -27,6 +28,7 @@ from ..definitions import Handlers, ModelProjection
 from ..definitions.fingerprints import fingerprint_of
 from .logs import REST, EventLog, StoreLog, TableLog, python_type
 
+ROWS_AT_ONCE = 500
 Kind = Literal["projection", "reactions", "rebuild"]
 SUFFIXES: dict[Kind, str] = {"projection": "", "reactions": ":reactions", "rebuild": ":rebuild"}
 
@@ -285,3 +287,20 @@ def id_keys(consumer: Consumer) -> Iterable[tuple[Any, Any]]:
         key = sa.inspect(model).primary_key
         if len(key) == 1 and python_type(key[0]) is id_type is UUID:
             yield model, sa.inspect(model).get_property_by_column(key[0]).class_attribute
+
+
+def load_rows(
+    session: orm.Session, keys: Sequence[tuple[Any, Any]], notifications: Sequence[Notification]
+) -> list[Any]:
+    """Load the rows that belong to the events' aggregates, so that ``session.get()`` finds them.
+
+    :param keys: of :func:`id_keys`.
+    """
+    # By their numbers, as Python makes a call for each hash of a UUID.
+    readable: Any = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
+    ids = list({each.int: each for each in readable}.values()) if keys else []
+    found: list[Any] = []
+    for model, column in keys:
+        for start in range(0, len(ids), ROWS_AT_ONCE):
+            found += session.scalars(sa.select(model).where(column.in_(ids[start : start + ROWS_AT_ONCE])))
+    return found
