@@ -103,7 +103,7 @@ class SessionUnits:
         """The session's transaction or savepoint that was committed and has not ended yet."""
         self.is_committing = False
         """Whether it is the session that commits now."""
-        self.turns = Turns()
+        self.turns: Turns = Turns()
         self.asked = False
         """Whether code has asked for the rollback that has just happened."""
         self.has_half_ended = False

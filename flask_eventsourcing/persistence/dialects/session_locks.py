@@ -198,9 +198,9 @@ KEY = "hashtext(:name || coalesce(to_regclass(:table)::oid::text, ''))"
 class AdvisoryLock(SessionLock):
     """An advisory lock of a connection, in the space of two 32-bit keys."""
 
-    take = f"SELECT pg_try_advisory_lock(hashtext(:namespace), {KEY})"
-    give = f"SELECT pg_advisory_unlock(hashtext(:namespace), {KEY})"
-    look = (
+    take: str = f"SELECT pg_try_advisory_lock(hashtext(:namespace), {KEY})"
+    give: str = f"SELECT pg_advisory_unlock(hashtext(:namespace), {KEY})"
+    look: str = (
         "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted "
         "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
         "AND classid::bigint = hashtext(:namespace)::bigint & 4294967295 "
