@@ -75,6 +75,11 @@ def change(name: str, key: int, **values: Any) -> Step:
     return step
 
 
+def take(name: str, key: int, attribute: str) -> Step:
+    """Return a step that deletes a value of a row, which becomes NULL."""
+    return lambda session, models: delattr(session.get_one(getattr(models, name), key), attribute)
+
+
 def delete(name: str, key: int) -> Step:
     """Return a step that deletes a row."""
     return lambda session, models: session.delete(session.get_one(getattr(models, name), key))
@@ -83,6 +88,7 @@ def delete(name: str, key: int) -> Step:
 CASES: dict[str, Sequence[Step]] = {
     "check": (add("Checked", 1, amount=1), change("Checked", 1, amount=-1), change("Checked", 1, amount=2)),
     "null": (add("Plain", 1, amount=1), change("Plain", 1, amount=None), change("Plain", 1, amount=2)),
+    "deleted value": (add("Plain", 1, amount=1), take("Plain", 1, "amount"), change("Plain", 1, amount=2)),
     "length": (
         add("Plain", 1, amount=1),
         change("Plain", 1, text="x" * 21),

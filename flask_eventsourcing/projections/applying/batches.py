@@ -213,7 +213,7 @@ class Batch:
             self._send()
         self._added.clear()
         self._state.has_waiting = True
-        if self._state.has_sent and (checks := self._batches.checks) is not None and checks.deferred:
+        if self._state.has_sent and (checks := self._batches.checks) is not None and checks.deferrable:
             check_now(self._connection, checks)
             self._state.has_sent = False
 
@@ -364,6 +364,7 @@ def _watch(model: type[Any], columns: Sequence[PlainColumn], checked: frozenset[
         # With all that SQLAlchemy offers, as it puts nothing around such a function.
         listener = _setter(each, _watched[model])
         sa.event.listen(each.attribute, "set", listener, raw=True, retval=True, include_key=True)
+        sa.event.listen(each.attribute, "remove", listener, raw=True)
 
 
 def _setter(column: PlainColumn, checked: set[str]) -> Callable[..., Any]:
@@ -371,15 +372,17 @@ def _setter(column: PlainColumn, checked: set[str]) -> Callable[..., Any]:
     is_nullable = column.attribute.property.columns[0].nullable
     is_moment = isinstance(column.attribute.type, sa.DateTime)
 
-    def noted(state: Any, value: Any, old: Any, initiator: Any, **key: Any) -> Any:
+    def noted(state: Any, value: Any, *before: Any, **key: Any) -> Any:
+        # What is removed has no value before, and becomes NULL.
+        new = value if len(before) > 1 else None
         # The key of a stored row may be that of another one.
         is_moved = is_key and state.key is not None
-        accepted = not is_moved and (is_nullable if value is None else check(value))
+        accepted = not is_moved and (is_nullable if new is None else check(new))
         if not accepted or is_moment or name in checked:
             session = state.session
             batch: Batch | None = None if session is None else session.info.get(_KEY)
             if batch is not None:
-                batch.noted(state.class_, name, value, accepted=accepted)
+                batch.noted(state.class_, name, new, accepted=accepted)
         return value
 
     return noted
