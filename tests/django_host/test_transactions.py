@@ -288,8 +288,9 @@ def test_wrapper_that_adds_parameters(site: DjangoBank) -> None:
             params.update(context="of the request")
         return execute(sql, params, many, context)
 
-    with site.connection.execute_wrapper(add), site.atomic():
-        account_id = site.opened()
+    with site.connection.execute_wrapper(add):
+        with site.atomic():
+            account_id = site.opened()
         run()
     assert balances(site) == {account_id: 0}
 

@@ -64,7 +64,8 @@ def test_settings_of_the_ini_file_are_read() -> None:
         }
     )
     program = "pyramid-eventsourcing <ini file>"
-    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False, program=program)
+    setting = "eventsourcing.{1}"
+    assert found.options == DialectOptions(lock_timeout=2.5, postgres_notify=False, program=program, setting=setting)
     assert (found.projection_lock, found.metadata, found.env) == ("lease", False, {"AGGREGATE_CACHE_MAXSIZE": "10"})
 
 

@@ -158,8 +158,8 @@ class CatalogLooks(Dialect):
 
     def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
         """Look at how psycopg would escape bytes within an array; the server tells it without being asked."""
-        info: Any = getattr(connection.connection.driver_connection, "info", None)
-        if self.engine.driver == "psycopg" and info.parameter_status(CONFORMING) == "off":
+        driver: Any = connection.connection.dbapi_connection
+        if self.engine.driver == "psycopg" and driver.info.parameter_status(CONFORMING) == "off":
             yield Finding(NOT_CONFORMING, APPEND, UnsafeSettingError)
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:

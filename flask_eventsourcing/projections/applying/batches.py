@@ -213,9 +213,9 @@ class Batch:
             self._send()
         self._added.clear()
         self._state.has_waiting = True
-        if self._state.has_sent and (checks := self._batches.checks) is not None and checks.deferrable:
-            check_now(self._connection, checks)
-            self._state.has_sent = False
+        # Of a host's own models nothing tells whether a statement was sent.
+        if self._batches.checks is not None:
+            check_now(self._connection, self._batches.checks)
 
     def _look_at_added(self, instance: Any) -> None:
         plain = self._batches.plain.get(type(instance))
@@ -289,7 +289,7 @@ class Batch:
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
         self._batches.look(statement, context)
-        self._state.is_waiting = self._state.has_sent = True
+        self._state.is_waiting = True
         if self._state.is_flushing or statement.startswith(_OF_SAVEPOINTS):
             return
         compiled = getattr(context, "compiled", None)
@@ -349,8 +349,6 @@ class _State:
     is_flushing: bool = False
     is_waiting: bool = False
     """Whether a statement was sent and not answered, or with an error."""
-    has_sent: bool = False
-    """Whether one was sent since constraints were looked at that would wait for the commit."""
     is_observed: bool = False
 
 
