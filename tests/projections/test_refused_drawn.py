@@ -22,23 +22,18 @@ from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.runners import Runner
 from tests.domain import Account
 from tests.length import examples
+from tests.projections import test_refused_rows as refused
 from tests.projections.desk import Deposited, Desk
-from tests.projections.test_refused_rows import keep_keys
+from tests.projections.test_refused_rows import SIZES, keep_keys
 
 KEYS = 3
 VALUES = 4
-SIZES = (1, 7, 1000)
 
 
 @dataclass(frozen=True)
-class Models:
+class Models(refused.Models):
     """Models with constraints of each kind, each with a column ``note`` that none is about."""
 
-    Plain: Any
-    Checked: Any
-    Unique: Any
-    Parent: Any
-    Child: Any
     Loose: Any
     Priced: Any
     Told: Any
