@@ -325,8 +325,10 @@ def session_on(url: str) -> Iterator[Any]:
 
     address, _, port = url.partition(":")
     profile = ExecutionProfile(load_balancing_policy=RoundRobinPolicy(), request_timeout=60)
+    # Without these, two seconds in which a loaded machine gives the node no time end a test.
+    patience = {"connect_timeout": 60, "control_connection_timeout": 60}
     profiles = {EXEC_PROFILE_DEFAULT: profile}
-    cluster = Cluster([address], port=int(port), protocol_version=5, execution_profiles=profiles)
+    cluster = Cluster([address], port=int(port), protocol_version=5, execution_profiles=profiles, **patience)
     try:
         yield cluster.connect()
     finally:

@@ -184,6 +184,8 @@ class Connection:
                 protocol_version=ProtocolVersion.V5,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 ssl_context=settings.ssl_context,
+                # A node that collects its garbage is silent for longer than the two seconds of the driver.
+                control_connection_timeout=TIMEOUT,
                 # Each of them would be waited for, also one that hangs; a node that lacks a statement says so.
                 prepare_on_all_hosts=False,
                 reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT, max_attempts=None),
