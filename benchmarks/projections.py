@@ -27,8 +27,8 @@ from sqlalchemy import orm
 
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.registry import Worker
 from flask_eventsourcing.projections.runners import Progress, Runner
+from flask_eventsourcing.projections.workers import Worker
 
 from .contenders import flask_app
 from .databases import DATABASES, Database

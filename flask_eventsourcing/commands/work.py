@@ -18,8 +18,8 @@ import sqlalchemy as sa
 
 from ..projections.consumers import Consumer
 from ..projections.rebuilding import Estimate, Rebuild, Rebuilt
-from ..projections.registry import Worker
 from ..projections.runners import FIRST_PAUSE, LONGEST_PAUSE
+from ..projections.workers import Worker
 from . import (
     CommandError,
     Output,

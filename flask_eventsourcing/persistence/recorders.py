@@ -110,7 +110,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     predecessor must be an event, or a snapshot in *snapshots_table*.
     """
 
-    _looks_at = 1000
+    _looks_at = 2000
     """At how many events a page is measured; one thread's value does for another."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:

@@ -20,8 +20,9 @@ from flask_eventsourcing.models import Models
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.checkpoint import CheckpointRow
 from flask_eventsourcing.projections.consumers import Consumer
-from flask_eventsourcing.projections.registry import BoundProjections, Worker
+from flask_eventsourcing.projections.registry import BoundProjections
 from flask_eventsourcing.projections.upkeep.following import Health, ProjectionStatus
+from flask_eventsourcing.projections.workers import Worker
 from tests.domain import PATIENCE, Account, Bank
 
 R = TypeVar("R")

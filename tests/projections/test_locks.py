@@ -17,7 +17,7 @@ from flask_eventsourcing.persistence.dialects.session_locks import KEY
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
 from flask_eventsourcing.projections.checkpoint import FencedError
-from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.workers import Worker
 from tests.domain import PATIENCE, until
 from tests.projections.conftest import MakeDesk
 from tests.projections.desk import Created, Deposited, Desk

@@ -21,7 +21,7 @@ from flask_eventsourcing import ConfigurationError, EventSourcing
 from flask_eventsourcing.exceptions import MissingTableError
 from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.rebuilding import Rebuild
-from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.workers import Worker
 from tests.bank import make_app
 from tests.domain import Bank, Shop
 from tests.integration.test_databases import Club, TextId
@@ -135,8 +135,8 @@ class NoHandler(ModelProjection):
         (wrong(on_failure="ignore"), "on_failure is 'halt' or 'dead-letter'; found 'ignore'"),
         (wrong(retries=-1), "retries is a whole number from 0 up; found -1"),
         (wrong(retries=True), "retries is a whole number"),
-        (wrong(batch_size=0), "batch_size is a whole number from 1 to 1000; found 0"),
-        (wrong(batch_size=1001), "batch_size is"),
+        (wrong(batch_size=0), "batch_size is a whole number from 1 to 2000; found 0"),
+        (wrong(batch_size=2001), "batch_size is"),
         (wrong(name="a:b"), "name must be a string of 1 to 100 characters without ':'"),
         (wrong(name=""), "name must be"),
         (wrong(models=["balance"]), "'balance' in models is not a mapped class"),

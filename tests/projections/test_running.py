@@ -65,7 +65,7 @@ def test_position_and_models_are_committed_together(desk: Desk) -> None:
 
 
 def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> None:
-    """Catching up, a commit has up to 1,000 events; at the head each event is committed at once."""
+    """Catching up, a commit has up to 2,000 events; at the head each event is committed at once."""
     desk.balances()
     with desk.context() as bank:
         account_id = bank.open_account()
@@ -76,7 +76,7 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
         desk.session.commit()
     moved: list[int] = []
     consumer = desk.consumer()
-    # What a test machine needs for 1,000 events is not the point here.
+    # What a test machine needs for 2,000 events is not the point here.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(consumer.application.datastore.dialect), "batch_seconds", 1000.0)
         original = type(consumer.checkpoint).advance
@@ -89,7 +89,7 @@ def test_batches_grow_while_catching_up_and_shrink_at_the_head(desk: Desk) -> No
         with desk.running():
             until(lambda: desk.position() == 4001)
             # Quick as the first one is, the others are as large as they may be.
-            assert moved == [1, 1000, 1000, 1000, 1000]
+            assert moved == [1, 2000, 2000]
             del moved[:]
             desk.deposit(account_id, 1)
             until(lambda: desk.position() == 4002)

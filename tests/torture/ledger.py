@@ -21,7 +21,7 @@ from sqlalchemy import orm
 from flask_eventsourcing import EventSourcing
 from flask_eventsourcing.projections import ModelProjection, on
 from flask_eventsourcing.projections.checkpoint import Checkpoint
-from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.workers import Worker
 
 ACCOUNTS = 20
 

@@ -23,7 +23,7 @@ from sqlalchemy import orm
 from flask_eventsourcing.contrib.pyramid import EventSourcing as PyramidEventSourcing
 from flask_eventsourcing.contrib.pyramid import event_models
 from flask_eventsourcing.projections import ModelProjection, on
-from flask_eventsourcing.projections.registry import Worker
+from flask_eventsourcing.projections.workers import Worker
 
 
 class Account(Aggregate):

@@ -40,7 +40,7 @@ EXITED = (
     "A handler of {} raised SystemExit, as sys.exit() does. A handler cannot end a worker, in which other projections "
     "run: raise another error, or stop the worker from outside."
 )
-MOST_EVENTS = 1000
+MOST_EVENTS = 2000
 MOST_TOPICS = 100
 """More than this many are not worth a filter."""
 
