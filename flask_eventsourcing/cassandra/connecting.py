@@ -15,7 +15,7 @@ from eventsourcing.persistence import OperationalError
 from ..exceptions import ConfigurationError, InheritedDatabaseError, MissingRightError
 from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
-from .settings import CassandraSettings
+from .schema import CassandraSettings
 
 # Two projects bring the package of this name, so that what is imported might be half of each.
 check_drivers()

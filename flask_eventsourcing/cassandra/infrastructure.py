@@ -32,7 +32,7 @@ from .recording import (
     Log,
     OnRecorded,
 )
-from .settings import CassandraSettings
+from .schema import CassandraSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flask_eventsourcing.cassandra.fairness import Pace
+from flask_eventsourcing.cassandra.queueing import Pace
 from flask_eventsourcing.cassandra.rows import Row, row_of
 from flask_eventsourcing.cassandra.writing import Writer
 from tests.cassandra.contention import Contention, TimedStore, World, bare, new_append
