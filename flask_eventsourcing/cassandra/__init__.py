@@ -15,7 +15,7 @@ from .recording import (
     CassandraSnapshotRecorder,
     CassandraTrackingRecorder,
 )
-from .settings import CassandraSettings
+from .schema import CassandraSettings
 
 __all__ = [
     "CassandraAggregateRecorder",

@@ -15,7 +15,7 @@ from eventsourcing.persistence import OperationalError
 from ..exceptions import ConfigurationError, InheritedDatabaseError, MissingRightError
 from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
-from .settings import CassandraSettings
+from .schema import CassandraSettings
 
 # Two projects bring the package of this name, so that what is imported might be half of each.
 check_drivers()
@@ -319,5 +319,5 @@ def answer(sent: ResponseFuture, timeout: float) -> Any:
     told = threading.Event()
     sent.add_callbacks(lambda _: told.set(), lambda _: told.set())
     if not told.wait(timeout + GRACE):
-        raise OperationTimedOut({"the driver": f"It told nothing for {timeout + GRACE:g} s."})
+        raise OperationTimedOut({"the driver": f"There was no answer for {timeout + GRACE:g} s."})
     return sent.result()

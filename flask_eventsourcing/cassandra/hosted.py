@@ -13,8 +13,7 @@ from .connecting import Connection
 from .drivers import check_drivers
 from .infrastructure import Factory, Lent, lend
 from .inspecting import Line, Schema, readable_errors
-from .schema import IdType
-from .settings import CassandraSettings
+from .schema import CassandraSettings, IdType
 
 MODULE = __name__.rpartition(".")[0]
 

@@ -1,14 +1,34 @@
-"""The tables of an application in Cassandra."""
+"""The settings for a cluster, and the tables of an application in it."""
 
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from .settings import CassandraSettings
-
 IdType = Literal["uuid", "text"]
+
+
+@dataclass(frozen=True)
+class CassandraSettings:
+    """The addresses of the nodes, and the options of a session."""
+
+    contact_points: tuple[str, ...]
+    keyspace: str
+    replication: int | Mapping[str, int] | None = None
+    """Copies of each row: a number, or one for each data centre. Needed to make the keyspace only."""
+    port: int = 9042
+    local_dc: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    ssl_context: ssl.SSLContext | None = None
+    consistency: str = "LOCAL_QUORUM"
+    serial_consistency: str = "LOCAL_SERIAL"
+    patience: float = 10.0
+    """Seconds for which a save goes on while nodes do not answer, or others are first."""
+
 
 LOG = """CREATE TABLE IF NOT EXISTS {name}_log (
     bucket bigint,

@@ -17,9 +17,8 @@ from eventsourcing.persistence import IntegrityError, OperationalError, Persiste
 
 from ..exceptions import CommitOutcomeUnknownError, EventValueError
 from ..failures import Kept
-from .fairness import Pace
 from .memory import NOTHING, Memory
-from .queueing import Queue, Ticket
+from .queueing import Pace, Queue, Ticket
 from .rows import (
     MOST_EVENTS,
     Append,

@@ -13,8 +13,7 @@ from uuid import UUID, uuid4
 import greenlet
 from eventsourcing.persistence import StoredEvent
 
-from flask_eventsourcing.cassandra.fairness import Pace
-from flask_eventsourcing.cassandra.queueing import Queue, Ticket
+from flask_eventsourcing.cassandra.queueing import Pace, Queue, Ticket
 from flask_eventsourcing.cassandra.rows import Append, Horizon, Key, Row, row_of
 from flask_eventsourcing.cassandra.writing import Writer
 

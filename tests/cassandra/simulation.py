@@ -11,8 +11,7 @@ from uuid import UUID
 import greenlet
 from eventsourcing.persistence import IntegrityError, OperationalError, StoredEvent, Tracking
 
-from flask_eventsourcing.cassandra.fairness import Pace
-from flask_eventsourcing.cassandra.queueing import Queue, Ticket
+from flask_eventsourcing.cassandra.queueing import Pace, Queue, Ticket
 from flask_eventsourcing.cassandra.reading import Reader
 from flask_eventsourcing.cassandra.rows import (
     Append,

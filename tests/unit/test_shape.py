@@ -83,13 +83,13 @@ def _assigned(node: ast.AST) -> set[str]:
 
 
 def test_there_are_few_modules() -> None:
-    """The package has at most 175 modules."""
+    """The package has at most 169 modules."""
     # Five of them are about the swap of a rebuild: what catalogs say is as much as a database's file can hold.
-    assert len(MODULES) <= 175
+    assert len(MODULES) <= 169
 
 
 def test_no_two_modules_have_one_name() -> None:
-    """A module's name says which one it is."""
+    """Each module has a name of its own."""
     # Django looks for some by their names, which are those of its own habits.
     found = [name for name in MODULES if name not in DJANGO_NAMES]
     counted = Counter(name.rpartition(".")[2] for name in found)
@@ -119,9 +119,9 @@ def test_module_and_its_functions_are_short(name: str) -> None:
 
 
 def test_places_that_catch_every_error_are_few() -> None:
-    """At most 11 places go on after any error, or raise another one: those that call what a user has written."""
-    # Four have an except of their own, and seven use Kept.
-    assert len(found := sorted(catching())) <= 11, found
+    """At most ten places go on after any error, or raise another one: those that call what a user has written."""
+    # Four have an except of their own, and six use Kept.
+    assert len(found := sorted(catching())) <= 10, found
 
 
 def test_broad_excepts_are_few() -> None:

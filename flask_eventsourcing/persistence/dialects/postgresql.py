@@ -22,8 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from ...config import DialectOptions
 from ...exceptions import StandbyError
 from ...tailing import Waiter
-from ..listening import Receive, SharedWaiter, listener_of
-from ..subscriptions import ListenWaiter, poll, receive
+from ..subscriptions import ListenWaiter, Receive, SharedWaiter, listener_of, poll, receive
 from .base import FrozenSnapshotError
 from .event_tables import (
     NOTHING,
