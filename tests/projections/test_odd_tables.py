@@ -530,6 +530,20 @@ def test_a_migration_while_tables_are_built(desk: Desk, monkeypatch: pytest.Monk
     assert not rebuild(desk).resumed
 
 
+def test_a_migration_before_tables_are_built(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """A column that a migration has added before its code came is named where a rebuild makes tables without it."""
+    entry = model(desk, "Entry")
+    project(desk, adding(entry), entry)
+    desk.open(1)
+    assert desk.run_once() == []
+    rebuild(desk)
+    assert "not in its models" not in caplog.text
+    execute(desk, "ALTER TABLE entry ADD COLUMN further INTEGER", "UPDATE entry SET further = 7")
+    rebuild(desk)
+    assert caplog.text.count("not in its models, and the new tables will be without them: entry.further") == 1
+    assert scalar(desk, "SELECT further FROM entry__old") == 7
+
+
 @on_postgres
 def test_the_planner_knows_the_new_tables(desk: Desk) -> None:
     """Right after a swap the planner has statistics of the new tables, as it had of the replaced ones."""
