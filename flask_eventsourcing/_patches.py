@@ -307,20 +307,36 @@ def django_pool(pools: dict[str, Any], pool: Any) -> None:
 
 
 @contextmanager
-def session_get(plain: Any, session: Any, get: Callable[..., Any]) -> Iterator[None]:
+def session_methods(plain: Any, session: Any, get: Callable[..., Any], observe: Callable[[], object]) -> Iterator[None]:
     """Within it, a session finds rows by another function, unless its class or its user has one already.
 
     SQLAlchemy makes twenty calls for a row that the session has, which is a sixth of what a projection does with an
     event. It can go when SQLAlchemy makes a few.
 
+    It calls a further function before it forgets what was set and not flushed: SQLAlchemy's events come after that.
+
     :param plain: SQLAlchemy's class.
     """
-    kind = type(session)
-    is_own = kind.get is plain.get and kind._identity_lookup is plain._identity_lookup and "get" not in vars(session)
-    if is_own:
-        session.get = get
+    kind, before = type(session), vars(session)
+    methods = {name: _calling_first(observe, getattr(session, name)) for name in _FORGETTING}
+    if kind.get is plain.get and kind._identity_lookup is plain._identity_lookup and "get" not in before:
+        methods["get"] = get
+    kept = {name: before[name] for name in methods if name in before}
+    before.update(methods)
     try:
         yield
     finally:
-        if is_own:
-            del session.get
+        for name in methods:
+            del before[name]
+        before.update(kept)
+
+
+_FORGETTING = ("expire", "expire_all", "expunge", "expunge_all", "refresh")
+
+
+def _calling_first(observe: Callable[[], object], method: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        observe()
+        return method(*args, **kwargs)
+
+    return called

@@ -67,6 +67,7 @@ class Swap:
         self.application: ProjectedApplication = live.application
         self.new: ShadowTables = shadows_of(live, NEW)
         self.old: ShadowTables = shadows_of(live, OLD)
+        self._lacked: Sequence[str] = []
 
     def run(self) -> Swapped | None:
         """Swap; try again while readers of the live tables keep them locked. Return None if it was stopped.
@@ -121,7 +122,11 @@ class Swap:
         :raises RebuildError: naming what would be lost where that cannot be done.
         """
         with self.application.engine.connect() as connection:
-            return replaces(connection, self.new, self.old)
+            replacing, lacked = replaces(connection, self.new, self.old)
+        if not replacing and lacked != self._lacked:
+            self._lacked = lacked
+            logger.warning(LACKED, self.live.name, ", ".join(lacked))
+        return replacing
 
     def _swap(self) -> Swapped:
         replacing = self.check()
@@ -265,6 +270,10 @@ class Swap:
 
 
 NO_FIT = "The rows of {} do not fit into the live tables, which stay as they were: {}"
+LACKED = (
+    "%s: columns of its tables are not in its models, and the new tables will be without them: %s. If they are of a "
+    "migration that came before its code, run the rebuild again with that code; the replaced tables have them meanwhile"
+)
 TOO_LONG = (
     "The tables of {} could not be swapped, as a statement took longer than a setting of the server allows: {}. What "
     "was built is kept: allow this role longer statements, and run the rebuild again."
@@ -275,14 +284,13 @@ def _why(held: Sequence[str]) -> str:
     return f"the tables are in use by {'; '.join(held)}" if held else ""
 
 
-def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bool:
-    """Whether to replace the rows of live tables, because new tables would lack something that these have.
+def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> tuple[bool, Sequence[str]]:
+    """Whether to replace the rows of live tables, as new ones would lack something; and what columns models lack.
 
     :raises RebuildError: naming what would be lost where that cannot be done.
     """
     dialect = new.datastore.dialect
-    lost: list[str] = []
-    missing: list[str] = []
+    lost, missing, lacked = list[str](), list[str](), list[str]()
     for table in new.live:
         has = dialect.columns_of(connection, table)
         wanted = {column.name for column in table.columns}
@@ -290,6 +298,7 @@ def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bo
         _refuse_acting(connection, new, table, parts)
         lost += [f"{part.what} of table {table.name!r}" for part in parts]
         missing += [f"{table.name}.{name}" for name in sorted(wanted - has)]
+        lacked += [f"{table.name}.{name}" for name in sorted(has - wanted)]
     lost += _needed(connection, old)
     if lost and missing:
         raise RebuildError(
@@ -299,7 +308,7 @@ def replaces(connection: Connection, new: ShadowTables, old: ShadowTables) -> bo
     if lost:
         _try(connection, new)
         logger.info("The rows are going to be replaced, as renamed tables would lose %s", "; ".join(sorted(lost)))
-    return bool(lost)
+    return bool(lost), lacked
 
 
 def _lost_parts(connection: Connection, dialect: Dialect, table: sa.Table, gone: set[str]) -> list[Part]:

@@ -173,6 +173,39 @@ def hold_back(session: orm.Session, models: Models, key: int, amount: int) -> No
             row.amount = sum(found)
 
 
+def hold_back_after(session: orm.Session, models: Models, key: int, amount: int) -> None:
+    """Query without a flush, after a change that is to be flushed with its event."""
+    express(session, models, key, amount)
+    hold_back(session, models, key, amount)
+
+
+def forget(session: orm.Session, models: Models, key: int, amount: int) -> None:
+    """Have the session read a row again, or all of them, and forget what was set in it within the event."""
+    row = session.get(models.Plain, key)
+    if row is not None:
+        row.text = "forgotten"
+        (session.expire_all if amount % 2 else lambda: session.expire(row))()
+        row.amount += amount
+
+
+def let_go(session: orm.Session, models: Models, key: int, amount: int) -> None:
+    """Take a row, or all of them, out of the session."""
+    row = session.get(models.Plain, key)
+    if row is not None:
+        row.text = "let go"
+        (session.expunge_all if amount % 2 else lambda: session.expunge(row))()
+        change(session, models, key, amount)
+
+
+def refresh(session: orm.Session, models: Models, key: int, amount: int) -> None:
+    """Read a row again, which forgets what was set in it."""
+    row = session.get(models.Plain, key)
+    if row is not None:
+        row.text = "forgotten"
+        session.refresh(row)
+        row.amount += amount
+
+
 def fail_within(session: orm.Session, models: Models, key: int, amount: int) -> None:
     """Take a part back."""
     with suppress(PoisonError), session.begin_nested():
@@ -219,6 +252,10 @@ OPERATIONS: Sequence[Operation] = (
     update_in_bulk,
     count,
     hold_back,
+    hold_back_after,
+    forget,
+    let_go,
+    refresh,
     fail_within,
     price,
     collect,
@@ -349,6 +386,24 @@ def test_ends_of_transactions_are_refused_before_they_happen(case: Case, size: i
     # Alone, the first event is applied before the second one fails.
     assert len(case.found()[2]) == (1 if size == 1 else 0)
     assert case.desk.row("Drawn").position == events[0].id - (0 if size == 1 else 1)
+
+
+@pytest.mark.parametrize("operation", [hold_back_after, forget, let_go, refresh])
+def test_no_change_of_an_earlier_event_is_forgotten(case: Case, operation: Operation) -> None:
+    """What an event has set is stored, even if a later one of its batch has the session forget or read rows."""
+    alone, *others = (_after_changes(case, operation, size) for size in SIZES)
+    assert others == [alone] * len(others)
+    (row,) = alone[2]
+    assert row.amount > 3 * ACCOUNTS
+
+
+def _after_changes(case: Case, operation: Operation, size: int) -> list[Any]:
+    """Return the rows after a row was changed by two events and then by an operation, twice."""
+    events = case.log([ACCOUNTS * number for number in (1, 2, 3, 4, 5)])
+    with pytest.MonkeyPatch.context() as patch:
+        operations = (put, put, put, operation, put, operation)
+        patch.setattr("tests.projections.test_batches.OPERATIONS", operations)
+        return case.rows(events, size)
 
 
 def without_text(amounts: list[int]) -> list[int]:

@@ -781,6 +781,84 @@ def test_reactions_do_not_begin_again_beside_an_orphan(desk: Desk) -> None:
     assert [version for _, version, _ in desk.calls] == [2, 3, 4]
 
 
+def test_a_projection_does_not_begin_again_in_rows_of_a_former_name(desk: Desk) -> None:
+    """The events of a renamed projection are not applied to its rows a second time; a command gives it its position."""
+    desk.listing()
+    account_id = desk.open(1, 2)
+    assert not desk.run_once()
+    rename_row(desk, "Listing", "Former")
+    for _ in range(2):
+        refused(desk, "beside an orphan", "Listing")
+    # As a command may have made it, or an earlier version.
+    desk.consumer("Listing").checkpoint.ensure()
+    refused(desk, "beside an orphan", "Listing")
+    assert seen(desk) == [1, 2, 3]
+    command(desk, "projections", "rename", "Former", "Listing")
+    desk.deposit(account_id, 3)
+    assert not desk.run_once()
+    assert seen(desk) == [1, 2, 3, 4]
+
+
+def seen(desk: Desk) -> list[int]:
+    """Return the versions of the events that are listed."""
+    with desk.engine.connect() as connection:
+        return list(connection.scalars(sa.select(desk.Seen.version).order_by(desk.Seen.id)))
+
+
+def test_a_projection_is_rebuilt_beside_an_orphan(desk: Desk) -> None:
+    """One that has the tables of a removed projection is rebuilt, and one with tables of its own is not kept back."""
+    desk.listing()
+    desk.open(1)
+    assert not desk.run_once()
+    rename_row(desk, "Listing", "Former")
+    assert Rebuild(desk.consumer("Listing")).run() is not None
+    assert not desk.run_once()
+    assert seen(desk) == [1, 2]
+    desk.balances()
+    assert not desk.run_once()
+
+
+def test_rows_of_a_lost_checkpoint_are_told(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that begins at the start of the log warns if the tables have rows, as events may be applied twice."""
+    desk.listing()
+    desk.open(1)
+    assert not desk.run_once()
+    assert "has rows" not in caplog.text
+    execute(desk, "DELETE FROM bank_projections")
+    assert not desk.run_once()
+    assert "Listing begins at the start of the log, and its table seen has rows" in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_a_table_that_was_emptied_is_a_named_state(desk: Desk) -> None:
+    """A table that somebody has truncated lacks its rows, which the state says."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    amounts = desk.amounts()
+    execute(desk, "TRUNCATE TABLE balance")
+    refused(desk, "tables made again", position=2)
+    rebuild(desk)
+    assert desk.amounts() == amounts
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 3}
+
+
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_a_table_that_was_rewritten_or_emptied_by_its_handlers_is_as_it_was(desk: Desk) -> None:
+    """A table that was rewritten has its rows, and one that handlers have emptied needs none."""
+    desk.balances()
+    account_id = desk.open(1)
+    assert not desk.run_once()
+    with desk.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM FULL balance")
+    assert desk.status().problem is None
+    desk.deposit(account_id, 2)
+    assert not desk.run_once()
+    assert desk.amounts() == {account_id: 3}
+
+
 def test_what_is_not_registered_can_be_forgotten(desk: Desk) -> None:
     """A command deletes the checkpoints of a removed projection, and not those of a registered one."""
     desk.reacting()

@@ -23,12 +23,12 @@ from eventsourcing.persistence import Notification
 from sqlalchemy.engine import Connection
 
 from ...exceptions import HandlerError, ProjectionBusyError, RebuildError
-from ...persistence.dialects.swapping import LEFT
+from ...persistence.dialects.swapping import LEFT, written_tables
 from ...projections.applying import Applier, EventError
 from ...projections.applying.pages import LogPages, Page
 from ...projections.checkpoint import Checkpoint, CheckpointRow
 from ...projections.consumers import Consumer, ProjectedApplication
-from ...projections.consumers.shadows import REFERS, UNDECLARED, own_tables, written_tables
+from ...projections.consumers.shadows import REFERS, UNDECLARED, own_tables
 from ...projections.dead_letters import describe, event_name
 from ...projections.definitions import MOST_EVENTS
 from ...projections.rebuilding import BUSY, NO_MODELS, TRIAL_EVENTS, Estimate, Rebuilt

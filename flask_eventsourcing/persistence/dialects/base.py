@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 import weakref
@@ -24,6 +25,10 @@ from .event_values import Accepted, as_text, check_names, check_tracking
 from .locks import ForProjections
 from .looks import Looks
 
+_CHANGES = re.compile(r"(?<!FOR )(?<!KEY )\b(INSERT|UPDATE|DELETE|MERGE|REPLACE|TRUNCATE|CALL)\b", re.IGNORECASE)
+_ENDS = re.compile(
+    r"\s*(COMMIT|ROLLBACK(?!\s+(WORK\s+)?TO\b)|END|ABORT|BEGIN|START|PREPARE\s+TRANSACTION)\b", re.IGNORECASE
+)
 _prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
 MARK_HOLDS_FOR = 1.0
 """Seconds for which a high-water mark is remembered. It stays true unless the table is created again."""
@@ -148,6 +153,14 @@ class Dialect(Looks, ForProjections, ABC):
             None if tracking_table is None else quoted(tracking_table),
             None if snapshots_table is None else quoted(snapshots_table),
         )
+
+    def changes_rows(self, statement: str) -> bool:
+        """Whether a statement may change rows."""
+        return _CHANGES.search(statement) is not None
+
+    def ends_transaction(self, statement: str) -> bool:
+        """Whether a textual statement ends a transaction, or would, by its first word."""
+        return _ENDS.match(statement) is not None
 
     def check_names(self, tables: Iterable[sa.Table]) -> None:
         """Check that the names of tables, and of what belongs to them, are not too long for the database.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -49,6 +49,11 @@ def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
         ) from error
 
 
+def made_of(table_id: str) -> str:
+    """Return the part of a table's identity that it has until it is made again; the rest changes with its file."""
+    return table_id.partition("/")[0]
+
+
 def is_exact(connection: Connection) -> bool:
     """Whether only a table that was made again has another identity."""
     return connection.dialect.name in EXACT
@@ -64,9 +69,12 @@ def are_filled(connection: Connection, tables: Sequence[sa.Table]) -> list[bool]
 
 def _postgresql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
     name = connection.dialect.identifier_preparer.format_table
-    query = sa.select(*(sa.cast(sa.func.to_regclass(name(table)), OID) for table in tables))
+    # A table that was truncated has another file; so has one that was rewritten.
+    places = [sa.func.to_regclass(name(table)) for table in tables]
+    query = sa.select(*(sa.cast(at, OID) for at in places), *(sa.func.pg_relation_filenode(at) for at in places))
     found = connection.execute(query).one()
-    return {table.key: str(oid) for table, oid in zip(tables, found, strict=True) if oid is not None}
+    ids = zip(tables, found[: len(tables)], found[len(tables) :], strict=True)
+    return {table.key: f"{oid}/{file or ''}" for table, oid, file in ids if oid is not None}
 
 
 class OID(sa.types.UserDefinedType[int]):
@@ -107,6 +115,31 @@ _FINDERS: dict[str, Callable[[Connection, Sequence[sa.Table]], dict[str, str]]] 
     "mariadb": _mysql,
     "sqlite": _sqlite,
 }
+
+
+def views_of(connection: Connection, tables: Sequence[sa.Table]) -> set[str]:
+    """Return the names of the views that read some tables, or other such views, as far as their definitions tell."""
+    inspector, found = sa.inspect(connection), set[str]()
+    for schema in {table.schema for table in tables}:
+        views = _definitions(inspector, schema)
+        reached = {table.name for table in tables if table.schema == schema}
+        while reached:
+            names = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, reached))})(?!\w)", re.I)
+            reached = {view for view, text in views.items() if view not in found and names.search(text)}
+            found |= reached
+    return found
+
+
+def _definitions(inspector: Any, schema: str | None) -> dict[str, str]:
+    names = inspector.get_view_names(schema=schema)
+    with suppress(NotImplementedError):
+        names += inspector.get_materialized_view_names(schema=schema)
+    found = dict.fromkeys(names, "")
+    for name in names:
+        # Not every role may see each, nor read what it may not see.
+        with suppress(sa.exc.SQLAlchemyError):
+            found[name] = inspector.get_view_definition(name, schema=schema) or ""
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what is checked

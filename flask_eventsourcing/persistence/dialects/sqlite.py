@@ -30,8 +30,8 @@ from .looks import APPEND, Finding, FoundColumn, FoundTable, MissingOptions, See
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
 from .sqlite_swapping import SQLiteSwaps
+from .swapping import FIRST_WORD
 
-FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
 WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import sqlalchemy as sa
@@ -20,6 +20,14 @@ LEFT = re.compile(rf"(?P<live>.+)(?P<suffix>{NEW}|{OLD}|{TRIAL}[0-9a-f]{{4}})")
 """The names of the tables that rebuilds make."""
 OWN = {"flask_eventsourcing_own": True}
 """Execution options of textual statements that are this package's own."""
+FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
+WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "TRUNCATE", "COPY", "LOAD"}
+WRITES_IN_WITH = re.compile(
+    r"\b(?:INSERT\s+INTO|DELETE\s+FROM|MERGE\s+INTO|UPDATE(?=\s+(?:ONLY\s+)?\S+\s+SET\b))\s+(?:ONLY\s+)?([^\s(,;]+)",
+    re.I,
+)
+TARGET = re.compile(r"\b(?:INTO|FROM|UPDATE|TABLE|TRUNCATE)\s+(?:ONLY\s+)?([^\s(,;]+)", re.I)
+QUOTES = re.compile(r"[\"`\[\]]")
 
 
 class Part(NamedTuple):
@@ -180,3 +188,28 @@ class ForSwaps:
 
     def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
         """Let a log give only positions behind one; here its table sees what is inserted."""
+
+
+# --------------------------------------------------------------------------------------------- what statements write
+
+
+def written_tables(statement: str, context: Any) -> Iterator[sa.TableClause | str]:
+    """The tables that a statement writes, as far as it shows; in textual SQL, the name after the first words."""
+    compiled = getattr(context, "compiled", None)
+    written = getattr(compiled, "statement", None)
+    if compiled is None or isinstance(written, sa.TextClause):
+        found = FIRST_WORD.match(statement)
+        word = found[1].upper() if found is not None else ""
+        if word == "WITH":
+            yield from map(_plain_name, WRITES_IN_WITH.findall(statement))
+        elif word in WRITES:
+            target = TARGET.search(statement)
+            yield word if target is None else _plain_name(target[1])
+        return
+    for element in (written, *(cte.element for cte in getattr(compiled, "ctes", None) or ())):
+        if isinstance(element, sa.UpdateBase) and isinstance(element.table, sa.TableClause):
+            yield element.table
+
+
+def _plain_name(name: str) -> str:
+    return QUOTES.sub("", name).rpartition(".")[2]

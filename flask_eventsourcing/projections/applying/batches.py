@@ -10,7 +10,6 @@ a column that a constraint is about: a later event might change it, and nobody w
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy_utils.aggregates import manager
 
-from ..._patches import session_get
+from ..._patches import session_methods
 from ...exceptions import HandlerError
 from ...persistence import Dialect
 from ...persistence.dialects.catalogs import Checks, check_now, checks_of
@@ -40,13 +39,6 @@ MOST_KEPT = 5000
 """The rows that are kept from one event to the next."""
 SCALARS = frozenset({UUID, int, str})
 _KEY = "flask_eventsourcing.batch"
-
-_CHANGES = re.compile(r"(?<!FOR )(?<!KEY )\b(INSERT|UPDATE|DELETE|MERGE|REPLACE|TRUNCATE|CALL)\b", re.IGNORECASE)
-"""What a statement has that changes rows."""
-_ENDS = re.compile(
-    r"\s*(COMMIT|ROLLBACK(?!\s+(WORK\s+)?TO\b)|END|ABORT|BEGIN|START|PREPARE\s+TRANSACTION)\b", re.IGNORECASE
-)
-"""Begins of a textual statement that ends a transaction, or would."""
 
 _OF_SAVEPOINTS = ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
 _watched: weakref.WeakKeyDictionary[type[Any], set[str]] = weakref.WeakKeyDictionary()
@@ -162,19 +154,16 @@ class Batch:
             for name, listener in _OF_SESSIONS.items():
                 sa.event.listen(self._session, name, listener)
         # Not to the engine: other threads use it.
-        of_connection = (
-            ("before_cursor_execute", self._before_statement),
-            ("after_cursor_execute", self._after_statement),
-        )
-        for target in of_connection:
+        heard = {"before_cursor_execute": self._before_statement, "after_cursor_execute": self._after_statement}
+        for target in heard.items():
             sa.event.listen(self._connection, *target)
         self._session.info[_KEY] = self
         try:
-            with session_get(orm.Session, self._session, self._get):
+            with session_methods(orm.Session, self._session, self._get, self.observe):
                 yield
         finally:
             del self._session.info[_KEY]
-            for target in of_connection:
+            for target in heard.items():
                 sa.event.remove(self._connection, *target)
             # The last batch is known until the next one, which may be long.
             self._kept.clear()
@@ -209,10 +198,10 @@ class Batch:
             self._flushes = True
         for instance in self._added:
             self._look_at_added(instance)
-        if self._flushes or self._state.sends:
+        self._state.has_waiting = not (self._flushes or self._state.sends)
+        if not self._state.has_waiting:
             self._send()
         self._added.clear()
-        self._state.has_waiting = True
         # Of a host's own models nothing tells whether a statement was sent.
         if self._batches.checks is not None:
             check_now(self._connection, self._batches.checks)
@@ -282,7 +271,7 @@ class Batch:
         dirty = self._session.dirty
         for instance in list(self._session.identity_map.values()):
             if instance not in dirty:
-                self._session.expire(instance)
+                orm.Session.expire(self._session, instance)
         self._kept.clear()
 
     def _before_statement(
@@ -294,13 +283,19 @@ class Batch:
             return
         compiled = getattr(context, "compiled", None)
         is_text = compiled is None or isinstance(getattr(compiled, "statement", None), sa.TextClause)
-        if (is_text and _ENDS.match(statement)) or self._batches.dialect.commits_implicitly(statement):
+        dialect = self._batches.dialect
+        if (is_text and dialect.ends_transaction(statement)) or dialect.commits_implicitly(statement):
             raise HandlerError(self._batches.ended)
         session = self._session
         # A bulk operation has the session marked as flushing, without a flush.
         if session.autoflush and not session._flushing:
             session.flush()
-        elif self._state.has_waiting and not self._flushes and (session.new or session.dirty):
+        else:
+            self.observe()
+
+    def observe(self) -> None:
+        """Called where it would show that changes of earlier events were not flushed, or these would be lost."""
+        if self._state.has_waiting and (self._session.new or self._session.dirty):
             # Noted, too: handlers catch errors.
             self._state.is_observed = True
             raise ObservedError
@@ -309,7 +304,7 @@ class Batch:
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
         self._state.is_waiting = False
-        if not self._state.is_flushing and _CHANGES.search(statement):
+        if not self._state.is_flushing and self._batches.dialect.changes_rows(statement):
             self._forget()
 
 

@@ -6,7 +6,7 @@ If something does not fit, the state has a name, which is the same in runners, `
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from ...exceptions import CheckpointMismatchError
-from ...persistence.dialects.catalogs import are_filled, is_exact, table_ids
+from ...persistence.dialects.catalogs import are_filled, is_exact, made_of, table_ids
 from ...persistence.dialects.locks import OpenWriter
 from ..checkpoint import SWAPPING, CheckpointRow
 from ..definitions.fingerprints import add_run, retired
@@ -60,7 +60,7 @@ class Belonging:
         if row.state != SWAPPING and (missing := self.find_missing(connection)) is not None:
             return missing
         if row.position == 0 and not self.consumer.projection_class.inline:
-            return None
+            return self._find_former(connection)
         return self.find_mismatch_of_log(connection, row) or self._of_tables(connection, row)
 
     def find_missing(self, connection: Connection) -> Mismatch | None:
@@ -92,12 +92,15 @@ class Belonging:
         )
 
     def find_orphan(self, connection: Connection) -> Mismatch | None:
-        """Return the state of reactions without a checkpoint beside one of a projection that is not registered.
+        """Return the state of one without a checkpoint beside one of a projection that is not registered.
 
-        The projection may have been renamed: all its reactions would be called a second time.
+        The projection may have been renamed: all its reactions would be called a second time, and all its events be
+        applied to the rows that it has.
         """
         projection = self.consumer.projection_class
-        if self.consumer.kind != "reactions" or projection.reactions_start == "end":
+        if self.consumer.kind != "reactions":
+            return self._find_former(connection)
+        if projection.reactions_start == "end":
             return None
         names = connection.scalars(sa.select(self.consumer.checkpoint.table.c.name)).all()
         orphans = [n for n in names if n.endswith(SUFFIXES["reactions"]) and self.consumer.application.is_orphan(n)]
@@ -111,6 +114,32 @@ class Belonging:
             f"{self.consumer.application.command(f'projections rename {old} {projection.name}')}; if "
             f"not, {self.consumer.command('projections accept')}.",
         )
+
+    def _find_former(self, connection: Connection) -> Mismatch | None:
+        """Return the state of one at the beginning whose tables have the rows of one that is not registered."""
+        if self.consumer.kind != "projection" or not self.consumer.tables:
+            return None
+        c, tables = self.consumer.checkpoint.table.c, {table.key: table for table in self.consumer.tables}
+        noted = connection.execute(sa.select(c.name, c.tables_id).where(c.position > 0, c.tables_id.is_not(None))).all()
+        for name, text in noted:
+            shared = [table for key, table in tables.items() if key in json.loads(text)["tables"]]
+            if not shared or not self.consumer.application.is_orphan(name) or self.find_missing(connection) is not None:
+                continue
+            if any(are_filled(connection, shared)):
+                return Mismatch(
+                    ORPHAN,
+                    f"{self.name} would begin at the start of the log, but table {shared[0].name} has the rows of "
+                    f"{name}, which is not registered: if you renamed the projection, run "
+                    f"{self.consumer.application.command(f'projections rename {name} {self.name}')}; if not, "
+                    f"{self.consumer.command('rebuild')}.",
+                )
+        return None
+
+    def find_filled(self, connection: Connection) -> str | None:
+        """Return the name of a table that has rows, if the consumer is a projection with such a table."""
+        tables = self.consumer.tables if self.consumer.kind == "projection" else ()
+        filled = zip(tables, are_filled(connection, tables), strict=True)
+        return next((table.name for table, has_rows in filled if has_rows), None)
 
     def has_changed_code(self, row: CheckpointRow) -> bool:
         """Whether the code is another than at the last rebuild, or than when the projection first ran."""
@@ -176,20 +205,17 @@ class Belonging:
         noted = json.loads(row.tables_id)
         ids = table_ids(connection, [self.consumer.checkpoint.table, *self.consumer.tables])
         exact = is_exact(connection)
-        if exact and ids.get(self.consumer.checkpoint.table.key) != noted["own"]:
+        if exact and made_of(ids.get(self.consumer.checkpoint.table.key, "")) != made_of(noted["own"] or ""):
             # All was restored from one dump, this row with it.
             return None
-        applied = row.applied > noted["applied"]
-        changed = [
-            table
+        changes = {
+            table: what
             for table in self.consumer.tables
-            if table.key in ids and _may_lack_rows(noted["tables"].get(table.key), ids[table.key], applied)
-        ]
-        filled = dict(zip(changed, are_filled(connection, changed), strict=True))
-        for table in changed:
-            known = table.key in noted["tables"]
-            if not filled[table] or (known and exact):
-                what = "was made again" if known else "was added"
+            if table.key in ids and (what := _change(noted["tables"].get(table.key), ids[table.key], row, noted))
+        }
+        filled = zip(changes.items(), are_filled(connection, list(changes)), strict=True)
+        for (table, what), has_rows in filled:
+            if not has_rows or (what == AGAIN and exact):
                 return Mismatch(
                     MADE_AGAIN,
                     f"Table {table.name} of {self.name} {what} since the events up to position {row.position} were "
@@ -227,9 +253,18 @@ class Belonging:
         return {} if all(getattr(row, name) == value for name, value in noted.items()) else noted
 
 
-def _may_lack_rows(noted: Sequence[Any] | None, found: str, applied: bool) -> bool:
-    """Whether a table may lack what it had; one that was empty, and into which nothing was written, lacks nothing."""
-    return noted is None or (noted[0] != found and (bool(noted[1]) or applied))
+AGAIN = "was made again"
+
+
+def _change(noted: Sequence[Any] | None, found: str, row: CheckpointRow, notes: Mapping[str, Any]) -> str | None:
+    """Return what has happened to a table that may lack what it had; if it had nothing, it lacks nothing."""
+    if noted is None:
+        return "was added"
+    if made_of(noted[0]) != made_of(found):
+        return AGAIN if noted[1] or row.applied > notes["applied"] else None
+    # What was applied since may have emptied it, and notes of earlier versions do not tell of files.
+    is_other = "/" in noted[0] and noted[0] != found
+    return "was emptied" if is_other and noted[1] and row.applied == notes["applied"] else None
 
 
 def _is_noted(row: CheckpointRow, found: Found) -> bool:

@@ -25,19 +25,11 @@ from ...exceptions import HandlerError, RebuildError
 from ...host import Host
 from ...models import is_of_rebuild
 from ...persistence import Datastore, Dialect
-from ...persistence.dialects.swapping import OWN
+from ...persistence.dialects.catalogs import views_of
+from ...persistence.dialects.swapping import OWN, written_tables
 from . import Consumer
 
-FIRST_WORD = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(\w+)", re.S)
-WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "TRUNCATE", "COPY", "LOAD"}
-WRITES_IN_WITH = re.compile(
-    r"\b(?:INSERT\s+INTO|DELETE\s+FROM|MERGE\s+INTO|UPDATE(?=\s+(?:ONLY\s+)?\S+\s+SET\b))\s+(?:ONLY\s+)?([^\s(,;]+)",
-    re.I,
-)
-TARGET = re.compile(r"\b(?:INTO|FROM|UPDATE|TABLE|TRUNCATE)\s+(?:ONLY\s+)?([^\s(,;]+)", re.I)
 logger: logging.Logger = logging.getLogger(__name__)
-
-QUOTES = re.compile(r"[\"`\[\]]")
 
 
 def shadows_of(consumer: Consumer, suffix: str) -> ShadowTables:
@@ -246,7 +238,7 @@ def _connect(tables: ShadowTables) -> Connection:
     if isinstance(datastore.engine.pool, sa.pool.QueuePool):
         # Out of the pool, which may have no second one for the checkpoint and the log.
         connection.detach()
-    connection.dialect = _redirected(datastore.engine.dialect, tables)
+    connection.dialect = _redirected(datastore.engine.dialect, tables, _views(datastore, tables.live))
 
     def refuse(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         if OWN.items() <= getattr(context, "execution_options", {}).items():
@@ -263,9 +255,18 @@ def _connect(tables: ShadowTables) -> Connection:
     return connection.execution_options(compiled_cache={})
 
 
+def _views(datastore: Datastore, live: Sequence[sa.Table]) -> set[str]:
+    with datastore.engine.connect() as connection:
+        return views_of(connection, live)
+
+
 TEXTUAL = (
     "A handler names table {!r} in textual SQL, so that it cannot be rebuilt: use the model's attributes, or select(), "
     "insert(), update() and delete()."
+)
+VIEW = (
+    "A handler reads view {!r}, which has the rows of live tables, so that it cannot be rebuilt: read the tables "
+    "instead."
 )
 UNDECLARED = (
     "A handler writes table {!r}, which is not among the projection's models, so that a rebuild would write it "
@@ -278,17 +279,20 @@ class Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         either = "|".join(map(re.escape, names))
-        self._any = re.compile(rf"(?<!\w)({either})(?!\w)")
+        name, part = rf"(?<!\w)({either})(?!\w)", r"[\w\"`\[\]]+"
+        self._any, self._any_case = re.compile(name), re.compile(name, re.I)
+        others = rf"(?:{part}(?:\.{part})?(?:\s+(?:AS\s+)?\w+)?\s*,\s*)*"
         # A column, or a word of a text, may have the name of a table.
-        self._read = re.compile(rf"\b(?:FROM|JOIN)\s+(?:ONLY\s+)?(?:[\w\"`\[\]]+\.)?[\"`\[]?({either})(?!\w)", re.I)
+        self._read = re.compile(rf"\b(?:FROM|JOIN|USING)\s+{others}(?:ONLY\s+)?(?:{part}\.)?[\"`\[]?{name}", re.I)
 
-    def refuse(self, text: str, *, read: bool) -> None:
+    def refuse(self, text: str, *, read: bool, names: bool = False) -> None:
         """Refuse a text.
 
         :param read: whether only where it reads a table.
+        :param names: whether it has nothing but names of tables.
         :raises HandlerError: when it names one.
         """
-        found = (self._read if read else self._any).search(text)
+        found = (self._any_case if names else self._read).search(text) or (None if read else self._any.search(text))
         if found is not None:
             raise HandlerError(TEXTUAL.format(found[1]))
 
@@ -320,28 +324,6 @@ class Undeclared:
                 logger.warning("%s: %s", self._consumer.name, UNDECLARED.format(name))
 
 
-def written_tables(statement: str, context: Any) -> Iterator[sa.TableClause | str]:
-    """The tables that a statement writes, as far as it shows; in textual SQL, the name after the first words."""
-    compiled = getattr(context, "compiled", None)
-    written = getattr(compiled, "statement", None)
-    if compiled is None or isinstance(written, sa.TextClause):
-        found = FIRST_WORD.match(statement)
-        word = found[1].upper() if found is not None else ""
-        if word == "WITH":
-            yield from map(_plain_name, WRITES_IN_WITH.findall(statement))
-        elif word in WRITES:
-            target = TARGET.search(statement)
-            yield word if target is None else _plain_name(target[1])
-        return
-    for element in (written, *(cte.element for cte in getattr(compiled, "ctes", None) or ())):
-        if isinstance(element, sa.UpdateBase) and isinstance(element.table, sa.TableClause):
-            yield element.table
-
-
-def _plain_name(name: str) -> str:
-    return QUOTES.sub("", name).rpartition(".")[2]
-
-
 def _redirecting(plain: Any, shadows: Mapping[str, sa.Table]) -> Callable[[Any, str, str], str]:
     """Return what puts the name of a shadow into the place of a live table's, before some end."""
 
@@ -361,10 +343,10 @@ def _redirecting(plain: Any, shadows: Mapping[str, sa.Table]) -> Callable[[Any, 
     return redirected
 
 
-def _redirected(dialect: Any, tables: ShadowTables) -> Any:
+def _redirected(dialect: Any, tables: ShadowTables, views: Collection[str]) -> Any:
     """Return a copy of a dialect that names shadow tables instead of the live ones; all else stays as it is."""
     plain = dialect.identifier_preparer
-    redirected, names = _redirecting(plain, tables.tables), Names(table.name for table in tables.live)
+    redirected, names = _redirecting(plain, tables.tables), Names([*(table.name for table in tables.live), *views])
 
     class ShadowPreparer(type(plain)):  # type: ignore[misc]
         def format_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
@@ -377,10 +359,12 @@ def _redirected(dialect: Any, tables: ShadowTables) -> Any:
 
     class ShadowCompiler(dialect.statement_compiler):  # type: ignore[misc]
         def visit_table(self, table: Any, *args: Any, **kwargs: Any) -> str:
+            if table.name in views and table.fullname not in tables.tables:
+                raise HandlerError(VIEW.format(table.name))
             return redirected(table, super().visit_table(table, *args, **kwargs), " ")
 
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> str:
-            names.refuse(textclause.text, read=bool(self.stack))
+            names.refuse(textclause.text, read=bool(self.stack), names=bool(kwargs.get("asfrom")))
             return str(super().visit_textclause(textclause, *args, **kwargs))
 
         def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> str:

@@ -27,7 +27,10 @@ MERGE_EVERY = 20.0
 """Seconds between two times at which an idle worker merges what inline projections have noted."""
 LOOK_EVERY = 5.0
 """Seconds between two looks of an idle runner at its log and its tables."""
-
+FILLED = (
+    "%s begins at the start of the log, and its table %s has rows: if its checkpoint was lost, events are applied to "
+    "these a second time, and you need to run %s"
+)
 
 _alone = threading.RLock()
 """Held while a process tries an event of which it may die, so that no other one is taken for what it died of."""
@@ -137,8 +140,9 @@ class Turn:
             # The position as it is with the lock.
             row = self.consumer.checkpoint.read(connection) or row
             notes = self._notes(belonging, connection, row, mark)
-        if isinstance(notes, Mismatch):
-            return self._refuse(notes)
+            if isinstance(notes, Mismatch):
+                return self._refuse(notes)
+            filled = belonging.find_filled(connection) if row.position == 0 < mark else None
         code = "" if self.consumer.kind == "rebuild" else self.consumer.fingerprint
         at = row.position if "position" in notes else None
         claimed = self.consumer.checkpoint.claim(
@@ -146,6 +150,8 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
+            if filled is not None and claimed.position == 0:
+                logger.warning(FILLED, row.name, filled, self.consumer.command("rebuild"))
             # One of its own is left by an outage, in which it could not be given back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
