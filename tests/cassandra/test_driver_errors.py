@@ -142,7 +142,7 @@ def test_nodes_are_looked_for_without_end(cluster_options: dict[str, Any]) -> No
 
 
 def test_node_that_does_not_answer_in_time_is_tried_again(cluster_options: dict[str, Any]) -> None:
-    """A node that is silent while a process connects is taken to be down; by default the driver never tries it again."""
+    """A node that is silent while a process connects is taken to be down; the driver would never try it again."""
     policy = cluster_options["conviction_policy_factory"](Mock())
     assert policy.add_failure(cassandra.OperationTimedOut())
     policy.reset()
