@@ -21,6 +21,8 @@ from statistics import median
 from typing import Any
 from uuid import UUID, uuid4
 
+from eventsourcing.persistence import StoredEvent
+
 HEADING = "## Cassandra\n"
 STATE = b"x" * 200
 HEAD = UUID(int=0)
@@ -88,8 +90,6 @@ def work(plan: Work) -> None:
 
 def saving(connection: Any) -> Callable[[], object]:
     """Return what saves one event of a new aggregate."""
-    from eventsourcing.persistence import StoredEvent
-
     from flask_eventsourcing.cassandra import CassandraApplicationRecorder
     from flask_eventsourcing.cassandra.recording import Log
 
@@ -119,6 +119,26 @@ def at_the_head(connection: Any) -> Callable[[], object]:
 
 INSERT = "INSERT INTO {}.bare (key, position, state) VALUES (?, ?, ?) IF NOT EXISTS"
 TABLE = "CREATE TABLE IF NOT EXISTS {}.bare (key uuid, position bigint, state blob, PRIMARY KEY (key, position))"
+
+
+def start_behind(connection: Any, appends: int) -> str:
+    """Save in a process that starts so many appends behind the end of a log, and say how long it took."""
+    from flask_eventsourcing.cassandra.inspecting import Schema
+    from flask_eventsourcing.cassandra.recording import Log
+    from tests.cassandra.old_log import Start, fill
+
+    Schema(connection, {"old": "uuid"}).create()
+    fill(Log(connection, "old"), appends)
+    log = Log(connection, "old")
+    read: list[float] = []
+    began = time.monotonic()
+    with Start(log).counted(lambda: read.append(time.monotonic())):
+        log.append([StoredEvent(uuid4(), 1, "topic", STATE)])
+    ready = time.monotonic() - read[-1]
+    return (
+        f"A process that starts {appends:,} appends behind the end of a log, none of them indexed, has read them in "
+        f"{read[-1] - began:.1f} s. Its first save is done {ready:.2f} s later.\n"
+    )
 
 
 def measure(plan: Work, figures: Rates) -> None:
@@ -173,8 +193,11 @@ def three_nodes() -> Iterator[list[str]]:
         folder.remove()
 
 
-def run(urls: list[str], rounds: int, seconds: float) -> str:
-    """Measure on nodes, and return the section."""
+def run(urls: list[str], rounds: int, seconds: float, appends: int = 100_000) -> str:
+    """Measure on nodes, and return the section.
+
+    :param appends: how far behind the end of a log a process starts.
+    """
     from flask_eventsourcing.cassandra import CassandraSettings, Connection
     from flask_eventsourcing.cassandra.inspecting import Schema
 
@@ -193,9 +216,10 @@ def run(urls: list[str], rounds: int, seconds: float) -> str:
                 place = dataclasses.replace(plan, contact_points=points, port=port, keyspace=keyspace, seconds=seconds)
                 measure(place, figures)
             print(f"round {number + 1}, {name}: {found[name]}", file=sys.stderr, flush=True)
+    started = start_behind(connection, appends)
     connection.execute(f"DROP KEYSPACE {keyspace}", timeout=60)
     connection.close()
-    return to_markdown(found, rounds)
+    return f"{to_markdown(found, rounds)}\n{started}"
 
 
 def to_markdown(found: dict[str, tuple[Rates, Rates]], rounds: int) -> str:
@@ -228,12 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
     if (reason := missing()) is not None:
         print(f"Cassandra is left out: {reason}.", file=sys.stderr)
         return
-    rounds, seconds = (1, 1.0) if options.quick else (options.rounds, 5.0)
+    rounds, seconds, appends = (1, 1.0, 1_000) if options.quick else (options.rounds, 5.0, 100_000)
     if options.nodes:
-        print(run(options.nodes, rounds, seconds), flush=True)
+        print(run(options.nodes, rounds, seconds, appends), flush=True)
         return
     with three_nodes() as urls:
-        print(run(urls, rounds, seconds), flush=True)
+        print(run(urls, rounds, seconds, appends), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,20 +23,29 @@ check_drivers()
 from cassandra import (  # noqa: E402
     AuthenticationFailed,
     ConsistencyLevel,
+    DependencyException,
     OperationTimedOut,
     ProtocolVersion,
     UnresolvableContactPoints,
 )
+
+try:
+    from cassandra.cluster import (
+        EXEC_PROFILE_DEFAULT,
+        Cluster,
+        ExecutionProfile,
+        NoHostAvailable,
+        ResponseFuture,
+        Session,
+    )
+except DependencyException as error:
+    raise ConfigurationError(
+        "The driver of Cassandra was installed without its extension for libev, and this Python has no asyncore, which "
+        "would do instead: install libev with its headers, as libev-dev, and then the driver again, or a wheel of it."
+    ) from error
 from cassandra.auth import PlainTextAuthProvider  # noqa: E402
-from cassandra.cluster import (  # noqa: E402
-    EXEC_PROFILE_DEFAULT,
-    Cluster,
-    ExecutionProfile,
-    NoHostAvailable,
-    ResponseFuture,
-    Session,
-)
 from cassandra.policies import (  # noqa: E402
+    ConvictionPolicy,
     DCAwareRoundRobinPolicy,
     ExponentialReconnectionPolicy,
     FallthroughRetryPolicy,
@@ -88,6 +97,20 @@ class _LastResort(WrapperPolicy):  # type: ignore[misc]
             else:
                 yield node
         yield from last
+
+
+class _DownAtOnce(ConvictionPolicy):  # type: ignore[misc]
+    """Takes a node to be down that cannot be connected with, for whatever reason, so that it is tried again.
+
+    The driver's own takes one that does not answer in time to be up, and never tries it again.
+    """
+
+    def add_failure(self, connection_exc: Exception) -> bool:
+        """Whether the node is down."""
+        return True
+
+    def reset(self) -> None:
+        """Forget what was noted, which is nothing."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +211,7 @@ class Connection:
                 control_connection_timeout=TIMEOUT,
                 # Each of them would be waited for, also one that hangs; a node that lacks a statement says so.
                 prepare_on_all_hosts=False,
+                conviction_policy_factory=_DownAtOnce,
                 reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT, max_attempts=None),
                 **options,
             )

@@ -13,6 +13,7 @@ from .connecting import Connection
 from .drivers import check_drivers
 from .infrastructure import Factory, Lent, lend
 from .inspecting import Line, Schema, readable_errors
+from .recording import Parts
 from .schema import CassandraSettings, IdType
 
 MODULE = __name__.rpartition(".")[0]
@@ -60,8 +61,19 @@ class HostedCassandra:
 
     def look(self) -> Iterator[Line]:
         """Return a report on the nodes, the keyspace and the tables: lines, and which of them are faults."""
+        is_whole = True
         with readable_errors():
-            yield from self._schema().look()
+            for text, is_fault in self._schema().look():
+                is_whole = is_whole and not is_fault
+                yield text, is_fault
+            # Otherwise nothing could be read.
+            for name in self.id_types if is_whole else ():
+                yield from self._look_at_streams(name)
+
+    def _look_at_streams(self, name: str) -> Iterator[Line]:
+        for key in Parts(self.connection, name.lower()).reader.unstreamed():
+            lacking = f"the table {name.lower()}_events lacks events of {key} that the log has"
+            yield f"{lacking}: end all processes that save, and call write_streams() of the recorder of {name}", True
 
     def log_identity(self, application_name: str) -> int | None:
         """Return the identity of an application's log, which is that of its table."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from uuid import UUID
 
 from eventsourcing.persistence import Notification
@@ -16,6 +18,8 @@ from .walking import FIRST_PAGE, PAGE_BYTES, Walker
 from .writing import Writer
 
 EDGES = 256
+LOOKED_AT = 10
+"""Aggregates of a row whose streams are looked at."""
 REMEMBERED = 2000
 """Events of which it is kept what was recorded beside their states."""
 
@@ -99,6 +103,26 @@ class Reader:
             if known is not None:
                 found[position] = known
         return {position: found[position] for position in positions if position in found}
+
+    def write_streams(self) -> int:
+        """Write again what is derived from each row of the log; return how many rows there are."""
+        count = 0
+        for row in self._walker.rows(1, states=True, page=FIRST_PAGE):
+            self._walker.index(row)
+            count += 1
+        return count
+
+    def unstreamed(self) -> list[Key]:
+        """Return aggregates of the first and of the last row whose streams lack an event, though that was written."""
+        missing: list[Key] = []
+        for row in (*islice(self._walker.rows(1, page=1), 1), self.last_row()):
+            if row is None or not row.indexed:
+                continue
+            for key, version in islice(dict(row.versions).items(), LOOKED_AT):
+                found = self._walker.repeat(partial(self._store.last_version, key))
+                if found is None or found < version:
+                    missing.append(key)
+        return missing
 
     def last_row(self) -> Row | None:
         """Return the last row of the log without its states, or None for an empty log."""

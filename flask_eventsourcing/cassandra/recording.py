@@ -289,6 +289,15 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         row = self.log.parts.reader.last_row()
         return row.end - 1 if row is not None else 0
 
+    def write_streams(self) -> int:
+        """Write the streams of all aggregates again from the log, after their table was emptied or restored.
+
+        No other process may save meanwhile.
+
+        :return: how many rows the log has.
+        """
+        return self.log.parts.reader.write_streams()
+
     def subscribe(self, gt: int | None = None, topics: Sequence[str] = ()) -> Subscription[ApplicationRecorder]:
         """Iterate over the log from a position on, waiting for new events at its end."""
         return LogSubscription(recorder=self, gt=gt, topics=topics)

@@ -158,13 +158,15 @@ class Writer:
 
     def _commit(self, batch: list[Ticket]) -> tuple[Memory, Row, list[int]] | None:
         """Commit what waits as one row; return it, with the rows to be indexed before it."""
-        tries = Tries(self._store, self._patience)
+        tries: Tries | None = None
         losses = 0
         while True:
             batch += [each for each in self._queue.take(batch) if self._is_in_time(each)]
             if not batch:
                 return None
             memory = self._memory = self._at_the_end()
+            # A process that starts may have had much to read.
+            tries = tries or Tries(self._store, self._patience)
             self._load_all(memory, batch)
             self._admit_all(memory, batch)
             if not batch:

@@ -114,8 +114,9 @@ def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatc
     made.shutdown.assert_called_once()
 
 
-def test_nodes_are_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an outage of any length a process finds the nodes again; the driver's own pauses grow to minutes."""
+@pytest.fixture
+def cluster_options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """With what the driver's cluster is made."""
     from flask_eventsourcing.cassandra import CassandraSettings, Connection, connecting
 
     options: dict[str, Any] = {}
@@ -128,9 +129,23 @@ def test_nodes_are_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(connecting, "Cluster", make)
     _ = Connection(CassandraSettings(("127.0.0.1",), "bank")).session
-    waits = list(islice(options["reconnection_policy"].new_schedule(), 10_000))
+    return options
+
+
+def test_nodes_are_looked_for_without_end(cluster_options: dict[str, Any]) -> None:
+    """After an outage of any length a process finds the nodes again; the driver's own pauses grow to minutes."""
+    from flask_eventsourcing.cassandra import connecting
+
+    waits = list(islice(cluster_options["reconnection_policy"].new_schedule(), 10_000))
     assert len(waits) == 10_000
     assert max(waits) <= connecting.LONGEST_RECONNECT * 1.15
+
+
+def test_node_that_does_not_answer_in_time_is_tried_again(cluster_options: dict[str, Any]) -> None:
+    """A node that is silent while a process connects is taken to be down; the driver would never try it again."""
+    policy = cluster_options["conviction_policy_factory"](Mock())
+    assert policy.add_failure(cassandra.OperationTimedOut())
+    policy.reset()
 
 
 class Crowd:

@@ -14,7 +14,7 @@ import pytest
 from eventsourcing.persistence import OperationalError, StoredEvent
 
 from flask_eventsourcing.exceptions import MissingRightError, MissingTableError
-from tests.cassandra_nodes import Node, cassandra_cluster, keyspace_on
+from tests.cassandra_nodes import PATIENCE, Node, cassandra_cluster, keyspace_on
 from tests.servers import ServerFolder, free_port
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def test_role_without_rights(server_folder: ServerFolder) -> None:
         with connection_to(node.url, **admin) as connection:
             Schema(connection, {"bank": "uuid"}).create()
             save(connection)
-            connection.execute("CREATE ROLE reader WITH LOGIN = true AND PASSWORD = 'reader'")
-            connection.execute("GRANT SELECT ON KEYSPACE bank TO reader")
+            connection.execute("CREATE ROLE reader WITH LOGIN = true AND PASSWORD = 'reader'", timeout=60)
+            connection.execute("GRANT SELECT ON KEYSPACE bank TO reader", timeout=60)
             wrong = {**admin, "password": "wrong"}
             with (
                 connection_to(node.url, **wrong) as refused,
@@ -92,7 +92,7 @@ def test_role_without_rights(server_folder: ServerFolder) -> None:
                     save(refused)
                 with pytest.raises(MissingRightError, match="reader has no CREATE permission"), readable_errors():
                     Schema(refused, {"other": "uuid"}).create()
-                assert refused.execute("SELECT count(*) FROM bank.bank_log").one()[0] == 1
+                assert refused.execute("SELECT count(*) FROM bank.bank_log", timeout=60).one()[0] == 1
             save(connection)
 
 
@@ -115,20 +115,49 @@ def test_node_that_hangs(cluster: list[Node], monkeypatch: pytest.MonkeyPatch) -
         Schema(made, {"bank": "uuid"}).create()
         save(made)
         for node in cluster:
-            process = node.process
-            assert process is not None
             with connection_to(node.url, keyspace=keyspace, **points) as fresh:
                 wait_for_pools(fresh, len(cluster))
-                os.kill(process.pid, signal.SIGSTOP)
-                try:
+                with hanging(node):
                     save(fresh)
                     for _ in range(3):
                         save(made)
-                finally:
-                    os.kill(process.pid, signal.SIGCONT)
+
+
+@pytest.mark.long
+def test_node_that_hangs_at_the_start(cluster: list[Node]) -> None:
+    """A process that starts while a node hangs saves, and is connected with the node when that goes on."""
+    from flask_eventsourcing.cassandra.inspecting import Schema
+
+    points = {"contact_points": tuple(node.address for node in cluster), "replication": 3, "patience": 25.0}
+    with keyspace_on(cluster[0].url) as keyspace:
+        with connection_to(cluster[0].url, keyspace=keyspace, **points) as made:
+            Schema(made, {"bank": "uuid"}).create()
+        with connection_to(cluster[0].url, keyspace=keyspace, **points) as fresh:
+            with hanging(cluster[2]):
+                save(fresh)
+                # The driver is still about to connect with the node, or has given up.
+                wait_for_pools(fresh, len(cluster) - 1)
+                time.sleep(fresh.session.cluster.connect_timeout + 1)
+                assert len(fresh.session.get_pools()) == len(cluster) - 1
+            wait_for_pools(fresh, len(cluster))
+
+
+@contextmanager
+def hanging(node: Node) -> Iterator[None]:
+    """Let a node hang for a block, with its connections open."""
+    process = node.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def wait_for_pools(connection: Connection, count: int) -> None:
     """Wait until a session is connected with so many nodes."""
+    until = time.monotonic() + PATIENCE
     while len(connection.session.get_pools()) < count:
+        hosts = [(str(each.endpoint), each.is_up) for each in connection.nodes()]
+        assert time.monotonic() < until, f"no pool with {count} nodes: {hosts}"
         time.sleep(0.1)

@@ -357,6 +357,30 @@ def test_large_rows_are_read_some_at_a_time() -> None:
     assert [each.id for each in reader.page(1, 100, None, ())] == list(range(1, 41))
 
 
+class OldStore(SimulatedStore):
+    """A store with a long log, where another writer is first once."""
+
+    was_first = False
+
+    def read_rows(self, position: int, limit: int, *, states: bool) -> Sequence[Row]:
+        """Take long."""
+        self._cluster.clock += 6.0 if not self.was_first else 0.0
+        return super().read_rows(position, limit, states=states)
+
+    def insert(self, row: Row) -> Row | None:
+        """Let another one be first."""
+        if not self.was_first:
+            self.was_first = True
+            super().insert(rows.row_of(row.position, row.last_event, [Append(events=[event(uuid4(), 1)])]))
+        return super().insert(row)
+
+
+def test_reading_takes_no_part_of_the_patience() -> None:
+    """A process that has read a long log at its start tries to save as long as another one, while others are first."""
+    store = OldStore(CalmCluster())
+    assert Writer(store, 5.0).append(Append(events=[event(uuid4(), 1)])) == 2
+
+
 def test_rows_are_not_larger_than_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves of many small events are not put into one row that would reach over a whole bucket of the log."""
     set_buckets(monkeypatch, 10_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -134,3 +135,13 @@ def test_driver_below_3_31_under_gevent(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(drivers, "installed", lambda: {"cassandra-driver": "3.30.1"})
     monkeypatch.setitem(sys.modules, "gevent.monkey", SimpleNamespace(is_module_patched=lambda _: True))
     start()
+
+
+def test_driver_without_an_event_loop() -> None:
+    """A driver that was compiled without libev, on a Python without asyncore, is refused with the remedy."""
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['cassandra.io.libevwrapper', 'asyncore']));"
+        "import flask_eventsourcing.cassandra"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ConfigurationError: The driver of Cassandra was installed without its extension for libev" in done.stderr

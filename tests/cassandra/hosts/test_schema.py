@@ -59,6 +59,30 @@ def test_init_db_and_check(cassandra_server: str, cassandra_keyspace: str) -> No
         assert ("has another replication than the settings" in output) is differs, output
 
 
+def test_streams_that_were_emptied(cassandra_server: str, cassandra_keyspace: str) -> None:
+    """``check`` finds that streams lack what the log has, and they can be written again from it."""
+    assert run(cassandra_server, cassandra_keyspace, "init-db")[0] == 0
+    app, es = Flask(__name__), EventSourcing(application=Bank)
+    app.config.update(settings(cassandra_server, cassandra_keyspace))
+    es.init_app(app)
+    with app.app_context():
+        account_id = es.application.open_account("ada").id
+        for amount in (5, 6):
+            es.application.deposit(account_id, amount)
+        assert run(cassandra_server, cassandra_keyspace, "check")[0] == 0
+        with session_on(cassandra_server) as session:
+            session.execute(f"TRUNCATE {cassandra_keyspace}.bank_events", timeout=60)
+        code, output = run(cassandra_server, cassandra_keyspace, "check")
+        assert code == 1
+        assert f"bank_events lacks events of {account_id} that the log has" in output
+        recorder: Any = es.application.recorder
+        assert recorder.write_streams() == 3
+        assert run(cassandra_server, cassandra_keyspace, "check")[0] == 0
+        es.application.deposit(account_id, 7)
+        assert es.application.repository.get(account_id).balance == 18
+    es.close()
+
+
 def test_refused_keyspace(cassandra_server: str, cassandra_keyspace: str) -> None:
     """A replication that the cluster refuses is one line, at once."""
     code, output = run(cassandra_server, cassandra_keyspace, "init-db", CASSANDRA_REPLICATION={"nowhere": 1})
