@@ -133,7 +133,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         else:
             statement = self._append_statement(connection, table, log, "block", values.shape)
             keys = key_arrays(table, heads(events))
-            parameters = (floor, log.identity, *keys, len(events), *values.shared, *row_arrays(table, values))
+            columns = [*values.shared, *row_arrays(table, values)]
+            parameters = (floor, log.identity, *keys, len(events), *columns, len(events))
             rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
@@ -156,7 +157,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
                     raise self._refusal(connection, first[rows[0][0] - 1])
                 self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
                 statement = self._append_statement(connection, table, log, "drawn", values.shape)
-                start = self.fetch(connection, statement, columns)[0][0]
+                start = self.fetch(connection, statement, [*columns, len(events)])[0][0]
                 if start is None:
                     raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
         return start
