@@ -31,13 +31,18 @@ DIALECTS: dict[str, type[Dialect]] = {
 LIBRARY_SETTINGS = ("POSTGRES_", "SQLITE_")
 """What the settings of the library's own modules for these databases begin with."""
 ASYNCHRONOUS = {"aiomysql", "aiosqlite", "asyncmy", "asyncpg", "psycopg_async"}
+SHARED_CACHE = (
+    'With cache=shared in its address, SQLite answers "table is locked" at once where it waits otherwise, so requests '
+    "would fail beside others: leave it out, or write 'sqlite://' for a database in memory, whose one connection all "
+    "threads of a process share."
+)
 
 
 def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     """Return the dialect of an engine's database.
 
     :raises ConfigurationError: for a database on which the order of events is not known to be safe, a driver that
-        cannot be used, and an engine that commits each statement by itself.
+        cannot be used, an engine that commits each statement by itself, and SQLite's shared cache.
     """
     name = engine.dialect.name
     if name not in DIALECTS:
@@ -54,6 +59,8 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     )
     if AUTOCOMMIT in levels:
         raise ConfigurationError(COMMITS_BY_ITSELF)
+    if engine.url.query.get("cache") == "shared" and not isinstance(engine.pool, sa.pool.StaticPool):
+        raise ConfigurationError(SHARED_CACHE)
     return DIALECTS[name](engine, options)
 
 
