@@ -276,6 +276,17 @@ def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
         )
 
 
+def refuse_lost() -> None:
+    """Keep a view's unit of work from being committed, as the client will be told of a failure.
+
+    :raises UncommittedEventsError: when events were lost elsewhere while the request was answered.
+    """
+    answer = unanswered()
+    if answer is not None and answer.dropped:
+        dropped, answer.dropped = answer.dropped, []
+        raise UncommittedEventsError(" ".join(dropped))
+
+
 def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Response) -> None:
     """The outer request decides about the transaction that both use, but what failed here must not be committed."""
     if response.status_code < FAILURE:
