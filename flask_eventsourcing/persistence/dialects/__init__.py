@@ -13,7 +13,8 @@ from sqlalchemy.engine import URL, Engine
 from ...config import DialectOptions
 from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError, WriteTimeoutError
 from .base import Dialect
-from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
+from .calls import AUTOCOMMIT, in_autocommit
+from .driver import COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .mysql_looks import ExactText
 from .postgresql import PostgreSQLDialect
@@ -280,6 +281,7 @@ __all__ = [
     "guard_forks",
     "has_waited",
     "hide_values",
+    "in_autocommit",
     "is_canceled",
     "is_in_memory",
     "is_outage",

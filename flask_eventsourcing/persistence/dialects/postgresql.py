@@ -25,6 +25,7 @@ from ...tailing import Waiter
 from ..listening import Receive, SharedWaiter, listener_of
 from ..subscriptions import ListenWaiter, poll, receive
 from .base import FrozenSnapshotError
+from .calls import in_autocommit, status_of
 from .event_tables import (
     NOTHING,
     PLAIN,
@@ -44,7 +45,7 @@ from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
-from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, status_of, text_of
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, text_of
 from .postgresql_statements import SMALL_BLOCK, key_arrays, literal, make_draw, make_statement, regclass, row_arrays
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
@@ -284,8 +285,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     def shares_connections(self) -> bool:
         """Whether one connection's process is another one's in between, as behind PgBouncer in transaction mode."""
-        with self.engine.connect() as one:
-            one.execution_options(isolation_level="AUTOCOMMIT")
+        with in_autocommit(self.engine.connect()) as one:
             # Out of the pool, which may have no second one.
             one.detach()
             before = self._process(one)
