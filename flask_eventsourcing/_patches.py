@@ -174,6 +174,15 @@ def finalize_request(app: Any, finalize: Callable[..., Any]) -> None:
     app.finalize_request = finalize
 
 
+def handle_user_exception(app: Any, handle: Callable[..., Any]) -> None:
+    """Have a Flask app call its error handlers by another function, which does what its own does at last.
+
+    ``got_request_exception`` is sent for an error without a handler of its own only. It can go when Flask has a signal
+    for every error in a view.
+    """
+    app.handle_user_exception = handle
+
+
 def forget_class(model: Any) -> None:
     """Have a declarative base forget a mapped class and its table, as if it had never been made.
 

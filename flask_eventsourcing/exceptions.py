@@ -170,7 +170,8 @@ class UnsafeSequenceError(FlaskEventSourcingError, persistence.ProgrammingError)
 class UnsafeTableError(FlaskEventSourcingError, persistence.ProgrammingError):
     """A table of events differs from its record class in a way that could lose events.
 
-    It is found before the first event is stored or read; the command ``check`` reports all differences.
+    It is found before the first event is stored or read; the command ``check`` reports all differences. A trigger that
+    keeps events out is found by the append, which stores nothing then.
     """
 
 

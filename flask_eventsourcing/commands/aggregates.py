@@ -49,7 +49,8 @@ def erase_aggregate(
     owner = find(subject, application)
     found_id = as_id(owner, aggregate_id)
     letters = subject.projections.dead_letters_of(owner.name)
-    with _clear_errors():
+    # A session may not begin by itself.
+    with _clear_errors(), subject.projections.host.transaction():
         there = count(owner, found_id, redact=redact, dead_letters=letters)
     if there == Erasure(0, 0):
         output.write(f"{owner.name} {aggregate_id} was erased before, and nothing is left.")

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..exceptions import WriteTimeoutError
 from ..metadata import Collector
 from .describing import Collect, Description
-from .dialects import Dialect, DialectOptions, dialect_for
+from .dialects import Dialect, DialectOptions, dialect_for, in_autocommit
 from .dialects.event_tables import EventTable
 from .dialects.event_values import shown_id
 from .forks import drop_inherited_connections
@@ -153,7 +153,7 @@ class Read:
             else:
                 self.connection = self._datastore.engine.connect()
                 if self._datastore.dialect.reads_in_autocommit:
-                    self.connection.execution_options(isolation_level="AUTOCOMMIT")
+                    in_autocommit(self.connection)
         return self
 
     def __exit__(
@@ -190,7 +190,7 @@ class Write:
     def _begin(self) -> None:
         self.connection = self._datastore.engine.connect()
         if self._in_autocommit:
-            self.connection.execution_options(isolation_level="AUTOCOMMIT")
+            in_autocommit(self.connection)
         else:
             self.connection.begin()
 

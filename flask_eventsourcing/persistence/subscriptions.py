@@ -130,6 +130,8 @@ def listening_connection(engine: Engine) -> Any:
     fairy = engine.raw_connection()
     driver: Any = fairy.driver_connection
     fairy.detach()
+    # A listener of the user's may have begun a transaction.
+    driver.rollback()
     driver.autocommit = True
     return driver
 

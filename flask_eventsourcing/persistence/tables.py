@@ -395,6 +395,6 @@ def _refuse_taken(base: Any, table_name: str, schema: str | None, bind_key: str 
     key = f"{schema}.{table_name}" if schema else table_name
     if metadata is not None and key in metadata.tables:
         raise ConfigurationError(
-            f"Table {key!r} is taken by another model on the same metadata: rename that model's table, "
-            "or give the application another name."
+            f"Table {key!r} is taken by another model on the same metadata: rename that model's table, or give the "
+            "application another name; if db.reflect() has put it there, call es.init_app(app) before that."
         )

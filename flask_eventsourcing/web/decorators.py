@@ -23,7 +23,7 @@ from ..uow import Run, UnitOfWork
 from ..uow.running import LONGEST_PAUSE, as_conflict
 from .sessions import FlaskHost
 from .state import current_state
-from .uncommitted import FAILURE, rolled_back
+from .uncommitted import FAILURE, refuse_lost, rolled_back
 
 TASK = "flask_eventsourcing.task"
 """Where a session has the asyncio task whose unit of work it is in, in ``Session.info``."""
@@ -119,6 +119,8 @@ def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
 
     def judge(returned: Any) -> Any:
         _of_function(returned, name)
+        if looks:
+            refuse_lost()
         code = status_of(returned) if looks else None
         if code is not None and code >= FAILURE:
             rolled_back(current_state(), name, code)

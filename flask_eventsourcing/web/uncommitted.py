@@ -22,9 +22,9 @@ from flask import (
     request_tearing_down,
 )
 from sqlalchemy import orm
-from werkzeug.exceptions import InternalServerError
+from werkzeug.exceptions import HTTPException, InternalServerError
 
-from .._patches import finalize_request
+from .._patches import finalize_request, handle_user_exception
 from ..exceptions import UncommittedEventsError
 from ..metadata import enter_request, finish_request, leave_request
 from ..persistence.forks import leave_inherited_connections
@@ -124,6 +124,8 @@ def connect(state: EventSourcingState) -> None:
     appcontext_pushed.connect(_begin_context, app)
     appcontext_tearing_down.connect(_end_context, app)
     finalize_request(app, partial(_finalize, app, app.finalize_request))
+    if state.config.commit == "request":
+        handle_user_exception(app, partial(_handle, state, app.handle_user_exception))
 
 
 def _begin_request(_: Flask, **__: object) -> None:
@@ -171,11 +173,39 @@ def _begin_context(_: Flask, **__: object) -> None:
 # ------------------------------------------------------------------------------------------------------- the answer
 
 
+def _handle(state: EventSourcingState, handle: Callable[..., Any], *args: Any) -> Any:
+    """Do what ``Flask.handle_user_exception()`` does, which may call an error handler that commits a row of its own."""
+    error = args[-1]
+    if not isinstance(error, HTTPException) or (_code_of(error) or 0) >= FAILURE:
+        _roll_back_failed(state, f"the view raised {type(error).__name__}")
+    return handle(*args)
+
+
+def _code_of(error: HTTPException) -> int | None:
+    """Return the status of what was raised to be the answer, as a redirect may be; Flask takes None for no failure."""
+    return error.code if error.response is None else error.response.status_code
+
+
+def _roll_back_failed(state: EventSourcingState, why: str) -> None:
+    """Roll back what the view of a failed request has saved, unless the request around it decides about that."""
+    answer = unanswered()
+    if answer is None or answer.inner:
+        return
+    batches = _roll_back_all(state, ())
+    if batches:
+        answer.rolled_back.append(f"{describe(batches)} rolled back, as {why}.")
+
+
 def _finalize(
     app: Flask, finalize: Callable[..., Response], *args: Any, from_error_handler: bool = False, again: bool = False
 ) -> Response:
     """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
-    response = finalize(*args, from_error_handler=from_error_handler)
+    with ExitStack() as failed:
+        if state_of(app).config.commit == "request":
+            # As for an error in the view.
+            failed.callback(_roll_back_failed, state_of(app), "an after_request function raised an error")
+        response = finalize(*args, from_error_handler=from_error_handler)
+        failed.pop_all()
     # A view may have given its environment to another request, or app.
     answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[], context=request_context)
     try:
@@ -218,12 +248,18 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
         state.app.logger.warning("%s The client was told of a success: %s.", message, response.status)
 
 
-def _drop_all(state: EventSourcingState, answer: Answer, response: Response, left: Sequence[UnitOfWork]) -> None:
+def _roll_back_all(state: EventSourcingState, left: Sequence[UnitOfWork]) -> list[Batch]:
+    """Roll back the sessions with events, and in the mode ``request`` the current one in any case."""
     batches = _drop(dict.fromkeys([*state.open_units(), *left]))
-    by_request = state.config.commit == "request"
-    session = state.host.database.open_session() if by_request else None
+    session = state.host.database.open_session() if state.config.commit == "request" else None
     if session is not None:
         roll_back(session)
+    return batches
+
+
+def _drop_all(state: EventSourcingState, answer: Answer, response: Response, left: Sequence[UnitOfWork]) -> None:
+    batches = _roll_back_all(state, left)
+    by_request = state.config.commit == "request"
     # If the extension rolls a failure back, no code has made a mistake.
     if batches and (response.status_code < FAILURE or not by_request):
         answer.dropped.append(_tell(state, batches, response))
@@ -238,6 +274,17 @@ def rolled_back(state: EventSourcingState, name: str, code: int) -> None:
             f"{describe(batches)} rolled back, as {name} returned the status {code}; if it is no status, decorate it "
             "with status=False."
         )
+
+
+def refuse_lost() -> None:
+    """Keep a view's unit of work from being committed, as the client will be told of a failure.
+
+    :raises UncommittedEventsError: when events were lost elsewhere while the request was answered.
+    """
+    answer = unanswered()
+    if answer is not None and answer.dropped:
+        dropped, answer.dropped = answer.dropped, []
+        raise UncommittedEventsError(" ".join(dropped))
 
 
 def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Response) -> None:

@@ -259,6 +259,86 @@ class TestRequest:
         assert "done" not in answer.text
         assert site.stored() == (0, 0)
 
+    @pytest.mark.parametrize("kind", [ValueError, 500])
+    def test_error_handler_that_commits_stores_nothing_of_the_view(self, site: Site, kind: Any) -> None:
+        """What a view has saved that raises is rolled back before an error handler runs, which may commit its own."""
+
+        def handle(error: Exception) -> tuple[str, int]:
+            site.note("failed")
+            site.db.session.commit()
+            return "sorry", 400
+
+        site.app.register_error_handler(kind, handle)
+
+        def view() -> str:
+            site.note("view")
+            site.bank.open_account()
+            raise ValueError
+
+        answer = site.answer(view)
+        assert (answer.status_code, answer.text) == (400, "sorry")
+        assert site.stored() == (0, 1)
+
+    def test_error_handler_that_tells_of_no_failure(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """If an error handler answers below 400, its own events are stored; the view's are not, and the log says so."""
+
+        def handle(error: ValueError) -> tuple[str, int]:
+            site.note("failed")
+            return "elsewhere", 303
+
+        site.app.register_error_handler(ValueError, handle)
+
+        def view() -> str:
+            site.bank.open_account()
+            raise ValueError
+
+        assert site.answer(view).status_code == 303
+        assert site.stored() == (0, 1)
+        (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert "Account.Created" in line
+        assert "rolled back, as the view raised ValueError. The client was told of a success: 303" in line
+
+    @pytest.mark.parametrize("status", [200, 303])
+    def test_answer_that_is_raised_commits(self, site: Site, status: int) -> None:
+        """A view that raises its answer, as ``abort(redirect(…))`` does, has not failed where that is below 400."""
+
+        def view() -> Any:
+            forget(site)()
+            abort(Response("done", status))
+
+        assert site.answer(view).status_code == status
+        assert site.stored() == (1, 1)
+
+    def test_error_after_the_view(self, site: Site) -> None:
+        """If an ``after_request`` function raises, an error handler that commits stores nothing of the view either."""
+
+        def handle(error: Exception) -> tuple[str, int]:
+            site.db.session.commit()
+            return "sorry", 500
+
+        site.app.register_error_handler(500, handle)
+
+        @site.app.after_request
+        def fail(response: Response) -> Response:
+            raise ValueError
+
+        assert site.answer(forget(site)).status_code == 500
+        assert site.stored() == (0, 0)
+
+    def test_request_within_one_leaves_its_transaction(self, site: Site) -> None:
+        """An error in a request within another one does not roll back what the outer view has saved before."""
+        site.app.register_error_handler(ValueError, lambda error: ("sorry", 200))
+
+        def inner() -> str:
+            raise ValueError
+
+        def view() -> str:
+            forget(site)()
+            return site.answer(inner).text
+
+        assert site.answer(view).text == "sorry"
+        assert site.stored() == (1, 1)
+
     def test_bare_app_context_does_not_commit(self, site: Site) -> None:
         """Without a request there is no commit either: events in a command are dropped, and the log names them."""
         heard = listen(site)

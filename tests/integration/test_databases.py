@@ -67,6 +67,18 @@ def test_bind_key(uri: str, tmp_path: Path) -> None:
     site.close()
 
 
+@pytest.mark.parametrize("mode", ["mode=memory&", ""], ids=["memory", "file"])
+def test_shared_cache_is_refused(tmp_path: Path, mode: str) -> None:
+    """SQLite's shared cache, in which nobody waits for others, is refused; a single connection may use it."""
+    uri = f"sqlite:///file:{tmp_path}/bank.db?{mode}cache=shared&uri=true"
+    with pytest.raises(ConfigurationError, match=r"cache=shared.*'sqlite://' for a database in memory"):
+        make_site(uri, SQLALCHEMY_ENGINE_OPTIONS={"poolclass": sa.pool.QueuePool})
+    site = make_site(uri, SQLALCHEMY_ENGINE_OPTIONS={"poolclass": sa.pool.StaticPool})
+    site.opened(1)
+    assert site.stored() == (2, 0)
+    site.close()
+
+
 @on_postgresql
 def test_schema(new_site: MakeSite, uri: str) -> None:
     """On PostgreSQL the tables can be in a schema, beside those of another site in the default one."""

@@ -99,6 +99,23 @@ def test_success_is_stored(site: Site, decorator: str, returned: str) -> None:
     assert site.stored() == (1, 1)
 
 
+@pytest.mark.parametrize("decorator", DECORATORS)
+def test_view_that_has_lost_events_elsewhere_stores_nothing(site: Site, decorator: str) -> None:
+    """If a nested context loses events, the client is told of a failure, and what the view has saved is not stored."""
+
+    def view() -> str:
+        with site.app.app_context():
+            site.db.session.begin_nested()
+            site.bank.open_account()
+        site.bank.open_account()
+        site.note()
+        return "done"
+
+    site.quiet()
+    assert site.answer(getattr(site.es, decorator)(view)).status_code == 500
+    assert site.stored() == (0, 0)
+
+
 def returned_values() -> st.SearchStrategy[Any]:
     """Draw what a view may return."""
     codes = st.sampled_from([200, 201, 204, 302, 399, 400, 404, 409, 500, 503])

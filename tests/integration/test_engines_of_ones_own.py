@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,7 +17,7 @@ from eventsourcing.persistence import IntegrityError, StoredEvent
 from flask_eventsourcing import AbortedTransactionError, ConfigurationError
 from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.persistence.dialects import dialect_for
-from tests.bank import Site
+from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
 
@@ -159,6 +160,35 @@ def test_driver_that_commits_each_statement_is_refused(new_site: MakeSite) -> No
         with pytest.raises(ConfigurationError, match="commits each statement by itself"):
             site.bank.open_account()
         site.db.session.rollback()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@on_postgresql
+def test_listener_that_sets_something_at_each_checkout(uri: str, driver: str) -> None:
+    """What a listener sets at each checkout, and does not commit, holds outside of sessions too."""
+    site = make_site(sa.make_url(uri).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False))
+    account_id = site.opened()
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        engine = site.db.engine
+
+    @sa.event.listens_for(engine, "checkout")
+    def set_reader(driver: Any, *_: Any) -> None:
+        with closing(driver.cursor()) as cursor:
+            cursor.execute("SET app.reader = 'ada'")
+
+    assert recorder.insert_events([StoredEvent(account_id, version, "t", b"") for version in (2, 3)]) == [2, 3]
+    assert len(recorder.select_notifications(None, 10)) == 3
+    with recorder.datastore.reading(join=False) as read:
+        assert read.connection.exec_driver_sql("SELECT current_setting('app.reader')").scalar() == "ada"
+    lock = recorder.dialect.runner_lock("projection")
+    assert lock.acquire()
+    lock.release()
+    with closing(recorder.waiter()) as waiter:
+        waiter.wait(0.001)
+        assert not waiter.wait(0.001)
+    assert not recorder.dialect.shares_connections()
+    site.close()
 
 
 @on_postgresql

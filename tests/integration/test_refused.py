@@ -30,7 +30,9 @@ def everything(app: Flask, db: Any) -> dict[str, Any]:
         "hooks": repr(hooks),
         "extensions": dict(app.extensions),
         "commands": dict(app.cli.commands),
-        "patched": sorted(name for name in ("finalize_request", "wsgi_app") if name in vars(app)),
+        "patched": sorted(
+            name for name in ("finalize_request", "handle_user_exception", "wsgi_app") if name in vars(app)
+        ),
         "tables": {key: sorted(each.tables) for key, each in getattr(db, "metadatas", {}).items()},
         "classes": sorted(name for name in classes if not name.startswith("_sa_")),
         "scope": scope,

@@ -181,7 +181,7 @@ def test_work_before_the_unit_belongs_to_it(site: Site) -> None:
 
 
 def test_unit_begins_a_session_that_does_not_begin_by_itself(uri: str) -> None:
-    """With ``autobegin=False`` a unit of work begins the session, in every try, and ``check`` needs no transaction."""
+    """With ``autobegin=False`` a unit of work begins the session, in every try, and commands need no transaction."""
     db = SQLAlchemy(session_options={"autobegin": False})
     es = EventSourcing[Bank](db=db, application=Bank)
     app = make_app(uri)
@@ -205,5 +205,6 @@ def test_unit_begins_a_session_that_does_not_begin_by_itself(uri: str) -> None:
         with db.session.begin():
             assert es.application.balance(account_id) == 5
             assert len(es.application.recorder.select_notifications(None, 10)) == 2
-    assert app.test_cli_runner().invoke(args=["eventsourcing", "check"]).exit_code == 0
+    for words in (["check"], ["erase", str(account_id), "--yes"], ["erase", str(account_id), "--yes"], ["status"]):
+        assert app.test_cli_runner().invoke(args=["eventsourcing", *words]).exit_code == 0
     es.close(app)

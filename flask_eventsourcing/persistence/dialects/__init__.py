@@ -13,7 +13,8 @@ from sqlalchemy.engine import URL, Engine
 from ...config import DialectOptions
 from ...exceptions import AbortedTransactionError, ConfigurationError, MissingTableError, WriteTimeoutError
 from .base import Dialect
-from .driver import AUTOCOMMIT, COMMITS_BY_ITSELF
+from .calls import AUTOCOMMIT, in_autocommit
+from .driver import COMMITS_BY_ITSELF
 from .mysql import MySQLDialect
 from .mysql_looks import ExactText
 from .postgresql import PostgreSQLDialect
@@ -31,13 +32,18 @@ DIALECTS: dict[str, type[Dialect]] = {
 LIBRARY_SETTINGS = ("POSTGRES_", "SQLITE_")
 """What the settings of the library's own modules for these databases begin with."""
 ASYNCHRONOUS = {"aiomysql", "aiosqlite", "asyncmy", "asyncpg", "psycopg_async"}
+SHARED_CACHE = (
+    'With cache=shared in its address, SQLite answers "table is locked" at once where it waits otherwise, so requests '
+    "would fail beside others: leave it out, or write 'sqlite://' for a database in memory, whose one connection all "
+    "threads of a process share."
+)
 
 
 def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     """Return the dialect of an engine's database.
 
     :raises ConfigurationError: for a database on which the order of events is not known to be safe, a driver that
-        cannot be used, and an engine that commits each statement by itself.
+        cannot be used, an engine that commits each statement by itself, and SQLite's shared cache.
     """
     name = engine.dialect.name
     if name not in DIALECTS:
@@ -54,6 +60,8 @@ def dialect_for(engine: Engine, options: DialectOptions) -> Dialect:
     )
     if AUTOCOMMIT in levels:
         raise ConfigurationError(COMMITS_BY_ITSELF)
+    if engine.url.query.get("cache") == "shared" and not isinstance(engine.pool, sa.pool.StaticPool):
+        raise ConfigurationError(SHARED_CACHE)
     return DIALECTS[name](engine, options)
 
 
@@ -273,6 +281,7 @@ __all__ = [
     "guard_forks",
     "has_waited",
     "hide_values",
+    "in_autocommit",
     "is_canceled",
     "is_in_memory",
     "is_outage",

@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 OWN = "flask_eventsourcing"
 """The execution option of the recorders' own statements."""
+AUTOCOMMIT = "AUTOCOMMIT"
+INTRANS = 2
+"""``PQTRANS_INTRANS`` of libpq: there is a transaction, which has not failed."""
 # Taken over as it is, and not copied, by a connection without options of its own.
 OPTIONS = sa.util.immutabledict({OWN: True})
 
@@ -57,6 +60,24 @@ def all_rows(cursor: Any) -> list[Any]:
 def modified(cursor: Any) -> Modified:
     """Return what the statement of a driver's cursor did; not every driver has the last id."""
     return Modified(cursor.rowcount, getattr(cursor, "lastrowid", None))
+
+
+def in_autocommit(connection: Connection) -> Connection:
+    """Have a new connection commit each statement.
+
+    The drivers of PostgreSQL refuse that within a transaction, which a listener of the user's may have begun, for
+    example to set something at each checkout. What it did is committed, as it would be where each statement is.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    # No transaction of a host's is ended.
+    if not isinstance(connection, DirectConnection) and status_of(driver) == INTRANS:
+        driver.commit()
+    return connection.execution_options(isolation_level=AUTOCOMMIT)
+
+
+def status_of(driver_connection: Any) -> Any:
+    """Return the state of the transaction as libpq tells it, without a round trip; None of another database."""
+    return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
 
 
 @lru_cache(64)

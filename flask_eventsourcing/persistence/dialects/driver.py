@@ -19,7 +19,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
 
 from ...exceptions import ConfigurationError, ConstraintError, MissingRightError, MissingTableError, UnsafeSequenceError
-from .calls import OPTIONS, Calls, DirectConnection, Modified, all_rows, calls_of, modified, of_rows
+from .calls import AUTOCOMMIT, OPTIONS, Calls, DirectConnection, Modified, all_rows, calls_of, modified, of_rows
 from .event_tables import (
     EVENT_COLUMNS,
     NOTHING,
@@ -48,7 +48,6 @@ _PEP_249 = (
     "InterfaceError",
 )
 
-AUTOCOMMIT = "AUTOCOMMIT"
 COMMITS_BY_ITSELF = (
     "This engine commits each statement by itself, so events and models cannot be one transaction: make it "
     "without isolation_level='AUTOCOMMIT' and without its driver's option autocommit."

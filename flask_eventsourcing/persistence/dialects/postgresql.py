@@ -24,6 +24,7 @@ from ...exceptions import StandbyError
 from ...tailing import Waiter
 from ..subscriptions import ListenWaiter, Receive, SharedWaiter, listener_of, poll, receive
 from .base import FrozenSnapshotError
+from .calls import in_autocommit, status_of
 from .event_tables import (
     NOTHING,
     PLAIN,
@@ -43,7 +44,7 @@ from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
-from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, status_of, text_of
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, text_of
 from .postgresql_statements import SMALL_BLOCK, key_arrays, literal, make_draw, make_statement, regclass, row_arrays
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
@@ -132,7 +133,8 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         else:
             statement = self._append_statement(connection, table, log, "block", values.shape)
             keys = key_arrays(table, heads(events))
-            parameters = (floor, log.identity, *keys, len(events), *values.shared, *row_arrays(table, values))
+            columns = [*values.shared, *row_arrays(table, values)]
+            parameters = (floor, log.identity, *keys, len(events), *columns, len(events))
             rows = self.fetch(connection, statement, parameters)
         return rows[0][0] if rows else None
 
@@ -155,7 +157,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
                     raise self._refusal(connection, first[rows[0][0] - 1])
                 self.modify(connection, make_draw(log, len(events), self.options.lock_timeout))
                 statement = self._append_statement(connection, table, log, "drawn", values.shape)
-                start = self.fetch(connection, statement, columns)[0][0]
+                start = self.fetch(connection, statement, [*columns, len(events)])[0][0]
                 if start is None:
                     raise OperationalError(NOT_DRAWN.format(count=len(events), table=table.name))
         return start
@@ -282,8 +284,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     def shares_connections(self) -> bool:
         """Whether one connection's process is another one's in between, as behind PgBouncer in transaction mode."""
-        with self.engine.connect() as one:
-            one.execution_options(isolation_level="AUTOCOMMIT")
+        with in_autocommit(self.engine.connect()) as one:
             # Out of the pool, which may have no second one.
             one.detach()
             before = self._process(one)

@@ -11,17 +11,28 @@ import sqlalchemy as sa
 from eventsourcing.persistence import OperationalError, PersistenceError
 from sqlalchemy.engine import Connection
 
-from ...exceptions import MissingRightError, MissingTableError, UnsafeSequenceError, UnsafeSettingError
+from ...exceptions import (
+    MissingRightError,
+    MissingTableError,
+    UnsafeSequenceError,
+    UnsafeSettingError,
+    UnsafeTableError,
+)
 from .base import Dialect
 from .event_tables import POSITION, VERSION
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
 from .postgresql_drivers import is_outdated, search_path_of
+from .postgresql_statements import DROPPED
 
 CONFORMING = "standard_conforming_strings"
 NOT_CONFORMING = (
     f"With the server's setting {CONFORMING} = off, psycopg would change the states of events that are saved together: "
     f"set it to on, for the database or with SQLALCHEMY_ENGINE_OPTIONS = "
     f"{{'connect_args': {{'options': '-c {CONFORMING}=on'}}}}."
+)
+KEPT_OUT = (
+    "A trigger or rule of table {} has kept events out of it, as one that returns NULL does, so none of them were "
+    "saved: drop it, or let it raise an error."
 )
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
@@ -142,6 +153,8 @@ class CatalogLooks(Dialect):
     """The part of PostgreSQL's dialect that looks."""
 
     def _special(self, driver_error: Any, text: str) -> PersistenceError | None:
+        if (dropped := DROPPED.search(str(driver_error))) is not None:
+            return UnsafeTableError(f"{KEPT_OUT.format(dropped[1])} To divide a large table, use PARTITION BY.")
         # Not what the server calls it: the same statement is prepared again, and succeeds.
         return OperationalError(text) if is_outdated(driver_error) else super()._special(driver_error, text)
 

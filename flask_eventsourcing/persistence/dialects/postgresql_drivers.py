@@ -9,8 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-from .calls import ask, count_calls, is_own
-from .driver import AUTOCOMMIT
+from .calls import AUTOCOMMIT, ask, count_calls, is_own
 
 IDLE, ACTIVE, INERROR, UNKNOWN = 0, 1, 3, 4
 """``PQTRANS_…`` of libpq: there is no transaction; a statement is running; the transaction has failed and a commit
@@ -47,11 +46,6 @@ def is_outdated(driver_error: Any) -> bool:
     """Whether a connection has prepared a statement that would return other columns now, and refuses it each time."""
     diagnosis: Any = getattr(driver_error, "diag", None)
     return (code_of(driver_error), getattr(diagnosis, "source_function", None)) == OUTDATED
-
-
-def status_of(driver_connection: Any) -> Any:
-    """Return the state of the transaction, without a round trip."""
-    return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
 
 
 def told(driver_connection: Any, name: str) -> str | None:

@@ -6,6 +6,7 @@ after that. ``CASE`` and materialised CTEs force the order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
@@ -80,6 +81,20 @@ WITH held AS MATERIALIZED (
     WHERE NOT CASE WHEN e.originator_version <= {{latest_first}} THEN {{follows_or_begins}} ELSE {{follows}} END LIMIT 1
 )"""
 
+DROPPED = re.compile(r"flask_eventsourcing_dropped (.+) \d+\"")
+"""What the server's error has if a statement has inserted fewer events than it was given, with the table's name."""
+
+
+def _complete(first: str) -> str:
+    """Return an expression that ends the statement with an error if it did not insert all of its events.
+
+    A trigger that returns NULL keeps a row out and raises nothing. It is the server that is to fail, as what the
+    statement did insert must not be kept either. A text that is known before the rows would be cast too early.
+    """
+    return f"""CASE WHEN {first} IS NOT NULL AND (SELECT count(*) FROM inserted) < %s::bigint
+    THEN ('flask_eventsourcing_dropped ' || {{named}}::text || ' ' || {first})::int END"""
+
+
 _PLACE = "flask_eventsourcing_place"
 """A name that no column of a user's record class has."""
 
@@ -101,8 +116,9 @@ _APPEND_BLOCK = f"""{_HELD}, allowed AS MATERIALIZED (
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
     SELECT block.first + e.{_PLACE} - 1, {{selected}} FROM block, {_ROWS}
+    RETURNING 1
 )
-SELECT (SELECT first FROM block), (SELECT place FROM gap) FROM held"""
+SELECT (SELECT first FROM block), {_complete("(SELECT first FROM block)")} FROM held"""
 
 _LOOK_FOR_GAP = f"{_HELD} SELECT (SELECT place FROM gap) FROM held"
 
@@ -146,8 +162,9 @@ WITH block AS MATERIALIZED (
 ), inserted AS (
     INSERT INTO {{table}} ({{position}}, {{columns}}) {_DRAWN}
     SELECT allowed.first + e.{_PLACE} - 1, {{selected}} FROM allowed, {_ROWS}
+    RETURNING 1
 )
-SELECT first FROM block"""
+SELECT first, {_complete("first")} FROM block"""
 
 # The order matters: ``high`` is read first, then the locks; the rows are read by a later statement. A writer that
 # slips in between the two draws ids above ``high``.

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DisconnectionError
 
+from .calls import in_autocommit
 from .locks import NAMESPACE, Lease, RunnerLock
 
 
@@ -86,7 +87,7 @@ class LockConnection:
 
     def _ask(self, statement: str, lock: SessionLock | None = None) -> Any:
         if self._connection is None:
-            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            connection = in_autocommit(self.engine.connect())
             # Out of the pool, which is for connections that are used for a short time.
             connection.detach()
             self._connection = connection

@@ -22,14 +22,14 @@ import sqlalchemy as sa
 from eventsourcing.persistence import StoredEvent
 from sqlalchemy.engine import Connection, Engine
 
-from ...exceptions import ConfigurationError, UnsafeSequenceError
+from ...exceptions import ConfigurationError
 from .base import Dialect
 from .calls import count_calls, count_cursors
 from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
-from .looks import APPEND, Finding, FoundColumn, FoundTable, MissingOptions, Seen, Use, keys_of
+from .looks import Finding, FoundColumn, FoundTable, MissingOptions, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
 from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
-from .sqlite_swapping import SQLiteSwaps
+from .sqlite_swapping import SQLiteSwaps, log_findings, texts_of
 from .swapping import FIRST_WORD
 
 NOT_UNIQUE = re.compile(r"UNIQUE constraint failed: (.+)", re.S)
@@ -38,11 +38,6 @@ READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
 SCOPE = "SELECT s.schema_version, d.name, d.file FROM pragma_schema_version AS s, pragma_database_list AS d"
 SCHEMA_HOLDS_FOR = 0.05
 """Seconds for which it is assumed that nobody both changes the schema and deletes the last event."""
-WITHOUT_AUTOINCREMENT = (
-    "Table {0} has lost its AUTOINCREMENT, so the position of a deleted event would be used again, and readers could "
-    "miss events: let a migration create the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
-    "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
-)
 FILE_IN_MEMORY = (
     "The engine's creator has opened {0}, and the engine's address is that of a database in memory, whose one "
     "connection a forked process shares: make the address 'sqlite:///{0}'."
@@ -320,15 +315,12 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         return FoundTable(columns, keys=unique) if columns else None
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
-        """Look for AUTOINCREMENT, which is seen in the text of the table only."""
+        """Look for AUTOINCREMENT, and for triggers that keep rows out: the texts of the schema alone tell it."""
         if POSITION not in table.c or VERSION not in table.c:
             return []
         schema = self.quote(self.schema_of(connection, table) or "main")
-        statement = f"SELECT sql FROM {schema}.sqlite_master WHERE type = 'table' AND name = ? COLLATE NOCASE"
-        rows = self.fetch(connection, statement, (table.name,))
-        if not rows or "AUTOINCREMENT" in rows[0][0].upper():
-            return []
-        return [Finding(WITHOUT_AUTOINCREMENT.format(table.name), APPEND, UnsafeSequenceError)]
+        rows = self.fetch(connection, texts_of(schema), (table.name,))
+        return list(log_findings(table.name, rows))
 
     # ------------------------------------------------------------------------------------- what projections need
 

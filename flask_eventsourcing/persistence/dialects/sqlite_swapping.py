@@ -1,21 +1,49 @@
-"""SQLite: reads the catalog for the tables of a projection, and swaps them."""
+"""SQLite: reads the catalog, for the log and for the tables of a projection, and swaps these."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex
 
+from ...exceptions import UnsafeSequenceError, UnsafeTableError
+from .looks import APPEND, Finding
 from .swapping import OWN, ForSwaps, Part
 
 SPACE = re.compile(r"\s+")
 NAMED = re.compile(r"\bCONSTRAINT\s+(\"[^\"]+\"|\S+)", re.I)
 COLLATED = re.compile(r"\bCOLLATE\s+\"?(\w+)", re.I)
 NAMES = re.compile(r"[\"`\[\]]")
+IGNORES = re.compile(r"\bINSERT\s+ON\b.*\bRAISE\s*\(\s*IGNORE\s*\)", re.I | re.S)
+"""What a trigger has that keeps rows out of its table without an error."""
+WITHOUT_AUTOINCREMENT = (
+    "Table {0} has lost its AUTOINCREMENT, so the position of a deleted event would be used again, and readers could "
+    "miss events: let a migration create the table again, in Alembic's batch mode with batch_alter_table({0!r}, "
+    "recreate='always', table_kwargs={{'sqlite_autoincrement': True}})."
+)
+IGNORED = (
+    "Trigger {} of table {} may keep events out of it without an error, by RAISE(IGNORE), so that they would be lost: "
+    "drop it, or let it raise an error, by RAISE(ABORT, '…')."
+)
+
+
+def texts_of(schema: str) -> str:
+    """Return the query for the texts of a table and its triggers, in a schema of that quoted name."""
+    kinds = "type IN ('table', 'trigger')"
+    return f"SELECT type, name, sql FROM {schema}.sqlite_master WHERE {kinds} AND tbl_name = ? COLLATE NOCASE"
+
+
+def log_findings(table_name: str, texts: Iterable[Any]) -> Iterator[Finding]:
+    """Return what is wrong with a log, as the rows of :func:`texts_of` tell."""
+    for kind, name, text in texts:
+        if kind == "trigger" and IGNORES.search(text) is not None:
+            yield Finding(IGNORED.format(name, table_name), APPEND, UnsafeTableError)
+        elif kind == "table" and "AUTOINCREMENT" not in text.upper():
+            yield Finding(WITHOUT_AUTOINCREMENT.format(table_name), APPEND, UnsafeSequenceError)
 
 
 class SQLiteSwaps(ForSwaps):
