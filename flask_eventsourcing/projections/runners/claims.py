@@ -150,12 +150,15 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
-            if filled is not None and claimed.position == 0:
-                logger.warning(FILLED, row.name, filled, self.consumer.command("rebuild"))
+            self._tell_filled(claimed, filled)
             # One of its own is left by an outage, in which it could not be given back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
         return claimed
+
+    def _tell_filled(self, claimed: CheckpointRow, filled: str | None) -> None:
+        if filled is not None and claimed.position == 0:
+            logger.warning(FILLED, claimed.name, filled, self.consumer.command("rebuild"))
 
     def _notes(
         self, belonging: Belonging, connection: Connection, row: CheckpointRow, mark: int
