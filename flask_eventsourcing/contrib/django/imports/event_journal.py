@@ -17,8 +17,7 @@ from eventsourcing.utils import get_topic, resolve_topic
 
 from ....exceptions import ConfigurationError
 from ....metadata.values import checked
-from .landing import Imported, Landing, by_position, refusing
-from .sources import check_tables, event_journal
+from .landing import Imported, Landing, by_position, check_tables, event_journal, refusing
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,15 @@ from eventsourcing.application import Application
 
 from ....exceptions import ConfigurationError, ImportedEventsError
 from ..hosting import site
-from .landing import Imported, Landing, by_position
-from .sources import check_tables, notification_tracking, snapshots, stored_events
+from .landing import (
+    Imported,
+    Landing,
+    by_position,
+    check_tables,
+    notification_tracking,
+    snapshots,
+    stored_events,
+)
 
 COLUMNS = ("originator_id", "originator_version", "topic", "state")
 
