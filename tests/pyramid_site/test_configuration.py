@@ -15,7 +15,7 @@ from sqlalchemy import orm
 
 from flask_eventsourcing.contrib.pyramid import event_models, projection
 from flask_eventsourcing.contrib.pyramid.console import main
-from flask_eventsourcing.contrib.pyramid.ini_settings import IniSettings
+from flask_eventsourcing.contrib.pyramid.site_state import IniSettings
 from flask_eventsourcing.exceptions import ConfigurationError, MissingTableError
 from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.projections import ModelProjection, on

@@ -14,8 +14,7 @@ from ...commands import CommandError, PlainOutput, Subject, UsageError
 from ...commands.listing import COMMANDS
 from ...commands.parsing import add_commands
 from ...exceptions import ConfigurationError
-from .ini_settings import CALLED, PROGRAM
-from .site_state import EventSourcing, state_of
+from .site_state import CALLED, PROGRAM, EventSourcing, state_of
 
 
 def subject_of(state: EventSourcing) -> Subject:
