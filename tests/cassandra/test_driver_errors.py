@@ -39,7 +39,7 @@ def maybe_done() -> list[Any]:
 
 
 def test_unknown_outcomes_are_told_from_others() -> None:
-    """Every error after which a write may have been done is one, those that the driver does not know among them."""
+    """An error after which a write may have been done says so, also if the driver does not know the error."""
     from cassandra.cluster import NoHostAvailable
 
     from flask_eventsourcing.cassandra.errors import translated
@@ -73,7 +73,7 @@ def test_what_stays_wrong_is_told_at_once() -> None:
 
 
 def test_flag_that_cannot_be_written_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved or read is not refused because nodes do not answer when a row is flagged, which nobody needs."""
+    """A save or read does not fail because nodes do not answer when a row is flagged: nobody needs the flag."""
     from cassandra.cluster import NoHostAvailable
 
     from flask_eventsourcing.cassandra import CassandraSettings, Connection
@@ -99,7 +99,7 @@ def test_flag_that_cannot_be_written_fails_nothing(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are several data centres, none of which is chosen, two of them would order saves: it is refused."""
+    """With several data centres and none chosen, two of them would order saves, so the connection is refused."""
     from flask_eventsourcing.cassandra import CassandraSettings, Connection, connecting
 
     made = Mock()
@@ -115,7 +115,7 @@ def test_data_centre_is_chosen(others: dict[str, Any], refused: bool, monkeypatc
 
 
 def test_nodes_are_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an outage of whatever length a process finds the nodes again; by default the driver gives up in minutes."""
+    """After an outage of any length a process finds the nodes again; the driver's own pauses grow to minutes."""
     from flask_eventsourcing.cassandra import CassandraSettings, Connection, connecting
 
     options: dict[str, Any] = {}
@@ -154,7 +154,7 @@ class Crowd:
 
 
 def test_threads_do_not_connect_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that wait while one finds no node are told so too, and the next request tries again."""
+    """Threads that wait while one finds no node get its error, and the next request tries again."""
     from flask_eventsourcing.cassandra import CassandraSettings, Connection
 
     crowd, tries = Crowd(), []
@@ -181,7 +181,7 @@ def test_threads_do_not_connect_one_after_the_other(monkeypatch: pytest.MonkeyPa
 
 
 def test_driver_that_tells_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request whose answer the driver never tells, as the machine's clock was set back, has an unknown outcome."""
+    """If the machine's clock is set back and the driver never returns an answer, the outcome is unknown."""
     from flask_eventsourcing.cassandra import connecting
     from flask_eventsourcing.cassandra.errors import translated
     from flask_eventsourcing.cassandra.rows import MaybeDoneError
@@ -219,7 +219,7 @@ def test_request_is_repeated_elsewhere() -> None:
 
 
 def test_writes_are_sent_in_portions() -> None:
-    """The streams of many aggregates are written some at a time, as nodes have to answer all that is sent together."""
+    """The streams of many aggregates are written in parts, because nodes must answer a whole request in time."""
     from eventsourcing.persistence import StoredEvent
 
     from flask_eventsourcing.cassandra import CassandraSettings
@@ -244,7 +244,7 @@ class StreamRow(NamedTuple):
 
 @pytest.mark.parametrize("most", [5, 100_000], ids=["large rows", "small rows"])
 def test_stream_is_read_some_rows_at_a_time(most: int) -> None:
-    """No answer has so many rows that a node could not send large ones; where none comes, it is asked for fewer."""
+    """A request asks for no more rows than a node can send if they are large, and for fewer if no answer comes."""
     from flask_eventsourcing.cassandra import CassandraSettings
     from flask_eventsourcing.cassandra.store import CassandraStore
 
@@ -267,7 +267,7 @@ def test_stream_is_read_some_rows_at_a_time(most: int) -> None:
 
 
 def test_save_that_no_node_takes_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save of more bytes than a connection bears is refused before anything is sent, so that its outcome is known."""
+    """A save that is too large for a connection is refused before it is sent, so that its outcome is known."""
     from eventsourcing.persistence import StoredEvent
 
     from flask_eventsourcing.cassandra import CassandraSettings, SaveTooLargeError, store

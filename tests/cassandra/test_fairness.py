@@ -55,7 +55,7 @@ class Started(TimedStore):
 
 
 def test_process_that_starts_behind_a_long_log_is_ready_soon() -> None:
-    """Where the horizon is many rows old that nobody has flagged, a save goes on at once when they are read."""
+    """If many rows since the horizon have no flag, a save continues as soon as they are read."""
     world = World(1)
     world.flags = False
     one = row_of(1, 1, [new_append()])

@@ -46,7 +46,7 @@ def save(connection: Connection) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 def test_no_node_answers(host: str) -> None:
-    """Where no node answers, or none has the name, the error says where one was looked for."""
+    """If no node answers, or the name is unknown, the error gives the addresses that were tried."""
     pytest.importorskip("cassandra.cluster", reason="cassandra-driver is not installed")
     port = free_port()
     with connection_to(f"{host}:{port}") as connection:
@@ -56,7 +56,7 @@ def test_no_node_answers(host: str) -> None:
 
 
 def test_what_the_nodes_do_not_have(cassandra_server: str) -> None:
-    """A keyspace that is missing, and a data centre that is, are named; the first with the command that makes it."""
+    """A missing keyspace and a missing data centre are named, the keyspace with the command that creates it."""
     with connection_to(cassandra_server) as connection, pytest.raises(MissingTableError, match="command 'init-db'"):
         save(connection)
     reason = r"cannot be reached at .*, data centre moon: "
@@ -66,7 +66,7 @@ def test_what_the_nodes_do_not_have(cassandra_server: str) -> None:
 
 @pytest.mark.long
 def test_role_without_rights(server_folder: ServerFolder) -> None:
-    """A wrong password, and a role that may not do it, are each one clear error, and what may be done goes on."""
+    """A wrong password is one clear error, and so is a missing right; what the role may do works after it."""
     from flask_eventsourcing.cassandra.inspecting import Schema, readable_errors
 
     rights = {

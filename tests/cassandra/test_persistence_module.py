@@ -84,7 +84,7 @@ def test_application_saves_and_reads(dogs: Dogs) -> None:
 
 
 def test_conflict_is_an_integrity_error(dogs: Dogs) -> None:
-    """Of two that change one version of an aggregate, one wins; what the other has saved along is not recorded."""
+    """Of two writers of one version one succeeds; nothing from the save of the other is recorded."""
     dog = Dog("Fido")
     dogs.save(dog)
     one: Dog = dogs.repository.get(dog.id)
@@ -99,7 +99,7 @@ def test_conflict_is_an_integrity_error(dogs: Dogs) -> None:
 
 
 def test_metadata_are_stored(dogs: Dogs) -> None:
-    """What was known of an event beside its state is kept, and found by its position."""
+    """The metadata of an event are kept, and are found by its position."""
     with event_metadata(correlation_id="request-7", user="kim"):
         (recording,) = dogs.save(Dog("Fido"))
     recorder: Any = dogs.recorder

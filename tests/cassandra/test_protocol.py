@@ -48,7 +48,7 @@ def test_log_keeps_its_promises_whatever_fails(seed: int) -> None:
 
 @pytest.mark.parametrize("protection", [*WITHOUT, TOUCHING])
 def test_each_protection_is_needed(protection: str) -> None:
-    """Without any one of its protections the log breaks a promise, so that these tests would tell."""
+    """Without any one of its protections the log breaks a promise, so these tests would notice."""
     prepare = leave_gaps if protection == TOUCHING else id
     for seed in range(300):
         try:
@@ -101,7 +101,7 @@ def change(store: SimulatedStore, writer: Writer, key: Key) -> None:
 
 
 def test_aggregate_of_a_writer_that_died_can_be_changed() -> None:
-    """Where a writer died between log and stream, the next one has a conflict, and succeeds when it has read again."""
+    """If a writer died between log and stream, the next one has a conflict, and succeeds after it has read again."""
     store, key = left_unindexed()
     writer = Writer(store, 5.0)
     with pytest.raises(IntegrityError):
@@ -111,7 +111,7 @@ def test_aggregate_of_a_writer_that_died_can_be_changed() -> None:
 
 
 def test_aggregate_is_blocked_without_indexing_before_a_refusal() -> None:
-    """Without that protection its aggregate could never be changed again, so that the test above would tell."""
+    """Without that protection its aggregate could never be changed again, so the test above would notice."""
     store, key = left_unindexed()
     writer = LeavesUnindexed(store, 5.0)
     for _ in range(5):
@@ -121,7 +121,7 @@ def test_aggregate_is_blocked_without_indexing_before_a_refusal() -> None:
 
 @pytest.mark.parametrize("key", ["\0upstream other", "other", ""])
 def test_aggregate_is_never_taken_for_an_upstream_application(key: str) -> None:
-    """Whatever text an aggregate has as its id, its versions are checked, and an upstream position is another thing."""
+    """The versions of an aggregate are checked whatever text its id is; upstream positions are kept apart."""
     cluster = CalmCluster()
     Writer(SimulatedStore(cluster), 5.0).append(Append(events=[event(key, 1)]))
     cluster.horizon = Horizon(2, 1)
@@ -134,7 +134,7 @@ def test_aggregate_is_never_taken_for_an_upstream_application(key: str) -> None:
 
 
 def test_stream_is_read_where_the_log_does_not_tell() -> None:
-    """A process that starts behind an aggregate's events knows them; without the read it would record one twice."""
+    """A process that starts after an aggregate's events reads them; otherwise it would record a version twice."""
     cluster, key = CalmCluster(), uuid4()
     writer = QuickWriter(SimulatedStore(cluster), 5.0)
     for version in range(1, 10):
@@ -230,7 +230,7 @@ class SilentStore(SimulatedStore):
 
 
 def test_saves_do_not_fail_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that save the same aggregate while no node answers wait for one patience in all, and not for one each."""
+    """Threads that save one aggregate while no node answers wait as long as one of them would, not one by one."""
     set_buckets(monkeypatch, 10_000)
     store, key = SilentStore(), uuid4()
 
@@ -244,7 +244,7 @@ def test_saves_do_not_fail_one_after_the_other(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_leader_that_is_gone_is_not_waited_for() -> None:
-    """If the thread that saves for others is gone without a word, the others are told so at last."""
+    """If the thread that saves for others disappears, the others get an error after some time."""
     queue = Queue()
     assert queue.join(Ticket(Append(events=[event(uuid4(), 1)])), 1.0)
     waiting = Ticket(Append(events=[event(uuid4(), 1)]))
@@ -254,7 +254,7 @@ def test_leader_that_is_gone_is_not_waited_for() -> None:
 
 
 def test_what_is_read_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that reads many aggregates remembers the last versions of some, and of all that the log has."""
+    """A process that reads many aggregates keeps a limited number of last versions beside those of the log's rows."""
     monkeypatch.setattr(memory, "OFFERED", 3)
     known, changed = Memory(Horizon()), uuid4()
     known.meet(rows.row_of(1, 0, [Append(events=[event(changed, 1)])]))
@@ -270,7 +270,7 @@ def test_what_is_read_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("others", [0, 1, 9])
 def test_end_of_a_log_that_was_emptied(others: int) -> None:
-    """A reader that has seen the end of a log which was emptied then sees the end of what has come since."""
+    """After a log was emptied, a reader that knew its old end finds the end of the new rows."""
     cluster = CalmCluster()
     store, writer = SimulatedStore(cluster), Writer(SimulatedStore(cluster), 5.0)
     reader = Reader(store, writer, 5.0)
@@ -290,7 +290,7 @@ def test_end_of_a_log_that_was_emptied(others: int) -> None:
 
 
 def test_rows_of_a_log_that_was_restored() -> None:
-    """A reader that has seen where rows begin reads on where they begin elsewhere, as the log was restored."""
+    """After a log was restored, a reader that knew the old rows reads on although the new ones begin elsewhere."""
     cluster = CalmCluster()
     store = SimulatedStore(cluster)
     reader = Reader(store, Writer(store, 5.0), 5.0)
@@ -348,7 +348,7 @@ class BusyStore(SimulatedStore):
 
 
 def test_large_rows_are_read_some_at_a_time() -> None:
-    """Where nodes do not send as many rows in time as are asked for, fewer are, down to one."""
+    """If nodes do not send the requested rows in time, fewer are requested, down to one."""
     store = calm_store()
     writer = Writer(store, 5.0)
     for _ in range(40):

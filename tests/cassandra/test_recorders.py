@@ -211,7 +211,7 @@ def test_empty_states_and_zeros_are_kept(shared_log: Log) -> None:
 
 
 def test_tracking_takes_a_position_and_is_no_event(new_log: NewLog) -> None:
-    """A position that was processed without events leaves no notification, and the last one is that of an event."""
+    """A position that was processed without events adds no notification, and the last notification is an event."""
     recorder, key = process_recorder(new_log()), uuid4()
     assert recorder.insert_events([event(key, 1)], tracking=Tracking("upstream", 1)) == [1]
     recorder.insert_events([], tracking=Tracking("upstream", 5))
@@ -323,7 +323,7 @@ def test_nothing_expires(new_log: NewLog) -> None:
 
 @pytest.mark.parametrize("others_save", [False, True])
 def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -> None:
-    """Where the tables are emptied under a process that has saved, its next save is the first one, and is read."""
+    """If the tables are emptied under a running process, its next save is the first of the log and can be read."""
     from flask_eventsourcing.cassandra.schema import TABLES, table
 
     log = new_log()
@@ -348,7 +348,7 @@ def test_log_that_was_emptied_begins_again(others_save: bool, new_log: NewLog) -
 
 
 def test_flags_of_a_log_that_was_emptied(new_log: NewLog) -> None:
-    """Flags that arrive after a log was emptied stop no save and no reader, wherever its new rows begin."""
+    """Flags that arrive after a log was emptied stop neither saves nor readers, wherever the new rows begin."""
     log = new_log()
     store, recorder = log.parts.store, application_recorder(log)
     log.parts.writer._patience = 2.0

@@ -266,7 +266,7 @@ def test_nothing_is_lost_in_two_minutes(apart: bool, cluster: list[Node], tmp_pa
 @pytest.mark.torture
 @pytest.mark.parametrize("protection", ["check of the winner", "same id again", "touching"])
 def test_torture_finds_what_is_missing(protection: str, cluster: list[Node], tmp_path: Path) -> None:
-    """Without one of its protections the log breaks a promise on nodes too, so that the torture would tell."""
+    """Without one of its protections the log breaks a promise on nodes too, so this test would notice."""
     plan = replace(prepare(cluster, tmp_path), lacks=protection, faults=0.1)
     torture = Torture(plan, cluster, tmp_path)
     found = ""

@@ -54,7 +54,7 @@ class AdminTest(EventSourcingTestCase):
         self.client.force_login(user)
 
     def test_read_only(self) -> None:
-        """A superuser sees all, changes nothing, and sees no state."""
+        """A superuser sees every model, can change none, and sees no state of an event."""
         self.enter(superuser=True)
         for page in (EVENTS, LETTERS, CHECKPOINTS):
             assert self.client.get(page).status_code == 200
@@ -69,7 +69,7 @@ class AdminTest(EventSourcingTestCase):
             assert self.client.post(f"{page}{key}/delete/", {"post": "yes"}).status_code == 403
 
     def test_search(self) -> None:
-        """Events are found by the aggregate, and by nothing else than what was given."""
+        """A search finds events by the exact id of the aggregate, and finds no others."""
         self.enter("view_bankstoredevent")
         self.assertContains(self.client.get(EVENTS, {"q": str(self.account.id)}), "Account.Opened")
         self.assertContains(self.client.get(EVENTS, {"q": "bank.domain:Account.Opened"}), str(self.account.id))
@@ -105,7 +105,7 @@ class AdminTest(EventSourcingTestCase):
         return self.client.post(LETTERS, {"action": action, "_selected_action": [self.letter.pk]}, follow=True)
 
     def test_retry(self) -> None:
-        """The action applies the event, and says what the command says."""
+        """The action for a retry applies the event, and its message is that of the command."""
         from bank.models import Balance
 
         self.enter("view_bankdeadletter", "retry_bankdeadletter")
@@ -114,7 +114,7 @@ class AdminTest(EventSourcingTestCase):
         assert Balance.objects.get().account_id == self.account.id
 
     def test_discard(self) -> None:
-        """The other one gives it up."""
+        """The action for a discard gives the event up."""
         self.enter("view_bankdeadletter", "discard_bankdeadletter")
         self.act("discard")
         assert not BankRecords.DeadLetter.objects.exists()

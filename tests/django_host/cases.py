@@ -68,11 +68,11 @@ class SharedData:
         assert stored() == 3
 
     def test_one(self) -> None:
-        """Change them."""
+        """A test changes the data of its class, also in the database."""
         self.change()
 
     def test_other(self) -> None:
-        """Change them in the same way."""
+        """Another test changes the same data, and sees nothing of the first one's changes."""
         self.change()
 
 
@@ -129,11 +129,11 @@ class LiveTest(LiveServerTestCase):
         assert Balance.objects.count() == 1
 
     def test_one(self) -> None:
-        """Send one."""
+        """A request to the live server stores an event, and projections apply it."""
         self.order()
 
     def test_other(self) -> None:
-        """Send another, of which the first has left nothing."""
+        """A second request finds nothing that the first test has left."""
         self.order()
 
 
@@ -141,7 +141,7 @@ class CommittedTest(TransactionTestCase):
     """Tests that commit."""
 
     def test_one(self) -> None:
-        """Save, with a rollback."""
+        """A test that commits has its own events only, without those that it has rolled back."""
         bank = get_application(Bank)
         bank.save(Counter())
         with transaction.atomic():
@@ -150,11 +150,11 @@ class CommittedTest(TransactionTestCase):
         assert stored() == 1
 
     def test_other(self) -> None:
-        """Save again."""
+        """A second test that commits finds nothing that the first one has left."""
         self.test_one()
 
     def test_read_beside(self) -> None:
-        """Read past a transaction, with another connection, which must not be open when the database is dropped."""
+        """A connection that reads beside a transaction is closed before the test database is dropped."""
         bank = get_application(Bank)
         with transaction.atomic():
             bank.save(Counter())
@@ -166,7 +166,7 @@ class TestPytest:
     """Classes and fixtures of pytest-django."""
 
     def test_captured(self, django_capture_on_commit_callbacks: Any, eventsourcing_application: Any) -> None:
-        """Its fixture captures what is announced."""
+        """The fixture of pytest-django that captures callbacks also captures the signal."""
         told: list[Any] = []
 
         def hear(sender: object, notifications: Any, **_: Any) -> None:
@@ -179,7 +179,7 @@ class TestPytest:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_live_server(live_server: Any, eventsourcing_application: Any, number: int) -> None:
-    """Its live server has the project's application."""
+    """The live server of pytest-django uses the project's application."""
     assert posted(str(live_server)) == 201
     assert len(eventsourcing_application.notification_log.select(1, 10)) == 1
 

@@ -56,7 +56,7 @@ def told() -> Any:
 
 
 def test_failing_on_commit_stops_no_signal(site: DjangoBank, told: Told) -> None:
-    """What a user's function raises after the commit keeps neither the signal back nor an object from being used."""
+    """If a user's function fails after the commit, the signal is sent and the saved object can be used."""
     account = Account("Ada")
 
     def work() -> None:
@@ -78,7 +78,7 @@ def _fail() -> None:
 
 
 def test_receiver_that_saves(site: DjangoBank) -> None:
-    """A receiver of ``events_recorded`` may save; the events that are still to be told are told after that."""
+    """A receiver of ``events_recorded`` may save; events that wait to be announced are announced after that."""
     heard: list[Any] = []
 
     def receiver(sender: object, notifications: Any, **_: Any) -> None:
@@ -115,7 +115,7 @@ def test_savepoint_without_a_block(site: DjangoBank, told: Told) -> None:
 
 
 def test_connection_closed_in_a_block(site: DjangoBank, told: Told, client: Client) -> None:  # noqa: F811
-    """Events that go with a connection that is closed in a block are told, where Django says nothing."""
+    """Events that are lost because their connection is closed in a block are reported, though Django is silent."""
 
     def view(request: Any) -> HttpResponse:
         with site.atomic():
@@ -133,7 +133,7 @@ def test_connection_closed_in_a_block(site: DjangoBank, told: Told, client: Clie
 
 
 def test_commit_that_fails_is_told_by_its_error(site: DjangoBank, told: Told, client: Client) -> None:  # noqa: F811
-    """Where the commit itself fails, an error says so. A view that catches it may answer as it likes."""
+    """If the commit itself fails, its error is enough. A view that catches it may answer as it likes."""
     if site.connection.vendor == "mysql":
         # It has no constraint that waits for the commit.
         return
@@ -154,7 +154,7 @@ def test_commit_that_fails_is_told_by_its_error(site: DjangoBank, told: Told, cl
 
 
 def test_error_of_a_raw_cursor_that_was_swallowed(site: DjangoBank, told: Told) -> None:
-    """A commit that PostgreSQL would turn into a rollback is refused; elsewhere such an error takes nothing along."""
+    """A commit that PostgreSQL would turn into a rollback is refused; elsewhere the events are committed."""
 
     def work() -> None:
         with site.atomic():
@@ -213,7 +213,7 @@ def test_rollback_that_the_server_does_by_itself(site: DjangoBank, told: Told) -
 
 
 def test_rollback_that_was_asked_for_excuses_no_other(site: DjangoBank, told: Told) -> None:
-    """A rollback of an inner block that was asked for does not hide that an error takes the outer one along."""
+    """If an inner block asks for its rollback, an error that rolls the outer block back is reported nevertheless."""
     from tests.django_host.ledger.models import Note
 
     with site.atomic():
@@ -227,7 +227,7 @@ def test_rollback_that_was_asked_for_excuses_no_other(site: DjangoBank, told: To
 
 
 def test_autocommit_switched_off(site: DjangoBank, told: Told) -> None:
-    """A commit without a block is told at once, and a rollback after it is none of what was committed."""
+    """A commit without a block is announced at once, and a later rollback does not concern it."""
     account = Account("Ada")
     site.connection.set_autocommit(False)
     try:
@@ -334,7 +334,7 @@ def test_two_aliases_of_one_database(site: DjangoBank) -> None:
 
 
 def test_databases_that_a_test_case_bans(site: DjangoBank) -> None:
-    """A ``SimpleTestCase`` bans the events' database: nothing gets around it, be it by a connection of its own."""
+    """If a ``SimpleTestCase`` forbids the database of the events, no connection of the package gets around that."""
     from tests.django_host.ledger.models import BankRecords
 
     site.opened()

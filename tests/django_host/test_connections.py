@@ -33,7 +33,7 @@ class ToReplica:
 
 
 def test_two_aliases(site: DjangoBank, tmp_path: Path) -> None:
-    """Applications in two databases go each with the transaction of its own, and tell each of its own commits."""
+    """Applications in two databases each follow the transaction of their own, and announce only their commits."""
     with (
         project.database("shop", f"sqlite:///{tmp_path / 'shop.db'}"),
         project.applications(Bank="ledger", Shop="shop"),
@@ -88,7 +88,7 @@ def test_old_connections_are_closed(site: DjangoBank, max_age: int | None) -> No
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_pool(url: str) -> None:
-    """On a pool of psycopg's each thread gets what is free, and all that is saved is stored."""
+    """With a pool of psycopg each thread gets a free connection, and everything that is saved is stored."""
     from django.db import transaction
 
     options = {**project.database_settings(url)["OPTIONS"], "pool": {"min_size": 1, "max_size": 2, "timeout": 20}}
@@ -226,7 +226,7 @@ def test_workers_of_two_tenants(site: DjangoBank, url: str) -> None:
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_several_hosts(url: str) -> None:
-    """Servers of which one takes writes are named in HOST and PORT as Django's driver takes them."""
+    """HOST and PORT may name several servers of which one takes writes, as Django's driver allows."""
     known = sa.make_url(url)
     host, port = str(known.query.get("host") or known.host), known.port or 5432
     several = {"HOST": f"{host},{host}", "PORT": f"{port},{port}", "OPTIONS": {"target_session_attrs": "read-write"}}
@@ -248,7 +248,7 @@ def checked(site: DjangoBank) -> tuple[bool, str]:
 
 
 def test_pooler(pgbouncer_url: str) -> None:
-    """Behind a PgBouncer in transaction mode, check names the setting with which one runner at a time is a promise."""
+    """Behind a PgBouncer in transaction mode, check names the setting that guarantees one runner at a time."""
     from tests.django_host.test_projections import balances, run
 
     settings = {"PROJECTION_LOCK": "lease", "POSTGRES_NOTIFY": False}
@@ -277,7 +277,7 @@ KILL = {
 
 @pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
 def test_server_that_was_restarted(site: DjangoBank) -> None:
-    """A connection that the server has ended is an error once, within a block too, and the next request has another."""
+    """If the server has ended a connection, one save fails, also within a block, and the next request works."""
     account_id = site.opened()
     for is_inside in (False, True):
         end_connection(site)
@@ -315,7 +315,7 @@ def test_health_checks(site: DjangoBank) -> None:
 
 @pytest.mark.parametrize("url", DATABASES[1:], indirect=True)
 def test_connection_that_is_lost_before_a_doubtful_commit(site: DjangoBank) -> None:
-    """A commit before which events would be looked for fails as Django's own, and the next block has a connection."""
+    """If the connection is lost before a commit, the error is Django's own, and the next block has a connection."""
     account_id = site.opened()
 
     def lose() -> None:

@@ -53,7 +53,7 @@ def test_dumpdata_and_loaddata(site: DjangoBank, kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
 def test_metadata_as_each_driver_takes_them(driver: str) -> None:
-    """Metadata are given to the driver that Django uses as that one takes JSON."""
+    """Metadata are passed to the driver that Django uses in the form in which this driver takes JSON."""
     from tests.django_host.ledger.models import BankRecords
 
     connection = SimpleNamespace(vendor="postgresql", Database=importlib.import_module(driver))

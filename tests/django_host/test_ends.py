@@ -49,7 +49,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("statement", ["ROLLBACK", "/* a */ rollback;", "SELECT 1; ROLLBACK"])
 def test_text_that_rolls_back(site: DjangoBank, client: Client, statement: str) -> None:
-    """A client is not told "done" for events that a textual ROLLBACK has taken away, and no receiver is."""
+    """After a textual ROLLBACK neither the client nor a receiver is told that the events are stored."""
     if ";" in statement and site.connection.vendor != "postgresql":
         statement = "ROLLBACK"
 
@@ -69,7 +69,7 @@ def test_text_that_rolls_back(site: DjangoBank, client: Client, statement: str) 
 
 
 def test_text_that_commits(site: DjangoBank) -> None:
-    """Events that a textual COMMIT has stored are told of, though an exception leaves the block later."""
+    """Events that a textual COMMIT has stored are announced, even if an exception leaves the block later."""
     account = Account("Ada")
     with told() as (stored, lost):
         with site.rolled_back():
@@ -98,7 +98,7 @@ def test_driver_that_rolls_back(site: DjangoBank, client: Client) -> None:
 
 
 def test_driver_error_that_is_swallowed(site: DjangoBank, client: Client) -> None:
-    """An error on a cursor of the driver's, which aborts a transaction of PostgreSQL, is no success either."""
+    """An error on a cursor of the driver's, which aborts a transaction of PostgreSQL, makes the request fail too."""
 
     def view(request: Any) -> HttpResponse:
         with site.atomic():
@@ -134,7 +134,7 @@ def test_closed_inside(site: DjangoBank, client: Client) -> None:
 
 
 def test_loss_while_an_error_is_handled(site: DjangoBank, client: Client) -> None:
-    """A loss is one inside the handler of another error too, and an error that leaves the block is none."""
+    """Lost events are reported also while another error is handled, but not if an error leaves the block."""
 
     def view(request: Any) -> HttpResponse:
         try:
@@ -157,7 +157,7 @@ def test_loss_while_an_error_is_handled(site: DjangoBank, client: Client) -> Non
 
 
 def test_commit_that_fails(site: DjangoBank) -> None:
-    """A commit that the database refuses raises Django's error, and is no loss without a word."""
+    """If the database refuses the commit, Django's error is raised, and the events are not reported as lost too."""
     from tests.django_host.ledger.models import Journal
 
     def work() -> None:
@@ -172,7 +172,7 @@ def test_commit_that_fails(site: DjangoBank) -> None:
 
 
 def test_function_that_fails_before(site: DjangoBank) -> None:
-    """Where a function of somebody else's fails after the commit, before our turn, what is stored is told."""
+    """If another function of ``on_commit`` fails before the package's own, stored events are announced anyway."""
     account = Account("Ada")
 
     def fail() -> None:
@@ -193,7 +193,7 @@ def test_function_that_fails_before(site: DjangoBank) -> None:
 
 
 def test_function_that_saves_before(site: DjangoBank) -> None:
-    """A function of ``on_commit`` may save, or read, before our turn: each event is told once, in its transaction."""
+    """A function of ``on_commit`` that runs before the package's own may save or read: each event is announced once."""
     account, other = Account("Ada"), Account("Grace")
     order: list[str] = []
 
@@ -215,7 +215,7 @@ def test_function_that_saves_before(site: DjangoBank) -> None:
 
 
 def test_manual_transaction_past_django(site: DjangoBank) -> None:
-    """With autocommit switched off, what the driver has ended is told by what is in the database."""
+    """With autocommit off, the rows in the database decide whether the driver has committed or rolled back."""
     site.connection.set_autocommit(False)
     try:
         with told() as (stored, _):
@@ -234,7 +234,7 @@ def test_manual_transaction_past_django(site: DjangoBank) -> None:
 
 
 def test_events_of_others_at_a_lost_position(site: DjangoBank) -> None:
-    """Events that the driver has rolled back are not taken for those of others that have got their positions since."""
+    """Events that the driver rolled back are not mixed up with those of others that have their positions now."""
     site.connection.set_autocommit(False)
     try:
         with told() as (stored, _):

@@ -58,7 +58,7 @@ def open_elsewhere(site: DjangoBank) -> Iterator[None]:
 
 @pytest.mark.parametrize("url", DATABASES[:1], indirect=True)
 def test_idle_connections_to_a_sqlite_file(site: DjangoBank) -> None:
-    """Idle connections to a SQLite file are closed before a fork, those that are beside Django's too."""
+    """Idle connections to a SQLite file are closed before a fork, also those that Django does not know."""
     account_id = site.opened()
     read_beside(site)
 
@@ -75,7 +75,7 @@ def test_idle_connections_to_a_sqlite_file(site: DjangoBank) -> None:
 
 @pytest.mark.parametrize("url", DATABASES[:1], indirect=True)
 def test_fork_in_a_transaction_without_a_block(site: DjangoBank) -> None:
-    """Where autocommit is switched off, a fork does not roll back what was saved, and the child has no part in it."""
+    """With autocommit off, a fork does not roll back what was saved, and the child cannot commit it."""
     site.connection.set_autocommit(False)
     site.opened()
     site.note()

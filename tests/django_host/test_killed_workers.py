@@ -48,7 +48,7 @@ def running(workers: dict[int, subprocess.Popen[bytes]]) -> subprocess.Popen[byt
 
 
 def test_killed_workers(site: DjangoBank) -> None:
-    """When the worker that runs is killed in the midst of events, another takes over; each event is applied once."""
+    """If a worker is killed between events, another one takes over, and each event is applied once."""
     command = [sys.executable, "-m", "tests.django_host.working", site.url]
     accounts = [site.opened() for _ in range(3)]
     saved: list[int] = []
@@ -82,7 +82,7 @@ def test_killed_workers(site: DjangoBank) -> None:
 @pytest.mark.xdist_group("rebuild")
 @pytest.mark.parametrize("url", DATABASES, indirect=True)
 def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(site: DjangoBank) -> None:
-    """A rebuild that is started again after its process has ended sets aside what it died of, and nothing else."""
+    """A rebuild that is started again after its process has ended sets aside only the event that ended it."""
     from tests.django_host.ledger.models import BankRecords
 
     site.bank.save(*(Account(owner) for owner in ("one", "deadly", "three")))
@@ -98,7 +98,7 @@ def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(site: DjangoBank) ->
 @pytest.mark.xdist_group("rebuild")
 @pytest.mark.parametrize("url", LONG_ON_SERVERS, indirect=True)
 def test_an_event_that_ends_a_rebuild_is_named(site: DjangoBank) -> None:
-    """Where events are not set aside, the next rebuild names what it died of, and tries it again only when told to."""
+    """Where events are not set aside, the next rebuild names the event that ended it, and retries only on request."""
     site.bank.save(*(Account(owner) for owner in ("one", "deadly", "three")))
     site.note("old")
     assert [rebuild(site, "halt")[0] for _ in range(RETRIES + 2)] == [DIED] * (RETRIES + 2)

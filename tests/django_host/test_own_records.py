@@ -119,7 +119,7 @@ def test_columns_of_their_own(books: Books) -> None:
 
 
 def test_conflict_is_seen(books: Books) -> None:
-    """The key that the abstract class brings makes a conflict one, and the tables pass the check."""
+    """With the key of the abstract class a conflict is noticed, and the tables pass the check."""
     books.save(Page("a", {}))
     one: Any
     other: Any
@@ -254,7 +254,7 @@ def test_table_with_an_odd_name(url: str, table: str) -> None:
 
 @isolate_apps("tests.django_host.ledger")
 def test_migrations_know_record_classes() -> None:
-    """A migration of a record class says all that makes the table, and another one has nothing to do."""
+    """The migration of a record class describes its whole table, and a second one finds nothing to change."""
     from django.db.migrations.state import ModelState, ProjectState
 
     class Whole(AbstractStoredEvent):

@@ -220,7 +220,7 @@ BankRecords = event_models(__name__, "Bank", stored_event_model=Event)
 
 
 def test_migration_of_a_table(tmp_path: Path) -> None:
-    """``migrate`` adds a column that the record class has got, of which ``check`` then says that it is missing."""
+    """``check`` names a column that the record class has and the table lacks, and ``migrate`` adds it."""
     project = bank_project(tmp_path)
     project.write("bank/projections.py", "")
     project.write("bank/models.py", OWN)

@@ -70,7 +70,7 @@ def quiet() -> Iterator[None]:
 
 
 def test_models_and_position(site: DjangoBank) -> None:
-    """Handlers write models, and each event once."""
+    """Handlers write models, and each event is applied once."""
     one, other = site.opened(), site.opened()
     for amount in (1, 2, 3):
         site.bank.deposit(one, amount)
@@ -111,7 +111,7 @@ def test_failure_takes_models_and_position_along(site: DjangoBank) -> None:
 
 
 def test_swallowed_error(site: DjangoBank) -> None:
-    """An error of the database that a handler swallows is no success: nothing is lost without a word."""
+    """If a handler swallows an error of the database, the projection halts, and no event is lost silently."""
 
     class Swallowing(ModelProjection):
         retries = 0
@@ -185,7 +185,7 @@ def test_dead_letters(site: DjangoBank) -> None:
 
 
 def test_recorded_and_reactions(site: DjangoBank) -> None:
-    """A handler is told of the event beside its state if it names that; a reaction may save, which is committed."""
+    """A handler with a parameter ``recorded`` gets what is stored beside the event; a reaction may save."""
     told: list[Any] = []
 
     class Reacting(ModelProjection):
@@ -207,7 +207,7 @@ def test_recorded_and_reactions(site: DjangoBank) -> None:
 
 
 def test_two_runners(site: DjangoBank) -> None:
-    """Of two runners one runs, and no event is applied twice."""
+    """Only one of two runners runs, and no event is applied twice."""
     account_id = site.opened()
     for _ in range(20):
         site.bank.deposit(account_id, 1)
@@ -253,7 +253,7 @@ def test_waiting(site: DjangoBank) -> None:
 
 
 def test_another_event_at_the_position(site: DjangoBank) -> None:
-    """A checkpoint knows the event that it applied last by its id, so that another one in its place is noticed."""
+    """A checkpoint keeps the id of the event that it applied last, and notices another event at that position."""
     from tests.django_host.ledger.models import BankRecords
 
     site.bank.deposit(site.opened(), 1)
@@ -267,7 +267,7 @@ def test_another_event_at_the_position(site: DjangoBank) -> None:
 
 
 def test_a_table_that_is_missing(site: DjangoBank) -> None:
-    """A projection without its table, run before or not, is a state that names table and remedy, for all that ask."""
+    """A projection without its table is a state that names the table and the remedy, for every command."""
     from tests.django_host.ledger.models import Balance
 
     account_id = site.opened()

@@ -93,7 +93,7 @@ def checkpoints(site: DjangoBank) -> list[Any]:
 
 
 def test_offline_is_asked_for(site: DjangoBank) -> None:
-    """Where every writer would wait, that has to be asked for; elsewhere it has not."""
+    """A rebuild that would make every writer wait needs ``--offline``; one on another database does not."""
     spoiled(site)
     if rewrite().keeps_writers_waiting:
         with pytest.raises(CommandError, match="--offline"):
@@ -227,7 +227,7 @@ def test_what_acts_again_is_refused(site: DjangoBank) -> None:
 
 
 def test_foreign_keys(site: DjangoBank) -> None:
-    """Rows that refer to each other are rebuilt; where a table that is no part of it refers to them, none are."""
+    """Rows that refer to each other are rebuilt; if a table of no projection refers to them, this is refused."""
     from tests.django_host.ledger.models import Entry, Tag
 
     class Entries(ModelProjection):
@@ -259,7 +259,7 @@ def test_foreign_keys(site: DjangoBank) -> None:
 
 
 def test_keys_that_the_commit_looks_at(site: DjangoBank) -> None:
-    """A row without the one that it refers to fails with its event, in a batch of any size and in a rebuild."""
+    """A row that refers to a missing one fails with its event, in a batch of any size and in a rebuild."""
     from tests.django_host.ledger.models import BankRecords, Entry
 
     class Entries(ModelProjection):
@@ -297,7 +297,7 @@ def test_keys_that_the_commit_looks_at(site: DjangoBank) -> None:
 
 
 def test_keys_that_are_broken_at_the_end(site: DjangoBank) -> None:
-    """Rows without those that they refer to end a rebuild, which names the key, and nothing is changed."""
+    """Rows that refer to missing ones end a rebuild, which names the key and changes nothing."""
     from tests.django_host.ledger.models import Entry
 
     class Entries(ModelProjection):

@@ -168,7 +168,7 @@ def test_rollback_that_was_asked_for(site: DjangoBank, client: Client) -> None:
 
 
 def test_autocommit_switched_off(site: DjangoBank, client: Client) -> None:
-    """A success becomes a 500 where autocommit is off and nobody has committed, and nobody does it later."""
+    """With autocommit off, a success without a commit becomes a 500, and nothing is committed later."""
 
     def view(request: Any) -> HttpResponse:
         transaction.set_autocommit(False, using=site.alias)
@@ -374,7 +374,7 @@ READINGS = {
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("is_method", [False, True])
 def test_retried_view_reads_its_request_again(site: DjangoBank, client: Client, reading: str, is_method: bool) -> None:
-    """Each try of a view reads the same, or there is no further try where a body too large to keep was read."""
+    """Each try of a view reads the same body; after a body that is too large to keep there is no further try."""
     read, kind, status = READINGS[reading]
     seen: list[bytes] = []
 

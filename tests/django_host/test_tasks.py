@@ -233,7 +233,7 @@ def test_metadata_of_a_request(site: DjangoBank) -> None:
 
 
 def test_block_that_is_never_left_ends_with_its_request(site: DjangoBank) -> None:
-    """What a view leaves in the context is not in the next request, and a request within a view takes no more away."""
+    """Metadata that a view sets do not reach the next request, and a request within a view removes none."""
     left = []
 
     def view(request: Any) -> JsonResponse:
@@ -250,7 +250,7 @@ def test_block_that_is_never_left_ends_with_its_request(site: DjangoBank) -> Non
 
 
 def test_streamed_response_has_its_request(site: DjangoBank, tmp_path: Path) -> None:
-    """What makes the parts of a response saves in its request, also asynchronously; in between nothing is in force."""
+    """A generator that streams a response saves with its request's metadata, also asynchronously; others do not."""
     kept: list[Any] = []
 
     def steps() -> Iterator[str]:
@@ -414,7 +414,7 @@ def test_current_span_and_receivers(site: DjangoBank) -> None:
 
 
 def test_no_metadata(site: DjangoBank) -> None:
-    """Where metadata are switched off, none are stored and none are carried; what makes no sense is refused."""
+    """Where metadata are switched off, none are stored and none are carried; a bad setting is refused."""
 
     def view(request: Any) -> JsonResponse:
         site.opened()

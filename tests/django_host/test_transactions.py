@@ -38,7 +38,7 @@ def test_commit_with_models(site: DjangoBank) -> None:
 
 
 def test_rollback_with_models(site: DjangoBank) -> None:
-    """An exception takes events and models along."""
+    """An exception rolls back events and models."""
     with site.rolled_back():
         account_id = site.opened()
         site.note()
@@ -114,7 +114,7 @@ def test_conflict_marks_the_block(site: DjangoBank) -> None:
 
 
 def test_interrupted_write_marks_the_block(site: DjangoBank) -> None:
-    """A write that ends with Ctrl-C is not committed with what was done before it, be the error caught."""
+    """If Ctrl-C interrupts a save, it is not committed with earlier work, even if the error is caught."""
     site.opened()
 
     def interrupt(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
@@ -132,7 +132,7 @@ def test_interrupted_write_marks_the_block(site: DjangoBank) -> None:
 
 
 def test_conflict_in_an_inner_block(site: DjangoBank) -> None:
-    """A conflict that is caught around an inner block takes no more than that along."""
+    """A conflict that is caught around an inner block rolls back only that block."""
     account_id = site.opened()
     save_late = conflict_with(site.bank, account_id)
     site.bank.deposit(account_id)
@@ -145,7 +145,7 @@ def test_conflict_in_an_inner_block(site: DjangoBank) -> None:
 
 
 def test_durable_blocks(site: DjangoBank) -> None:
-    """``save()`` is no block that a durable one could not be in, nor one that is durable itself."""
+    """``save()`` works in a durable block, and makes no block durable itself."""
     with site.atomic(durable=True):
         site.opened()
     with site.atomic():
@@ -176,7 +176,7 @@ def test_signal_and_order_of_on_commit(site: DjangoBank) -> None:
 
 
 def test_failing_on_commit(site: DjangoBank) -> None:
-    """A function of somebody else's that fails after the commit loses no events."""
+    """A function of another package that fails after the commit loses no events."""
     account = Account("Ada")
 
     def work() -> None:
@@ -225,7 +225,7 @@ def test_save_is_one_statement(site: DjangoBank) -> None:
 
 
 def test_listener_of_sqlalchemys(site: DjangoBank) -> None:
-    """Who listens to the statements of SQLAlchemy's engines, as a tracer does, hears of the recorders' too."""
+    """Listeners for statements of SQLAlchemy's engines, such as tracers, also hear of the recorders' statements."""
     account_id, heard = site.opened(), list[str]()
     recorder: Any = site.bank.recorder
 
@@ -257,7 +257,7 @@ def test_gaps_are_refused(site: DjangoBank) -> None:
 
 @pytest.mark.parametrize("url", ["mariadb-mysqlclient"], indirect=True)
 def test_event_longer_than_a_statement(site: DjangoBank) -> None:
-    """An event that the server would take for an attack is refused by name, and the connection stays."""
+    """An event that is too large for the server is refused with the setting's name, and the connection stays."""
     recorder: Any = site.bank.recorder
     site.opened()
     with pytest.raises(DataError, match="max_allowed_packet"), site.atomic():
@@ -360,7 +360,7 @@ def test_records_read_through_the_orm(site: DjangoBank) -> None:
 
 
 def test_end_of_the_log_never_goes_back(site: DjangoBank) -> None:
-    """While an event is being saved, readers see the log up to where they saw it before, and no less."""
+    """While an event is saved, the end of the log that readers see never goes back."""
     account_id = site.opened()
     marks: list[int] = []
 

@@ -141,7 +141,7 @@ def test_a_dry_run_leaves_nothing(former: None) -> None:
 
 
 def test_unknown_applications_are_named(former: None) -> None:
-    """An application of the old tables that the setting has not stops the command before anything is written."""
+    """An application of the old tables that the setting lacks stops the command before anything is written."""
     with pytest.raises(CommandError, match="'Archive', which EVENTSOURCING does not have"):
         take_over()
     with pytest.raises(CommandError, match="no application 'Nope'"):
@@ -150,7 +150,7 @@ def test_unknown_applications_are_named(former: None) -> None:
 
 
 def test_tables_that_are_not_there(former: None) -> None:
-    """The command names a table that the database has not."""
+    """The command names a table that the database lacks."""
     with connections["ledger"].cursor() as cursor:
         cursor.execute("DROP TABLE notification_tracking")
     with pytest.raises(CommandError, match="no table 'notification_tracking'"):
@@ -195,7 +195,7 @@ def test_what_differs_is_named(former: None) -> None:
 
 
 def test_another_block_is_refused(former: None) -> None:
-    """It is no part of another transaction, which might be rolled back behind positions that are given up."""
+    """An import refuses to be part of another transaction, whose rollback would leave positions used up."""
     with transaction.atomic(using="ledger"), pytest.raises(RuntimeError, match="durable"):
         take_over("Bank")
 
@@ -209,7 +209,7 @@ def test_a_missing_version_is_refused(former: None) -> None:
 
 
 def test_settings_of_the_old_package_are_refused() -> None:
-    """What the old package read from the environment is refused with the remedy, not disregarded."""
+    """A variable that the old package read is refused with the remedy, and not ignored."""
     from flask_eventsourcing.contrib.django.configuring import configured
 
     for env, remedy in (({"DJANGO_DB_ALIAS": "ledger"}, "'DATABASE'"), ({"BANK_DJANGO_DB_ALIAS": "x"}, "'DATABASE'")):
@@ -272,7 +272,7 @@ def test_dry_run_of_followers(runner: Any) -> None:
 
 
 def test_a_follower_that_fails(runner: Any) -> None:
-    """A failing follower is told of, stays before the event, and makes the command exit with 1."""
+    """A failing follower is reported, stays before the event, and makes the command exit with 1."""
     assert "Shop... FAILED\nThere were errors" in sync(status=1)
     assert "Caught a EventSourcingError: Not for Mallory." in sync(status=1, verbosity=2, dry_run=True)
     assert positions(ShopRecords) == OF_SHOP
@@ -280,7 +280,7 @@ def test_a_follower_that_fails(runner: Any) -> None:
 
 
 def test_unknown_followers(runner: Any) -> None:
-    """A follower that the system has not is named, with those that it has."""
+    """An unknown follower is named, with the known ones."""
     with pytest.raises(CommandError, match=r"selected: Nope\. The known followers are: Shop"):
         sync("Nope")
 

@@ -156,7 +156,7 @@ def test_object_that_was_read_uncommitted_is_refused(site: HostSite) -> None:
 
 
 def test_all_objects_of_a_refused_save_are_refused(site: HostSite) -> None:
-    """The events of the others were taken away too."""
+    """If a save is refused, all of its objects are refused afterwards, because their events were removed too."""
     account_id = site.opened()
     with site.working():
         lost, other = site.bank.account(account_id), Account("Bob")

@@ -366,7 +366,7 @@ def test_database_with_one_phase_is_told_so(tmp_path: Path) -> None:
 def test_events_of_a_session_with_one_phase_may_be_stored_although_the_transaction_failed(
     zope_site: ZopeSite, fails_in: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a later participant fails, the events that were committed are announced, and the log says who."""
+    """Where a later participant fails, the events that were committed are announced, and the log names it."""
 
     def transfer() -> None:
         with zope_site.manager:
@@ -383,7 +383,7 @@ def test_events_of_a_session_with_one_phase_may_be_stored_although_the_transacti
 
 
 def test_participant_that_votes_no_before_the_database(zope_site: ZopeSite) -> None:
-    """Nothing is stored or announced if a participant before the database votes no."""
+    """If a participant before the database votes no, nothing is stored and nothing is announced."""
 
     def transfer() -> None:
         with zope_site.manager:
@@ -399,7 +399,7 @@ def test_participant_that_votes_no_before_the_database(zope_site: ZopeSite) -> N
 
 
 def test_two_phases_on_postgresql(zope_on_postgres: ZopeSite) -> None:
-    """With ``twophase`` a later no rolls the events back; without it they are committed and announced."""
+    """With ``twophase`` a later vote of no rolls the events back; without it they are committed and announced."""
     site = zope_on_postgres
 
     def transfer(key: str) -> None:
@@ -654,7 +654,7 @@ def test_listener_of_a_flush_saves_in_the_commit(zope_site: ZopeSite, listener: 
 
 
 def test_savepoint_that_is_older_than_the_session(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture) -> None:
-    """Its rollback undoes the session's part without a warning; what is saved after it is a part like any other."""
+    """A savepoint from before the session's first use can be rolled back, and later events are committed."""
     with zope_site.manager:
         account_id = zope_site.bank.open_account()
     with zope_site.manager:

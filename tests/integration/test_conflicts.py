@@ -102,7 +102,7 @@ def test_session_can_be_used_after_rollback(site: Site) -> None:
 
 
 def test_session_can_be_used_after_a_savepoint(site: Site) -> None:
-    """A conflict within a savepoint costs the savepoint only; what was done before it is committed."""
+    """A conflict within a savepoint rolls back the savepoint only; earlier work is committed."""
     with site.app.app_context():
         save_late, stale = beaten(site)
         site.note()

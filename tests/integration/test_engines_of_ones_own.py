@@ -140,7 +140,7 @@ def test_engine_that_commits_each_statement_is_refused(uri: str, options: dict[s
 
 
 def test_connection_that_commits_each_statement_is_refused(site: Site) -> None:
-    """The same holds for a session whose connection was set so."""
+    """A session whose connection was set to commit each statement is refused at the first save."""
     with site.app.app_context():
         site.db.session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         with pytest.raises(ConfigurationError, match="commits each statement by itself"):
@@ -151,7 +151,7 @@ def test_connection_that_commits_each_statement_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_driver_that_commits_each_statement_is_refused(new_site: MakeSite) -> None:
-    """And for one whose driver was told to, which SQLAlchemy does not know of."""
+    """A driver that was told to commit each statement is refused at the first save, though SQLAlchemy sees nothing."""
     site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"autocommit": True}})
     with site.app.app_context():
         if site.db.engine.dialect.name == "mysql":
@@ -163,7 +163,7 @@ def test_driver_that_commits_each_statement_is_refused(new_site: MakeSite) -> No
 
 @on_postgresql
 def test_transaction_of_two_phases_notifies_nobody(site: Site) -> None:
-    """The server prepares no transaction that has notified, so one of two phases does not."""
+    """A transaction of two phases sends no notification, because the server would not prepare it."""
     with site.app.app_context():
         recorder: Any = site.bank.recorder
         said: list[str] = []

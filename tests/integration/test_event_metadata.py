@@ -704,7 +704,7 @@ def test_generator_that_is_kept_leaks_into_no_other_request(uri: str) -> None:
 @on_memory
 @pytest.mark.parametrize("closed", [True, False])
 def test_what_streams_an_answer_leaks_into_no_other_request(site: Site, closed: bool) -> None:
-    """What puts metadata in force while an answer is streamed is alone with them, whether or not it gets to its end."""
+    """Metadata that a generator sets while it streams an answer stay its own, also if it is not read to its end."""
 
     def parts() -> Iterator[str]:
         with site.es.event_metadata(reason="streamed"):

@@ -345,7 +345,7 @@ class TestNoAnswerToChange:
         assert site.stored() == (0, 0)
 
     def test_stream(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
-        """A generator that saves while its answer is sent."""
+        """A generator that saves while its answer is sent is reported, and nothing is stored."""
 
         def body() -> Iterator[str]:
             yield "begun"
@@ -358,7 +358,7 @@ class TestNoAnswerToChange:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("when", ["before", "between", "after"])
     def test_teardown_function(self, uri: str, mode: str, when: str, caplog: pytest.LogCaptureFixture) -> None:
-        """A teardown function that saves, registered before the sessions are closed or after it."""
+        """A teardown function that saves, in whatever order it is registered, is reported, and nothing is stored."""
         app = make_app(uri, EVENTSOURCING_COMMIT=mode)
         db = SQLAlchemy()
         site = Site(app, db, EventSourcing(db=db, application=Bank), add_note(db))

@@ -61,7 +61,7 @@ def test_changed_row_ends_the_transaction(new_site: MakeSite) -> None:
 @on_mariadb
 @pytest.mark.parametrize(("setting", "tries"), [("ON", 2), ("OFF", 1)])
 def test_unit_is_run_again_where_it_is_a_conflict(new_site: MakeSite, setting: str, tries: int) -> None:
-    """With the setting a unit that has read a row which others change is run again; without, it never was one."""
+    """With the setting, a unit whose row others have changed is run again; without it, this is no conflict."""
     site = isolated(new_site, setting)
     made = []
 

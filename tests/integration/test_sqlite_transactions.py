@@ -268,7 +268,7 @@ def test_raw_connection_does_not_end_a_transaction(memory: Engine) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_invalidated_connection(memory: Engine, own: bool) -> None:
-    """To invalidate a connection closes the database in memory, for all; no thread waits for its transaction then."""
+    """Invalidating a connection closes the database in memory, for all; no thread waits for its transaction then."""
     first, second = memory.connect(), memory.connect()
     insert(first, 1)
     (first if own else second).invalidate()

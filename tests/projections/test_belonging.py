@@ -311,7 +311,7 @@ def test_a_table_that_is_missing_is_a_named_state(desk: Desk) -> None:
 
 
 def test_one_that_never_ran_and_cannot_is_a_named_state_at_once(desk: Desk) -> None:
-    """Before a worker has made a checkpoint, who waits is told of a missing table rather than to start a worker."""
+    """If a table is missing and no worker has run yet, ``wait_for`` names the table and asks for no worker."""
     desk.balances()
     desk.Balance.__table__.drop(desk.engine)
     desk.open(1)

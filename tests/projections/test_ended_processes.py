@@ -57,7 +57,7 @@ def letters(desk: Desk, name: str) -> list[tuple[int, int, bool]]:
 @pytest.mark.xdist_group("rebuild")
 @pytest.mark.parametrize("on_failure", ["dead-letter"])
 def test_an_event_that_ends_the_process_becomes_a_dead_letter(dying: Desk, uri: str, on_failure: str) -> None:
-    """What a process died of is set aside after as many tries as an error gets, and no other event is blamed."""
+    """An event that ends its process is set aside after as many tries as an error gets; no other event is blamed."""
     one, two = dying.open(1, 13, 4), dying.open(5, 6)
     codes = restart(uri, on_failure)
     assert codes[-1] == 0
@@ -94,7 +94,7 @@ def test_an_event_that_ends_the_process_halts_the_projection(dying: Desk, uri: s
 @long_on_servers
 @pytest.mark.parametrize("on_failure", ["dead-letter"])
 def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(dying: Desk, uri: str, on_failure: str) -> None:
-    """A rebuild that is started again after it has died goes on, and sets aside what it died of."""
+    """A rebuild that is started again after its process has ended continues, and sets aside the event that ended it."""
     one, two = dying.open(1, 13, 4), dying.open(5, 6)
     assert restart(uri, on_failure, "rebuild") == [DIED] * (RETRIES + 2) + [0]
     assert letters(dying, "Balances") == [(3, RETRIES + 1, False), (4, 0, True)]
@@ -105,7 +105,7 @@ def test_an_event_that_ends_a_rebuild_becomes_a_dead_letter(dying: Desk, uri: st
 @long_on_servers
 @pytest.mark.parametrize("on_failure", ["halt"])
 def test_a_supervisor_does_not_have_it_tried_again(dying: Desk, uri: str, on_failure: str) -> None:
-    """What starts ``run`` again and again has no process end again, until an operator or other code tries the event."""
+    """A supervisor that restarts ``run`` ends no further process, until an operator or other code tries the event."""
     account_id = dying.open(1, 13, 4)
     assert restart(uri, on_failure, "run")[-1] == 1
     assert [restart(uri, on_failure, "run") for _ in range(2)] == [[1], [1]]
@@ -132,7 +132,7 @@ def leave_claim(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_gives_its_claim_back_is_followed_by_batches(
     new_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only after a process has died are events tried one by one, as many as it may have died of; then as ever."""
+    """Only after a process has ended are events tried one by one, and only those that may have ended it."""
     tried: list[int] = []
     original = Checkpoint.note_try
 

@@ -125,7 +125,7 @@ def test_a_failing_handler_has_one_traceback(desk: Desk, once: bool, caplog: pyt
 
 @on_sqlite
 def test_a_worker_with_nothing_left_to_run_ends(desk: Desk) -> None:
-    """A worker ends for its supervisor to see if each projection has halted, or was ended by what is no failure."""
+    """A worker ends, for its supervisor to see, if each projection has halted or was ended by a fatal error."""
     leaving(desk, KeyboardInterrupt(), name="Leaving")
     desk.balances(retries=0)
     desk.poison = {13}
@@ -143,7 +143,7 @@ def test_a_worker_with_nothing_left_to_run_ends(desk: Desk) -> None:
 
 @on_sqlite
 def test_one_that_another_worker_runs_has_not_halted(desk: Desk) -> None:
-    """A worker in which a projection has halted does not say so any more once another one runs it."""
+    """A worker in which a projection has halted stops saying so once another worker runs it."""
     desk.balances(retries=0)
     desk.poison = {13}
     desk.open(13)

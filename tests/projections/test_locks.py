@@ -141,7 +141,7 @@ def end_locks(desk: Desk, consumer_name: str = "Balances") -> int:
 def test_a_lost_lock_is_noticed_although_nothing_happens(
     desks: list[Desk], lock: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When the connection with the lock ends, the runner takes it again or leaves it to another; nothing is lost."""
+    """When the connection with the lock ends, the runner takes it again or leaves it to another; no event is lost."""
     one, two = desks
     caplog.set_level(logging.CRITICAL, logger="flask_eventsourcing")
     account_id = one.open(1)

@@ -99,7 +99,7 @@ def test_a_list_of_thousands(picky: Desk) -> None:
 @pytest.mark.usefixtures("small_pages")
 @pytest.mark.parametrize("limit", [1, PAGE, 20])
 def test_a_list_with_a_limit(picky: Desk, limit: int) -> None:
-    """``--limit`` lists the first ones only, and says of how many."""
+    """``--limit`` lists the first ones only, and gives the number of all."""
     put(picky, 100, 30)
     lines = command(picky, "list", "--limit", str(limit))[1].splitlines()
     assert [int(line.split()[2]) for line in lines[1:-1]] == list(range(1, limit + 1))

@@ -150,7 +150,7 @@ def test_upserts_that_name_a_constraint(desk: Desk, target: str) -> None:
 
 @on_postgres
 def test_constraints_that_a_handler_puts_off(desk: Desk) -> None:
-    """A handler that puts off a constraint does so for its own event, in a batch of any size."""
+    """A handler that defers a constraint does so for its own event, in a batch of any size."""
     entry = model(desk, "Entry", sa.UniqueConstraint("amount", name="once", deferrable=True), amount=number())
 
     def handle(session: orm.Session, amount: int) -> None:
@@ -195,7 +195,7 @@ def test_names_are_measured_as_the_database_does(desk: Desk) -> None:
 
 @pytest.mark.parametrize("suffix", ["__new", "__old"])
 def test_a_table_with_the_name_of_a_copy(desk: Desk, suffix: str) -> None:
-    """A model whose table is called as a rebuild would call a copy of another one is told of, and keeps its rows."""
+    """A model whose table has the name of a rebuild's copy is named, and keeps its rows."""
     entry, other = model(desk, "Entry"), model(desk, "Other", table=f"entry{suffix}")
     project(desk, adding(entry), entry)
     desk.open(1)
@@ -531,7 +531,7 @@ def test_the_planner_knows_the_new_tables(desk: Desk) -> None:
 @on_servers
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_statement_that_takes_too_long(desk: Desk, replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of the server on statements is told as such, and not as rows that do not fit; what was built is kept."""
+    """If the server limits the time of statements, the error says so, and the new tables are kept."""
     entry = model(desk, "Entry")
     project(desk, adding(entry), entry)
     desk.open(*range(1, 4))

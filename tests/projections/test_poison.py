@@ -102,7 +102,7 @@ def test_a_handler_that_loses_its_connection_halts_its_projection(new_desk: Make
 
 
 def test_what_an_operator_does_with_such_an_event(new_desk: MakeDesk) -> None:
-    """A dead letter whose handler loses its connection is noted as failed again, and a dry run names the event."""
+    """A dead letter whose handler loses its connection has failed again, and a dry run names the event."""
     desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=1)
     tries: list[int] = []
     follow(desk, lose_connection, tries, on_failure="dead-letter")

@@ -40,7 +40,7 @@ def test_what_was_committed_can_be_read(desk: Desk) -> None:
 
 
 def test_a_projection_that_nobody_runs(desk: Desk) -> None:
-    """Without a worker there is a TimeoutError that asks for it; a connection is not used up by that."""
+    """Without a worker there is a TimeoutError that asks for one, and no connection stays in use."""
     desk.balances()
     desk.open()
     with desk.context():

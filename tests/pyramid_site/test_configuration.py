@@ -52,7 +52,7 @@ def ini(tmp_path: Path) -> str:
 
 
 def test_settings_of_the_ini_file_are_read() -> None:
-    """Texts become what a setting is; what the library reads from the environment is passed on to it."""
+    """The texts of an ini file become typed settings; the library's variables are passed on to it."""
     found = IniSettings.from_mapping(
         {
             "eventsourcing.lock_timeout": "2.5",
@@ -82,7 +82,7 @@ def test_settings_of_the_ini_file_are_read() -> None:
     ],
 )
 def test_bad_setting_is_refused_at_the_start(new_site: MakePyramidSite, name: str, value: Any, message: str) -> None:
-    """A setting that is unknown, or of no use, is named when the application starts."""
+    """A setting that is unknown or cannot be used is named when the application starts."""
     with pytest.raises(ConfigurationError, match=message):
         new_site(**{f"eventsourcing.{name}": value})
 
@@ -121,7 +121,7 @@ def add_shop_again(config: Any) -> None:
 
 
 def test_conflicting_calls_are_found(new_site: MakePyramidSite) -> None:
-    """Pyramid's own configuration finds that an application is added twice."""
+    """Pyramid's own configuration reports an application that is added twice."""
 
     def configure(config: Any) -> None:
         config.include(add_shop)
@@ -132,7 +132,7 @@ def test_conflicting_calls_are_found(new_site: MakePyramidSite) -> None:
 
 
 def test_missing_factory_is_named() -> None:
-    """Where nothing makes the sessions of workers, the start says so."""
+    """If nothing makes the sessions of workers, the error at the start says so."""
     models = event_models(orm.declarative_base(), "Bank")
     config = Configurator(settings=VETO)
     config.include("pyramid_tm")
@@ -175,7 +175,7 @@ def test_projection_is_found_by_a_scan(ini: str, capsys: pytest.CaptureFixture[s
 
 
 def test_error_of_a_command(ini: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command that fails says why, and names commands with the ini file; a wrong call is told with the usage."""
+    """A command that fails says why, and names commands with the ini file; a wrong call prints the usage."""
     assert main([ini, "run", "--all"]) == 1
     assert f"run 'pyramid-eventsourcing {ini} init-db' or your migrations" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
@@ -192,7 +192,7 @@ def test_messages_of_a_server_leave_room_for_the_ini_file(ini: str) -> None:
 
 
 def test_ini_file_that_cannot_be_used(ini: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A missing file or section, a bad setting and a site without an application are each told in one line."""
+    """A missing file or section, a bad setting and a site without an application are one line each."""
     broken, bare = tmp_path / "broken.ini", tmp_path / "bare.ini"
     text = Path(ini).read_text()
     broken.write_text(text.replace("sqlalchemy.url", "eventsourcing.lock_tmeout = 3\nsqlalchemy.url"))

@@ -93,7 +93,7 @@ def test_metadata_are_of_one_request(site: PyramidSite) -> None:
 
 
 def test_block_that_is_never_left_ends_with_its_request(site: PyramidSite) -> None:
-    """What a view leaves in the context is not in the next request, and a subrequest takes no more away."""
+    """Metadata that a view sets do not reach the next request, and a subrequest removes none."""
     left = []
 
     def view(request: Any) -> Any:

@@ -135,7 +135,7 @@ def test_exception_view_does_not_tell_of_a_success(new_site: MakePyramidSite) ->
 
 @DATABASES
 def test_exception_view_of_a_failed_commit_does_not_tell_of_a_success(new_site: MakePyramidSite) -> None:
-    """An exception view that answers 2xx to an error of the commit itself is overruled too."""
+    """If an exception view answers 2xx to an error of the commit itself, the client gets a 500 too."""
 
     def configure(config: Any) -> None:
         config.add_exception_view(lambda _: Response("caught"), context=sa.exc.IntegrityError)
@@ -156,7 +156,7 @@ def test_exception_view_of_a_failed_commit_does_not_tell_of_a_success(new_site: 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_exception_view_of_a_constraint_that_is_deferred(new_site: MakePyramidSite) -> None:
-    """The same holds where the database rolls back while it commits."""
+    """The client also gets a 500 if the database rolls back while it commits."""
 
     def configure(config: Any) -> None:
         config.add_exception_view(lambda _: Response("caught"), context=sa.exc.IntegrityError)
@@ -315,7 +315,7 @@ def test_events_of_a_callback_are_told(new_site: MakePyramidSite, way: str, capl
 
 
 def test_events_of_a_body_are_told_and_cost_no_other_client(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What the body of an answer saves with the thread's session is told; the thread's next request is answered."""
+    """What the body of an answer saves with the thread's session is reported; the thread's next request works."""
     base = orm.declarative_base()
     models = event_models(base, "Bank")
     engine = sa.create_engine(url)
@@ -353,7 +353,7 @@ def test_events_of_a_body_are_told_and_cost_no_other_client(url: str, caplog: py
 @pytest.mark.parametrize("saves", [True, False])
 @DATABASES
 def test_subrequest_that_drops_the_events_around_it(new_site: MakePyramidSite, tweens: bool, saves: bool) -> None:
-    """A view is no success if a subrequest with the same manager has rolled its events back; another one is."""
+    """A view fails if a subrequest with the same manager has rolled its events back, and succeeds otherwise."""
 
     def configure(config: Any) -> None:
         config.add_route("inner", "/inner")

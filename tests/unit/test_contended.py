@@ -86,7 +86,7 @@ def test_aggregate_is_contended_while_a_unit_queues(clock: Clock) -> None:
 
 
 def test_memory_of_the_queues_is_bounded(clock: Clock) -> None:
-    """Neither aggregates that nobody queues for any more nor units that are gone are remembered."""
+    """Aggregates that nobody queues for any more, and units that are gone, are not remembered."""
     aggregates = ContendedAggregates(seconds=1, most=3)
     turns: Any = Turns()
     table: Any = SimpleNamespace(name="bank_events")

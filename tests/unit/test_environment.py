@@ -61,13 +61,13 @@ BAD: list[tuple[dict[str, str], str]] = [
 
 @pytest.mark.parametrize("env", GOOD)
 def test_right_environment_is_taken(env: dict[str, str]) -> None:
-    """What the library reads is taken, and what only a class of one's own may read."""
+    """Every variable that the library reads is accepted, and also those of a class of the user's own."""
     check_environment(env, [Bank])
 
 
 @pytest.mark.parametrize(("env", "message"), BAD)
 def test_wrong_environment_is_refused_at_the_start(env: dict[str, str], message: str) -> None:
-    """A key that is missing, misspelt or would be ignored, and a value of no use, are named, without the value."""
+    """A variable that is missing, misspelt, ignored or useless is named, without its value."""
     for refuse in (
         lambda: EventSourcing(application=Bank).init_app(make_app("sqlite://", EVENTSOURCING_ENV=env)),
         lambda: plain_host(env),
@@ -92,7 +92,7 @@ def test_key_with_a_letter_missing_is_named(known: str, data: st.DataObject) -> 
 
 
 def test_class_that_stands_below_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class of the module that makes the app may stand below the line that does, as it is looked for later."""
+    """A class may stand below the line that makes the app in its module: it is looked up later."""
     lines = [
         "from flask_eventsourcing.applications import check_environment",
         "from tests.domain import Bank",

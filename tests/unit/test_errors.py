@@ -104,7 +104,7 @@ def test_conflicts_are_told_from_other_errors(database: str, driver_error: Any, 
 
 
 def test_deadlock_is_an_integrity_error() -> None:
-    """A deadlock, an operational error for drivers, is a conflict for users, so that it is retried."""
+    """A deadlock, which drivers call an operational error, is a conflict for users, so that it is retried."""
     deadlock = wrapped(exc.OperationalError, DriverError("deadlock detected", sqlstate="40P01"))
     error = dialect_of("postgresql").translate(deadlock)
     assert isinstance(error, persistence.IntegrityError)

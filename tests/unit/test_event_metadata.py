@@ -312,7 +312,7 @@ class Shouted(str):
 
 
 def test_texts_are_stored_as_what_they_are() -> None:
-    """Of subclasses of ``str`` the characters count, and what makes others of them, such as markup, has no say."""
+    """A subclass of ``str`` is stored as its characters, whatever its methods return, such as markup."""
     with put_metadata_in_context({Shouted("a"): Markup("<b>"), "b": Shouted("1")}):
         found = get_metadata_from_context()
     assert found == {"a": "<b>", "b": "1"}
@@ -333,7 +333,7 @@ class Arguments(dict[str, Any]):
 
 
 def test_mapping_with_several_values_of_a_key() -> None:
-    """Of a request's arguments, which may have several values for a key, the one is taken that they give themselves."""
+    """Of several values for a key of a request's arguments, the one that the mapping itself returns is taken."""
     given = Arguments(a=["1", "2"])
     with put_metadata_in_context(given):
         assert get_metadata_from_context() == {"a": "2"}
@@ -342,7 +342,7 @@ def test_mapping_with_several_values_of_a_key() -> None:
 
 
 def test_mapping_that_fails_when_it_is_read() -> None:
-    """A provider that returns a mapping which fails when it is read, such as one of another request's, is named."""
+    """A provider is named whose mapping fails when it is read, such as one of another request."""
 
     class Gone(dict[str, str]):
         def items(self) -> Any:
@@ -365,7 +365,7 @@ def test_mapping_that_is_changed_later_changes_nothing() -> None:
 
 
 def test_collector_names_the_provider() -> None:
-    """A provider that fails, or returns what is none, is named, and what it said is not."""
+    """A provider that fails, or returns no mapping, is named, and its own message is not shown."""
 
     def broken() -> Any:
         raise LookupError("secret")
@@ -382,7 +382,7 @@ def test_collector_names_the_provider() -> None:
 
 
 def test_collector_takes_what_was_put_before_what_is_provided() -> None:
-    """What was put into the context is in the place of what providers give, and a correlation is always there."""
+    """Metadata of the context replace those of providers, and a correlation is always there."""
     collect = Collector([lambda: {"a": "1", "b": "1"}, lambda: {"b": "2"}])
     with event_metadata(a="put", correlation_id="mine"):
         assert collect() == {"a": "put", "b": "2", "correlation_id": "mine"}
@@ -432,7 +432,7 @@ FILLED = {"correlation_id": "c", "causation_id": str(UUID(int=7))}
     [(CAUSED, FILLED), (brought_along({"correlation_id": "c", "reason": "r"}), {"correlation_id": "c"})],
 )
 def test_what_the_package_fills_in_is_not_hidden(around: MetadataBlock, filled: dict[str, str]) -> None:
-    """In a handler or task, metadata that are hidden or replaced leave correlation and cause: a tree has no gap."""
+    """In a handler or task, hiding or replacing metadata keeps correlation and cause, so the tree has no gap."""
     with around:
         with null_metadata_in_context():
             assert Collector()() == filled
@@ -446,7 +446,7 @@ def test_what_the_package_fills_in_is_not_hidden(around: MetadataBlock, filled: 
 
 @pytest.mark.parametrize("around", [CAUSED, brought_along({"correlation_id": "c"}), kept_for_later({})])
 def test_what_is_left_ends_with_the_handler_or_task(around: MetadataBlock) -> None:
-    """What a handler or task puts in force and never leaves is not in the next one; what is around it stays."""
+    """Metadata that a handler or task sets do not reach the next one; those around it stay."""
     left = [event_metadata(leak="yes"), event_metadata(leak="again")]
     with event_metadata(own="caller's"):
         with around:
@@ -461,7 +461,7 @@ def test_what_is_left_ends_with_the_handler_or_task(around: MetadataBlock) -> No
 
 @pytest.mark.parametrize("correlation", ["x" * 129, "a\nb", "", None, 7])
 def test_task_whose_correlation_cannot_be_stored(correlation: Any) -> None:
-    """A task that came with a correlation that no column takes has that of its id, and saves nevertheless."""
+    """If the correlation of a task fits no column, the id of the task is used, and its events are saved."""
     with received({"correlation_id": correlation, "reason": "r"}, "task 1"):
         found = Collector()()
     assert found["correlation_id"] == "task 1"

@@ -71,7 +71,7 @@ def test_a_server_that_only_reads_passes(error: Exception) -> None:
 
 
 def test_a_connection_that_cannot_be_made_passes() -> None:
-    """An error without a statement is the connection's."""
+    """An error without a statement counts as one of the connection."""
     assert is_outage(sa.exc.OperationalError(None, None, driver_error("refused")))
     assert is_outage(sa.exc.TimeoutError())
     assert is_outage(sa.exc.PendingRollbackError("lost", code="8s2b"))

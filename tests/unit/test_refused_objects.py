@@ -44,7 +44,7 @@ def test_object_is_known_by_its_identity() -> None:
 
 
 def test_object_that_cannot_be_referenced_weakly_is_known_too() -> None:
-    """As many of them as there is room for, the last ones."""
+    """Objects without weak references are remembered up to a limit, which keeps the last ones."""
     objects = RefusedObjects(held=2)
     slim = [Slim() for _ in range(3)]
     for each in slim:
@@ -53,7 +53,7 @@ def test_object_that_cannot_be_referenced_weakly_is_known_too() -> None:
 
 
 def test_first_reason_is_told() -> None:
-    """An object that is refused again keeps the reason for which it was refused first."""
+    """An object that is refused again keeps the first reason."""
     account = Account("Ada")
     lose(account, "first")
     lose(account, "second")
@@ -127,7 +127,7 @@ def receiver_of(log: Log, expected: int) -> tuple[CommittedReceiver, Noted]:
 
 
 def test_receiver_is_told_in_the_order_of_the_log() -> None:
-    """What came too early waits for the events before it; gaps have no previous position, so that they are read."""
+    """A prompt that came too early waits for the events before it; a gap has no previous position, and is read."""
     log = Log(2)
     receiver, noted = receiver_of(log, 3)
     receiver.receive_recording_event(saved(1, 2, previous=99))

@@ -75,7 +75,7 @@ def test_a_function_that_is_given_is_used(bank: Bank) -> None:
 
 
 def test_a_repository_of_the_applications_own_stays() -> None:
-    """An application that has brought a repository keeps it."""
+    """An application that brings a repository of its own keeps it."""
     with OwnBank() as bank:
         install_repository(bank)
         assert type(bank.repository) is OwnRepository

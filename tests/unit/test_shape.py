@@ -89,7 +89,7 @@ def test_there_are_few_modules() -> None:
 
 
 def test_no_two_modules_have_one_name() -> None:
-    """A module's name says which one it is."""
+    """Each module has a name of its own."""
     # Django looks for some by their names, which are those of its own habits.
     found = [name for name in MODULES if name not in DJANGO_NAMES]
     counted = Counter(name.rpartition(".")[2] for name in found)

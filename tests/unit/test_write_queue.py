@@ -179,7 +179,7 @@ def test_thread_that_waits_and_is_stopped_leaves_the_queue() -> None:
 
 
 def test_thread_that_another_owner_uses_since() -> None:
-    """A thread is not said to wait for itself when the owner of the queue has gone on in another thread."""
+    """A thread is not told that it waits for itself if another thread now uses the connection that owns the queue."""
     queue = WriteQueue("bank.db")
     owner = Connection()
     queue.acquire(owner, 1)

@@ -167,7 +167,7 @@ def in_mode(*modes: str) -> pytest.MarkDecorator:
 
 @in_mode("explicit", "request")
 def test_commit_sends(site: Site, sender: Sender) -> None:
-    """What was asked for before the commit is sent by it, in order, with the ids that were told."""
+    """Tasks that were sent before the commit go out with it, in order, with the ids that ``send`` returned."""
     with site.app.app_context():
         site.bank.open_account()
         ids = [sender.send("Ada"), sender.send("Ben", greeting="Hi")]
@@ -180,7 +180,7 @@ def test_commit_sends(site: Site, sender: Sender) -> None:
 
 
 def test_rollback_sends_nothing(site: Site, sender: Sender) -> None:
-    """After a rollback nothing is sent, by a later commit neither."""
+    """After a rollback nothing is sent, and a later commit does not send it either."""
     with site.app.app_context():
         site.bank.open_account()
         sender.send("Ada")
@@ -216,7 +216,7 @@ def test_unit_of_work_that_fails_sends_nothing(site: Site, sender: Sender) -> No
 
 
 def test_savepoints_are_followed(site: Site, sender: Sender) -> None:
-    """What was asked for in a savepoint goes the way of that: dropped with a rollback, sent by the outer commit."""
+    """A task that is sent in a savepoint is dropped with its rollback, or sent by the outer commit."""
     with site.app.app_context():
         savepoint = site.db.session.begin_nested()
         site.bank.open_account()
@@ -250,7 +250,7 @@ def test_models_alone_are_waited_for(site: Site, sender: Sender, flushed: bool) 
 
 @in_mode("explicit", "save")
 def test_at_once_when_nothing_waits(site: Site, sender: Sender) -> None:
-    """When there is nothing to commit, it is sent at once, and a broker that fails is the caller's to know."""
+    """With nothing to commit, a task is sent at once, and an error of the broker is raised to the caller."""
     with site.app.app_context():
         site.bank.open_account()
         site.db.session.commit()
@@ -262,7 +262,7 @@ def test_at_once_when_nothing_waits(site: Site, sender: Sender) -> None:
 
 @in_mode("save")
 def test_mode_save_sends_at_once_after_a_save(site: Site, sender: Sender) -> None:
-    """In the mode "save", what was saved is committed: it is sent at once, after a read too, but waits for models."""
+    """In the mode "save" a task is sent at once, after a read too, but waits for models that are not committed."""
     with site.app.app_context():
         account_id = site.bank.open_account()
         site.bank.account(account_id)
@@ -282,7 +282,7 @@ def test_mode_save_sends_at_once_after_a_save(site: Site, sender: Sender) -> Non
 
 @in_mode("request")
 def test_mode_request_waits_for_the_answer(site: Site, sender: Sender) -> None:
-    """In the mode "request" the answer decides, for a view that asks first and saves afterwards, or saves nothing."""
+    """In the mode "request" the answer decides, whether a view sends before it saves, or saves nothing."""
 
     def view(status: int, saves: bool) -> tuple[str, int]:
         sent.append(sender.send("Ada"))
@@ -366,7 +366,7 @@ def test_broker_that_fails_after_the_commit(site: Site, sender: Sender, caplog: 
 
 
 def test_bad_arguments_are_refused_at_once(site: Site, sender: Sender) -> None:
-    """What could not be sent after the commit is refused before it, and the rest stays as it was."""
+    """A task that could not be sent after the commit is refused before it, and the others stay as they were."""
     with site.app.app_context():
         site.bank.open_account()
         with pytest.raises(Exception, match=r"JSON|pickle"):
@@ -410,7 +410,7 @@ def test_celery_checks_the_arguments(site: Site, celery_sender: CelerySender) ->
 
 
 def test_celery_takes_signatures(site: Site, celery_sender: CelerySender) -> None:
-    """A signature brings its options, stays as it was, and may be a chain or a group."""
+    """A signature keeps its options, is not changed, and may be a chain or a group."""
     from celery import chain, group
 
     from flask_eventsourcing.workers.celery import send_after_commit

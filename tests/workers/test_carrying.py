@@ -42,7 +42,7 @@ def assert_carried(found: dict[str, set[str]]) -> None:
 
 @pytest.mark.xdist_group("queues")
 def test_celery(workspace: Workspace) -> None:
-    """Tries, links, errbacks and chains of a request's task have its correlation; those of another have one."""
+    """Tries, links, errbacks and chains of a request's task have its correlation; another task has its own."""
     require(find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
     workspace.python(f"from {CARRYING} import prepare; prepare('celery')")
     counts = {"fails": 3, "retries": 2, "dies": 2, "sends": 2, "chain": 3, "link": 2, "errback": 3}
@@ -55,7 +55,7 @@ def test_celery(workspace: Workspace) -> None:
 
 @pytest.mark.xdist_group("queues")
 def test_rq(workspace: Workspace) -> None:
-    """Tries, callbacks and dependent jobs of a request have its correlation; those of another job have one."""
+    """Tries, callbacks and dependent jobs of a request have its correlation; another job has its own."""
     require(find_spec("rq"), "RQ", "pip install Flask-EventSourcing[rq]")
     workspace.python(f"from {CARRYING} import prepare; prepare('rq')")
     expected = {f"request {kind}": count for kind, count in {"itself": 1, "fails": 3, "depends": 2, "many": 2}.items()}

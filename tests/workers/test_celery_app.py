@@ -200,7 +200,7 @@ def test_task_may_call_itself(site: Site, celery_app: Any) -> None:
 
 
 def test_every_kind_of_task_is_covered(site: Site, new_celery: MakeCelery) -> None:
-    """Tasks from before and after, with their own base, as classes, shared and retried by Celery: all are covered."""
+    """Tasks from before and after are covered, also those with a base, as classes, shared, or retried by Celery."""
     from celery import Task, shared_task
 
     from flask_eventsourcing.workers.celery import init_celery
@@ -319,7 +319,7 @@ def test_factory_is_called_once(site: Site, new_celery: MakeCelery) -> None:
 
 
 def test_wrong_arguments_are_refused(site: Site, new_celery: MakeCelery) -> None:
-    """What ``init_celery`` cannot use is named at once, and the Celery app stays as it was."""
+    """An argument that ``init_celery`` cannot use is named at once, and the Celery app stays as it was."""
     from flask_eventsourcing.workers.celery import init_celery
 
     celery_app = new_celery()

@@ -97,7 +97,7 @@ def test_parent_that_goes_on_to_write(workspace: Workspace, client: Client, shar
 
 
 def test_parent_that_has_a_session_open(workspace: Workspace, client: Client, shared: str) -> None:
-    """Each task fails with an error that names the file and the remedy, and stores nothing."""
+    """If the parent has the file open at the fork, each task fails, names file and remedy, and stores nothing."""
     with workspace.program(*WORKER, IMPORTED="pushed") as program:
         results = run(program, client, shared, workspace.folder / "queues.db", 4)
         program.end()

@@ -35,7 +35,7 @@ def task_worker(workspace: Workspace, kind: str) -> Iterator[Program]:
 @pytest.mark.parametrize("workspace", ["postgresql", "sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", ["celery", "rq"])
 def test_request_event_projection_reaction_task_event(workspace: Workspace, kind: str) -> None:
-    """What comes of a request in three processes has its correlation, and each event the one that caused it."""
+    """All events that a request causes in three processes have its correlation, and each names its cause."""
     require(find_spec("celery") and find_spec("rq"), "Celery and RQ", "pip install Flask-EventSourcing[celery,rq]")
     workspace.python(f"import os; os.environ['CHAIN'] = {kind!r}; from {CHAIN} import prepare; prepare()")
     variables = {**workspace.environment, "CHAIN": kind, "PYTHONPATH": workspace.environment["PYTHONPATH"]}

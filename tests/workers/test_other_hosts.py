@@ -121,13 +121,13 @@ def test_job_context_takes_a_pyramid_application(pyramid_site: PyramidSite) -> N
 
 
 def test_metadata_are_carried_from_a_request(pyramid_site: PyramidSite) -> None:
-    """What a task carries is the correlation of the request that has sent it."""
+    """A task carries the correlation of the request that has sent it."""
     with prepare(Request.blank("/", headers={"X-Request-ID": "r1"}), pyramid_site.config.registry):
         assert carried()[CORRELATION_ID] == "r1"
 
 
 def test_no_site(zope_site: ZopeSite) -> None:
-    """Without a current site nothing can be sent, and what is no site is refused."""
+    """Without a current site nothing can be sent, and an object that is no site is refused."""
     pay_in = make_celery(zope_site.es)
     with pytest.raises(NotInitializedError):
         send_after_commit(pay_in, "1")

@@ -103,7 +103,7 @@ def test_application(bank: Bank) -> None:
 
 
 def test_projection(bank: Bank, cassandra_server: str, keyspace: str) -> None:
-    """A projection follows the log and writes Django's models, is waited for, shown, and rebuilt."""
+    """A projection follows the log and writes Django's models; commands show and rebuild it, and callers can wait."""
     account_id = bank.open_account()
     bank.deposit(account_id, 5)
     run(alias=PLACE.format(keyspace))
@@ -164,7 +164,7 @@ def test_host_of_tasks(bank: Bank) -> None:
     ],
 )
 def test_checks(others: dict[str, Any], said: str) -> None:
-    """What is wrong with the setting is said by a system check, with a hint; no value of it is shown."""
+    """A system check says what is wrong with the setting, with a hint and without any value of the setting."""
     with setting(**others):
         (error,) = [each for each in check_setting() if each.id != "eventsourcing.W002"]
     assert error.hint
@@ -183,7 +183,7 @@ def test_two_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of django-cassandra-engine are read, and no connection of its is made."""
+    """The settings of django-cassandra-engine are read, and none of its connections is opened."""
     handler: Any = connections
     engine = {
         "ENGINE": "django_cassandra_engine",
@@ -222,7 +222,7 @@ def test_settings_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_beside_an_application_in_a_database(cassandra_server: str, keyspace: str, tmp_path: Path) -> None:
-    """In a project with both, a function that has saved in Cassandra is not run again; commands ask which is meant."""
+    """In a project with both, a function that has saved in Cassandra is not run again; commands ask for one of them."""
     both: dict[str, dict[str, Any]] = {
         "Bank": {"APPLICATION": "tests.domain.Bank", "CASSANDRA": cluster(cassandra_server, keyspace)},
         "Shop": {"APPLICATION": "tests.domain.Shop", "DATABASE": "ledger"},

@@ -39,7 +39,7 @@ def test_program(make_app: MakeApp) -> None:
 
 
 def test_metadata_that_a_view_leaves_end_with_its_request(make_app: MakeApp) -> None:
-    """What a view puts in force and never leaves is not in force in the next request."""
+    """Metadata that a view sets without taking them back do not reach the next request."""
     app, es = make_app()
 
     @app.get("/<how>")
@@ -95,7 +95,7 @@ def test_stale_object_is_refused(make_app: MakeApp) -> None:
 
 
 def test_cache_has_copies(make_app: MakeApp) -> None:
-    """With a cache, an object that its owner goes on changing is not what others read."""
+    """With a cache, others do not read the unsaved changes of an object."""
     app, es = make_app(ENV={"AGGREGATE_CACHE_MAXSIZE": "10"})
     with app.app_context():
         account = es.application.open_account("ada")
@@ -166,7 +166,7 @@ def test_last_conflict_is_raised(make_app: MakeApp) -> None:
 
 
 def test_inner_save_counts_for_the_outer_try(make_app: MakeApp) -> None:
-    """A try in which a function with tries of its own has saved is not run again."""
+    """A try is not run again if a function within it, which has tries of its own, has saved."""
     app, es = make_app()
     tries = []
 
@@ -284,7 +284,7 @@ def test_missing_tables_are_named(make_app: MakeApp) -> None:
 
 
 def test_commands_without_projections(make_app: MakeApp) -> None:
-    """Every command that is about projections or tables of SQL ends with a line, and no traceback."""
+    """Every command about projections or SQL tables ends with one line and no traceback."""
     app, _ = make_app()
     runner = app.test_cli_runner()
     for line in (

@@ -207,7 +207,7 @@ def test_handler_that_saves(desk: FlaskDesk) -> None:
 
 
 def test_position_without_an_event(desk: FlaskDesk) -> None:
-    """A row of the log that has no event, but a position of a process application, is passed by."""
+    """A row that has a position of a process application and no event is skipped."""
     desk.balances()
     account_id = desk.open(1)
     with desk.context() as bank:
@@ -232,7 +232,7 @@ def test_long_lag_is_not_read(desk: FlaskDesk, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pages(desk: FlaskDesk) -> None:
-    """A page of the log ends where its events are too large to be kept at once, and says no more than it has seen."""
+    """A page of the log ends before its events take too much memory, and claims no position beyond them."""
     desk.open(1, 2, 3)
     with desk.context() as bank:
         reader: Any = bank.recorder.log.parts.reader  # type: ignore[attr-defined]

@@ -26,13 +26,13 @@ def start(es: EventSourcing[Any, Any] | None = None, **others: Any) -> Flask:
 
 
 def test_starts_without_a_node() -> None:
-    """An app starts, and constructs its applications, while no node is there."""
+    """An app starts and constructs its applications although no node answers."""
     start(CONSTRUCT="init")
 
 
 @pytest.mark.parametrize("name", ["CONTACT_POINTS", "KEYSPACE", "REPLICATION"])
 def test_what_has_no_default(name: str) -> None:
-    """Contact points, keyspace and replication have no default, and are asked for by name."""
+    """Contact points, keyspace and replication have no default, and the error names the one that is missing."""
     with pytest.raises(ConfigurationError, match=f"EVENTSOURCING_CASSANDRA_{name} is missing, which has no default"):
         start(None, **{f"CASSANDRA_{name}": ...})
 
