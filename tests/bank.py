@@ -15,7 +15,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import orm
 from werkzeug.test import TestResponse
 
-from flask_eventsourcing import EventSourcing
+from flask_eventsourcing import EventSourcing, InheritedDatabaseError
 from tests.domain import Bank, in_thread
 
 
@@ -61,6 +61,14 @@ class Site:
                 self.bank.deposit(account_id, amount)
                 self.db.session.commit()
         return account_id
+
+    def opened_or_refused(self) -> str:
+        """Open an account, and return the error's text where this process may not use the database."""
+        try:
+            self.opened()
+        except InheritedDatabaseError as error:
+            return str(error)
+        return "opened"
 
     def note(self, text: str = "note") -> None:
         """Add a row of the ORM to the current session."""

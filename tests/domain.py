@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from eventsourcing.application import AggregateNotFoundError, Application
@@ -54,6 +54,14 @@ class Bank(Application[UUID]):
             return self.account(account_id).balance
         except AggregateNotFoundError:
             return None
+
+
+class Branch(Bank):
+    """A bank that takes a snapshot at every second version."""
+
+    name = "Bank"
+    is_snapshotting_enabled = True
+    snapshotting_intervals: ClassVar[dict[type[Any], int]] = {Account: 2}
 
 
 class Shop(Bank):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -16,17 +15,9 @@ from flask_eventsourcing import EventSourcing, StoredEventMixin
 from flask_eventsourcing.exceptions import UnsafeTableError
 from tests.bank import make_app, make_site
 from tests.domain import Account, Bank
+from tests.integration.marks import on_files
 
 BIG = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-
-
-@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
-def url(request: pytest.FixtureRequest, tmp_path: Any) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'bank.db'}"
-    found: str = request.getfixturevalue("mariadb_url" if request.param == "mariadb" else "postgres_url")
-    return found
 
 
 def make_theirs(engine: sa.Engine, *, position: str = "id") -> tuple[UUID, sa.Table]:
@@ -54,11 +45,12 @@ def make_theirs(engine: sa.Engine, *, position: str = "id") -> tuple[UUID, sa.Ta
     return account.id, table
 
 
-def test_tables_as_they_are(url: str) -> None:
+@on_files
+def test_tables_as_they_are(uri: str) -> None:
     """Neither an append nor a read is tried on them, and the error says which column to rename."""
-    engine = sa.create_engine(url)
+    engine = sa.create_engine(uri)
     account_id, table = make_theirs(engine)
-    site = make_site(url)
+    site = make_site(uri)
     with site.app.app_context():
         for use in (site.bank.open_account, lambda: site.bank.account(account_id)):
             with pytest.raises(UnsafeTableError, match="rename its id to notification_id"):
@@ -73,9 +65,9 @@ def test_tables_as_they_are(url: str) -> None:
     engine.dispose()
 
 
-def adopting(url: str) -> tuple[Flask, SQLAlchemy, EventSourcing[Bank]]:
+def adopting(uri: str) -> tuple[Flask, SQLAlchemy, EventSourcing[Bank]]:
     """Make an app whose record class has the column types of the tables."""
-    app, db = make_app(url), SQLAlchemy()
+    app, db = make_app(uri), SQLAlchemy()
 
     class StoredEvent(StoredEventMixin, db.Model):  # type: ignore[name-defined,misc]
         __tablename__ = "bank_events"
@@ -87,11 +79,12 @@ def adopting(url: str) -> tuple[Flask, SQLAlchemy, EventSourcing[Bank]]:
     return app, db, es
 
 
-def test_migrated_tables(url: str) -> None:
+@on_files
+def test_migrated_tables(uri: str) -> None:
     """After the migration old aggregates go on, and a version that is there is a conflict."""
-    engine = sa.create_engine(url)
+    engine = sa.create_engine(uri)
     account_id, _ = make_theirs(engine, position="notification_id")
-    app, db, es = adopting(url)
+    app, db, es = adopting(uri)
     added = es.models[Bank].tables["events"].c
     with engine.begin() as connection:
         for name in ("recorded_at", "correlation_id", "event_id", "metadata"):

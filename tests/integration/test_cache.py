@@ -5,24 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from flask_eventsourcing import SharedAggregateError
 from tests.bank import Site
-from tests.domain import Account, Bank, in_threads
+from tests.domain import Account, Bank, Branch, in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files
-
-
-class Branch(Bank):
-    """A bank that takes a snapshot at every second version."""
-
-    name = "Bank"
-    is_snapshotting_enabled = True
-    snapshotting_intervals: ClassVar[dict[type[Any], int]] = {Account: 2}
 
 
 @pytest.fixture(params=["fastforward", "no fastforward", "unlimited"])

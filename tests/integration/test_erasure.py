@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -35,18 +35,10 @@ from flask_eventsourcing import (
 )
 from flask_eventsourcing.applications.erasure import erase
 from tests.bank import Site, make_site
-from tests.domain import Account, Bank, Shop, in_threads
+from tests.domain import Account, Bank, Branch, Shop, in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files, on_postgresql, on_sqlite_file
 from tests.source import ROOT
-
-
-class Branch(Bank):
-    """A bank that takes a snapshot at every second version."""
-
-    name = "Bank"
-    is_snapshotting_enabled = True
-    snapshotting_intervals: ClassVar[dict[type[Any], int]] = {Account: 2}
 
 
 @pytest.fixture(params=[False, True], ids=["delete", "redact"])

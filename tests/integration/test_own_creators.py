@@ -17,18 +17,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flask_eventsourcing import ConfigurationError, InheritedDatabaseError
+from flask_eventsourcing import ConfigurationError
 from tests.bank import Site, make_site
 from tests.unit.test_lifecycle_fork import fork_in_c, in_child
-
-
-def opened(site: Site) -> str:
-    """Open an account; returns the error's text where the process refuses."""
-    try:
-        site.opened()
-    except InheritedDatabaseError as error:
-        return str(error)
-    return "opened"
 
 
 @pytest.fixture
@@ -46,8 +37,10 @@ def file_site(tmp_path: Path) -> Iterator[Site]:
 
 def test_file_that_is_idle_can_be_used(file_site: Site) -> None:
     """Connections that are idle at a fork are closed before it, and the child connects with the function."""
-    assert in_child(lambda: opened(file_site)) == "opened"
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(opened(file_site) != "opened"))
+    assert in_child(file_site.opened_or_refused) == "opened"
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(file_site.opened_or_refused() != "opened")
+    )
     process.start()
     process.join(60)
     assert process.exitcode == 0
@@ -65,7 +58,7 @@ def test_file_that_is_open_is_refused(file_site: Site, tmp_path: Path, what: str
         elif what == "driver":
             driver.execute("SELECT count(*) FROM bank_events").fetchall()
         fork = fork_in_c if what == "fork in C" else os.fork
-        assert "was open when this process was forked" in in_child(lambda: opened(file_site), fork=fork)
+        assert "was open when this process was forked" in in_child(file_site.opened_or_refused, fork=fork)
         file_site.db.session.commit()
     assert file_site.stored()[0] == 1 + (what == "transaction")
 
@@ -94,7 +87,7 @@ def test_server_is_connected_to_by_each_process(postgres_url: str, connect: Call
     for fork in (os.fork, fork_in_c):
         with site.app.app_context():
             site.bank.open_account()
-            assert in_child(lambda: opened(site), fork=fork) == "opened"
+            assert in_child(site.opened_or_refused, fork=fork) == "opened"
             site.db.session.commit()
     assert site.stored()[0] == 5
     site.close()
@@ -114,9 +107,9 @@ def test_connection_of_the_parents_is_refused(postgres_url: str, connect: Callab
     site.opened()
 
     def child() -> list[str]:
-        found = [opened(site)]
+        found = [site.opened_or_refused()]
         kept[0] = connect()
-        return [*found, opened(site)]
+        return [*found, site.opened_or_refused()]
 
     refused, then = in_child(child)
     assert "was made before this process was forked" in refused

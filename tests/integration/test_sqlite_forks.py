@@ -169,22 +169,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made.close()
 
 
-def opened(site: Site) -> Any:
-    """Open an account in a child; returns the error's name where that is refused."""
-    try:
-        site.opened()
-    except InheritedDatabaseError as error:
-        return str(error)
-    return "opened"
-
-
 def test_a_session_in_use_is_named_and_its_parent_goes_on(site: Site, tmp_path: Path) -> None:
     """A process forked inside of a transaction refuses the file, for reading too, and the transaction is committed."""
     with site.app.app_context():
         site.bank.open_account()
 
         def child() -> list[str]:
-            found = [opened(site)]
+            found = [site.opened_or_refused()]
             try:
                 with site.app.app_context():
                     site.db.session.scalar(sa.text("SELECT 1"))
@@ -198,7 +189,7 @@ def test_a_session_in_use_is_named_and_its_parent_goes_on(site: Site, tmp_path: 
         site.db.session.commit()
     assert site.stored()[0] == 2
     # With nothing in use, the next one is not refused.
-    assert in_child(lambda: opened(site)) == "opened"
+    assert in_child(site.opened_or_refused) == "opened"
     assert site.stored()[0] == 3
 
 
@@ -224,15 +215,15 @@ def test_any_descriptor_of_the_file_counts(site: Site, tmp_path: Path, name: str
         descriptor = os.open(tmp_path / name, os.O_RDONLY)
 
         def child() -> list[Any]:
-            refused = opened(site)
+            refused = site.opened_or_refused()
             os.close(descriptor)
-            return [refused, opened(site)]
+            return [refused, site.opened_or_refused()]
 
         refused, then = in_child(child)
         assert f"(as descriptor {descriptor})" in refused
         assert then == "opened"
         os.close(descriptor)
-        assert in_child(lambda: opened(site)) == "opened"
+        assert in_child(site.opened_or_refused) == "opened"
         other.communicate()
 
 
@@ -247,7 +238,7 @@ def test_files_are_told_apart(site: Site, tmp_path: Path) -> None:
         def child() -> list[Any]:
             with closing(sqlite3.connect(tmp_path / "bank.db")) as own:
                 own.execute("SELECT count(*) FROM bank_events").close()
-                return [opened(site), opened(site), memory.balance(account_id)]
+                return [site.opened_or_refused(), site.opened_or_refused(), memory.balance(account_id)]
 
         assert in_child(child) == ["opened", "opened", 0]
         memory.db.session.rollback()
@@ -256,10 +247,10 @@ def test_files_are_told_apart(site: Site, tmp_path: Path) -> None:
 
 def test_a_fork_in_c_refuses_what_is_idle(site: Site) -> None:
     """Where no hook of Python runs, a process refuses the file while its parent's pool has it open, and not after."""
-    assert "was open" in in_child(lambda: opened(site), fork=fork_in_c)
+    assert "was open" in in_child(site.opened_or_refused, fork=fork_in_c)
     with site.app.app_context():
         site.db.engine.dispose()
-    assert in_child(lambda: opened(site), fork=fork_in_c) == "opened"
+    assert in_child(site.opened_or_refused, fork=fork_in_c) == "opened"
 
 
 @pytest.mark.parametrize("which", ["another bind", "static"])
@@ -357,7 +348,7 @@ def test_a_fork_waits_for_a_long_transaction_only_for_a_moment(site: Site) -> No
     thread.start()
     assert begun.wait(120)
     try:
-        assert "was open" in in_child(lambda: opened(site))
+        assert "was open" in in_child(site.opened_or_refused)
     finally:
         over.set()
         thread.join(120)

@@ -13,7 +13,7 @@ from eventsourcing.persistence import IntegrityError
 from flask import current_app
 
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
-from tests.workers.queue_app import Clerk, create_app, db, es, happened, open_shared_accounts, work
+from tests.workers.queue_app import Clerk, create_app, db, es, happened, work
 
 celery_app = Celery("tests", broker=os.environ["QUEUE_REDIS"], backend=os.environ["QUEUE_REDIS"])
 celery_app.conf.update(
@@ -139,13 +139,3 @@ def order(self: Any, text: str) -> None:
 def each(account_id: str) -> None:
     """A task that is called for each of several arguments, ``each.map(…)``."""
     es.application.deposit(UUID(account_id))
-
-
-def prepare() -> None:
-    """Make the tables and the shared accounts."""
-    app = create_app()
-    with app.app_context():
-        db.create_all()
-        open_shared_accounts()
-        db.session.commit()
-    es.close(app)

@@ -69,9 +69,14 @@ def shared_account(number: int) -> UUID:
     return Clerk.create_id(str(number % SHARED))
 
 
-def open_shared_accounts() -> None:
-    """Open the accounts that tasks share."""
-    es.application.save(*(Clerk(owner=str(number)) for number in range(SHARED)))
+def prepare() -> None:
+    """Make the tables, and the accounts that tasks share."""
+    app = create_app()
+    with app.app_context():
+        db.create_all()
+        es.application.save(*(Clerk(owner=str(number)) for number in range(SHARED)))
+        db.session.commit()
+    es.close(app)
 
 
 def conflict(number: int) -> None:

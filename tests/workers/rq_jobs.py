@@ -20,7 +20,7 @@ from flask_eventsourcing.workers.rq import (
     enqueue_after_commit,
     job_context,
 )
-from tests.workers.queue_app import create_app, db, es, happened, open_shared_accounts, work
+from tests.workers.queue_app import create_app, db, es, happened, work
 
 
 class QueueWorker(EventSourcingWorker):
@@ -119,16 +119,6 @@ def decorated(fail: bool) -> str:
     if fail:
         raise ValueError
     return "done"
-
-
-def prepare() -> None:
-    """Make the tables and the shared accounts."""
-    app = create_app()
-    with app.app_context():
-        db.create_all()
-        open_shared_accounts()
-        db.session.commit()
-    es.close(app)
 
 
 def work_in_context() -> None:

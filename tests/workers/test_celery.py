@@ -75,7 +75,7 @@ class Client:
 def client(workspace: Workspace) -> Iterator[Client]:
     """A client, with the tables made."""
     require(importlib.util.find_spec("celery"), "Celery", "pip install Flask-EventSourcing[celery]")
-    workspace.python(f"from {TASKS} import prepare; prepare()")
+    workspace.python("from tests.workers.queue_app import prepare; prepare()")
     (workspace.folder / "happened").unlink()
     with closing(Client(workspace)) as client:
         yield client

@@ -27,7 +27,7 @@ def queue(workspace: Workspace) -> Iterator[Any]:
     from redis import Redis
     from rq import Queue
 
-    workspace.python(f"from {JOBS} import prepare; prepare()")
+    workspace.python("from tests.workers.queue_app import prepare; prepare()")
     (workspace.folder / "happened").unlink()
     with Redis.from_url(workspace.redis) as connection:
         yield Queue(connection=connection)

@@ -1,4 +1,4 @@
-"""The Celery app of the Django site: ``celery -A tests.torture.two_sites_django.tasks worker``; and a job of RQ's."""
+"""The Celery app of the Django site: ``celery -A tests.torture.two_sites_django.tasks worker``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from celery import Celery
 
 from flask_eventsourcing.contrib.django import get_application, project_site
 from flask_eventsourcing.workers.celery import init_celery
-from flask_eventsourcing.workers.rq import EventSourcingWorker
 from tests.torture.two_sites import Ledger, numbers_of
 
 celery_app = Celery("two_sites", broker=os.environ["QUEUE_REDIS"])
@@ -16,18 +15,7 @@ celery_app.conf.update(broker_connection_retry_on_startup=True, worker_hijack_ro
 init_celery(celery_app, project_site, conflict_retries=200)
 
 
-class QueueWorker(EventSourcingWorker):
-    """A worker of RQ's."""
-
-    flask_app = staticmethod(project_site)
-
-
 @celery_app.task(name="transfer")
 def transfer(numbers: str) -> None:
     """Transfer in a unit of work of its own."""
-    get_application(Ledger).transfer(*numbers_of(numbers))
-
-
-def transfer_as_job(numbers: str) -> None:
-    """Transfer as a job of RQ's."""
     get_application(Ledger).transfer(*numbers_of(numbers))
