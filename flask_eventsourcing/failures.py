@@ -6,7 +6,8 @@ What has to be undone after an error, and raises it, is a callback of an :class:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +40,18 @@ class Kept:
             return False
         self.error = error
         return True
+
+
+@contextmanager
+def raised_as(made: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Around what a user has written: raise another error instead of any that it raises, with that one as the cause.
+
+    :param made: makes the error.
+    """
+    with Kept() as kept:
+        yield
+    if kept.error is not None:
+        raise made(kept.error) from kept.error
 
 
 def call_each(logger: logging.Logger, calls: Iterable[tuple[Callable[[], object], str, tuple[object, ...]]]) -> None:

@@ -19,7 +19,7 @@ from uuid import UUID
 
 from ..config import is_plain
 from ..exceptions import EventMetadataError
-from ..failures import Kept
+from ..failures import raised_as
 
 if sys.version_info >= (3, 14):
     from uuid import uuid7
@@ -155,14 +155,15 @@ def provided(provider: Provider) -> Metadata:
 
     :raises EventMetadataError: when it fails, or returns what cannot be stored.
     """
-    values: Any = None
+
+    def failed(error: Exception) -> EventMetadataError:
+        text = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
+        return EventMetadataError(f"{text}: {type(error).__name__}.")
+
     # A function of the user's may raise anything, and what only stands for a mapping when it is read.
-    with Kept() as kept:
-        values = provider()
+    with raised_as(failed):
+        values: Any = provider()
         values = dict(values.items()) if isinstance(values, Mapping) else values
-    if kept.error is not None:
-        failed = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
-        raise EventMetadataError(f"{failed}: {type(kept.error).__name__}.") from kept.error
     return {} if values is None else checked(values, f"what the provider {_name(provider)} returns")
 
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from flask_eventsourcing.failures import Kept, call_each, resolve
+from flask_eventsourcing.failures import Kept, call_each, raised_as, resolve
 
 Call = tuple[Callable[[], object], str, tuple[object, ...]]
 
@@ -44,6 +44,19 @@ def test_failure_that_is_kept_is_told() -> None:
     with Kept(seen.append):
         pass
     assert seen == [error, end]
+
+
+def test_failure_is_raised_as_another() -> None:
+    """An error of the block is the cause of the error that is raised instead; Ctrl-C is raised as it is."""
+    error = ValueError("x")
+    with (
+        pytest.raises(LookupError, match="ValueError: x") as raised,
+        raised_as(lambda e: LookupError(f"ValueError: {e}")),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+    with pytest.raises(KeyboardInterrupt), raised_as(LookupError):
+        raise KeyboardInterrupt
 
 
 def test_each_function_is_called_although_one_fails(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ that was put into the tables of an application is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice, zip_longest
@@ -19,7 +19,7 @@ from django.db.models import Count, F, Max
 from eventsourcing.persistence import StoredEvent
 
 from ....exceptions import ConfigurationError, ImportedEventsError
-from ....failures import Kept
+from ....failures import raised_as
 from ..hosting import Database, get_application, site
 from ..record_fields import RecordBinaryField, RecordUUIDField
 
@@ -170,17 +170,13 @@ class Landing(Generic[R]):
         )
 
 
-@contextmanager
-def refusing(text: Callable[[str], str]) -> Iterator[None]:
+def refusing(text: Callable[[str], str]) -> AbstractContextManager[None]:
     """Around functions and classes of the user's, whose errors name the event at which the import ends.
 
     :param text: returns the message for an error's type and text.
-    :raises ImportedEventsError: for any error.
+    :return: a context manager that raises an ``ImportedEventsError`` for any error.
     """
-    with Kept() as kept:
-        yield
-    if kept.error is not None:
-        raise ImportedEventsError(text(f"{type(kept.error).__name__}: {kept.error}")) from kept.error
+    return raised_as(lambda error: ImportedEventsError(text(f"{type(error).__name__}: {error}")))
 
 
 def by_position(query: Any) -> Iterator[Any]:
