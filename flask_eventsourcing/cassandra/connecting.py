@@ -319,5 +319,5 @@ def answer(sent: ResponseFuture, timeout: float) -> Any:
     told = threading.Event()
     sent.add_callbacks(lambda _: told.set(), lambda _: told.set())
     if not told.wait(timeout + GRACE):
-        raise OperationTimedOut({"the driver": f"It told nothing for {timeout + GRACE:g} s."})
+        raise OperationTimedOut({"the driver": f"There was no answer for {timeout + GRACE:g} s."})
     return sent.result()

@@ -163,7 +163,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
         value = self.env.get(key)
         if not value:
             keys = " or ".join(self.env.create_keys(key))
-            raise InfrastructureFactoryError(f"No Cassandra: set the environment variable {keys}.")
+            raise InfrastructureFactoryError(f"There is no Cassandra cluster: set the environment variable {keys}.")
         return value
 
     def _converted(self, key: str, value: str, convert: Callable[[str], Any]) -> Any:

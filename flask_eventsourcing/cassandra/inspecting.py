@@ -203,7 +203,7 @@ class Schema:
         try:
             settings = {row.name: row.value for row in self._ask(SETTINGS, host=node).all()}
         except cassandra.Unauthorized:
-            yield f"{name} keeps its settings from this role: grant it SELECT on system_views.settings", False
+            yield f"{name} does not show its settings to this role: grant it SELECT on system_views.settings", False
             return
         sync, paxos = settings.get("commitlog_sync"), settings.get("paxos_variant")
         if sync not in ("batch", "group"):
@@ -230,7 +230,7 @@ class Schema:
         if not keyspace.durable_writes:
             yield f"keyspace {name} has durable_writes = false, so that a killed node loses events: alter it", True
         if asked is not None and found != _copies(asked, found):
-            yield f"keyspace {name} has another replication than the settings: alter the one or the other", True
+            yield f"keyspace {name} has another replication than the settings: change one of them", True
 
 
 def _copies(asked: int | Mapping[str, int], found: Mapping[str, str]) -> dict[str, str]:

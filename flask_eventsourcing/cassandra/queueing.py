@@ -88,7 +88,7 @@ class Queue:
             interrupted.callback(self._leave, ticket)
             if not ticket.woken.wait(longest):
                 raise CommitOutcomeUnknownError(
-                    f"A save was told nothing for {longest:g} s by the thread that saves for others: read the "
+                    f"The thread that saves for others did not answer a save for {longest:g} s: read the "
                     "aggregate again before you repeat it."
                 )
             interrupted.pop_all()
@@ -146,9 +146,9 @@ MOST_OTHERS = 8
 class Pace:
     """Lets writers of several processes take turns: waits as long as inserts take and as other writers are active.
 
-    Exponential back-off would let the one starve that loses most. So who has won waits for about as many inserts as
-    there are others; who lost waits the less the more often, and not at all when it has lost as often as there are
-    others.
+    Exponential back-off would let the one starve that loses most. So the winner waits for about as many
+    inserts as there are other writers. A loser waits less after each loss, and not at all when it has lost as often as
+    there are other writers.
     """
 
     def __init__(self, store: Store, draw: random.Random | None = None) -> None:

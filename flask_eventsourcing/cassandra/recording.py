@@ -348,5 +348,5 @@ class CassandraProcessRecorder(CassandraTrackingRecorder, CassandraApplicationRe
 def _checked(tracking: Tracking) -> Tracking:
     _check_text(tracking.application_name)
     if not 0 < tracking.notification_id <= LARGEST:
-        raise IntegrityError(f"{tracking.notification_id} is no position of a log.")
+        raise IntegrityError(f"{tracking.notification_id} is not a position of a log.")
     return tracking

@@ -49,7 +49,7 @@ class Tries:
         """
         self.maybe = self.maybe or isinstance(error, MaybeDoneError)
         if self.over:
-            raise OperationalError(f"Cassandra did not answer as asked for: {error}") from error
+            raise OperationalError(f"Cassandra did not answer in time: {error}") from error
         self._store.sleep(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 

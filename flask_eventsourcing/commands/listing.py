@@ -71,7 +71,7 @@ class Parameter:
         elif isinstance(value, int) and abs(value) > LARGEST:
             raise UsageError(f"{shown} is a number up to {LARGEST}; {value} is beyond it.")
         elif isinstance(value, float) and math.isnan(value):
-            raise UsageError(f"{shown} is a number; nan is none.")
+            raise UsageError(f"{shown} is a number; found nan.")
 
 
 @dataclass(frozen=True)
@@ -125,24 +125,24 @@ def _flag(name: str, text: str, dest: str = "") -> Parameter:
 NAME = _argument("name")
 YES = _flag("--yes", "Do not ask.")
 AS_JSON = _flag("--json", "Print JSON.", "as_json")
-APPLICATION = Parameter("--application", "Where there are several applications.", metavar="NAME")
-OF_PROJECTION = Parameter("--projection", "Only those of a projection.", metavar="NAME")
-BY = Parameter("--by", "Who does it; by default the user of the operating system.", metavar="WHO")
-REASON = Parameter("--reason", "Why, as the status tells it.", metavar="WHY", default="")
-EVERY = _flag("--all", "Of every aggregate.", "everything")
+APPLICATION = Parameter("--application", "The application; needed only if there are several.", metavar="NAME")
+OF_PROJECTION = Parameter("--projection", "Only those of this projection.", metavar="NAME")
+BY = Parameter("--by", "The operator; by default the user of the operating system.", metavar="WHO")
+REASON = Parameter("--reason", "The reason, which 'status' shows.", metavar="WHY", default="")
+EVERY = _flag("--all", "Do it for every aggregate.", "everything")
 AGGREGATE = Parameter("aggregate_id")
 
 RUN = """Run projections and reactions by their names.
 
-NAME is a projection, which is run with its reactions, or only its reactions, as Balances:reactions. One process at a
-time runs each; others stand by and take over. SIGTERM and Ctrl-C finish the batch in progress."""
-REBUILD = """Build new tables of projection NAME beside the live ones, and put them in their place.
+NAME is a projection, which runs with its reactions, or only its reactions, such as Balances:reactions. One process at a
+time runs each of them; others stand by and take over. SIGTERM and Ctrl-C finish the batch in progress."""
+REBUILD = """Build new tables of projection NAME beside the live ones, and replace these with them.
 
-Readers and the live projection go on meanwhile. A rebuild that was stopped or killed goes on where it was. In a Django
-project its rows are written again in one transaction instead, and the live projection waits."""
-ERASE = """Erase the events, snapshots and dead letters of an aggregate, as a person may ask for.
+Readers and the live projection continue meanwhile. A rebuild that was stopped or killed continues where it was. In a
+Django project the rows are written again in one transaction instead, and the live projection waits."""
+ERASE = """Erase the events, snapshots and dead letters of an aggregate, for example on a person's request.
 
-A last event without content stays in the log: it tells projections, and keeps the id from being used again."""
+A last event without content stays in the log. It tells projections of the erasure, and reserves the id."""
 
 _DEAD_LETTERS = Group(
     "dead-letters",
@@ -154,8 +154,8 @@ _DEAD_LETTERS = Group(
             "List the dead letters by projection, in the order of the log.",
             (
                 OF_PROJECTION,
-                Parameter("--aggregate", "Only those of an aggregate.", metavar="ID"),
-                Parameter("--limit", "The most that are listed.", kind=int, metavar="N", least=1),
+                Parameter("--aggregate", "Only those of this aggregate.", metavar="ID"),
+                Parameter("--limit", "List at most N.", kind=int, metavar="N", least=1),
                 AS_JSON,
             ),
         ),
@@ -168,7 +168,7 @@ _DEAD_LETTERS = Group(
         Command(
             "retry",
             letters.retry_letters,
-            "Apply events again, in order, with those that wait behind them; exits with 1 if one fails again.",
+            "Apply failed events again, and then those that wait behind them; exit with 1 if one fails again.",
             (
                 Parameter("ids", metavar="ID...", kind=int),
                 _flag("--all", "Retry all of them.", "everything"),
@@ -178,7 +178,7 @@ _DEAD_LETTERS = Group(
         Command(
             "discard",
             letters.discard_letters,
-            "Give failed events up, and apply those that wait behind them; exits with 1 if one of these fails.",
+            "Give failed events up, and apply those that wait behind them; exit with 1 if one of these fails.",
             (_argument("ids", metavar="ID...", kind=int), YES, OF_PROJECTION),
         ),
     ),
@@ -186,7 +186,7 @@ _DEAD_LETTERS = Group(
 
 _PROJECTIONS = Group(
     "projections",
-    "Checkpoints of projections, also of those that are not registered.",
+    "The checkpoints of projections, including those that are not registered.",
     (
         Command("list", checkpoints.list_checkpoints, "List the checkpoints that the database has.", (AS_JSON,)),
         Command(
@@ -204,7 +204,7 @@ _PROJECTIONS = Group(
         Command(
             "accept",
             checkpoints.accept,
-            "Take the log, the tables and the code of NAME as they are now, though its checkpoint does not fit them.",
+            "Accept log, tables and code of NAME as they are now, although its checkpoint does not fit them.",
             (NAME,),
         ),
         Command(
@@ -216,17 +216,17 @@ _PROJECTIONS = Group(
         Command(
             "resume",
             checkpoints.resume,
-            "Let NAME go on if it is paused, or try its event again if it has halted.",
+            "Let NAME continue if it is paused, or try its event again if it has halted.",
             (NAME, BY, REASON),
         ),
         Command(
             "skip",
             checkpoints.skip,
-            "Set aside the event at POSITION, at which NAME has halted. It becomes a dead letter, and NAME goes on.",
+            "Set aside the event at POSITION, at which NAME has halted. It becomes a dead letter, and NAME continues.",
             (
                 NAME,
                 _argument("position", kind=int, least=1),
-                replace(REASON, help="Why it is skipped, for the dead letter.", default=None, required=True),
+                replace(REASON, help="The reason, which the dead letter keeps.", default=None, required=True),
                 BY,
             ),
         ),
@@ -235,18 +235,18 @@ _PROJECTIONS = Group(
 
 _REACTIONS = Group(
     "reactions",
-    "What is done with reactions.",
+    "Work on reactions.",
     (
         Command(
             "reset",
             checkpoints.reset_reactions,
-            "Have the reactions of projection NAME called again from a position or a time on, or go on from there.",
+            "Move the reactions of projection NAME to a position or a time, from which they are called again.",
             (
                 NAME,
-                Parameter("--position", "Go on with the event after it.", kind=int, metavar="N", least=0),
+                Parameter("--position", "Continue with the event after this position.", kind=int, metavar="N", least=0),
                 Parameter(
                     "--since",
-                    "Go on with the first event of a time in ISO format, in UTC unless it has an offset.",
+                    "Continue with the first event since a time in ISO format, in UTC unless it has an offset.",
                     metavar="TIME",
                 ),
                 BY,
@@ -264,13 +264,13 @@ _SNAPSHOTS = Group(
         Command(
             "take",
             aggregates.take_snapshots,
-            "Take a snapshot of an aggregate from its events, ignoring older snapshots; exits with 1 if one fails.",
+            "Take a snapshot of an aggregate from its events, ignoring older snapshots; exit with 1 if one fails.",
             (AGGREGATE, EVERY, APPLICATION),
         ),
         Command(
             "drop",
             aggregates.drop_snapshots,
-            "Delete the snapshots of an aggregate, but for those without which it could not be read any more.",
+            "Delete the snapshots of an aggregate, except those that it cannot be read without.",
             (AGGREGATE, EVERY, APPLICATION),
         ),
     ),
@@ -288,7 +288,7 @@ COMMANDS = Group(
         Command(
             "check",
             reports.check,
-            "Check the configuration, the connection, the tables and the logs; exits with 1 if something is wrong.",
+            "Check the configuration, the connection, the tables and the logs; exit with 1 if something is wrong.",
         ),
         Command(
             "run",
@@ -300,7 +300,7 @@ COMMANDS = Group(
                 _flag("--once", "End when all have reached the end of the log."),
                 Parameter(
                     "--log-every",
-                    "Log a line for each of them this often.",
+                    "Log a line for each of them at this interval.",
                     kind=float,
                     default=work.LOG_EVERY,
                     metavar="SECONDS",
@@ -312,7 +312,7 @@ COMMANDS = Group(
             "status",
             reports.status,
             "Show how far each projection is, which process runs it, and what is wrong.",
-            (AS_JSON, _flag("--check", "Exit with 1 unless all are run and nothing was set aside.")),
+            (AS_JSON, _flag("--check", "Exit with 1 unless a worker runs each of them and nothing was set aside.")),
         ),
         Command(
             "rebuild",
@@ -343,7 +343,7 @@ COMMANDS = Group(
             ERASE,
             (
                 _argument("aggregate_id"),
-                _flag("--redact", "Empty the events, rather than delete their rows."),
+                _flag("--redact", "Empty the events instead of deleting their rows."),
                 YES,
                 APPLICATION,
             ),

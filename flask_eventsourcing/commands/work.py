@@ -269,7 +269,7 @@ def rebuild(
     :param dry_run: only say how many events there are and how long it would take.
     :param drop_old: drop the replaced tables afterwards.
     :param restart: begin from the start, even if an earlier rebuild can be taken up.
-    :param offline: let everybody wait who writes, where that cannot be avoided.
+    :param offline: let all writers wait, where that cannot be avoided.
     :raises CommandError: when it cannot be rebuilt, or was stopped before its end.
     """
     stopping = threading.Event()

@@ -225,7 +225,7 @@ def _fitting(value: Any, expected: type[Any]) -> Any:
     """
     # Not by isinstance(), which believes proxies.
     if value is not None and not issubclass(type(value), expected):
-        raise TypeError(f"Expected is a value of {expected}.")
+        raise TypeError(f"Expected a value of {expected}.")
     return str.__str__(value) if issubclass(type(value), str) and expected is str else value
 
 

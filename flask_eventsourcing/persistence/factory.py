@@ -81,7 +81,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         keys = " or ".join(self.env.create_keys(self.SQLALCHEMY_DATABASE_URI))
         url = self.env.get(self.SQLALCHEMY_DATABASE_URI)
         if not url:
-            raise InfrastructureFactoryError(f"No database: set the environment variable {keys}.")
+            raise InfrastructureFactoryError(f"There is no database: set the environment variable {keys}.")
         id_type = self.env.get(self.ORIGINATOR_ID_TYPE, "uuid").lower()
         if id_type not in ("uuid", "text"):
             raise InfrastructureFactoryError(f"{self.ORIGINATOR_ID_TYPE} must be 'uuid' or 'text'; found {id_type!r}.")

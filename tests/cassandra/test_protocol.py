@@ -248,7 +248,7 @@ def test_leader_that_is_gone_is_not_waited_for() -> None:
     queue = Queue()
     assert queue.join(Ticket(Append(events=[event(uuid4(), 1)])), 1.0)
     waiting = Ticket(Append(events=[event(uuid4(), 1)]))
-    with pytest.raises(CommitOutcomeUnknownError, match=r"was told nothing for 0\.01 s"):
+    with pytest.raises(CommitOutcomeUnknownError, match=r"did not answer a save for 0\.01 s"):
         queue.join(waiting, 0.01)
     assert queue.take([]) != [waiting]
 

@@ -249,7 +249,7 @@ def initialize(engine: Engine, connection: Connection) -> None:
     """Let a dialect read the server's settings, as SQLAlchemy does for its first connection."""
     if engine not in _initialized:
         engine.dialect.initialize(connection)
-        # Whoever gets the connection may want each statement to be committed.
+        # The next user of the connection may want each statement to be committed.
         connection.rollback()
         _initialized.add(engine)
 

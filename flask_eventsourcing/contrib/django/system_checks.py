@@ -68,7 +68,7 @@ def _check_apart(one: Configured) -> list[CheckMessage]:
         return [
             Error(
                 f"{records.module} declares tables for the events of {one.name}, which are in Cassandra.",
-                hint=f"Write projection_models(__name__, {one.name!r}) where it has projections, else nothing.",
+                hint=f"With projections, write projection_models(__name__, {one.name!r}) instead; without, remove it.",
                 id="eventsourcing.E008",
             )
         ]

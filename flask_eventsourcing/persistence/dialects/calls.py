@@ -30,7 +30,7 @@ class DirectConnection(Connection):
 
     @property
     def is_heard(self) -> bool:
-        """Whether somebody listens to statements, who is to hear of these too."""
+        """Whether there are listeners for statements, which must hear of these too."""
         return self._has_events or self.engine._has_events
 
     def run(self, statement: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:

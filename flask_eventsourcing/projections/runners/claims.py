@@ -51,7 +51,7 @@ class Suspects:
 
     A process that is ended by a signal, a lack of memory, or ``os._exit()``, does not give its claim back.
 
-    A supervisor that starts processes again is nobody who has decided to try it again.
+    A supervisor that restarts processes has not decided to try the event again.
 
     :param token: of the claim that this process is to give back, if it has one.
     :param left: how many events the process before may have been applying, or 0 if it has given its claim back.

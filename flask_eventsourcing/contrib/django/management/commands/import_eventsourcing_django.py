@@ -18,9 +18,9 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: Any) -> None:
         """Declare the options."""
-        parser.add_argument("applications", nargs="*", metavar="APPLICATION", help="All that the tables have, if none.")
+        parser.add_argument("applications", nargs="*", metavar="APPLICATION", help="By default all in the tables.")
         parser.add_argument("--database", metavar="ALIAS", default="default", help="Where the tables are.")
-        parser.add_argument("-n", "--dry-run", action="store_true", help="Do it and check it, and roll back.")
+        parser.add_argument("-n", "--dry-run", action="store_true", help="Take over, check, and roll back.")
 
     def handle(self, *_: Any, applications: list[str], database: str, dry_run: bool, **__: Any) -> None:
         """Take them over.
