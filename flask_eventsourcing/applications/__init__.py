@@ -290,7 +290,7 @@ class CommittedCache(Cache[Any, Any]):
             unit.on_commit(partial(self._keep, key, kept))
 
     def _keep(self, key: Any, kept: Any) -> None:
-        # Who commits first need not be the first here, and a reader may have an older snapshot.
+        # The first to commit need not be the first here, and a reader may have an older snapshot.
         with self._lock:
             try:
                 is_older = kept.version < self.inner.get(key).version

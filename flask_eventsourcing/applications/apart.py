@@ -55,7 +55,7 @@ class EventStore(Protocol):
         """Make the tables where they are missing, and return the names of these."""
 
     def look(self) -> Iterable[tuple[str, bool]]:
-        """Tell how the servers and the tables are: lines, and which of them are faults."""
+        """Return lines about the servers and the tables, each with whether it is a fault."""
 
     def log_identity(self, application_name: str) -> int | None:
         """Return what tells an application's log from every other, None where it is missing."""
@@ -267,7 +267,7 @@ class ApartHost:
 
     @contextmanager
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[Any]:
-        """What is around a task that did not ask for it; tells whether it has saved something.
+        """Run a task, which did not ask for a transaction, and tell whether it has saved something.
 
         :raises ConfigurationError: when it asks for a transaction.
         """

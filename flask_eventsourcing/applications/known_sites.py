@@ -101,7 +101,7 @@ def current_site() -> SiteState:
 
 
 def site_of(given: object) -> SiteState | None:
-    """Return the state of a site, or None where it is none.
+    """Return the state of a site, or None for an object that is no site.
 
     :raises NotInitializedError: when it is one that has no state.
     """

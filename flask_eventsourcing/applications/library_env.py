@@ -83,14 +83,14 @@ def check_environment(
         if problem:
             raise ConfigurationError(f"{setting} has {key!r}, {problem}.")
     for cls in classes:
-        # What it is made of, and who goes first, as Application.construct_env() has it.
+        # Its sources and their precedence, as in Application.construct_env().
         whole = Environment(cls.name, {**cls.env, **os.environ, **env})
         for key, problem in _problems(whole):
             raise ConfigurationError(f"{_named(key, whole, setting, env)} of {cls.name} {problem}.")
 
 
 def _refuse_foreign_scope(env: Mapping[str, str], classes: Sequence[type[Application[Any]]]) -> None:
-    # A copy: the process's own takes no name that could not be there.
+    # A copy, because the environment of the process refuses some names.
     for each in (env, dict(os.environ), *(cls.env for cls in classes)):
         for key in (FOREIGN_SCOPE, *(f"{cls.name.upper()}_{FOREIGN_SCOPE}" for cls in classes)):
             if key in each:

@@ -184,7 +184,7 @@ def _note(unit: Unit | None, changed: list[Any], ids: set[Any]) -> None:
 
 
 def evict(cache: Any, key: Any) -> None:
-    """Take an aggregate out of a cache, if there is one and it has that."""
+    """Remove an aggregate from a cache, if there is a cache and it has the aggregate."""
     if cache is not None:
         with suppress(KeyError):
             getattr(cache, "inner", cache).get(key, evict=True)

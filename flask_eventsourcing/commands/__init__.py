@@ -92,7 +92,7 @@ class Subject:
         return self.elsewhere.get(table, self.database.engine)
 
     def dialect_of(self, engine: sa.Engine) -> Dialect:
-        """Return how a database is looked at."""
+        """Return the dialect of a database."""
         store = self.database
         return store.dialect if engine is store.engine else dialect_for(engine, store.options)
 

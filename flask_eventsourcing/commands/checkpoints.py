@@ -83,7 +83,7 @@ def accept(subject: Subject, output: Output, name: str) -> int:
 def pause(subject: Subject, output: Output, name: str, *, by: str | None = None, reason: str = "") -> int:
     """Keep every worker from running a projection, or its reactions, until it is resumed.
 
-    :param by: who asks for it, by default the user of the operating system.
+    :param by: the operator, by default the user of the operating system.
     :raises CommandError: when it cannot be done.
     """
     for consumer in _called(subject, name):
@@ -107,7 +107,7 @@ def resume(subject: Subject, output: Output, name: str, *, by: str | None = None
 
 
 def skip(subject: Subject, output: Output, name: str, position: int, *, reason: str, by: str | None = None) -> int:
-    """Set aside the event at which a projection has halted, with who asked for it and why.
+    """Set aside the event at which a projection has halted, with the operator and the reason.
 
     :raises CommandError: when it has not halted at this event.
     """

@@ -129,7 +129,7 @@ def show_letter(
 
 
 def _recorded(found: Found) -> dict[str, Any]:
-    """Return what was recorded of the letter's event as what JSON can hold; empty where the log has it no more."""
+    """Return what was recorded beside the letter's event, for JSON; nothing if the log no longer has the event."""
     application, position = found.consumer.application, found.letter.position
     with clear_errors(), application.engine.connect() as connection:
         recorded = application.log.find_recorded([position], connection).get(position)

@@ -351,4 +351,4 @@ COMMANDS = Group(
         _SNAPSHOTS,
     ),
 )
-"""What there is."""
+"""All commands."""

@@ -163,9 +163,9 @@ def _check_locks(subject: Subject) -> list[str]:
 
 
 def _merge(subject: Subject) -> None:
-    """Keep what inline projections have noted short, also where no worker does that."""
+    """Merge what inline projections have noted, also where no worker does that."""
     for application in dict.fromkeys(consumer.application for consumer in subject.consumers()):
-        # Who asks may have the right to read only.
+        # The role may have the right to read only.
         with suppress(sa.exc.DBAPIError):
             merge_ranges(application)
 
@@ -308,7 +308,7 @@ class Reporter:
             sum(map(_end, self.runners)) - _position(self.runners),
             names if len(names) <= 40 else f"{len(self.runners)} projections",
         )
-        # Without a terminal, log lines it is from now on.
+        # There is no terminal any more, so log lines follow.
         self._draws = bar is not None
         self._stretch = None if bar is None else _Stretch(self.runners, bar)
 

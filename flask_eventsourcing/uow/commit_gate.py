@@ -69,9 +69,9 @@ class Run:
     current: Callable[[], InSession] | None = None
     """Returns the unit of work of the session that is current in its host now."""
     scope: object = None
-    """Of the session on which it was begun."""
+    """The scope of the session on which it was begun."""
     outer: Run | None = None
-    """The one around it, be it of another session."""
+    """The one around it, also if it is of another session."""
     depth: int = 1
     """How many ``transaction()`` are open, one within the other."""
     rollback_only: str | None = None
@@ -133,10 +133,10 @@ class Turns:
     def __init__(self) -> None:
         self.saving: int | None = None
         self.committing: int | None = None
-        """The thread that does so."""
+        """The thread that commits."""
 
     def look(self) -> None:
-        """Refuse what another thread is in the midst of.
+        """Refuse to look at a session that another thread uses now.
 
         :raises UncommittedEventsError: while another thread saves or commits.
         """

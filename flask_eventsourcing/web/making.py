@@ -42,7 +42,7 @@ from .state import EventSourcingState, Slots, state_of
 OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
 OF_EVENTS = ("correlation_index",)
-"""Those of them that are about its tables of events alone."""
+"""Those of them that only concern its tables of events."""
 
 
 class FlaskApart(ApartHost):

@@ -224,7 +224,7 @@ def _drop_all(state: EventSourcingState, answer: Answer, response: Response, lef
     session = state.host.database.open_session() if by_request else None
     if session is not None:
         roll_back(session)
-    # A failure that is rolled back by the extension is nobody's mistake.
+    # If the extension rolls a failure back, no code has made a mistake.
     if batches and (response.status_code < FAILURE or not by_request):
         answer.dropped.append(_tell(state, batches, response))
 
