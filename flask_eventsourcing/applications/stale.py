@@ -149,7 +149,7 @@ class Records:
         application: Any = self._reference()
         unit = unit_of(application.recorder)
         if unit is not None:
-            # Somebody may have ended the transaction past the session.
+            # Other code may have ended the transaction without the session.
             unit.look()
         aggregates = processing_event.aggregates
         ids = {each.originator_id for each in processing_event.events}

@@ -94,7 +94,7 @@ class Cause:
         if self._values is None:
             recorded, known = self._find(), {}
             if recorded is not None:
-                # All that comes of it belongs together, be it that it has none itself.
+                # All that comes of it belongs together, also if the event itself has no correlation.
                 known[CORRELATION_ID] = recorded.correlation_id or new_id()
                 if recorded.event_id is not None:
                     known[CAUSATION_ID] = str(recorded.event_id)

@@ -26,7 +26,7 @@ _QUOTED = re.compile(
 """What may have a semicolon that ends no statement."""
 COMMITS = re.compile(r"(?:\A\s*(?:COMMIT|END)|;\s*COMMIT)\b(?!\s+PREPARED)", re.IGNORECASE)
 ROLLS_BACK = re.compile(r"(?:\A|;)\s*(?:ROLLBACK|ABORT)\b(?![^;]*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE)
-"""What commits, or rolls back, all of a transaction, be it one of several statements in a text."""
+"""What commits, or rolls back, all of a transaction, also as one of several statements in a text."""
 ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE|CALL)\b", re.IGNORECASE)
 """What may end a transaction or a savepoint in a textual statement; a stored procedure may, in some databases."""
 
@@ -82,7 +82,7 @@ def _forget_savepoints(connection: Connection) -> None:
 def _commit(connection: Connection) -> None:
     for unit in joined(connection):
         if not unit.shared.is_committing:
-            # Somebody commits past the session, which has not asked.
+            # Other code commits, and the session has not asked.
             unit.look()
             try:
                 unit.gate.check()

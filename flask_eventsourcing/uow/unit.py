@@ -168,7 +168,7 @@ class UnitOfWork(Unit):
             return []
         self.look()
         if not self.shared.has_half_ended:
-            # Somebody has rolled the connection back, past the session.
+            # Other code has rolled the connection back without the session.
             self.resolve(asked=True)
         return [*self.following.rolled_back, *self.pending.all(Batch)]
 

@@ -30,7 +30,7 @@ def table_ids(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, s
 
 @contextmanager
 def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
-    """Within it, tables are read, and a statement that fails as one is missing, or a column, says which.
+    """Read tables within it: if a table or a column is missing, the error names it.
 
     :raises MissingTableError: when a table was not created.
     :raises UnsafeTableError: when one of the tables lacks a column.

@@ -265,7 +265,7 @@ class Driver:
         return True
 
     def is_over(self, connection: Connection) -> bool:
-        """Whether the transaction is over in which something was written: ended by whomever, or aborted.
+        """Whether the transaction is over in which something was written: ended by any code, or aborted.
 
         The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
         """
@@ -289,7 +289,7 @@ class Driver:
         return cls.code(driver_error) in cls.serialization_failures
 
     def is_conflict(self, error: BaseException | None) -> bool:
-        """Whether an error, of whom ever, means that another writer was first and the whole unit may be run again.
+        """Whether any error means that another writer was first, and that the whole unit may be run again.
 
         Of the library's ``IntegrityError`` this is one kind: a gap in a stream, or a position that was processed
         already, would be the same the next time.
