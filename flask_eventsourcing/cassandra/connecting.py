@@ -38,11 +38,11 @@ try:
         ResponseFuture,
         Session,
     )
-except DependencyException as error:
+except DependencyException as _error:
     raise ConfigurationError(
         "The driver of Cassandra was installed without its extension for libev, and this Python has no asyncore, which "
         "would do instead: install libev with its headers, as libev-dev, and then the driver again, or a wheel of it."
-    ) from error
+    ) from _error
 from cassandra.auth import PlainTextAuthProvider  # noqa: E402
 from cassandra.policies import (  # noqa: E402
     ConvictionPolicy,
