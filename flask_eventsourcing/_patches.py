@@ -317,8 +317,16 @@ def session_methods(plain: Any, session: Any, get: Callable[..., Any], observe: 
 
     :param plain: SQLAlchemy's class.
     """
+
+    def first(method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            observe()
+            return method(*args, **kwargs)
+
+        return called
+
     kind, before = type(session), vars(session)
-    methods = {name: _calling_first(observe, getattr(session, name)) for name in _FORGETTING}
+    methods = {name: first(getattr(session, name)) for name in _FORGETTING}
     if kind.get is plain.get and kind._identity_lookup is plain._identity_lookup and "get" not in before:
         methods["get"] = get
     kept = {name: before[name] for name in methods if name in before}
@@ -332,11 +340,3 @@ def session_methods(plain: Any, session: Any, get: Callable[..., Any], observe: 
 
 
 _FORGETTING = ("expire", "expire_all", "expunge", "expunge_all", "refresh")
-
-
-def _calling_first(observe: Callable[[], object], method: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> Any:
-        observe()
-        return method(*args, **kwargs)
-
-    return called

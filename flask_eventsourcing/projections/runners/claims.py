@@ -142,7 +142,6 @@ class Turn:
             notes = self._notes(belonging, connection, row, mark)
             if isinstance(notes, Mismatch):
                 return self._refuse(notes)
-            filled = belonging.find_filled(connection) if row.position == 0 < mark else None
         code = "" if self.consumer.kind == "rebuild" else self.consumer.fingerprint
         at = row.position if "position" in notes else None
         claimed = self.consumer.checkpoint.claim(
@@ -150,12 +149,18 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
-            if filled is not None and claimed.position == 0:
-                logger.warning(FILLED, row.name, filled, self.consumer.command("rebuild"))
+            if claimed.position == 0 < mark:
+                self._warn_of_rows(belonging)
             # One of its own is left by an outage, in which it could not be given back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
         return claimed
+
+    def _warn_of_rows(self, belonging: Belonging) -> None:
+        with self.consumer.application.engine.connect() as connection:
+            filled = belonging.find_filled(connection)
+        if filled is not None:
+            logger.warning(FILLED, self.consumer.name, filled, self.consumer.command("rebuild"))
 
     def _notes(
         self, belonging: Belonging, connection: Connection, row: CheckpointRow, mark: int
