@@ -25,6 +25,7 @@ from ..persistence.dialects import (
     dialect_for,
     has_waited,
     hide_values,
+    is_full,
     is_outage,
     is_serialization_failure,
     without_values,
@@ -241,6 +242,8 @@ def message_of(error: Exception) -> str:
     text = str(error).strip() if driver_error is None else without_values(driver_error)
     if is_serialization_failure(error) or has_waited(error):
         return f"Another transaction was in the way: {text.rstrip('.')}. Run the command again."
+    if is_full(error):
+        return f"The database has no room to write: {text.rstrip('.')}. Free some, and run the command again."
     if is_outage(error):
         return f"The database cannot be reached: {text}"
     return text if isinstance(error, FlaskEventSourcingError) else f"{type(error).__name__}: {text}"

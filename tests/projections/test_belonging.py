@@ -755,6 +755,21 @@ def test_known_topics_are_kept(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> N
     assert row.topics_position == row.position == 5
 
 
+def test_topics_that_a_migration_has_changed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebuild reads events whose topics were changed in the database, although the class has its old topic too."""
+    monkeypatch.setattr(pages, "COLLECT_FROM", 3)
+    desk.balances()
+    account_id = desk.open(1, 2, 3, 4)
+    assert not desk.run_once()
+    assert desk.row().topics
+    utils.register_topic("tests.migrated:Deposited", Deposited)
+    table = events(desk)
+    change = sa.update(table).where(table.c.topic == utils.get_topic(Deposited))
+    execute(desk, change.values(topic="tests.migrated:Deposited"))
+    rebuild(desk)
+    assert desk.amounts() == {account_id: 10}
+
+
 # ------------------------------------------------------------------------------------------------------- names and keys
 
 

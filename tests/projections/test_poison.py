@@ -165,6 +165,50 @@ def test_a_server_that_only_reads_is_waited_for(desk: Desk) -> None:
     forget_killed_connections()
 
 
+FULL = {
+    "postgresql": "DO $$ BEGIN RAISE EXCEPTION 'could not extend file: No space left' USING ERRCODE = '53100'; END $$",
+    "mysql": "SIGNAL SQLSTATE 'HY000' SET MYSQL_ERRNO = 1021, MESSAGE_TEXT = 'Disk full'",
+}
+
+
+@pytest.mark.parametrize("on_failure", ["halt", "dead-letter"])
+def test_a_full_disk_is_waited_for(desk: Desk, on_failure: Any) -> None:
+    """No event is set aside because the disk is full, nor halts its projection: a worker goes on once it is not."""
+    full = threading.Event()
+
+    class Growing(ModelProjection):
+        models = (desk.Seen,)
+        retries = 0
+
+        @on(Deposited)
+        def deposited(self, event: Any, session: orm.Session) -> None:
+            fill_disk(session, full=full.is_set())
+            id_ = str(event.originator_id)
+            session.add_all(desk.Seen(account_id=id_, version=each, text="x" * 50) for each in range(200))
+
+    desk.register(type("Growing", (Growing,), {"on_failure": on_failure}))
+    full.set()
+    desk.open(1, 2)
+    with desk.running() as worker:
+        until(lambda: worker.runners[0].progress.state == "unreachable")
+        full.clear()
+        until(lambda: desk.position("Growing") == 3)
+    status = desk.status("Growing")
+    assert (status.dead_letters, status.error) == (0, None)
+    with desk.engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(desk.Seen)) == 400
+
+
+def fill_disk(session: orm.Session, *, full: bool) -> None:
+    """Have the database of a session say that the disk is full, or have room again."""
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages if full else 10**6}")
+    elif full:
+        session.execute(sa.text(FULL["postgresql" if connection.dialect.name == "postgresql" else "mysql"]))
+
+
 def test_a_pool_of_one_connection_is_enough_for_a_rebuild(new_desk: MakeDesk) -> None:
     """A rebuild, a continued rebuild and a dry run need only one connection of the pool."""
     desk = new_desk(SQLALCHEMY_ENGINE_OPTIONS=POOL_OF_ONE)

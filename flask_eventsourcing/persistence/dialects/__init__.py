@@ -230,6 +230,7 @@ def _passes_by_code(driver_error: BaseException | None) -> bool:
         dialect.passes(driver_error)
         or dialect.is_serialization_failure(driver_error)
         or dialect.is_read_only(driver_error)
+        or dialect.code(driver_error) in dialect.full
         for dialect in DIALECTS.values()
     )
 
@@ -238,6 +239,12 @@ def is_read_only(error: BaseException) -> bool:
     """Whether a server has refused to write, as after a failover: another connection may lead to another server."""
     driver_error = _driver_error(error)
     return driver_error is not None and any(each.is_read_only(driver_error) for each in DIALECTS.values())
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a database has no room to write, as its disk is full."""
+    driver_error = _driver_error(error)
+    return driver_error is not None and any(each.code(driver_error) in each.full for each in DIALECTS.values())
 
 
 def is_canceled(error: BaseException) -> bool:
@@ -283,6 +290,7 @@ __all__ = [
     "hide_values",
     "in_autocommit",
     "is_canceled",
+    "is_full",
     "is_in_memory",
     "is_outage",
     "is_read_only",

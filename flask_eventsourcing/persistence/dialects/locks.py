@@ -292,6 +292,8 @@ class ForProjections(ForSwaps):
     """Whether a change locks the rows that its conditions look for, so that nobody else can insert such ones."""
     canceled: ClassVar[frozenset[object]] = frozenset()
     """The driver's codes of errors by which the server has ended a statement that took too long."""
+    full: ClassVar[frozenset[object]] = frozenset()
+    """Those that say that the disk is full."""
     has_one_writer = False
     """Whether one writer keeps out all others, so that a handler that waits is waiting for itself."""
 

@@ -62,6 +62,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     # Of a database, a table, a column; not to the server, which is no matter of tables.
     rights_lacking: ClassVar[frozenset[object]] = frozenset({1044, 1142, 1143})
     canceled: ClassVar[frozenset[object]] = frozenset({1317, 1969, 3024})
+    full: ClassVar[frozenset[object]] = frozenset({1021, 1114})
     title = "MySQL"
     appends_one_by_one = True
     drivers: ClassVar[dict[str, str]] = {

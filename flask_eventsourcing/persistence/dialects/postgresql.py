@@ -365,6 +365,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
 
     keeps_microseconds = True
     canceled: ClassVar[frozenset[object]] = frozenset({"57014"})
+    full: ClassVar[frozenset[object]] = frozenset({"53100"})
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:

@@ -327,6 +327,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     # A batch keeps every other writer waiting.
     batch_seconds: float = 0.1
     keeps_microseconds = True
+    full: ClassVar[frozenset[object]] = frozenset({sqlite3.SQLITE_FULL})
     has_one_writer = True
 
     def file_beside(self, connection: Connection) -> Path | None:

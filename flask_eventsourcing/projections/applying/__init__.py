@@ -19,6 +19,7 @@ from ...persistence.dialects import (
     MAY_PASS,
     has_waited,
     is_canceled,
+    is_full,
     is_outage,
     is_read_only,
     is_serialization_failure,
@@ -57,7 +58,8 @@ UNKNOWN = (
 
 def may_be_its_own(error: BaseException) -> bool:
     """Whether a handler may have caused an error that looks like an outage, if the database answers now."""
-    return not (isinstance(error, FencedError) or is_serialization_failure(error) or is_read_only(error))
+    by_itself = is_serialization_failure(error) or is_read_only(error) or is_full(error)
+    return not (isinstance(error, FencedError) or by_itself)
 
 
 def never() -> bool:
@@ -218,7 +220,7 @@ class Applier:
     def _is_suspect(self, error: BaseException) -> bool:
         """Whether the handler may have caused an error that allows another try: it would be tried for ever."""
         batch = self._batches.last
-        if batch is None or isinstance(error, FencedError) or is_serialization_failure(error):
+        if batch is None or isinstance(error, FencedError) or is_serialization_failure(error) or is_full(error):
             return False
         if not has_waited(error):
             return True

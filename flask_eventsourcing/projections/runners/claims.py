@@ -54,7 +54,7 @@ class Suspects:
 
     A process that is ended by a signal, a lack of memory, or ``os._exit()``, does not give its claim back.
 
-    A supervisor that restarts processes has not decided to try the event again.
+    A supervisor that starts processes again is nobody who has decided to try it again.
 
     :param token: of the claim that this process is to give back, if it has one.
     :param left: how many events the process before may have been applying, or 0 if it has given its claim back.
@@ -142,7 +142,6 @@ class Turn:
             notes = self._notes(belonging, connection, row, mark)
             if isinstance(notes, Mismatch):
                 return self._refuse(notes)
-            filled = belonging.find_filled(connection) if row.position == 0 < mark else None
         code = "" if self.consumer.kind == "rebuild" else self.consumer.fingerprint
         at = row.position if "position" in notes else None
         claimed = self.consumer.checkpoint.claim(
@@ -150,15 +149,18 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
-            self._tell_filled(claimed, filled)
+            if claimed.position == 0 < mark:
+                self._warn_of_rows(belonging)
             # One of its own is left by an outage, in which it could not be given back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
         return claimed
 
-    def _tell_filled(self, claimed: CheckpointRow, filled: str | None) -> None:
-        if filled is not None and claimed.position == 0:
-            logger.warning(FILLED, claimed.name, filled, self.consumer.command("rebuild"))
+    def _warn_of_rows(self, belonging: Belonging) -> None:
+        with self.consumer.application.engine.connect() as connection:
+            filled = belonging.find_filled(connection)
+        if filled is not None:
+            logger.warning(FILLED, self.consumer.name, filled, self.consumer.command("rebuild"))
 
     def _notes(
         self, belonging: Belonging, connection: Connection, row: CheckpointRow, mark: int
