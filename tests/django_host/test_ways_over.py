@@ -28,7 +28,7 @@ from flask_eventsourcing.contrib.django.imports import (
     Imported,
     JournalEvent,
     import_event_journal,
-    sources,
+    landing,
 )
 from flask_eventsourcing.exceptions import ConfigurationError, ImportedEventsError
 from tests.contract.backends import url_for
@@ -84,7 +84,7 @@ def load(dump: Path) -> None:
     """Make the tables of a dump, with their rows."""
     stored = sqlite3.connect(":memory:")
     stored.executescript(dump.read_text())
-    known = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+    known = landing.stored_events(), landing.snapshots(), landing.notification_tracking(), landing.event_journal()
     names = {name for (name,) in stored.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     connection: Any = connections["ledger"]
     for made in (as_made(each) for each in known if each._meta.db_table in names):
@@ -202,7 +202,7 @@ def test_another_block_is_refused(former: None) -> None:
 
 def test_a_missing_version_is_refused(former: None) -> None:
     """An aggregate that has lost an event is named, and nothing is taken over."""
-    sources.stored_events().objects.using("ledger").filter(pk=8).delete()
+    landing.stored_events().objects.using("ledger").filter(pk=8).delete()
     with pytest.raises(CommandError, match="4 events up to version 5"):
         take_over("Bank")
     assert positions(BankRecords) == []
@@ -414,10 +414,10 @@ from bank.models import ShopRecords
 from bank.shop import Shop, Voucher
 from bank.tasks import Errand
 from flask_eventsourcing.contrib.django import get_application
-from flask_eventsourcing.contrib.django.imports import sources
+from flask_eventsourcing.contrib.django.imports import landing
 
 call_command("migrate", verbosity=0)
-tables = sources.stored_events(), sources.snapshots(), sources.notification_tracking(), sources.event_journal()
+tables = landing.stored_events(), landing.snapshots(), landing.notification_tracking(), landing.event_journal()
 with connection.schema_editor() as editor:
     for each in tables:
         editor.create_model(each)
