@@ -178,7 +178,7 @@ def _tell(output: Output, findings: Iterable[Finding], faults: list[str]) -> Non
 
 
 def status(subject: Subject, output: Output, *, as_json: bool = False, check: bool = False) -> int:
-    """Show how far each projection is, who runs it, and what is wrong.
+    """Show how far each projection is, which process runs it, and what is wrong.
 
     It prints a table, and below it what needs an operator.
 

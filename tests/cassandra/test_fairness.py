@@ -36,7 +36,7 @@ def test_nobody_starves(seed: int) -> None:
     assert len(fair.done) > 2 * bare(seed, 4, SECONDS)
 
 
-def test_who_is_alone_waits_for_nobody() -> None:
+def test_a_writer_alone_does_not_wait() -> None:
     """Without others nothing is waited for, and threads that share rows save more than bare inserts in turn."""
     alone = Contention(1, 1, 4)
     assert alone.run(SECONDS) < 0.2

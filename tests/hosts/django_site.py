@@ -34,7 +34,7 @@ WITHOUT_MEANING = {
     "test_session_is_never_ignored": SESSIONS,
     "test_unit_on_another_session_is_another_unit": SESSIONS,
     "test_save_with_a_session_inside_a_unit": SESSIONS,
-    "test_unit_in_which_somebody_rolls_back_stores_nothing": "Django refuses both inside a block with its own error",
+    "test_rollback_inside_a_unit_rolls_all_of_it_back": "Django refuses both inside a block with its own error",
     "test_only_the_unit_commits_inside_a_unit": "Django refuses both inside a block with its own error",
     "test_events_of_others_at_a_lost_position_are_not_ours": "an end past Django is not one that it knows",
     "test_what_is_unknown_is_not_announced": SESSIONS,

@@ -211,7 +211,7 @@ def test_only_the_unit_commits_inside_a_unit(site: HostSite, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["session", "connection", "text"])
-def test_unit_in_which_somebody_rolls_back_stores_nothing(site: HostSite, way: str) -> None:
+def test_rollback_inside_a_unit_rolls_all_of_it_back(site: HostSite, way: str) -> None:
     """Half of a unit of work is never committed: a rollback inside it rolls all of it back."""
 
     def unit(before: Callable[..., None], write: Callable[..., None]) -> None:

@@ -132,7 +132,7 @@ def test_an_erased_aggregate_cannot_be_read(site: Site, redact: bool) -> None:
             site.bank.repository.get(account_id, projector_func=all_events)
 
 
-def test_nobody_brings_it_back(site: Site, redact: bool) -> None:
+def test_an_erased_aggregate_stays_erased(site: Site, redact: bool) -> None:
     """An object from before is refused when it is saved, then and later, and a new aggregate does not get its id."""
     account_id = site.opened(1)
     with site.app.app_context():

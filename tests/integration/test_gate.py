@@ -159,7 +159,7 @@ def test_waiting_at_the_gate_ends(new_site: MakeSite, uri: str, count: int) -> N
 
 
 @on_postgresql
-def test_those_who_draw_few_positions_wait_for_nobody(site: Site, uri: str) -> None:
+def test_small_saves_do_not_wait_for_each_other(site: Site, uri: str) -> None:
     """Several writers can pass the open gate at the same time."""
     site.opened()
     recorder = recorder_of(site)

@@ -89,7 +89,7 @@ def test_a_log_of_which_nothing_else_is_left(desk: Desk) -> None:
     assert desk.status().problem is None
 
 
-def test_a_handler_forgets_who_was_erased(desk: Desk, redact: bool) -> None:
+def test_a_handler_deletes_rows_of_an_erased_aggregate(desk: Desk, redact: bool) -> None:
     """A handler for ``AggregateErased`` is called in the order of the log, and a reaction once."""
     obeying(desk)
     kept, account_id = desk.open(1), desk.open(2)

@@ -159,7 +159,7 @@ def test_each_event_is_applied_once_or_its_absence_is_told(history: History, ste
     assert history.count_ranges() == sum(number - 1 not in above for number in above)
 
 
-def test_writers_and_those_who_merge(new_desk: MakeDesk) -> None:
+def test_writers_and_merges_at_once(new_desk: MakeDesk) -> None:
     """While several processes write and two merge ranges, every event counts as applied at each moment."""
     desk = new_desk(EVENTSOURCING_LOCK_TIMEOUT=60)
     desk.listing(inline=True)

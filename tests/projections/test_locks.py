@@ -95,7 +95,7 @@ def test_a_runner_whose_claim_was_lost_applies_nothing(desks: list[Desk]) -> Non
 
 
 @locks
-def test_nobody_claims_what_another_holds(desks: list[Desk]) -> None:
+def test_a_taken_lock_cannot_be_taken_again(desks: list[Desk]) -> None:
     """A lock that is taken cannot be taken again, is seen from elsewhere, and is free again after its release."""
     one, two = desks
     one.consumer().checkpoint.ensure()
@@ -185,7 +185,7 @@ def test_once_while_another_runs(desks: list[Desk], lock: str) -> None:
 
 
 @locks
-def test_the_status_of_what_nobody_runs(desks: list[Desk], lock: str) -> None:
+def test_status_before_the_first_run(desks: list[Desk], lock: str) -> None:
     """Before the first run a projection is stopped, at the beginning, and as old as its first event."""
     one, _ = desks
     assert (one.status().lag_events, one.status().lag_seconds) == (0, 0.0)

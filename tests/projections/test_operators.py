@@ -37,7 +37,7 @@ def command(desk: Desk, *arguments: str) -> tuple[int, str]:
 # ------------------------------------------------------------------------------------------------------------- pause
 
 
-def test_a_paused_projection_is_run_by_nobody(desk: Desk) -> None:
+def test_no_worker_runs_a_paused_projection(desk: Desk) -> None:
     """A running worker stops at a pause, one that is started obeys it too, and both go on when it is resumed."""
     desk.balances()
     account_id = desk.open(1)

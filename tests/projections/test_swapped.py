@@ -255,7 +255,7 @@ def test_readers_see_old_rows_until_they_are_replaced(desk: Desk, inline: bool) 
 
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
-def test_who_holds_the_swap_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holder_of_the_tables_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that keeps the table locked is named with its number, and the rebuild can be continued."""
     desk.balances()
     account_id = desk.open(1, 2)

@@ -91,7 +91,7 @@ def test_an_unknown_projection(desk: Desk) -> None:
 
 
 @on_postgresql
-def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notification_wakes_a_waiting_caller(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """On PostgreSQL a notification that the position has moved ends the wait, without polling."""
     monkeypatch.setattr(following, "SHORTEST_WAIT", 1000.0)
     monkeypatch.setattr(following, "LONGEST_WAIT", 1000.0)
@@ -115,7 +115,7 @@ def test_a_notification_wakes_who_waits(desk: Desk, monkeypatch: pytest.MonkeyPa
 
 
 @on_postgresql
-def test_who_has_waited_does_not_hold_up_the_servers_queue(desk: Desk) -> None:
+def test_a_kept_connection_does_not_hold_up_the_servers_queue(desk: Desk) -> None:
     """A connection that is kept for a later wait listens to nothing, as the server would keep its notifications."""
     desk.balances()
     desk.open(1)

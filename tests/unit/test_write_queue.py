@@ -122,7 +122,7 @@ def test_only_the_owner_releases() -> None:
     assert not queue.is_owner(owner)
 
 
-def test_release_in_the_midst_of_an_acquire() -> None:
+def test_release_during_an_acquire() -> None:
     """A connection that the garbage collector ends while its thread is within the queue waits for nothing."""
     queue = WriteQueue("bank.db")
     owner = Connection()
