@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 OWN = "flask_eventsourcing"
 """The execution option of the recorders' own statements."""
+BLOCK = f"/* {OWN} */ BEGIN NOT ATOMIC"
+"""How a block of the recorders' own begins, which ends no transaction, whatever its words look like."""
 # Taken over as it is, and not copied, by a connection without options of its own.
 OPTIONS = sa.util.immutabledict({OWN: True})
 

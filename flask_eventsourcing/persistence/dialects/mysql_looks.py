@@ -18,7 +18,7 @@ from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from ...config import DialectOptions
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
 from .base import Dialect
-from .calls import root_engine
+from .calls import BLOCK, root_engine
 from .event_tables import POSITION, VERSION, EventTable, begins, gap
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
 
@@ -44,7 +44,9 @@ MOST_PLACES = 1024
 """Aggregates with a conflict of which the place is known where the next tries queue."""
 
 
-APPEND_ONE = """BEGIN NOT ATOMIC
+APPEND_ONE = (
+    BLOCK
+    + """
 DECLARE is_next BOOLEAN DEFAULT FALSE;
 DO LAST_INSERT_ID(0);
 {draw};
@@ -52,6 +54,7 @@ SELECT {condition} INTO is_next;
 IF is_next AND LAST_INSERT_ID() > 0 THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
 SELECT LAST_INSERT_ID(), is_next;
 END"""
+)
 """What draws a position and inserts an event with it; where there is no row that counts, the position is 0.
 
 A read that is not part of the INSERT locks nothing.
