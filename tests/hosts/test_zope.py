@@ -155,6 +155,22 @@ def test_abort_is_no_loss(zope_site: ZopeSite, caplog: pytest.LogCaptureFixture)
     assert zope_site.stored() == (0, 0)
 
 
+@pytest.mark.parametrize("scoped", [True, False])
+def test_session_that_does_not_begin_by_itself(tmp_path: Path, scoped: bool) -> None:
+    """With ``autobegin=False`` a save and a unit of work begin the session; who reads first begins it, as for rows."""
+    site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=scoped, autobegin=False)
+    with site.manager:
+        account_id = site.bank.open_account()
+    with site.manager:
+        site.session.begin()
+        site.bank.deposit(account_id)
+        site.note()
+    with site.es.transaction():
+        site.bank.deposit(account_id)
+    assert site.stored() == (3, 1)
+    site.close()
+
+
 def test_explicit_manager_of_a_sessionmaker(tmp_path: Path) -> None:
     """Each transaction of an explicit manager has a session of its own; outside of it a save commits by itself."""
     site = ZopeSite(f"sqlite:///{tmp_path}/bank.db", scoped=False, explicit=True)

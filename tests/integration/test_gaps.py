@@ -26,6 +26,7 @@ FEW = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+LEVELS = ["REPEATABLE READ", "READ COMMITTED"]
 ONE, OTHER = UUID(int=1), UUID(int=2)
 VERSIONS = st.lists(st.tuples(st.sampled_from([ONE, OTHER]), st.integers(0, 5)), min_size=1, max_size=4)
 SNAPSHOTS = st.lists(st.tuples(st.sampled_from([ONE, OTHER]), st.integers(0, 4)), max_size=1)
@@ -75,6 +76,61 @@ def latest(new_site: MakeSite) -> Site:
 def test_streams_have_no_gaps_in_another_level(latest: Site, saves: list[Any], snapshots: list[Any]) -> None:
     """The same where the statement that stores an event looks for its predecessor."""
     save_all(latest, saves, snapshots)
+
+
+@on_mariadb
+@pytest.mark.parametrize("level", LEVELS)
+def test_append_of_one_event_is_one_statement(new_site: MakeSite, level: str) -> None:
+    """MariaDB draws a position, looks for the predecessor and stores an event in one statement."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": level})
+    account_id = site.opened()
+    heard: list[str] = []
+    with site.app.app_context():
+        recorder = site.bank.recorder
+        # Some looks are made once.
+        recorder.insert_events(made([(account_id, 2)]))
+        site.db.session.commit()
+
+        @sa.event.listens_for(site.db.engine, "before_cursor_execute")
+        def hear(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            heard.append(statement)
+
+        for key in ((account_id, 3), (uuid4(), 1)):
+            recorder.insert_events(made([key]))
+            site.db.session.commit()
+    assert [each.count("INSERT INTO") for each in heard] == [1, 1]
+
+
+@on_mariadb
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_positions_without_the_row_that_counts(new_site: MakeSite, level: str, is_known: bool) -> None:
+    """Where other code has emptied the tracking table, positions go on behind the last event, without a gap."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": level})
+    account_id = site.opened()
+    if not is_known:
+        site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": level})
+    with site.app.app_context():
+        with site.db.engine.begin() as connection:
+            connection.execute(sa.delete(site.es.Tracking))
+        found = [site.bank.recorder.insert_events(made([key])) for key in ((account_id, 2), (uuid4(), 1))]
+        site.db.session.commit()
+    assert found == [[2], [3]]
+    assert site.stored() == (3, 0)
+
+
+@on_mariadb
+@pytest.mark.parametrize("level", LEVELS)
+def test_refused_event_gives_its_position_back(new_site: MakeSite, level: str) -> None:
+    """After an event that would leave a gap, the next one has the position that was drawn for it."""
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": level})
+    account_id = site.opened()
+    with site.app.app_context():
+        for key in ((account_id, 7), (uuid4(), 3)):
+            with pytest.raises(IntegrityError, match="would leave a gap"):
+                site.bank.recorder.insert_events(made([key]))
+        assert site.bank.recorder.insert_events(made([(account_id, 2)])) == [2]
+        site.db.session.rollback()
 
 
 def save_all(site: Site, saves: list[list[tuple[UUID, int]]], snapshots: list[Any]) -> None:

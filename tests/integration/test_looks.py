@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -385,6 +385,17 @@ def with_session(uri: str, statement: str, *classes: Any) -> Iterator[Site]:
 
 
 @on_mariadb
+def test_mode_of_oracle(uri: str) -> None:
+    """A session that takes Oracle's grammar stores and reads events like any other."""
+    with with_session(uri, "SET sql_mode = 'ORACLE,STRICT_TRANS_TABLES'") as site, site.app.app_context():
+        account_id = site.bank.open_account()
+        site.bank.deposit(account_id)
+        site.db.session.commit()
+        assert site.bank.balance(account_id) == 1
+        assert site.bank.recorder.max_notification_id() == 2
+
+
+@on_mariadb
 def test_mode_that_cuts_is_refused(uri: str) -> None:
     """Outside strict mode, where the server truncates ids, appends are refused with the remedy, reads are not."""
     with with_session(uri, "SET sql_mode = ''") as site:
@@ -451,6 +462,18 @@ def test_event_that_no_statement_holds(new_site: MakeSite) -> None:
             site.bank.recorder.insert_events([event_of(uuid4(), b"x" * 17 * MEGABYTE)])
         site.db.session.commit()
     assert site.stored() == (0, 1)
+
+
+@on_mariadb
+@pytest.mark.parametrize(("rest", "stored"), [(1_200, 0), (3_400, 1)])
+def test_event_that_a_statement_just_holds(new_site: MakeSite, rest: int, stored: int) -> None:
+    """An event that leaves little room in a statement is stored, or refused before it is sent."""
+    site = new_site()
+    site.opened()
+    with site.app.app_context(), nullcontext() if stored else pytest.raises(DataError, match="max_allowed_packet"):
+        site.bank.recorder.insert_events([event_of(uuid4(), b"x" * ((16 * MEGABYTE - rest) // 2))])
+        site.db.session.commit()
+    assert site.stored() == (1 + stored, 0)
 
 
 # --------------------------------------------------------------------------------------------------- rights

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pyramid.request import Request
+from pyramid.response import Response
 from pyramid_retry import RetryableException
 from sqlalchemy import orm
 from webtest import TestApp
@@ -65,6 +66,24 @@ def test_metadata(new_site: MakePyramidSite) -> None:
     assert second == {"correlation_id": tries[2], "user": "ada", "reason": "mine"}
     assert tries == ["r1", "r1", tries[2], tries[2]]
     assert len(set(tries)) == 2
+
+
+def test_body_that_is_sent_in_parts(site: PyramidSite) -> None:
+    """What such a body saves has the metadata of its request and its own, and no other request has any of these."""
+
+    def body(request: Any) -> Iterator[bytes]:
+        with event_metadata(reason="body"):
+            yield b"one"
+            bank_of(request).open_account()
+            yield b"two"
+
+    site.view = lambda request: Response(app_iter=body(request), content_length=6)
+    response = Request.blank("/", method="POST", headers={"X-Request-ID": "r1"}).get_response(site.app)
+    parts = iter(response.app_iter)
+    assert (response.content_length, next(parts), get_metadata_from_context()) == (6, b"one", {})
+    assert site.answer(lambda request: {"id": str(bank_of(request).open_account())}, headers={"X-Request-ID": "r2"})
+    assert list(parts) == [b"two"]
+    assert described(site) == [{"correlation_id": "r2"}, {"correlation_id": "r1", "reason": "body"}]
 
 
 def test_metadata_are_of_one_request(site: PyramidSite) -> None:

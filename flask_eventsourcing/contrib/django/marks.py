@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from ..._patches import django_watch
+from ...persistence.dialects.calls import BLOCK
 from ...uow import AfterCommit, Batch
 from ...uow.pending import AfterRollback, Item, call_all, of_kind
 
@@ -247,7 +248,7 @@ class Marked:
         """Suspect a statement that may end the transaction: one of Django's ``execute_wrappers``."""
         if not self.noted:
             self.watch(context["connection"], watched=False)
-        elif HARMLESS.match(str(sql)) is None:
+        elif not str(sql).startswith(BLOCK) and HARMLESS.match(str(sql)) is None:
             self.is_suspicious = True
         return execute(sql, params, many, context)
 

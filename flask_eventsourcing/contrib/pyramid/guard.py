@@ -6,15 +6,15 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import NoneType
+from types import GeneratorType, NoneType
 from typing import Any
 
 from pyramid.registry import Registry
 
 from ...exceptions import FlaskEventSourcingError, RollbackOnlyError, UncommittedEventsError
-from ...metadata import enter_request, leave_request
+from ...metadata import enter_request, kept_for_later, leave_request
 from ...uow import Batch, describe
-from .pyramid_host import DOOMED, DROPPED, SESSIONS, Subrequest, is_managed, is_run_again, is_within_another
+from .pyramid_host import DOOMED, DROPPED, SESSIONS, Subrequest, is_managed, is_run_again, is_within_another, of_request
 from .site_state import KEY, EventSourcing
 
 VETOED: tuple[type, ...] = (NoneType,)
@@ -41,7 +41,9 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
     def guard_tween(request: Any) -> Any:
         enter_request(request)
         try:
-            return answer(request)
+            response = answer(request)
+            _give_metadata(response)
+            return response
         finally:
             leave_request(request)
 
@@ -70,6 +72,18 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         return response if error is None else answer_with(request, error)
 
     return guard_tween
+
+
+def _give_metadata(response: Any) -> None:
+    """Give a body that is a generator the metadata of the request while it runs, and keep its own from others."""
+    body = getattr(response, "app_iter", None)
+    if not isinstance(body, GeneratorType):
+        return
+    length = getattr(response, "content_length", None)
+    response.app_iter = kept_for_later(of_request())(lambda: body)()
+    if length is not None:
+        # WebOb takes it away with the body.
+        response.content_length = length
 
 
 def answer_with(request: Any, error: Exception) -> Any:

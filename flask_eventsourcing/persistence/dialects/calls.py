@@ -21,6 +21,8 @@ OWN = "flask_eventsourcing"
 AUTOCOMMIT = "AUTOCOMMIT"
 INTRANS = 2
 """``PQTRANS_INTRANS`` of libpq: there is a transaction, which has not failed."""
+BLOCK = f"/* {OWN} */ BEGIN NOT ATOMIC"
+"""How a block of the recorders' own begins, which ends no transaction, whatever its words look like."""
 # Taken over as it is, and not copied, by a connection without options of its own.
 OPTIONS = sa.util.immutabledict({OWN: True})
 

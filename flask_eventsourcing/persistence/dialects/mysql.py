@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from traceback import walk_tb
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from .calls import ask, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
 from .locks import RunnerLock
-from .mysql_looks import EXACT, ORDER, ExactText, MySQLLooks, surely_follows
+from .mysql_looks import APPEND_ONE, EXACT, ORDER, ExactText, MySQLLooks, surely_follows
 from .mysql_swapping import MySQLSwaps
 from .session_locks import NamedLock
 
@@ -147,21 +147,37 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         values = beside.completed([table.row(event) for event in events])
         first = heads(events)
         self.refuse_padded(connection, table, [event.originator_id for event in events])
-        draw = partial(self._draw, connection, table, len(events))
-        snapshots, last = self.beside_snapshots(connection, table, first, draw)
-        positions = list(range(last - len(events) + 1, last + 1))
-        rows = [(each, *row) for each, row in zip(positions, values, strict=True)]
-        marks = ", ".join(["%s"] * len(rows[0]))
+        work: Callable[[bool], tuple[int, bool]] = partial(self._draw, connection, table, len(events))
         into = f"INSERT INTO {table.name} ({POSITION}, {beside.shape.columns})"
-        begun = begins(events[0])
-        if len(rows) == 1 and (begun or self.reads_latest(connection)) and self.chunks(connection, rows):
-            condition, known = surely_follows(table, values[0], first=begun, snapshots=snapshots)
-            statement = f"{into} SELECT {marks} FROM (SELECT 1 AS one) AS o WHERE {condition}"
-            if self.modify(connection, statement, (*rows[0], *known)).rowcount:
-                return positions
-        self.check_gap(connection, table, first, len(events), snapshots=snapshots)
-        self.insert_rows(connection, f"{into} VALUES ({marks})", rows)
+        if len(values) == 1 and self.chunks(connection, values):
+            work = partial(self._append_one, connection, table, into, values[0], begins(events[0]))
+        snapshots, (last, is_inserted) = self.beside_snapshots(connection, table, first, work)
+        positions = list(range(last - len(events) + 1, last + 1))
+        if not is_inserted:
+            self.check_gap(connection, table, first, len(events), snapshots=snapshots)
+            rows = [(each, *row) for each, row in zip(positions, values, strict=True)]
+            self.insert_rows(connection, f"{into} VALUES (%s{', %s' * len(values[0])})", rows)
         return positions
+
+    def _append_one(
+        self, connection: Connection, table: EventTable, into: str, row: Sequence[Any], begun: bool, snapshots: bool
+    ) -> tuple[int, bool]:
+        """Draw a position, and insert an event with it if that surely follows; return the position, and if it did."""
+        condition, known = surely_follows(table, row, first=begun, snapshots=snapshots)
+        marks = ", %s" * len(row)
+        if self.runs_blocks(connection):
+            draw = self._drawing(connection, table, snapshots)
+            statement = APPEND_ONE.format(draw=draw, condition=condition, into=into, marks=marks)
+            last, is_inserted = self.fetch(connection, statement, (1, ORDER, *known, *row))[0]
+            if last:
+                return last, bool(is_inserted)
+            # Somebody has emptied the table since.
+            self._counters.discard(self.counter_of(table))
+        last, _ = self._draw(connection, table, 1, snapshots)
+        if not (begun or self.reads_latest(connection)):
+            return last, False
+        statement = f"{into} SELECT %s{marks} FROM (SELECT 1 AS one) AS o WHERE {condition}"
+        return last, self.modify(connection, statement, (last, *row, *known)).rowcount == 1
 
     def insert(self, connection: Connection, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Insert events that have no position, all or none of them."""
@@ -178,22 +194,28 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             return False
         return True
 
-    def _draw(self, connection: Connection, table: EventTable, count: int, snapshots: bool) -> int:
+    def _drawing(self, connection: Connection, table: EventTable, snapshots: bool) -> str:
+        """Return the statement that draws positions; its parameters are their number and the name of the row."""
         counter = self.counter_of(table)
         if counter not in self._counters:
             self._ensure_counter(connection, table, counter)
         opened, condition = self.opening(table, snapshots=snapshots)
-        update = (
+        return (
             f"{self._latest(connection)}UPDATE {counter} AS c{opened} "
             f"SET c.notification_id = LAST_INSERT_ID(c.notification_id + %s) WHERE c.application_name = %s{condition}"
         )
+
+    def _draw(self, connection: Connection, table: EventTable, count: int, snapshots: bool) -> tuple[int, bool]:
+        """Draw positions; return the last one, and that no event was inserted."""
+        counter = self.counter_of(table)
+        update = self._drawing(connection, table, snapshots)
         drawn = self.modify(connection, update, (count, ORDER))
         if drawn.rowcount == 0:
             # Somebody has emptied the table since.
             self._counters.discard(counter)
             self._ensure_counter(connection, table, counter)
             drawn = self.modify(connection, update, (count, ORDER))
-        return int(drawn.lastrowid)
+        return int(drawn.lastrowid), False
 
     def _latest(self, connection: Connection) -> str:
         """Return what lets a statement change a row that others have changed since the transaction's snapshot.
@@ -318,18 +340,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
         return NamedLock(self.engine, name, self.is_node)
-
-    def is_node(self, connection: Connection | None = None) -> bool:
-        """Ask the server, once for each engine, whether it replicates with Galera."""
-        found = _nodes.get(self.engine)
-        if found is None:
-            with nullcontext(connection) if connection is not None else self.engine.connect() as used:
-                answer = self.fetch(used, "SHOW VARIABLES LIKE 'wsrep_on'")
-            found = _nodes[self.engine] = bool(answer) and answer[0][1] == "ON"
-        return found
-
-
-_nodes: weakref.WeakKeyDictionary[Engine, bool] = weakref.WeakKeyDictionary()
 
 
 def _after_error(context: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
@@ -18,7 +18,7 @@ from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 from ...config import DialectOptions
 from ...exceptions import IdentifierTypeError, MissingTableError, UnsafeSettingError
 from .base import Dialect
-from .calls import root_engine
+from .calls import BLOCK, root_engine
 from .event_tables import POSITION, VERSION, EventTable, begins, gap
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen, keys_of
 
@@ -35,11 +35,30 @@ NO_LIMIT = 2**63 - 1
 """What ``sql_select_limit`` has at least where it does not limit: its default is this or, on 64 bits, twice as much."""
 LEVEL = "flask_eventsourcing.level"
 """Where a connection of the driver has its isolation level."""
+BLOCKS = "flask_eventsourcing.blocks"
+"""Where it has whether the server runs blocks."""
 OF_ROW = 100
 """The bytes of a statement beside those of a row's ids, topics and states."""
-OF_STATEMENT = 1000
+OF_STATEMENT = 3000
 MOST_PLACES = 1024
 """Aggregates with a conflict of which the place is known where the next tries queue."""
+
+
+APPEND_ONE = (
+    BLOCK
+    + """
+DECLARE is_next BOOLEAN DEFAULT FALSE;
+DO LAST_INSERT_ID(0);
+{draw};
+SELECT {condition} INTO is_next;
+IF is_next AND LAST_INSERT_ID() > 0 THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
+SELECT LAST_INSERT_ID(), is_next;
+END"""
+)
+"""What draws a position and inserts an event with it; where there is no row that counts, the position is 0.
+
+A read that is not part of the INSERT locks nothing.
+"""
 
 
 class ExactText(sa.types.TypeDecorator[str]):
@@ -60,6 +79,7 @@ class ExactText(sa.types.TypeDecorator[str]):
         return "ExactText()"
 
 
+_nodes: weakref.WeakKeyDictionary[Engine, bool] = weakref.WeakKeyDictionary()
 _places: weakref.WeakKeyDictionary[Engine, dict[tuple[str, Any], int]] = weakref.WeakKeyDictionary()
 """The position of an aggregate's first event, by the table's name and the id."""
 
@@ -81,9 +101,11 @@ class MySQLLooks(Dialect):
 
     def found_settings(self, connection: Connection, seen: Seen) -> Iterable[Finding]:
         """Look at the modes of the session."""
-        isolation = "@@tx_isolation" if getattr(self.engine.dialect, "is_mariadb", False) else "@@transaction_isolation"
+        is_mariadb = bool(getattr(self.engine.dialect, "is_mariadb", False))
+        isolation = "@@tx_isolation" if is_mariadb else "@@transaction_isolation"
         settings = f"@@sql_mode, {isolation}, @@max_allowed_packet, @@sql_select_limit"
         mode, level, seen.longest, most = self.fetch(connection, f"SELECT {settings}")[0]
+        connection.info[BLOCKS] = is_mariadb and "ORACLE" not in mode
         # Asked now, while there is a connection: the next caller may hold the last one of the pool.
         self.is_node(connection)
         if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
@@ -100,6 +122,15 @@ class MySQLLooks(Dialect):
         if int(most) < NO_LIMIT:
             text = f"The session's sql_select_limit is {most}, so that longer streams would be read without their end"
             yield Finding(f"{text}: SET sql_select_limit = DEFAULT.", USES, UnsafeSettingError)
+
+    def is_node(self, connection: Connection | None = None) -> bool:
+        """Ask the server, once for each engine, whether it replicates with Galera."""
+        found = _nodes.get(self.engine)
+        if found is None:
+            with nullcontext(connection) if connection is not None else self.engine.connect() as used:
+                answer = self.fetch(used, "SHOW VARIABLES LIKE 'wsrep_on'")
+            found = _nodes[self.engine] = bool(answer) and answer[0][1] == "ON"
+        return found
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as the server's schema has it."""
@@ -197,6 +228,11 @@ class MySQLLooks(Dialect):
         return table.counter
 
     @staticmethod
+    def runs_blocks(connection: Connection) -> bool:
+        """Whether the server runs a block of statements that is sent as one; Oracle's are of another grammar."""
+        return bool(connection.info.get(BLOCKS))
+
+    @staticmethod
     def reads_latest(connection: Connection) -> bool:
         """Whether each statement sees what is committed by then, and INSERT … SELECT locks nothing that it reads.
 
@@ -292,6 +328,12 @@ class MySQLLooks(Dialect):
 
     # ------------------------------------------------------------------------------------------ the longest statement
 
+    @cached_property
+    def _as_hex(self) -> bool:
+        """Whether the driver writes bytes as hexadecimal digits, as later versions of PyMySQL do."""
+        escape = getattr(getattr(self.engine.dialect.dbapi, "converters", None), "escape_bytes", None)
+        return escape is not None and b"x".hex() in escape(b"x")
+
     def chunks(
         self, connection: Connection, rows: Sequence[tuple[Any, ...]], more: int = 0
     ) -> Sequence[Sequence[tuple[Any, ...]]]:
@@ -306,7 +348,7 @@ class MySQLLooks(Dialect):
         found: list[list[tuple[Any, ...]]] = [[]]
         bytes_left = longest - OF_STATEMENT
         for row in rows:
-            size = _size(row, bytes_left)
+            size = _size(row, bytes_left, self._as_hex)
             if size > longest - OF_STATEMENT:
                 raise DataError(
                     f"An event of {size:,} bytes is longer than the server's max_allowed_packet of {longest:,} bytes "
@@ -330,13 +372,17 @@ def surely_follows(table: EventTable, row: Sequence[Any], *, first: bool, snapsh
     return " AND ".join(conditions), [row[0]] * len(names)
 
 
-def _size(row: Sequence[Any], enough: int) -> int:
+def _size(row: Sequence[Any], enough: int, as_hex: bool) -> int:
     """Return the bytes that a row may have in a statement: twice its values, and exactly what they are if need be."""
     texts = [each.encode() if isinstance(each, str) else each for each in row if isinstance(each, str | bytes)]
     size = OF_ROW + 2 * sum(map(len, texts))
     if size <= enough:
         return size
-    return OF_ROW + sum(len(text) + sum(text.count(each) for each in ESCAPED) for text in texts)
+    found = OF_ROW
+    for value, text in zip((each for each in row if isinstance(each, str | bytes)), texts, strict=True):
+        is_hex = as_hex and isinstance(value, bytes)
+        found += len(text) + (len(text) if is_hex else sum(text.count(each) for each in ESCAPED))
+    return found
 
 
 def _text(value: Any) -> str:
