@@ -24,7 +24,7 @@ from ..config import Config, OriginatorIdType
 from ..exceptions import ConfigurationError, HandlerError
 from ..host import send_recorded
 from ..metadata import Collector, Recorded
-from ..uow import Run
+from ..uow import Run, always
 from . import CommittedCache, install_repository
 from .stale import Records, refuse_stale_aggregates
 
@@ -153,9 +153,10 @@ def trying() -> Iterator[_Try]:
         _current.reset(token)
 
 
-def run_again(function: Callable[[], R], times: int) -> R:
+def run_again(function: Callable[[], R], times: int, rewind: Callable[[], bool] = always) -> R:
     """Call a function, and again after a conflict, *times* times at most, while it has saved nothing.
 
+    :param rewind: called before another try; returns whether there can be one.
     :raises IntegrityError: for the last conflict, or the first one after something was saved in that try.
     """
     for tries in range(times):
@@ -163,14 +164,17 @@ def run_again(function: Callable[[], R], times: int) -> R:
             try:
                 return function()
             except IntegrityError:
-                if attempt.has_saved:
+                if attempt.has_saved or not rewind():
                     raise
         time.sleep(pause(tries))
     return function()
 
 
 async def await_again(
-    function: Callable[[], Awaitable[R]], times: int, sleep: Callable[[float], Awaitable[object]]
+    function: Callable[[], Awaitable[R]],
+    times: int,
+    sleep: Callable[[float], Awaitable[object]],
+    rewind: Callable[[], bool] = always,
 ) -> R:
     """Do what :func:`run_again` does with a function whose result is awaited.
 
@@ -181,7 +185,7 @@ async def await_again(
             try:
                 return await function()
             except IntegrityError:
-                if attempt.has_saved:
+                if attempt.has_saved or not rewind():
                     raise
         await sleep(pause(tries))
     return await function()
@@ -279,9 +283,11 @@ class ApartHost:
             finally:
                 run.has_committed = run.has_committed or attempt.has_saved
 
-    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+    def retry(
+        self, function: Callable[[], R], times: int, *, lenient: bool = False, rewind: Callable[[], bool] = always
+    ) -> R:
         """Call a function, and again after a conflict, *times* times at most, while it has saved nothing."""
-        return run_again(function, times)
+        return run_again(function, times, rewind)
 
     def using_session(self, session: object) -> NoReturn:
         """Refuse it: no session has the events."""

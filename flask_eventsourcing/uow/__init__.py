@@ -7,7 +7,17 @@ from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, describe, log_lost
 from .routes import FIXED, same_database, writer_of
-from .running import LONGEST_PAUSE, SessionCommits, UnitRunner, check_times, close, commit, roll_back
+from .running import (
+    LONGEST_PAUSE,
+    SessionCommits,
+    UnitRunner,
+    always,
+    check_times,
+    close,
+    commit,
+    roll_back,
+    why_not_again,
+)
 from .unit import LENT, UnitOfWork, Units
 
 __all__ = [
@@ -23,6 +33,7 @@ __all__ = [
     "UnitOfWork",
     "UnitRunner",
     "Units",
+    "always",
     "check_times",
     "close",
     "commit",
@@ -31,5 +42,6 @@ __all__ = [
     "log_lost",
     "roll_back",
     "same_database",
+    "why_not_again",
     "writer_of",
 ]

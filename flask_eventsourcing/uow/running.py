@@ -24,6 +24,13 @@ logger: logging.Logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 0.1
 """Seconds before a unit is run again, at most."""
 
+UNREAD = "Not tried again, as the body of the request was read, and is too large to be kept."
+
+
+def always() -> bool:
+    """Return that there can be another try."""
+    return True
+
 
 class UnitRunner:
     """Runs units of work on the session that is current at that time.
@@ -89,9 +96,12 @@ class UnitRunner:
             # Somebody has removed the session and got another one.
             current.units.commits.rollback(current.session)
 
-    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+    def retry(
+        self, function: Callable[[], R], times: int, *, lenient: bool = False, rewind: Callable[[], bool] = always
+    ) -> R:
         """See ``EventSourcing.retry_on_conflict``.
 
+        :param rewind: called before another try; returns whether there can be one.
         :param lenient: whether other code may commit in it, as in a task, which did not ask for a unit of work.
         """
         unit = self._current()
@@ -106,19 +116,30 @@ class UnitRunner:
                 conflict = as_conflict(unit, error)
                 if conflict is None:
                     raise
-                if not again or tries == times or run.has_committed:
-                    conflict.add_note(_reason(again=again, has_committed=run.has_committed, tries=tries + 1))
+                if (reason := _reason(again=again, run=run, tries=tries, times=times, rewind=rewind)) is not None:
+                    conflict.add_note(reason)
                     raise conflict from conflict.__cause__
             time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
         raise IntegrityError
 
 
-def _reason(*, again: bool, has_committed: bool, tries: int) -> str:
+def _reason(*, again: bool, run: Run, tries: int, times: int, rewind: Callable[[], bool]) -> str | None:
+    """Return why there is no other try, or None where there is one."""
     if not again:
         return "Not tried again, as the session had changes, or was in a unit of work, before this one began."
-    if has_committed:
+    if run.has_committed:
         return "Not tried again, as something was committed within the unit of work."
-    return f"Tried {tries} times."
+    return why_not_again(tries, times, rewind)
+
+
+def why_not_again(tries: int, times: int, rewind: Callable[[], bool]) -> str | None:
+    """Return why there is no other try after a number of tries that had to be repeated, or None where there is one.
+
+    :param rewind: called before another try; returns whether there can be one.
+    """
+    if tries == times:
+        return f"Tried {tries + 1} times."
+    return None if rewind() else UNREAD
 
 
 def as_conflict(unit: UnitOfWork, error: Exception) -> IntegrityError | None:

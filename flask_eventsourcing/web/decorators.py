@@ -6,14 +6,15 @@ import asyncio
 import inspect
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
+from io import BytesIO
 from typing import Any
 
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError
-from flask import has_request_context
-from werkzeug.datastructures import Headers
+from flask import has_request_context, request
+from werkzeug.datastructures import Headers, MultiDict
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
@@ -25,8 +26,57 @@ from .sessions import FlaskHost
 from .state import current_state
 from .uncommitted import FAILURE, refuse_lost, rolled_back
 
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+"""The types of bodies that are parsed into what can be had again."""
+
+LONGEST_KEPT = 2_500_000
+"""Bytes of a body that is kept for the next try, at most."""
+
 TASK = "flask_eventsourcing.task"
 """Where a session has the asyncio task whose unit of work it is in, in ``Session.info``."""
+
+
+class Rereading:
+    """Lets a function that is run again read the request again, from where it was when the function began."""
+
+    def __init__(self) -> None:
+        proxy: Any = request
+        self._there: Any = vars(proxy._get_current_object()) if has_request_context() else {}
+        self._uploads = [(each, _position(each.stream)) for each in self._parsed()]
+        self._body: bytes | None = None
+        is_new = has_request_context() and not {"stream", "form", "_cached_data"} & self._there.keys()
+        if is_new and request.mimetype not in FORMS and 0 < (request.content_length or 0) <= LONGEST_KEPT:
+            # Where it cannot be read, the function gets the error when it reads.
+            with suppress(HTTPException):
+                self._body = request.get_data()
+                self._there["stream"] = BytesIO(self._body)
+        self._read = _position(self._there.get("stream"))
+
+    def _parsed(self) -> list[Any]:
+        return [upload for _, named in self._there.get("files", MultiDict()).lists() for upload in named]
+
+    def rewind(self) -> bool:
+        """Have what was read be read from there, or return False where a body that was not kept was read."""
+        before = {id(upload): position for upload, position in self._uploads}
+        for each in self._parsed():
+            # The function that has closed it finds it closed.
+            with suppress(ValueError):
+                each.seek(before.get(id(each)) or 0)
+        if self._body is not None:
+            self._there["stream"] = BytesIO(self._body)
+            return True
+        is_parsed = "form" in self._there and request.mimetype in FORMS
+        return is_parsed or "_cached_data" in self._there or _position(self._there.get("stream")) == self._read
+
+
+def _position(stream: Any) -> int | None:
+    """Return how much of a stream was read, as far as it tells."""
+    if stream is None:
+        return 0
+    try:
+        return int(stream.tell())
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 class _FailureReturned(Exception):  # noqa: N818
@@ -64,7 +114,8 @@ def _awaited(function: Callable[..., Any], name: str, times: int | None, *, stat
     @wraps(function)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
         if (apart := current_state().apart) is not None:
-            return await await_again(partial(function, *args, **kwargs), _times(apart, times), asyncio.sleep)
+            again = _times(apart, times)
+            return await await_again(partial(function, *args, **kwargs), again, asyncio.sleep, Rereading().rewind)
         host = current_state().current_host
         judge = _judge(host, name, status=status)
 
@@ -84,7 +135,8 @@ def _called(function: Callable[..., Any], name: str, times: int | None, *, statu
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         if (apart := current_state().apart) is not None:
-            return _of_function(run_again(partial(function, *args, **kwargs), _times(apart, times)), name)
+            again = _times(apart, times)
+            return _of_function(run_again(partial(function, *args, **kwargs), again, Rereading().rewind), name)
         host = current_state().current_host
         judge = _judge(host, name, status=status)
 
@@ -93,7 +145,7 @@ def _called(function: Callable[..., Any], name: str, times: int | None, *, statu
 
         try:
             if times is not None:
-                return host.retry(work, times)
+                return host.retry(work, times, rewind=Rereading().rewind)
             with host.transaction():
                 return work()
         except _FailureReturned as failure:
@@ -177,7 +229,7 @@ async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int
     if times is None:
         with host.transaction():
             return await work()
-    unit = _unit(host)
+    unit, reading = _unit(host), Rereading()
     again = not unit.has_changes() and not unit.shared.depth
     for tries in range(times + 1):
         run = Run()
@@ -188,7 +240,7 @@ async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int
             conflict = as_conflict(unit, error)
             if conflict is None:
                 raise
-            if not again or tries == times or run.has_committed:
+            if not again or tries == times or run.has_committed or not reading.rewind():
                 raise conflict from conflict.__cause__
         await asyncio.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
     raise IntegrityError

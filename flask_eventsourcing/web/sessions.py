@@ -25,7 +25,7 @@ from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
 from ..persistence.dialects import readable_address_errors
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
-from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, follow
+from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, always, follow
 
 R = TypeVar("R")
 
@@ -35,7 +35,6 @@ SESSIONS = "_sqlalchemy_sessions"
 """Where Flask-SQLAlchemy-Lite keeps the sessions of an application context, in ``flask.g``."""
 PID = "_flask_eventsourcing_pid"
 """Where a context of Flask-SQLAlchemy-Lite has the process that used it, in ``flask.g``."""
-
 ENDED = "_flask_eventsourcing_ended"
 """Marks a context that is over, in ``flask.g``: a thread may still have a copy of it."""
 LEFT = "_flask_eventsourcing_left"
@@ -290,9 +289,11 @@ class FlaskHost:
         """
         return self._runner.transaction(queueing=queueing, run=run)
 
-    def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
+    def retry(
+        self, function: Callable[[], R], times: int, *, lenient: bool = False, rewind: Callable[[], bool] = always
+    ) -> R:
         """See ``EventSourcing.retry_on_conflict``."""
-        return self._runner.retry(function, times, lenient=lenient)
+        return self._runner.retry(function, times, lenient=lenient, rewind=rewind)
 
     @contextmanager
     def using(self, connection: Connection) -> Iterator[orm.Session]:

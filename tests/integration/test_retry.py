@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from io import BytesIO
 from typing import Any, cast
 from uuid import UUID
 
 import pytest
 from eventsourcing.persistence import IntegrityError, StoredEvent
+from flask import request
 
 from flask_eventsourcing import ConfigurationError
 from tests.bank import Site
@@ -156,6 +159,72 @@ def test_view_is_run_again_and_keeps_its_name(site: Site) -> None:
     assert (answer.status_code, answer.text) == (201, "try 2")
     assert (deposit.__name__, deposit.__doc__) == ("deposit", "Deposit.")
     assert site.balance(work.account_id) == 101
+
+
+READINGS: dict[str, tuple[Callable[[Any], bytes], bool, bool]] = {
+    # How the view reads, whether the body is a form, and whether it is large.
+    "upload": (lambda request: request.files["file"].read(), True, False),
+    "large upload": (lambda request: request.files["file"].read(), True, True),
+    "stream": (lambda request: request.stream.read(), False, False),
+    "part of a stream": (lambda request: request.stream.read(2), False, False),
+    "data not kept": (lambda request: request.get_data(cache=False), False, False),
+    "large data": (lambda request: request.get_data(), False, True),
+    "large stream": (lambda request: request.stream.read(), False, True),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_retried_view_reads_its_request_again(site: Site, reading: str, is_async: bool) -> None:
+    """Each try of a view reads the same, or there is no further try where a body too large to keep was read."""
+    read, is_form, is_large = READINGS[reading]
+    work, seen = Unlucky(site, 1), list[bytes]()
+    site.app.testing = False
+
+    def view() -> str:
+        seen.append(read(request))
+        work()
+        return "done"
+
+    async def awaited() -> str:
+        return view()
+
+    decorated: Any = site.es.retry_on_conflict(awaited if is_async else view)
+    site.app.add_url_rule("/read", view_func=decorated, methods=["POST"])
+    body = b"Ada" * (1_000_000 if is_large else 1)
+    sent: Any = (
+        {"data": {"file": (BytesIO(body), "ada.txt")}} if is_form else {"data": body, "content_type": "text/plain"}
+    )
+    answer = site.app.test_client().post("/read", **sent)
+    # A file, where it is large, which the test client has made.
+    answer.request.input_stream.close()
+    is_read_once = reading == "large stream"
+    assert answer.status_code == (500 if is_read_once else 200)
+    assert seen == [body[:2] if "part" in reading else body] * (1 if is_read_once else 2)
+
+
+@pytest.mark.parametrize(("kind", "seen"), [("upload", [b"Gr", b"ace", b"ace"]), ("stream", [b"Grace", b"", b""])])
+def test_what_was_read_before_the_unit_is_not_read_again(site: Site, kind: str, seen: list[bytes]) -> None:
+    """A function that is run again finds uploads and streams where they were when it began first."""
+    work, read = Unlucky(site, 1), list[bytes]()
+
+    @site.es.retry_on_conflict
+    def store(stream: Any) -> None:
+        read.append(stream.read(3))
+        work()
+
+    @site.app.post("/read")
+    def view() -> str:
+        found: Any = request.files["file"] if kind == "upload" else request.stream
+        read.append(found.read(2) if kind == "upload" else found.read())
+        store(found)
+        return "done"
+
+    sent: Any = {"file": (BytesIO(b"Grace"), "grace.txt")} if kind == "upload" else b"Grace"
+    content_type = None if kind == "upload" else "text/plain"
+    answer = site.app.test_client().post("/read", data=sent, content_type=content_type)
+    assert answer.status_code == 200
+    assert read == seen
 
 
 @pytest.mark.parametrize("mode", ["request", "save"])

@@ -228,6 +228,29 @@ def test_identity_and_computed_columns(desk: Desk) -> None:
     assert [tuple(row) for row in rows] == [(1, 1, 2), (2, 2, 4), (3, 3, 6), (4, 3, 6)]
 
 
+def test_computed_columns_are_no_fault(desk: Desk) -> None:
+    """``check`` finds columns whose values the database computes, on every database."""
+    base: Any = desk.Model
+    body = {
+        "__tablename__": "line",
+        "id": orm.mapped_column(sa.Integer, primary_key=True),
+        "amount": orm.mapped_column(sa.Integer),
+        "double": orm.mapped_column(sa.Integer, sa.Computed("amount * 2", persisted=True)),
+    }
+
+    class Lines(ModelProjection):
+        name = "Balances"
+        models = (type(base)("Line", (base,), body),)
+
+        @on(Deposited)
+        def deposited(self, event: Any, session: orm.Session) -> None:
+            pass
+
+    desk.register(Lines)
+    done = desk.command("check")
+    assert (done.exit_code, "table line ok" in done.output) == (0, True)
+
+
 @pytest.mark.parametrize("inline", [False, True])
 def test_readers_see_old_rows_until_they_are_replaced(desk: Desk, inline: bool) -> None:
     """Where rows are replaced, no reader sees an empty table, and no event is missed."""

@@ -16,7 +16,7 @@ from eventsourcing.persistence import IntegrityError
 
 from ...applications.apart import trying
 from ...exceptions import ConfigurationError, RollbackOnlyError
-from ...uow import LONGEST_PAUSE, check_times
+from ...uow import LONGEST_PAUSE, always, check_times, why_not_again
 from .hosting import site
 from .of_requests import Rereading
 from .transactions import DjangoUnit
@@ -105,18 +105,14 @@ def _alias(using: str | None) -> str:
     return using
 
 
-def _always() -> bool:
-    return True
-
-
-def run_again(function: Callable[[], Any], times: int, using: str | None, rewind: Callable[[], bool] = _always) -> Any:
+def run_again(function: Callable[[], Any], times: int, using: str | None, rewind: Callable[[], bool] = always) -> Any:
     """Call a function in a block, and again after a conflict, *times* times at most.
 
     :param rewind: called before another try; returns whether there can be one.
     """
     apart = site().host_apart() if using is None else None
     if apart is not None:
-        return apart.retry(function, times)
+        return apart.retry(function, times, rewind=rewind)
     alias = _alias(using)
     unit = site().databases[alias].units.current()
     blocks: Any = unit.wrapper.atomic_blocks
@@ -132,8 +128,8 @@ def run_again(function: Callable[[], Any], times: int, using: str | None, rewind
                 if conflict is None or attempt.has_saved:
                     # What is apart from the database would be saved again.
                     raise
-                if tries == times or not rewind():
-                    conflict.add_note(f"Tried {tries + 1} times.")
+                if (reason := why_not_again(tries, times, rewind)) is not None:
+                    conflict.add_note(reason)
                     raise conflict from conflict.__cause__
         time.sleep(random.uniform(0, min(LONGEST_PAUSE, 0.004 * 2**tries)))  # noqa: S311
     raise IntegrityError

@@ -296,7 +296,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     def found_table(self, connection: Connection, table: sa.Table) -> FoundTable | None:
         """Return a table as SQLite knows it."""
-        statement = 'SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info(?, ?)'
+        # Generated columns are hidden, and have their values from the database.
+        value = "CASE WHEN hidden = 0 THEN dflt_value ELSE '' END"
+        statement = f'SELECT name, type, "notnull", {value}, pk FROM pragma_table_xinfo(?, ?) WHERE hidden <> 1'
         place = (table.name, self.schema_of(connection, table))
         rows = self.fetch(connection, statement, place)
         keys = [name for name, kind, _, _, key in rows if key]
