@@ -17,7 +17,7 @@ from ..failures import call_each
 from ..metadata import Recorded
 from ..persistence import Dialect
 from ..persistence.describing import PLAIN_DESCRIPTION, Description
-from ..persistence.dialects.calls import Calls, ask
+from ..persistence.dialects.calls import Calls, ask_on
 from ..persistence.dialects.event_tables import EventTable
 
 T = TypeVar("T")
@@ -246,7 +246,7 @@ def is_there(dialect: Dialect, connection: Connection, batch: Batch) -> bool:
     table = dialect.located(connection, batch.table)
     place = batch.place if table is batch.table else ""
     statement = table.between(min(batch.positions), max(batch.positions), place)
-    found = {event.id: event for event in table.page(ask(connection.connection.dbapi_connection, statement))}
+    found = {event.id: event for event in table.page(ask_on(connection, statement))}
     return all(found.get(event.id) == event for event in batch.notifications)
 
 

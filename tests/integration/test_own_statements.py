@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_eventsourcing import MissingTableError
+from flask_eventsourcing.persistence.dialects.calls import ask_on
 from flask_eventsourcing.persistence.tables import UUIDType
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_postgresql
+from tests.integration.marks import on_mariadb, on_postgresql
 from tests.servers import ServerFolder, forget_killed_connections, restart_postgres, start_postgres
 
 PATIENCE = 0.3
@@ -101,6 +102,27 @@ def test_an_exception_in_the_middle_of_a_statement(
     assert site.balance(account_id) == 0
     site.opened()
     assert site.stored() == (2, 0)
+
+
+@pytest.mark.parametrize("driver", ["pymysql", "mysqldb"])
+@on_mariadb
+def test_an_exception_in_the_middle_of_a_question_to_the_driver(uri: str, driver: str) -> None:
+    """The same if the driver is asked something of which SQLAlchemy does not know, as what became of a transaction."""
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
+    url = sa.make_url(uri).set(drivername=f"mysql+{driver}").render_as_string(hide_password=False)
+    site = make_site(url, SQLALCHEMY_ENGINE_OPTIONS=options)
+    account_id = site.opened()
+
+    def ask() -> None:
+        site.bank.deposit(account_id)
+        ask_on(site.db.session.connection(), f"SELECT sleep({2 * PATIENCE})")
+
+    with site.app.app_context(), pytest.raises(Gone), raising(Gone):
+        site.es.transactional(ask)()
+    assert site.balance(account_id) == 0
+    site.opened()
+    assert site.stored() == (2, 0)
+    site.close()
 
 
 def test_a_restart_of_the_server_costs_one_request(server_folder: ServerFolder) -> None:

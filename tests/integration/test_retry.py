@@ -345,3 +345,15 @@ def test_what_a_try_has_lost_is_not_told_when_the_next_one_succeeds(site: Site) 
     answer = site.answer(site.es.retry_on_conflict(work))
     assert (answer.status_code, len(tries)) == (200, 2)
     assert site.balance(account_id) == 101
+
+
+@on_files
+def test_unit_on_translated_schemas_queues(new_site: MakeSite) -> None:
+    """With a ``schema_translate_map`` on the engine, a unit that had a conflict queues and succeeds."""
+    options = {"execution_options": {"schema_translate_map": {None: None, "tenant": None}}}
+    site = new_site(SQLALCHEMY_ENGINE_OPTIONS=options)
+    work = Unlucky(site, 1)
+    with site.app.app_context():
+        site.es.retry_on_conflict(work)()
+    assert work.tries == 2
+    assert site.balance(work.account_id) == 101

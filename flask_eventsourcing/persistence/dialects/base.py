@@ -198,8 +198,12 @@ class Dialect(Looks, ForProjections, ABC):
             return table
         name = self.name_of(connection, table.table)
         if name not in self._located:
-            others = [None if each is None else self.tables[each] for each in (table.counter, table.snapshots)]
-            names = [None if each is None else self.name_of(connection, each) for each in others]
+            # A unit of work has a dialect of its own, which knows no tables beside those that it is given.
+            beside = (table.counter, table.snapshots)
+            others = [None if each is None else self.tables.get(each) for each in beside]
+            names = [
+                known if at is None else self.name_of(connection, at) for known, at in zip(beside, others, strict=True)
+            ]
             self._located[name] = replace(table, name=name, counter=names[0], snapshots=names[1], statements={})
             self.tables.update({each: at for each, at in zip(names, others, strict=True) if each and at is not None})
             self.tables[name] = table.table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -162,9 +162,28 @@ def ask(driver: Any, statement: str) -> list[Any]:
     SQLAlchemy would refuse it where it takes the transaction for failed, whatever the database takes it for.
     """
     # Past what counts the cursors of others.
-    with closing(type(driver).cursor(driver)) as cursor:
-        cursor.execute(statement)
-        return list(cursor.fetchall())
+    cursor = type(driver).cursor(driver)
+    cursor.execute(statement)
+    rows = list(cursor.fetchall())
+    # Not after an error, which another one could replace: some drivers read what is left of the answer.
+    cursor.close()
+    return rows
+
+
+def ask_on(connection: Connection, statement: str) -> list[Any]:
+    """Do the same on a connection of SQLAlchemy's, which is given up if that is interrupted, as by a signal handler.
+
+    The rest of the answer would be taken for that of the next statement.
+    """
+
+    def interrupted(kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is not None and not isinstance(error, connection.dialect.dbapi.Error):  # type: ignore[union-attr]
+            connection.invalidate()
+        return False
+
+    with ExitStack() as stack:
+        stack.push(interrupted)
+        return ask(connection.connection.dbapi_connection, statement)
 
 
 _NO_CALLS = Calls()

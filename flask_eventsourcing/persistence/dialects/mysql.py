@@ -26,7 +26,7 @@ from sqlalchemy.engine import Connection, Engine
 from ..._patches import dialect_rollback
 from ...config import DialectOptions
 from ...exceptions import WriteTimeoutError
-from .calls import ask, count_calls
+from .calls import ask_on, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
 from .locks import RunnerLock
@@ -299,7 +299,9 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         driver: Any = connection.connection.dbapi_connection
         status = getattr(driver, "server_status", None)
         if status is None:
-            return bool(getattr(self.engine.dialect, "is_mariadb", False)) and not _answer(driver, "@@in_transaction")
+            return bool(getattr(self.engine.dialect, "is_mariadb", False)) and not _answer(
+                connection, "@@in_transaction"
+            )
         return not status & SERVER_STATUS_IN_TRANS
 
     def own_error(self, connection: Connection, error: Any, statement: str) -> PersistenceError:
@@ -365,7 +367,7 @@ def _has_ended(connection: Connection, error: BaseException) -> bool:
     status = getattr(driver, "server_status", None)
     if status is None:
         # The driver keeps none of what the server tells with each answer.
-        return MySQLDialect.code(error) == LOCK_WAIT_TIMEOUT and _answer(driver, "@@innodb_rollback_on_timeout")
+        return MySQLDialect.code(error) == LOCK_WAIT_TIMEOUT and _answer(connection, "@@innodb_rollback_on_timeout")
     if not status & SERVER_STATUS_IN_TRANS:
         return False
     with suppress(connection.dialect.dbapi.Error):  # type: ignore[union-attr]  # a result is still being read
@@ -375,8 +377,8 @@ def _has_ended(connection: Connection, error: BaseException) -> bool:
     return False
 
 
-def _answer(driver: Any, expression: str) -> bool:
-    return bool(ask(driver, f"SELECT {expression}")[0][0])
+def _answer(connection: Connection, expression: str) -> bool:
+    return bool(ask_on(connection, f"SELECT {expression}")[0][0])
 
 
 def _tolerate_rolled_back(engine: Engine) -> None:
