@@ -75,6 +75,13 @@ class AdminTest(EventSourcingTestCase):
         self.assertContains(self.client.get(EVENTS, {"q": "bank.domain:Account.Opened"}), str(self.account.id))
         self.assertNotContains(self.client.get(EVENTS, {"q": "ccc"}), "Account.Opened")
 
+    def test_what_is_not_shown_is_not_found(self) -> None:
+        """A state, or the token of a runner, cannot be guessed part by part from the rows that an address finds."""
+        self.enter(superuser=True)
+        for page, query in ((EVENTS, "state__contains"), (EVENTS, "state"), (CHECKPOINTS, "token__startswith")):
+            assert self.client.get(page, {query: "Secret"}).status_code == 400
+        self.assertContains(self.client.get(EVENTS, {"originator_version": "1"}), str(self.account.id))
+
     def test_many_rows(self) -> None:
         """However long the log is, a page counts a limited number of rows, of which it has the last ones."""
         self.enter("view_bankstoredevent")

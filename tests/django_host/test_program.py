@@ -125,7 +125,7 @@ def test_tests_of_a_project(backend: str, tmp_path: Path, request: pytest.Fixtur
     project.write("bank/test_admin.py", (ROOT / "tests/django_host/admin_cases.py").read_text())
     project.manage("makemigrations", "bank")
     said = project.manage("test", "--parallel", "2")
-    assert "Ran 11 tests" in said
+    assert "Ran 12 tests" in said
     assert said.count("Cloning test database") in (0, 2)
     plain = ("-m", "pytest", "-q", "-p", "pytest_django.plugin", "-p", "no:cacheprovider", "-p", "xdist", "-n", "2")
     settings = ("--ds", "site_of_bank.settings", "bank/test_accounts.py")

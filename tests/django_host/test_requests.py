@@ -109,6 +109,40 @@ def test_swallowed_error(site: DjangoBank, client: Client) -> None:
     assert [each.originator_version for each in told] == [1]
 
 
+class Around:
+    """A middleware that has a request in one transaction, as that of django-reversion."""
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        """Answer in a block."""
+        with transaction.atomic(using="ledger"):
+            return self.get_response(request)
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_swallowed_error_in_the_block_of_a_middleware(site: DjangoBank, client: Client, is_asked: bool) -> None:
+    """The same where the block is that of a middleware around the package's, unless the view asks for a rollback."""
+    told: list[Any] = []
+
+    def view(request: Any) -> HttpResponse:
+        swallowing(site)
+        if is_asked:
+            site.connection.set_rollback(True)
+        return HttpResponse(status=201)
+
+    def receiver(sender: object, notifications: Any, **_: Any) -> None:
+        told.extend(notifications)
+
+    ours = "flask_eventsourcing.contrib.django.middleware.EventSourcingMiddleware"
+    around = f"{__name__}.{Around.__name__}"
+    with events_discarded.connected_to(receiver), override_settings(MIDDLEWARE=[around, ours]):
+        assert ask(client, view) == (201 if is_asked else 500)
+    assert site.stored() == (0, 0)
+    assert len(told) == (0 if is_asked else 1)
+
+
 def test_swallowed_conflict(site: DjangoBank, client: Client) -> None:
     """The same holds for a conflict of an aggregate."""
     account_id = site.opened()

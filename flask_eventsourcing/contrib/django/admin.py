@@ -56,6 +56,12 @@ class _ReadOnly(admin.ModelAdmin):
         """Return the pages of the first rows; a search finds the others."""
         return super().get_paginator(request, queryset[:MOST_ROWS], *arguments, **options)
 
+    def lookup_allowed(self, lookup: str, value: Any, request: Any = None) -> bool:
+        """Refuse to find rows by a column that is not shown, as that would tell what is in it."""
+        return lookup.partition("__")[0] not in (self.exclude or ()) and bool(
+            super().lookup_allowed(lookup, value, request)
+        )
+
     def has_add_permission(self, request: Any) -> bool:
         """Nobody adds a row here."""
         return False

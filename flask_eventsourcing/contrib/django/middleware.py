@@ -31,6 +31,8 @@ class _Looked:
         self._before = list(self.unit.batches)
         self._outer = self.unit.losses.lost
         self.lost: list[Batch] = []
+        self.doomed: Sequence[Batch] = ()
+        """What the block around this middleware, as of another one, is going to lose, and tells then."""
         self.unit.losses.lost = self.lost
 
     def end(self) -> Sequence[Batch]:
@@ -44,6 +46,12 @@ class _Looked:
         elif pending and not wrapper.in_atomic_block:
             wrapper.rollback()
             self.lost += pending
+        elif (
+            pending
+            and wrapper.needs_rollback
+            and not (self.unit.losses.is_asked or wrapper.atomic_blocks[-1]._from_testcase)
+        ):
+            self.doomed = pending
         return self.lost
 
 
@@ -67,7 +75,7 @@ class EventSourcingMiddleware:
         """
         with answering(request), _looking() as looked:
             response = self._get_response(request)
-        lost = [batch for each in looked for batch in each.lost]
+        lost = [batch for each in looked for batch in (*each.lost, *each.doomed)]
         if lost and response.status_code < FAILURE:
             response.close()
             raise UncommittedEventsError(lost_text(lost))
