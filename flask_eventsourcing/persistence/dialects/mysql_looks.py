@@ -105,9 +105,9 @@ class MySQLLooks(Dialect):
         isolation = "@@tx_isolation" if is_mariadb else "@@transaction_isolation"
         settings = f"@@sql_mode, {isolation}, @@max_allowed_packet, @@sql_select_limit"
         mode, level, seen.longest, most = self.fetch(connection, f"SELECT {settings}")[0]
-        connection.info[BLOCKS] = is_mariadb and "ORACLE" not in mode
         # Asked now, while there is a connection: the next caller may hold the last one of the pool.
-        self.is_node(connection)
+        is_node = self.is_node(connection)
+        connection.info[BLOCKS] = is_mariadb and not is_node and "ORACLE" not in mode
         if "STRICT_TRANS_TABLES" not in mode and "STRICT_ALL_TABLES" not in mode:
             text = (
                 "The session's sql_mode is not strict, so the server would truncate ids and events that are too long: "
@@ -229,7 +229,10 @@ class MySQLLooks(Dialect):
 
     @staticmethod
     def runs_blocks(connection: Connection) -> bool:
-        """Whether the server runs a block of statements that is sent as one; Oracle's are of another grammar."""
+        """Whether the server runs a block of statements that is sent as one; Oracle's are of another grammar.
+
+        On a node of a cluster, where another one may end the transaction between two of them, each is sent by itself.
+        """
         return bool(connection.info.get(BLOCKS))
 
     @staticmethod
