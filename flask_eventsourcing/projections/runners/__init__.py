@@ -385,8 +385,8 @@ class Runner:
 def halted_message(consumer: Consumer, position: int | None, error: str | None) -> str:
     """Return what is said of a halted projection."""
     return (
-        f"{consumer.name} is halted before position {position}: {error}. Correct its handler and run it again, "
-        "or let it set such events aside with on_failure = 'dead-letter', or this one with "
+        f"{consumer.name} is halted before position {position}: {(error or '').rstrip('.')}. Correct its handler and "
+        "run it again, or let it set such events aside with on_failure = 'dead-letter', or this one with "
         f"{consumer.command('projections skip', position)}."
     )
 
