@@ -242,6 +242,9 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
     else:
         _drop_all(state, answer, response, left)
     dropped, answer.dropped = answer.dropped, []
+    # A handler of the view's error may answer as it likes; one of any 500 does not know what it answers for.
+    if after_error:
+        dropped = [*dropped, *answer.rolled_back]
     if dropped and done:
         raise UncommittedEventsError(" ".join(dropped))
     for message in answer.rolled_back if done else ():

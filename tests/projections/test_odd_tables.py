@@ -634,19 +634,22 @@ READS: dict[str, Callable[[orm.Session, Any], Any]] = {
         sa.select(sa.text("1")).where(sa.text("EXISTS (SELECT 1 FROM entry)"))
     ),
     "a column": lambda session, entry: session.scalar(sa.select(sa.literal_column("(SELECT count(*) FROM entry)"))),
-    "in capitals": lambda session, entry: session.execute(sa.text("SELECT sum(amount) FROM ENTRY")),
+    "in capitals": lambda session, entry: session.execute(sa.text(f"SELECT sum(amount) FROM {in_capitals(session)}")),
     "in a list": lambda session, entry: session.connection().exec_driver_sql("SELECT 1 FROM other o, entry").all(),
     "a source": lambda session, entry: session.scalars(sa.select(sa.text("1")).select_from(sa.text("entry"))).all(),
     "of the driver": lambda session, entry: session.connection().exec_driver_sql("SELECT count(*) FROM entry").all(),
 }
 
 
+def in_capitals(session: orm.Session) -> str:
+    """Return the table's name in capitals, but for MariaDB, which tells tables apart by case."""
+    return "entry" if session.get_bind().dialect.name == "mysql" else "ENTRY"
+
+
 @pytest.mark.parametrize("how", READS)
 def test_textual_sql_that_reads(desk: Desk, how: str) -> None:
     """A handler that reads its table by textual SQL would read the live one in a rebuild: it halts there."""
     entry = model(desk, "Entry", amount=number())
-    if how == "in capitals" and desk.engine.dialect.name == "mysql":
-        pytest.skip("Its tables are told apart by case.")
 
     def handle(session: orm.Session, amount: int) -> None:
         READS[how](session, entry)
