@@ -149,11 +149,11 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
-            if claimed.position == 0 < mark:
-                self._warn_of_rows(belonging)
             # One of its own is left by an outage, in which it could not be given back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
+            if claimed.position == 0 < mark:
+                self._warn_of_rows(belonging)
         return claimed
 
     def _warn_of_rows(self, belonging: Belonging) -> None:
