@@ -40,7 +40,6 @@ TOPIC = column_type("topic", sa.Text())
 TIME = column_type("time", sa.DateTime())
 MOMENT = column_type("time", sa.DateTime(timezone=True))
 CORRELATION = column_type("correlation", sa.String(128))
-
 Implementation: TypeAlias = sa.types.TypeEngine[Any] | type[sa.types.TypeEngine[Any]]
 
 
