@@ -295,6 +295,17 @@ def test_sequence_behind_its_table(new_site: MakeSite) -> None:
     assert "last position 41" in run_check(site)[1]
 
 
+@on_postgresql
+def test_table_that_a_crash_would_empty(new_site: MakeSite) -> None:
+    """``check`` names a log that the server does not keep over a crash; a test may use one, so nothing is refused."""
+    site = new_site()
+    change(site, "ALTER TABLE bank_events SET UNLOGGED")
+    site.opened()
+    code, output = run_check(site)
+    assert code == 1
+    assert "ALTER TABLE bank_events SET LOGGED" in output
+
+
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)
 def test_position_given_twice_is_no_conflict(new_site: MakeSite) -> None:
     """If a sequence or counter falls behind later, the error says so, and ``check`` names the remedy."""

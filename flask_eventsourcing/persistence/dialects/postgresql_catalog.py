@@ -73,7 +73,7 @@ SELECT t.oid::bigint, current_user::text, (
                      WHERE a.attrelid = t.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))
     FROM pg_index i WHERE i.indrelid = t.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
                       AND i.indpred IS NULL AND i.indexprs IS NULL
-)::text AS keys
+)::text AS keys, (SELECT relpersistence::text FROM pg_class c WHERE c.oid = t.oid) AS persistence
 FROM {NAMED} AS t"""
 
 PROPERTIES = f"""
@@ -102,7 +102,7 @@ def as_found(row: Any) -> FoundTable | None:
     columns = {name: FoundColumn(name, kind, nullable, given) for name, kind, nullable, given in json.loads(row[2])}
     lacking = frozenset(right for right, has in zip(RIGHTS, row[3:7], strict=True) if not has)
     keys = [frozenset(each) for each in json.loads(row[7] or "[]")]
-    return FoundTable(columns, lacking=lacking, role=row[1], keys=keys)
+    return FoundTable(columns, engine=row[8], lacking=lacking, role=row[1], keys=keys)
 
 
 def rights(table: sa.Table, name: str, found: FoundTable) -> Iterable[Finding]:
@@ -115,6 +115,16 @@ def rights(table: sa.Table, name: str, found: FoundTable) -> Iterable[Finding]:
             text = f"Role {found.role} lacks {right} on table {name}: {grant}"
             text += "." if is_of_events else ", if it is a worker's."
             yield Finding(text, refuses, MissingRightError, is_fault=is_of_events)
+
+
+def passing(name: str, found: FoundTable) -> Iterable[Finding]:
+    """Return what is wrong with a table that the server does not keep; tests use such ones, so nothing is refused."""
+    if found.engine == "u":
+        yield Finding(
+            f"Table {name} is UNLOGGED, and the server empties it after a crash: ALTER TABLE {name} SET LOGGED."
+        )
+    if found.engine == "t":
+        yield Finding(f"Table {name} is temporary, and goes with the connection: drop it, or change the search path.")
 
 
 def sequence_findings(table_name: str, sequence: Sequence | None, *, needs_look: bool) -> Iterable[Finding]:
@@ -187,7 +197,8 @@ class CatalogLooks(Dialect):
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at rights and the sequence."""
         is_log = POSITION in table.c and VERSION in table.c
-        findings = list(rights(table, self.name_of(connection, table), found))
+        name = self.name_of(connection, table)
+        findings = [*rights(table, name, found), *passing(name, found)]
         if not is_log or POSITION not in found.columns:
             return findings
         rows = self.fetch(connection, PROPERTIES, self.place(connection, table))
