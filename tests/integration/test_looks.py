@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from eventsourcing.application import Application
-from eventsourcing.persistence import DataError, PersistenceError, StoredEvent
+from eventsourcing.persistence import DataError, InternalError, PersistenceError, StoredEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -304,6 +304,23 @@ def test_table_that_a_crash_would_empty(new_site: MakeSite) -> None:
     code, output = run_check(site)
     assert code == 1
     assert "ALTER TABLE bank_events SET LOGGED" in output
+
+
+@on_postgresql
+def test_connection_that_may_only_read(new_site: MakeSite) -> None:
+    """With ``default_transaction_read_only`` events can be read, and ``check`` says that none can be saved."""
+    site = new_site()
+    account_id = site.opened()
+    reader = new_site(
+        create=False,
+        SQLALCHEMY_ENGINE_OPTIONS={"connect_args": {"options": "-c default_transaction_read_only=on"}},
+    )
+    assert reader.balance(account_id) == 0
+    with pytest.raises(InternalError, match="read-only transaction"):
+        reader.opened()
+    code, output = run_check(reader)
+    assert code == 1
+    assert "may only read here" in output
 
 
 @pytest.mark.parametrize("uri", ["postgresql", "mariadb"], indirect=True)

@@ -30,6 +30,10 @@ NOT_CONFORMING = (
     f"set it to on, for the database or with SQLALCHEMY_ENGINE_OPTIONS = "
     f"{{'connect_args': {{'options': '-c {CONFORMING}=on'}}}}."
 )
+ONLY_READS = (
+    "Transactions may only read here, as on a standby or with default_transaction_read_only = on, so no event can be "
+    "saved."
+)
 KEPT_OUT = (
     "A trigger or rule of table {} has kept events out of it, as one that returns NULL does, so none of them were "
     "saved: drop it, or let it raise an error."
@@ -184,6 +188,13 @@ class CatalogLooks(Dialect):
         driver: Any = connection.connection.dbapi_connection
         if self.engine.driver == "psycopg" and driver.info.parameter_status(CONFORMING) == "off":
             yield Finding(NOT_CONFORMING, APPEND, UnsafeSettingError)
+
+    def check_settings(self, connection: Connection) -> list[Finding]:
+        """Look at whether anything can be written, too; that fails by itself, and tells no more."""
+        findings = super().check_settings(connection)
+        if self.fetch(connection, "SELECT current_setting('transaction_read_only')")[0][0] == "on":
+            findings.append(Finding(ONLY_READS))
+        return findings
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""
