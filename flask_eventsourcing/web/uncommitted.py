@@ -16,6 +16,7 @@ from flask import (
     appcontext_pushed,
     appcontext_tearing_down,
     g,
+    has_app_context,
     request,
     request_finished,
     request_started,
@@ -90,6 +91,11 @@ def unanswered() -> Answer | None:
     return _not_over(_answers.get())
 
 
+def _answered_here() -> Answer | None:
+    """Return the same, or the request in whose copied context something was done, which another thread answers."""
+    return unanswered() or (_not_over(g.get(CONTEXT)) if has_app_context() else None)
+
+
 def _not_over(answer: Answer | None) -> Answer | None:
     while answer is not None and answer.over:
         answer = answer.outer
@@ -162,8 +168,13 @@ def _end_request(_: Flask, **__: object) -> None:
     context = request_context()
     leave_request(context)
     answer: Answer | None = request.environ.get(ENVIRON)
-    if answer is not None and answer.context() is context:
+    if answer is None:
+        return
+    if answer.context() is context:
         answer.over = True
+    elif CONTEXT not in g:
+        # What the copy loses is to be told to the client too.
+        g._flask_eventsourcing_answer = answer
 
 
 def _begin_context(_: Flask, **__: object) -> None:
@@ -346,7 +357,7 @@ def lost(state: EventSourcingState, batches: Sequence[Batch], when: str) -> None
     message = f"{describe(batches)} neither committed nor rolled back {when}, and nothing is stored"
     state.app.logger.error("%s: %s.", message, AT_END[state.config.commit])
     discard(state, batches)
-    answer = unanswered()
+    answer = _answered_here()
     if answer is not None:
         answer.dropped.append(f"{message}: {AT_END[state.config.commit]}.")
 
@@ -359,7 +370,7 @@ def lose(app: Flask, batches: Sequence[Batch]) -> None:
 def _end_context(app: Flask, exc: BaseException | None = None, **_: object) -> None:
     """Every teardown function has run: what they did in a session that was opened after the first was closed?"""
     _check_end(app, exc)
-    answer = unanswered()
+    answer = _answered_here()
     if answer is not None:
         answer.lent.update(g.get(LEFT, {}))
     state_of(app).host.database.drop_session()

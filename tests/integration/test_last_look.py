@@ -29,6 +29,8 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_eventsourcing import EventSourcing, events_discarded
 from tests.bank import Site, add_note, make_app, make_site
 from tests.domain import Bank
+from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_files
 
 MODES = ("explicit", "request", "save")
 
@@ -186,6 +188,29 @@ def test_copied_request_context_does_not_end_the_request(explicit: Site, in_thre
 
     assert explicit.answer(view).status_code == 500
     assert explicit.stored() == (0, 0)
+
+
+@pytest.mark.parametrize("how", ["plain", "unit", "commits"])
+@on_files
+def test_events_of_a_copied_request_context_are_the_requests(new_site: MakeSite, how: str) -> None:
+    """What a function loses in another thread, with a copy of the request's context, is no success for the client."""
+    site = new_site(PROPAGATE_EXCEPTIONS=False)
+    site.quiet()
+
+    def save() -> None:
+        site.bank.open_account()
+        if how == "commits":
+            site.db.session.commit()
+
+    def view() -> str:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(copy_current_request_context(save)).result()
+        return "done"
+
+    answer = site.answer(site.es.transactional(view) if how == "unit" else view)
+    assert answer.status_code == (200 if how == "commits" else 500)
+    assert site.stored() == (1 if how == "commits" else 0, 0)
+    assert site.answer(lambda: "the next one is as ever").status_code == 200
 
 
 def test_nested_context_that_commits_is_left_alone(site: Site) -> None:
