@@ -169,7 +169,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             draw = self._drawing(connection, table, snapshots)
             statement = APPEND_ONE.format(draw=draw, condition=condition, into=into, marks=marks)
             last, is_inserted = self.fetch(connection, statement, (1, ORDER, *known, *row))[0]
-            if last:
+            if is_inserted is not None:
                 return last, bool(is_inserted)
             # Somebody has emptied the table since.
             self._counters.discard(self.counter_of(table))
