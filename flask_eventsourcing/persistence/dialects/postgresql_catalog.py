@@ -19,10 +19,10 @@ from ...exceptions import (
     UnsafeTableError,
 )
 from .base import Dialect
-from .event_tables import POSITION, VERSION
+from .event_tables import POSITION, VERSION, EventTable
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
 from .postgresql_drivers import is_outdated, search_path_of
-from .postgresql_statements import DROPPED
+from .postgresql_statements import DROPPED, literal
 
 CONFORMING = "standard_conforming_strings"
 NOT_CONFORMING = (
@@ -174,6 +174,10 @@ class CatalogLooks(Dialect):
         driver: Any = connection.connection.dbapi_connection
         if self.engine.driver == "psycopg" and driver.info.parameter_status(CONFORMING) == "off":
             yield Finding(NOT_CONFORMING, APPEND, UnsafeSettingError)
+
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for what the name means on this connection."""
+        return f"SELECT current_database(), to_regclass({literal(table.name)})::oid::bigint"
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

@@ -98,6 +98,10 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for the file."""
+        return "SELECT file FROM pragma_database_list WHERE name = 'main'"
+
     @classmethod
     def guard_forks(cls, engine: Engine) -> bool:
         """Have a forked process refuse a file that was open at the fork, and connections closed before it."""
