@@ -218,7 +218,7 @@ class ApartState(EventSourcingState):
             env = self.store.environment(env, application_class.name)
         return env
 
-    def using(self, session: orm.Session) -> NoReturn:
+    def using(self, session: orm.Session | orm.scoped_session[Any]) -> NoReturn:
         """Refuse it: no session has the events."""
         self.apart.using_session(session)
 

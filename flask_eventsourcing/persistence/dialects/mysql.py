@@ -46,7 +46,10 @@ IMPLICIT = re.compile(
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 NEAR = re.compile(r"(near|value:) '.*'", re.S)
 """Where a message has a part of the statement, in which the driver has put the parameters."""
-KEY = re.compile(r"for key '(.+)'", re.S)
+QUOTED, QUOTES_VALUES = re.compile(r"'.*'", re.S), frozenset({1062, 1064, 1292, 1366, 1411})
+"""The same in the server's other languages: all that is between quotes, in messages with these numbers."""
+KEY = re.compile(r"for key '(.+)'|'([^']+)'[^']*\Z", re.S)
+"""The name of a key, which stands last in every language."""
 SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 DRIVER_MODULES = ("pymysql.connections", "MySQLdb.cursors", "MySQLdb.connections")
 ABORTED = "flask_eventsourcing.aborted"
@@ -69,7 +72,8 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         "pymysql": "Flask-EventSourcing[mysql]",
         "mysqldb": "Flask-EventSourcing[mysqlclient]",
     }
-    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
+    missing_table_code: ClassVar[object] = 1146
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(r"'(?P<name>[^']+)'")
     column_types: ClassVar[dict[str, Any]] = {
         "text id": ExactText(),
         "topic": mysql.TEXT(collation=EXACT),
@@ -92,15 +96,17 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         return arguments[0] if isinstance(arguments[0], int) else None
 
     @classmethod
-    def text(cls, driver_error: Any) -> str:
+    def text(cls, driver_error: Any, code: object = None) -> str:
         """Return what the server says, without the values in it."""
-        return NEAR.sub(r"\1 …", VALUES.sub(r"\1 for \2", str(driver_error))).strip()
+        text = NEAR.sub(r"\1 …", VALUES.sub(r"\1 for \2", told := str(driver_error)))
+        in_english = text != told or (code or cls.code(driver_error)) not in QUOTES_VALUES
+        return (text if in_english else QUOTED.sub("…", told)).strip()
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of the key in the message; of a key that the record class does not have, the server's."""
         found = KEY.search(str(error.args[-1]))
         # MySQL says the table's name too.
-        key = "" if found is None else found[1].removeprefix(f"{table.name}.")
+        key = "" if found is None else (found[1] or found[2]).removeprefix(f"{table.name}.")
         if not key or key == "PRIMARY":
             return table.primary_key.columns.keys() if key else None
         known = columns_of(table, key)
@@ -272,8 +278,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         self._ensure_counter(connection, table, counter)
         opened, condition = self.opening(table, snapshots=False)
         select = f"SELECT 1 FROM {counter} AS c{opened} WHERE c.application_name = %s{condition} FOR UPDATE"
-        lock = f"{self._latest(connection)}{select}"
-        self.fetch(connection, lock, (ORDER,))
+        self.fetch(connection, f"{self._latest(connection)}{select}", (ORDER,))
 
     def commits_implicitly(self, statement: str) -> bool:
         """Whether it is one that changes tables, users or the like."""
@@ -333,11 +338,6 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         """Whether the server's option keeps it from writing, or InnoDB's does."""
         code = MySQLDialect.code(driver_error)
         return code == READ_ONLY_MODE or (code == OPTION_PREVENTS_STATEMENT and "read" in str(driver_error))
-
-    def free_connections(self, connection: Connection) -> int | None:
-        """Return what is left of ``max_connections``."""
-        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
-        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""

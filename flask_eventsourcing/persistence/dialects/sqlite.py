@@ -76,7 +76,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     mark = "?"
     title = "SQLite"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
-    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"no such table: (?P<name>\S+)")
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, for a transaction that has read what others have changed since.
     serialization_failures: ClassVar[frozenset[object]] = frozenset({517})
     # SQLITE_CONSTRAINT_UNIQUE, SQLITE_CONSTRAINT_PRIMARYKEY and SQLITE_CONSTRAINT_ROWID.
