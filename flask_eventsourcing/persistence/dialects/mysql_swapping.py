@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -24,6 +24,7 @@ KEY = re.compile(r"(?:(?:UNIQUE |FULLTEXT |SPATIAL )?KEY|CONSTRAINT) `((?:[^`]|`
 class MySQLSwaps(ForSwaps):
     """The part of the dialect that rebuilds use."""
 
+    clock: ClassVar[str] = "(utc_timestamp(6) + INTERVAL {:g} SECOND)"
     swaps_in_transaction = False
     refuses_old_snapshot = True
 

@@ -71,6 +71,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     duplicates: ClassVar[frozenset[object]] = frozenset({"23505"})
     rights_lacking: ClassVar[frozenset[object]] = frozenset({"42501"})
     title = "PostgreSQL"
+    clock: ClassVar[str] = "(clock_timestamp() AT TIME ZONE 'UTC' + interval '{:g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
     counts = "bytes"
     missing_table: ClassVar[re.Pattern[str]] = re.compile(rf"{QUOTES} ?(?P<name>.+?) ?{QUOTES}")

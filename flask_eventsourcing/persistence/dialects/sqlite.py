@@ -75,6 +75,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     mark = "?"
     title = "SQLite"
+    clock: ClassVar[str] = "strftime('%Y-%m-%d %H:%M:%f000', 'now', '{:+g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
     missing_table: ClassVar[re.Pattern[str]] = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, for a transaction that has read what others have changed since.
