@@ -72,15 +72,6 @@ def connection_dialect(connection: Any, dialect: Any) -> None:
     connection.dialect = dialect
 
 
-def preparer_class(preparer: Any, preparer_class: type[Any]) -> None:
-    """Give a copy of a dialect's preparer of identifiers another class.
-
-    A dialect makes its preparer in its constructor, which connects the whole dialect again. It can go together with
-    :func:`connection_dialect`.
-    """
-    preparer.__class__ = preparer_class
-
-
 def repository_class(repository: Any, repository_class: type[Any]) -> None:
     """Let an application's repository be of a class of ours.
 

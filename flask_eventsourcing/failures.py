@@ -62,10 +62,10 @@ def call_each(logger: logging.Logger, calls: Iterable[tuple[Callable[[], object]
     :param calls: the functions, each with the message, and its arguments, that is logged with its error.
     """
     for function, message, arguments in calls:
-        try:
+        with Kept() as kept:
             function()
-        except Exception as error:
-            logger.error(message, *arguments, exc_info=error)
+        if kept.error is not None:
+            logger.error(message, *arguments, exc_info=kept.error)
 
 
 def resolve(topic: str) -> tuple[Any, Exception | None]:
