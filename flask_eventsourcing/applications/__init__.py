@@ -78,7 +78,7 @@ A = TypeVar("A", bound=Application[Any])
 logger: logging.Logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.25
-"""Seconds between two looks whether an event can be read in the log, at most."""
+"""The most seconds between two checks whether an event can be read in the log."""
 
 
 def construct(
@@ -102,7 +102,7 @@ def construct(
 
 
 _checked: set[type[Any]] = set()
-"""As in the library's own cache of topics, classes of events are kept for ever."""
+"""Classes of events are kept for ever, as in the library's own cache of topics."""
 
 
 def project_checked(aggregate: Any, domain_events: Iterable[Any]) -> Any:
@@ -120,7 +120,7 @@ def project_checked(aggregate: Any, domain_events: Iterable[Any]) -> Any:
 
 
 UNFIT = (AttributeError, KeyError, TypeError, ValueError, TopicError)
-"""What comes of a snapshot whose class has changed since: an attribute or an upcast is missing, or the class itself."""
+"""The errors of a snapshot whose class has changed since: an attribute, an upcast or the class itself is missing."""
 
 
 class CheckedRepository(Repository[Any]):
@@ -172,11 +172,11 @@ class CheckedRepository(Repository[Any]):
                 return aggregate
             if found is None:
                 raise
-            # It lacks a field, and the snapshot has no part in that.
+            # The event lacks a field, and the snapshot is not the reason.
             return found
 
     def _without_snapshot(self, aggregate_id: Any, version: int | None, projector_func: Any, error: Exception) -> Any:
-        """Return what the events alone make of an aggregate that has a snapshot, or None."""
+        """Return an aggregate that has a snapshot from its events alone, or None."""
         recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
         snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
         aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
@@ -206,13 +206,13 @@ class CheckedRepository(Repository[Any]):
 
 
 _warned: set[type[Any]] = set()
-"""The classes of aggregates of whose snapshots a warning was logged."""
+"""The classes of aggregates for whose snapshots a warning was logged."""
 
 
 def _check_fields(aggregate: Any) -> None:
     if is_dataclass(aggregate):
         for field in fields(aggregate):
-            # One that the class has a default for is there.
+            # An attribute with a default in the class counts as present.
             getattr(aggregate, field.name)
 
 
@@ -253,9 +253,9 @@ def install_repository(application: Application[Any]) -> None:
 
 
 class CommittedReceiver(RecordingEventReceiver[Any]):
-    """Tells a receiver with threads or queues what was saved, once the log can be read up to there.
+    """Passes saved events to a receiver with threads or queues, once the log can be read up to them.
 
-    :param receiver: what the leader was to prompt.
+    :param receiver: the receiver that the leader was to prompt.
     :param leader: whose events they are.
     """
 
@@ -270,7 +270,7 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
         self._thread: Thread | None = None
 
     def receive_recording_event(self, new_recording_event: RecordingEvent[Any]) -> None:
-        """Told by the leader within ``save()``."""
+        """Called by the leader within ``save()``."""
         unit = unit_of(self._recorder)
         first = new_recording_event.recordings[0].notification
         if unit is not None and unit.has_saved(first.originator_id):
@@ -291,7 +291,7 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
                 self._thread.start()
 
     def _tell(self) -> bool:
-        """Tell what can be read; return whether that was all."""
+        """Pass on the events that can be read, and return whether these were all."""
         try:
             high_water_mark = self._recorder.high_water_mark()
         except PersistenceError as error:
@@ -306,8 +306,8 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
         first, last = event.recordings[0].notification.id, _last_position(event)
         if last <= self._told:
             return
-        # Without a previous position the receiver reads what is between, of other processes for example. The leader's
-        # own idea of it counts what was rolled back.
+        # Without a previous position the receiver reads the events between, for example those of other processes. The
+        # position that the leader knows may be of events that were rolled back.
         previous = self._told if first == self._told + 1 and self._told else None
         self._told = last
         self.receiver.receive_recording_event(RecordingEvent(event.application_name, event.recordings, previous))

@@ -47,7 +47,7 @@ SHARED = (
 
 
 class RefusedObjects:
-    """The objects that are not to be saved, each with its error; keeps no object alive that can be referenced weakly.
+    """The objects that must not be saved, each with its error. It keeps no object alive that can be referenced weakly.
 
     :param held: how many of the others are remembered.
     """
@@ -138,17 +138,17 @@ def watch(recorder: Any, aggregate: Any, aggregate_id: Any) -> None:
 
 
 class Records:
-    """What is called as ``Application._record()`` of one application."""
+    """Called as ``Application._record()`` of one application."""
 
     def __init__(self, application: Application[Any]) -> None:
-        # The application has this object: the other way round it would only be closed by the garbage collector.
+        # The application refers to this object. With a reference back, only the garbage collector would free both.
         self._reference = weakref.ref(application)
 
     def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
         """Record, and note whose events these are.
 
-        :raises ConfigurationError: when a session was given that nobody uses.
-        :raises StaleAggregateError: when an object is not what is stored.
+        :raises ConfigurationError: when a session was given that would not be used.
+        :raises StaleAggregateError: when the state of an object is not stored.
         :raises SharedAggregateError: when an object is the cache's own.
         """
         application: Any = self._reference()
@@ -159,7 +159,7 @@ class Records:
         aggregates = processing_event.aggregates
         ids = {each.originator_id for each in processing_event.events}
         changed = [obj for key, obj in aggregates.items() if key in ids]
-        # Whatever it was, save() has taken the events away.
+        # After any error: save() has removed the events from the object.
         with ExitStack() as failed:
             failed.callback(_give_up, application, changed)
             if processing_event.saved_kwargs.get("session") is not None:
@@ -178,7 +178,7 @@ def _give_up(application: Application[Any], changed: list[Any]) -> None:
     for obj in changed:
         lose(obj, NOT_STORED)
         if refused.is_shared(obj) or not application.repository.fastforward:
-            # It was changed, or is older than what is stored and would stay so.
+            # It was changed, or is older than the stored events.
             evict(application.repository.cache, obj.id)
 
 
@@ -282,9 +282,9 @@ def evict(cache: Any, key: Any) -> None:
 
 
 def distinct(objs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return objects of which no two are of one aggregate: where one of two has no changes, the other.
+    """Return one object for each aggregate: of two objects, the one that has changes.
 
-    The library would know the last one only, whatever becomes of the events of both.
+    The library would know only the last one, even if the events of both are saved.
 
     :raises StaleAggregateError: when both have changes, of which one cannot follow the other; both stay as they are.
     """
@@ -305,13 +305,13 @@ def distinct(objs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Saves:
-    """What is called as ``Application.save()`` of one application.
+    """Called as ``Application.save()`` of one application.
 
-    :param using_session: makes a session the current one in a ``with`` block, or None where that cannot be.
+    :param using_session: makes a session the current one in a ``with`` block, or None if that is not possible.
     """
 
     def __init__(self, application: Application[Any], using_session: UsingSession | None) -> None:
-        # As in Records, the application can be closed as soon as nobody uses it.
+        # As in Records, the application can be freed as soon as no code uses it.
         self._reference = weakref.ref(application)
         self._using_session = using_session
 

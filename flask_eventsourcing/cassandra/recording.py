@@ -35,7 +35,7 @@ LARGEST = 2**63 - 1
 MOST_ROWS = 2**31 - 1
 """What a limit can be."""
 LONGEST_ID = 65_535
-"""Bytes of a key, as the nodes have them."""
+"""The most bytes of a key that the nodes accept."""
 IdType = Literal["uuid", "text"]
 OnRecorded = Callable[[str, Append, Sequence[int]], None]
 
@@ -61,7 +61,7 @@ class Log:
     :param connection: how the nodes are reached.
     :param name: the application's.
     :param id_type: the type of the aggregates' ids.
-    :param collect: returns the metadata in force; None if no metadata are stored.
+    :param collect: returns the current metadata; None if no metadata are stored.
     :param on_recorded: called after each save with the application's name, what was saved, and its positions.
     """
 

@@ -40,7 +40,7 @@ class ProjectedApplication:
     :param name: of the application.
     :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
-    :param rebuild_with: what rebuilds a projection of it in the place of ``Rebuild``, called with the same.
+    :param rebuild_with: the class that rebuilds its projections instead of ``Rebuild``, with the same arguments.
     """
 
     host: Host
@@ -51,7 +51,7 @@ class ProjectedApplication:
     registered: dict[str, type[ModelProjection]] = field(default_factory=dict)
     """Its projections by their names."""
     merged: dict[str, float] = field(default_factory=dict)
-    """When what inline projections have applied was merged last in this process, by their names."""
+    """When this process last merged the ranges of each inline projection, by its name."""
     rebuild_with: Callable[..., Any] | None = None
 
     def is_orphan(self, name: str) -> bool:
@@ -109,7 +109,7 @@ class ProjectedApplication:
     def time_of(self, notification: Notification) -> datetime | None:
         """Return the timestamp of an event, None where it has none or cannot be read."""
         event: Any = None
-        # An event that cannot be read is what a projection halts at; its time is not known.
+        # The projection halts at an event that cannot be read, so its time is not needed.
         with Kept():
             event = self.mapper.to_domain_event(notification)
         timestamp = getattr(event, "timestamp", None)
@@ -218,7 +218,7 @@ class Consumer:
     def last_event(
         self, connection: Connection, position: int, notifications: Sequence[Notification]
     ) -> dict[str, Any]:
-        """Return what the row notes of the event at a position, the last of some or one that has no handler."""
+        """Return the columns for the event at the position: the last of *notifications*, or one without a handler."""
         log = self.application.log
         if notifications and notifications[-1].id == position:
             last = notifications[-1]
@@ -230,9 +230,9 @@ class Consumer:
 
     @cached_property
     def applied_inline(self) -> sa.ColumnElement[bool] | None:
-        """The condition, in the statement that moves its position, that others have applied inline what it passes over.
+        """A condition for the statement that moves the position: others have applied inline what it passes over.
 
-        None where nobody does, or where the condition would keep others waiting and has to be asked before.
+        None for reactions and rebuilds, and where the condition would lock rows, so that it is asked before.
         """
         if self.kind != "projection" or self.application.datastore.dialect.locks_what_it_compares:
             return None
@@ -297,7 +297,7 @@ def load_rows(
 
     :param keys: of :func:`id_keys`.
     """
-    # By their numbers, as Python makes a call for each hash of a UUID.
+    # By their numbers, because the hash of a UUID is a call of a Python function.
     readable: Any = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
     ids = list({each.int: each for each in readable}.values()) if keys else []
     found: list[Any] = []

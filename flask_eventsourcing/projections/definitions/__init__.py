@@ -42,18 +42,18 @@ EXITED = (
 )
 MOST_EVENTS = 2000
 MOST_TOPICS = 100
-"""More than this many are not worth a filter."""
+"""With more topics than this, a filter in the database is not worth it."""
 
 
 class Told(Protocol[P_contra, E_contra, Last_contra]):
-    """A method that is told what was recorded of the event, too."""
+    """A method that also gets what was recorded of the event."""
 
     def __call__(self, projection: P_contra, event: E_contra, last: Last_contra, /, *, recorded: Recorded) -> object:
         """Handle the event."""
 
 
 class Handles(Protocol[E, Last]):
-    """A decorator of methods that take such an event, and the session or the key: what type checkers look at."""
+    """The type of a decorator of methods that take such an event and the session or the key, for type checkers."""
 
     @overload
     def __call__(self, function: Callable[[P, E, Last], object], /) -> Callable[[P, E, Last], object]: ...
@@ -140,7 +140,7 @@ def _no_event_class(cls: type[Any]) -> str:
         return "an aggregate class: name one of its events"
     if issubclass(cls, Application | BaseException):
         return "not an event class"
-    # All that a module of the standard library has; every event is an object.
+    # No class of the standard library is an event class; each event is an ``object``.
     if cls is not object and cls.__module__.partition(".")[0] in sys.stdlib_module_names:
         return "a class of Python's own"
     return ""
@@ -150,7 +150,7 @@ class Handlers:
     """The handlers of one kind by event class.
 
     :param functions: methods of a projection class, as ``(projection, event, session or key)``.
-    :param offered: what each is given if it names that.
+    :param offered: the names of further parameters that a handler may have.
     """
 
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]], offered: Sequence[str] = ()) -> None:
@@ -158,12 +158,12 @@ class Handlers:
         self.telling: frozenset[Callable[..., Any]] = frozenset(
             each for each in self.functions.values() if names_recorded(each)
         )
-        """Those that are told what was recorded of the event."""
+        """The handlers with the parameter ``recorded``."""
         self.naming: dict[str, frozenset[Callable[..., Any]]] = {
             name: frozenset(each for each in self.functions.values() if name in inspect.signature(each).parameters)
             for name in offered
         }
-        """Those that name what is offered, looked up once."""
+        """The handlers with each of the offered parameters."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
         self._topics: dict[str, bool] = {}
 
@@ -227,7 +227,7 @@ class ModelProjection:
     reactions: ClassVar[Handlers] = Handlers({})
     reactions_start: ClassVar[Start] = "beginning"
     handled_with: ClassVar[Sequence[str]] = ("session",)
-    """What a handler takes after the event; and what it is given if it names that, in *offered*."""
+    """The parameters of a handler after the event; *offered* has those that it may have besides."""
     offered: ClassVar[Sequence[str]] = ()
 
     @classmethod
