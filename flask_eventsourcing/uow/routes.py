@@ -26,7 +26,7 @@ INSERT = "flask_eventsourcing.insert"
 
 
 HOW = ("application_name", "charset", "connect_timeout")
-"""What an address may have that says how to connect, and not where; Flask-SQLAlchemy adds MySQL's ``charset``."""
+"""What an address may have that says how to connect, and not where; Flask-SQLAlchemy adds a ``charset``."""
 
 
 def same_database(one: Engine, other: Engine) -> bool:

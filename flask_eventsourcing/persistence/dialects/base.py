@@ -170,8 +170,7 @@ class Dialect(Looks, ForProjections, ABC):
         check_names(tables, self.title, self.longest_name, self.counts)
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
-        dialect = self.engine.dialect
-        implementation = column.type.dialect_impl(dialect)
+        implementation = column.type.dialect_impl(dialect := self.engine.dialect)
         # Every driver takes ``bytes`` unchanged.
         return None if isinstance(implementation, sa.LargeBinary) else implementation.bind_processor(dialect)
 

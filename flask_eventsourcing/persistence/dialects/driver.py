@@ -280,7 +280,7 @@ class Driver:
 
     @classmethod
     def text(cls, driver_error: Any, code: object = None) -> str:
-        """Return the text of a driver's exception, or of a part of one with that code, without ids, states and values."""
+        """Return the text of a driver's exception, or of a part of it with that code, without ids and values."""
         return str(driver_error).strip()
 
     @classmethod

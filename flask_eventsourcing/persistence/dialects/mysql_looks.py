@@ -94,11 +94,6 @@ class MySQLLooks(Dialect):
         super().__init__(engine, options)
         self._places: dict[tuple[str, Any], int] = _places.setdefault(root_engine(engine), {})
 
-    def free_connections(self, connection: Connection) -> int | None:
-        """Return what is left of ``max_connections``."""
-        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
-        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
-
     def scope(self, connection: Connection) -> Any:
         """Return the database."""
         return self.fetch(connection, "SELECT DATABASE()")[0][0]

@@ -28,6 +28,11 @@ class MySQLSwaps(ForSwaps):
     swaps_in_transaction = False
     refuses_old_snapshot = True
 
+    def free_connections(self, connection: Connection) -> int | None:
+        """Return what is left of ``max_connections``."""
+        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
+
     def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
         """Limit the waiting to the end of the connection."""
         connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {seconds}")
