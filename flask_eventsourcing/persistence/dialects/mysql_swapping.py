@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from .calls import ask_on
 from .mysql_looks import ORDER
 from .swapping import OWN, ForSwaps, Part
 
@@ -30,8 +31,8 @@ class MySQLSwaps(ForSwaps):
 
     def free_connections(self, connection: Connection) -> int | None:
         """Return what is left of ``max_connections``."""
-        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
-        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
+        used = ask_on(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+        return int(ask_on(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
 
     def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
         """Limit the waiting to the end of the connection."""
