@@ -20,7 +20,7 @@ from kombu.serialization import dumps
 from .._patches import task_attribute, task_registry_class
 from ..applications.known_sites import SiteState, current_site, find_current_site
 from ..exceptions import ConfigurationError
-from ..metadata import CORRELATION_ID
+from ..metadata import CORRELATION_ID, get_metadata_from_context
 from ..uow import Run
 from . import (
     CARRIED,
@@ -183,12 +183,20 @@ def carry(headers: Any = None, **_: Any) -> None:
     """Give a task that is sent the metadata in force, in its headers."""
     if not isinstance(headers, dict) or CARRIED in headers:
         return
-    found = carried()
-    if CORRELATION_ID not in found and current_task:
-        # Sent by the worker itself, when a task has ended: the next of a chain.
-        found = brought(current_task.request) or found
+    found, request = carried(), current_task.request if current_task else None
+    if request is not None and _has_ended(request):
+        # A request that the process keeps, as that of Pyramid's bootstrap(), is not the task's.
+        found = get_metadata_from_context()
+    if request is not None and CORRELATION_ID not in found:
+        found = brought(request) or found
     if found:
         headers[CARRIED] = found
+
+
+def _has_ended(request: Any) -> bool:
+    """Whether the worker itself sends another try of a task, or the next of a chain: the unit of work has ended."""
+    is_own = hasattr(request, _MARK) and not request.is_eager
+    return is_own and CORRELATION_ID not in get_metadata_from_context()
 
 
 def brought(request: Any) -> Any:
