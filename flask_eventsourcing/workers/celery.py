@@ -20,7 +20,7 @@ from kombu.serialization import dumps
 from .._patches import task_attribute, task_registry_class
 from ..applications.known_sites import SiteState, current_site, find_current_site
 from ..exceptions import ConfigurationError
-from ..metadata import CORRELATION_ID
+from ..metadata import CORRELATION_ID, get_metadata_from_context
 from ..uow import Run
 from . import (
     CARRIED,
@@ -189,6 +189,12 @@ def carry(headers: Any = None, **_: Any) -> None:
         found = brought(current_task.request) or found
     if found:
         headers[CARRIED] = found
+
+
+def _has_ended(request: Any) -> bool:
+    """Whether the worker itself sends another try of a task, or the next of a chain: the unit of work has ended."""
+    is_own = hasattr(request, _MARK) and not request.is_eager
+    return is_own and CORRELATION_ID not in get_metadata_from_context()
 
 
 def brought(request: Any) -> Any:

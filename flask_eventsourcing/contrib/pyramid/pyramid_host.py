@@ -167,10 +167,14 @@ def is_managed(request: Any) -> bool:
 
 def of_request() -> Mapping[str, str]:
     """Provide the correlation and the trace of the current request; a subrequest has those of the one around it."""
-    if get_current_request() is None:
+    current = get_current_request()
+    if current is None:
         return {}
     found: Mapping[str, str] = {}
     for request in (each["request"] for each in manager.stack if each["request"] is not None):
+        if request is not current and not (SESSIONS in request.environ or is_managed(request)):
+            # The process keeps it, as that of ``bootstrap()``, and no client has sent it.
+            continue
         if KEPT not in request.environ:
             request.environ[KEPT] = metadata_of_headers(request.headers, found)
         found = request.environ[KEPT]
