@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
-from eventsourcing.persistence import OperationalError
+from eventsourcing.persistence import OperationalError, StoredEvent
 
-from flask_eventsourcing import ConfigurationError, WriteTimeoutError
+from flask_eventsourcing import ConfigurationError, MissingTableError, WriteTimeoutError
 from tests.bank import Site, make_site
 
 WARNS = "cannot be switched to the journal mode WAL"
@@ -172,3 +173,39 @@ def test_a_connection_that_may_only_read(tmp_path: Path) -> None:
             assert not isinstance(raised.value, WriteTimeoutError)
             site.db.session.rollback()
         assert site.balance(account_id) == 0
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["session", "recorder"])
+def test_a_file_that_is_put_in_the_place_of_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, within: bool
+) -> None:
+    """After a file was replaced, as by a restore, what is committed is in the new one, and nothing is lost unsaid."""
+    path, other = tmp_path / "bank.db", tmp_path / "restored.db"
+    with site_on(f"sqlite:///{other}") as site:
+        use(site)
+        site.opened()
+    with site_on(f"sqlite:///{path}") as site:
+        use(site)
+        recorder: Any = site.app.extensions["eventsourcing"].application.recorder
+        for companion in ("-wal", "-shm"):
+            path.with_name(f"{path.name}{companion}").unlink(missing_ok=True)
+        other.rename(path)
+        if within:
+            site.opened()
+        else:
+            recorder.insert_events([StoredEvent(uuid4(), 1, "a:b", b"")])
+        assert site.stored()[0] == len(recorder.select_notifications(None, 10)) == 3
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM bank_events").fetchall() == [(3,)]
+    assert "is another file than the one that was opened" in caplog.text
+
+
+def test_a_file_that_is_deleted(tmp_path: Path) -> None:
+    """Nobody is told that something was stored in a file that is gone."""
+    path = tmp_path / "bank.db"
+    with site_on(f"sqlite:///{path}") as site:
+        use(site)
+        for companion in ("", "-wal", "-shm"):
+            path.with_name(f"{path.name}{companion}").unlink(missing_ok=True)
+        with pytest.raises(MissingTableError):
+            site.opened()

@@ -28,7 +28,7 @@ from .calls import count_calls, count_cursors
 from .event_tables import METADATA_COLUMNS, NOTHING, POSITION, VERSION, Beside, EventTable, Shape, begins, gap, heads
 from .looks import Finding, FoundColumn, FoundTable, MissingOptions, Seen, Use, keys_of
 from .sqlite_connections import Kind, QueuedConnection, SharedConnection, announce
-from .sqlite_files import JournalMode, file_of, path_of, refuse_inherited, refuse_opened
+from .sqlite_files import JournalMode, file_of, leave_replaced, note_file, path_of, refuse_inherited, refuse_opened
 from .sqlite_swapping import SQLiteSwaps, log_findings, texts_of
 from .swapping import FIRST_WORD
 
@@ -140,6 +140,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
                 raise ConfigurationError(FILE_IN_MEMORY.format(path))
             self._configure(driver, name)
 
+        if not memory:
+            sa.event.listen(engine, "connect", note_file)
+            sa.event.listen(engine, "checkout", leave_replaced)
         sa.event.listen(engine, "before_cursor_execute", _before_statement)
         # In memory no other process ends a transaction, and the driver's connection is asked for it all the time.
         sa.event.listen(engine, "connect", count_cursors if memory else count_calls)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import sqlalchemy as sa
+
 from ...exceptions import ConfigurationError, InheritedDatabaseError
 from ...lifecycle import PerProcess
 
@@ -136,6 +138,32 @@ def _file_id(path: str) -> FileId | None:
         status = Path(path).stat()
         return status.st_dev, status.st_ino
     return None
+
+
+FILE = "flask_eventsourcing.file"
+REPLACED = "%s is another file than the one that was opened, or is gone: what is committed to that would be lost."
+
+
+def note_file(driver: Any, record: Any) -> None:
+    """Note which file a connection is for: SQLAlchemy's event ``connect``."""
+    if isinstance(driver, sqlite3.Connection) and (path := file_of(driver)):
+        record.info[FILE] = path, _file_id(path)
+
+
+def leave_replaced(driver: Any, record: Any, proxy: Any) -> None:
+    """Connect again if another file was put in the place of the one that is open: SQLAlchemy's event ``checkout``.
+
+    The system keeps a file that is open, and SQLite goes on writing to it, also in the journal mode WAL.
+    """
+    path, known = record.info.get(FILE, (None, None))
+    if path is None or (found := _file_id(path)) == known:
+        return
+    if known is None:
+        # It was made since.
+        record.info[FILE] = path, found
+        return
+    logger.warning(REPLACED, path)
+    raise sa.exc.DisconnectionError(REPLACED % path)
 
 
 def descriptor_id(descriptor: int) -> FileId | None:
