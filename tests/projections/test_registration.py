@@ -159,6 +159,40 @@ def test_what_cannot_be_used_is_refused_and_nothing_registered(projection: Any, 
     es.close()
 
 
+def test_two_handlers_of_one_name() -> None:
+    """Two handlers of one name in a class are refused, as nobody would ever call the first."""
+    with pytest.raises(ConfigurationError, match=r"Twice\._ is the name of two handlers"):
+
+        class Twice(ModelProjection):
+            @on(Created)
+            def _(self, event: Any, session: orm.Session) -> None: ...
+
+            @reaction(Created)
+            def _(self, event: Any, key: str) -> None: ...
+
+
+def test_names_of_handlers_that_are_none_of_two() -> None:
+    """A handler may be marked twice, replace one of its base class, and be defined in a loop."""
+
+    class Base(ModelProjection):
+        @on(Created)
+        @on(Deposited)
+        def opened(self, event: Any, session: orm.Session) -> None: ...
+
+    class Derived(Base):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None: ...
+
+    handlers = []
+    for event_class in (Created, Deposited):
+
+        @on(event_class)
+        def handler(self: Any, event: Any, session: orm.Session) -> None: ...
+
+        handlers.append(handler)
+    assert len({id(each) for each in (Base.opened, Derived.opened, *handlers)}) == 4
+
+
 def test_the_application_must_be_registered() -> None:
     """``of=`` names a registered application, and is needed where there are several."""
     es = EventSourcing(db=SQLAlchemy(), applications=[Bank, Shop])

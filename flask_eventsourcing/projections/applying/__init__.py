@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -31,7 +32,7 @@ from ..checkpoint import PAUSED, CheckpointRow, FencedError
 from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
-from ..definitions import EXITED, ModelProjection
+from ..definitions import CANCELED, EXITED, ModelProjection
 from .batches import Batches
 from .pages import Decoding, EventError, ObservedError, Recordings, SuspectError, telling
 
@@ -383,8 +384,9 @@ class _Calls:
                 handler(self._projection, event, *last, **named, recorded=recorded())
             else:
                 handler(self._projection, event, *last, **named)
-        except SystemExit as error:
-            raise HandlerError(EXITED.format(type(self._projection).__name__)) from error
+        except (SystemExit, CancelledError) as error:
+            text = EXITED if isinstance(error, SystemExit) else CANCELED
+            raise HandlerError(text.format(type(self._projection).__name__)) from error
 
     def _find(self, event_class: type[Any]) -> _Call | None:
         handlers = self._consumer.handlers

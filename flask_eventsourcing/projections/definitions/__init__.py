@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
@@ -39,6 +40,9 @@ _REACTION = "flask_eventsourcing_reaction"
 EXITED = (
     "A handler of {} raised SystemExit, as sys.exit() does. A handler cannot end a worker, in which other projections "
     "run: raise another error, or stop the worker from outside."
+)
+CANCELED = (
+    "A handler of {} raised asyncio's CancelledError: catch it where a task was cancelled, or raise another error."
 )
 MOST_EVENTS = 2000
 MOST_TOPICS = 100
@@ -80,7 +84,7 @@ def on(*event_classes: type[Any]) -> Any:
     most specific class is called. If it has a parameter ``recorded``, it also gets the position, ``event_id``, time and
     metadata of the event, as a ``flask_eventsourcing.metadata.Recorded``.
 
-    :raises ConfigurationError: when an argument is not an event class.
+    :raises ConfigurationError: when an argument is not an event class, or the class has a handler of that name.
     """
     return _marker(_ON, event_classes, "on")
 
@@ -103,20 +107,15 @@ def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
 
     :param start: where to begin: at the ``"beginning"`` of the log, or at its ``"end"`` when a worker first runs the
         reaction.
-    :raises ConfigurationError: when an argument is not an event class, or *start* is unknown.
+    :raises ConfigurationError: when an argument is not an event class, *start* is unknown, or the class has a handler
+        of that name.
     """
     if start not in get_args(Start):
         raise ConfigurationError(f"@reaction(start=…) is 'beginning' or 'end'; found {start!r}.")
-    mark = _marker(_REACTION, event_classes, "reaction")
-
-    def decorate(function: F) -> F:
-        function.__dict__[f"{_REACTION}_start"] = start
-        return mark(function)
-
-    return decorate
+    return _marker(_REACTION, event_classes, "reaction", **{f"{_REACTION}_start": start})
 
 
-def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callable[[F], F]:
+def _marker(attribute: str, event_classes: tuple[Any, ...], name: str, **also: str) -> Callable[[F], F]:
     if not event_classes or not all(isinstance(each, type) for each in event_classes):
         raise ConfigurationError(
             f"@{name} takes one or more event classes, as @{name}(Account.Opened); found {event_classes!r}."
@@ -128,10 +127,26 @@ def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callab
             )
 
     def decorate(function: F) -> F:
+        _refuse_second(function, inspect.currentframe())
         function.__dict__[attribute] = (*function.__dict__.get(attribute, ()), *event_classes)
+        function.__dict__.update(also)
         return function
 
     return decorate
+
+
+def _refuse_second(function: Any, decorating: FrameType | None) -> None:
+    """Refuse a second method of a name: the class would have only that one, and nobody would call the first.
+
+    :raises ConfigurationError: when the body of the class has such a method before it.
+    """
+    body = decorating.f_back.f_locals if decorating and decorating.f_back else {}
+    earlier = body.get(getattr(function, "__name__", "")) if "__qualname__" in body else None
+    if earlier is not None and earlier is not function and {_ON, _REACTION} & getattr(earlier, "__dict__", {}).keys():
+        raise ConfigurationError(
+            f"{function.__qualname__} is the name of two handlers, of which Python keeps the last: give each a name of "
+            "its own."
+        )
 
 
 def _no_event_class(cls: type[Any]) -> str:

@@ -313,7 +313,7 @@ def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
         pause = Backoff(SHORTEST_WAIT, LONGEST_WAIT, GROWTH)
         while True:
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if not remaining > 0:
                 raise TimeoutError(
                     f"{goal.consumer.name} has not reached position {goal.position} within {timeout:g} s: "
                     f"{_why_not(goal.consumer)}"
