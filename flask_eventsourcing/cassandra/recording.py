@@ -104,7 +104,7 @@ class Log:
         """Append events, and return their positions.
 
         :raises IntegrityError: when another writer was first.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         for event in events:
             self.check(event)
@@ -235,7 +235,7 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         """Append all of the events to the log, or none, and return their positions.
 
         :raises IntegrityError: when another writer has recorded one of these versions.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         return self.log.append(stored_events) if stored_events else []
 
@@ -348,7 +348,7 @@ class CassandraProcessRecorder(CassandraTrackingRecorder, CassandraApplicationRe
         """Append events and record the position given as ``tracking``, both or neither.
 
         :raises IntegrityError: when another writer was first with either.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         tracking: Tracking | None = kwargs.get("tracking")
         if tracking is None:
