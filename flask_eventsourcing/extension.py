@@ -291,7 +291,7 @@ class EventSourcing(Generic[First_co, Db_co]):
         """Add metadata to the events saved in a block. See :func:`~flask_eventsourcing.metadata.event_metadata`."""
         return event_metadata(**metadata)
 
-    def using(self, session: orm.Session) -> AbstractContextManager[orm.Session]:
+    def using(self, session: orm.Session | orm.scoped_session[Any]) -> AbstractContextManager[orm.Session]:
         """A context in which a session of your own is the current one, also as ``db.session``.
 
         You commit and close it. Blocks may be nested.

@@ -41,6 +41,7 @@ from .uow import (
     Units,
     follow,
     same_database,
+    session_of,
     writer_of,
 )
 
@@ -270,11 +271,12 @@ class PlainHost:
             yield session
 
     @contextmanager
-    def using_session(self, session: orm.Session) -> Iterator[orm.Session]:
+    def using_session(self, session: orm.Session | orm.scoped_session[Any]) -> Iterator[orm.Session]:
         """A context in which the caller's session is the current one. The caller commits and closes it.
 
         :raises ConfigurationError: when it is for another database.
         """
+        session = session_of(session)
         check_session(session, self._datastore.engine, self._units.bind_arguments["clause"])
         session.info[LENT] = True
         token = self._current.set([session])

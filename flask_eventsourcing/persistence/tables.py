@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime  # noqa: F401  # named in a type comment
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import sqlalchemy as sa
 from sqlalchemy import orm
@@ -40,8 +40,6 @@ TOPIC = column_type("topic", sa.Text())
 TIME = column_type("time", sa.DateTime())
 MOMENT = column_type("time", sa.DateTime(timezone=True))
 CORRELATION = column_type("correlation", sa.String(128))
-
-
 Implementation: TypeAlias = sa.types.TypeEngine[Any] | type[sa.types.TypeEngine[Any]]
 
 
@@ -121,11 +119,14 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
 
     def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> dict[str, str] | None:
         """Return the mapping."""
-        if value is None or isinstance(value, dict):
-            return value
-        # A driver whose connection another framework has made may return JSON as text.
-        found: dict[str, str] = json.loads(value if isinstance(value, str) else bytes(value))
-        return found
+        if value is not None and not isinstance(value, dict):
+            value = json.loads(value if isinstance(value, str) else bytes(value))
+        return cast("dict[str, str] | None", value)
+
+    def column_expression(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any] | None:
+        """Return what is selected: JSON as text, which no driver decodes by an engine's ``json_deserializer``."""
+        is_json = isinstance(self.impl_instance, sa.JSON)
+        return sa.type_coerce(sa.cast(column, sa.Text()), self) if is_json else column
 
     def __repr__(self) -> str:
         return "MetadataType()"
@@ -360,7 +361,6 @@ def check_models(
     """Check what :func:`make_models` is going to make.
 
     :param id_type: the type of the application's ids, if it is known.
-
     :raises ConfigurationError: when a given record class lacks something, or a table name is taken.
     """
     if not is_plain(application_name) or application_name != application_name.strip():

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -172,20 +172,20 @@ class Checkpoint:
         :param at: the position that the row must have, if that matters.
         :param abandoned: a row whose runner has not renewed its lease for long enough, whatever its time says.
         """
-        now, c = utc_now(), self.table.c
+        c, time_in = self.table.c, self.datastore.dialect.time_in
         change = sa.update(self.table).where(self._row, c.state.not_in((SWAPPING, PAUSED)))
         if at is not None:
             change = change.where(c.position == at)
         code = fingerprint[:CODE_OF_TOKEN]
         token = uuid4().hex[: 32 - len(code)] + code
-        values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": now}
+        values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": utc_now()}
         if lease:
-            free = sa.or_(c.token.is_(None), c.leased_until < now)
+            free = sa.or_(c.token.is_(None), c.leased_until < time_in(0))
             if abandoned is not None:
                 same = sa.and_(c.token == abandoned.token, c.leased_until == abandoned.leased_until)
                 free = sa.or_(free, same)
             change = change.where(free)
-            values["leased_until"] = now + timedelta(seconds=LEASE)
+            values["leased_until"] = time_in(LEASE)
         with self.engine.begin() as connection:
             if connection.execute(change.values(values), {NOTED: values.get("position")}).rowcount == 0:
                 return None
@@ -214,7 +214,7 @@ class Checkpoint:
         """
         noted = {"position": position, **(last or {})}
         if lease:
-            noted["leased_until"] = utc_now() + timedelta(seconds=LEASE)
+            noted["leased_until"] = self.datastore.dialect.time_in(LEASE)
         # Built once, as that takes a third as long as all else of a batch with a single event.
         read = {name: value for name, value in noted.items() if isinstance(value, sa.ClauseElement)}
         change = self._advancing(frozenset(noted), read, called, claimed.token is None, unless)
@@ -245,7 +245,7 @@ class Checkpoint:
 
         :raises FencedError: when it was lost.
         """
-        self._change_claimed(claimed, leased_until=utc_now() + timedelta(seconds=LEASE))
+        self._change_claimed(claimed, leased_until=self.datastore.dialect.time_in(LEASE))
 
     def halt(self, claimed: CheckpointRow, position: int, error: str) -> None:
         """Note that the projection has halted at an event that it cannot apply."""

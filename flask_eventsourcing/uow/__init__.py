@@ -6,7 +6,7 @@ from .abstract import Unit
 from .commit_gate import Commits, Run
 from .listeners import follow
 from .pending import AfterCommit, Batch, describe, log_lost
-from .routes import FIXED, same_database, writer_of
+from .routes import FIXED, same_database, session_of, writer_of
 from .running import (
     LONGEST_PAUSE,
     SessionCommits,
@@ -15,6 +15,7 @@ from .running import (
     check_times,
     close,
     commit,
+    may_lose,
     roll_back,
     why_not_again,
 )
@@ -40,8 +41,10 @@ __all__ = [
     "describe",
     "follow",
     "log_lost",
+    "may_lose",
     "roll_back",
     "same_database",
+    "session_of",
     "why_not_again",
     "writer_of",
 ]

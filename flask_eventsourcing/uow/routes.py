@@ -25,9 +25,21 @@ INSERT = "flask_eventsourcing.insert"
 """The key in ``Table.info`` of a statement that inserts into the table."""
 
 
+HOW = ("application_name", "charset", "connect_timeout")
+"""What an address may have that says how to connect, and not where; Flask-SQLAlchemy adds a ``charset``."""
+
+
 def same_database(one: Engine, other: Engine) -> bool:
     """Whether two engines are for one database."""
-    return one is other or one.pool is other.pool or (one.url == other.url and not is_in_memory(one.url))
+    if one is other or one.pool is other.pool:
+        return True
+    is_address = one.url.difference_update_query(HOW) == other.url.difference_update_query(HOW)
+    return is_address and not is_in_memory(one.url)
+
+
+def session_of(session: orm.Session | orm.scoped_session[Any]) -> orm.Session:
+    """Return a session, which is the current one of a ``scoped_session``."""
+    return session() if isinstance(session, orm.scoped_session) else session
 
 
 def writer_of(session: orm.Session, table: sa.Table) -> Engine | Connection:

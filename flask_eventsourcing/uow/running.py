@@ -15,7 +15,7 @@ from sqlalchemy import orm
 
 from ..exceptions import ConfigurationError, RollbackOnlyError
 from .commit_gate import Run, running
-from .unit import UnitOfWork
+from .unit import INFO_KEY, SessionUnits, UnitOfWork
 
 R = TypeVar("R")
 
@@ -182,6 +182,12 @@ def roll_back(session: orm.Session) -> None:
     except sa.exc.SQLAlchemyError as error:
         logger.warning("A rollback failed, so its session is closed: %s", error)
         close(session)
+
+
+def may_lose(session: orm.Session) -> bool:
+    """Whether a session may have events that are neither committed nor rolled back on request."""
+    shared: SessionUnits | None = session.info.get(INFO_KEY)
+    return shared is not None and any(unit.pending or unit.following.rolled_back for unit in shared.units.values())
 
 
 def close(session: orm.Session) -> None:

@@ -218,8 +218,8 @@ class ApartState(EventSourcingState):
             env = self.store.environment(env, application_class.name)
         return env
 
-    def using(self, session: orm.Session) -> NoReturn:
-        """Refuse a session: no session has the events."""
+    def using(self, session: orm.Session | orm.scoped_session[Any]) -> NoReturn:
+        """Refuse it: no session has the events."""
         self.apart.using_session(session)
 
     def elsewhere(self) -> dict[sa.Table, sa.Engine]:

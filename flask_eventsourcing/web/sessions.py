@@ -25,12 +25,11 @@ from ..lifecycle import keep_for_ever
 from ..persistence import Datastore
 from ..persistence.dialects import readable_address_errors
 from ..persistence.forks import drop_inherited_connections, leave_inherited_connections
-from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, always, follow
+from ..uow import LENT, Run, UnitOfWork, UnitRunner, Units, always, follow, may_lose
 
 R = TypeVar("R")
 
 DEFAULT_URI = "sqlite:///eventsourcing.db"
-
 SESSIONS = "_sqlalchemy_sessions"
 """The attribute of ``flask.g`` in which Flask-SQLAlchemy-Lite keeps the sessions of an application context."""
 PID = "_flask_eventsourcing_pid"
@@ -322,7 +321,8 @@ class FlaskHost:
             with self.database.using(session):
                 yield session
         finally:
-            g.setdefault(LEFT, {})[session] = None
+            # A context may last as long as its process.
+            g._flask_eventsourcing_left = {each: None for each in (*g.get(LEFT, ()), session) if may_lose(each)}
 
     def check_session(self, session: orm.Session) -> None:
         """Check that a session is for this database.

@@ -26,7 +26,7 @@ from ..persistence import Datastore
 from ..persistence.dialects import is_in_memory
 from ..projections.registry import BoundProjections
 from ..signals import events_discarded, events_recorded
-from ..uow import LENT, Batch, UnitOfWork
+from ..uow import LENT, Batch, UnitOfWork, session_of
 from .request_metadata import metadata_to_carry
 from .sessions import FlaskHost
 
@@ -174,8 +174,9 @@ class EventSourcingState:
         return list(dict.fromkeys(self.hosts.values()))
 
     @contextmanager
-    def using(self, session: orm.Session) -> Iterator[orm.Session]:
+    def using(self, session: orm.Session | orm.scoped_session[Any]) -> Iterator[orm.Session]:
         """See ``EventSourcing.using``."""
+        session = session_of(session)
         hosts = self._each_host()
         # A session for none of the databases is refused with the reason of the first one.
         with next((host for host in hosts if host.is_for(session)), hosts[0]).using_session(session):

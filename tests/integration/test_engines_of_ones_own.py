@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -13,13 +14,15 @@ from uuid import UUID, uuid4
 import pytest
 import sqlalchemy as sa
 from eventsourcing.persistence import IntegrityError, StoredEvent
+from psycopg.rows import namedtuple_row
+from psycopg2.extras import NamedTupleCursor  # type: ignore[import-untyped]
 
 from flask_eventsourcing import AbortedTransactionError, ConfigurationError
 from flask_eventsourcing.persistence import DialectOptions
 from flask_eventsourcing.persistence.dialects import dialect_for
 from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
-from tests.integration.marks import on_mariadb, on_postgresql, on_sqlite_file
+from tests.integration.marks import on_files, on_mariadb, on_postgresql, on_sqlite_file
 
 
 def deposits(site: Site, accounts: list[UUID], times: int) -> int:
@@ -188,6 +191,84 @@ def test_listener_that_sets_something_at_each_checkout(uri: str, driver: str) ->
         waiter.wait(0.001)
         assert not waiter.wait(0.001)
     assert not recorder.dialect.shares_connections()
+    site.close()
+
+
+def by_driver(uri: str, driver: str, **options: Any) -> Site:
+    """Make tables as another engine would, and a site whose engine has options."""
+    make_site(uri).close()
+    url = sa.make_url(uri).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+    return make_site(url, create=False, SQLALCHEMY_ENGINE_OPTIONS=options)
+
+
+def use(site: Site) -> None:
+    """Save one event and many, have a conflict, and read all of that within a session and outside."""
+    account_id = site.opened(2)
+    with site.app.app_context():
+        recorder: Any = site.bank.recorder
+        recorder.insert_events([StoredEvent(account_id, version, "t", b"") for version in range(3, 160)])
+        site.db.session.commit()
+        with pytest.raises(IntegrityError):
+            recorder.insert_events([StoredEvent(account_id, 2, "t", b"")])
+        site.db.session.rollback()
+        assert len(recorder.select_events(account_id)) == 159
+        assert recorder.find_recorded([1])[1].metadata
+    recorder.insert_events([StoredEvent(account_id, 160, "t", b"")])
+    assert recorder.select_notifications(None, 1000)[-1].id == recorder.high_water_mark()
+    assert recorder.fitting(0, 10) == 10
+    assert recorder.find_recorded([1])[1].metadata
+
+
+@pytest.mark.parametrize("options", [{"stream_results": True}, {"yield_per": 10}], ids=str)
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@on_postgresql
+def test_engine_that_streams_results(uri: str, driver: str, options: dict[str, Any]) -> None:
+    """An engine that streams what it reads stores events as any other: what is written is not streamed."""
+    site = by_driver(uri, driver, execution_options=options)
+    use(site)
+    site.close()
+
+
+@on_files
+def test_session_that_streams_results(site: Site) -> None:
+    """A session whose connection streams what it reads saves events too."""
+    with site.app.app_context():
+        site.db.session.connection(execution_options={"stream_results": True})
+        account_id = site.bank.open_account()
+        site.bank.deposit(account_id)
+        site.db.session.commit()
+    assert site.balance(account_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("driver", "option"),
+    [("psycopg", {"row_factory": namedtuple_row}), ("psycopg2", {"cursor_factory": NamedTupleCursor})],
+    ids=["psycopg", "psycopg2"],
+)
+@on_postgresql
+def test_rows_that_are_named_tuples(uri: str, driver: str, option: dict[str, Any]) -> None:
+    """A driver may be told to return named tuples, which refuse two columns of one name."""
+    site = by_driver(uri, driver, connect_args=option)
+    use(site)
+    assert site.app.test_cli_runner().invoke(args=["eventsourcing", "check"]).exit_code == 0
+    site.close()
+
+
+def refuse_json(text: str) -> Any:
+    """Refuse to decode JSON that the models of the user did not write."""
+    raise TypeError("not of this app")
+
+
+@pytest.mark.parametrize("function", [refuse_json, lambda text: ("decoded", text)], ids=["refuses", "changes"])
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@on_postgresql
+def test_json_deserializer_is_for_models_of_ones_own(uri: str, driver: str, function: Callable[[str], Any]) -> None:
+    """An engine's ``json_deserializer`` has nothing to do with the metadata of events, through recorder and ORM."""
+    site = by_driver(uri, driver, json_deserializer=function)
+    use(site)
+    with site.app.app_context():
+        first = site.db.session.scalars(sa.select(site.es.StoredEvent).order_by("notification_id").limit(1)).one()
+        assert first.event_metadata == site.bank.recorder.find_recorded([1])[1].metadata  # type: ignore[attr-defined]
     site.close()
 
 

@@ -14,9 +14,11 @@ import pytest
 import sqlalchemy as sa
 from eventsourcing.persistence import DatabaseError, IntegrityError, StoredEvent, Tracking
 
-from flask_eventsourcing.exceptions import ConstraintError
-from tests.bank import Site
+from flask_eventsourcing.exceptions import ConstraintError, MissingTableError
+from flask_eventsourcing.persistence.dialects import hide_values
+from tests.bank import Site, make_site
 from tests.integration.conftest import MakeSite
+from tests.integration.marks import on_mariadb
 
 SECRET = "4711-secret"
 
@@ -98,6 +100,33 @@ def test_keys_of_events_are_conflicts(site: Site, watched: bool) -> None:
         assert str(account_id) not in str(raised.value)
         assert account_id.hex not in str(raised.value)
         site.db.session.rollback()
+
+
+@pytest.mark.parametrize("language", ["de_DE", "ja_JP", "hu_HU", "fr_FR", "ru_RU"])
+@pytest.mark.parametrize("driver", ["pymysql", "mysqldb"])
+@on_mariadb
+def test_errors_are_known_in_every_language_of_the_server(uri: str, driver: str, language: str) -> None:
+    """A server that speaks another language has the same conflicts, and its messages have no values of rows either."""
+    url = sa.make_url(uri).set(drivername=f"mysql+{driver}").render_as_string(hide_password=False)
+    options = {"connect_args": {"init_command": f"SET lc_messages = '{language}'"}}
+    site = make_site(url, SQLALCHEMY_ENGINE_OPTIONS=options)
+    account_id = site.opened()
+    with site.app.app_context():
+        with pytest.raises(IntegrityError, match="Another writer was first") as raised:
+            save(site, "one", originator_id=account_id)
+        assert site.bank.recorder.dialect.is_conflict(raised.value)  # type: ignore[attr-defined]
+        site.db.session.rollback()
+        site.db.session.add_all([site.Note(text=SECRET), site.Note(text=SECRET)])
+        with pytest.raises(sa.exc.IntegrityError) as own:
+            site.db.session.flush()
+        hide_values(own.value)
+        assert not any(hidden in f"{raised.value} {own.value}" for hidden in (str(account_id), account_id.hex, SECRET))
+        site.db.session.rollback()
+        site.db.drop_all()
+        with pytest.raises(MissingTableError, match="bank_"):
+            site.bank.open_account()
+        site.db.session.rollback()
+    site.close()
 
 
 def test_position_that_was_processed_is_the_librarys_error_and_not_run_again(site: Site) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from eventsourcing.persistence import OperationalError
 
 from flask_eventsourcing import ConfigurationError, WriteTimeoutError
 from tests.bank import Site, make_site
@@ -156,3 +157,18 @@ def test_a_file_that_is_opened_to_be_read(
         assert site.stored()[0] == 1
     assert time.monotonic() - began < 10
     assert caplog.messages == []
+
+
+def test_a_connection_that_may_only_read(tmp_path: Path) -> None:
+    """A save on a connection with ``PRAGMA query_only`` says what SQLite says, and not that others hold the file."""
+    with site_on(f"sqlite:///{tmp_path}/bank.db", SQLALCHEMY_ENGINE_OPTIONS={"poolclass": sa.pool.NullPool}) as site:
+        with site.app.app_context():
+            site.db.create_all()
+        account_id = site.opened()
+        with site.app.app_context():
+            sa.event.listen(site.db.engine, "connect", lambda driver, _: driver.execute("PRAGMA query_only=1").close())
+            with pytest.raises(OperationalError, match=r"^attempt to write a readonly database$") as raised:
+                site.bank.deposit(account_id)
+            assert not isinstance(raised.value, WriteTimeoutError)
+            site.db.session.rollback()
+        assert site.balance(account_id) == 0

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 from uuid import uuid4
 
@@ -12,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from eventsourcing.persistence import ProgrammingError
 from flask import abort
+from sqlalchemy import orm
 
 from flask_eventsourcing import MissingTableError, current_application
 from tests.bank import Site
@@ -194,3 +197,46 @@ def test_tables_may_be_created_after_the_first_failure(new_site: MakeSite) -> No
         site.bank.open_account()
         site.db.session.commit()
     assert site.stored() == (1, 0)
+
+
+@on_files
+def test_session_of_an_engine_that_the_user_makes(site: Site, uri: str) -> None:
+    """A session on an engine of the same address can be lent, also if Flask-SQLAlchemy has added to that address."""
+    engine = sa.create_engine(uri)
+    with site.app.app_context(), orm.Session(engine) as session, site.es.using(session):
+        site.bank.open_account()
+        session.commit()
+    engine.dispose()
+    assert site.stored() == (1, 0)
+
+
+def test_scoped_session_can_be_lent(site: Site) -> None:
+    """``es.using()`` takes the current session of a ``scoped_session``, such as ``db.session`` is."""
+    with site.app.app_context():
+        with site.es.using(site.db.session) as used:
+            assert used is site.db.session()
+            site.bank.open_account()
+            used.commit()
+        scoped = orm.scoped_session(orm.sessionmaker(site.db.engine))
+        with site.es.using(scoped):
+            site.bank.open_account()
+        scoped.commit()
+        scoped.remove()
+    assert site.stored() == (2, 0)
+
+
+def test_sessions_that_were_lent_are_forgotten(site: Site) -> None:
+    """A context that lasts keeps the sessions with events that are in doubt, and none of those that have ended."""
+    with site.app.app_context():
+        found = []
+        for number in range(20):
+            session = orm.Session(site.db.engine)
+            with session, site.es.using(session):
+                site.bank.open_account()
+                if number % 2:
+                    session.commit()
+            found.append(weakref.ref(session))
+            del session
+        gc.collect()
+        assert sum(each() is not None for each in found) <= 1
+    assert site.stored() == (10, 0)

@@ -15,7 +15,7 @@ from sqlalchemy import exc
 from flask_eventsourcing import exceptions
 from flask_eventsourcing.exceptions import FlaskEventSourcingError, MissingTableError
 from flask_eventsourcing.persistence import Dialect, DialectOptions
-from flask_eventsourcing.persistence.dialects import dialect_for
+from flask_eventsourcing.persistence.dialects import dialect_for, hide_values
 
 URLS = {"mysql": "mysql+pymysql://", "postgresql": "postgresql+psycopg://", "sqlite": "sqlite://"}
 OURS = [cls for _, cls in inspect.getmembers(exceptions, inspect.isclass) if issubclass(cls, FlaskEventSourcingError)]
@@ -111,19 +111,48 @@ def test_deadlock_is_an_integrity_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("database", "text"),
+    ("database", "driver_error"),
     [
-        ("sqlite", "no such table: bank_events"),
-        ("postgresql", 'relation "bank_events" does not exist'),
-        ("mysql", "(1146, \"Table 'bank_events' doesn't exist\")"),
+        ("sqlite", DriverError("no such table: bank_events")),
+        ("postgresql", DriverError('relation "bank_events" does not exist', "42P01")),
+        ("postgresql", DriverError("Relation »bank_events« existiert nicht", "42P01")),
+        ("postgresql", DriverError("la relation « bank_events » n'existe pas", "42P01")),
+        ("postgresql", DriverError('リレーション"bank_events"は存在しません', pgcode="42P01")),
+        ("mysql", pymysql.err.ProgrammingError(1146, "Table 'bank_events' doesn't exist")),
+        ("mysql", pymysql.err.ProgrammingError(1146, "La table 'bank_events' n'existe pas")),
     ],
 )
-def test_missing_table_says_which_and_what_to_run(database: str, text: str) -> None:
-    """On every database a missing table is named, with the commands that create it."""
-    error = dialect_of(database).translate(wrapped(exc.ProgrammingError, DriverError(text)))
+def test_missing_table_says_which_and_what_to_run(database: str, driver_error: Exception) -> None:
+    """On every database a missing table is named, in any language of the server, with the commands that create it."""
+    error = dialect_of(database).translate(wrapped(exc.ProgrammingError, driver_error))
     assert isinstance(error, MissingTableError)
     assert "'bank_events'" in str(error)
     assert "flask eventsourcing init-db" in str(error)
+
+
+SECRET = "4711-secret"
+
+
+@pytest.mark.parametrize(
+    ("database", "driver_error"),
+    [
+        ("postgresql", DriverError(f'invalid input syntax for type uuid: "{SECRET}"', "22P02")),
+        ("postgresql", DriverError(f"ungültige Eingabesyntax für Typ uuid: »{SECRET}«", "22P02")),
+        ("postgresql", DriverError(f"syntaxe en entrée invalide pour le type uuid : « {SECRET} »", "22P02")),
+        ("mysql", pymysql.err.IntegrityError(1062, f"Duplicate entry '{SECRET}' for key 'PRIMARY'")),
+        ("mysql", pymysql.err.IntegrityError(1062, f"Doppelter Eintrag 'o'{SECRET}' für Schlüssel 'PRIMARY'")),
+        ("mysql", pymysql.err.IntegrityError(1062, f"'{SECRET}' は索引 'PRIMARY' で重複しています。")),
+        ("mysql", pymysql.err.DataError(1366, f"Falscher integer-Wert: '{SECRET}' für Feld `note`.`id` in Zeile 1")),
+        ("mysql", pymysql.err.ProgrammingError(1064, f"Fehler in der SQL-Syntax bei '{SECRET}' in Zeile 1")),
+    ],
+)
+def test_no_message_has_a_value_of_a_row(database: str, driver_error: Exception) -> None:
+    """What a server quotes of a statement's parameters is left out of messages, in any of its languages."""
+    dialect = dialect_of(database)
+    assert SECRET not in str(dialect.translate(wrapped(exc.DataError, driver_error)))
+    own = wrapped(exc.DataError, driver_error)
+    hide_values(own)
+    assert SECRET not in f"{own} {driver_error}"
 
 
 def test_context_manager_translates_and_keeps_the_cause() -> None:

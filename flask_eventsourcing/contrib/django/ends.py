@@ -12,6 +12,16 @@ from django.db import transaction
 from ..._patches import django_atomic_exit, django_method
 from .marks import Leaving, Marked
 
+REPLACED = (
+    "clean_savepoints",
+    "close",
+    "commit",
+    "run_and_clear_commit_hooks",
+    "savepoint_rollback",
+    "set_rollback",
+)
+"""The methods of a connection that are replaced."""
+
 
 class Checks(Protocol):
     """The unit of work of a connection."""
@@ -36,7 +46,7 @@ class Ends:
         self._running = 0
         # Weak, so that neither object keeps the other alive.
         found, told = weakref.ref(wrapper), weakref.ref(self)
-        for name in ("close", "commit", "run_and_clear_commit_hooks", "savepoint_rollback", "set_rollback"):
+        for name in REPLACED:
             django_method(wrapper, name, partial(_called, found, told, name))
         _ends[wrapper] = self
 
@@ -86,6 +96,11 @@ class Ends:
             if not self._running:
                 # But not after another transaction, which one of the functions has committed.
                 self._marked.tell()
+
+    def clean_savepoints(self, wrapper: Any, clean: Callable[[], Any]) -> Any:
+        """Leave the counter of savepoints as it is within a transaction: it tells what a rollback takes along."""
+        if wrapper.autocommit and not wrapper.in_atomic_block:
+            clean()
 
     def savepoint_rollback(self, wrapper: Any, roll_back: Callable[..., Any], sid: Any) -> Any:
         """Roll back to a savepoint, also to one that belongs to no block."""

@@ -71,6 +71,14 @@ def _table_of(model: Any, alias: str) -> sa.Table:
     return sa.Table(name, sa.MetaData(), *columns, schema=schema)
 
 
+def call_each(functions: list[Any]) -> None:
+    """Have Django log what fails of the functions for after the commit, and call those of the other events too.
+
+    The transaction is stored then, and the position with it.
+    """
+    functions[:] = [(savepoints, function, True) for savepoints, function, *_ in functions]
+
+
 class DjangoHost:
     """One of Django's databases as the host of projections. Each transaction is a block of ``atomic()``."""
 
@@ -121,6 +129,8 @@ class DjangoHost:
                 yield session
             if unit.wrapper.needs_rollback:
                 raise HandlerError(SWALLOWED)
+            if len(unit.wrapper.atomic_blocks) == 1:
+                call_each(unit.wrapper.run_on_commit)
 
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in a block, and again after a conflict, *times* times at most."""

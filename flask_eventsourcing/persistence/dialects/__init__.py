@@ -191,8 +191,8 @@ def without_values(driver_error: BaseException) -> str:
 
 def _text(driver_error: BaseException, said: object) -> str:
     for dialect in DIALECTS.values():
-        if dialect.code(driver_error) is not None:
-            return dialect.text(said)
+        if (code := dialect.code(driver_error)) is not None:
+            return dialect.text(said, code)
     return str(said).strip()
 
 

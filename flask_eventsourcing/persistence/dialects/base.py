@@ -170,8 +170,7 @@ class Dialect(Looks, ForProjections, ABC):
         check_names(tables, self.title, self.longest_name, self.counts)
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
-        dialect = self.engine.dialect
-        implementation = column.type.dialect_impl(dialect)
+        implementation = column.type.dialect_impl(dialect := self.engine.dialect)
         # Every driver takes ``bytes`` unchanged.
         return None if isinstance(implementation, sa.LargeBinary) else implementation.bind_processor(dialect)
 
@@ -180,6 +179,10 @@ class Dialect(Looks, ForProjections, ABC):
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
     ) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
+
+    @abstractmethod
+    def whereabouts(self, table: EventTable) -> str:
+        """Return the query whose row tells a table from others of its name, such as those of other tenants."""
 
     def is_meant(self, connection: Connection, table: EventTable) -> str:
         """Return the condition under which a table's name means the table that it meant last on this connection."""

@@ -23,8 +23,10 @@ INTRANS = 2
 """``PQTRANS_INTRANS`` of libpq: there is a transaction, which has not failed."""
 BLOCK = f"/* {OWN} */ BEGIN NOT ATOMIC"
 """The beginning of a block of the recorders' own. The block ends no transaction, though its words look like it."""
+WHOLE = {"stream_results": False, "yield_per": None}
+"""Execution options by which a result is read at once: PostgreSQL can stream nothing but queries in a transaction."""
 # A connection without options of its own uses this object itself, without a copy.
-OPTIONS = sa.util.immutabledict({OWN: True})
+OPTIONS = sa.util.immutabledict({OWN: True, **WHOLE})
 
 
 class DirectConnection(Connection):
@@ -74,7 +76,7 @@ def in_autocommit(connection: Connection) -> Connection:
     # A transaction of a host is not ended.
     if not isinstance(connection, DirectConnection) and status_of(driver) == INTRANS:
         driver.commit()
-    return connection.execution_options(isolation_level=AUTOCOMMIT)
+    return connection.execution_options(isolation_level=AUTOCOMMIT, **WHOLE)
 
 
 def status_of(driver_connection: Any) -> Any:

@@ -65,8 +65,10 @@ class Driver:
     """The server's codes for a key that exists already."""
     rights_lacking: ClassVar[frozenset[object]] = frozenset()
     """The server's codes for a missing right."""
-    missing_table: ClassVar[re.Pattern[str] | None] = None
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
     """The server's message for a missing table, with the table's name as the group ``name``."""
+    missing_table_code: ClassVar[object] = None
+    """The code of that message, if the database has one: the words depend on the server's language."""
     drivers: ClassVar[Mapping[str, str]] = {}
     """SQLAlchemy's names of the drivers that can be used, each with its package. Messages propose the first one."""
     rows_at_once = 1
@@ -103,7 +105,6 @@ class Driver:
 
     def ended_past(self, connection: Connection) -> None:
         """Called when other code has ended the transaction without SQLAlchemy."""
-        return
 
     def fetch(self, connection: Connection, statement: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows, as the driver gives them."""
@@ -278,8 +279,8 @@ class Driver:
         return None
 
     @classmethod
-    def text(cls, driver_error: Any) -> str:
-        """Return the text of a driver's exception, without ids, states and other values."""
+    def text(cls, driver_error: Any, code: object = None) -> str:
+        """Return the text of a driver's exception, or of a part of it with that code, without ids and values."""
         return str(driver_error).strip()
 
     @classmethod
@@ -349,9 +350,9 @@ class Driver:
         return self._special(error, text) or _counterpart(error, self.engine.dialect.dbapi, text)
 
     def _special(self, driver_error: Any, text: str) -> persistence.PersistenceError | None:
-        missing = None if self.missing_table is None else self.missing_table.search(text)
-        if missing:
-            return self.missing(missing["name"])
+        has_code = self.missing_table_code in (None, self.code(driver_error))
+        if has_code and (found := self.missing_table.search(text)):
+            return self.missing(found["name"])
         if self.is_serialization_failure(driver_error):
             return self.conflict_error(f"Another writer was first: {text}")
         if self.code(driver_error) in self.rights_lacking:

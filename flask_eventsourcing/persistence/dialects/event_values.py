@@ -77,7 +77,7 @@ class Accepted:
 
     @classmethod
     def by(cls, name: str, originator_id: Any, version: Any, topic: Any) -> Accepted:
-        """Return what columns take, by their types for all databases: what fits one fits the others."""
+        """Return the accepted values of columns, by their types on all databases: what fits one fits the others."""
         is_text = isinstance(originator_id, sa.String)
         return cls(
             name,

@@ -15,8 +15,10 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -45,6 +47,11 @@ class OpenWriter(NamedTuple):
 def utc_now() -> datetime:
     """Return the time in UTC, without a time zone, as in the tables of projections."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+@cache
+def _clock(sql: str, seconds: float) -> sa.ColumnElement[datetime]:
+    return sa.literal_column(sql.format(seconds), sa.DateTime())
 
 
 class RunnerLock(ABC):
@@ -83,12 +90,19 @@ class RunnerLock(ABC):
         """Whether the lock is taken now."""
 
 
-FARTHEST = timedelta(minutes=1)
-"""If a lease ends later than this, the clock was wrong when it was taken."""
+FARTHEST = 60
+"""Seconds. If a lease ends later than this, the clock was wrong when it was taken."""
 
 
 class Lease(RunnerLock):
-    """No lock: the claim in the projection's row holds until its time is over."""
+    """No lock: the claim in the projection's row holds until its time is over.
+
+    :param time_in: of the dialect: the database's clock, as those of processes may be wrong.
+    """
+
+    def __init__(self, engine: Engine, name: str, time_in: Callable[[float], sa.ColumnElement[datetime]]) -> None:
+        super().__init__(engine, name)
+        self._time_in = time_in
 
     @property
     def leased(self) -> bool:
@@ -107,8 +121,10 @@ class Lease(RunnerLock):
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Whether the lease is valid."""
-        now = utc_now()
-        return leased_until is not None and now < leased_until < now + FARTHEST
+        if leased_until is None:
+            return False
+        until = sa.literal(leased_until, sa.DateTime())
+        return bool(connection.scalar(sa.select(until.between(self._time_in(0), self._time_in(FARTHEST)))))
 
 
 LOOK_AGAIN = 0.5
@@ -288,6 +304,13 @@ class ForProjections(ForSwaps):
         """
         return False
 
+    clock: ClassVar[str] = ""
+    """SQL for the time of the database in UTC, so many seconds from now."""
+
+    def time_in(self, seconds: float) -> sa.ColumnElement[datetime]:
+        """Return the time of the database in UTC, so many seconds from now: the same expression each time."""
+        return _clock(self.clock, seconds)
+
     locks_what_it_compares = False
     """Whether a change locks the rows that its conditions look for, so that other writers cannot insert such rows."""
     canceled: ClassVar[frozenset[object]] = frozenset()
@@ -304,12 +327,12 @@ class ForProjections(ForSwaps):
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
-        """Whether a driver's error says that the server takes no writes, as one does that is not the primary now."""
+        """Whether a driver's error says that the server takes no writes, such as one that is not the primary."""
         return False
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection; here there is none but the lease."""
-        return Lease(self.engine, name)
+        return Lease(self.engine, name, self.time_in)
 
     def shared_waiter(self, table: EventTable) -> Waiter:
         """Return a waiter for news of a log, for one of many runners; here it polls."""

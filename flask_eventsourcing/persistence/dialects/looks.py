@@ -356,7 +356,7 @@ class Looks(Driver):
 
 
 def needed_columns(table: sa.Table) -> frozenset[str]:
-    """Return the columns that statements name, of a table of events, snapshots or positions; none of another's."""
+    """Return the columns that statements name in a table of events, snapshots or positions; else none."""
     columns = {column.name for column in table.columns}
     if set(EVENT_COLUMNS) <= columns:
         return frozenset((*EVENT_COLUMNS, POSITION)) & columns

@@ -29,7 +29,7 @@ from ...exceptions import WriteTimeoutError
 from .calls import ask_on, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
-from .locks import RunnerLock
+from .locks import Lease, RunnerLock
 from .mysql_looks import APPEND_ONE, EXACT, ORDER, ExactText, MySQLLooks, surely_follows
 from .mysql_swapping import MySQLSwaps
 from .session_locks import NamedLock
@@ -46,7 +46,10 @@ IMPLICIT = re.compile(
 VALUES = re.compile(r"(entry|value:?) '.*' for (key|column|function)", re.S)
 NEAR = re.compile(r"(near|value:) '.*'", re.S)
 """Where a message has a part of the statement, in which the driver has put the parameters."""
-KEY = re.compile(r"for key '(.+)'", re.S)
+QUOTED, QUOTES_VALUES = re.compile(r"'.*'", re.S), frozenset({1062, 1064, 1292, 1366, 1411})
+"""The same in the server's other languages: all that is between quotes, in messages with these numbers."""
+KEY = re.compile(r"for key '(.+)'|'([^']+)'[^']*\Z", re.S)
+"""The name of a key, which stands last in every language."""
 SNAPSHOT_ISOLATION = "innodb_snapshot_isolation"
 DRIVER_MODULES = ("pymysql.connections", "MySQLdb.cursors", "MySQLdb.connections")
 ABORTED = "flask_eventsourcing.aborted"
@@ -69,7 +72,8 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         "pymysql": "Flask-EventSourcing[mysql]",
         "mysqldb": "Flask-EventSourcing[mysqlclient]",
     }
-    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"Table '(?P<name>[^']+)' doesn't exist")
+    missing_table_code: ClassVar[object] = 1146
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(r"'(?P<name>[^']+)'")
     column_types: ClassVar[dict[str, Any]] = {
         "text id": ExactText(),
         "topic": mysql.TEXT(collation=EXACT),
@@ -92,15 +96,17 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         return arguments[0] if isinstance(arguments[0], int) else None
 
     @classmethod
-    def text(cls, driver_error: Any) -> str:
+    def text(cls, driver_error: Any, code: object = None) -> str:
         """Return what the server says, without the values in it."""
-        return NEAR.sub(r"\1 …", VALUES.sub(r"\1 for \2", str(driver_error))).strip()
+        text = NEAR.sub(r"\1 …", VALUES.sub(r"\1 for \2", told := str(driver_error)))
+        in_english = text != told or (code or cls.code(driver_error)) not in QUOTES_VALUES
+        return (text if in_english else QUOTED.sub("…", told)).strip()
 
     def violated(self, connection: Connection, error: Any, table: sa.Table) -> Collection[str] | None:
         """Return the columns of the key in the message; of a key that the record class does not have, the server's."""
         found = KEY.search(str(error.args[-1]))
         # MySQL says the table's name too.
-        key = "" if found is None else found[1].removeprefix(f"{table.name}.")
+        key = "" if found is None else (found[1] or found[2]).removeprefix(f"{table.name}.")
         if not key or key == "PRIMARY":
             return table.primary_key.columns.keys() if key else None
         known = columns_of(table, key)
@@ -169,7 +175,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             draw = self._drawing(connection, table, snapshots)
             statement = APPEND_ONE.format(draw=draw, condition=condition, into=into, marks=marks)
             last, is_inserted = self.fetch(connection, statement, (1, ORDER, *known, *row))[0]
-            if last:
+            if is_inserted is not None:
                 return last, bool(is_inserted)
             # Somebody has emptied the table since.
             self._counters.discard(self.counter_of(table))
@@ -272,8 +278,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         self._ensure_counter(connection, table, counter)
         opened, condition = self.opening(table, snapshots=False)
         select = f"SELECT 1 FROM {counter} AS c{opened} WHERE c.application_name = %s{condition} FOR UPDATE"
-        lock = f"{self._latest(connection)}{select}"
-        self.fetch(connection, lock, (ORDER,))
+        self.fetch(connection, f"{self._latest(connection)}{select}", (ORDER,))
 
     def commits_implicitly(self, statement: str) -> bool:
         """Whether it is one that changes tables, users or the like."""
@@ -334,14 +339,9 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
         code = MySQLDialect.code(driver_error)
         return code == READ_ONLY_MODE or (code == OPTION_PREVENTS_STATEMENT and "read" in str(driver_error))
 
-    def free_connections(self, connection: Connection) -> int | None:
-        """Return what is left of ``max_connections``."""
-        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
-        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
-
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
-        return NamedLock(self.engine, name, self.is_node)
+        return NamedLock(self.engine, Lease(self.engine, name, self.time_in), self.is_node)
 
 
 def _after_error(context: Any) -> None:

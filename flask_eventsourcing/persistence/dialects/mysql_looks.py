@@ -47,15 +47,14 @@ MOST_PLACES = 1024
 APPEND_ONE = (
     BLOCK
     + """
-DECLARE is_next BOOLEAN DEFAULT FALSE;
-DO LAST_INSERT_ID(0);
+DECLARE is_next BOOLEAN;
 {draw};
-SELECT {condition} INTO is_next;
-IF is_next AND LAST_INSERT_ID() > 0 THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
+SELECT IF(ROW_COUNT(), {condition}, NULL) INTO is_next;
+IF is_next THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
 SELECT LAST_INSERT_ID(), is_next;
 END"""
 )
-"""What draws a position and inserts an event with it; where there is no row that counts, the position is 0.
+"""What draws a position and inserts an event with it; where there is no row that counts, the second value is NULL.
 
 A read that is not part of the INSERT locks nothing.
 """
@@ -180,6 +179,10 @@ class MySQLLooks(Dialect):
     @cached_property
     def _with_snapshots(self) -> set[str]:
         return set()
+
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for the database, which ``USE`` changes."""
+        return "SELECT database()"
 
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""
@@ -371,7 +374,8 @@ def surely_follows(table: EventTable, row: Sequence[Any], *, first: bool, snapsh
         key = "originator_id = %s AND originator_version = %s"
         return f"EXISTS (SELECT 1 FROM {table.name} WHERE {key})", (row[0], row[1] - 1)
     names = [table.name, table.snapshots] if snapshots else [table.name]
-    conditions = [f"NOT EXISTS (SELECT 1 FROM {name} WHERE originator_id = %s)" for name in names]
+    # One look into the key, made before there is a plan. NOT EXISTS takes about twice as long.
+    conditions = [f"(SELECT MIN({VERSION}) FROM {name} WHERE originator_id = %s) IS NULL" for name in names]
     return " AND ".join(conditions), [row[0]] * len(names)
 
 

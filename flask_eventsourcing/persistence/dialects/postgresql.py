@@ -44,7 +44,7 @@ from .event_values import as_parameter
 from .locks import OpenWriter, RunnerLock
 from .looks import Use
 from .postgresql_catalog import LOOK, CatalogLooks
-from .postgresql_drivers import ACTIVE, IDLE, INERROR, UNKNOWN, begun, code_of, prepare_connections, text_of
+from .postgresql_drivers import ACTIVE, IDLE, INERROR, QUOTES, UNKNOWN, begun, code_of, prepare_connections, text_of
 from .postgresql_statements import SMALL_BLOCK, key_arrays, literal, make_draw, make_statement, regclass, row_arrays
 from .postgresql_swapping import PostgreSQLSwaps
 from .session_locks import AdvisoryLock
@@ -71,9 +71,11 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     duplicates: ClassVar[frozenset[object]] = frozenset({"23505"})
     rights_lacking: ClassVar[frozenset[object]] = frozenset({"42501"})
     title = "PostgreSQL"
+    clock: ClassVar[str] = "(clock_timestamp() AT TIME ZONE 'UTC' + interval '{:g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
     counts = "bytes"
-    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"relation \"(?P<name>[^\"]+)\" does not exist")
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(rf"{QUOTES} ?(?P<name>.+?) ?{QUOTES}")
+    missing_table_code: ClassVar[object] = "42P01"
     column_types: ClassVar[dict[str, Any]] = {"text id": sa.Text(), "metadata": postgresql.JSONB()}
     aborts_transactions = True
     reads_in_autocommit = True
@@ -357,9 +359,9 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
         return known if known is not None or found is not None else VERSION_KEY
 
     @classmethod
-    def text(cls, driver_error: Any) -> str:
+    def text(cls, driver_error: Any, code: object = None) -> str:
         """Return what the server says without its detail."""
-        return text_of(driver_error)
+        return text_of(driver_error, code)
 
     # ------------------------------------------------------------------------------------- what projections need
 

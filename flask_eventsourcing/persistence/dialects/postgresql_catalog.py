@@ -19,10 +19,10 @@ from ...exceptions import (
     UnsafeTableError,
 )
 from .base import Dialect
-from .event_tables import POSITION, VERSION
+from .event_tables import POSITION, VERSION, EventTable
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
 from .postgresql_drivers import is_outdated, search_path_of
-from .postgresql_statements import DROPPED
+from .postgresql_statements import DROPPED, literal
 
 CONFORMING = "standard_conforming_strings"
 NOT_CONFORMING = (
@@ -52,10 +52,10 @@ LOOK = f"""
 SELECT t.oid::bigint, (
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = t.oid
-), s.name, s.short, s.is_found, (
+) AS qualified, s.name, s.short, s.is_found, (
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = to_regclass(%s) AND (SELECT source FROM pg_settings WHERE name = 'search_path') <> 'session'
-)
+) AS elsewhere
 FROM {NAMED} AS t LEFT JOIN (
     SELECT d.refobjid, format('%%I.%%I', n.nspname, c.relname) AS name, c.relname AS short,
            to_regclass(quote_ident(c.relname)) = c.oid AS is_found
@@ -67,19 +67,19 @@ SELECT t.oid::bigint, current_user::text, (
     SELECT json_agg(json_build_array(a.attname, format_type(a.atttypid, a.atttypmod), NOT a.attnotnull,
                                      a.atthasdef OR a.attidentity <> ''))
     FROM pg_attribute a WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
-)::text, {", ".join(f"has_any_column_privilege(t.oid, '{right}')" for right in RIGHTS[:3])},
-       has_table_privilege(t.oid, 'DELETE'), (
+)::text AS columns, {", ".join(f"has_any_column_privilege(t.oid, '{right}') AS has_{right}" for right in RIGHTS[:3])},
+       has_table_privilege(t.oid, 'DELETE') AS has_DELETE, (
     SELECT json_agg((SELECT json_agg(a.attname) FROM pg_attribute a
                      WHERE a.attrelid = t.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))
     FROM pg_index i WHERE i.indrelid = t.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
                       AND i.indpred IS NULL AND i.indexprs IS NULL
-)::text
+)::text AS keys
 FROM {NAMED} AS t"""
 
 PROPERTIES = f"""
 SELECT format('%%I.%%I', n.nspname, c.relname), s.seqcache, s.seqincrement, s.seqcycle,
-       has_sequence_privilege(c.oid, 'USAGE') OR has_sequence_privilege(c.oid, 'UPDATE'),
-       has_sequence_privilege(c.oid, 'SELECT'), current_user::text
+       has_sequence_privilege(c.oid, 'USAGE') OR has_sequence_privilege(c.oid, 'UPDATE') AS may_draw,
+       has_sequence_privilege(c.oid, 'SELECT') AS may_look, current_user::text
 FROM {SEQUENCE} AND d.refobjid = {NAMED}"""
 
 
@@ -174,6 +174,10 @@ class CatalogLooks(Dialect):
         driver: Any = connection.connection.dbapi_connection
         if self.engine.driver == "psycopg" and driver.info.parameter_status(CONFORMING) == "off":
             yield Finding(NOT_CONFORMING, APPEND, UnsafeSettingError)
+
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for what the name means on this connection."""
+        return f"SELECT current_database(), to_regclass({literal(table.name)})::oid::bigint"
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ LOST_PREPARED = ("42P05", "26000")
 """The codes for a prepared statement that is there already, and for one that is not there."""
 OUTDATED = ("0A000", "RevalidateCachedQuery")
 """The code, and the function of the server, of a prepared statement whose columns a migration has changed since."""
+QUOTES = '["«»„“”「」『』]'
+"""What the server puts around names and values; it depends on its language."""
+VALUE = re.compile(rf" ?[:\uff1a] ?{QUOTES}")
 SET_INSTEAD = (
     ". A pooler gives the server's connections to others in between, as PgBouncer does in transaction mode: set "
     'SQLALCHEMY_ENGINE_OPTIONS = {"connect_args": {"prepare_threshold": None}}, so that psycopg prepares no statements.'
@@ -31,14 +35,17 @@ def code_of(driver_error: Any) -> object:
     return getattr(driver_error, "sqlstate", None) or getattr(driver_error, "pgcode", None)
 
 
-def text_of(driver_error: Any) -> str:
-    """Return what the server says without its detail, and what to set where prepared statements get lost."""
+def text_of(driver_error: Any, code: object = None) -> str:
+    """Return what the server says without its detail, and what to set where prepared statements get lost.
+
+    :param code: the SQLSTATE, where what is given is the text of an error.
+    """
     primary = getattr(getattr(driver_error, "diag", None), "message_primary", None)
     text = str(primary or str(driver_error).split("\nDETAIL:")[0]).strip()
-    code = str(code_of(driver_error))
-    if code.startswith("22"):
+    code = code or code_of(driver_error)
+    if str(code).startswith("22"):
         # A value that its column does not take stands at the end.
-        return text.partition(': "')[0]
+        return VALUE.split(text)[0]
     return text + SET_INSTEAD if code in LOST_PREPARED else text
 
 

@@ -81,7 +81,7 @@ WITH held AS MATERIALIZED (
     WHERE NOT CASE WHEN e.originator_version <= {{latest_first}} THEN {{follows_or_begins}} ELSE {{follows}} END LIMIT 1
 )"""
 
-DROPPED = re.compile(r"flask_eventsourcing_dropped (.+) \d+\"")
+DROPPED = re.compile(r"flask_eventsourcing_dropped (.+) \d+")
 """What the server's error has if a statement has inserted fewer events than it was given, with the table's name."""
 
 

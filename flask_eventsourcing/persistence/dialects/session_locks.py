@@ -136,7 +136,7 @@ class SessionLock(RunnerLock):
         return self._connection.acquire(self)
 
     def check(self) -> None:
-        """See whether the connection with the lock still lives."""
+        """Check that the connection with the lock is alive."""
         self._connection.check(self)
 
     def release(self) -> None:
@@ -155,6 +155,7 @@ class SessionLock(RunnerLock):
 class NamedLock(SessionLock):
     """``GET_LOCK``, whose names are the whole server's and have at most 64 characters; in a cluster, a lease.
 
+    :param lease: what it is in a cluster.
     :param is_node: whether there are other servers that take writes, which do not know this one's locks.
     """
 
@@ -162,9 +163,9 @@ class NamedLock(SessionLock):
     give = "SELECT RELEASE_LOCK(:name)"
     look = "SELECT IS_USED_LOCK(:name) IS NOT NULL"
 
-    def __init__(self, engine: Engine, name: str, is_node: Callable[[Connection | None], bool]) -> None:
-        super().__init__(engine, name)
-        self._is_node = is_node
+    def __init__(self, engine: Engine, lease: Lease, is_node: Callable[[Connection | None], bool]) -> None:
+        super().__init__(engine, lease.name)
+        self._lease, self._is_node = lease, is_node
 
     @property
     def leased(self) -> bool:
@@ -176,14 +177,14 @@ class NamedLock(SessionLock):
         return self.leased or super().acquire()
 
     def check(self) -> None:
-        """See whether the connection with the lock still lives."""
+        """Check that the connection with the lock is alive."""
         if not self.leased:
             super().check()
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Ask the server whether the lock is taken, or look at the lease."""
         if self._is_node(connection):
-            return Lease(self.engine, self.name).is_held(connection, leased_until)
+            return self._lease.is_held(connection, leased_until)
         return super().is_held(connection, leased_until)
 
     def parameters(self) -> dict[str, Any]:

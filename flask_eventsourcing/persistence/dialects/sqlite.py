@@ -75,8 +75,9 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     mark = "?"
     title = "SQLite"
+    clock: ClassVar[str] = "strftime('%Y-%m-%d %H:%M:%f000', 'now', '{:+g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
-    missing_table: ClassVar[re.Pattern[str] | None] = re.compile(r"no such table: (?P<name>\S+)")
+    missing_table: ClassVar[re.Pattern[str]] = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, for a transaction that has read what others have changed since.
     serialization_failures: ClassVar[frozenset[object]] = frozenset({517})
     # SQLITE_CONSTRAINT_UNIQUE, SQLITE_CONSTRAINT_PRIMARYKEY and SQLITE_CONSTRAINT_ROWID.
@@ -97,6 +98,10 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
     def is_in_memory(cls, url: sa.URL) -> bool:
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
+
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for the file."""
+        return "SELECT file FROM pragma_database_list WHERE name = 'main'"
 
     @classmethod
     def guard_forks(cls, engine: Engine) -> bool:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal
 
+from eventsourcing.persistence import OperationalError
 from sqlalchemy.engine import Connection
 
 from ...exceptions import AbortedTransactionError, WriteTimeoutError
@@ -105,6 +106,8 @@ class QueuedConnection(sqlite3.Connection):
             self.began = True
         except sqlite3.OperationalError as error:
             self._release(owner)
+            if error.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_BUSY:
+                raise OperationalError(str(error)) from error
             raise WriteTimeoutError(
                 f"Could not begin a write transaction within {self.timeout:g} s ({error}): another process holds the "
                 "database. Keep transactions short, or raise EVENTSOURCING_LOCK_TIMEOUT."

@@ -99,7 +99,8 @@ class ProjectedApplication:
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection."""
         unique = f"{self.models.tables['projections'].fullname}/{name}"
-        return Lease(self.engine, unique) if self.lease else self.datastore.dialect.runner_lock(unique)
+        dialect = self.datastore.dialect
+        return Lease(self.engine, unique, dialect.time_in) if self.lease else dialect.runner_lock(unique)
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own, with placeholders for rows that cannot be read."""
