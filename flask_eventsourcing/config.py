@@ -329,7 +329,7 @@ class DialectOptions:
 
     A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
 
-    :param program: how messages call the commands, such as ``flask eventsourcing``; None to name a command alone.
+    :param program: how messages call the commands, such as ``python -m bank``; None to name a command alone.
     :param ends: how messages name the calls that commit and roll back the host's session.
     :param setting: how they name a setting, with ``{0}`` for its name in capitals, ``{1}`` for that in small ones.
     :raises ConfigurationError: for a value that the setting of that name refuses.

@@ -102,7 +102,7 @@ def refusing_erased(projector: Any, aggregate: Any, domain_events: Any) -> Any:
 class Erasure:
     """The numbers of events, snapshots and dead letters that were erased, or would be.
 
-    Show them to the person who asked for the erasure; they name nobody.
+    Show them to the person who asked for the erasure. They have no personal data.
 
     :param position: the position of the new tombstone, or None.
     """

@@ -243,7 +243,9 @@ class Connection:
         try:
             yield
         except UnresolvableContactPoints as error:
-            raise OperationalError(f"Cassandra cannot be reached {self._where}: no such name.") from error
+            raise OperationalError(
+                f"Cassandra cannot be reached {self._where}: no such name. Correct the contact points."
+            ) from error
         except NoHostAvailable as error:
             # The error of each node, or, if none was asked, the nodes themselves.
             causes = list(error.errors.values()) if isinstance(error.errors, Mapping) else []

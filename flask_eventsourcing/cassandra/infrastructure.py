@@ -197,7 +197,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
         """Make a recorder for a purpose: ``events`` or ``snapshots``."""
         if purpose not in ("events", "snapshots"):
-            raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
+            raise InfrastructureFactoryError(f"There is no table for {purpose!r}, only for 'events' and 'snapshots'.")
         return self.aggregate_recorder_class(self.log) if purpose == "events" else CassandraSnapshotRecorder(self.log)
 
     def application_recorder(self) -> ApplicationRecorder:

@@ -171,7 +171,10 @@ class Schema:
         for node in self._up():
             while left := self._again(lambda node=node: self._missing(node)):  # type: ignore[misc]
                 if time.monotonic() > end:
-                    raise OperationalError(f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s.")
+                    raise OperationalError(
+                        f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s: look at its log, "
+                        "and run the command again when it answers."
+                    )
                 time.sleep(PAUSE)
 
     def _missing(self, node: Host) -> list[str]:

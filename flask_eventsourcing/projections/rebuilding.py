@@ -36,7 +36,7 @@ from .runners import Runner
 from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000
-BUSY = "Another process rebuilds {} now."
+BUSY = "Another process rebuilds {} now: wait for its end, or end it."
 ALTERED = (
     "The columns of table {} were changed while its copy was built, so that a swap would lose some: run the rebuild "
     "again, with the code that has them in its models."

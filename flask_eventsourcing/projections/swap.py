@@ -359,7 +359,7 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
     """Give the live projection the position and the dead letters of its rebuild. This ends the rebuild."""
     row = rebuild.checkpoint.read(connection)
     if row is None:
-        raise RebuildError(f"The rebuild of {live.name} has no row.")
+        raise RebuildError(f"The row of the rebuild of {live.name} was deleted meanwhile: run it again.")
     letters = live.application.dead_letters
     letters.remove_all(connection, live.name)
     letters.rename(connection, rebuild.name, live.name)

@@ -23,8 +23,8 @@ from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.workers import Worker
 from tests.bank import make_app
-from tests.domain import Bank, Shop
-from tests.integration.test_databases import Club, TextId
+from tests.domain import Bank, Member, Shop
+from tests.integration.test_databases import Club
 from tests.projections.conftest import MakeFlaskDesk
 from tests.projections.desk import Created, Deposited, Idle, make_models
 from tests.projections.desk_hosts import FlaskDesk, make_desk
@@ -357,14 +357,14 @@ def test_a_schema_on_postgresql(new_desk: MakeFlaskDesk) -> None:
 def test_text_ids(new_desk: MakeFlaskDesk) -> None:
     """Aggregates with text ids are applied, and set aside, as others are."""
     desk = new_desk(Club, id_type=sa.String(50))
-    visited: Any = TextId.Visited  # type: ignore[attr-defined]
+    visited: Any = Member.Visited  # type: ignore[attr-defined]
 
     class Visits(ModelProjection):
         models = (desk.Balance,)
         retries = 0
         on_failure = "dead-letter"
 
-        @on(TextId.Created)
+        @on(Member.Joined)
         def joined(self, event: Any, session: orm.Session) -> None:
             session.add(desk.Balance(account_id=event.originator_id, amount=0))
 
@@ -376,8 +376,8 @@ def test_text_ids(new_desk: MakeFlaskDesk) -> None:
 
     desk.register(Visits)
     with desk.app.app_context():
-        for name, visits in (("ada", 3), ("böb", 2)):
-            member = TextId(name)
+        for name, visits in (("member/ada", 3), ("member/böb", 2)):
+            member = Member(name)
             for _ in range(visits):
                 member.visit()
             cast(Any, desk.es.application).save(member)

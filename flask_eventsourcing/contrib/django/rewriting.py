@@ -298,7 +298,7 @@ class Rewrite:
         checkpoint.begin(connection, fingerprint=self.live.fingerprint)
         row = checkpoint.read(connection)
         if row is None:
-            raise RebuildError(f"The rebuild of {self.live.name} has no row.")
+            raise RebuildError(f"The row of the rebuild of {self.live.name} was deleted meanwhile: run it again.")
         return row
 
     def _catch_up(self, connection: Connection) -> CheckpointRow:

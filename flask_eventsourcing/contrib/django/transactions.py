@@ -43,7 +43,7 @@ class Gate:
     """Does nothing, because Django itself keeps code from committing in a block."""
 
     def hold(self, reason: str) -> AbstractContextManager[object]:
-        """Return a block within which nobody commits."""
+        """Return a context that does nothing."""
         return nullcontext()
 
 

@@ -392,7 +392,7 @@ class Dialect(Looks, ForProjections, ABC):
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take the turn to change an aggregate, which lasts to the transaction's end.
 
-        Without *wait* it is taken only if nobody has it; the unit of work goes on without it otherwise.
+        Without *wait* it is taken only if it is free. Otherwise the unit of work goes on without it.
         """
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:

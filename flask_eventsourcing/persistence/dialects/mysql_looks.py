@@ -260,7 +260,7 @@ class MySQLLooks(Dialect):
         if missing is not None:
             missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE", snapshots=snapshots)
         if missing is not None:
-            # The row is locked, so nobody has seen the positions.
+            # The row is locked, so no other transaction has seen the positions.
             back = "SET notification_id = notification_id - %s WHERE application_name = %s"
             self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
             raise gap(missing)

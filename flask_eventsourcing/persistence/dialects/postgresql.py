@@ -57,7 +57,7 @@ NOT_DRAWN = (
     "waiting: let all processes that write to it run the same version of this package, and try again."
 )
 QUIET = " quiet!"
-"""The end of the uses of statements that notify nobody."""
+"""The suffix of the uses of statements that send no notification."""
 
 _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""

@@ -103,7 +103,7 @@ class PostgreSQLSwaps(ForSwaps):
                 connection.exec_driver_sql(statement, (names[0],), execution_options=OWN)
 
     def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
-        """Raise the sequence, at once for everybody."""
+        """Raise the sequence, at once for all sessions."""
         name = as_parameter(self.qualified(events, events.name))
         found = connection.exec_driver_sql(_SEQUENCE, (name, POSITION)).scalar_one()
         if found is not None:

@@ -210,7 +210,7 @@ class Consumer:
     def count_topics(self, connection: Connection, after: int, to: int, *, exact: bool = True) -> dict[str, int]:
         """Count the events between two positions that concern it, by their topics.
 
-        :param exact: whether every event is counted; else positions that nobody has read count as events.
+        :param exact: whether every event is counted. Otherwise positions that were not read count as events.
         """
         found = self.application.log.count_topics(connection, after, to, exact=exact)
         return {topic: count for topic, count in found.items() if topic == REST or self.handlers.concerns(topic)}

@@ -226,7 +226,7 @@ class ModelProjection:
     name: ClassVar[str] = ""
     """The name by which commands and tables know it; by default the name of the class."""
     models: ClassVar[Sequence[Any]] = ()
-    """The models that it owns: nobody else writes them, and a rebuild makes them again."""
+    """The models that it owns: no other code writes them, and a rebuild makes them again."""
     on_failure: ClassVar[OnFailure] = "halt"
     """When a handler keeps failing: halt before that event, or set it aside as a dead letter and go on."""
     retries: ClassVar[int] = 3

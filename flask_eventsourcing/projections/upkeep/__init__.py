@@ -208,7 +208,7 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
     _check_halted(consumer, consumer.checkpoint.read(), position)
     found = application.read_log(position - 1, 1, position, ())
     if not found:
-        raise CheckpointError(f"Event {position} is not in the log any more.")
+        raise CheckpointError(f"Event {position} is not in the log any more: resume {consumer.name} instead.")
     name = event_name(found[0])
     with application.engine.begin() as connection:
         row = _check_halted(consumer, _locked(consumer, connection), position)
