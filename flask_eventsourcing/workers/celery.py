@@ -183,10 +183,12 @@ def carry(headers: Any = None, **_: Any) -> None:
     """Give a task that is sent the metadata in force, in its headers."""
     if not isinstance(headers, dict) or CARRIED in headers:
         return
-    found = carried()
-    if CORRELATION_ID not in found and current_task:
-        # The worker itself sends the next task of a chain, after a task has ended.
-        found = brought(current_task.request) or found
+    found, request = carried(), current_task.request if current_task else None
+    if request is not None and _has_ended(request):
+        # A request that the process keeps, as that of Pyramid's bootstrap(), is not the task's.
+        found = get_metadata_from_context()
+    if request is not None and CORRELATION_ID not in found:
+        found = brought(request) or found
     if found:
         headers[CARRIED] = found
 
