@@ -23,7 +23,7 @@ INTRANS = 2
 """``PQTRANS_INTRANS`` of libpq: there is a transaction, which has not failed."""
 BLOCK = f"/* {OWN} */ BEGIN NOT ATOMIC"
 """The beginning of a block of the recorders' own. The block ends no transaction, though its words look like it."""
-WHOLE = {"stream_results": False, "yield_per": None}
+WHOLE: dict[str, bool | None] = {"stream_results": False, "yield_per": None}
 """Execution options by which a result is read at once: PostgreSQL can stream nothing but queries in a transaction."""
 # A connection without options of its own uses this object itself, without a copy.
 OPTIONS = sa.util.immutabledict({OWN: True, **WHOLE})
