@@ -1,6 +1,6 @@
 """Event sourcing for Flask applications that keep their data with Flask-SQLAlchemy.
 
-Names are imported when they are asked for (PEP 562), so that what is below the Flask side can be used without Flask.
+A name is imported when a program asks for it (PEP 562), so that the modules below the Flask side work without Flask.
 """
 
 from __future__ import annotations

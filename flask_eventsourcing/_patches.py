@@ -15,14 +15,14 @@ from typing import Any
 def pool_per_process(
     pool: Any, connect: Callable[[], Any], dispose: Callable[[], None], recreate: Callable[[], Any]
 ) -> None:
-    """Have a SQLAlchemy pool look at the process before it hands out, closes or remakes anything.
+    """Make a SQLAlchemy pool check the process before it hands out, closes or replaces a connection.
 
     Its events come after it has taken its lock, which another thread may have held at the time of a fork. The pool is
     made by ``create_engine()``, which the user or Flask-SQLAlchemy calls. It can go when SQLAlchemy's pools know forks
     themselves; its documentation ("Using Connection Pools with Multiprocessing or os.fork()") leaves them to hooks that
     uWSGI does not run.
     """
-    # On the one pool, not on its class, which others use.
+    # On this one pool, because others use its class.
     vars(pool).update(connect=connect, dispose=dispose, recreate=recreate)
 
 
@@ -36,9 +36,9 @@ def engine_pool(engine: Any, pool: Any) -> None:
 
 
 def left_connection(record: Any, fairy: Any, substitute: Any) -> None:
-    """Part a pool's record from the connection that it inherited, and give who still holds that a substitute.
+    """Separate a pool's record from the connection that it inherited, and give code that still holds it a substitute.
 
-    What is without a record is not given back to the pool, whose lock may be held for ever. The recipe is that of
+    A connection without a record is not given back to the pool, whose lock may be held for ever. The recipe is that of
     SQLAlchemy's documentation for inherited connections, but for connections that are in use. It can go together with
     :func:`pool_per_process`.
     """
@@ -48,41 +48,33 @@ def left_connection(record: Any, fairy: Any, substitute: Any) -> None:
 
 
 def dialect_rollback(dialect: Any, do_rollback: Callable[[Any], None]) -> None:
-    """Have a SQLAlchemy dialect roll back by another function.
+    """Make a SQLAlchemy dialect roll back by another function.
 
-    A node of a cluster tells a client at its next statement, be it ROLLBACK, that another one has overtaken it, and
-    SQLAlchemy has no event that could take the error away. It can go when ``handle_error`` covers rollbacks.
+    A node of a cluster tells a client at its next statement, which may be ROLLBACK, that another transaction has won,
+    and no event of SQLAlchemy can remove that error. It can go when ``handle_error`` covers rollbacks.
     """
     dialect.do_rollback = do_rollback
 
 
 def driver_method(driver: Any, name: str, method: Callable[..., Any]) -> None:
-    """Have a driver's connection call another function as one of its methods, which does what its own does.
+    """Make a driver's connection call another function as one of its methods. It also does what the method did.
 
-    SQLAlchemy has events for what it ends itself. It can go when drivers tell which transaction is open.
+    SQLAlchemy has events only for transactions that it ends itself. It can go when drivers tell which transaction is
+    open.
     """
     setattr(driver, name, method)
 
 
 def connection_dialect(connection: Any, dialect: Any) -> None:
-    """Have one SQLAlchemy connection compile its statements with a dialect of its own.
+    """Make one SQLAlchemy connection compile its statements with a dialect of its own.
 
     ``schema_translate_map`` renames schemas, not tables. It can go when SQLAlchemy has such a map of tables.
     """
     connection.dialect = dialect
 
 
-def preparer_class(preparer: Any, preparer_class: type[Any]) -> None:
-    """Give a copy of a dialect's preparer of identifiers another class.
-
-    A dialect makes its preparer in its constructor, which connects the whole dialect again. It can go together with
-    :func:`connection_dialect`.
-    """
-    preparer.__class__ = preparer_class
-
-
 def repository_class(repository: Any, repository_class: type[Any]) -> None:
-    """Let an application's repository be of a class of ours.
+    """Change the class of an application's repository.
 
     The library makes it in ``Application.__init__()`` and keeps it in a private attribute; to override
     ``construct_repository()`` would take a subclass of the user's application. It can go when the library has a class
@@ -97,7 +89,7 @@ def repository_cache(repository: Any, cache: Any) -> None:
 
 
 def application_method(application: Any, name: str, method: Callable[..., Any]) -> None:
-    """Have an application call another function as one of its methods.
+    """Make an application call another function as one of its methods.
 
     A subclass of the user's application would not be the class that runners, topics and pickles name, and the library
     has no hook around ``save()`` or ``_record()``. It can go when it has.
@@ -106,7 +98,7 @@ def application_method(application: Any, name: str, method: Callable[..., Any]) 
 
 
 def leader_lead(leader_class: Any, lead: Callable[[Any, Any], None]) -> None:
-    """Have the library's ``Leader`` take its followers by another function.
+    """Make the library's ``Leader`` add its followers by another function.
 
     The library's runners construct leaders, and subclasses for them, by themselves, so there is no object that could
     be changed, and a leader prompts its followers within ``save()``. It can go when the library has a hook for the time
@@ -116,16 +108,16 @@ def leader_lead(leader_class: Any, lead: Callable[[Any, Any], None]) -> None:
 
 
 def follower_follow(follower_class: Any, follow: Callable[[Any, str, Any], None]) -> None:
-    """Have the library's ``Follower`` follow a log by another function, which notes whose events it processes.
+    """Make the library's ``Follower`` follow a log by another function, which notes whose events it processes.
 
-    A runner constructs followers by itself, and what they save is caused by what they process. It can go when the
-    library hands the notification to ``process_event()``.
+    A runner constructs followers by itself, and an event that they process causes the events that they save. It can go
+    when the library hands the notification to ``process_event()``.
     """
     follower_class.follow = follow
 
 
 def session_scope(registry: Any, scope: Callable[[], Any]) -> None:
-    """Have Flask-SQLAlchemy's ``scoped_session`` tell processes apart.
+    """Make Flask-SQLAlchemy's ``scoped_session`` distinguish processes.
 
     An application context that was pushed before a fork is the same object in the child, and the session with it. The
     scope is an argument of ``SQLAlchemy()``, which the user calls. It can go when Flask-SQLAlchemy's own scope has the
@@ -135,7 +127,7 @@ def session_scope(registry: Any, scope: Callable[[], Any]) -> None:
 
 
 def lite_get_session(extension: Any, get_session: Callable[..., Any]) -> None:
-    """Have Flask-SQLAlchemy-Lite tell processes apart, for the same reason.
+    """Make Flask-SQLAlchemy-Lite distinguish processes, for the same reason.
 
     It has no scope that could be given. It can go when the sessions that it keeps in ``flask.g`` have the process id.
     """
@@ -152,10 +144,10 @@ def lite_sessions(context: Any, sessions: dict[str, Any]) -> None:
 
 @contextmanager
 def as_if_flushing(session: Any) -> Iterator[None]:
-    """Within it, a SQLAlchemy session says that it flushes, to which a ``get_bind()`` looks that sends reads elsewhere.
+    """Make a SQLAlchemy session seem to flush in the block, for a ``get_bind()`` that sends reads to another engine.
 
-    So SQLAlchemy's documentation has it ("Custom Vertical Partitioning"), and a session cannot be asked in another way
-    where it is going to write. It can go when ``get_bind()`` has an argument that says so.
+    SQLAlchemy's documentation shows such a ``get_bind()`` ("Custom Vertical Partitioning"), and no other name tells it
+    that the session is going to write. It can go when ``get_bind()`` has an argument that says so.
     """
     before, session._flushing = session._flushing, True
     try:
@@ -165,28 +157,29 @@ def as_if_flushing(session: Any) -> Iterator[None]:
 
 
 def finalize_request(app: Any, finalize: Callable[..., Any]) -> None:
-    """Have a Flask app finish its answers by another function, which does what its own does first.
+    """Make a Flask app finish its responses by another function, which first does what the app's own method does.
 
-    An ``after_request`` function cannot be the last: those that were registered before it run after it, as the
-    receivers of ``request_finished`` do, and what these raise goes by the user's error handlers. It can go when Flask
-    has a hook that comes after all of them and may change the answer.
+    An ``after_request`` function cannot be the last: functions that were registered before it and receivers of
+    ``request_finished`` run after it, and their errors go to the user's error handlers. It can go when Flask has a hook
+    that comes after all of them and may change the response.
     """
     app.finalize_request = finalize
 
 
 def handle_user_exception(app: Any, handle: Callable[..., Any]) -> None:
-    """Have a Flask app call its error handlers by another function, which does what its own does at last.
+    """Make a Flask app call its error handlers by another function, which at last does what the app's own method does.
 
-    ``got_request_exception`` is sent for an error without a handler of its own only. It can go when Flask has a signal
+    ``got_request_exception`` is sent only for an error without a handler of its own. It can go when Flask has a signal
     for every error in a view.
     """
     app.handle_user_exception = handle
 
 
 def forget_class(model: Any) -> None:
-    """Have a declarative base forget a mapped class and its table, as if it had never been made.
+    """Make a declarative base forget a mapped class and its table, as if they had never been made.
 
-    SQLAlchemy's ``registry.dispose()`` does so for all classes of a base. It can go when it has a function for one.
+    SQLAlchemy's ``registry.dispose()`` does that for all classes of a base. It can go when SQLAlchemy can do it for one
+    class.
     """
     model.__table__.metadata.remove(model.__table__)
     model.registry._dispose_cls(model)
@@ -202,16 +195,16 @@ def task_registry_class(tasks: Any, registry_class: type[Any]) -> None:
 
 
 def task_attribute(task: Any, name: str, value: Any) -> None:
-    """Set what a Celery task runs, or mark a task or a request as one that has its unit of work.
+    """Set the function that a Celery task runs, or mark a task or a request that has its unit of work.
 
-    Celery makes the task of the user's function, and its signals before and after a run cannot be around it. It can go
+    Celery makes the task of the user's function, and its signals come before and after a run, not around it. It can go
     when there is a hook around ``Task.run()``.
     """
     setattr(task, name, value)
 
 
 def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
-    """Have an RQ job performed by another function, or by its own again.
+    """Make RQ perform a job by another function, or by the job's own again.
 
     RQ calls ``job.perform()`` within its time limit and before it stores the result, and has no hook there. It can go
     when a worker has one.
@@ -223,10 +216,9 @@ def job_perform(job: Any, perform: Callable[[], Any] | None) -> None:
 
 
 def job_callback(job: Any, kind: str, wrapped: Callable[[str], Callable[..., Any]]) -> None:
-    """Have an RQ job's callback called by another function, which is made from its name.
+    """Make RQ call an RQ job's callback by another function, which is made from the callback's name.
 
-    RQ calls what is to happen after a job outside ``job.perform()``, and has no hook there. It can go when a worker has
-    one.
+    RQ calls the callbacks of a job outside ``job.perform()``, and has no hook there. It can go when a worker has one.
 
     :param kind: ``success``, ``failure`` or ``stopped``.
     """
@@ -237,7 +229,7 @@ def job_callback(job: Any, kind: str, wrapped: Callable[[str], Callable[..., Any
 
 @contextmanager
 def queue_jobs(queues: Iterable[Any], prepare: Callable[[Any], object]) -> Iterator[None]:
-    """Within it, RQ's queues have a class of jobs that calls a function with each job that is fetched.
+    """Give RQ's queues in the block a class of jobs that calls a function with each job that is fetched.
 
     RQ fetches a job whose worker has died, and calls its failure callback, in one method. It can go together with
     :func:`job_callback`.
@@ -262,21 +254,20 @@ def queue_jobs(queues: Iterable[Any], prepare: Callable[[Any], object]) -> Itera
 
 
 def django_method(connection: Any, name: str, method: Callable[..., Any]) -> None:
-    """Have one of Django's connections call another function as one of its methods, which does what its own does.
+    """Make one of Django's connections call another function as one of its methods. It also does what the method did.
 
-    Django has functions that are called after a commit. It tells nobody of a rollback, whether that was asked for or
-    comes of an error that was swallowed, nor of a commit where autocommit is switched off, of a rollback to a savepoint
-    without a block, or of a connection that is closed; and after a function that fails it forgets the others. It can go
-    when it does.
+    Django calls functions after a commit. It has no hook for a rollback, whether code asked for it or it follows a
+    swallowed error, nor for a commit with autocommit off, a rollback to a savepoint without a block, or a closed
+    connection; and if one function fails, it forgets the others. It can go when Django has such hooks.
     """
     setattr(connection, name, method)
 
 
 def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], AbstractContextManager[object] | None]) -> None:
-    """Have Django's blocks tell how they are left.
+    """Make Django's blocks tell how code leaves them.
 
-    :param leaving: takes the alias and the class of the exception, or None, and returns what is entered around Django's
-        own method, or None for a block of which nobody wants to know.
+    :param leaving: takes the alias and the class of the exception, or None. It returns a context that is entered around
+        Django's own method, or None if nothing is to be done.
 
     It can go when Django says whether an exception has rolled a block back.
     """
@@ -294,10 +285,10 @@ def django_atomic_exit(atomic_class: Any, leaving: Callable[[Any, Any], Abstract
 
 
 def django_watch(connection: Any, watch: Callable[..., Any], *, watched: bool) -> None:
-    """Have a connection of Django's tell of its statements, or not any more.
+    """Begin to watch the statements of one of Django's connections, or stop watching them.
 
-    Django's own ``execute_wrapper()`` is for a block, which does not end with the transaction, and takes the last one
-    away. It can go when there is one that takes away its own.
+    Django's own ``execute_wrapper()`` is for a block, which does not end with the transaction, and at its end it
+    removes the last wrapper, whichever that is. It can go when a wrapper can be added and removed by itself.
     """
     if watch in connection.execute_wrappers:
         connection.execute_wrappers.remove(watch)
@@ -306,7 +297,7 @@ def django_watch(connection: Any, watch: Callable[..., Any], *, watched: bool) -
 
 
 def django_pool(pools: dict[str, Any], pool: Any) -> None:
-    """Have Django forget a pool of connections, so that it makes another one.
+    """Make Django forget a pool of connections, so that it makes another one.
 
     Django keeps pools for a process and those that it forks, which then use one session of the server together. A pool
     could only be closed, and that would end its parent's sessions. It can go when Django's pools know forks.
@@ -317,12 +308,13 @@ def django_pool(pools: dict[str, Any], pool: Any) -> None:
 
 @contextmanager
 def session_methods(plain: Any, session: Any, get: Callable[..., Any], observe: Callable[[], object]) -> Iterator[None]:
-    """Within it, a session finds rows by another function, unless its class or its user has one already.
+    """Make a session find rows by another function in the block, unless its class or its user has one already.
 
     SQLAlchemy makes twenty calls for a row that the session has, which is a sixth of what a projection does with an
     event. It can go when SQLAlchemy makes a few.
 
-    It calls a further function before it forgets what was set and not flushed: SQLAlchemy's events come after that.
+    It also calls a function before the session forgets values that were not flushed: SQLAlchemy's events come after
+    that.
 
     :param plain: SQLAlchemy's class.
     """

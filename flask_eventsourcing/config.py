@@ -50,7 +50,7 @@ def is_plain(text: str) -> bool:
 
     It refuses control characters, separators of lines and paragraphs, and unpaired surrogates.
     """
-    # Whatever is printable is plain; the rest is looked at one by one, as some of it is.
+    # A printable string is plain. In any other one, each character is checked, because some are allowed.
     return text.isprintable() or not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in text)
 
 
@@ -146,7 +146,7 @@ def _ssl_context(value: Any) -> str | None:
 
 
 def _type(value: Any) -> str:
-    # Of a value that can be secret, such as a key of a cipher, not even a part is shown.
+    # No part of a value that can be secret, such as a key of a cipher, is shown.
     return type(value).__name__
 
 
@@ -272,7 +272,7 @@ class Config:
 
 
 def _fitting(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that fit each other, where the default of one depends on another.
+    """Return settings whose defaults fit each other: the default of one depends on another.
 
     :raises ConfigurationError: naming one that does not fit.
     """
@@ -320,7 +320,7 @@ def checked(name: str, given: Any, shown_as: str) -> Any:
 
 
 OF_CONNECTIONS = ("sqlite_wal",)
-"""Those of :class:`DialectOptions` that say how connections are made."""
+"""The fields of :class:`DialectOptions` about how connections are made."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class DialectOptions:
 
     A program on ``PlainHost`` passes it as ``options``; in a Flask app the settings of the same names make it.
 
-    :param program: how the host's user calls the commands, as messages name them, or None where they are named alone.
+    :param program: how messages call the commands, such as ``python -m bank``; None to name a command alone.
     :param ends: how messages name the calls that commit and roll back the host's session.
     :param setting: how they name a setting, with ``{0}`` for its name in capitals, ``{1}`` for that in small ones.
     :raises ConfigurationError: for a value that the setting of that name refuses.

@@ -1,6 +1,6 @@
 """What to do when a block of code may fail with any error, because it calls what a user has written.
 
-What has to be undone after an error, and raises it, is a callback of an :class:`contextlib.ExitStack`.
+Code that undoes something after an error, and lets the error pass, is a callback of a :class:`contextlib.ExitStack`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Kept:
 
 @contextmanager
 def raised_as(made: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Around what a user has written: raise another error instead of any that it raises, with that one as the cause.
+    """Around code of a user: raise another error instead of any error, with that one as the cause.
 
     :param made: makes the error.
     """
@@ -55,21 +55,21 @@ def raised_as(made: Callable[[Exception], Exception]) -> Iterator[None]:
 
 
 def call_each(logger: logging.Logger, calls: Iterable[tuple[Callable[[], object], str, tuple[object, ...]]]) -> None:
-    """Call functions of the user after something that cannot be undone: each of them, even if one raises.
+    """Call functions of a user after something that cannot be undone: each of them, even if one fails.
 
     An error that is not an ``Exception``, such as Ctrl-C, is raised.
 
     :param calls: the functions, each with the message, and its arguments, that is logged with its error.
     """
     for function, message, arguments in calls:
-        try:
+        with Kept() as kept:
             function()
-        except Exception as error:
-            logger.error(message, *arguments, exc_info=error)
+        if kept.error is not None:
+            logger.error(message, *arguments, exc_info=kept.error)
 
 
 def resolve(topic: str) -> tuple[Any, Exception | None]:
-    """Return what a topic names, or None and the error: a module that is imported for it may raise anything."""
+    """Return the object that a topic names, or None and the error: the import of a module may raise any error."""
     with Kept() as kept:
         return resolve_topic(topic), None
     return None, kept.error

@@ -1,4 +1,4 @@
-"""The protocol of a host, which applications, projections, commands and workers run in, and the host without framework.
+"""The protocol of a host, in which applications, projections, commands and workers run; the host without a framework.
 
 Flask's host is in ``web.sessions``. ``PlainHost`` needs SQLAlchemy alone, and is for a script or a program without a
 framework.
@@ -52,7 +52,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """What a framework gives to the applications, projections, commands and workers that run in it."""
+    """A framework or program, for the applications, projections, commands and workers that run in it."""
 
     @property
     def datastore(self) -> Datastore:
@@ -62,7 +62,7 @@ class Host(Protocol):
         """The context of a piece of work that is not a request: an application context in Flask, nothing elsewhere."""
 
     def unit(self) -> UnitOfWork | None:
-        """The unit of work to join now, made at the first call, or None where recorders commit on their own."""
+        """The unit of work to join now, made at the first call, or None if recorders commit on their own."""
 
     def open_unit(self) -> UnitOfWork | None:
         """The unit of work of the current session, if a recorder has joined it already."""
@@ -80,7 +80,7 @@ class Host(Protocol):
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in :meth:`transaction`, and again after a conflict, *times* times at most.
 
-        :param lenient: whether other code may commit in it, as in a task, which did not ask for a unit of work.
+        :param lenient: whether other code may commit in it, as in a task that did not ask for a unit of work.
         """
 
     def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
@@ -103,7 +103,7 @@ def by_application(batches: Sequence[Batch]) -> dict[str, tuple[Notification, ..
 
 
 def recordings_of(batches: Sequence[Batch], name: str) -> tuple[Recorded, ...]:
-    """Return what was recorded of an application's events in batches beside their state, in the order of its log."""
+    """Return the metadata and ids of an application's events in batches, in the order of its log."""
     return tuple(each for batch in batches if batch.application_name == name for each in batch.recorded)
 
 
@@ -113,9 +113,9 @@ def send_recorded(
     notifications: Sequence[Notification],
     find_recorded: Callable[[], Sequence[Recorded]],
 ) -> None:
-    """Send ``events_recorded``; what a receiver raises is logged, as the events are committed.
+    """Send ``events_recorded``. An error of a receiver is logged, because the events are committed.
 
-    :param find_recorded: returns what those receivers are told that name ``recorded``.
+    :param find_recorded: returns the argument for receivers with the parameter ``recorded``.
     """
     send_each(events_recorded, sender, find_recorded, application=application, notifications=notifications)
 
@@ -123,11 +123,11 @@ def send_recorded(
 def send_each(
     signal: NamedSignal, sender: object, find_recorded: Callable[[], Sequence[Recorded]] | None = None, **told: Any
 ) -> None:
-    """Send a signal of what has happened; what a receiver raises is logged, and the others are told all the same."""
+    """Send a signal to each receiver. An error of one is logged, and the others are called all the same."""
     name = signal.name.replace("-", "_")
     for receiver in signal.receivers_for(sender):
         further = {RECORDED: find_recorded()} if find_recorded is not None and names_recorded(receiver) else {}
-        # The caller of commit() must not take an error for a failure.
+        # An error here must not look to the caller of commit() like a failed commit.
         call_each(logger, [(partial(receiver, sender, **told, **further), "A receiver of %s failed.", (name,))])
 
 
@@ -296,7 +296,7 @@ class PlainHost:
         return self._made() or self._current_session()
 
     def _current_session(self) -> orm.Session | None:
-        """Return the session to join where nobody has made another one current, or None where there is none."""
+        """Return the session to join if no other one was made current, or None."""
         return self._factory() if isinstance(self._factory, orm.scoped_session) else None
 
     def _maker(self) -> orm.sessionmaker[Any]:
@@ -305,15 +305,15 @@ class PlainHost:
         return maker
 
     def _used_session(self) -> orm.Session | None:
-        """Return the same, but make none."""
+        """Return the same session, without making one."""
         scoped = self._factory if isinstance(self._factory, orm.scoped_session) else None
         return None if scoped is None or not scoped.registry.has() else scoped()
 
     def _scope(self) -> object:
-        """What tells a scope's session, and those that take its place, from those of other scopes."""
+        """The key of a scope: its session, and sessions that replace it, have the same key."""
         registry: Any = getattr(self._factory, "registry", None)
         if isinstance(registry, sa.util.ThreadLocalRegistry):
-            # An object and not the number of the thread, which another one is given later.
+            # An object instead of the number of the thread, which another thread may get later.
             self._thread.scope = getattr(self._thread, "scope", None) or object()
             return self._thread.scope
         return None if registry is None else (id(registry), registry.scopefunc())
@@ -341,7 +341,7 @@ class PlainHost:
             with session:
                 yield session
         finally:
-            # A task that was started meanwhile has a copy of the context, and may go on after this.
+            # A task that was started in the block has a copy of the context, and may run longer.
             current.clear()
             self._current.reset(token)
 

@@ -53,7 +53,7 @@ class PerProcess(Generic[T]):
         try:
             return self._made[pid]
         except KeyError:
-            # setdefault is atomic, and takes no lock that another thread may have held at the time of the fork.
+            # setdefault() is atomic, and needs no lock that another thread may have held at the time of the fork.
             return self._made.setdefault(pid, self._make())
 
 
@@ -61,7 +61,7 @@ class ProcessLock:
     """A re-entrant lock; a forked child gets a new one, even if a thread of the parent held it."""
 
     def __init__(self) -> None:
-        # By its name at the time of the call, as gevent may put another in its place.
+        # Looked up at the time of the call, because gevent may replace it.
         self._locks = PerProcess(lambda: threading.RLock())  # noqa: PLW0108
 
     def __enter__(self) -> None:
@@ -214,7 +214,7 @@ class ApplicationSlot(Generic[T]):
 
 
 class HostSlot(ApplicationSlot[T]):
-    """The slot of a Flask app or of another site, which frameworks never end: it is let go without a warning."""
+    """The slot of a Flask app or of another site. No framework closes it, so it does not warn."""
 
     _warns = False
 

@@ -20,7 +20,7 @@ _LARGE_NUMBER = re.compile(rb"\d{18}")
 
 
 class _NotForOrjsonError(Exception):
-    """The value is one that orjson would write otherwise than the library does."""
+    """A value that orjson would write in another way than the library does."""
 
 
 class OrjsonTranscoder(JSONTranscoder):
@@ -45,7 +45,8 @@ class OrjsonTranscoder(JSONTranscoder):
 
         :raises TranscodingNotRegisteredError: when there is no transcoding of a name in it.
         """
-        # Values with a type need Python for each mapping, and there the C code of ``json`` is the faster one.
+        # For values with a type, each mapping needs a call of a Python function, and then the C code of ``json`` is
+        # faster.
         if b'"_type_"' in data or _LARGE_NUMBER.search(data):
             return super().decode(data)
         try:

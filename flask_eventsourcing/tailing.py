@@ -22,7 +22,7 @@ from .lifecycle import PerProcess
 logger: logging.Logger = logging.getLogger(__name__)
 
 PAGE, FIRST_PAGE = 500, 1
-"""Events of a page that was measured, and of one that was not, as nobody knows whether there are any."""
+"""The most events of a page whose size was measured, and of one whose size was not, since it may be empty."""
 SHORTEST_WAIT = 0.005
 GROWTH = 1.5
 LONGEST_PAUSE = 5.0
@@ -33,12 +33,12 @@ class Waiter:
     """Wait for a time, or until :attr:`stopped` is set."""
 
     first: float = 0.0
-    """Seconds after which to look into the log for the first time although there was no news."""
+    """Seconds without news after which to look into the log for the first time."""
     longest: float = 0.25
     """The longest time between two looks."""
 
     def __init__(self) -> None:
-        # By its name at the time of the call, as gevent may put another in its place.
+        # Looked up at the time of the call, because gevent may replace it.
         self._stopped = PerProcess(lambda: threading.Event())  # noqa: PLW0108
 
     @property
@@ -100,7 +100,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         self._is_behind = False
         """Whether the last page was full."""
         self._handled = ExitStack()
-        """The block of the event that was returned last: what is saved before the next one is caused by it."""
+        """The block of the event that was returned last, which is the cause of events saved before the next one."""
 
     def __exit__(self, *args: object, **kwargs: object) -> None:
         super().__exit__(*args, **kwargs)
@@ -123,7 +123,7 @@ class LogSubscription(Subscription[ApplicationRecorder]):
         notification = self._page[self._index]
         self._index += 1
         self._last_notification_id = notification.id
-        # A loop may be left without a word.
+        # Code may leave the loop without closing the iterator.
         living = weakref.ref(self)
         self._handled.enter_context(self._reader.cause(notification.id, lambda: living() is None))
         return notification

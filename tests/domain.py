@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, ClassVar
 from uuid import UUID
 
 from eventsourcing.application import AggregateNotFoundError, Application
-from eventsourcing.domain import Aggregate, event
+from eventsourcing.domain import Aggregate, BaseAggregate, CanInitAggregate, CanMutateAggregate, event
 
 PATIENCE = 30.0
 """Seconds to wait for what takes a moment."""
@@ -54,6 +56,39 @@ class Bank(Application[UUID]):
             return self.account(account_id).balance
         except AggregateNotFoundError:
             return None
+
+
+class Member(BaseAggregate[str]):
+    """An aggregate whose id is a text, its name."""
+
+    @dataclass(frozen=True)
+    class Event(CanMutateAggregate[str]):
+        """The base class of its events."""
+
+        originator_id: str
+        originator_version: int
+        timestamp: datetime
+
+    @dataclass(frozen=True)
+    class Joined(Event, CanInitAggregate[str]):
+        """Its first event."""
+
+        originator_topic: str
+        name: str
+
+    @staticmethod
+    def create_id(name: str) -> str:
+        """Make the id of the name."""
+        return name
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.visits = 0
+
+    @event("Visited")
+    def visit(self) -> None:
+        """Count a visit."""
+        self.visits += 1
 
 
 class Branch(Bank):

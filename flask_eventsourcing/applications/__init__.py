@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
-from threading import Lock, RLock, Thread
+from threading import RLock, Thread
 from typing import Any, TypeVar
 
 from eventsourcing.application import (
     Application,
-    Cache,
     ProjectorFunction,
     Repository,
     project_aggregate,
@@ -41,14 +39,24 @@ from eventsourcing.system import (
 )
 from eventsourcing.utils import TopicError
 
-from .._patches import application_method, leader_lead, repository_cache, repository_class
+from .._patches import application_method, leader_lead, repository_class
 from ..exceptions import AggregateErasedError, SnapshotError
-from ..persistence import Datastore, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION, EventTable
+from ..persistence import Datastore, SQLAlchemyApplicationRecorder
+from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION
 from ..uow import Unit
 from .erasure import refusing_erased
 from .library_env import check_environment, environment
-from .stale import Saves, UsingSession, evict, refuse_stale_aggregates, share, unit_of, watch
+from .stale import (
+    CommittedCache,
+    Saves,
+    UsingSession,
+    evict,
+    install_cache,
+    refuse_stale_aggregates,
+    share,
+    unit_of,
+    watch,
+)
 from .upstream import note_upstream
 
 __all__ = [
@@ -70,7 +78,7 @@ A = TypeVar("A", bound=Application[Any])
 logger: logging.Logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.25
-"""Seconds between two looks whether an event can be read in the log, at most."""
+"""The most seconds between two checks whether an event can be read in the log."""
 
 
 def construct(
@@ -94,7 +102,7 @@ def construct(
 
 
 _checked: set[type[Any]] = set()
-"""As in the library's own cache of topics, classes of events are kept for ever."""
+"""Classes of events are kept for ever, as in the library's own cache of topics."""
 
 
 def project_checked(aggregate: Any, domain_events: Iterable[Any]) -> Any:
@@ -112,7 +120,7 @@ def project_checked(aggregate: Any, domain_events: Iterable[Any]) -> Any:
 
 
 UNFIT = (AttributeError, KeyError, TypeError, ValueError, TopicError)
-"""What comes of a snapshot whose class has changed since: an attribute or an upcast is missing, or the class itself."""
+"""The errors of a snapshot whose class has changed since: an attribute, an upcast or the class itself is missing."""
 
 
 class CheckedRepository(Repository[Any]):
@@ -164,11 +172,11 @@ class CheckedRepository(Repository[Any]):
                 return aggregate
             if found is None:
                 raise
-            # It lacks a field, and the snapshot has no part in that.
+            # The event lacks a field, and the snapshot is not the reason.
             return found
 
     def _without_snapshot(self, aggregate_id: Any, version: int | None, projector_func: Any, error: Exception) -> Any:
-        """Return what the events alone make of an aggregate that has a snapshot, or None."""
+        """Return an aggregate that has a snapshot from its events alone, or None."""
         recorder: Any = None if self.snapshot_store is None else self.snapshot_store.recorder
         snapshots = [] if recorder is None else recorder.select_events(aggregate_id, lte=version, desc=True, limit=1)
         aggregate = self.from_events(aggregate_id, version, projector_func) if snapshots else None
@@ -198,13 +206,13 @@ class CheckedRepository(Repository[Any]):
 
 
 _warned: set[type[Any]] = set()
-"""The classes of aggregates of whose snapshots a warning was logged."""
+"""The classes of aggregates for whose snapshots a warning was logged."""
 
 
 def _check_fields(aggregate: Any) -> None:
     if is_dataclass(aggregate):
         for field in fields(aggregate):
-            # One that the class has a default for is there.
+            # An attribute with a default in the class counts as present.
             getattr(aggregate, field.name)
 
 
@@ -244,75 +252,10 @@ def install_repository(application: Application[Any]) -> None:
         repository_class(application.repository, CheckedRepository)
 
 
-class CommittedCache(Cache[Any, Any]):
-    """Wraps the repository's cache: it has copies of committed aggregates, and never replaces one by an older one.
-
-    :param inner: the cache that the library made, with its size.
-    :param unit: returns the unit of work in which the caller is, or None.
-    :param events_table: the table of the aggregates' events, where there are units of work.
-    """
-
-    def __init__(
-        self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable | None
-    ) -> None:
-        super().__init__()
-        self.inner = inner
-        self.cache: dict[Any, Any] = inner.cache
-        self._unit = unit
-        self._events_table = events_table
-        self._lock = Lock()
-
-    def get(self, key: Any, *, evict: bool = False) -> Any:
-        """Return a cached aggregate.
-
-        :raises KeyError: when there is none, or this unit of work has uncommitted events of it.
-        """
-        unit = self._unit()
-        if unit is not None and unit.pending.has_events_of(key):
-            raise KeyError(key)
-        if unit is not None and self._events_table is not None and unit.queue.active:
-            # Before the library takes the aggregate's fast-forward lock: a unit that waited in the queue with that lock
-            # would be in the way of the one that is first in it.
-            with unit.dialect.translated:
-                unit.before_read(unit.connection(), self._events_table, key)
-        return self.inner.get(key, evict=evict)
-
-    def put(self, key: Any, value: Any) -> None:
-        """Cache a copy of an aggregate, after the commit if it has uncommitted events."""
-        if value is None:
-            return
-        # A copy, as the caller may go on changing the aggregate.
-        kept = deepcopy(value)
-        unit = self._unit()
-        if unit is None or not unit.pending.has_events_of(key):
-            self._keep(key, kept)
-        else:
-            unit.on_commit(partial(self._keep, key, kept))
-
-    def _keep(self, key: Any, kept: Any) -> None:
-        # The first to commit need not be the first here, and a reader may have an older snapshot.
-        with self._lock:
-            try:
-                is_older = kept.version < self.inner.get(key).version
-            except KeyError:
-                is_older = False
-            if not is_older:
-                share(kept)
-                self.inner.put(key, kept)
-
-
-def install_cache(application: Application[Any], unit: Callable[[], Unit | None]) -> None:
-    """Wrap the cache of an application's repository, if it has one."""
-    cache = application.repository.cache
-    recorder = application.recorder
-    if cache is not None and isinstance(recorder, SQLAlchemyAggregateRecorder):
-        repository_cache(application.repository, CommittedCache(cache, unit, recorder.events_table))
-
-
 class CommittedReceiver(RecordingEventReceiver[Any]):
-    """Tells a receiver with threads or queues what was saved, once the log can be read up to there.
+    """Passes saved events to a receiver with threads or queues, once the log can be read up to them.
 
-    :param receiver: what the leader was to prompt.
+    :param receiver: the receiver that the leader was to prompt.
     :param leader: whose events they are.
     """
 
@@ -327,7 +270,7 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
         self._thread: Thread | None = None
 
     def receive_recording_event(self, new_recording_event: RecordingEvent[Any]) -> None:
-        """Told by the leader within ``save()``."""
+        """Called by the leader within ``save()``."""
         unit = unit_of(self._recorder)
         first = new_recording_event.recordings[0].notification
         if unit is not None and unit.has_saved(first.originator_id):
@@ -348,7 +291,7 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
                 self._thread.start()
 
     def _tell(self) -> bool:
-        """Tell what can be read; return whether that was all."""
+        """Pass on the events that can be read, and return whether these were all."""
         try:
             high_water_mark = self._recorder.high_water_mark()
         except PersistenceError as error:
@@ -363,8 +306,8 @@ class CommittedReceiver(RecordingEventReceiver[Any]):
         first, last = event.recordings[0].notification.id, _last_position(event)
         if last <= self._told:
             return
-        # Without a previous position the receiver reads what is between, of other processes for example. The leader's
-        # own idea of it counts what was rolled back.
+        # Without a previous position the receiver reads the events between, for example those of other processes. The
+        # position that the leader knows may be of events that were rolled back.
         previous = self._told if first == self._told + 1 and self._told else None
         self._told = last
         self.receiver.receive_recording_event(RecordingEvent(event.application_name, event.recordings, previous))

@@ -32,15 +32,15 @@ A = TypeVar("A", bound=Application[Any])
 R = TypeVar("R")
 
 LONGEST_PAUSE = 0.5
-"""Seconds between two tries, at most."""
+"""The most seconds between two tries."""
 
 
 STORES = {"cassandra": "flask_eventsourcing.cassandra.hosted"}
-"""Where the store of each kind is, whose driver is not always installed."""
+"""The module with the store of each kind, whose driver is not always installed."""
 
 
 class EventStore(Protocol):
-    """Where applications have their events, when that is not the database of the host's sessions."""
+    """The place of applications' events, if it is not the database of the host's sessions."""
 
     title: str
 
@@ -52,16 +52,16 @@ class EventStore(Protocol):
         """Return the environment with which an application uses the store."""
 
     def create_tables(self) -> list[str]:
-        """Make the tables where they are missing, and return the names of these."""
+        """Make the tables that are missing, and return their names."""
 
     def look(self) -> Iterable[tuple[str, bool]]:
         """Return lines about the servers and the tables, each with whether it is a fault."""
 
     def log_identity(self, application_name: str) -> int | None:
-        """Return what tells an application's log from every other, None where it is missing."""
+        """Return the identity of an application's log, which no other log has, or None if the log is missing."""
 
     def address(self) -> str:
-        """Return where it is, for people."""
+        """Return the address as users read it."""
 
     def close(self) -> None:
         """Close the connections of this process; they are opened again when they are used."""
@@ -70,9 +70,9 @@ class EventStore(Protocol):
 def make_store(
     config: Config, collector: Collector | None, id_types: Mapping[str, OriginatorIdType], where: str
 ) -> EventStore:
-    """Make the store that settings describe; nothing is connected.
+    """Make the store that settings describe, without connecting.
 
-    :param where: how messages name the choice of it.
+    :param where: how messages name the setting that chooses the store.
     :raises ConfigurationError: when its driver cannot be used in this process.
     """
     try:
@@ -122,7 +122,7 @@ class _Try:
             self._outer.note()
 
     def note_conflict(self, error: IntegrityError) -> None:
-        """Note that another writer was first, and that nothing was saved by that."""
+        """Note a conflict, after which nothing was saved."""
         self.conflict = error
         if self._outer is not None:
             self._outer.note_conflict(error)
@@ -144,7 +144,7 @@ def refusing_saves(why: str) -> Iterator[None]:
 
 @contextmanager
 def trying() -> Iterator[_Try]:
-    """Give what tells whether something was saved into a store within the block."""
+    """Yield an object that tells whether something was saved into a store in the block."""
     made = _Try(_current.get())
     token = _current.set(made)
     try:
@@ -178,7 +178,7 @@ async def await_again(
 ) -> R:
     """Do what :func:`run_again` does with a function whose result is awaited.
 
-    :param sleep: lets others run for so many seconds.
+    :param sleep: waits for a number of seconds, while other tasks run.
     """
     for tries in range(times):
         with trying() as attempt:
@@ -197,7 +197,7 @@ def pause(tries: int) -> float:
 
 
 class RecordsApart(Records):
-    """What is called as ``Application._record()`` of an application that is apart.
+    """Called as ``Application._record()`` of an application that is apart.
 
     :param recorded: called with what was recorded.
     """
@@ -209,7 +209,8 @@ class RecordsApart(Records):
     def __call__(self, processing_event: ProcessingEvent[Any]) -> Any:
         """Record, note that something is stored now, and tell of it.
 
-        :raises HandlerError: where it would be stored although what it belongs to may be rolled back.
+        :raises HandlerError: when the events would stay stored although the work that they belong to may be rolled
+            back.
         """
         why = _refused.get()
         if why is not None and processing_event.events:
@@ -222,7 +223,7 @@ class RecordsApart(Records):
             conflict = error
             raise
         finally:
-            # Of nothing else than a conflict it is known that nothing was stored.
+            # Only after a conflict it is known that nothing was stored.
             if attempt is not None and conflict is not None:
                 attempt.note_conflict(conflict)
             elif attempt is not None:
@@ -248,7 +249,7 @@ def construct_apart(
     install_repository(application)
     cache = application.repository.cache
     if cache is not None:
-        # The library would put the very object into it, which the caller may go on changing.
+        # The library would put the object itself into the cache, and the caller may change it later.
         repository_cache(application.repository, CommittedCache(cache, lambda: None, None))
     application_method(application, "_record", RecordsApart(application, partial(recorded, application.name)))
     refuse_stale_aggregates(application)
@@ -256,10 +257,10 @@ def construct_apart(
 
 
 class ApartHost:
-    """The host of applications that are apart, as far as task queues and decorated functions ask one.
+    """The host of applications that are apart, with the methods that task queues and decorated functions call.
 
     :param store: where they have their events.
-    :param context: what is around a piece of work, made at each call.
+    :param context: returns the context of a piece of work.
     """
 
     def __init__(self, store: EventStore, context: Callable[[], AbstractContextManager[object]]) -> None:
@@ -267,11 +268,11 @@ class ApartHost:
         self.context = context
 
     def unit(self) -> None:
-        """There is none to join: recorders commit on their own."""
+        """Return None: recorders commit on their own."""
 
     @contextmanager
     def transaction(self, *, queueing: bool = False, run: Run | None = None) -> Iterator[Any]:
-        """Run a task, which did not ask for a transaction, and tell whether it has saved something.
+        """Run a task that did not ask for a transaction, and note whether it has saved something.
 
         :raises ConfigurationError: when it asks for a transaction.
         """
@@ -290,11 +291,11 @@ class ApartHost:
         return run_again(function, times, rewind)
 
     def using_session(self, session: object) -> NoReturn:
-        """Refuse it: no session has the events."""
+        """Refuse a session: no session has the events."""
         self.refuse("A session of your own")
 
     def refuse(self, what: str) -> NoReturn:
-        """Say why something cannot be done.
+        """Raise an error that says why something cannot be done.
 
         :raises ConfigurationError: always.
         """

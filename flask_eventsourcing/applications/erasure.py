@@ -39,7 +39,7 @@ class EventRedacted:
 
     TOPIC: ClassVar[str] = "flask_eventsourcing:EventRedacted"
 
-    # A UUID where the application has those: with this annotation the library leaves an id as it is.
+    # A UUID if the application's ids are UUIDs: with this annotation the library leaves an id as it is.
     originator_id: str
     originator_version: int
 
@@ -102,7 +102,7 @@ def refusing_erased(projector: Any, aggregate: Any, domain_events: Any) -> Any:
 class Erasure:
     """The numbers of events, snapshots and dead letters that were erased, or would be.
 
-    Show them to the person who asked for the erasure; they name nobody.
+    Show them to the person who asked for the erasure. They have no personal data.
 
     :param position: the position of the new tombstone, or None.
     """
@@ -124,7 +124,7 @@ def recorder_of(application: Application[Any]) -> SQLAlchemyApplicationRecorder:
 
 
 class Stored:
-    """What is stored of one aggregate, as the transaction of a connection sees it.
+    """The stored rows of one aggregate, as the transaction of a connection sees them.
 
     :raises IdentifierTypeError: for an id of another type than the application's.
     """
@@ -153,7 +153,7 @@ class Stored:
     def count_events(self, *, redact: bool) -> int:
         """Count the events that would be redacted, or deleted."""
         empty = [AggregateErased.TOPIC, *([EventRedacted.TOPIC] if redact else [])]
-        # An event that others have erased may have no topic.
+        # An event that another program has erased may have no topic.
         return self._count(self.events, sa.func.coalesce(self.events.c.topic, "").not_in(empty))
 
     def count_snapshots(self) -> int:
@@ -172,7 +172,7 @@ class Stored:
         """Give the events before a version another topic and state, unless they have it, and return how many."""
         found = self.dialect.found_table(self.connection, self.events)
         names = {} if found is None else found.columns
-        # Of the package's nullable columns a table may lack some.
+        # A table may lack some of the package's nullable columns.
         emptied = {c: sa.null() for c in self.events.c if c.nullable and c.computed is None and c.name in names}
         values = {column: null for column, null in emptied.items() if column.name not in KEPT}
         statement = sa.update(self.events).values({**values, self.events.c.topic: topic, self.events.c.state: state})
@@ -183,7 +183,7 @@ class Stored:
     def delete_snapshots(self, *, unless_needed: bool = False) -> int:
         """Delete the snapshots, and return how many there were.
 
-        :param unless_needed: keep them where the aggregate cannot be read from its events alone.
+        :param unless_needed: keep them if the aggregate cannot be read from its events alone.
         """
         if self.snapshots is None:
             return 0
@@ -242,7 +242,7 @@ def count(
 
 
 def not_found(application: Application[Any], aggregate_id: object) -> AggregateNotFoundError:
-    """Return the error for an aggregate of which nothing is stored."""
+    """Return the error for an aggregate without stored events and snapshots."""
     return AggregateNotFoundError(
         f"{application.name} has no aggregate {aggregate_id}: there is neither an event nor a snapshot of it."
     )
@@ -280,7 +280,7 @@ def erase(
             raise not_found(application, aggregate_id)
         version, position = last[0], None
         if last[1] != AggregateErased.TOPIC:
-            # First, as it has the conflict if there is one.
+            # First, because it raises the conflict if there is one.
             version += 1
             position = _append_tombstone(application, aggregate_id, version)
         events = _redact(application, stored, version) if redact else stored.delete_events(version)
@@ -310,6 +310,6 @@ def _append_tombstone(application: Application[Any], aggregate_id: Any, version:
 
 
 def _redact(application: Application[Any], stored: Stored, before: int) -> int:
-    # Not by the mapper's own method, which may know the application's own classes only.
+    # Without the mapper's own method, which may know only the application's own classes.
     redacted = Mapper.to_stored_event(application.mapper, EventRedacted(cast(str, stored.id), before))
     return stored.redact_events(before, redacted.topic, redacted.state)

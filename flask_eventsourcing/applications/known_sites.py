@@ -13,7 +13,7 @@ from ..exceptions import NotInitializedError
 
 
 class SiteState(Protocol):
-    """What task queues use of a Flask app, a Pyramid application or a script."""
+    """The state of a Flask app, a Pyramid application or a script, for task queues."""
 
     @property
     def host(self) -> Any:
@@ -43,22 +43,22 @@ class KindOfSite(Protocol):
         """
 
     def refuse(self) -> None:
-        """Say why there is no current one.
+        """Raise an error that says why there is no current site, if that is known.
 
-        :raises NotInitializedError: where that can be said.
+        :raises NotInitializedError: when it is known.
         """
 
 
 _kinds: list[KindOfSite] = []
 _last: list[KindOfSite] = []
-"""Those whose site is the current one where nothing says that another is."""
+"""The kinds whose site is the current one unless another kind has one."""
 _working_for: ContextVar[SiteState | None] = ContextVar("flask_eventsourcing.working_for", default=None)
 
 
 def add_kind(kind: KindOfSite, *, last: bool = False) -> None:
-    """Have sites of a kind found, before those that were added earlier.
+    """Add a kind of site. It is asked before those that were added earlier.
 
-    :param last: whether its current site comes after that of a task.
+    :param last: whether it is asked after the site of a task.
     """
     (_last if last else _kinds).insert(0, kind)
 
@@ -66,7 +66,7 @@ def add_kind(kind: KindOfSite, *, last: bool = False) -> None:
 def find_current_site(*, last: bool = True) -> SiteState | None:
     """Return the state of the site whose work this is, or None.
 
-    :param last: whether it may be one that is current only because no other is.
+    :param last: whether to ask the kinds whose site is current only because no other is.
     """
     return _current_of(_kinds) or _working_for.get() or (_current_of(_last) if last else None)
 
@@ -77,7 +77,7 @@ def _current_of(kinds: Sequence[KindOfSite]) -> SiteState | None:
 
 @contextmanager
 def working_for(state: SiteState) -> Iterator[None]:
-    """Run a task for a site: it is the current one unless another one is found."""
+    """Make a site the current one for a task in the block, unless another one is found."""
     token = _working_for.set(state)
     try:
         yield

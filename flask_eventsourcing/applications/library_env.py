@@ -1,4 +1,4 @@
-"""Checks what the library reads from an application's environment, before the application is made."""
+"""Checks the values that the library reads from an application's environment, before the application is made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTING = "EVENTSOURCING_ENV"
 FOREIGN_SCOPE = "SQLALCHEMY_SCOPED_SESSION_TOPIC"
 CIPHER_KEY = "CIPHER_KEY"
 DEFAULT_CIPHER = "eventsourcing.cipher:AESCipher"
-"""What the library takes where there is a key and no topic."""
+"""The cipher that the library uses if there is a key and no topic."""
 LIBRARY_CIPHERS = (DEFAULT_CIPHER, "eventsourcing.cryptography:AESCipher")
 KEY_SIZES = (16, 24, 32)
 
@@ -54,14 +54,14 @@ def environment(datastore: Datastore, env: Mapping[str, str], application_name: 
     """Return the environment for an application, or a runner of the library, that uses a datastore.
 
     :param env: what the user has configured.
-    :param application_name: of the one application that it is for.
+    :param application_name: the name of the application, if the environment is for one.
     """
     ours = {
         Factory.PERSISTENCE_MODULE: "flask_eventsourcing.persistence",
         Factory.DATASTORE: datastore.token,
     }
     if application_name is not None:
-        # A variable with the application's name in front, set in the process's environment, would win otherwise.
+        # Otherwise a variable of the process's environment with the application's name in front would win.
         ours |= {f"{application_name.upper()}_{key}": value for key, value in ours.items()}
     return {**env, **ours}
 
@@ -161,7 +161,7 @@ def _why_unresolved(topic: str) -> str | None:
     _, error = resolve(topic)
     module = sys.modules.get(topic.partition(":")[0])
     if error is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
-        # The module that makes the app is being imported, and the class may stand below.
+        # The module that makes the app may still be being imported, and define the class further below.
         return None
     return str(error.__cause__ or error) or type(error).__name__
 

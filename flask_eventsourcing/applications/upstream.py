@@ -1,4 +1,4 @@
-"""Remembers which event a follower of the library's ``System`` processes: it is the cause of what it saves."""
+"""Notes which event a follower of the library's ``System`` processes: it is the cause of the events it saves."""
 
 from __future__ import annotations
 

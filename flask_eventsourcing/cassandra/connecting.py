@@ -17,7 +17,7 @@ from ..lifecycle import ProcessLock, keep_for_ever
 from .drivers import check_drivers, check_process
 from .schema import CassandraSettings
 
-# Two projects bring the package of this name, so that what is imported might be half of each.
+# Two projects install a package of this name, so that half of it might be of each.
 check_drivers()
 
 from cassandra import (  # noqa: E402
@@ -62,21 +62,21 @@ from .errors import UNKNOWN  # noqa: E402
 TIMEOUT = 5.0
 """Seconds for an answer, unless told otherwise."""
 SHORT_TIMEOUT = 3.0
-"""Seconds for an answer that another node can give too."""
+"""Seconds for an answer where another node can be asked instead."""
 GRACE = 2.0
-"""Seconds for which the driver may be late to tell that there is no answer: it counts on the machine's clock."""
+"""Seconds that the driver gets to report a timeout by itself; it depends on the machine's clock."""
 RECONNECT, LONGEST_RECONNECT = 0.5, 5.0
-"""Seconds between tries to reach a node that is down; by default they grow to minutes, and end after 64 tries."""
+"""Seconds between tries to reach a node that is down. By the driver's defaults they grow to minutes, and end."""
 
 
 SILENT, TROUBLED = 30.0, 2.0
-"""Seconds for which a node is asked last after it gave no answer, and after it told that it could not do the work."""
+"""Seconds for which a node is asked last: after it gave no answer, and after it answered that it could not do it."""
 
 
 class _LastResort(WrapperPolicy):  # type: ignore[misc]
-    """Asks nodes last that did not do lately what they were asked for, so that a request is repeated elsewhere.
+    """Asks nodes last that failed lately, so that a request is repeated on other nodes first.
 
-    A node that hangs, or has lost its network, is taken to be up for a minute, and it is asked first for some rows.
+    The driver takes a node that hangs, or has lost its network, for up for a minute, and asks it first for some rows.
     """
 
     def __init__(self, order: LoadBalancingPolicy) -> None:
@@ -100,9 +100,9 @@ class _LastResort(WrapperPolicy):  # type: ignore[misc]
 
 
 class _DownAtOnce(ConvictionPolicy):  # type: ignore[misc]
-    """Takes a node to be down that cannot be connected with, for whatever reason, so that it is tried again.
+    """Takes a node for down after any failed connection, so that the driver tries it again later.
 
-    The driver's own takes one that does not answer in time to be up, and never tries it again.
+    The driver's own policy takes a node that does not answer in time for up, and never connects with it again.
     """
 
     def add_failure(self, connection_exc: Exception) -> bool:
@@ -110,7 +110,7 @@ class _DownAtOnce(ConvictionPolicy):  # type: ignore[misc]
         return True
 
     def reset(self) -> None:
-        """Forget what was noted, which is nothing."""
+        """Do nothing: no failure is kept."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Connection:
         self._lock = ProcessLock()
         self._held: _Held | None = None
         self._failed: tuple[float, OperationalError] | None = None
-        """When no node could be reached, and what was told."""
+        """When no node could be reached, and the error."""
 
     @property
     def session(self) -> Session:
@@ -165,7 +165,7 @@ class Connection:
                     self._held = _Held(os.getpid(), *self._connect_since(asked))
                 held = self._held
         if held.pid != os.getpid():
-            # Its finalizers would close what belongs to the parent.
+            # Its finalizers would close the connections of the parent.
             keep_for_ever(held)
             raise InheritedDatabaseError(
                 "The session with Cassandra was open when this process was forked, and never answers in a child: "
@@ -203,13 +203,13 @@ class Connection:
             cluster = Cluster(
                 settings.contact_points,
                 port=settings.port,
-                # What 5.0 has; to find it out takes two connections more, with a warning for each.
+                # The version of Cassandra 5.0. To negotiate it takes two more connections, with a warning for each.
                 protocol_version=ProtocolVersion.V5,
                 execution_profiles={EXEC_PROFILE_DEFAULT: profile},
                 ssl_context=settings.ssl_context,
-                # A node that collects its garbage is silent for longer than the two seconds of the driver.
+                # A garbage collection of a node may take longer than the two seconds of the driver's default.
                 control_connection_timeout=TIMEOUT,
-                # Each of them would be waited for, also one that hangs; a node that lacks a statement says so.
+                # It would wait for every node, also one that hangs. A node without the statement asks for it.
                 prepare_on_all_hosts=False,
                 conviction_policy_factory=_DownAtOnce,
                 reconnection_policy=ExponentialReconnectionPolicy(RECONNECT, LONGEST_RECONNECT, max_attempts=None),
@@ -219,7 +219,7 @@ class Connection:
             with ExitStack() as failed:
                 failed.callback(cluster.shutdown)
                 session = cluster.connect()
-                # How long it waits when it prepares a statement; with profiles there is no public way to say that.
+                # The timeout for preparing a statement. With profiles, no public name sets it.
                 session._default_timeout = self.timeout
                 self._check_centres({str(each.datacenter) for each in cluster.metadata.all_hosts()})
                 failed.pop_all()
@@ -243,9 +243,11 @@ class Connection:
         try:
             yield
         except UnresolvableContactPoints as error:
-            raise OperationalError(f"Cassandra cannot be reached {self._where}: no such name.") from error
+            raise OperationalError(
+                f"Cassandra cannot be reached {self._where}: no such name. Correct the contact points."
+            ) from error
         except NoHostAvailable as error:
-            # What each node has answered; without any answer the nodes that could have been asked.
+            # The error of each node, or, if none was asked, the nodes themselves.
             causes = list(error.errors.values()) if isinstance(error.errors, Mapping) else []
             why = "; ".join(dict.fromkeys(str(each) for each in causes)) or str(error)
             if any(isinstance(each, AuthenticationFailed) for each in causes):
@@ -280,7 +282,7 @@ class Connection:
         """Run a statement, and return the driver's result.
 
         :param host: the node to ask, instead of one that the driver chooses.
-        :param paging_state: what an answer has had, to which this one is the next page.
+        :param paging_state: the ``paging_state`` of the answer whose next page this is.
         """
         if isinstance(statement, PreparedStatement):
             statement, parameters = statement.bind(parameters or ()), None
@@ -320,7 +322,7 @@ class Connection:
 
 @contextmanager
 def _noted(order: _LastResort, sent: ResponseFuture | None = None) -> Iterator[None]:
-    """Note the node that has not done what it was asked for."""
+    """Note the node that has failed in the block."""
     try:
         yield
     except OperationTimedOut as error:

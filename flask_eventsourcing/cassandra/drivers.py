@@ -10,10 +10,10 @@ from typing import Any
 from ..exceptions import ConfigurationError
 
 DRIVERS = {"cassandra-driver": "Flask-EventSourcing[cassandra]", "scylla-driver": "Flask-EventSourcing[scylla]"}
-"""The projects that bring the package ``cassandra``, each with what installs it."""
+"""The projects that install the package ``cassandra``, each with the extra that installs it."""
 LAST_WITH_GEVENT = (3, 30)
 REACTOR = "cassandra.io.geventreactor"
-"""What the driver imports along where gevent has patched the sockets, and later no more."""
+"""The module that the driver imports only if gevent has patched the sockets before."""
 
 
 def installed() -> dict[str, str]:
@@ -62,7 +62,7 @@ def check_process() -> None:
             "The driver of Cassandra was imported before gevent patched the sockets, and would wait for ever: start "
             "gunicorn without --preload, or patch at the top of its configuration file (gevent.monkey.patch_all())."
         )
-    # It is there inside of the server only.
+    # The module exists only inside the server.
     server: Any = sys.modules.get("uwsgi")
     if server is not None and server.worker_id() == 0 and server.masterpid() == os.getpid():
         raise ConfigurationError(
@@ -73,7 +73,7 @@ def check_process() -> None:
 
 
 def _uses_gevent() -> bool:
-    # A program that has patched anything has imported this.
+    # If a program has patched anything, this module is imported.
     monkey: Any = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("socket"))
 

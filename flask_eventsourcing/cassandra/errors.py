@@ -1,4 +1,4 @@
-"""What an error of the driver means: the work was not done, the outcome is unknown, or a new try is useless."""
+"""Tells what an error of the driver means: the work was not done, the outcome is unknown, or another try is useless."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..exceptions import EventValueError, MissingRightError, MissingTableError
 from .rows import MaybeDoneError, NotDoneError
 
 CAS_WRITE_UNKNOWN = 0x1700
-"""An error of the server that the driver has no class for."""
+"""An error of the server for which the driver has no class."""
 UNKNOWN: tuple[type[Exception], ...] = (
     cassandra.Timeout,
     cassandra.Unavailable,
@@ -39,8 +39,8 @@ def translated(size: int = 0) -> Iterator[None]:
 
     :param size: the bytes that are written.
     :raises NotDoneError: when it was not done, and can be tried again.
-    :raises MaybeDoneError: when nobody knows.
-    :raises SaveTooLargeError: when it is more than nodes take.
+    :raises MaybeDoneError: when it is unknown whether it was done.
+    :raises SaveTooLargeError: when the nodes accept fewer bytes.
     :raises MissingTableError: when keyspace or table are missing.
     :raises MissingRightError: when the role may not do it.
     :raises ProgrammingError: when the nodes refuse it for another reason.

@@ -1,4 +1,4 @@
-"""Cassandra as the store of a host's applications: what the hosts call of this package."""
+"""Cassandra as the store of a host's applications: the part of this package that hosts call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class HostedCassandra:
         ours = {Factory.PERSISTENCE_MODULE: MODULE, Factory.LENT: self._lent.get().token}
         if application_name is not None:
             ours[Factory.ORIGINATOR_ID_TYPE] = self.id_types[application_name]
-            # A variable with the application's name in front, set in the process's environment, would win otherwise.
+            # Otherwise a variable of the process's environment with the application's name in front would win.
             ours |= {f"{application_name.upper()}_{key}": value for key, value in ours.items()}
         return {**env, **ours}
 
@@ -94,7 +94,7 @@ class HostedCassandra:
 
 
 class _Lent:
-    """What is lent to the factories of one process, and the token by which they find it."""
+    """The connection that is lent to the factories of one process, and the token by which they find it."""
 
     def __init__(self, lent: Lent) -> None:
         self.lent = lent

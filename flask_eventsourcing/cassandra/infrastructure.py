@@ -41,7 +41,7 @@ class Lent:
 
     connection: Connection
     metadata: Callable[[], Metadata] | None = None
-    """Returns the metadata in force; None where none are stored."""
+    """Returns the current metadata. None if no metadata are stored."""
     on_recorded: OnRecorded | None = None
     """Called after each save."""
 
@@ -57,9 +57,9 @@ def lend(lent: Lent) -> str:
 
 
 def _accepted(key: str, value: Any) -> Any:
-    """Return a value of the environment that a host's setting of the same name may have, too.
+    """Return a value of the environment, if the host's setting of the same name accepts it.
 
-    :raises InfrastructureFactoryError: for another one.
+    :raises InfrastructureFactoryError: when the setting does not accept it.
     """
     try:
         return checked(key.lower(), value, key)
@@ -74,7 +74,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
     ``BANK_CASSANDRA_KEYSPACE``:
 
     ``CASSANDRA_CONTACT_POINTS``
-        Addresses of some nodes, with commas between. Required.
+        Addresses of some nodes, separated by commas. Required.
     ``CASSANDRA_KEYSPACE``
         The keyspace of the tables. Required.
     ``CASSANDRA_REPLICATION``
@@ -197,7 +197,7 @@ class Factory(InfrastructureFactory[CassandraTrackingRecorder]):
     def aggregate_recorder(self, purpose: str = "events") -> AggregateRecorder:
         """Make a recorder for a purpose: ``events`` or ``snapshots``."""
         if purpose not in ("events", "snapshots"):
-            raise InfrastructureFactoryError(f"There is no table for the purpose {purpose!r}.")
+            raise InfrastructureFactoryError(f"There is no table for {purpose!r}, only for 'events' and 'snapshots'.")
         return self.aggregate_recorder_class(self.log) if purpose == "events" else CassandraSnapshotRecorder(self.log)
 
     def application_recorder(self) -> ApplicationRecorder:

@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 DRIVER_ERRORS: tuple[type[Exception], ...] = (cassandra.DriverException, NoHostAvailable, ErrorMessage)
 PATIENCE = 60.0
-"""Seconds for a change of the schema to be on every node."""
+"""Seconds until a change of the schema must be on every node."""
 PAUSE = 0.2
 KEYSPACE = "SELECT replication, durable_writes FROM system_schema.keyspaces WHERE keyspace_name = %s"
 COLUMNS = (
@@ -41,7 +41,7 @@ PERIODIC = (
 OLD_PAXOS = "so the outcome of concurrent writes is unknown more often: set paxos_variant to v2 in cassandra.yaml"
 
 Line = tuple[str, bool]
-"""What a check says, and whether it is a fault."""
+"""A line of a check, and whether it is a fault."""
 Shape = tuple[Mapping[str, str], Sequence[str]]
 """The columns of a table with their types, and those of its primary key in their order."""
 
@@ -52,7 +52,7 @@ def readable_errors() -> Iterator[None]:
 
     :raises MissingRightError: when the role lacks a right.
     :raises OperationalError: when nodes do not answer in time.
-    :raises ProgrammingError: when a node refuses it.
+    :raises ProgrammingError: when a node refuses a statement.
     """
     try:
         yield
@@ -97,7 +97,7 @@ class Schema:
             self.tables |= wanted(prefix, id_type)
 
     def create(self) -> list[str]:
-        """Make what is missing, and return the names of the tables that were made; blocks until every node has them.
+        """Make what is missing, wait until every node has it, and return the names of the tables that were made.
 
         :raises OperationalError: when a node does not have them in time.
         """
@@ -105,7 +105,7 @@ class Schema:
         if missing:
             for prefix, id_type in self._id_types.items():
                 for statement in statements(self._connection.settings, prefix, id_type=id_type):
-                    # One node, the same for all that do this at the same time: two would give a table two identities.
+                    # Every process asks the same node: two nodes would give a table two identities.
                     self._again(lambda cql=statement: self._ask(cql, host=first))  # type: ignore[misc]
         self._wait()
         return missing
@@ -146,20 +146,20 @@ class Schema:
 
     def _up(self) -> list[Host]:
         nodes = self._connection.nodes()
-        # Of one that was not asked yet nobody knows.
+        # A node that was not asked yet may lack anything.
         return [node for node in nodes if node.is_up] or nodes
 
     def _ask(self, cql: str, parameters: Any = None, *, host: Host) -> Any:
         return self._connection.execute(cql, parameters, timeout=PATIENCE, host=host)
 
     def _again(self, function: Callable[[], R]) -> R:
-        """Call something that can be repeated until it succeeds: a node that answers may not be ready yet."""
+        """Call a function again until it succeeds: a node that answers may not be ready yet."""
         end = time.monotonic() + PATIENCE
         while True:
             try:
                 return function()
             except (cassandra.InvalidRequest, cassandra.Unauthorized, ConfigurationException):
-                # It would fail again.
+                # Another try would fail too.
                 raise
             except DRIVER_ERRORS:
                 if time.monotonic() > end:
@@ -171,7 +171,10 @@ class Schema:
         for node in self._up():
             while left := self._again(lambda node=node: self._missing(node)):  # type: ignore[misc]
                 if time.monotonic() > end:
-                    raise OperationalError(f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s.")
+                    raise OperationalError(
+                        f"The node {node.endpoint} has no {', '.join(left)} after {PATIENCE:.0f} s: look at its log, "
+                        "and run the command again when it answers."
+                    )
                 time.sleep(PAUSE)
 
     def _missing(self, node: Host) -> list[str]:
@@ -234,17 +237,17 @@ class Schema:
 
 
 def _copies(asked: int | Mapping[str, int], found: Mapping[str, str]) -> dict[str, str]:
-    """Return what a keyspace should say of its copies."""
+    """Return the options of the replication that a keyspace should have."""
     if isinstance(asked, int):
         return {"replication_factor": str(asked)}
     if set(asked) == {"replication_factor"}:
-        # For each data centre; the nodes write down their names instead.
+        # A number counts for each data centre, and the nodes store it by their names.
         return dict.fromkeys(found, str(asked["replication_factor"]))
     return {name: str(number) for name, number in asked.items()}
 
 
 def _look_at_copies(replication: Mapping[str, str], nodes: Sequence[Host]) -> Iterator[Line]:
-    """Look whether there are nodes for the copies that are asked for; a save would need more than there are."""
+    """Check that there are enough nodes for the copies. Otherwise no save would find enough of them."""
     counted = Counter(str(node.datacenter) for node in nodes)
     for name, text in replication.items():
         there = len(nodes) if name == "replication_factor" else counted[name]
@@ -253,7 +256,7 @@ def _look_at_copies(replication: Mapping[str, str], nodes: Sequence[Host]) -> It
 
 
 def _plain(kind: str) -> tuple[bool, str]:
-    """Return a type without what a node adds to it: whatever is within a frozen one is frozen too."""
+    """Return a type as the package writes it: a node adds ``frozen`` to each type within a frozen one."""
     return kind.startswith("frozen<"), re.sub(r"frozen|[<> ]", "", kind)
 
 

@@ -10,19 +10,19 @@ from uuid import UUID
 from .rows import Append, Horizon, Row, Subject, Upstream, row_of
 
 NOTHING = -1
-"""The version of an aggregate, or the position of an upstream application, of which there is nothing."""
+"""Stands for the version of an aggregate without events, and the position of an upstream application without one."""
 OFFERED = 10_000
-"""Aggregates without a row since the horizon whose versions are kept."""
+"""How many versions are kept of aggregates without a row since the horizon."""
 
 
 class Versions:
-    """The last versions of aggregates: those that rows of the log have told, and some that were read of streams."""
+    """The last versions of aggregates: those in rows of the log, and some that were read from streams."""
 
     def __init__(self) -> None:
         self._told: dict[Subject, tuple[int, int]] = {}
         """With the position of the row."""
         self._read: OrderedDict[Subject, int] = OrderedDict()
-        """To forget one is safe, as it can be read again."""
+        """It may forget a version, which can be read again."""
 
     def get(self, key: Subject) -> int | None:
         """Return the last version of an aggregate, or None if it is not known."""
@@ -30,19 +30,19 @@ class Versions:
         return self._read.get(key) if told is None else told[0]
 
     def tell(self, key: Subject, version: int, position: int) -> None:
-        """Take what a row has told."""
+        """Take the version in a row."""
         self._told[key] = (version, position)
 
     def offer(self, key: Subject, version: int) -> None:
-        """Take what was read, unless a row has told more."""
+        """Take a version that was read, unless a row has a later one."""
         if key not in self._told:
             self._read[key] = version
             if len(self._read) > OFFERED:
                 self._read.popitem(last=False)
 
     def forget(self, horizon: int) -> None:
-        """Forget what was read, and what rows below a horizon have told."""
-        # In this order: what rows have told is later than what was read.
+        """Forget the versions that were read, and those in rows below a horizon."""
+        # In this order, because the versions in rows are later than those that were read.
         self._read.clear()
         self._told = {key: told for key, told in self._told.items() if told[1] >= horizon}
 

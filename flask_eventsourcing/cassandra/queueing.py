@@ -16,7 +16,7 @@ from ..exceptions import CommitOutcomeUnknownError
 from .rows import MOST_EVENTS, Append, Store, Subject
 
 MOST_BYTES = 512 * 1024
-"""Bytes of states that are committed together; a larger save goes alone."""
+"""Bytes of states that are committed together. A larger save is committed alone."""
 MOST_APPENDS = 256
 
 
@@ -38,12 +38,12 @@ class Ticket:
         self.woken: threading.Event = threading.Event()
 
     def succeed(self, position: int) -> None:
-        """Tell that it was recorded."""
+        """Set the outcome: it was recorded at this position."""
         self.position = position
         self.woken.set()
 
     def fail(self, error: BaseException) -> None:
-        """Tell that it was not, or that this is unknown."""
+        """Set the outcome: it was not recorded, or this is unknown."""
         if not self.is_done:
             self.error = error
             self.woken.set()
@@ -77,7 +77,7 @@ class Queue:
         """Wait in the queue; return True if this thread leads now, and False if its append has an outcome.
 
         :param longest: seconds after which the thread that leads must be gone, however it was ended.
-        :raises CommitOutcomeUnknownError: when it is.
+        :raises CommitOutcomeUnknownError: when that thread is gone.
         """
         with self._lock:
             self._waiting.append(ticket)
@@ -119,7 +119,7 @@ class Queue:
                     places -= ticket.append.size
                 else:
                     left.append(ticket)
-                # One that has to wait is not overtaken by others about the same aggregate.
+                # A later append about the same aggregate does not overtake one that has to wait.
                 about |= ticket.keys
             self._waiting.extendleft(reversed(left))
         return found
@@ -137,18 +137,18 @@ class Queue:
 
 FIRST_GUESS = 0.01
 LONGEST = 1.0
-"""The most seconds that an insert is taken to need."""
+"""The longest time of an insert that is counted, in seconds."""
 SINCE = 1.0
-"""Seconds for which others are taken to be still at work."""
+"""Seconds for which other writers count as active after they were seen."""
 MOST_OTHERS = 8
 
 
 class Pace:
     """Lets writers of several processes take turns: waits as long as inserts take and as other writers are active.
 
-    Exponential back-off would let the one starve that loses most. So the winner waits for about as many
-    inserts as there are other writers. A loser waits less after each loss, and not at all when it has lost as often as
-    there are other writers.
+    With exponential back-off, the writer that loses most would starve. So the winner waits for about as many inserts as
+    there are other writers. A loser waits less after each loss, and not at all when it has lost as often as there are
+    other writers.
     """
 
     def __init__(self, store: Store, draw: random.Random | None = None) -> None:

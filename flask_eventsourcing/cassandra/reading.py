@@ -19,9 +19,9 @@ from .writing import Writer
 
 EDGES = 256
 LOOKED_AT = 10
-"""Aggregates of a row whose streams are looked at."""
+"""How many aggregates of a row have their streams checked."""
 REMEMBERED = 2000
-"""Events of which it is kept what was recorded beside their states."""
+"""How many events have their metadata and ids kept in memory."""
 
 
 class Reader:
@@ -37,10 +37,10 @@ class Reader:
         self._writer = writer
         self._walker = Walker(store, patience)
         self._edges: OrderedDict[int, None] = OrderedDict({1: None})
-        """Positions at which a row begins, or the next one will."""
+        """Positions at which a row begins, or at which the next row will begin."""
         self._recorded: OrderedDict[int, Recorded] = OrderedDict()
         self._head = 1
-        """A position up to which there are rows."""
+        """A position up to which the log is known to have rows."""
 
     def page(self, start: int, limit: int, stop: int | None, topics: Sequence[str]) -> list[Notification]:
         """Return the events from a position on."""
@@ -105,7 +105,7 @@ class Reader:
         return {position: found[position] for position in positions if position in found}
 
     def write_streams(self) -> int:
-        """Write again what is derived from each row of the log; return how many rows there are."""
+        """Write the streams of each row of the log again, and return how many rows there are."""
         count = 0
         for row in self._walker.rows(1, states=True, page=FIRST_PAGE):
             self._walker.index(row)
@@ -113,7 +113,7 @@ class Reader:
         return count
 
     def unstreamed(self) -> list[Key]:
-        """Return aggregates of the first and of the last row whose streams lack an event, though that was written."""
+        """Return aggregates of the first and of the last row whose streams lack an event that should be there."""
         missing: list[Key] = []
         for row in (*islice(self._walker.rows(1, page=1), 1), self.last_row()):
             if row is None or not row.indexed:
@@ -135,7 +135,7 @@ class Reader:
         return self._last_row()
 
     def _forget(self) -> None:
-        """Forget what is gone: the tables were emptied, made again or restored."""
+        """Forget everything, after the tables were emptied, made again or restored."""
         self._edges, self._head = OrderedDict({1: None}), 1
         self._recorded.clear()
 
@@ -151,7 +151,7 @@ class Reader:
         return last
 
     def _rows(self, start: int, *, page: int) -> Iterator[Row]:
-        """Yield the rows from that one on which has a position, each indexed and with its states."""
+        """Yield the rows from the one with a position on, each indexed and with its states."""
         is_remembered = start > 1 and start in self._edges
         try:
             for row in self._walker.rows(self._begin(start), states=True, page=page):
@@ -172,7 +172,7 @@ class Reader:
             return position
         found = self._walker.repeat(lambda: self._store.row_before(position))
         if found is None:
-            # The log ends far before it, or is empty.
+            # The log is empty, or ends far before the position.
             return position if bucket_of(position) > 1 else 1
         return found
 

@@ -35,7 +35,7 @@ LARGEST = 2**63 - 1
 MOST_ROWS = 2**31 - 1
 """What a limit can be."""
 LONGEST_ID = 65_535
-"""Bytes of a key, as the nodes have them."""
+"""The most bytes of a key that the nodes accept."""
 IdType = Literal["uuid", "text"]
 OnRecorded = Callable[[str, Append, Sequence[int]], None]
 
@@ -61,7 +61,7 @@ class Log:
     :param connection: how the nodes are reached.
     :param name: the application's.
     :param id_type: the type of the aggregates' ids.
-    :param collect: returns the metadata in force; None if no metadata are stored.
+    :param collect: returns the current metadata; None if no metadata are stored.
     :param on_recorded: called after each save with the application's name, what was saved, and its positions.
     """
 
@@ -104,7 +104,7 @@ class Log:
         """Append events, and return their positions.
 
         :raises IntegrityError: when another writer was first.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         for event in events:
             self.check(event)
@@ -139,9 +139,15 @@ class Log:
                 f"type {self.id_type!r}: use such ids, or set ORIGINATOR_ID_TYPE before you create the tables."
             )
         if not 0 <= event.originator_version <= LARGEST:
-            raise EventValueError(f"{event.originator_version} is no version of an aggregate.")
+            raise EventValueError(
+                f"Version {event.originator_version} of aggregate {event.originator_id} cannot be stored: a version is "
+                f"from 0 to {LARGEST}."
+            )
         if not isinstance(event.state, bytes):
-            raise EventValueError(f"The state of an event is of type {type(event.state).__name__} and not bytes.")
+            raise EventValueError(
+                f"The state of an event of aggregate {event.originator_id} is of type {type(event.state).__name__}: "
+                "let the transcoder, or the mapper, return bytes."
+            )
         _check_text(event.topic)
         if isinstance(event.originator_id, str):
             _check_text(event.originator_id)
@@ -151,9 +157,9 @@ def _check_text(text: str) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise EventValueError("The topic or id of an event has halves of surrogate pairs.") from None
+        raise EventValueError("A topic, an id or a name has an unpaired surrogate: use another one.") from None
     if not 0 < size <= LONGEST_ID:
-        raise EventValueError(f"The topic or id of an event takes {size} bytes; 1 to {LONGEST_ID} are stored.")
+        raise EventValueError(f"A topic, an id or a name takes {size} bytes: use one of 1 to {LONGEST_ID} bytes.")
 
 
 class CassandraAggregateRecorder(AggregateRecorder):
@@ -229,7 +235,7 @@ class CassandraApplicationRecorder(CassandraAggregateRecorder, ApplicationRecord
         """Append all of the events to the log, or none, and return their positions.
 
         :raises IntegrityError: when another writer has recorded one of these versions.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         return self.log.append(stored_events) if stored_events else []
 
@@ -342,7 +348,7 @@ class CassandraProcessRecorder(CassandraTrackingRecorder, CassandraApplicationRe
         """Append events and record the position given as ``tracking``, both or neither.
 
         :raises IntegrityError: when another writer was first with either.
-        :raises CommitOutcomeUnknownError: when nobody knows whether they were recorded.
+        :raises CommitOutcomeUnknownError: when it is unknown whether they were recorded.
         """
         tracking: Tracking | None = kwargs.get("tracking")
         if tracking is None:
@@ -357,5 +363,8 @@ class CassandraProcessRecorder(CassandraTrackingRecorder, CassandraApplicationRe
 def _checked(tracking: Tracking) -> Tracking:
     _check_text(tracking.application_name)
     if not 0 < tracking.notification_id <= LARGEST:
-        raise IntegrityError(f"{tracking.notification_id} is not a position of a log.")
+        raise IntegrityError(
+            f"Position {tracking.notification_id} of {tracking.application_name} cannot be recorded: "
+            f"a position is from 1 to {LARGEST}."
+        )
     return tracking

@@ -20,7 +20,7 @@ Key = UUID | str
 
 
 class Upstream(NamedTuple):
-    """An upstream application, whose position is checked as versions are; no aggregate has such a key."""
+    """An upstream application, whose position is checked like a version. No aggregate has a key of this type."""
 
     name: str
 
@@ -138,7 +138,7 @@ class Row:
     id: UUID
     size: int
     last_event: int
-    """The position of the last event up to its end, 0 if there is none yet."""
+    """The position of the last event up to the end of this row, 0 if there is none yet."""
     parts: Sequence[Part]
     versions: Sequence[tuple[Key, int]]
     contents: Sequence[Content] | None = None
@@ -213,7 +213,7 @@ class Horizon(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps the tables. It raises ``NotDoneError``, ``MaybeDoneError``, or an error that a new try does not change."""
+    """Keeps the tables. It raises ``NotDoneError``, ``MaybeDoneError``, or an error that makes another try useless."""
 
     def insert(self, row: Row) -> Row | None:
         """Insert a row of the log, and return None; if its key is there, return the row that has it."""

@@ -18,7 +18,7 @@ class CassandraSettings:
     contact_points: tuple[str, ...]
     keyspace: str
     replication: int | Mapping[str, int] | None = None
-    """Copies of each row: a number, or one for each data centre. Needed to make the keyspace only."""
+    """Copies of each row: a number, or a number for each data centre. Only the creation of the keyspace needs it."""
     port: int = 9042
     local_dc: str | None = None
     username: str | None = None
@@ -27,7 +27,7 @@ class CassandraSettings:
     consistency: str = "LOCAL_QUORUM"
     serial_consistency: str = "LOCAL_SERIAL"
     patience: float = 10.0
-    """Seconds for which a save goes on while nodes do not answer, or others are first."""
+    """Seconds for which a save tries again while nodes do not answer, or other writers are first."""
 
 
 LOG = """CREATE TABLE IF NOT EXISTS {name}_log (

@@ -18,19 +18,19 @@ from .rows import Content, Horizon, Key, MaybeDoneError, NotDoneError, Part, Row
 from .schema import TABLES, table
 
 BATCH_BYTES = 40 * 1024
-"""The most that is written to a stream at once; nodes refuse batches of 50 KiB."""
+"""The most bytes that are written to a stream at once: nodes refuse batches of 50 KiB."""
 MOST_BYTES = 64 * 2**20
-"""The most of one save that is sent: nodes end the connection after 128 MiB, and the outcome would be unknown."""
+"""The most bytes of one save: nodes end the connection after 128 MiB, and the outcome would be unknown."""
 AT_ONCE = 256
-"""Writes that are sent together: each of them has to be answered in time."""
+"""How many writes are sent together: the nodes must answer each of them in time."""
 FIRST_PAGE, LONGEST_PAGE = 64, 128
-"""Rows of a stream in one answer, at first and at most: a node has all of them in its memory, and any may be large."""
+"""Rows of a stream in one answer, at first and at most: a node holds all of them in memory, and each may be large."""
 PAGE_BYTES = 2 * 2**20
 """The bytes of states after which the next answer has fewer rows."""
 FEWER = 8
-"""By what the rows of an answer are divided that did not come in time, as they may be large."""
+"""After an answer that was late, the next one has this many times fewer rows, because they may be large."""
 EVENT_BYTES = 200
-"""What an event takes beside its state and texts, roughly; the correlation id is stored twice."""
+"""The bytes of an event beside its state and texts, roughly. The correlation id is stored twice."""
 
 
 class Statements(NamedTuple):
@@ -138,7 +138,7 @@ class CassandraStore:
         if found.applied:
             return None
         if found.row_id is None:
-            # Of a row of a log that was emptied since: it was written later than that.
+            # The flag is left of a log that was emptied: it was written after that.
             self._one(self._cql.unflag, bucket_of(row.position), row.position)
             raise NotDoneError(f"position {row.position} had a flag without a row")
         return _row(found)
@@ -148,7 +148,7 @@ class CassandraStore:
         cql = self._cql.read_rows_with_states if states else self._cql.read_rows
         bucket = bucket_of(position)
         found = self._all(cql, bucket, position, limit) or self._all(cql, bucket + 1, position, limit)
-        # A node may have the flag of a row that it has not yet.
+        # A node may have the flag of a row, and not yet the row.
         return [_row(each) for each in found if each.row_id is not None]
 
     def read_row(self, position: int) -> Row | None:
@@ -178,7 +178,7 @@ class CassandraStore:
         """Read the last versions in the table of streams with one request."""
         with translated():
             statement = self._bind(self._cql.last_versions, [list(originator_ids)])
-            # Cassandra refuses to sort what it sends in pages.
+            # Cassandra does not sort an answer in pages.
             statement.fetch_size = None
             found = list(self.connection.execute(statement, timeout=self.connection.timeout))
         return {each.originator_id: int(each.originator_version) for each in found}
@@ -197,7 +197,7 @@ class CassandraStore:
         try:
             self._write(row, BATCH_BYTES)
         except SaveTooLargeError:
-            # The nodes take smaller batches than usual. What the log has must be written.
+            # These nodes accept only smaller batches. The events are in the log, so they must be written.
             self._write(row, 0)
 
     def _write(self, row: Row, batch_bytes: int) -> None:
@@ -207,7 +207,7 @@ class CassandraStore:
             for part in row.parts
             if part.upstream is not None
         ]
-        # A stream is never seen with a gap: its next batch is sent when the one before is written.
+        # A batch of a stream is sent after the one before it is written, so that a reader never sees a gap.
         pending: list[Sequence[Any]] = [*streams, *([each] for each in tracking)]
         step = 0
         while pending:
@@ -232,8 +232,8 @@ class CassandraStore:
             yield _batch(batch)
 
     def flag(self, row: Row) -> None:
-        """Note that the derived rows are written, without waiting for the nodes, and whether they take it or not."""
-        # To prepare the statement may fail, and without its flag a row is only indexed again.
+        """Note that the derived rows are written. It does not wait for the nodes, and ignores their errors."""
+        # To prepare the statement may fail. Without its flag, a row is only indexed again.
         with suppress(NotDoneError, MaybeDoneError), translated():
             self.connection.session.execute_async(self._bind(self._cql.flag, (bucket_of(row.position), row.position)))
 
@@ -272,7 +272,7 @@ class CassandraStore:
         return [StoredEvent(*each) for each in self._pages(cql, values)]
 
     def _pages(self, cql: str, values: Sequence[Any]) -> Iterator[Any]:
-        """Yield rows that have a state, no more of them with one answer than nodes can send in time."""
+        """Yield rows that have a state, in answers that are small enough to come in time."""
         rows, state = FIRST_PAGE, None
         while True:
             try:
@@ -330,7 +330,7 @@ def _stream_values(each: StreamRow) -> tuple[Any, ...]:
 
 
 def _set(value: Any) -> Any:
-    # A null would be written as a tombstone.
+    # Cassandra would write a null as a tombstone.
     return UNSET_VALUE if value is None else value
 
 

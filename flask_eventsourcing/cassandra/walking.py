@@ -17,11 +17,11 @@ PAGE = 500
 """Rows that are read at once without their states."""
 FIRST_PAGE = 8
 PAGE_BYTES = 4 * 2**20
-"""The bytes of states behind which fewer rows are read at once."""
+"""The bytes of states after which fewer rows are read at once."""
 LONGEST_PAGE = 128
-"""Rows that are read at once with their states: those that come may be larger than those before."""
+"""The most rows that are read at once with their states: the next rows may be larger than those before."""
 FEWER = 8
-"""By what the rows of an answer are divided that did not come in time, as they may be large."""
+"""After an answer that was late, the next one has this many times fewer rows, because they may be large."""
 
 
 class Tries:
@@ -35,7 +35,7 @@ class Tries:
         self._end = store.now() + patience
         self._pause = PAUSE
         self.maybe: bool = False
-        """Whether one of them may have been done."""
+        """Whether one of the tries may have succeeded."""
 
     @property
     def over(self) -> bool:
@@ -101,7 +101,7 @@ class Walker:
             page = fitting(page, rows) if states else PAGE
 
     def _page(self, position: int, page: int, *, states: bool) -> tuple[Sequence[Row], int]:
-        """Read rows, fewer of them when the answer does not come; return them, and how many were asked for."""
+        """Read rows, and fewer of them after an answer that was late. Return them, and how many were asked for."""
         sizes = [page]
 
         def read() -> Sequence[Row]:

@@ -38,9 +38,9 @@ logger: logging.Logger = logging.getLogger(__name__)
 MOST_STREAMS = 50
 """Streams whose last versions are read with one request."""
 FIRST_VERSIONS = (0, 1)
-"""What a stream can begin with."""
+"""The versions with which a stream can begin."""
 LONGEST_WAIT = 20
-"""How many times its patience a save waits at most: that of each step of the save before it, and of its own."""
+"""A save waits at most this many times its patience: for each step of the save before it, and for its own steps."""
 
 
 class Writer:
@@ -54,13 +54,13 @@ class Writer:
     horizon_rows = 256
     """Rows behind the horizon, after which it is moved."""
     most_rows = 2048
-    """Rows by which it is moved at once."""
+    """The most rows by which it is moved at once."""
     fresh_rows = 16
     """The last rows, whose writers are about to index them."""
     most_indexed = 32
     """Rows that are indexed at once for others, while a save waits."""
     pause: float = 0.25
-    """Seconds after which a save looks first whether the log has gone on, or was emptied."""
+    """Seconds without a save after which a save first checks whether the log has grown, or was emptied."""
 
     def __init__(self, store: Store, patience: float, pace: Pace | None = None) -> None:
         self._store = store
@@ -117,11 +117,11 @@ class Writer:
             memory.indexed(row.position)
 
     def _load_all(self, memory: Memory, batch: Sequence[Ticket]) -> None:
-        """Read the last versions that nobody knows yet, of all that waits, with as few requests as that needs."""
+        """Read the last versions of the aggregates in a batch that are not known yet, with few requests."""
         about = {key for ticket in batch for key in ticket.keys if memory.known(key) is None}
         keys = [key for key in about if not isinstance(key, Upstream)]
         left, horizon = iter(keys), memory.horizon
-        # A single one is read as it always is, at its turn.
+        # A single version is read later, when the save needs it.
         while len(keys) > 1 and (some := list(islice(left, MOST_STREAMS))):
             found = self._walker.repeat(partial(self._store.last_versions, some))
             for key in some:
@@ -141,14 +141,14 @@ class Writer:
         batch: list[Ticket] = []
 
         def failed(error: BaseException) -> None:
-            # What is in memory may miss a row now.
+            # The memory may miss a row now.
             self._memory = None
             for ticket in batch:
                 ticket.fail(error if isinstance(error, Exception) else interrupted(error))
 
         done = None
         try:
-            # Threads of others wait for it, so that each of them has any error, the own one too.
+            # Other threads wait for the outcome, so each of them gets any error; so does this thread, by its ticket.
             with Kept(failed):
                 done = self._commit(batch)
         finally:
@@ -187,7 +187,7 @@ class Writer:
             self._pace.lost(losses)
 
     def _is_in_time(self, ticket: Ticket) -> bool:
-        """Whether a save may still be tried; otherwise as many threads as wait would fail one after the other."""
+        """Whether a save may still be tried. Without a limit, waiting threads would fail one after the other."""
         if self._store.now() < ticket.until:
             return True
         waited = f"A save has waited for others of this process for {self._patience:g} s, so that nothing was saved."
@@ -257,7 +257,7 @@ class Writer:
         return memory
 
     def _admit_all(self, memory: Memory, batch: list[Ticket]) -> None:
-        """Keep what can be recorded at the head, all of it checked against the same rows."""
+        """Keep the saves that can be recorded at the head, after all of them were checked against the same rows."""
         head = None
         while head != memory.head:
             head = memory.head
@@ -274,7 +274,7 @@ class Writer:
         return False
 
     def _before_refusal(self, memory: Memory, ticket: Ticket) -> None:
-        """Write what a writer that died may have left, so that its aggregate can be read, and changed."""
+        """Write the streams that a dead writer may not have written, so that the aggregate can be read and changed."""
         self._index(memory, memory.unindexed(ticket.keys))
 
     def _index(self, memory: Memory, positions: Sequence[int]) -> None:
@@ -301,7 +301,7 @@ class Writer:
         return any(span.first > max(self._last(memory, span.originator_id), 0) + 1 for span in append.spans())
 
     def _settle(self, memory: Memory) -> bool:
-        """Meet a row at the head that a plain read has missed, and those behind it; return whether there is one."""
+        """Take a row at the head that a plain read has missed, and the rows behind it. Return whether there is one."""
         found = self._walker.repeat(partial(self._store.read_row, memory.head))
         if found is None:
             return False
@@ -324,7 +324,7 @@ class Writer:
 
     def _finish(self, memory: Memory, row: Row, before: Sequence[int], batch: Sequence[Ticket]) -> None:
         """Index a row that is committed, and tell the threads that wait for it."""
-        # Any error is told to the threads that wait for it. Otherwise a reader would see a gap in a stream now.
+        # The waiting threads get any error. A save that returned now would leave a gap in a stream.
         with Kept(partial(unfinished, batch, row)) as kept:
             self._index(memory, before)
             self._walker.index(row)
@@ -344,7 +344,7 @@ class Writer:
                 self._moving.release()
 
     def _move_horizon(self, memory: Memory) -> None:
-        """Index what nobody has indexed, and let processes that start begin behind it."""
+        """Index the rows that no process has indexed, and move the horizon behind them, where new processes begin."""
         last = memory.head
         horizon = self._walker.repeat(self._store.read_horizon)
         rows = list(islice(self._walker.rows(horizon.position), self.most_rows))

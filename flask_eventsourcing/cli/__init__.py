@@ -28,7 +28,7 @@ class ClickOutput:
         click.echo(encodable(text, sys.stdout))
 
     def confirm(self, question: str) -> bool:
-        """Ask; no aborts the command."""
+        """Ask, and abort the command if the answer is no."""
         return click.confirm(encodable(question, sys.stdout), abort=True)
 
     def bar(self, length: int, label: str) -> Bar | None:
@@ -77,7 +77,7 @@ def subject() -> Subject:
 
 
 def call(listed: Command, options: dict[str, Any]) -> None:
-    """Call a command on what there is to work on, and end with its exit status."""
+    """Call a command on the subject, and end with its exit status."""
 
     def called() -> int:
         given = listed.options(options)
@@ -136,7 +136,7 @@ def _option(parameter: Parameter) -> click.Option:
     return click.Option(
         names,
         type=_kind(parameter),
-        # A default of None would count as given, where the option is required.
+        # If the option is required, click would take a default of None as given.
         **({} if parameter.default is None else {"default": parameter.default}),
         show_default=parameter.kind is float,
         metavar=parameter.metavar,

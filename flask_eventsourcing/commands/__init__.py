@@ -1,4 +1,4 @@
-"""The commands of every host: what they do and print. Reading the command line is up to the host.
+"""The commands of every host: what they do and print. Each host reads the command line itself.
 
 A host makes a :class:`Subject` and calls a command with it and an :class:`Output`. A command returns the exit status,
 or raises a :class:`CommandError`.
@@ -36,7 +36,7 @@ from ..projections.registry import BoundProjections, PlainProjections
 
 @dataclass(frozen=True)
 class Subject:
-    """What commands work on.
+    """The databases, applications and projections on which commands work.
 
     A program on ``PlainHost`` makes one with :meth:`of_plain_host`.
 
@@ -44,9 +44,9 @@ class Subject:
     :param datastore: the database of the events, or None where they are apart, and there are no projections.
     :param application_tables: the tables of applications, each with the application's name.
     :param applications: returns the applications of this process by their names; may construct them.
-    :param elsewhere: the tables that are in another database than the datastore's, with that.
+    :param elsewhere: the tables that are in another database than the datastore's, with that database.
     :param store: where the events are, when they are apart.
-    :param program: how the commands are called, where no datastore tells it.
+    :param program: how the user calls the commands, if no datastore knows it.
     """
 
     commit_mode: str
@@ -60,7 +60,7 @@ class Subject:
 
     @classmethod
     def of_plain_host(cls, projections: PlainProjections) -> Subject:
-        """Return what commands work on in a program on a ``PlainHost``.
+        """Return the subject of commands in a program on a ``PlainHost``.
 
         They see the projections, and the applications that the host has.
         """
@@ -82,7 +82,7 @@ class Subject:
     def database(self) -> Datastore:
         """The database of the events.
 
-        :raises CommandError: where there is none.
+        :raises CommandError: when there is none.
         """
         if self.datastore is None:
             raise CommandError("The events are not in a database of SQLAlchemy, which this command needs.")
@@ -130,7 +130,7 @@ class UnreachableError(CommandError):
 
 
 class Bar(Protocol):
-    """A progress bar that stands on a terminal."""
+    """A progress bar on a terminal."""
 
     def move(self, position: int, length: int, note: str) -> None:
         """Show the progress, with a note beside it; the length may change."""
@@ -146,7 +146,7 @@ class Output(Protocol):
         """Print lines on standard output."""
 
     def confirm(self, question: str) -> bool:
-        """Ask whether to go on; a host may raise an error that ends the program instead of returning False."""
+        """Ask whether to go on. Instead of returning False, a host may raise an error that ends the program."""
 
     def bar(self, length: int, label: str) -> Bar | None:
         """Show a progress bar, or return None if there is no terminal."""
@@ -163,7 +163,7 @@ class PlainOutput:
 
     def write(self, text: str) -> None:
         """Print lines."""
-        # Looked up each time, as others may have put another one in its place. There is none where it was closed.
+        # Looked up each time, because other code may have replaced it. It is None if it was closed.
         stream = self._stream or sys.stdout
         if stream is None:
             return
@@ -171,7 +171,7 @@ class PlainOutput:
             stream.write(f"{encodable(text, stream)}\n")
             stream.flush()
         except BrokenPipeError:
-            # The reader has seen enough, as 'head' has. Python would write to it again at its end.
+            # The reader has closed the pipe, as 'head' does. Otherwise Python would write to it again at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise SystemExit(1) from None
 
@@ -183,7 +183,7 @@ class PlainOutput:
             return False
 
     def bar(self, length: int, label: str) -> Bar | None:
-        """Return None: log lines tell of progress."""
+        """Return None: log lines show the progress."""
 
 
 def encodable(text: str, stream: Any) -> str:
@@ -226,7 +226,7 @@ def remedy_of_missing(subject: Subject) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn errors of the database and of this package into one message, without a traceback."""
+    """Turn errors of the database and of this package into a ``CommandError``, which is shown without a traceback."""
     try:
         yield
     except (sa.exc.SQLAlchemyError, PersistenceError, FlaskEventSourcingError) as error:

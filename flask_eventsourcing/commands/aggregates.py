@@ -25,7 +25,7 @@ from ..applications.erasure import (
 from . import CommandError, Output, Subject, UsageError, clear_errors, require_tables
 
 TRIES = 3
-"""How often something is done again after a conflict."""
+"""How often a transaction is run again after a conflict."""
 AT_ONCE = 100
 """The aggregates of one page."""
 
@@ -49,7 +49,7 @@ def erase_aggregate(
     owner = find(subject, application)
     found_id = as_id(owner, aggregate_id)
     letters = subject.projections.dead_letters_of(owner.name)
-    # A session may not begin by itself.
+    # A session with autobegin=False does not begin by itself.
     with _clear_errors(), subject.projections.host.transaction():
         there = count(owner, found_id, redact=redact, dead_letters=letters)
     if there == Erasure(0, 0):
@@ -103,10 +103,10 @@ def drop_snapshots(
 
 
 class _Snapshots:
-    """What is done with the snapshots of single aggregates, in a transaction each.
+    """Takes or drops the snapshots of aggregates, each in a transaction of its own.
 
-    :param done: what messages call it.
-    :param function: does it, and returns of how many snapshots, and what else there is to say.
+    :param done: the word for it in messages.
+    :param function: does it, and returns the number of snapshots, and a note.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class _Snapshots:
         self._run = subject.projections.host.retry
 
     def work(self, aggregate_id: str | None, purpose: str, *, everything: bool) -> int:
-        """Do it for an aggregate, or for each of which there are rows of a purpose."""
+        """Do it for an aggregate, or for each aggregate that has rows in the table of a purpose."""
         if (aggregate_id is not None) == everything:
             raise UsageError("Give the id of an aggregate, or --all.")
         if aggregate_id is not None:
@@ -151,7 +151,7 @@ class _Snapshots:
             try:
                 return self._run(lambda: self._function(self.owner, aggregate_id), TRIES)
             except (AttributeError, LookupError, TypeError, ValueError, AssertionError, TopicError) as error:
-                # Of the aggregate's own code, or of what the library says of it.
+                # An error of the aggregate's own code, or of the library.
                 raise CommandError(f"It cannot be made of its events: {type(error).__name__}: {error}") from error
 
 
@@ -205,7 +205,7 @@ def _ids(owner: Application[Any], purpose: str) -> Iterator[Any]:
         tables = recorder.datastore.tables(owner.name)
     table = (tables or {"events": recorder.events_table.table})[purpose]
     column = table.c.originator_id
-    # Of an erased aggregate there are no other events.
+    # An erased aggregate has no other events.
     is_there = sa.func.coalesce(table.c.topic, "").not_in([AggregateErased.TOPIC, EventRedacted.TOPIC])
     query = sa.select(column).where(is_there).distinct().order_by(column).limit(AT_ONCE)
     after: list[Any] = []

@@ -176,7 +176,7 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):
-        # A container may have no name for its user.
+        # The user of a container may have no name.
         return "unknown"
 
 

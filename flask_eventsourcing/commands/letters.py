@@ -85,7 +85,7 @@ def _write_json(output: Output, pages: Iterator[list[Found]]) -> None:
     before = "["
     for each in chain.from_iterable(pages):
         output.write(before)
-        # Its end is for the next one to write, which has a comma before it.
+        # The next member writes the end of the line, after a comma.
         text = indent(json.dumps(each.to_dict(), indent=2), "  ")
         last, before = text.rpartition("\n")[0], "  },"
         output.write(last)
@@ -123,7 +123,7 @@ def show_letter(
         output.write("It waits for an earlier event of the same aggregate, which failed.")
     else:
         lines = (found.letter.traceback or "").expandtabs().rstrip().splitlines()
-        # What an error says may come from a request.
+        # The text of an error may come from a request.
         output.write("\n".join(["", *map(printable, lines)]))
     return 0
 
@@ -191,7 +191,7 @@ def discard_letters(
 
 
 class _Told:
-    """Prints what became of each letter, and notes whether one has failed."""
+    """Prints the outcome of each letter, and notes whether one has failed."""
 
     def __init__(self, output: Output) -> None:
         self._output = output

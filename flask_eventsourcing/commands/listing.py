@@ -1,4 +1,4 @@
-"""The list of all commands, with their parameters and what their help says, for whatever reads a command line."""
+"""The list of all commands, with their parameters and help, for each front that reads a command line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..persistence.dialects.event_values import LARGEST
 from . import UsageError, aggregates, checkpoints, letters, reports, work
 
 NOTES = ("by", "reason")
-"""Parameters that may be any text: it is stored with escapes in the place of what no database takes."""
+"""Parameters that may be any text. Characters that no database takes are stored as escapes."""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """An argument, or an option, whose name begins with dashes.
 
-    :param name: as it is given on the command line.
-    :param help: what help says of an option.
+    :param name: its name on the command line.
+    :param help: the help of an option.
     :param dest: the parameter of the function; by default made of the name.
     :param kind: its type; ``bool`` is a flag.
-    :param metavar: what stands for it in help; that of an argument which takes several ends with three dots.
+    :param metavar: the word for its value in the help. If an argument takes several values, it ends with three dots.
     :param required: whether it must be given.
-    :param least: the least number; for a ``float`` it must be more than that.
+    :param least: the least number. A ``float`` must be greater.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Parameter:
 
     @property
     def single(self) -> str:
-        """What stands for one value of an argument."""
+        """The word for one value of an argument."""
         return (self.metavar or self.name.upper()).removesuffix("...")
 
     @property
@@ -60,7 +60,7 @@ class Parameter:
     def check(self, value: Any) -> None:
         """Check a value that was read from the command line.
 
-        :raises UsageError: for one that no database takes.
+        :raises UsageError: for a value that no database takes.
         """
         shown = self.name if self.is_option else self.single
         if isinstance(value, tuple | list):
@@ -87,7 +87,7 @@ class Command:
     parameters: Sequence[Parameter] = ()
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what it is called with, of all that was read from the command line.
+        """Return the arguments for its function, among all that were read from the command line.
 
         :raises UsageError: for a value that no database takes.
         """
@@ -99,7 +99,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Group:
-    """Commands that have a word in front of them."""
+    """Commands whose names begin with the same word."""
 
     name: str
     help: str

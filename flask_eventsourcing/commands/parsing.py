@@ -9,7 +9,7 @@ from .listing import Group, Parameter
 
 
 def add_commands(parser: Any, group: Group) -> None:
-    """Add the commands of a group; what is parsed has the one that was given as ``listed``.
+    """Add the commands of a group. The result of the parser has the given command as ``listed``.
 
     :param parser: an ``argparse.ArgumentParser``.
     """

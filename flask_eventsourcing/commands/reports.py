@@ -33,16 +33,16 @@ from . import (
 logger: logging.Logger = logging.getLogger(__name__)
 
 TRIES, PAUSE = 5, 0.1
-"""Tries to create tables where none of them has appeared since, and the seconds between them."""
+"""How often the creation of tables is tried while none of them appears, and the seconds between two tries."""
 
 POOLER = (
     "A pooler shares the server's connections among clients, as PgBouncer does in transaction mode, so no process can "
     "hold the lock of a projection: set {} to 'lease'."
 )
 FIRST_LINE = 2.0
-"""Seconds after which the first lines are logged, or earlier when the period is shorter."""
+"""Seconds after which the first lines are logged, unless the period is shorter."""
 WORTH_A_BAR = 1000
-"""Positions behind from which there is a bar."""
+"""From this lag on, in positions, a bar is shown."""
 
 
 def init_db(subject: Subject, output: Output) -> int:
@@ -59,7 +59,7 @@ def init_db(subject: Subject, output: Output) -> int:
                 _create(subject, left)
             break
         except CommandError:
-            # Perhaps another process was first with one of them; what is there by now needs no more.
+            # Another process may have created one of them. Only tables that are still missing are tried again.
             found = missing_tables(subject)
             stuck = stuck + 1 if found == left else 0
             if stuck == TRIES:
@@ -81,7 +81,7 @@ def _create_apart(subject: Subject) -> Sequence[str]:
 
 
 def _create(subject: Subject, missing: Sequence[sa.Table]) -> None:
-    # In the order of their foreign keys, and only these: not what they may refer to elsewhere.
+    # In the order of their foreign keys, and only these tables, not those that they refer to elsewhere.
     places = {table: (table.metadata, subject.engine_of(table)) for table in missing}
     for metadata, engine in dict.fromkeys(places.values()):
         metadata.create_all(engine, [table for table, place in places.items() if place == (metadata, engine)])
@@ -139,9 +139,9 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
     faults: list[str] = []
     for name, application in subject.applications().items():
         recorder = application.recorder
-        # It is also what finds a standby, with which the order would not be safe.
+        # This also finds a standby, on which the order would not be safe.
         if isinstance(recorder, SQLAlchemyApplicationRecorder):
-            # Not of the session, which may not begin by itself.
+            # Without the session, which may not begin by itself.
             last = recorder.high_water_mark()
             with recorder.datastore.reading(join=False) as read:
                 _tell(output, recorder.dialect.check_log(read.connection, recorder.events_table), faults)
@@ -156,16 +156,16 @@ def _check_logs(subject: Subject, output: Output) -> list[str]:
 
 
 def _check_locks(subject: Subject) -> list[str]:
-    """Look whether the server's locks would stay with the process that has taken them."""
+    """Check that the server's locks would stay with the process that has taken them."""
     dialects = {consumer.application.datastore.dialect for consumer in subject.consumers() if not consumer.leased}
     sharing = (dialect.options for dialect in dialects if dialect.shares_connections())
     return [POOLER.format(options.named("projection_lock")) for options in sharing][:1]
 
 
 def _merge(subject: Subject) -> None:
-    """Merge what inline projections have noted, also where no worker does that."""
+    """Merge the ranges of inline projections, in case no worker does that."""
     for application in dict.fromkeys(consumer.application for consumer in subject.consumers()):
-        # The role may have the right to read only.
+        # The role may have only the right to read.
         with suppress(sa.exc.DBAPIError):
             merge_ranges(application)
 
@@ -209,7 +209,7 @@ def _table(subject: Subject, projections: Sequence[ProjectionStatus]) -> str:
 
 
 def _left_over(subject: Subject) -> Iterator[str]:
-    """Tell what rebuilds have left in the database."""
+    """Return lines about tables that rebuilds have left in the database."""
     for consumer in subject.consumers():
         if consumer.kind == "reactions" or not consumer.tables:
             continue
@@ -276,7 +276,7 @@ class Reporter:
         self._draws = True
 
     def tick(self) -> None:
-        """Log what is due, or move the bar."""
+        """Log the lines that are due, or move the bar."""
         if self._draws:
             behind = [each for each in self.runners if each.progress.state == "catching up" and _lag(each) > 0]
             if self._stretch is None and sum(map(_lag, behind)) >= WORTH_A_BAR:
@@ -308,7 +308,7 @@ class Reporter:
             sum(map(_end, self.runners)) - _position(self.runners),
             names if len(names) <= 40 else f"{len(self.runners)} projections",
         )
-        # There is no terminal any more, so log lines follow.
+        # The terminal is gone, so log lines follow.
         self._draws = bar is not None
         self._stretch = None if bar is None else _Stretch(self.runners, bar)
 
@@ -324,7 +324,7 @@ class Reporter:
 
 
 class _Stretch:
-    """A stretch of the logs that is being caught up with, shown as a bar."""
+    """The events from the beginning of a catch-up to the heads of the logs, shown as a bar."""
 
     def __init__(self, runners: Sequence[Runner], bar: Bar) -> None:
         self.runners = runners

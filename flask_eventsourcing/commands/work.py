@@ -40,18 +40,18 @@ logger: logging.Logger = logging.getLogger(__name__)
 PACKAGE = __name__.partition(".")[0]
 
 LOG_EVERY = 60.0
-"""Seconds between two log lines of each consumer, unless told otherwise."""
+"""By default, the seconds between two log lines of each consumer."""
 TICK = 0.2
 WAITING = (
     "This database has one writer at a time, and {} is rebuilt in one transaction: all writers would wait for its end, "
     "or fail. If they may, give --offline."
 )
 OWN_CONNECTIONS = 2
-"""What a worker has beside its pool: one for its locks, and one on which it listens."""
+"""The connections of a worker beside its pool: one for its locks, and one on which it listens."""
 
 
 class Signals:
-    """SIGTERM and SIGINT: the first one ends the run after the batch, a second one at once."""
+    """SIGTERM and SIGINT: the first signal ends the run after the batch, a second one at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -93,7 +93,7 @@ def shown_log() -> Iterator[None]:
         yield
         return
     handler = logging.StreamHandler()
-    # On a terminal a line begins by wiping out the bar that may stand there.
+    # On a terminal, each line first clears the bar.
     wipe = "\r\033[K" if has_terminal() else ""
     handler.setFormatter(logging.Formatter(f"{wipe}%(asctime)s %(levelname)s %(message)s"))
     level = package.level
@@ -147,7 +147,7 @@ def chosen(subject: Subject, names: Sequence[str], everything: bool) -> list[Con
     if not known:
         raise CommandError(registered(known))
     if names:
-        # Each once, in the order of their registration.
+        # Each consumer once, in the order of registration.
         found = {consumer for name in names for consumer in _runnable(known, name)}
         return [consumer for consumer in known if consumer in found]
     if not runnable:
@@ -178,7 +178,7 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
                 for consumer in consumers:
                     consumer.checkpoint.resume(consumer.fingerprint)
         except UnreachableError as error:
-            # A worker that is started together with the database goes on when that is there.
+            # If the worker and the database are started together, the worker waits for the database.
             if once:
                 raise
             logger.warning("Next try in %.3g s, as the database cannot be reached: %s", pause, error.__cause__)
@@ -190,18 +190,18 @@ def _prepare(subject: Subject, consumers: Sequence[Consumer], signals: Signals, 
 
 
 def _most_of(pool: sa.Pool) -> float:
-    """The connections that a pool may have at once."""
+    """Return the most connections that a pool may have at once."""
     overflow = getattr(pool, "_max_overflow", -1)
     return pool.size() + overflow if isinstance(pool, sa.pool.QueuePool) and overflow >= 0 else math.inf
 
 
 def warn_of_connections(consumers: Sequence[Consumer]) -> None:
-    """Warn where a server has fewer connections left than the worker may need."""
+    """Warn if a server has fewer connections left than the worker may need."""
     for application in {consumer.application.engine: consumer.application for consumer in consumers}.values():
         engine, dialect = application.engine, application.datastore.dialect
         with engine.connect() as connection:
             left = dialect.free_connections(connection)
-        # Two threads of each: one that works, and one that looks whether the claim is still its own.
+        # Each consumer has two threads: one works, and one checks that the claim is still its own.
         most = min(2 * len(consumers), _most_of(engine.pool))
         if left is not None and left < most + OWN_CONNECTIONS:
             logger.warning(
@@ -242,10 +242,10 @@ def end_if_halted(worker: Worker) -> None:
 
 
 def rebuild_or_clean(subject: Subject, output: Output, name: str, *, clean: bool, give_up: bool, **how: bool) -> int:
-    """Rebuild a projection, or only drop what rebuilds have left, as it was asked for.
+    """Rebuild a projection, or only drop the tables that rebuilds have left.
 
-    :param how: what :func:`rebuild` takes.
-    :raises UsageError: when two things were asked for that do not go together.
+    :param how: the arguments of :func:`rebuild`.
+    :raises UsageError: when the options contradict each other.
     """
     if sum((how["dry_run"], clean, give_up, how["drop_old"] or how["restart"])) > 1:
         raise UsageError("Give one of --dry-run, --clean and --give-up, without --drop-old and --restart.")
@@ -268,8 +268,8 @@ def rebuild(
 
     :param dry_run: only say how many events there are and how long it would take.
     :param drop_old: drop the replaced tables afterwards.
-    :param restart: begin from the start, even if an earlier rebuild can be taken up.
-    :param offline: let all writers wait, where that cannot be avoided.
+    :param restart: begin from the start, even if an earlier rebuild can be continued.
+    :param offline: let all writers wait, if the database allows no other way.
     :raises CommandError: when it cannot be rebuilt, or was stopped before its end.
     """
     stopping = threading.Event()
@@ -336,7 +336,7 @@ def _find(subject: Subject, name: str, stopping: threading.Event) -> Any:
 
 
 def _build(building: Any, stopping: threading.Event, output: Output, restart: bool) -> Rebuilt | None:
-    """Build in a thread, as the main thread is the one that signals interrupt."""
+    """Build in a thread, because signals interrupt the main thread."""
     signals = Signals()
     threads = ThreadPoolExecutor(1, f"rebuild {building.live.name}")
     with shown_log(), signals.handled():

@@ -68,7 +68,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Link:
-    """What one block has put, before what was put around it."""
+    """The metadata of one block, linked to those of the block around it."""
 
     __slots__ = ("before", "block", "find", "is_over", "within")
 
@@ -81,7 +81,7 @@ class _Link:
 
 
 def _living(link: _Link | None) -> _Link | None:
-    """Return the first link that is not over, and let those go that are over below it, which may be many."""
+    """Return the first link that is not over, and drop the links below it that are over, which may be many."""
     while link is not None and link.is_over():
         link = link.before
     if link is not None:
@@ -96,7 +96,7 @@ def _is_below(top: _Link | None, link: _Link) -> bool:
     return top is link
 
 
-# A request, and that around it.
+# A request, and the request around it.
 _within: ContextVar[tuple[object, Any] | None] = ContextVar("flask_eventsourcing.metadata.within", default=None)
 _chain: ContextVar[_Link | None] = ContextVar("flask_eventsourcing.metadata", default=None)
 
@@ -128,10 +128,11 @@ class MetadataBlock:
     while it runs, but not between its steps. A ``with`` block within a generator is in force between them, for the
     caller too.
 
-    :param hides: whether it hides what was put around it.
-    :param fills: whether it is the package that puts it: no user hides what it fills in.
+    :param hides: whether it hides the metadata of the blocks around it.
+    :param fills: whether they are the package's own metadata, which a user's block does not hide.
     :param find: returns values, whenever metadata are collected; they are not checked.
-    :param is_over: whether the block has ended although it was not left; without it, what is put within ends with it.
+    :param is_over: whether the block has ended although no code has left it. Without it, blocks within this one end
+        with it.
     :raises EventMetadataError: for a key or a value that is not a string.
     """
 
@@ -159,7 +160,7 @@ class MetadataBlock:
         return self
 
     def turn_to(self, find: Callable[[], Metadata]) -> None:
-        """Within the ``with`` block, put other values in the place of its own; what was begun before keeps the others.
+        """Within the ``with`` block, replace its values by others. Tasks that were begun before keep the old ones.
 
         :param find: returns them, whenever metadata are collected.
         """
@@ -175,7 +176,7 @@ class MetadataBlock:
         if top is link or (self._fills and self._is_over is None and _is_below(top, link)):
             _chain.set(link.before and _living(link.before))
         else:
-            # Others have put something on top, or it is another context's.
+            # Another block was put on top, or it belongs to another context.
             link.is_over = lambda: True
 
     def __call__(self, function: F) -> F:
@@ -201,7 +202,7 @@ class MetadataBlock:
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._again():
                 found = function(*args, **kwargs)
-            # Another decorator, or an object that is called, may hide what kind of function it is.
+            # Another decorator, or a callable object, may hide the kind of the function.
             if inspect.iscoroutine(found):
                 return self._awaited(found)
             if inspect.isgenerator(found):
@@ -216,7 +217,7 @@ class MetadataBlock:
 
 
 class Steps:
-    """The chain of a generator, in force while it runs: what it puts itself stays its own between its steps."""
+    """The chain of a generator, in force while it runs. Between its steps, its own blocks are not in force."""
 
     def __init__(self, block: MetadataBlock) -> None:
         with block:
@@ -233,7 +234,7 @@ class Steps:
 
 
 class _Answer:
-    """What a generator is given for the item that it yielded: a value, or what was thrown into the one around it."""
+    """What a generator gets for the item that it yielded: a value, or an error that was thrown in."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -244,7 +245,7 @@ class _Answer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        # Whatever it is, it is for the generator; but an end is not thrown, it closes.
+        # Any error is for the generator. Only GeneratorExit is not thrown, but closes it.
         if error is None or isinstance(error, GeneratorExit):
             return False
         self.error = error
@@ -287,19 +288,19 @@ async def _async_stepwise(steps: Steps, generator: Any) -> AsyncIterator[Any]:
 
 
 def enter_request(request: object) -> None:
-    """Note that the blocks to come are those of a request."""
+    """Note that the next blocks belong to a request."""
     _within.set((request, _within.get()))
 
 
 def finish_request(request: object) -> None:
-    """Note that the blocks to come are none of a request's, but those of the request around it, if there is one."""
+    """Note that the next blocks do not belong to a request any more, but to the request around it, if there is one."""
     within = _within.get()
     if within is not None and within[0] is request:
         _within.set(within[1])
 
 
 def leave_request(request: object) -> None:
-    """Leave the blocks of a request that no code has left, such as that of a generator which is kept, and no others."""
+    """Leave the blocks of a request that no code has left, such as that of a generator that is kept alive."""
     link = _chain.get()
     while link is not None and link.within is not None and link.within[0] is request:
         link = link.before

@@ -1,6 +1,6 @@
 """Values of metadata: strings that every database stores, what was recorded, UUIDs of version 7, and headers.
 
-What cannot be used of a request's headers as it was sent is left out.
+Headers of a request that cannot be used are left out.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ CORRELATION_ID = "correlation_id"
 CAUSATION_ID = "causation_id"
 TRACEPARENT = "traceparent"
 FILLED_IN = frozenset({CORRELATION_ID, CAUSATION_ID, TRACEPARENT})
-"""What the package fills in by itself, which ``null_metadata_in_context()`` does not hide."""
+"""The keys that the package fills in by itself, which ``null_metadata_in_context()`` does not hide."""
 USER = "user"
 LONGEST_CORRELATION = 128
-"""Characters of a correlation id, as its column has them."""
+"""The most characters of a correlation id, which its column has."""
 MOST_BYTES = 4096
-"""Bytes of an event's metadata as JSON."""
+"""The most bytes of an event's metadata as JSON."""
 
 
 class Recorded(NamedTuple):
@@ -81,7 +81,7 @@ class Recorded(NamedTuple):
 
 
 class Cause:
-    """The same values for all that an event has caused; they are looked up when something is saved."""
+    """The metadata of all events that one event has caused, looked up when something is saved."""
 
     __slots__ = ("_find", "_values")
 
@@ -94,7 +94,7 @@ class Cause:
         if self._values is None:
             recorded, known = self._find(), {}
             if recorded is not None:
-                # All that comes of it belongs together, also if the event itself has no correlation.
+                # Its consequences belong together, even if the event itself has no correlation.
                 known[CORRELATION_ID] = recorded.correlation_id or new_id()
                 if recorded.event_id is not None:
                     known[CAUSATION_ID] = str(recorded.event_id)
@@ -123,7 +123,7 @@ def checked(values: Any, what: str = "the metadata of an event") -> dict[str, st
     found: dict[str, str] = {}
     # Not by dict(), which has lists of a MultiDict's values; and not by isinstance(), which believes proxies.
     for given, value in values.items():
-        # A subclass of str may do anything, such as to escape what it is joined with.
+        # A subclass of str may do anything, for example escape the strings that it is joined with.
         key = str.__str__(given) if issubclass(type(given), str) else ""
         if not key or not is_plain(key):
             raise EventMetadataError(f"In {what}, a key is not a string, is empty, or has control characters.")
@@ -160,7 +160,7 @@ def provided(provider: Provider) -> Metadata:
         text = f"The provider of metadata {_name(provider)} failed, so that nothing was saved"
         return EventMetadataError(f"{text}: {type(error).__name__}.")
 
-    # A function of the user's may raise anything, and what only stands for a mapping when it is read.
+    # The user's function may raise anything, and so may an object that only looks like a mapping, when it is read.
     with raised_as(failed):
         values: Any = provider()
         values = dict(values.items()) if isinstance(values, Mapping) else values
@@ -248,7 +248,7 @@ def metadata_of_headers(headers: Any, around: Metadata = MappingProxyType({})) -
     """Return the metadata of a request. A header that cannot be used is ignored and not logged.
 
     :param headers: those of the request, of any framework.
-    :param around: the metadata of the request around it, which hold where its headers say nothing.
+    :param around: the metadata of the request around it, which count if the headers say nothing.
     """
     sent = (headers.get(name, "") for name in CORRELATION_HEADERS)
     correlation = next(filter(is_correlation, sent), None) or around.get(CORRELATION_ID) or new_id()

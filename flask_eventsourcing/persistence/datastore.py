@@ -1,4 +1,4 @@
-"""A datastore: a database as recorders see it, with engine, dialect, tables, and the unit of work to join."""
+"""A datastore: a database for recorders, with engine, dialect, tables, and the unit of work to join."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class JoinedUnit(Protocol):
         """The connection of its transaction to the database of the events."""
 
     def before_write(self) -> Connection:
-        """Told before a write; returns the connection to write with."""
+        """Called before a write; returns the connection to write with."""
 
     def before_read(self, connection: Connection, table: EventTable, originator_id: UUID | str) -> None:
-        """Told before an aggregate is read."""
+        """Called before an aggregate is read."""
 
     def failed(self, connection: Connection) -> None:
-        """Told after a write that failed."""
+        """Called after a write that failed."""
 
     def conflicted(self, table: EventTable, events: Sequence[StoredEvent]) -> None:
         """Told when events could not be written because another writer was first."""
@@ -50,10 +50,10 @@ class JoinedUnit(Protocol):
         positions: Sequence[int],
         described: Description,
     ) -> None:
-        """Told after events were written, which are not committed yet."""
+        """Called after events were written, which are not committed yet."""
 
     def written(self) -> None:
-        """Told after a write that succeeded, at its very end."""
+        """Called at the very end of a write that succeeded."""
 
     def pending_events(self) -> Iterable[tuple[Connection, EventTable, Sequence[StoredEvent]]]:
         """Return the events that were written and whose transaction has not ended, with its connection, and the table.
@@ -88,12 +88,12 @@ def _no_unit() -> JoinedUnit | None:
 class Datastore:
     """What the recorders of one or more applications share. Making it does not touch the database.
 
-    :param engine: where the tables are.
+    :param engine: the engine of the database with the tables.
     :param options: the options of the database.
     :param tables: returns the tables of an application by its name, or None for one that it does not know.
     :param unit: returns the unit of work to join, or None if recorders commit on their own.
-    :param after_append: what is called within the transaction of an append, by the application's name.
-    :param metadata: returns the metadata in force for a save, or None if none are stored.
+    :param after_append: functions that are called within the transaction of an append, by the application's name.
+    :param metadata: returns the metadata of a save; None if none are stored.
     :raises ConfigurationError: when the database is not supported.
     """
 
@@ -117,7 +117,7 @@ class Datastore:
         drop_inherited_connections(self.engine)
 
     def joining(self, unit: Callable[[], JoinedUnit | None]) -> Self:
-        """Return the same database for recorders that join a unit of work."""
+        """Return a datastore on the same database, whose recorders join a unit of work."""
         return replace(self, unit=unit)
 
     def writing(self, *, in_autocommit: bool = False) -> Write:
@@ -212,7 +212,7 @@ class Write:
             before = next((event for event in pending if ids is None or event.originator_id in ids), None)
             if before is None or known.name != table.name:
                 continue
-            # An aborted transaction keeps nobody waiting.
+            # An aborted transaction does not keep others waiting.
             if not dialect.is_aborted(connection) and dialect.is_same_table(connection, self.connection, table):
                 raise WriteTimeoutError(
                     f"This thread has saved events of {shown_id(before.originator_id)} in another session, and this "
@@ -232,7 +232,7 @@ class Write:
         positions: Sequence[int],
         described: Description,
     ) -> None:
-        """Told after events were written; what is to happen in their transaction happens now."""
+        """Called after events were written, to do what belongs to their transaction."""
         if self.unit is not None:
             self.unit.recorded(self.connection, application_name, table, events, positions, described)
             _note_in_thread(self.unit)
@@ -249,7 +249,7 @@ class Write:
                 with translated:
                     self.unit.written()
                 return
-            # Whatever it was, the unit must know before it commits.
+            # After any error, the unit must know before it commits.
             self.unit.failed(self.connection)
         else:
             with translated:
@@ -258,7 +258,7 @@ class Write:
             translated.check(error)
 
     def _end(self, *, commit: bool) -> None:
-        # What is left open is rolled back by close().
+        # close() rolls back what is left open.
         try:
             if commit and not self._in_autocommit:
                 self.connection.commit()

@@ -1,4 +1,4 @@
-"""What is stored beside an event's state: id, time, metadata, correlation, and columns of a user's record class."""
+"""Makes the values that are stored beside an event's state: id, time, metadata, correlation, and the user's columns."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ logger: logging.Logger = logging.getLogger(__name__)
 POSITIONS_AT_ONCE = 500
 
 UNFIT = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, sa.exc.SQLAlchemyError)
-"""What types of columns raise for values that they do not take."""
+"""The errors of column types for values that they do not take."""
 
 SHARED = ("recorded_at", "metadata", "correlation_id")
-"""Columns of ``METADATA_COLUMNS`` that have one value for all events of a save."""
+"""The columns of ``METADATA_COLUMNS`` with one value for all events of a save."""
 
 _saving: ContextVar[Sequence[Any]] = ContextVar("flask_eventsourcing.saving", default=())
 
 
 @contextmanager
 def saving(domain_events: Sequence[Any]) -> Iterator[None]:
-    """Within it, these are the events that an application saves."""
+    """Note in the block that an application saves these events."""
     token = _saving.set(domain_events)
     try:
         yield
@@ -49,16 +49,16 @@ def saving(domain_events: Sequence[Any]) -> Iterator[None]:
 
 
 class Description(NamedTuple):
-    """What is stored beside the events of one save."""
+    """The values beside the states of the events of one save."""
 
     block: str | None
-    """Of their ids, as :func:`ids_of` takes it."""
+    """The block of their ids, for :func:`ids_of`."""
     time: datetime | None
     metadata: Metadata
     beside: Beside
 
     def recorded(self, positions: Sequence[int]) -> tuple[Recorded, ...]:
-        """Return it for each event."""
+        """Return what was recorded of each event."""
         count = len(positions)
         ids: Sequence[UUID | None] = [None] * count if self.block is None else uuids_of(self.block, count)
         return tuple(Recorded(*each, self.time, self.metadata) for each in zip(positions, ids, strict=True))
@@ -70,7 +70,7 @@ PLAIN_DESCRIPTION = Description(None, None, {}, NOTHING)
 class Describer:
     """Describes the events of each save for one table.
 
-    :param collect: returns the metadata in force, or None where no metadata is stored.
+    :param collect: returns the current metadata; None if no metadata are stored.
     """
 
     def __init__(self, dialect: Dialect, table: sa.Table, collect: Collect | None) -> None:
@@ -87,7 +87,7 @@ class Describer:
     def __call__(self, events: Sequence[StoredEvent]) -> Description:
         """Describe the events of one save.
 
-        :raises EventMetadataError: when a provider fails, or there is something that cannot be stored.
+        :raises EventMetadataError: when a provider fails, or a value cannot be stored.
         """
         if self._collect is None and self._column_values is None:
             return PLAIN_DESCRIPTION
@@ -107,12 +107,12 @@ class Describer:
         return Description(block, time, metadata, Beside(self._shape(own), columns, shared))
 
     def fitting(self, connection: Connection, table: EventTable, described: Description) -> Description:
-        """Return what a table that was looked at has columns for."""
+        """Return the part for which a table, after its look, has columns."""
         is_plain = self._dialect.leaves_out_metadata(connection, table)
         return self._without_metadata(described) if is_plain else described
 
     def _without_metadata(self, described: Description) -> Description:
-        """Return the user's columns alone, for a table that has none of those for metadata."""
+        """Return only the user's columns, for a table without columns of metadata."""
         if not self._leaves_out:
             self._leaves_out = True
             logger.warning(
@@ -144,7 +144,7 @@ class Describer:
         self, column_values: Callable[..., Any], events: Sequence[StoredEvent], metadata: Metadata
     ) -> tuple[tuple[str, ...], list[list[Any]]]:
         """Return the names of the user's columns, and the values of each."""
-        # A copy for each, as the class may take from it what it stores.
+        # Each event gets a copy, because the class may remove values that it stores.
         found: list[Any] = [column_values(event, dict(metadata)) for event in _domain_events(events)]
         who = f"column_values() of the record class of {self._table.fullname} returns"
         for each in found:
@@ -184,7 +184,7 @@ class Describer:
         dialect = self._dialect.engine.dialect
         column_type = self._table.c[name].type.dialect_impl(dialect)
         if isinstance(column_type, MetadataType) and isinstance(column_type.load_dialect_impl(dialect), sa.JSON):
-            # As text, which the statement gives the column's type.
+            # As text, which the statement casts to the column's type.
             return to_json
         bind: Callable[[Any], Any] = column_type.bind_processor(dialect) or _as_it_is
         if name == "recorded_at":
@@ -207,7 +207,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-# A driver, or a database, may make something else of a value of another class.
+# A driver, or a database, may convert a value of another class.
 _CLASSES: Sequence[tuple[type[Any], type[Any]]] = (
     (sa.Enum, object),
     (sa.String, str),
@@ -219,11 +219,11 @@ _CLASSES: Sequence[tuple[type[Any], type[Any]]] = (
 
 
 def _fitting(value: Any, expected: type[Any]) -> Any:
-    """Return a value of a class; of a subclass of ``str``, its characters.
+    """Return the value if it is of the class; the characters of a subclass of ``str``.
 
     :raises TypeError: for a value of another class.
     """
-    # Not by isinstance(), which believes proxies.
+    # Without isinstance(), which a proxy can deceive.
     if value is not None and not issubclass(type(value), expected):
         raise TypeError(f"Expected a value of {expected}.")
     return str.__str__(value) if issubclass(type(value), str) and expected is str else value
@@ -243,7 +243,7 @@ def _as_iso(time: datetime) -> str:
 
 
 def _domain_events(events: Sequence[StoredEvent]) -> Sequence[Any]:
-    """Return the domain events of stored ones, where an application is saving them."""
+    """Return the domain events of stored ones, if an application is saving them."""
     found = _saving.get()
     if len(found) == len(events) and all(map(_is_same, found, events)):
         return found
@@ -260,7 +260,7 @@ def _is_same(domain_event: Any, stored: StoredEvent) -> bool:
 def read_recorded(
     dialect: Dialect, connection: Connection, table: EventTable, positions: Sequence[int]
 ) -> dict[int, Recorded]:
-    """Return what was recorded of events beside their state, by position.
+    """Return the metadata, time and id of events, by position.
 
     :raises UnsafeTableError: when the table lacks some of the columns.
     """
@@ -277,7 +277,7 @@ def read_recorded(
             known = dict(metadata or {})
             if correlation is not None:
                 known[CORRELATION_ID] = correlation
-            # Version 10 of the library stores a nil UUID where an event has none, which would be that of many.
+            # Version 10 of the library stores a nil UUID for an event without an id, and many events would share it.
             own_id = event_id if event_id is not None and event_id.int else None
             aware = time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
             found[position] = Recorded(position, own_id, aware, known)

@@ -93,7 +93,7 @@ class SQLAlchemyFactory(InfrastructureFactory[SQLAlchemyTrackingRecorder]):
         with readable_address_errors(keys, InfrastructureFactoryError):
             options: dict[str, Any] = {}
             if is_in_memory(sa.make_url(url)):
-                # All threads are to share the one connection, which is the database.
+                # All threads share the one connection, because it is the database.
                 options = {"poolclass": sa.pool.StaticPool, "connect_args": {"check_same_thread": False}}
             engine = sa.create_engine(url, **options)
         wanted = strtobool(self.env.get(self.EVENT_METADATA) or "yes")

@@ -37,14 +37,14 @@ USER = "flask_eventsourcing.user"
 """The thread that has a connection, or had it last."""
 
 LONGEST_WAIT = 2.0
-"""The seconds for which a fork waits, at most, for what other threads do on the connections that it closes."""
+"""The most seconds for which a fork waits until other threads are done with the connections that it closes."""
 
 _lock = ProcessLock()
 _watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 _records: dict[int, weakref.ref[Any]] = {}
 """The pool's records of connections, in a dictionary that can be copied in one step."""
 _closable: dict[int, weakref.ref[Any]] = {}
-"""Those whose connections are closed before a fork."""
+"""The pools whose connections are closed before a fork."""
 _forking: dict[int, float] = {}
 """The threads that are about to fork, and until when others wait for that."""
 _entering: dict[int, None] = {}
@@ -63,15 +63,15 @@ def drop_inherited_connections(engine: Engine) -> None:
     if engine in _watched or is_in_memory(engine.url):
         return
     _watched.add(engine)
-    # A pool of one connection for all does not tell when that is idle.
+    # A pool of one shared connection does not tell when it is idle.
     if guard_forks(engine) and not isinstance(engine.pool, StaticPool):
         if isinstance(engine.pool, QueuePool):
-            # Those that are idle already are not known.
+            # Connections that are already idle have no mark.
             engine.dispose()
         sa.event.listen(engine, "checkout", _claim)
         sa.event.listen(engine, "checkin", _offer)
     else:
-        # Not when it is made: a connection may be older than this.
+        # Not at "connect": a connection may have been made before this listener.
         sa.event.listen(engine, "checkout", _note_process)
         sa.event.listen(engine, "connect", _refuse_inherited, insert=True)
     _watch(engine, engine.pool)
@@ -98,7 +98,7 @@ def leave_inherited_connections() -> None:
 
 
 class _Inherited:
-    """Takes the place of the driver's connection where somebody still holds one that was inherited."""
+    """Replaces the driver's connection where code still holds an inherited one."""
 
     def rollback(self) -> None:
         """Leave the parent's transaction alone."""
@@ -159,7 +159,7 @@ def _leave(record: Any) -> None:
 
 
 def _claim(driver: Any, record: Any, proxy: Any) -> None:
-    """Take a connection out of the pool, or have the pool make another one."""
+    """Take a connection out of the pool, or let the pool make another one."""
     info = record.info
     info[USER] = threading.get_ident()
     if info.pop(IDLE, None) is None:
@@ -170,7 +170,7 @@ def _claim(driver: Any, record: Any, proxy: Any) -> None:
 
 
 def _offer(driver: Any, record: Any) -> None:
-    """Say that a connection is idle."""
+    """Mark a connection as idle."""
     if _forks_without_hooks():
         record.close()
     elif driver is not None:
@@ -178,13 +178,13 @@ def _offer(driver: Any, record: Any) -> None:
 
 
 def _forks_without_hooks() -> bool:
-    # uWSGI's master. Its module is there without being imported.
+    # uWSGI's master, where this module exists without an import.
     server: Any = sys.modules.get("uwsgi")
     return server is not None and server.worker_id() == 0
 
 
 def _close_idle() -> None:
-    """Close what is idle, and wait a moment for what other threads are doing. No lock is taken."""
+    """Close idle connections, and wait a moment for other threads that are using one. No lock is taken."""
     me = threading.get_ident()
     deadline = _forking[me] = time.monotonic() + LONGEST_WAIT
     while True:
@@ -200,11 +200,11 @@ def _close_idle() -> None:
 
 
 def _wait_for_forks(me: int) -> None:
-    """Wait for those that are about to fork, before a thread gets a connection."""
+    """Wait for threads that are about to fork, before this thread gets a connection."""
     while me not in _forking and time.monotonic() < max(_forking.copy().values(), default=0):
         _entering.pop(me, None)
         time.sleep(0.001)
-        # First noted and then looked, as the one that forks does it the other way around.
+        # It notes itself first, and then looks. The thread that forks does it the other way around.
         _entering[me] = None
 
 
@@ -242,7 +242,7 @@ def _watch(engine: Engine, pool: Pool) -> Pool:
 
 
 def _own_pool(engine: Engine, pool: Pool) -> Pool:
-    """Return the engine's pool of this process, in the place of one from before the fork."""
+    """Return the engine's pool of this process, which replaces one from before the fork."""
     leave_inherited_connections()
     with _lock:
         if engine.pool is pool:
@@ -251,7 +251,7 @@ def _own_pool(engine: Engine, pool: Pool) -> Pool:
         return engine.pool
 
 
-# Sooner, where Python forks; not relied on but to close idle connections, as uWSGI runs no such hook.
+# If Python forks, this happens at once. Only the closing of idle connections relies on it: uWSGI runs no such hook.
 os.register_at_fork(before=_close_idle, after_in_parent=_forked, after_in_child=_forked_child)
-# A process that has used nothing must not close its parent's at its end either.
+# At its end, a process that has used nothing must not close its parent's connections either.
 atexit.register(leave_inherited_connections)

@@ -1,4 +1,4 @@
-"""Checks a user's own record class: what is stored with it must be readable."""
+"""Checks a user's own record class: events that are stored with it must be readable."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KINDS: Mapping[str, tuple[tuple[type[Any], ...], str]] = {
     "originator_id": ((sa.String, sa.Uuid, BaseUUIDType), "a UUID (UUIDType) or text"),
     "application_name": ((sa.String,), "text"),
 }
-"""The types of the columns that statements name, and what they are called."""
+"""The types of the columns that statements name, with words for them."""
 METADATA_KINDS: Mapping[str, tuple[tuple[type[Any], ...], str]] = {
     "event_id": ((sa.Uuid, BaseUUIDType), "a UUID (UUIDType)"),
     "recorded_at": ((sa.DateTime,), "a time (DateTime)"),
     "metadata": ((sa.JSON, sa.types.TypeDecorator), "a mapping (MetadataType)"),
     "correlation_id": ((sa.String,), "text"),
 }
-"""The same of the columns that a record class may leave out."""
+"""The same for the columns that a record class may leave out."""
 
 
 def check_columns(model: Any, mixin: type[Any], expected: Sequence[str], unique: Iterable[str]) -> None:
@@ -72,7 +72,7 @@ def check_types(model: Any, mixin: type[Any], table: sa.Table, expected: Iterabl
                 f"class from flask_eventsourcing.{mixin.__name__}, which brings it."
             )
     _check_metadata(model, mixin, table)
-    # Its columns are for the class to fill.
+    # The class itself fills its columns.
     fills = is_filled(model)
     for column in table.columns:
         if column.name in KINDS or column.server_default is not None or column is table.autoincrement_column:
@@ -110,7 +110,7 @@ def is_filled(model: Any) -> bool:
 def check_ids(models: Iterable[Any], application_name: str, id_type: OriginatorIdType | None) -> None:
     """Check that record classes have ids of one type, the application's.
 
-    :raises ConfigurationError: when they have not.
+    :raises ConfigurationError: when the types differ.
     """
     found = {model: model.__table__.columns["originator_id"].type for model in models}
     for model, kind in found.items():

@@ -34,16 +34,16 @@ from .dialects.looks import Use
 
 T = TypeVar("T")
 PAGE_BYTES = 4 * 2**20
-"""How many bytes the states of a page of events have at most, unless it is one event."""
+"""The most bytes of the states of a page of events, unless the page is one event."""
 NEVER_TOO_MANY = 4
-"""Events that are read with no look at their sizes, which would keep them waiting, if only the first may be large."""
+"""How many events are read without a query for their sizes, which would delay them, if only the first may be large."""
 
 
 class SQLAlchemyAggregateRecorder(AggregateRecorder):
     """Record events, or snapshots, in aggregate sequences only. Snapshots have no position in a log."""
 
     replaces = False
-    """Whether what is stored of the same version is replaced: a snapshot says nothing that its events do not."""
+    """Whether a stored row of the same version is replaced: a snapshot has nothing that its events do not have."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     """
 
     _looks_at = 2000
-    """At how many events a page is measured; one thread's value does for another."""
+    """From how many events on a page is measured. Threads may share the value."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> Sequence[int] | None:
         """Append all of the events to the log, or none. Return their positions, which follow one another.
@@ -204,7 +204,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
     def read_committed(self, after: int, limit: int) -> Sequence[Notification]:
         """Read what is committed after a position, damaged rows too. Events may appear between these later.
 
-        Of some large ones only the first is read, as if the others were not there.
+        If several are large, only the first of them is read, as if the others did not exist yet.
         """
         with self.datastore.reading(join=False) as read:
             table, largest = self._table(read.connection), PAGE_BYTES // NEVER_TOO_MANY
@@ -246,7 +246,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
             raise self.dialect.translate(error) from error
 
     def find_recorded(self, positions: Sequence[int], connection: Connection | None = None) -> dict[int, Recorded]:
-        """Return what was recorded of events beside their state, by position. Most readers do not need this query.
+        """Return the metadata, time and id of events, by position. Most readers do not need this query.
 
         :param connection: the connection to read with, by default the session's or a new one.
         :raises UnsafeTableError: when the table lacks one of the columns.
@@ -289,7 +289,7 @@ class SQLAlchemyApplicationRecorder(SQLAlchemyAggregateRecorder, ApplicationReco
         return LogSubscription(recorder=self, gt=gt, topics=topics)
 
     def waiter(self) -> Waiter:
-        """Return what waits for news of this log. It has a connection of its own where the database notifies."""
+        """Return a waiter for news of this log. It has a connection of its own if the database notifies."""
         return self.dialect.waiter(self.events_table)
 
     def shared_waiter(self) -> Waiter:

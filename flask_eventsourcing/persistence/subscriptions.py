@@ -21,7 +21,7 @@ from ..tailing import Waiter
 logger: logging.Logger = logging.getLogger(__name__)
 
 SLICE = 0.1
-"""Seconds after which a wait on a connection looks whether it was told to stop."""
+"""Seconds after which a wait on a connection checks whether it was told to stop."""
 PAUSE = 1.0
 """Seconds between tries to listen."""
 
@@ -36,7 +36,7 @@ class ListenWaiter(Waiter):
     :param receive: waits for a number of seconds on a driver's connection, and returns the channels notified.
     """
 
-    # Notifications can be lost with the connection, and a roll-back that uncovers later events sends none.
+    # A lost connection loses notifications, and a rollback that uncovers later events sends none.
     longest: float = 1.0
 
     def __init__(self, engine: Engine, channel: str, receive: Callable[[Any, float], Collection[str]]) -> None:
@@ -85,7 +85,7 @@ class ListenWaiter(Waiter):
 
     def _listen(self) -> Any:
         driver = listening_connection(self._engine)
-        # Nobody else knows of the connection, and no pool.
+        # No other code and no pool has the connection.
         with ExitStack() as failed:
             failed.callback(driver.close)
             execute(driver, "LISTEN", self._channel)
@@ -119,7 +119,7 @@ class ListenWaiter(Waiter):
             self._drop()
 
     def _leave_inherited(self) -> None:
-        """Part from the connection of the process from which this one was forked, without closing it."""
+        """Separate from the connection of the parent process, without closing it."""
         if self._pid != os.getpid():
             keep_for_ever(self._driver)
             self._driver, self._pid = None, os.getpid()
@@ -138,7 +138,7 @@ def listening_connection(engine: Engine) -> Any:
 
 def execute(driver: Any, verb: str, channel: str) -> None:
     """Run LISTEN or UNLISTEN for a channel."""
-    # Not the preparer's way, which doubles percent signs: the statement goes to the driver without parameters.
+    # Without the preparer, which doubles percent signs: the statement goes to the driver without parameters.
     name = channel.replace('"', '""')
     cursor = driver.cursor()
     try:
@@ -202,7 +202,7 @@ class Listener:
             try:
                 self._listen(ended)
             except (error_class, SQLAlchemyError, OSError) as error:
-                # Meanwhile, the waiters look from time to time.
+                # Meanwhile, the waiters look into the log from time to time.
                 logger.warning("Listening was interrupted and begins again: %s", error)
                 ended.wait(PAUSE)
 
@@ -233,16 +233,16 @@ class Listener:
 class SharedWaiter(Waiter):
     """Waits for notifications of one channel, which the shared listener receives."""
 
-    # Not at once: only a writer that rolls back uncovers events of others without a notification.
+    # Rarely: only a rollback uncovers events of other writers without a notification.
     first: float = 0.02
-    # As for one that listens by itself.
+    # As for a waiter that listens by itself.
     longest: float = 1.0
 
     def __init__(self, listener: Listener, channel: str) -> None:
         super().__init__()
         self.channel = channel
         self.news: threading.Event = threading.Event()
-        # There may have been some before.
+        # There may have been news before.
         self.news.set()
         self._listener = listener
         listener.add(self)
@@ -266,5 +266,5 @@ _listeners: weakref.WeakValueDictionary[tuple[int, int], Listener] = weakref.Wea
 def listener_of(engine: Engine, receive: Receive) -> Listener:
     """Return the listener of this process for an engine."""
     key = (os.getpid(), id(engine))
-    # It keeps the engine, so that no other one gets its id.
+    # The listener keeps the engine alive, so that no other engine gets its id.
     return _listeners.get(key) or _listeners.setdefault(key, Listener(engine, receive))

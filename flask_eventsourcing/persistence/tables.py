@@ -28,7 +28,7 @@ from .dialects.event_tables import COLUMN_VALUES, EVENT_COLUMNS, POSITION, VERSI
 from .record_checks import check_columns, check_ids, check_types, is_filled
 
 if TYPE_CHECKING:
-    # What it is, for type checkers: the package has no types.
+    # For type checkers, because SQLAlchemy-Utils has no types.
     BaseUUIDType: TypeAlias = sa.types.TypeDecorator[uuid.UUID]
 else:
     from sqlalchemy_utils import UUIDType as BaseUUIDType
@@ -90,7 +90,7 @@ _set_is_safe, _UNKNOWN = vars(uuid.UUID)["is_safe"].__set__, uuid.SafeUUID.unkno
 
 def _as_uuid(value: Any) -> uuid.UUID | None:
     if type(value) is str and len(value) == 32 and value.isalnum():
-        # As the column has it; the class itself takes five times as long, for spellings that are not stored.
+        # In the spelling of the column. The constructor of UUID takes five times as long, as it knows other spellings.
         made = _new(uuid.UUID)
         _set_int(made, int(value, 16))
         _set_is_safe(made, _UNKNOWN)
@@ -133,7 +133,7 @@ class MetadataType(sa.types.TypeDecorator[dict[str, str]]):
 
 
 class OnTable:
-    """What a record class has from its declarative base, for type checkers."""
+    """The attributes that a record class gets from its declarative base, for type checkers."""
 
     if TYPE_CHECKING:
         __table__: ClassVar[sa.FromClause]
@@ -153,7 +153,7 @@ def table_of(model: type[OnTable]) -> sa.Table:
 # The columns have their types in comments: annotated class attributes would have to be fields of a dataclass when the
 # declarative base is a ``MappedAsDataclass``, and a mixin cannot know.
 class _RecordMixin(OnTable):
-    """What the two kinds of event record share."""
+    """The columns that both kinds of event records share."""
 
     __originator_id_type__: ClassVar[OriginatorIdType] = "uuid"
     __originator_id_options__: ClassVar[dict[str, Any]] = {"nullable": False}
@@ -200,7 +200,7 @@ class StoredEventMixin(_RecordMixin):
         return {}
 
     if TYPE_CHECKING:
-        # A class of the user's may have a tuple or a mapping in its place.
+        # A class of the user's may have a tuple or a mapping instead.
         __table_args__: Any
     else:
 
@@ -288,7 +288,7 @@ def make_models(
     names = TableNames.of(application_name)
     own = {"stored_event_model": stored_event_model, "snapshot_model": snapshot_model, "tracking_model": tracking_model}
     check_models(base, application_name, schema=schema, bind_key=bind_key, **own)
-    # One id is looked for in both tables, in one way.
+    # Both tables are searched for an id in the same way.
     own_ids = [each.__table__.c.originator_id.type for each in (stored_event_model, snapshot_model) if each]
     extra: dict[str, Any] = {"__originator_id_type__": originator_id_type}
     if bind_key is not None:
@@ -320,9 +320,9 @@ def index_correlation(models: Models) -> None:
 
 
 def _finish(models: Models, own: Iterable[Any]) -> None:
-    """Check what a base of the user's has added to the record classes that were made, and say how tables are made.
+    """Check the columns that a user's base has added to the record classes, and set how the tables are created.
 
-    :raises ConfigurationError: after those that were made are taken back.
+    :raises ConfigurationError: after the classes that were made are removed again.
     """
     made = [model for model in (models.StoredEvent, models.Snapshot, models.Tracking) if model not in own]
     try:
@@ -337,12 +337,12 @@ def _finish(models: Models, own: Iterable[Any]) -> None:
     if is_filled(models.StoredEvent):
         models.tables["events"].info[COLUMN_VALUES] = models.StoredEvent.column_values
     if models.Tracking in made:
-        # A record class of the user's may need more than that; its log gets an identity when somebody asks for it.
+        # A record class of the user's may need further values. Its log gets an identity when it is first asked for.
         sa.event.listen(models.tables["tracking"], "after_create", _identify)
 
 
 def _identify(tracking_table: sa.Table, connection: Any, **_: Any) -> None:
-    # Not where the statements are only printed.
+    # Not if the statements are only printed.
     if isinstance(connection, Connection):
         connection.execute(sa.insert(tracking_table).values(new_identity()))
 

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -33,13 +33,13 @@ logger: logging.Logger = logging.getLogger(__name__)
 ACTIVE = "active"
 HALTED = "halted"
 PAUSED = "paused"
-"""An operator wants nobody to apply events, whatever is restarted, until it is resumed."""
+"""An operator has paused it: no process applies events until it is resumed, also after a restart."""
 SWAPPING = "swapping"
-"""The tables are about to be renamed, or have been: nobody applies events until that is settled."""
+"""The tables are about to be renamed, or have been: no process applies events until that is settled."""
 LEASE = 3.0
 """Seconds after which another may take over from a runner that did not renew its lease."""
 BEAT = 1.0
-"""Seconds between two beats of a runner's heart."""
+"""Seconds between two heartbeats of a runner."""
 NOTED = "of_position"
 """The parameter with the position, for values that a statement reads of the event there."""
 MOVED_FROM = "its_position"
@@ -172,20 +172,20 @@ class Checkpoint:
         :param at: the position that the row must have, if that matters.
         :param abandoned: a row whose runner has not renewed its lease for long enough, whatever its time says.
         """
-        now, c = utc_now(), self.table.c
+        c, time_in = self.table.c, self.datastore.dialect.time_in
         change = sa.update(self.table).where(self._row, c.state.not_in((SWAPPING, PAUSED)))
         if at is not None:
             change = change.where(c.position == at)
         code = fingerprint[:CODE_OF_TOKEN]
         token = uuid4().hex[: 32 - len(code)] + code
-        values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": now}
+        values = {**(notes or {}), "token": token, "runner": this_process(), "running_since": utc_now()}
         if lease:
-            free = sa.or_(c.token.is_(None), c.leased_until < now)
+            free = sa.or_(c.token.is_(None), c.leased_until < time_in(0))
             if abandoned is not None:
                 same = sa.and_(c.token == abandoned.token, c.leased_until == abandoned.leased_until)
                 free = sa.or_(free, same)
             change = change.where(free)
-            values["leased_until"] = now + timedelta(seconds=LEASE)
+            values["leased_until"] = time_in(LEASE)
         with self.engine.begin() as connection:
             if connection.execute(change.values(values), {NOTED: values.get("position")}).rowcount == 0:
                 return None
@@ -214,7 +214,7 @@ class Checkpoint:
         """
         noted = {"position": position, **(last or {})}
         if lease:
-            noted["leased_until"] = utc_now() + timedelta(seconds=LEASE)
+            noted["leased_until"] = self.datastore.dialect.time_in(LEASE)
         # Built once, as that takes a third as long as all else of a batch with a single event.
         read = {name: value for name, value in noted.items() if isinstance(value, sa.ClauseElement)}
         change = self._advancing(frozenset(noted), read, called, claimed.token is None, unless)
@@ -245,7 +245,7 @@ class Checkpoint:
 
         :raises FencedError: when it was lost.
         """
-        self._change_claimed(claimed, leased_until=utc_now() + timedelta(seconds=LEASE))
+        self._change_claimed(claimed, leased_until=self.datastore.dialect.time_in(LEASE))
 
     def halt(self, claimed: CheckpointRow, position: int, error: str) -> None:
         """Note that the projection has halted at an event that it cannot apply."""
@@ -270,7 +270,7 @@ class Checkpoint:
                 raise FencedError
 
     def resume(self, fingerprint: str = "") -> None:
-        """Let a halted projection try again; one that has its claim, as processes have ended, only with other code."""
+        """Let a halted projection try again. If it halted because processes ended, only other code tries again."""
         c, is_left = self.table.c, self.table.c.token.endswith(fingerprint[:CODE_OF_TOKEN])
         halted = sa.update(self.table).where(self._row, c.state == HALTED)
         with self.engine.begin() as connection:
@@ -288,7 +288,7 @@ class Checkpoint:
 
         :raises FencedError: when there is no such row.
         """
-        # Servers that tell each other of changes, and of no locks, are told of one that is taken back.
+        # The servers of a cluster share changes but no locks, so the row is changed, and changed back.
         for step in (1, -1) if self.datastore.dialect.is_node(connection) else (0,):
             connection.execute(sa.update(self.table).where(self._row).values(applied=self.table.c.applied + step))
         row = self.read(connection)
@@ -371,7 +371,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT):
-            # Whatever ends this thread ends the run: check() raises it in the runner's.
+            # Any error that ends this thread ends the run: check() raises it in the runner's thread.
             with Kept() as kept:
                 if self._lock.leased:
                     self._control.renew(self._claimed)
@@ -386,15 +386,15 @@ class Heartbeat:
                 return
 
     def _look(self) -> None:
-        """See whether the row is another than the runner knows, after a restore or a rebuild."""
+        """Check that the row is still as the runner knows it: a restore or a rebuild may have changed it."""
         resting = self.resting
         if resting is None:
             return
         row = self._control.read()
-        # The end of a rebuild gives the claim back, unless the code is another.
+        # At its end, a rebuild leaves the claim in the row, unless the code is another.
         same = row is not None and (row.token, row.position) == (resting.token, resting.position)
         if (not same or (row is not None and row.state not in (resting.state, SWAPPING))) and self.resting is resting:
-            # Not because the runner has moved it in the meantime.
+            # And the runner itself has not moved it in the meantime.
             raise FencedError
         if row is not None and same and self._also_look is not None:
             self._also_look(row)

@@ -53,7 +53,7 @@ class Aggregate(NamedTuple):
 def describe(error: BaseException) -> str:
     """Return an error in one line that every database can store, without the values of a statement."""
     hide_values(error)
-    # Has a text also for an error whose own raises another one, which must not keep the projection from being halted.
+    # TracebackException has a text even where str() of the error fails, so that the projection halts in any case.
     text = str(traceback.TracebackException(type(error), error, None, limit=0, lookup_lines=False))
     return _storable(printable(f"{type(error).__name__}: {text}".strip().replace("\n", " ")))[:LONGEST_TEXT]
 
@@ -69,7 +69,7 @@ def event_name(notification: Notification) -> str:
 
 def _traceback(error: BaseException) -> str:
     hide_values(error)
-    # Its end is what tells most.
+    # The end tells most.
     return _storable("".join(traceback.format_exception(error)))[-LONGEST_TEXT:]
 
 
@@ -278,5 +278,5 @@ class DeadLetters:
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Cut what becomes the parameters of a statement, of which drivers take only so many."""
+    """Yield the values in parts that are few enough for the parameters of one statement."""
     return (values[start : start + PAGE] for start in range(0, len(values), PAGE))

@@ -36,7 +36,7 @@ from .runners import Runner
 from .swap import NEAR, Swap, lease_of_rebuild, settle
 
 TRIAL_EVENTS = 1000
-BUSY = "Another process rebuilds {} now."
+BUSY = "Another process rebuilds {} now: wait for its end, or end it."
 ALTERED = (
     "The columns of table {} were changed while its copy was built, so that a swap would lose some: run the rebuild "
     "again, with the code that has them in its models."
@@ -47,7 +47,7 @@ SEVERAL = (
     "swaps the tables. Set inline = False and let a worker run it, rebuild it, and set inline = True again."
 )
 LOOK = 0.1
-"""Seconds between two looks whether another process renews its lease."""
+"""Seconds between two checks whether another process renews its lease."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Rebuild:
             return Rebuilt(events, seconds, swapped.position, resumed, swapped.rows, *swapped.letters)
 
     def _also_of_tables(self, confirm: Callable[[Connection], None]) -> Callable[[Connection], None]:
-        """Return a function that calls another, and sees whether the live tables are as they were at the beginning."""
+        """Return a function that calls *confirm*, and checks that the live tables are as they were at the start."""
 
         def confirm_both(connection: Connection) -> None:
             confirm(connection)
@@ -154,7 +154,7 @@ class Rebuild:
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[Connection], None]]:
-        """Within it, no other process rebuilds; yields a function that raises an error if one does.
+        """Keep other processes from rebuilding in the block; yields a function that raises an error if one does.
 
         :raises ProjectionBusyError: when another process rebuilds it.
         """
@@ -172,7 +172,7 @@ class Rebuild:
 
     @contextmanager
     def _leased(self) -> Iterator[Callable[[Connection], None]]:
-        # A row of its own: that of the rebuild is claimed, and given back, by its runner.
+        # It has a row of its own, because the runner claims the row of the rebuild, and gives it back.
         checkpoint = lease_of_rebuild(self.live)
         claimed = self._claim(checkpoint)
 
@@ -196,7 +196,7 @@ class Rebuild:
         until = time.monotonic() + LEASE + LOOK
         while (claimed := checkpoint.claim(lease=True)) is None:
             row = checkpoint.read()
-            # One that is renewed has a process that is alive.
+            # If the lease is renewed, its process is alive.
             renewed = seen is None or row is None or (row.token, row.leased_until) != (seen.token, seen.leased_until)
             if renewed or time.monotonic() > until or self.stop.is_set():
                 raise ProjectionBusyError(BUSY.format(self.live.name))
@@ -208,7 +208,7 @@ class Rebuild:
 
         :raises RebuildError: when the rebuild would halt at one of those events.
         """
-        # Of its own, as others may try at the same time.
+        # The suffix is its own, because other processes may try at the same time.
         trial = self._shadows(TRIAL + token_hex(2))
         trial.check()
         with self.application.host.context():
@@ -262,7 +262,7 @@ class Rebuild:
                         session.rollback()
                         if not (may_be_its_own(error) and self._database_answers()):
                             raise
-                    # What it did before is gone with its connection.
+                    # What the trial did before is gone with its connection.
                     if lost or self.live.projection_class.on_failure == "halt":
                         cause = error if lost else error.__cause__ or error
                         raise RebuildError(
@@ -317,7 +317,7 @@ class Rebuild:
             self.application.dead_letters.remove_all(connection, self.rebuild.name)
             self.new.drop(connection)
             self.new.create(connection)
-            # Not the topics that the live one knows: a migration may have changed those of events since.
+            # Without the topics that the live projection knows: a migration may have changed topics of events since.
             values = {"fingerprint": self.live.fingerprint, "tables_id": self._shape(connection)}
             self.rebuild.checkpoint.begin(connection, **values)
         try:
@@ -348,11 +348,11 @@ class Rebuild:
                 return True
 
     def _shape(self, connection: Connection) -> str:
-        """The shape of the tables, in the models and in the database, and the events that are asked for."""
+        """Return the shape of the tables, in the models and in the database, and the event classes of the handlers."""
         parts = [str(CreateTable(table).compile(self.application.engine)) for table in self.live.tables]
         dialect = self.application.datastore.dialect
         parts += [" ".join(sorted(dialect.columns_of(connection, table))) for table in self.live.tables]
-        # Not those of subclasses: which of them there are depends on what was imported, and collected.
+        # Without subclasses: which of them exist depends on what was imported, and on the garbage collector.
         parts += sorted(get_topic(event_class) for event_class in self.live.handlers.functions)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

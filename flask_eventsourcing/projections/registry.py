@@ -43,7 +43,7 @@ class Registrations:
         """
         registration = Registration(check_projection(projection_class), of)
         for other in self.entries:
-            # Not every collation tells names that differ in case only.
+            # Some collations take names that differ only in case for the same.
             if other.of is of and other.projection_class.name.casefold() == projection_class.name.casefold():
                 if _same_source(other.projection_class, projection_class):
                     # An application factory that runs again defines its classes again.
@@ -257,7 +257,7 @@ class PlainProjections(BoundProjections):
                 f"Projection {projection_class!r}: of={of!r} has no models for projections here (there are some for: "
                 f"{names})."
             )
-        # All is checked before anything is registered.
+        # Everything is checked before anything is registered.
         self.check(projection_class)
         self.check_owner(projection_class, of)
         self.add(self._registrations.add(projection_class, of))

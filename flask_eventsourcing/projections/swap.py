@@ -34,9 +34,9 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 TRIES = 30
 PATIENCE = 2
-"""Seconds for which the swap waits for readers of the live tables, as others queue behind it meanwhile."""
+"""Seconds for which the swap waits for readers of the live tables; new readers queue behind it meanwhile."""
 NEAR = 1000
-"""How many positions before the end of the log the swap may begin; the rest is applied while the live one waits."""
+"""Positions before the end of the log at which the swap may begin. The rest is applied while the live one waits."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ class Swap:
             return self._at_once(replacing)
 
     def _hold_live(self) -> None:
-        """Have the live projection stand still, also on other servers: they know nothing of the lock on its row.
+        """Stop the live projection on all servers of a cluster, where the lock of its row counts on one server only.
 
-        A worker that runs it would move it again and again, and each time this swap would be the one that is ended.
+        A worker that runs it would move its position again and again, and each time the cluster would end this swap.
         """
         with self.application.engine.begin() as connection:
             self.confirm(connection)
@@ -157,7 +157,7 @@ class Swap:
             with self.application.engine.begin() as connection:
                 self.new.drop(connection)
         except sa.exc.DBAPIError as error:
-            # The rebuild is at its end, and the next one drops them.
+            # The rebuild has succeeded, and the next one drops these tables.
             logger.warning("%s: what was built could not be dropped: %s", self.rebuild.name, error)
 
     def _at_once(self, replacing: bool) -> Swapped:
@@ -180,7 +180,7 @@ class Swap:
             connection = host.unit_of(session).connection()
             swapped = self._finish(connection)
             if _is_paused(self.live, connection):
-                # Noted in the row that is left of the rebuild, as the live one has no place for two states.
+                # Noted in the row of the rebuild, because the live row has no place for two states.
                 self.rebuild.checkpoint.set_state(connection, PAUSED)
             self.live.checkpoint.set_state(connection, SWAPPING)
         with engine.connect() as connection:
@@ -192,13 +192,13 @@ class Swap:
 
     @contextmanager
     def _log_locked(self) -> Iterator[None]:
-        """Keep out events that only the old tables would get, if the swap takes several transactions."""
+        """Lock the log if the swap takes several transactions, so that no event reaches only the old tables."""
         dialect = self.application.datastore.dialect
         if not self.live.projection_class.inline or dialect.swaps_in_transaction:
             yield
             return
         with self.application.engine.connect() as lock:
-            # Out of the pool, which may have no second one for the swap.
+            # The connection leaves the pool, which may have no second one for the swap.
             lock.detach()
             with lock.begin():
                 self._lock_log(lock)
@@ -242,7 +242,7 @@ class Swap:
             raise RebuildError(f"Another process has finished the rebuild of {self.live.name}.")
         end = self.application.high_water_mark()
         if not self.live.projection_class.inline:
-            # The live one may be ahead of a log that was restored.
+            # The live projection may be ahead of a log that was restored.
             end = min(end, live.position)
         applier, pages, events = Applier(self.rebuild, joins=True), LogPages(self.rebuild, row), 0
         while row.position < end:
@@ -333,7 +333,7 @@ def _refuse_acting(connection: Connection, new: ShadowTables, table: sa.Table, p
 
 
 def _needed(connection: Connection, old: ShadowTables) -> list[str]:
-    """What else depends on tables that an earlier rebuild has replaced, so that they cannot be dropped."""
+    """Return what else depends on tables that an earlier rebuild has replaced, so that they cannot be dropped."""
     dialect = old.datastore.dialect
     return [
         f"{part.what}, which depends on {table.name + OLD!r}"
@@ -345,7 +345,7 @@ def _needed(connection: Connection, old: ShadowTables) -> list[str]:
 
 
 def _try(connection: Connection, new: ShadowTables) -> None:
-    """See whether rows may be replaced: rights, and the types of columns."""
+    """Copy no rows, to see whether the rights and the types of the columns allow the copy."""
     dialect = new.datastore.dialect
     try:
         dialect.copy_rows(connection, sa.schema.sort_tables(new.live), NEW, " WHERE 1 = 0")
@@ -359,7 +359,7 @@ def hand_over(live: Consumer, rebuild: Consumer, connection: Connection) -> None
     """Give the live projection the position and the dead letters of its rebuild. This ends the rebuild."""
     row = rebuild.checkpoint.read(connection)
     if row is None:
-        raise RebuildError(f"The rebuild of {live.name} has no row.")
+        raise RebuildError(f"The row of the rebuild of {live.name} was deleted meanwhile: run it again.")
     letters = live.application.dead_letters
     letters.remove_all(connection, live.name)
     letters.rename(connection, rebuild.name, live.name)

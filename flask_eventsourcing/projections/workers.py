@@ -94,7 +94,7 @@ class Worker:
         try:
             runner.run(once=self.once)
         except BaseException as error:  # noqa: BLE001  # reported by run()
-            # Handlers may raise anything. It ends no more than this thread, and the others go on.
+            # Handlers may raise anything. The error ends this thread only, and the others go on.
             self._failed.add(runner)
             self.errors.append(_told(runner, error))
 
@@ -102,7 +102,7 @@ class Worker:
 def _told(runner: Runner, error: BaseException) -> Exception:
     """Log why a consumer has ended, and return the error that ``run()`` reports."""
     if not isinstance(error, Exception):
-        # Nobody must take that for an end in order.
+        # The operator must not take it for an orderly end.
         logger.error("%s has ended", runner.name, exc_info=error)
         ended = HandlerError(f"{runner.name} was ended by {type(error).__name__}.")
         ended.__cause__ = error

@@ -21,7 +21,7 @@ from .pending import AfterCommit, AfterRollback, Batch, Item, Refusal
 
 
 class PendingEvents(Protocol):
-    """What was noted in a transaction that has not ended."""
+    """The items that were noted in a transaction that has not ended."""
 
     def has_events_of(self, originator_id: UUID | str) -> bool:
         """Whether there are events of an aggregate."""
@@ -31,7 +31,7 @@ class PendingEvents(Protocol):
 
 
 class Unit(JoinedUnit, ABC):
-    """What was recorded in one datastore in a transaction of the host's, and not yet committed.
+    """The events that were recorded in one datastore in a transaction of the host's, and are not yet committed.
 
     Recorders join it.
     """

@@ -25,7 +25,7 @@ from .pending import Batch, Following, Pending, Refusal
 
 
 class InSession(Protocol):
-    """What the gate uses of a unit of work."""
+    """The part of a unit of work that the gate uses."""
 
     @property
     def session(self) -> orm.Session:
@@ -40,10 +40,10 @@ class Commits(Protocol):
         """Whether each ``save()`` outside of a unit of work is committed at once."""
 
     def begin(self, session: orm.Session) -> None:
-        """Told before an outermost unit of work begins on a session."""
+        """Called before an outermost unit of work begins on a session."""
 
     def joining(self, session: orm.Session) -> None:
-        """Told before a session writes, or registers something for the end of its transaction; it may refuse."""
+        """Called before a session writes, or registers something for the end of its transaction. It may refuse."""
 
     def commit(self, session: orm.Session) -> None:
         """Commit a session at the end of a unit of work."""
@@ -71,7 +71,7 @@ class Run:
     scope: object = None
     """The scope of the session on which it was begun."""
     outer: Run | None = None
-    """The one around it, also if it is of another session."""
+    """The unit of work around it, also if that is of another session."""
     depth: int = 1
     """How many ``transaction()`` are open, one within the other."""
     rollback_only: str | None = None
@@ -107,14 +107,14 @@ def joined_late(session: orm.Session) -> bool:
 
 @contextmanager
 def running(run: Run, scope: object) -> Iterator[None]:
-    """Within it, a unit of work is being run on the session of a scope."""
+    """Run a unit of work on the session of a scope in the block."""
     before = _running.get()
     run.scope, run.outer = scope, before
     _running.set(run)
     try:
         yield
     finally:
-        # Not by a token: the end of a generator may come in another context than its beginning.
+        # Without a token, because a generator may end in another context than it began in.
         _running.set(before)
 
 
@@ -125,9 +125,9 @@ SHARED = (
 
 
 class Turns:
-    """Keeps the threads apart that use one session, as a commit would store events of which it does not know yet.
+    """Lets threads that share a session take turns. Otherwise a commit would store events that it does not know yet.
 
-    Each notes what it does before it looks at what others do, so that of two that begin at once one sees the other.
+    Each thread notes what it does before it looks at the others, so that of two that begin at once, one sees the other.
     """
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class CommitGate:
     """Refuses commits of one session's transaction.
 
     :param run: returns the unit of work that is being run on the session.
-    :param pending: what is pending in the transaction.
+    :param pending: the pending items of the transaction.
     :param following: has its connection, if something was done on it.
     """
 

@@ -48,7 +48,7 @@ class ContendedAggregates:
                 break
 
     def joined(self, key: Key, queue: AggregateQueue) -> None:
-        """Note a unit that queues, or has its turn: one that did not queue would overtake it, however long it waits."""
+        """Note a unit that queues, or has its turn. Until it has left, other units queue and do not overtake it."""
         if len(self._queues) >= self._most:
             for other in [each for each, queues in list(self._queues.items()) if not queues]:
                 self._queues.pop(other, None)
@@ -82,7 +82,7 @@ class AggregateQueue:
         self._dialect = dialect
         self._contended = contended
         self.conflicts: dict[Key, EventTable] = {}
-        """Those of the last try; a host may put a dictionary of its own in the place of this one, which it keeps."""
+        """The conflicts of the last try. A host may replace this dictionary by one that it keeps itself."""
         self._queued: set[Key] = set()
         self._considered: set[Key] = set()
 
@@ -96,11 +96,11 @@ class AggregateQueue:
         key = (table.name, originator_id)
         if not self.active or key in self._considered:
             return
-        # Once only: with a cache, the second time is under the library's fast-forward lock, where nobody may wait.
+        # Only once: with a cache, the second read is under the library's fast-forward lock, where no thread may wait.
         self._considered.add(key)
         if key not in self._queued and key in self._contended:
-            # Units that wait for each other would be a deadlock: wait only in one order for all, and not while other
-            # units may wait for what this one has written.
+            # To avoid deadlocks, units wait only in one order, and not while other units may wait for what this one has
+            # written.
             in_order = not has_written and all(sort_key(key) > sort_key(other) for other in self._queued)
             self._join(connection, table, originator_id, wait=in_order)
 
@@ -142,7 +142,7 @@ class AggregateQueue:
         self._dialect.queue_for(connection, table, originator_id, wait=wait)
 
     def left(self) -> None:
-        """A transaction or a savepoint has ended, and with it what it had queued for."""
+        """Called when a transaction or a savepoint has ended, which ends its turns."""
         for key in self._queued:
             self._contended.left(key, self)
         self._queued.clear()

@@ -23,12 +23,12 @@ from .unit import INFO_KEY, SessionUnits, UnitOfWork
 _QUOTED = re.compile(
     r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|(?P<tag>\$\w*\$).*?(?P=tag)", re.DOTALL
 )
-"""What may have a semicolon that ends no statement."""
+"""Parts of a text in which a semicolon does not end a statement."""
 COMMITS = re.compile(r"(?:\A\s*(?:COMMIT|END)|;\s*COMMIT)\b(?!\s+PREPARED)", re.IGNORECASE)
 ROLLS_BACK = re.compile(r"(?:\A|;)\s*(?:ROLLBACK|ABORT)\b(?![^;]*\bTO\b)(?!\s+PREPARED)", re.IGNORECASE)
-"""What commits, or rolls back, all of a transaction, also as one of several statements in a text."""
+"""Statements that commit, or roll back, a whole transaction, also among several statements in a text."""
 ENDS = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|RELEASE|SAVEPOINT|BEGIN|START|PREPARE|CALL)\b", re.IGNORECASE)
-"""What may end a transaction or a savepoint in a textual statement; a stored procedure may, in some databases."""
+"""Words that may end a transaction or a savepoint in a textual statement. In some databases, a procedure may too."""
 
 _followed: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -82,12 +82,12 @@ def _forget_savepoints(connection: Connection) -> None:
 def _commit(connection: Connection) -> None:
     for unit in joined(connection):
         if not unit.shared.is_committing:
-            # Other code commits, and the session has not asked.
+            # Other code commits, and not the session.
             unit.look()
             try:
                 unit.gate.check()
             except FlaskEventSourcingError:
-                # SQLAlchemy takes the transaction for ended, and the connection's next user would commit it.
+                # SQLAlchemy takes the transaction for ended. The connection's next user would commit it.
                 if not unit.dialect.roll_back(connection):
                     connection.invalidate()
                 raise
@@ -114,7 +114,7 @@ def _release_savepoint(connection: Connection, name: str, context: None) -> None
 def _rollback_savepoint(connection: Connection, name: str, context: None) -> None:
     level = state_of(connection).left(name)
     for unit in joined(connection):
-        # The savepoint is not there any more, if other code has ended its transaction without SQLAlchemy.
+        # If other code has ended the transaction without SQLAlchemy, the savepoint does not exist any more.
         unit.look()
         unit.rolled_back(level)
 
@@ -132,7 +132,7 @@ def _rollback_twophase(connection: Connection, xid: Any, is_prepared: bool) -> N
     if not (is_prepared and connection.invalidated):
         _rollback(connection)
         return
-    # SQLAlchemy reports a rollback that it cannot make: the server keeps what was prepared until somebody decides.
+    # SQLAlchemy reports a rollback that it cannot do: the server keeps what was prepared until an operator decides.
     for unit in joined(connection):
         unit.unknown()
 
@@ -151,22 +151,22 @@ def _handle_error(context: ExceptionContext) -> None:
         _refused([unit for unit in committing if not unit.following.is_prepared], connection)
         if committing:
             _end_first_phase(context, connection)
-    # What has interrupted the commit, as a signal handler does, is not the driver's and goes on as it is.
+    # An error that is not the driver's, such as one of a signal handler, passes as it is.
 
 
 def _end_first_phase(context: ExceptionContext, connection: Connection) -> None:
     if getattr(connection.get_transaction(), "_is_prepared", None) is False:
-        # It is the first of two phases that has failed, and has ended the transaction. Drivers take it for
-        # prepared, and their error about that would hide this one, which may be a conflict.
+        # The first of two phases has failed, and has ended the transaction. Drivers take it for prepared, and their
+        # error about that would hide this one, which may be a conflict.
         context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
 
 def _refused(units: list[UnitOfWork], connection: Connection) -> None:
-    """The database has refused a commit, for a deferred constraint or another writer: nothing of it is stored."""
+    """Note that the database has refused a commit, for a deferred constraint or another writer: nothing is stored."""
     for unit in units:
         unit.following.is_committing = False
     if units:
-        # Some databases leave the transaction open, and SQLAlchemy takes it for ended: the connection's next user would
+        # Some databases leave the transaction open, but SQLAlchemy takes it for ended: the connection's next user would
         # commit it.
         units[0].dialect.roll_back(connection)
 
@@ -178,9 +178,9 @@ def _before_statement(
     if state is None:
         return
     state.statements += 1
-    # The recorders have looked, or ask what became of the events.
+    # The recorders have checked it, or are asking what became of the events.
     for unit in () if is_own(context) else joined(connection):
-        # The statement would begin another transaction, if other code has ended this one without SQLAlchemy.
+        # If other code has ended this transaction without SQLAlchemy, the statement would begin another one.
         unit.look()
         if _is_text(context) and _has(COMMITS, statement):
             unit.gate.check()
@@ -194,17 +194,17 @@ def _after_statement(
         return
     is_text = _is_text(context)
     if (is_text and ENDS.search(statement)) or units[0].dialect.commits_implicitly(statement):
-        # Those of a commit in two phases are SQLAlchemy's own.
+        # The statements of a two-phase commit are SQLAlchemy's own.
         for unit in [each for each in units if not each.following.is_prepared]:
             unit.following.suspect()
-            # After COMMIT AND CHAIN there is a transaction, and it is another one.
+            # After COMMIT AND CHAIN there is another transaction.
             unit.look(is_over=is_text and _has(COMMITS, statement))
             if is_text and _has(ROLLS_BACK, statement):
                 unit.note_rollback_in_run()
 
 
 def _has(ends: re.Pattern[str], text: str) -> bool:
-    # Most texts have no such word, and are not looked at twice.
+    # Most texts have no such word, and need no closer look.
     return ENDS.search(text) is not None and ends.search(_QUOTED.sub(" ", text)) is not None
 
 
@@ -250,7 +250,7 @@ def _before_commit(session: orm.Session) -> None:
             shared.turns.committing = None
 
 
-# Before the user's own, whose error would leave a commit unnoticed.
+# Before the user's own listeners, whose error would leave a commit unnoticed.
 @sa.event.listens_for(orm.Session, "after_commit", insert=True)
 def _after_commit(session: orm.Session) -> None:
     found = _units_of(session)
@@ -302,7 +302,7 @@ def _after_transaction_end(session: orm.Session, ended: orm.SessionTransaction) 
                 unit.resolve(asked=True)
             elif not shared.has_half_ended:
                 run = shared.run()
-                # A unit of work that is being run fails for it, and may be run again.
+                # A unit of work that is running fails because of it, and may be run again.
                 unit.resolve(asked=run is not None and run.rollback_only is not None)
     shared.asked = shared.has_half_ended = shared.is_committing = False
     shared.turns.committing = None

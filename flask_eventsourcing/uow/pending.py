@@ -1,4 +1,4 @@
-"""What is pending in a transaction: events, functions to call at its end, and reasons to refuse the commit."""
+"""The pending items of a transaction: events, functions to call at its end, and reasons to refuse the commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 logger: logging.Logger = logging.getLogger(__name__)
 
 NAMED = 5
-"""The events that a message names."""
+"""The most events that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +38,11 @@ class Batch:
     positions: Sequence[int]
     described: Description = PLAIN_DESCRIPTION
     place: str = ""
-    """The name of the table, whatever names mean later, where that may change."""
+    """The name of the table that stays right if names mean other tables later; empty if they cannot."""
 
     @property
     def recorded(self) -> tuple[Recorded, ...]:
-        """What was recorded of each event beside its state; made when it is asked for."""
+        """The metadata, time and id of each event, made when they are asked for."""
         return self.described.recorded(self.positions)
 
     @property
@@ -90,7 +90,7 @@ class Pending:
     _items: list[tuple[int, Item]] = field(default_factory=list)
 
     def add(self, level: int, item: Item) -> None:
-        """Note something.
+        """Note an item.
 
         :param level: how many savepoints are open.
         """
@@ -119,7 +119,7 @@ class Pending:
         for number in reversed(range(len(self._items))):
             level, known = self._items[number]
             if isinstance(known, Batch) and any(event.originator_id == originator_id for event in known.events):
-                # What is to follow a rollback is noted before the events.
+                # Functions for a rollback are noted before the events.
                 self._items.insert(number, (level, item))
                 return
 
@@ -143,7 +143,7 @@ class Pending:
         before: list[tuple[int, Item]] = []
         last = None
         for entry in self._items:
-            # What is to follow the commit is noted after the events, what is to follow a rollback before them.
+            # Functions for the commit are noted after the events, those for a rollback before them.
             if isinstance(entry[1], Batch):
                 last = kept if is_there(entry[1]) else gone
                 last += [*before, entry]
@@ -152,7 +152,7 @@ class Pending:
                 last.append(entry)
             else:
                 before.append(entry)
-        # What came after the last events stands or falls with the others.
+        # Items after the last events share the fate of the others.
         (kept if kept or not gone else gone).extend(before)
         self._items = kept
         return [item for _, item in gone]
@@ -163,7 +163,7 @@ def call_all(items: Iterable[AfterCommit | AfterRollback]) -> None:
 
     A function may have an attribute ``remedy``, which is logged if it fails.
     """
-    # The caller of commit() must not take an error for a failure, nor try again.
+    # An error here must not look to the caller of commit() like a failed commit, which it would try again.
     call_each(logger, ((item.function, "The %s, and then %r failed. %s", _told(item)) for item in items))
 
 
@@ -179,7 +179,7 @@ def log_lost(batches: Sequence[Batch]) -> None:
 
 
 def describe(batches: Sequence[Batch]) -> str:
-    """Return what messages say of events: ``2 events of Bank (…) were``."""
+    """Return the words for events in a message: ``2 events of Bank (…) were``."""
     notifications = [notification for batch in batches for notification in batch.notifications]
     names = ", ".join(_name(notification) for notification in notifications[:NAMED])
     more = f" and {len(notifications) - NAMED} more" if len(notifications) > NAMED else ""
@@ -194,13 +194,13 @@ def _name(notification: Notification) -> str:
 
 
 class ConnectionState:
-    """What is known of a connection: its open savepoints, the innermost last, and the units that follow it."""
+    """The state of a connection: its open savepoints, the innermost last, and the units that follow it."""
 
     def __init__(self) -> None:
         self.savepoints: list[str] = []
         self.units: list[weakref.ref[Any]] = []
         self.statements = 0
-        """How many SQLAlchemy has run on it since it is known here, each with a cursor of the driver's."""
+        """How many statements SQLAlchemy has run on it since then, each with a cursor of the driver's."""
         self._made = 0
 
     def add(self, unit: object) -> None:
@@ -208,14 +208,14 @@ class ConnectionState:
         self.units = [*(each for each in self.units if each() not in (None, unit)), weakref.ref(unit)]
 
     def opened(self, name: str | None) -> None:
-        """A savepoint was made; SQLAlchemy names those without a name after it has told of them."""
+        """Note a new savepoint. SQLAlchemy gives it a name after it has called the listeners."""
         if name is None:
             self._made += 1
             name = f"sa_savepoint_{self._made}"
         self.savepoints.append(name)
 
     def left(self, name: str) -> int:
-        """A savepoint was released or rolled back, and with it those within it; returns its level, from 1 up."""
+        """Note that a savepoint, with those within it, was released or rolled back. Returns its level, from 1 up."""
         names = self.savepoints
         level = names.index(name) + 1 if name in names else max(1, len(names))
         del names[level - 1 :]
@@ -226,12 +226,12 @@ _states: weakref.WeakKeyDictionary[Connection, ConnectionState] = weakref.WeakKe
 
 
 def known_state(connection: Connection) -> ConnectionState | None:
-    """Return what is known of a connection, or None."""
+    """Return the known state of a connection, or None."""
     return _states.get(connection)
 
 
 def state_of(connection: Connection) -> ConnectionState:
-    """Return what is known of a connection."""
+    """Return the state of a connection, which is made at the first call."""
     found = _states.get(connection)
     if found is None:
         found = _states[connection] = ConnectionState()
@@ -239,7 +239,7 @@ def state_of(connection: Connection) -> ConnectionState:
 
 
 def is_there(dialect: Dialect, connection: Connection, batch: Batch) -> bool:
-    """Whether the driver's connection sees the events of a batch, and not others that have got their positions since.
+    """Whether the driver's connection sees the events of a batch, and not other events at their positions.
 
     :raises: the driver's errors.
     """
@@ -255,7 +255,7 @@ def _no_connection() -> Connection | None:
 
 
 class Following:
-    """What a unit knows of the end of its database's transaction.
+    """Follows the end of the database's transaction for a unit.
 
     ``rolled_back`` has the events of a rollback, until it is known whether code asked for it.
     """
@@ -273,7 +273,7 @@ class Following:
         """How many more cursors than statements there had been, when the unit looked last."""
 
     def begin(self, calls: Calls, statements: int) -> None:
-        """Note what was counted when the first event is noted."""
+        """Note the counts at the first event."""
         self.ends = calls.ends
         self.strays = calls.cursors - statements
 
@@ -290,7 +290,7 @@ class Following:
         self._suspicion = 2
 
     def asked(self, calls: Calls) -> None:
-        """Note that the database was asked what is there."""
+        """Note that the database was asked for the events."""
         self._suspicion = min(self._suspicion, 1)
         self.ends = calls.ends
 

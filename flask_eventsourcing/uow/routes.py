@@ -22,11 +22,11 @@ OTHER_CONNECTION = (
 
 FIXED = frozenset[Callable[..., Any]]({orm.Session.get_bind})
 INSERT = "flask_eventsourcing.insert"
-"""Where a table has a statement that inserts into it, in ``Table.info``."""
+"""The key in ``Table.info`` of a statement that inserts into the table."""
 
 
 HOW = ("application_name", "charset", "connect_timeout")
-"""What an address may have that says how to connect, and not where; Flask-SQLAlchemy adds MySQL's ``charset``."""
+"""What an address may have that says how to connect, and not where; Flask-SQLAlchemy adds a ``charset``."""
 
 
 def same_database(one: Engine, other: Engine) -> bool:
@@ -45,7 +45,7 @@ def session_of(session: orm.Session | orm.scoped_session[Any]) -> orm.Session:
 def writer_of(session: orm.Session, table: sa.Table) -> Engine | Connection:
     """Return the engine or connection with which a session would write a row of a table.
 
-    A session that sends reads elsewhere does so in its ``get_bind()``, which looks at the statement, or whether the
+    A session that sends reads to another engine does that in its ``get_bind()``, by the statement, or by whether the
     session flushes.
     """
     insert = table.info.get(INSERT)
@@ -75,11 +75,11 @@ class Route:
 
         :raises ConfigurationError: when the session writes its models to another database, and that was not configured.
         """
-        # A copy, as the session takes "bind" out of what it is given.
+        # A copy, because the session removes "bind" from its argument.
         connection = session.connection(bind_arguments=dict(self.bind_arguments))
         if same_database(connection.engine, self._engine):
             return connection
-        # A session that sends reads to a replica: what is saved and what is read to be changed needs the writer.
+        # The session may send reads to a replica, but saves, and reads before a change, need the writer.
         return session.connection(bind_arguments={"bind": self._engine if self._is_apart else self._writer(session)})
 
     def check(self, session: orm.Session, connection: Connection) -> None:

@@ -22,13 +22,13 @@ R = TypeVar("R")
 logger: logging.Logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 0.1
-"""Seconds before a unit is run again, at most."""
+"""The most seconds before a unit is run again."""
 
 UNREAD = "Not tried again, as the body of the request was read, and is too large to be kept."
 
 
 def always() -> bool:
-    """Return that there can be another try."""
+    """Return True: another try is possible."""
     return True
 
 
@@ -49,7 +49,7 @@ class UnitRunner:
         :param run: the run of the unit, if the caller needs to know more of it.
         """
         unit = self._current()
-        # Kept, as the user's code may remove it.
+        # Kept, because the user's code may remove it.
         session = unit.session
         outer = unit.shared.run()
         if outer is not None:
@@ -61,12 +61,12 @@ class UnitRunner:
         with running(run, unit.shared.scope):
             unit.queue.active = queueing
             try:
-                # Ctrl-C and the end of a greenlet too must leave no transaction open.
+                # Ctrl-C, and the end of a greenlet, must leave no transaction open either.
                 with ExitStack() as failed:
                     failed.callback(self._roll_back, run, unit, session)
                     self._begin(unit, session)
                     yield session
-                    # Somebody may have rolled the driver's connection back since the last save.
+                    # Other code may have rolled the driver's connection back since the last save.
                     self._current().look()
                     if run.rollback_only is not None:
                         raise RollbackOnlyError(run.rollback_only or None)
@@ -78,7 +78,7 @@ class UnitRunner:
 
     def _begin(self, unit: UnitOfWork, session: orm.Session) -> None:
         unit.units.commits.begin(session)
-        # A session may be made not to begin by itself.
+        # A session with autobegin=False does not begin by itself.
         if not (session.autobegin or session.in_transaction()):
             session.begin()
         if session.in_transaction():
@@ -93,7 +93,7 @@ class UnitRunner:
         unit.units.commits.rollback(session)
         current = self._current()
         if current is not unit:
-            # Somebody has removed the session and got another one.
+            # Other code has removed the session, and got another one.
             current.units.commits.rollback(current.session)
 
     def retry(
@@ -105,7 +105,7 @@ class UnitRunner:
         :param lenient: whether other code may commit in it, as in a task, which did not ask for a unit of work.
         """
         unit = self._current()
-        # What was saved before would be rolled back with the conflict, and the next try would go on without it.
+        # Earlier saves would be rolled back with the conflict, and the next try would go on without them.
         again = not unit.has_changes() and unit.shared.run() is None
         for tries in range(times + 1):
             run = Run(lenient=lenient)
@@ -124,7 +124,7 @@ class UnitRunner:
 
 
 def _reason(*, again: bool, run: Run, tries: int, times: int, rewind: Callable[[], bool]) -> str | None:
-    """Return why there is no other try, or None where there is one."""
+    """Return why there is no other try, or None if there is one."""
     if not again:
         return "Not tried again, as the session had changes, or was in a unit of work, before this one began."
     if run.has_committed:
@@ -133,7 +133,7 @@ def _reason(*, again: bool, run: Run, tries: int, times: int, rewind: Callable[[
 
 
 def why_not_again(tries: int, times: int, rewind: Callable[[], bool]) -> str | None:
-    """Return why there is no other try after a number of tries that had to be repeated, or None where there is one.
+    """Return why there is no other try after a number of failed tries, or None if there is one.
 
     :param rewind: called before another try; returns whether there can be one.
     """
@@ -177,7 +177,7 @@ def roll_back(session: orm.Session) -> None:
     try:
         session.rollback()
     except sa.exc.InvalidRequestError:
-        # A listener of after_commit raised: the transaction is committed, and only to be closed.
+        # A listener of after_commit failed: the transaction is committed, and only has to be closed.
         session.close()
     except sa.exc.SQLAlchemyError as error:
         logger.warning("A rollback failed, so its session is closed: %s", error)
@@ -199,7 +199,7 @@ def close(session: orm.Session) -> None:
     while transactions[-1] is not None:
         transactions.append(transactions[-1].parent)
     for _ in transactions:
-        # Each failure is that of one more savepoint.
+        # Each failure is about one more savepoint.
         with suppress(sa.exc.SQLAlchemyError):
             session.close()
             return
@@ -246,5 +246,5 @@ def _joined(run: Run) -> Iterator[None]:
     finally:
         run.depth -= 1
         if not is_whole:
-            # Whatever it was, the outer unit must not commit half of this one. The default message says so.
+            # After any error, the outer unit must not commit half of this one. The default message says so.
             run.rollback_only = run.rollback_only or ""

@@ -1,4 +1,4 @@
-"""The unit of work on a SQLAlchemy session: what was recorded in it, until the transaction ends.
+"""The unit of work on a SQLAlchemy session: the events that were recorded in it, until the transaction ends.
 
 It follows the database's transaction, not only the session: ``listeners`` tells it of each begin, commit, rollback and
 savepoint. If the unit may have missed one, it asks the database.
@@ -38,9 +38,9 @@ from .pending import (
 from .routes import FIXED, Route, same_database
 
 INFO_KEY = "flask_eventsourcing"
-"""Where a session has its units of work, in ``Session.info``."""
+"""The key in ``Session.info`` of a session's units of work."""
 LENT = "flask_eventsourcing.lent"
-"""Marks a session that other code has made the current one and commits, in ``Session.info``."""
+"""The key in ``Session.info`` that marks a session which other code has made the current one, and commits."""
 
 Announce = Callable[[Sequence[Batch]], None]
 
@@ -53,7 +53,7 @@ def _everywhere() -> object:
 class Units:
     """Makes the units of work of one datastore, one for each session.
 
-    :param datastore: where the events are.
+    :param datastore: the database of the events.
     :param commits: who commits.
     :param publish: called with the events of a transaction after it was committed.
     :param bind_arguments: arguments with which a session finds its connection to the events' database.
@@ -102,7 +102,7 @@ class SessionUnits:
         self.committed: orm.SessionTransaction | None = None
         """The session's transaction or savepoint that was committed and has not ended yet."""
         self.is_committing = False
-        """Whether it is the session that commits now."""
+        """Whether the session itself is committing."""
         self.turns: Turns = Turns()
         self.asked = False
         """Whether code has asked for the rollback that has just happened."""
@@ -129,11 +129,11 @@ class SessionUnits:
 
 
 class UnitOfWork(Unit):
-    """What one session has recorded in one datastore and not yet committed; recorders join the session through it.
+    """The uncommitted events of one session in one datastore. Recorders join the session through it.
 
     :param shared: what the session's units share.
-    :param units: what made it.
-    :param bind_arguments: with which the session finds its connection to the events' database.
+    :param units: the object that made it.
+    :param bind_arguments: arguments with which the session finds its connection to the events' database.
     """
 
     def __init__(self, shared: SessionUnits, units: Units, bind_arguments: dict[str, Any]) -> None:
@@ -246,7 +246,7 @@ class UnitOfWork(Unit):
     def has_changes(self) -> bool:
         """Whether there are events, or models that were not flushed, that a rollback would take away."""
         session = self.session
-        # Those of the session's other units go the same way.
+        # A rollback also removes the events of the session's other units.
         recorded = any(unit.batches for unit in self.shared.units.values())
         return bool(recorded or session.new or session.dirty or session.deleted)
 
@@ -255,8 +255,8 @@ class UnitOfWork(Unit):
         """Whether there may be work that is not committed yet."""
         if self.shared.depth or self.session.in_nested_transaction() or self.has_changes():
             return True
-        # The session does not say whether its transaction has written. Where save() commits, it has done so, and
-        # other code need not have: an open transaction is taken for one that only reads.
+        # The session does not tell whether its transaction has written. If save() commits, nothing of ours is left, so
+        # an open transaction is taken for one that only reads.
         if self.units.commits.at_save:
             return False
         return self.session.in_transaction() or self.units.commits.is_to_come(self.session)
@@ -264,7 +264,7 @@ class UnitOfWork(Unit):
     def _note(self, item: Item, connection: Connection | None = None) -> None:
         self.resolve(asked=True)
         if connection is None:
-            # A rollback of nothing would not be noticed, so there is a transaction from here on.
+            # A rollback without a transaction would not be noticed, so one begins here.
             self.shared.turns.look()
             self.units.commits.joining(self.session)
             connection = self.connection()
@@ -321,7 +321,7 @@ class UnitOfWork(Unit):
         is_over = self._is_over(connection)
         if not (is_over or self.following.was_suspicious) or self.dialect.is_aborted(connection):
             return
-        # What this transaction has would look like what one before it has committed.
+        # The events of this transaction would look like those that an earlier one has committed.
         if not is_over and not self.dialect.roll_back(connection):
             return
         gone = self._find_gone(connection, is_over=True)
@@ -338,7 +338,7 @@ class UnitOfWork(Unit):
     def _find_gone(self, connection: Connection, *, is_over: bool) -> list[Item]:
         """Forget the events that the transaction does not see, and return what was forgotten.
 
-        :param is_over: whether it has ended; what cannot be asked is forgotten then, as nobody may be told a guess.
+        :param is_over: whether it has ended. Then events that cannot be looked for are forgotten, and not guessed.
         """
         there = self.following.ask(self.dialect, connection, self.pending.all(Batch))
         if there is None:
@@ -352,11 +352,11 @@ class UnitOfWork(Unit):
         return gone
 
     def rolled_back(self, level: int) -> None:
-        """A savepoint, or with level 0 the transaction, was rolled back in the database."""
+        """Called when a savepoint, or with level 0 the transaction, was rolled back in the database."""
         self.queue.left()
         self.following.is_committing = self.following.is_prepared = False
         gone = self.pending.rolled_back(level)
-        # At once, as an object must not be saved again before it is known who wanted the rollback.
+        # At once: an object must not be saved again before it is known whether code asked for the rollback.
         call_all(of_kind(gone, AfterRollback))
         self.following.rolled_back += of_kind(gone, Batch)
         if level == 0:
@@ -365,13 +365,13 @@ class UnitOfWork(Unit):
             self.note_rollback_in_run()
 
     def note_rollback_in_run(self) -> None:
-        """A unit of work that runs here can no longer be committed."""
+        """Note that a unit of work that runs here can no longer be committed."""
         run = self.shared.run()
         if run is not None and not (run.lenient or run.is_ending) and run.rollback_only is None:
             run.rollback_only = "A part of this unit of work was rolled back, so all of it was rolled back"
 
     def released(self, level: int) -> None:
-        """A savepoint was released in the database."""
+        """Called when a savepoint was released in the database."""
         self.queue.left()
         self.pending.released(level)
 
@@ -382,7 +382,7 @@ class UnitOfWork(Unit):
             self.units.lost(batches)
 
     def committed(self) -> None:
-        """The transaction was committed."""
+        """Called when the transaction was committed."""
         items = self.pending.rolled_back(0)
         self.queue.left()
         self.gate.has_failed = False
@@ -394,7 +394,7 @@ class UnitOfWork(Unit):
             call_all([AfterCommit(partial(self.units.publish, batches))])
 
     def unknown(self) -> None:
-        """The connection was lost during the commit: no signal is sent, and the aggregate objects are stale."""
+        """Called when the connection was lost during the commit: no signal is sent, and aggregate objects are stale."""
         self.queue.left()
         self.following.is_committing = self.following.is_prepared = False
         call_all(of_kind(self.pending.rolled_back(0), AfterRollback))

@@ -27,17 +27,17 @@ from .state import current_state
 from .uncommitted import FAILURE, refuse_lost, rolled_back
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-"""The types of bodies that are parsed into what can be had again."""
+"""The types of bodies that are parsed into values that can be read again."""
 
 LONGEST_KEPT = 2_500_000
-"""Bytes of a body that is kept for the next try, at most."""
+"""The most bytes of a body that are kept for the next try."""
 
 TASK = "flask_eventsourcing.task"
-"""Where a session has the asyncio task whose unit of work it is in, in ``Session.info``."""
+"""The key in ``Session.info`` of the asyncio task whose unit of work the session is in."""
 
 
 class Rereading:
-    """Lets a function that is run again read the request again, from where it was when the function began."""
+    """Lets a function that is run again read the request again, from the place where the function began."""
 
     def __init__(self) -> None:
         proxy: Any = request
@@ -46,7 +46,7 @@ class Rereading:
         self._body: bytes | None = None
         is_new = has_request_context() and not {"stream", "form", "_cached_data"} & self._there.keys()
         if is_new and request.mimetype not in FORMS and 0 < (request.content_length or 0) <= LONGEST_KEPT:
-            # Where it cannot be read, the function gets the error when it reads.
+            # If it cannot be read, the function gets the error when it reads.
             with suppress(HTTPException):
                 self._body = request.get_data()
                 self._there["stream"] = BytesIO(self._body)
@@ -56,10 +56,10 @@ class Rereading:
         return [upload for _, named in self._there.get("files", MultiDict()).lists() for upload in named]
 
     def rewind(self) -> bool:
-        """Have what was read be read from there, or return False where a body that was not kept was read."""
+        """Go back to that place. Return False if a body that was not kept was read."""
         before = {id(upload): position for upload, position in self._uploads}
         for each in self._parsed():
-            # The function that has closed it finds it closed.
+            # An upload that the function has closed stays closed.
             with suppress(ValueError):
                 each.seek(before.get(id(each)) or 0)
         if self._body is not None:
@@ -70,7 +70,7 @@ class Rereading:
 
 
 def _position(stream: Any) -> int | None:
-    """Return how much of a stream was read, as far as it tells."""
+    """Return the position in a stream, or None if it does not tell."""
     if stream is None:
         return 0
     try:
@@ -80,7 +80,7 @@ def _position(stream: Any) -> int | None:
 
 
 class _FailureReturned(Exception):  # noqa: N818
-    """Ends a unit of work that has to be rolled back, with what its function has returned."""
+    """Ends a unit of work that has to be rolled back, and carries the return value of its function."""
 
     def __init__(self, returned: Any) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def in_unit(
     :param times: how often it is run again after a conflict, at most; None for never.
     :param status: whether a return value with a status of 400 or more, as Flask reads it, rolls back.
     :param noted: takes the name of the function.
-    :raises ConfigurationError: for a generator, which would run when the unit has ended.
+    :raises ConfigurationError: for a generator, which would run after the end of the unit.
     """
     name = getattr(function, "__qualname__", repr(function))
     called = (function, getattr(function, "__call__", None))  # noqa: B004
@@ -165,8 +165,8 @@ def _unit(host: FlaskHost) -> UnitOfWork:
 
 
 def _judge(host: FlaskHost, name: str, *, status: bool) -> Callable[[Any], Any]:
-    """Return a function of the return value: it returns that, or raises what rolls the unit back."""
-    # The outer one, where there is one, has to decide about what both did.
+    """Return a function that takes the return value, and returns it or raises an error that rolls the unit back."""
+    # If there is an outer unit, it has to decide about the work of both.
     looks = status and has_request_context() and not _unit(host).shared.depth
 
     def judge(returned: Any) -> Any:
@@ -225,7 +225,7 @@ def _code_of(status: Any) -> int | None:
 
 
 async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int | None) -> Any:
-    """Do what ``UnitRunner.retry()`` does, or ``transaction()``, with a pause that lets others run."""
+    """Do what ``UnitRunner.retry()`` does, or ``transaction()``, with pauses in which other tasks run."""
     if times is None:
         with host.transaction():
             return await work()
@@ -248,7 +248,7 @@ async def _await(host: FlaskHost, work: Callable[[], Awaitable[Any]], times: int
 
 @contextmanager
 def _of_one_task(unit: UnitOfWork, name: str) -> Iterator[None]:
-    """Refuse that tasks which run at the same time are in one unit, as each would commit half of the other."""
+    """Refuse concurrent tasks in one unit of work, because each would commit half of the other's work."""
     info = unit.session.info
     task = asyncio.current_task()
     outer = info.get(TASK)

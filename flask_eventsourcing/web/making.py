@@ -1,6 +1,6 @@
 """Makes the state of a Flask app: with its events in the database of its sessions, or apart from them.
 
-Where the events are apart, in a store of their own, projections have their models and positions in the app's databases.
+If the events are apart, in a store of their own, projections have their models and positions in the app's databases.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from .state import EventSourcingState, Slots, state_of
 OF_DATABASES = (*DialectOptions.settings(), "bind_key", "binds", "schema", "correlation_index", "projection_lock")
 """The settings of a database of SQLAlchemy's."""
 OF_EVENTS = ("correlation_index",)
-"""Those of them that only concern its tables of events."""
+"""Those of them that concern only its tables of events."""
 
 
 class FlaskApart(ApartHost):
     """A Flask app as the host of applications that are apart, and its databases as hosts of their projections.
 
-    :param store: where the applications have their events.
+    :param store: the store of the applications' events.
     :param app: the app.
     :param extension: its ``SQLAlchemy`` object, or None.
-    :param records: makes the classes of what projections need.
+    :param records: makes the record classes for projections.
     """
 
     def __init__(self, store: EventStore, app: Flask, extension: Any, config: Config, records: RecordClasses) -> None:
@@ -93,7 +93,7 @@ class FlaskApart(ApartHost):
         return self._hosts[key]
 
     def models(self, application_class: type[Application[Any]]) -> ProjectionModels:
-        """Return the classes of what an application's projections need."""
+        """Return the record classes for an application's projections."""
         return self._records.make_for_projections(self._extension, application_class, self._config)
 
     def _make(self, key: str | None, models: ProjectionModels) -> FlaskHost:
@@ -101,7 +101,7 @@ class FlaskApart(ApartHost):
         datastore = make_datastore(self._database, key, self._config, None)
         datastore.dialect.check_names(models.tables.values())
         arguments = self._database.bind_arguments(key, table)
-        # No recorder joins these units, so that there is nothing to tell of.
+        # No recorder joins these units, so no events are to be published.
         units = Units(datastore, SessionCommits(), _nothing, arguments, _nothing, current_context, FIXED_BINDS)
         host = FlaskHost(self._app, self._database, units, table)
         if self._is_prepared:
@@ -109,13 +109,13 @@ class FlaskApart(ApartHost):
         return host
 
     def prepare(self) -> None:
-        """Install what the engines and sessions need, also of those that are made later."""
+        """Prepare the engines and sessions, also those that are made later."""
         self._is_prepared = True
         for host in self.all():
             host.prepare()
 
     def all(self) -> list[FlaskHost]:
-        """Return those that were made."""
+        """Return the hosts that were made."""
         return list(self._hosts.values())
 
     @property
@@ -129,7 +129,7 @@ class FlaskApart(ApartHost):
 
 
 def _nothing(batches: Sequence[Batch]) -> None:
-    """Tell of no events."""
+    """Do nothing: there are no events."""
 
 
 class ApartState(EventSourcingState):
@@ -163,14 +163,14 @@ class ApartState(EventSourcingState):
         self.apart.check(projection_class, models, application_class)
 
     def take(self, other: EventSourcingState) -> None:
-        """Become what another state of the same app is."""
+        """Take over all values of another state of the same app."""
         super().take(other)
         if isinstance(other, ApartState):
             self.apart = other.apart
 
     @property
     def store(self) -> EventStore:
-        """Where the events are."""
+        """The store of the events."""
         return self.apart.store
 
     @property
@@ -202,12 +202,12 @@ class ApartState(EventSourcingState):
 
     @property
     def datastore(self) -> Datastore:
-        """There is none."""
+        """None: there is no datastore."""
         self.apart.refuse("A database of SQLAlchemy")
 
     @property
     def tables_datastore(self) -> Datastore | None:
-        """The database in which projections have their tables, that of the first where there are several."""
+        """The database in which projections have their tables; of several, the first."""
         return next((host.datastore for host in self.apart.all()), None)
 
     @property
@@ -232,7 +232,7 @@ class ApartState(EventSourcingState):
         return found
 
     def prepare(self) -> None:
-        """Install what the engines and sessions of projections need."""
+        """Prepare the engines and sessions of projections."""
         self.apart.prepare()
 
     def release_connections(self) -> None:
@@ -256,7 +256,7 @@ def make_apart_state(
 
     :param constructors: what constructs each application class.
     :param id_types: the type of the aggregates' ids by the name of the application.
-    :param records: makes the classes of what projections need.
+    :param records: makes the record classes for projections.
     :raises ConfigurationError: naming what is wrong and the remedy.
     """
     _check_effects(config, OF_DATABASES if extension is None else OF_EVENTS)
@@ -341,10 +341,10 @@ def made_again(
 
 
 def construct_now(state: EventSourcingState) -> None:
-    """Construct the applications where ``EVENTSOURCING_CONSTRUCT`` says so, on engines that nobody has prepared yet."""
+    """Construct the applications now, if ``EVENTSOURCING_CONSTRUCT`` says so, on engines that are not prepared yet."""
     if state.config.construct != "init":
         return
-    # Those that were constructed before the one that fails are of no use either.
+    # Applications that were constructed before the one that failed are useless too.
     with ExitStack() as failed, state.app.app_context():
         failed.callback(state.close)
         state.construct()
@@ -386,7 +386,7 @@ def untouched_on_error(app: Flask) -> Iterator[None]:
         for key, value in functions.items():
             app.after_request_funcs[key][:] = value
 
-    # An app that is half made is no use.
+    # A half-made app would be useless.
     with ExitStack() as failed:
         failed.callback(restore)
         yield

@@ -28,9 +28,9 @@ from ..metadata import (
 from ..metadata.values import metadata_of_headers, trace_of_span
 
 KEPT = "flask_eventsourcing.metadata"
-"""Where the environment of a request has what was filled in for it, for all of its saves."""
+"""The key in the environment of a request of the metadata for all of its saves."""
 
-# From version 3.2 of Flask on, it is the application context.
+# Since Flask 3.2, this is the application context.
 _request_context: Any = vars(flask_globals).get("request_ctx", app_ctx)
 
 
@@ -60,7 +60,7 @@ class Carried:
 
     def __call__(self) -> Mapping[str, str]:
         """Return it; empty outside an application context of the app."""
-        # Each save asks: the objects themselves are quicker than Flask's proxies.
+        # Called by each save. The objects themselves are faster than Flask's proxies.
         context: Any = app_ctx._get_current_object() if has_app_context() else None  # type: ignore[attr-defined]
         if context is None or context.app is not self._app:
             return {}
@@ -79,11 +79,11 @@ class Carried:
 
 
 def answer_in_steps(response: Response) -> bool:
-    """Have what makes the parts of a response, after the view has returned, keep its metadata to itself.
+    """Keep the metadata of the code that makes the parts of a response, after the view has returned, to itself.
 
     :return: whether the response is made of such parts.
     """
-    # A file stays one that the server may send by itself.
+    # A file stays a file, so that the server may send it by itself.
     in_steps = response.is_streamed and not response.direct_passthrough
     if in_steps:
         response.response = _Parts(response.response)
@@ -91,9 +91,9 @@ def answer_in_steps(response: Response) -> bool:
 
 
 class _Parts:
-    """What a response streams: metadata that it puts in force are so in its own steps, and in no other code.
+    """The parts of a streamed response. Metadata that their code sets are in force in its steps, and in no other code.
 
-    A server that gives a response up, or a test that never reads it, leaves a generator in the middle of a block.
+    A server that gives up a response, or a test that never reads it, leaves a generator in the middle of a block.
     """
 
     def __init__(self, parts: Iterable[Any]) -> None:

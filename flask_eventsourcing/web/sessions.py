@@ -1,6 +1,6 @@
 """The databases and sessions of one Flask app, and the app as a host.
 
-Flask-SQLAlchemy and Flask-SQLAlchemy-Lite are told apart here only, by the object that the user passes.
+Only this module distinguishes Flask-SQLAlchemy and Flask-SQLAlchemy-Lite, by the object that the user passes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ R = TypeVar("R")
 
 DEFAULT_URI = "sqlite:///eventsourcing.db"
 SESSIONS = "_sqlalchemy_sessions"
-"""Where Flask-SQLAlchemy-Lite keeps the sessions of an application context, in ``flask.g``."""
+"""The attribute of ``flask.g`` in which Flask-SQLAlchemy-Lite keeps the sessions of an application context."""
 PID = "_flask_eventsourcing_pid"
-"""Where a context of Flask-SQLAlchemy-Lite has the process that used it, in ``flask.g``."""
+"""The attribute of ``flask.g`` with the process that used a context of Flask-SQLAlchemy-Lite."""
 ENDED = "_flask_eventsourcing_ended"
-"""Marks a context that is over, in ``flask.g``: a thread may still have a copy of it."""
+"""The attribute of ``flask.g`` that marks a context that is over. A thread may still have a copy of it."""
 LEFT = "_flask_eventsourcing_left"
-"""Where an application context has the sessions that were current for a while, in ``flask.g``."""
+"""The attribute of ``flask.g`` with the sessions that were current for a part of an application context."""
 AFTER_THE_END = (
     "An application context that has ended is in use, as by a thread with a copy of it: its session will never be "
     "committed, rolled back or closed. Push a context of its own there: with app.app_context(): …"
@@ -122,7 +122,7 @@ class AppDatabase:
         return self.engines[key]
 
     def bind_arguments(self, bind_key: str | None, events_table: sa.Table) -> dict[str, Any]:
-        """Return with what a session finds its connection to the database of a bind key."""
+        """Return the arguments with which a session finds its connection to the database of a bind key."""
         if not self.has_models and bind_key is not None:
             return {"bind": self.engine_of(bind_key)}
         return {"clause": events_table}
@@ -166,7 +166,7 @@ class AppDatabase:
     def using(self, session: orm.Session) -> Iterator[None]:
         """A context in which a session is that of the current application context.
 
-        :raises ConfigurationError: when ``db.session`` was replaced by something that has no place for it.
+        :raises ConfigurationError: when ``db.session`` was replaced by an object that cannot hold another session.
         """
         if self.has_models and not isinstance(self.extension.session, orm.scoped_session):
             raise ConfigurationError(
@@ -182,7 +182,7 @@ class AppDatabase:
 
     def _set_session(self, session: orm.Session | None) -> None:
         if not self.has_models:
-            # It closes what it finds there at the end of the context.
+            # At the end of the context, it closes the session that it finds there.
             others = {name: each for name, each in g.get(SESSIONS, {}).items() if name != "default"}
             lite_sessions(g, others if session is None else {**others, "default": session})
         elif session is None:
@@ -191,7 +191,7 @@ class AppDatabase:
             self.extension.session.registry.set(session)
 
     def redirected_session(self, engine: sa.Engine, connection: Connection) -> orm.Session:
-        """Return a new session of the current context, with a connection in the place of an engine."""
+        """Return a new session of the current context, which uses a connection instead of an engine."""
         session = redirected_session(self._factory, engine, connection)
         if isinstance(self.extension.session, orm.scoped_session):
             self.extension.session.remove()
@@ -199,7 +199,7 @@ class AppDatabase:
         return session
 
     def separate_processes(self) -> None:
-        """Keep connections and sessions from before a fork from being used after it."""
+        """Prevent that connections and sessions from before a fork are used after it."""
         for engine in self.engines.values():
             drop_inherited_connections(engine)
         if not self.has_models:
@@ -234,7 +234,7 @@ class FlaskHost:
     :param app: the app.
     :param database: its databases and sessions.
     :param units: makes the units of work of its sessions in that database.
-    :param events_table: one that is in that database.
+    :param events_table: a table of events in that database.
     """
 
     def __init__(self, app: Flask, database: AppDatabase, units: Units, events_table: sa.Table) -> None:
@@ -247,7 +247,7 @@ class FlaskHost:
         self.datastore: AppDatastore = AppDatastore(**given | {"unit": self.unit})
 
     def prepare(self) -> None:
-        """Install what the app's engines and sessions need."""
+        """Prepare the app's engines and sessions."""
         self.datastore.install()
         follow(self.datastore.engine)
         self.database.separate_processes()
@@ -358,7 +358,7 @@ class ScopeInProcess:
     An application context that was pushed before the fork is the same object in the forked process, so its session
     would be the same too. With another key the inherited session is neither used nor closed.
 
-    :param scope: what tells the sessions of one process from each other.
+    :param scope: returns the key of the current session within one process.
     """
 
     def __init__(self, scope: Callable[[], Hashable]) -> None:

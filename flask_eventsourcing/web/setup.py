@@ -57,7 +57,7 @@ class RecordClasses:
         """Whether the tables of a stand-in were created in this process."""
 
     def make(self, extension: Any, classes: Sequence[type[Application[Any]]], config: Config) -> dict[str, Models]:
-        """Return the record classes of application classes by name, made now if need be.
+        """Return the record classes of application classes by name; missing ones are made.
 
         :raises ConfigurationError: when a table name is taken, or they were made with another configuration; nothing
             was made then.
@@ -90,7 +90,7 @@ class RecordClasses:
     def make_for_projections(
         self, extension: Any, application_class: type[Application[Any]], config: Config
     ) -> ProjectionModels:
-        """Return the record classes for the projections of an application, made now if need be.
+        """Return the record classes for the projections of an application; missing ones are made.
 
         :raises ConfigurationError: when a table name is taken; nothing was made then.
         """
@@ -111,7 +111,7 @@ class RecordClasses:
 
     @contextmanager
     def untouched_on_error(self) -> Iterator[None]:
-        """Take back what was made if the block fails."""
+        """Remove the record classes that were made, if the block fails."""
         kinds: list[Mapping[Any, dict[str, Any]]] = [self._made, self._projections]
         before = [{base: set(made) for base, made in each.items()} for each in kinds]
 
@@ -121,7 +121,7 @@ class RecordClasses:
                     for name in set(made) - names.get(base, set()):
                         self._forget(made.pop(name))
 
-        # A later attempt makes them again.
+        # A later call makes them again.
         with ExitStack() as failed:
             failed.callback(forget)
             yield
@@ -138,7 +138,7 @@ class RecordClasses:
                 sa.event.listen(table, "after_create", note)
 
     def forget(self, application_name: str) -> None:
-        """Take back what was made for an application."""
+        """Remove the record classes that were made for an application."""
         for made in self._made.values():
             if application_name in made:
                 self._forget(made.pop(application_name))
@@ -151,7 +151,7 @@ class RecordClasses:
                 forget_class(model)
 
     def only(self) -> dict[str, Models]:
-        """Return the record classes where there is a single ``db`` object.
+        """Return the record classes, if there is a single ``db`` object.
 
         :raises ConfigurationError: when there is none yet, or several.
         """
@@ -181,9 +181,9 @@ def _place(extension: Any, application_class: type[Application[Any]], config: Co
 
 
 class MadeBy:
-    """Constructs an application as the library does a class, by a factory of the user's.
+    """Calls a factory of the user's in the way in which the library constructs an application class.
 
-    :param application_class: of what it makes.
+    :param application_class: the class of the applications that it makes.
     :param factory: takes the environment and returns an application.
     """
 
@@ -197,7 +197,7 @@ class MadeBy:
 
         :raises ConfigurationError: when the factory returns something else.
         """
-        # That of a class takes it by its name, as the library calls it.
+        # A constructor of a class gets it by its name, as from the library.
         made = self._factory(env=env) if isinstance(self._factory, partial) else self._factory(env)
         if not isinstance(made, self._application_class):
             raise ConfigurationError(
@@ -207,7 +207,7 @@ class MadeBy:
 
 
 def constructor_of(given: Any) -> tuple[type[Application[Any]], Any]:
-    """Return an application class and what constructs it, of what a user has given as the one or the other.
+    """Return an application class and its constructor, for a class or a factory that the user has passed.
 
     :raises ConfigurationError: when it is neither, or cannot be called with the environment alone.
     """
@@ -291,7 +291,7 @@ def make_state(
         hosts[of].datastore.dialect.check_names(own.tables.values())
         return ProjectedApplication(hosts[of], of.name, slots[of].get, own, lease=config.projection_lock == "lease")
 
-    # Their tables are checked before anything is made, here and in EventSourcing.projection().
+    # The tables of their models are checked before anything is made, as in EventSourcing.projection().
     projections = BoundProjections(hosts[classes[0]], followed, lambda *_: None)
     for registration in registrations.entries:
         projections.add(registration)

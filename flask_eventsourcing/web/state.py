@@ -32,7 +32,7 @@ from .sessions import FlaskHost
 
 EXTENSION = "eventsourcing"
 PROGRAM = "flask eventsourcing"
-"""How the commands are called in a Flask app, as messages name them."""
+"""How messages call the commands in a Flask app."""
 Slots: TypeAlias = Mapping[type[Application[Any]], ApplicationSlot[Application[Any]]]
 _states: weakref.WeakSet[EventSourcingState] = weakref.WeakSet()
 
@@ -124,7 +124,7 @@ class EventSourcingState:
 
     @property
     def tables_datastore(self) -> Datastore | None:
-        """The database in which commands look for tables, None where there are none."""
+        """The database in which commands look for tables, or None if there are none."""
         return self.datastore
 
     @property
@@ -178,7 +178,7 @@ class EventSourcingState:
         """See ``EventSourcing.using``."""
         session = session_of(session)
         hosts = self._each_host()
-        # One that is for none of the databases is refused with the reason of the first.
+        # A session for none of the databases is refused with the reason of the first one.
         with next((host for host in hosts if host.is_for(session)), hosts[0]).using_session(session):
             yield session
 
@@ -288,7 +288,7 @@ class FlaskSites:
         return state_of(given) if isinstance(given, Flask) else None
 
     def refuse(self) -> None:
-        """Say what is missing."""
+        """Raise an error that says what is missing."""
         current_state()
 
 

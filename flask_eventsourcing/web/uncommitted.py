@@ -37,9 +37,9 @@ from .state import EventSourcingState, discard, state_of
 FAILURE = 400
 """The lowest HTTP status that tells the client that the request was not carried out."""
 ENVIRON = "flask_eventsourcing.answer"
-"""Where a request has its :class:`Answer`, in its WSGI environment."""
+"""The key in the WSGI environment of a request of its :class:`Answer`."""
 CONTEXT = "_flask_eventsourcing_answer"
-"""Where an application context has the :class:`Answer` of its outermost request, in ``flask.g``."""
+"""The attribute of ``flask.g`` with the :class:`Answer` of the context's outermost request."""
 IN_SAVEPOINT = (
     "EVENTSOURCING_COMMIT = 'save' commits nothing within a savepoint or a transaction that you began: end it, and "
     "call db.session.commit()"
@@ -57,14 +57,14 @@ AT_END = {
     "db.session.commit()",
     "save": IN_SAVEPOINT,
 }
-"""What to do, by the commit mode, where an answer can be changed and where none can."""
+"""The remedies by commit mode: if an answer can still be changed, and if not."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """What is known of a request until its answer can no longer change.
+    """The state of a request until its answer can no longer change.
 
-    :param outer: that of the request in whose view this one was made, with a test client for example.
+    :param outer: the answer of the request in whose view this request was made, for example with a test client.
     :param inner: whether this request uses the transaction of the outer one, which then commits it or rolls it back.
     :param before: what was pending when it began.
     :param context: returns the context of Flask's in which it began.
@@ -75,9 +75,9 @@ class Answer:
     before: Sequence[Batch]
     context: Callable[[], object]
     dropped: list[str] = field(default_factory=list)
-    """What was lost elsewhere while the request was answered."""
+    """Events that were lost in other code while the request was answered."""
     rolled_back: list[str] = field(default_factory=list)
-    """What was rolled back for the status that a function has returned."""
+    """Events that were rolled back because of the status that a function has returned."""
     lent: dict[orm.Session, None] = field(default_factory=dict)
     """Sessions of the user's own that were current in a nested context."""
     over: bool = False
@@ -108,7 +108,7 @@ def install(state: EventSourcingState) -> None:
     :raises AssertionError: from Flask, when the app has handled a request already; nothing was installed then.
     """
     if state.apart is not None:
-        # Nothing is ever uncommitted.
+        # No event is ever uncommitted.
         return
     app = state.app
     app.teardown_appcontext(partial(_check_end, app))
@@ -119,7 +119,7 @@ def install(state: EventSourcingState) -> None:
 
 
 def connect(state: EventSourcingState) -> None:
-    """Begin to look: what cannot fail, and cannot be taken back."""
+    """Connect the signals. This cannot fail, and cannot be undone."""
     app = state.app
     request_started.connect(_begin_request, app)
     request_finished.connect(_answered, app)
@@ -136,7 +136,7 @@ def connect(state: EventSourcingState) -> None:
 
 def _begin_request(_: Flask, **__: object) -> None:
     leave_inherited_connections()
-    # Not its environment, which a view may have given to another one.
+    # Not by its environment, which a view may have passed to another request.
     enter_request(request_context())
 
 
@@ -161,9 +161,9 @@ def _begin_answer(app: Flask, **_: object) -> None:
 
 
 def _end_request(_: Flask, **__: object) -> None:
-    """A request whose error is raised to a test client has no answer, and is none that others are within.
+    """End a request whose error is raised to a test client: it has no answer, and no other request is within it.
 
-    A copy of its context, in another thread for example, has an end of its own, which is not the request's.
+    A copy of its context, for example in another thread, has an end of its own, which is not the end of the request.
     """
     context = request_context()
     leave_request(context)
@@ -193,7 +193,7 @@ def _handle(state: EventSourcingState, handle: Callable[..., Any], *args: Any) -
 
 
 def _code_of(error: HTTPException) -> int | None:
-    """Return the status of what was raised to be the answer, as a redirect may be; Flask takes None for no failure."""
+    """Return the status of an exception that is the answer, such as a redirect. Flask takes None for no failure."""
     return error.code if error.response is None else error.response.status_code
 
 
@@ -213,11 +213,11 @@ def _finalize(
     """Do what ``Flask.finalize_request()`` does, and then look: every function that might commit or save has run."""
     with ExitStack() as failed:
         if state_of(app).config.commit == "request":
-            # As for an error in the view.
+            # As after an error in the view.
             failed.callback(_roll_back_failed, state_of(app), "an after_request function raised an error")
         response = finalize(*args, from_error_handler=from_error_handler)
         failed.pop_all()
-    # A view may have given its environment to another request, or app.
+    # A view may have passed its environment to another request, or app.
     answer = _not_over(request.environ.get(ENVIRON)) or Answer(None, inner=False, before=[], context=request_context)
     try:
         _look(state_of(app), answer, response, after_error=from_error_handler)
@@ -253,7 +253,7 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
     else:
         _drop_all(state, answer, response, left)
     dropped, answer.dropped = answer.dropped, []
-    # A handler of the view's error may answer as it likes; one of any 500 does not know what it answers for.
+    # A handler for the view's error may answer anything. A handler for every 500 does not know which error it answers.
     if after_error:
         dropped = [*dropped, *answer.rolled_back]
     if dropped and done:
@@ -263,7 +263,7 @@ def _look(state: EventSourcingState, answer: Answer, response: Response, *, afte
 
 
 def _roll_back_all(state: EventSourcingState, left: Sequence[UnitOfWork]) -> list[Batch]:
-    """Roll back the sessions with events, and in the mode ``request`` the current one in any case."""
+    """Roll back the sessions with events, and in the mode ``request`` always the current session."""
     batches = _drop(dict.fromkeys([*state.open_units(), *left]))
     session = state.host.database.open_session() if state.config.commit == "request" else None
     if session is not None:
@@ -274,7 +274,7 @@ def _roll_back_all(state: EventSourcingState, left: Sequence[UnitOfWork]) -> lis
 def _drop_all(state: EventSourcingState, answer: Answer, response: Response, left: Sequence[UnitOfWork]) -> None:
     batches = _roll_back_all(state, left)
     by_request = state.config.commit == "request"
-    # If the extension rolls a failure back, no code has made a mistake.
+    # A rollback by the extension after a failure is no mistake of the user's code.
     if batches and (response.status_code < FAILURE or not by_request):
         answer.dropped.append(_tell(state, batches, response))
 
@@ -302,7 +302,7 @@ def refuse_lost() -> None:
 
 
 def _leave_to_outer(state: EventSourcingState, answer: Answer, response: Response) -> None:
-    """The outer request decides about the transaction that both use, but what failed here must not be committed."""
+    """Leave the transaction to the outer request, which uses it too, but do not let it commit what failed here."""
     if response.status_code < FAILURE:
         return
     for unit in state.open_units():
@@ -314,7 +314,7 @@ def _commit(state: EventSourcingState) -> None:
     session = state.host.database.open_session()
     if session is None:
         return
-    # The worker may go on after any error, with this session's connection in its pool.
+    # After any error the worker may go on, with this session's connection in its pool.
     with ExitStack() as failed:
         failed.callback(roll_back, session)
         commit(state.host.unit_of(session))
@@ -368,7 +368,7 @@ def lose(app: Flask, batches: Sequence[Batch]) -> None:
 
 
 def _end_context(app: Flask, exc: BaseException | None = None, **_: object) -> None:
-    """Every teardown function has run: what they did in a session that was opened after the first was closed?"""
+    """After all teardown functions: report events in a session that was opened after the first was closed."""
     _check_end(app, exc)
     answer = _answered_here()
     if answer is not None:

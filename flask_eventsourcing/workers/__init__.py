@@ -1,4 +1,4 @@
-"""What the adapters for task queues share: a process's app, the unit of work of a task, sending after the commit."""
+"""The common part of the adapters for task queues: the app of a process, units of work, sending after the commit."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from flask import Flask
 
 FlaskAppOrFactory: TypeAlias = "Flask | SiteState | Callable[..., Any]"
-"""A Flask app, a Pyramid application, or what ``EventSourcing`` of ``contrib.zope`` makes; or a function for one."""
+"""A Flask app, a Pyramid application, or an ``EventSourcing`` of ``contrib.zope``; or a function that returns one."""
 StateSlot = ApplicationSlot[SiteState]
 
 CONFLICT_RETRIES = 10
-"""How often a task is sent again after a conflict, unless told otherwise."""
+"""By default, how often a task is sent again after a conflict."""
 
 
 def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
@@ -59,7 +59,7 @@ def state_slot(flask_app_or_factory: Any, user: str) -> StateSlot:
 def made_state(factory: Callable[[], Any], user: str) -> SiteState:
     """Call an application factory, and return the state of what it makes.
 
-    :raises ConfigurationError: when what it returns is no Flask app, nor another site.
+    :raises ConfigurationError: when it returns neither a Flask app nor another site.
     """
     app = factory()
     state = site_of(app)
@@ -125,9 +125,9 @@ def after_commit(send: Callable[[], object], description: str) -> None:
     unit = host.unit()
     if unit is None and not isinstance(host, ApartHost):
         raise NotInitializedError
-    # Where events are apart, what was saved so far is stored.
+    # If the events are apart, everything that was saved is stored already.
     if unit is not None and unit.awaits_commit:
-        # What is in force now, as the commit may come when the event is handled no more that it belongs to.
+        # The current metadata: at the commit, the event that is being handled now may be over.
         with_metadata = kept_for_later(carried())(send)
         unit.on_commit(Sending(description, with_metadata))
     else:
@@ -135,7 +135,7 @@ def after_commit(send: Callable[[], object], description: str) -> None:
 
 
 CARRIED = "flask_eventsourcing_metadata"
-"""Where a task has the metadata that were in force when it was sent."""
+"""The key of the metadata that were in force when a task was sent."""
 
 
 def carried() -> dict[str, str]:
@@ -147,9 +147,9 @@ def carried() -> dict[str, str]:
 def received(found: Any, task_id: str | None = None) -> MetadataBlock:
     """Return a context with the metadata that came with a task; invalid ones are ignored.
 
-    What the task leaves in the context ends with it.
+    Metadata that the task leaves in the context end with the task.
 
-    :param task_id: what the task and its retries have in common: their correlation if no other came with it.
+    :param task_id: the id that the task and its retries share: their correlation, if no other came with the task.
     """
     try:
         known = checked({} if found is None else found)
@@ -161,11 +161,11 @@ def received(found: Any, task_id: str | None = None) -> MetadataBlock:
 
 
 def run_after_task(state: SiteState, body: Callable[[], Any], retries: int, found: Any, task_id: str | None) -> Any:
-    """Run what a queue calls when a task has ended, in a context and a unit of work, with the task's metadata.
+    """Run a callback that a queue calls after a task, in a context and a unit of work, with the task's metadata.
 
     :param retries: how often it is run again after a conflict, at most.
     :param found: the metadata that came with the task.
-    :param task_id: what the task and its retries have in common.
+    :param task_id: the id that the task and its retries share.
     """
     with received(found, task_id), working_for(state), state.host.context():
         return state.host.retry(body, retries, lenient=True)

@@ -20,7 +20,7 @@ from kombu.serialization import dumps
 from .._patches import task_attribute, task_registry_class
 from ..applications.known_sites import SiteState, current_site, find_current_site
 from ..exceptions import ConfigurationError
-from ..metadata import CORRELATION_ID
+from ..metadata import CORRELATION_ID, get_metadata_from_context
 from ..uow import Run
 from . import (
     CARRIED,
@@ -86,7 +86,7 @@ class _UnitTasks(TaskRegistry):
 
 
 class _Worker:
-    """What the tasks of one Celery app run in."""
+    """Runs the tasks of one Celery app in units of work."""
 
     def __init__(self, celery_app: Celery, slot: StateSlot, conflict_retries: int) -> None:
         self.celery_app = celery_app
@@ -94,23 +94,23 @@ class _Worker:
         self.conflict_retries = conflict_retries
 
     def install(self) -> None:
-        """Take charge of the tasks that are registered, and of those to come.
+        """Wrap the tasks that are registered, and those that will be.
 
-        A common base class would miss the tasks that have another one, so it is the registry that is extended.
+        A common base class would miss the tasks that have another one, so the registry is extended.
         """
         tasks = self.celery_app._tasks
         for task in tasks.values():
             self.wrap(task)
         task_registry_class(tasks, type("UnitTasks", (_UnitTasks, type(tasks)), {"worker": self}))
         signals.before_task_publish.connect(carry)
-        # The signals have weak references, and the registry's class keeps this object.
+        # The signals have weak references. The registry's class keeps this object alive.
         signals.worker_process_init.connect(self.construct)
         signals.worker_process_shutdown.connect(self.close)
         signals.worker_shutdown.connect(self.close)
 
     def construct(self, **_: Any) -> None:
         """Construct the applications of a worker's process; if it fails, Celery logs it and the first task tries."""
-        # The worker in this process may be that of another Celery app.
+        # The worker in this process may belong to another Celery app.
         if current_celery_app._get_current_object() is self.celery_app:
             constructed = ", ".join(cls.__qualname__ for cls in self.slot.get().applications)
             logger.info("Constructed %s in process %d.", constructed, os.getpid())
@@ -140,7 +140,7 @@ class _Worker:
             if ended is not None and find_current_site(last=False) is None:
                 return self._run_after(ended, task, lambda: body(*args, **kwargs))
             request = _request(task)
-            # A task that is called as a function is one: it does what it does in the caller's context.
+            # A task that is called as a function is a function: it runs in the caller's context.
             if request is None or hasattr(request, _MARK):
                 return body(*args, **kwargs)
             task_attribute(request, _MARK, True)
@@ -152,7 +152,7 @@ class _Worker:
         state = self._state(request)
         retries = getattr(task, "conflict_retries", self.conflict_retries)
         if request.is_eager:
-            # Celery tells no signal of it. What is in force where it is sent is what a worker would be sent.
+            # Celery sends no signal for it. A worker would get the metadata in force where it is sent.
             found = brought(request) or carried()
             # Celery would raise Retry to the caller when task_eager_propagates is set.
             with received(found, request.root_id or request.id), state.host.context():
@@ -167,7 +167,7 @@ class _Worker:
             try:
                 return task.retry(exc=error, countdown=pause(request.retries, LONGEST_PAUSE), max_retries=retries)
             finally:
-                # retry() leaves it behind for Celery's autoretry, which has a limit of its own.
+                # retry() leaves it set for Celery's autoretry, which has a limit of its own.
                 vars(task).pop("override_max_retries", None)
 
     def _run_after(self, ended: Any, task: Any, body: Callable[[], Any]) -> Any:
@@ -183,12 +183,20 @@ def carry(headers: Any = None, **_: Any) -> None:
     """Give a task that is sent the metadata in force, in its headers."""
     if not isinstance(headers, dict) or CARRIED in headers:
         return
-    found = carried()
-    if CORRELATION_ID not in found and current_task:
-        # Sent by the worker itself, when a task has ended: the next of a chain.
-        found = brought(current_task.request) or found
+    found, request = carried(), current_task.request if current_task else None
+    if request is not None and _has_ended(request):
+        # A request that the process keeps, as that of Pyramid's bootstrap(), is not the task's.
+        found = get_metadata_from_context()
+    if request is not None and CORRELATION_ID not in found:
+        found = brought(request) or found
     if found:
         headers[CARRIED] = found
+
+
+def _has_ended(request: Any) -> bool:
+    """Whether the worker itself sends another try of a task, or the next of a chain: the unit of work has ended."""
+    is_own = hasattr(request, _MARK) and not request.is_eager
+    return is_own and CORRELATION_ID not in get_metadata_from_context()
 
 
 def brought(request: Any) -> Any:
@@ -197,8 +205,8 @@ def brought(request: Any) -> Any:
 
 
 def _request(task: Any) -> Any:
-    """Return what a worker, or eager mode, is asked to do, or None where the task is called as a function."""
-    # Before Celery 5.5 a __call__ of the user's that calls super() puts a request on top that looks like a function's.
+    """Return the request of a worker, or of eager mode, or None if the task is called as a function."""
+    # Before Celery 5.5, a user's __call__ that calls super() adds a request that looks like that of a function call.
     return next((request for request in reversed(task.request_stack.stack) if not request.called_directly), None)
 
 
@@ -244,7 +252,7 @@ def send_after_commit(task: Any, /, *args: Any, **kwargs: Any) -> AsyncResult | 
 
 
 def _checked(signature: Any) -> str:
-    """Describe a signature for the log, after what apply_async() would refuse has been refused."""
+    """Describe a signature for the log. Arguments that apply_async() would refuse are refused now."""
     app = signature.app
     task = app.tasks.get(signature.task) if type(signature) is Signature else None
     if task is None:

@@ -102,7 +102,7 @@ class EventSourcingWorkerMixin:
         finally:
             job_perform(job, None)
             if self.is_horse:  # type: ignore[attr-defined]
-                # It ends by os._exit().
+                # The work-horse ends by os._exit().
                 self._slot.close()
 
     def monitor_work_horse(self, job: Job, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +112,7 @@ class EventSourcingWorkerMixin:
 
     def clean_registries(self) -> None:
         """Clean the registries, as RQ's worker does. This process calls the failure callback of an abandoned job."""
-        # A worker that forks has nothing open in this process.
+        # A worker that forks has no connection open in this process.
         wrapped = self._in_unit if isinstance(self, SimpleWorker) else self._in_closing_unit
         with queue_jobs(self.queues, lambda job: job_callback(job, "failure", wrapped)):  # type: ignore[attr-defined]
             super().clean_registries()  # type: ignore[misc]
@@ -132,7 +132,7 @@ class EventSourcingWorkerMixin:
             try:
                 return self._in_unit(name)(*args)
             finally:
-                # The next work-horse is forked from this process, which is to have nothing open.
+                # The next work-horse is forked from this process, which must have no connection open.
                 self._slot.close()
 
         return call
@@ -232,7 +232,7 @@ def enqueue_after_commit(queue: Queue, function: Callable[..., Any] | str, /, *a
 def _checked(
     queue: Queue, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of the function, after RQ has refused what it would refuse later."""
+    """Return the arguments of the function. Arguments that RQ would refuse later are refused now."""
     parsed: Any = Queue.parse_args(function, *args, **kwargs)
     # A named tuple in RQ 3, and a plain one that ends with them in RQ 2.
     found = (parsed.args, parsed.kwargs) if hasattr(parsed, "kwargs") else parsed[-2:]

@@ -32,12 +32,12 @@ def init_uwsgi(app: Flask) -> None:
     server: Any = uwsgi
 
     def begin() -> None:
-        # Not in a mule or a spooler, which may have no need of it, and construct at the first use.
+        # Not in a mule or a spooler, which may not need the applications, and construct them at the first use.
         if server.worker_id() > 0:
             state.construct()
 
     if server.worker_id() > 0:
-        # With lazy-apps the module is loaded after the fork, and no hook is called.
+        # With lazy-apps the module is loaded after the fork, so that uWSGI calls no hook.
         begin()
     else:
         server.post_fork_hook = _chained(getattr(server, "post_fork_hook", None), begin)
@@ -46,7 +46,7 @@ def init_uwsgi(app: Flask) -> None:
 
 def _chained(*functions: Callable[[], Any] | None) -> Callable[[], None]:
     def call() -> None:
-        # uWSGI prints what a hook raises and goes on; the others are called as well.
+        # uWSGI prints the error of a hook and goes on. The other hooks are called as well.
         with ExitStack() as stack:
             for function in reversed(functions):
                 if function is not None:

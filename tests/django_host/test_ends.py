@@ -267,3 +267,22 @@ def test_statements_of_a_block_are_not_suspected(site: DjangoBank) -> None:
     assert last[0].startswith("RELEASE SAVEPOINT")
     assert last[1] == "COMMIT"
     assert site.connection.execute_wrappers == []
+
+
+@pytest.mark.parametrize("url", DATABASES, indirect=True)
+def test_savepoints_whose_numbers_begin_again(site: DjangoBank) -> None:
+    """``transaction.clean_savepoints()`` changes nothing of what a rollback to a savepoint takes along."""
+    site.opened()
+    with told() as (stored, lost), site.atomic():
+        transaction.savepoint(using=site.alias)
+        account_id = site.opened()
+        transaction.clean_savepoints(using=site.alias)
+        inner = transaction.savepoint(using=site.alias)
+        site.bank.deposit(account_id, 5)
+        transaction.clean_savepoints(using=site.alias)
+        site.bank.deposit(account_id, 5)
+        transaction.savepoint_rollback(inner, using=site.alias)
+    transaction.clean_savepoints(using=site.alias)
+    assert site.stored() == (2, 0)
+    assert (stored, lost) == ([1], [])
+    assert site.connection.savepoint_state == 0

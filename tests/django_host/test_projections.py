@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import DatabaseError
+from django.db import DatabaseError, transaction
 
 from flask_eventsourcing.contrib.django import projecting, wait_for
 from flask_eventsourcing.contrib.django import projections as declared
@@ -29,6 +29,8 @@ from flask_eventsourcing.projections.runners import Runner
 from tests.django_host.conftest import DjangoBank
 from tests.django_host.test_requests import as_test_case
 from tests.domain import Account, in_thread
+
+AnyAccount: Any = Account
 
 
 def run(name: str = "Balances", alias: str = "ledger") -> None:
@@ -370,3 +372,32 @@ def test_model_in_another_database(site: DjangoBank) -> None:
 
     with pytest.raises(ConfigurationError, match=r"ledger\.Note, which is in 'default'"):
         declare()
+
+
+def test_function_after_the_commit_that_fails(site: DjangoBank, caplog: pytest.LogCaptureFixture) -> None:
+    """A function that one event's handler leaves to ``on_commit`` keeps no other's from being called, and is logged."""
+    called: list[int] = []
+
+    def call(amount: int) -> None:
+        called.append(amount)
+        if amount == 2:
+            raise KeyError("mail")
+
+    class Mails(ModelProjection):
+        """Tells somebody of each deposit."""
+
+        models = ()
+
+        @on(AnyAccount.Deposited)
+        def deposited(self, event: Any, using: str) -> None:
+            """Tell it after the commit."""
+            transaction.on_commit(lambda: call(event.amount), using=using)
+
+    account_id = site.opened()
+    for amount in (1, 2, 3):
+        site.bank.deposit(account_id, amount)
+    with declaring(Mails):
+        run("Mails")
+        assert called == [1, 2, 3]
+        assert status("Mails").position == 4
+    assert [record.name for record in caplog.records if record.exc_info] == ["django.db.backends.base"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +18,8 @@ import pytest
 from packaging.version import Version
 
 from flask_eventsourcing import __version__
+from flask_eventsourcing.commands.listing import COMMANDS
+from flask_eventsourcing.commands.parsing import add_commands
 from flask_eventsourcing.config import RENAMED
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.source import MODULES, PACKAGE
@@ -23,6 +27,12 @@ from tests.source import MODULES, PACKAGE
 NAME = re.compile(r"\bflask_eventsourcing(?:\.\w+)+")
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)")
 AUTO = re.compile(r"\.\. auto(?:class|function|method|exception|data):: (?P<name>\S+)|\.\. data:: (?P<data>\S+)")
+COMMAND = re.compile(
+    r"(?P<start>^\$ |`)(?:python )?(?:(?:flask(?: --app \S+)?|manage\.py) eventsourcing|pyramid-eventsourcing \S+) "
+    r"(?P<words>\w[^`\n]*)",
+    re.MULTILINE,
+)
+"""A command of the package in a line of a terminal, or within a sentence, where its arguments may be left out."""
 FIELDS = re.compile(r"^:(param|raises|return).*\n?(^ +.*\n?)*", re.MULTILINE)
 """The lines of a docstring that describe arguments, errors and the return value."""
 SENTENCE = re.compile(r"[.!?:](?=\s|$)")
@@ -188,3 +198,21 @@ def test_glossary_is_in_alphabetical_order() -> None:
     text = (ROOT / "docs" / "glossary.md").read_text()
     words = re.findall(r"^(?=\w)([^\n]+)\n    ", text.split("```{glossary}")[1], re.MULTILINE)
     assert words == sorted(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_those_of_the_list(page: Path) -> None:
+    """Every command that a page shows exists, with the options that it is shown with."""
+    parser = ArgumentParser()
+    parser.add_argument("--database")
+    add_commands(parser, COMMANDS)
+    known = dict(COMMANDS.paths())
+    for found in COMMAND.finditer(page.read_text()):
+        words = shlex.split(found["words"], comments=True)
+        if found["start"] == "$ ":
+            parser.parse_args(words)
+            continue
+        name = next((" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in known), None)
+        assert name or any(each.startswith(" ".join(words) + " ") for each in known), found[0]
+        options = {each.name for each in known[name].parameters} if name else set()
+        assert {word for word in words if word.startswith("--")} <= options | {"--database"}, found[0]

@@ -10,15 +10,12 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import sqlalchemy as sa
 from eventsourcing.application import AggregateNotFoundError, Application
-from eventsourcing.domain import BaseAggregate, CanInitAggregate, CanMutateAggregate
 from eventsourcing.persistence import IntegrityError
 from eventsourcing.utils import get_topic
 from sqlalchemy import orm
@@ -35,7 +32,7 @@ from flask_eventsourcing import (
 )
 from flask_eventsourcing.applications.erasure import erase
 from tests.bank import Site, make_site
-from tests.domain import Account, Bank, Branch, Shop, in_threads
+from tests.domain import Account, Bank, Branch, Member, Shop, in_threads
 from tests.integration.conftest import MakeSite
 from tests.integration.marks import on_files, on_postgresql, on_sqlite_file
 from tests.source import ROOT
@@ -295,33 +292,6 @@ def test_the_cache_of_another_process(new_site: MakeSite, uri: str) -> None:
             cache.get(account_id)
 
 
-class Page(BaseAggregate[str]):
-    """An aggregate whose id is a text."""
-
-    @dataclass(frozen=True)
-    class Event(CanMutateAggregate[str]):
-        """The base class of its events."""
-
-        originator_id: str
-        originator_version: int
-        timestamp: datetime
-
-    @dataclass(frozen=True)
-    class Started(Event, CanInitAggregate[str]):
-        """Its first event."""
-
-        originator_topic: str
-        name: str
-
-    @staticmethod
-    def create_id(name: str) -> str:
-        """Make the id of the name."""
-        return name
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
 class Wiki(Application[str]):
     """An application with text ids."""
 
@@ -333,7 +303,7 @@ def test_text_ids(new_site: MakeSite, redact: bool) -> None:
     with site.app.app_context():
         wiki = site.es.application
         for name in ("ada", "Ada", "ada "):
-            wiki.save(Page(name))
+            wiki.save(Member(name))
         site.db.session.commit()
         assert site.es.erase("ada", redact=redact).events == 1
         site.db.session.commit()

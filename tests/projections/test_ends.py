@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
@@ -50,6 +51,18 @@ def test_a_handler_that_exits_has_failed(desk: Desk) -> None:
     assert isinstance(error, ProjectionHaltedError)
     assert "A handler of Leaving raised SystemExit" in str(error)
     assert isinstance(error.__cause__, HandlerError)
+    assert tries[-2:] == [13, 13]
+    assert desk.status("Leaving").state == "halted"
+
+
+@on_sqlite
+def test_a_handler_that_was_canceled_has_failed(desk: Desk) -> None:
+    """A handler from which asyncio's ``CancelledError`` comes has failed like any other: its projection halts."""
+    tries = leaving(desk, asyncio.CancelledError(), retries=1)
+    desk.open(1, 13, 2)
+    (error,) = desk.run_once()
+    assert isinstance(error, ProjectionHaltedError)
+    assert "A handler of Leaving raised asyncio's CancelledError" in str(error)
     assert tries[-2:] == [13, 13]
     assert desk.status("Leaving").state == "halted"
 

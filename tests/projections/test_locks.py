@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 
 from flask_eventsourcing.commands.work import warn_of_connections
+from flask_eventsourcing.persistence.dialects import locks as locks_of_dialects
 from flask_eventsourcing.persistence.dialects.session_locks import KEY
 from flask_eventsourcing.projections import ModelProjection, checkpoint, on, reaction, runners
 from flask_eventsourcing.projections.applying import Applier
@@ -117,6 +119,36 @@ def test_a_taken_lock_cannot_be_taken_again(desks: list[Desk]) -> None:
     assert not held()
     assert other.acquire()
     other.release()
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_wrong_clock_does_not_matter_to_a_lease(
+    new_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """A lease that a process with a wrong clock has is seen as valid elsewhere, and such a process takes none early."""
+    one, two = (new_desk(EVENTSOURCING_PROJECTION_LOCK="lease") for _ in range(2))
+    for desk in (one, two):
+        desk.balances()
+    mine, other = (desk.consumer().checkpoint for desk in (one, two))
+    mine.ensure()
+    now = locks_of_dialects.utc_now
+    with monkeypatch.context() as wrong:
+        for module in (checkpoint, locks_of_dialects):
+            wrong.setattr(module, "utc_now", lambda: now() + timedelta(hours=hours))
+        claimed = mine.claim(lease=True)
+        assert claimed is not None
+        mine.renew(claimed)
+    assert two.status().state == "running"
+    assert other.claim(lease=True) is None
+    mine.release(claimed)
+    held = other.claim(lease=True)
+    assert held is not None
+    with monkeypatch.context() as wrong:
+        for module in (checkpoint, locks_of_dialects):
+            wrong.setattr(module, "utc_now", lambda: now() + timedelta(hours=hours))
+        assert mine.claim(lease=True) is None
+        assert one.status().state == "running"
+    other.release(held)
 
 
 def end_locks(desk: Desk, consumer_name: str = "Balances") -> int:

@@ -731,3 +731,47 @@ def test_a_process_that_is_frozen_in_the_swap(desk: Desk, monkeypatch: pytest.Mo
     rebuild(desk)
     assert calls == [0, 1]
     assert rows(desk, entry) == [(1,), (2,)]
+
+
+# ------------------------------------------------------------------------------------- what the rest of a database has
+
+BESIDE = {
+    "a default elsewhere": (
+        ["CREATE TABLE other (id integer DEFAULT nextval('entry_number_seq'))"],
+        "SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = 'other'::regclass",
+    ),
+    "a view of its sequence": (
+        ["CREATE VIEW numbers AS SELECT last_value FROM entry_number_seq"],
+        "SELECT definition FROM pg_views WHERE viewname = 'numbers'",
+    ),
+    "an order": (
+        ["CLUSTER entry USING entry_pkey"],
+        "SELECT indisclustered FROM pg_index WHERE indrelid = 'entry'::regclass",
+    ),
+    "a limit of statistics": (
+        ["ALTER TABLE entry ALTER amount SET STATISTICS 500"],
+        "SELECT attstattarget FROM pg_attribute WHERE attrelid = 'entry'::regclass AND attname = 'amount'",
+    ),
+    "a right that was taken away": (
+        ["ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC"],
+        "SELECT count(*) FROM pg_class, aclexplode(relacl) AS x WHERE oid = 'entry'::regclass AND x.grantee = 0",
+    ),
+}
+
+
+@on_postgres
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_a_database_has_beside_rows(desk: Desk, what: str) -> None:
+    """A sequence that others use, an order of rows, and who may not read a table, are the same after rebuilds."""
+    entry = model(desk, "Entry", id=None, number=number(primary_key=True), amount=number())
+    project(desk, lambda session, amount: session.add(entry(amount=amount)), entry)
+    desk.open(1, 2)
+    assert desk.run_once() == []
+    statements, query = BESIDE[what]
+    execute(desk, *statements)
+    before = scalar(desk, query)
+    for _ in range(2):
+        execute(desk, "UPDATE entry SET amount = 9")
+        rebuild(desk)
+        assert sorted(row[1] for row in rows(desk, entry)) == [1, 2]
+        assert scalar(desk, query) == before

@@ -23,8 +23,8 @@ from flask_eventsourcing.projections import ModelProjection, on, reaction
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.workers import Worker
 from tests.bank import make_app
-from tests.domain import Bank, Shop
-from tests.integration.test_databases import Club, TextId
+from tests.domain import Bank, Member, Shop
+from tests.integration.test_databases import Club
 from tests.projections.conftest import MakeFlaskDesk
 from tests.projections.desk import Created, Deposited, Idle, make_models
 from tests.projections.desk_hosts import FlaskDesk, make_desk
@@ -157,6 +157,40 @@ def test_what_cannot_be_used_is_refused_and_nothing_registered(projection: Any, 
     assert registered(app) == []
     assert "bank_projections" not in db.metadata.tables
     es.close()
+
+
+def test_two_handlers_of_one_name() -> None:
+    """Two handlers of one name in a class are refused, as nobody would ever call the first."""
+    with pytest.raises(ConfigurationError, match=r"Twice\._ is the name of two handlers"):
+
+        class Twice(ModelProjection):
+            @on(Created)
+            def _(self, event: Any, session: orm.Session) -> None: ...
+
+            @reaction(Created)
+            def _(self, event: Any, key: str) -> None: ...
+
+
+def test_names_of_handlers_that_are_none_of_two() -> None:
+    """A handler may be marked twice, replace one of its base class, and be defined in a loop."""
+
+    class Base(ModelProjection):
+        @on(Created)
+        @on(Deposited)
+        def opened(self, event: Any, session: orm.Session) -> None: ...
+
+    class Derived(Base):
+        @on(Created)
+        def opened(self, event: Any, session: orm.Session) -> None: ...
+
+    handlers = []
+    for event_class in (Created, Deposited):
+
+        @on(event_class)
+        def handler(self: Any, event: Any, session: orm.Session) -> None: ...
+
+        handlers.append(handler)
+    assert len({id(each) for each in (Base.opened, Derived.opened, *handlers)}) == 4
 
 
 def test_the_application_must_be_registered() -> None:
@@ -323,14 +357,14 @@ def test_a_schema_on_postgresql(new_desk: MakeFlaskDesk) -> None:
 def test_text_ids(new_desk: MakeFlaskDesk) -> None:
     """Aggregates with text ids are applied, and set aside, as others are."""
     desk = new_desk(Club, id_type=sa.String(50))
-    visited: Any = TextId.Visited  # type: ignore[attr-defined]
+    visited: Any = Member.Visited  # type: ignore[attr-defined]
 
     class Visits(ModelProjection):
         models = (desk.Balance,)
         retries = 0
         on_failure = "dead-letter"
 
-        @on(TextId.Created)
+        @on(Member.Joined)
         def joined(self, event: Any, session: orm.Session) -> None:
             session.add(desk.Balance(account_id=event.originator_id, amount=0))
 
@@ -342,8 +376,8 @@ def test_text_ids(new_desk: MakeFlaskDesk) -> None:
 
     desk.register(Visits)
     with desk.app.app_context():
-        for name, visits in (("ada", 3), ("böb", 2)):
-            member = TextId(name)
+        for name, visits in (("member/ada", 3), ("member/böb", 2)):
+            member = Member(name)
             for _ in range(visits):
                 member.visit()
             cast(Any, desk.es.application).save(member)

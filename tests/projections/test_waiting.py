@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,15 @@ def test_a_projection_that_nobody_runs(desk: Desk) -> None:
         for _ in range(20):
             with pytest.raises(TimeoutError, match=r"Balances has not reached position 1 within 0.01 s: is .* running"):
                 desk.wait_for("Balances", 1, timeout=0.01)
+
+
+@on_sqlite
+def test_a_timeout_that_is_no_number(desk: Desk) -> None:
+    """A timeout that never comes, as that of a computation with no result, is over at once."""
+    desk.balances()
+    desk.open()
+    with desk.context(), pytest.raises(TimeoutError, match="within nan s"):
+        desk.wait_for("Balances", 1, timeout=math.nan)
 
 
 @on_sqlite

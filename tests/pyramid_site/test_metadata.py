@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from pyramid.request import Request
 from pyramid.response import Response
+from pyramid.scripting import prepare
 from pyramid_retry import RetryableException
 from sqlalchemy import orm
 from webtest import TestApp
@@ -129,6 +130,23 @@ def test_block_that_is_never_left_ends_with_its_request(site: PyramidSite) -> No
         assert site.answer(view).json == {"own": "caller's", "leak": "yes"}
         assert get_metadata_from_context() == {"own": "caller's"}
     assert site.answer(view, headers={"X-Look": "yes"}).json == {}
+
+
+def test_request_that_the_process_keeps(site: PyramidSite) -> None:
+    """The request of ``bootstrap()``, where a process keeps it, gives its correlation to no request of a client."""
+
+    def view(request: Any) -> Any:
+        bank_of(request).open_account()
+        return {}
+
+    with prepare(Request.blank("/", headers={"X-Request-ID": "kept"}), site.config.registry) as kept:
+        for _ in range(2):
+            site.answer(view)
+        with kept["request"].tm:
+            bank_of(kept["request"]).open_account()
+    correlations = [each["correlation_id"] for each in described(site)]
+    assert len(set(correlations)) == 3
+    assert correlations[2] == "kept"
 
 
 def test_subrequest_belongs_to_the_request_around_it(site: PyramidSite) -> None:

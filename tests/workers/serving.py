@@ -24,6 +24,7 @@ import psutil
 import sqlalchemy as sa
 
 from tests.bank import Site, make_site
+from tests.domain import until
 from tests.servers import ServerFolder, free_port, postgres_database, require, start_postgres
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +169,14 @@ class Served:
         return answers
 
     def settle(self) -> None:
-        """Wait until the server has started whatever it starts, and says no more."""
+        """Wait until the server has started whatever it starts, and says no more.
+
+        A worker of uWSGI that still loads the app does not hear that it is to end, and is killed a minute later.
+        """
+        command = list(map(str, self.process.args)) if isinstance(self.process.args, list) else []
+        if "--lazy-apps" in command:
+            loading = int(command[command.index("--processes") + 1])
+            until(lambda: self.log.read_text(errors="replace").count(" ready in ") >= loading)
         size = -1
         while size != (size := self.log.stat().st_size):
             time.sleep(0.7)

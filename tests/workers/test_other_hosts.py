@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from celery import Celery
+from celery.app.trace import build_tracer
 from pyramid.request import Request
 from pyramid.scripting import prepare
 
@@ -19,7 +20,7 @@ from flask_eventsourcing.exceptions import ConfigurationError, NotInitializedErr
 from flask_eventsourcing.metadata import CORRELATION_ID
 from flask_eventsourcing.workers import CARRIED, carried, rq, task_unit
 from flask_eventsourcing.workers.celery import init_celery, send_after_commit
-from tests.domain import Bank
+from tests.domain import Bank, conflict_with
 from tests.hosts.zope_site import ZopeSite
 from tests.published import published
 from tests.pyramid_site.site import VETO, PyramidSite, bank_of
@@ -124,6 +125,35 @@ def test_metadata_are_carried_from_a_request(pyramid_site: PyramidSite) -> None:
     """A task carries the correlation of the request that has sent it."""
     with prepare(Request.blank("/", headers={"X-Request-ID": "r1"}), pyramid_site.config.registry):
         assert carried()[CORRELATION_ID] == "r1"
+
+
+@pytest.mark.parametrize("came", [None, {CORRELATION_ID: "r1"}])
+def test_task_in_a_worker_that_keeps_a_request(pyramid_site: PyramidSite, came: Any) -> None:
+    """A task that is tried again keeps its correlation, also where a process keeps the request of ``bootstrap()``."""
+    account_id = pyramid_site.opened()
+    celery_app = Celery("keeping", broker="memory://", set_as_current=False)
+    init_celery(celery_app, pyramid_site.app)
+
+    @celery_app.task(name=f"pay_in_{uuid4().hex}", shared=False)
+    def pay_in() -> None:
+        again = conflict_with(pyramid_site.es[Bank], account_id)
+        pyramid_site.elsewhere(lambda bank: bank.deposit(account_id))
+        again()
+
+    brought = {} if came is None else {CARRIED: came}
+    request = {
+        "id": "t1",
+        "root_id": "t1",
+        "headers": brought,
+        "is_eager": False,
+        "called_directly": False,
+        "retries": 0,
+    }
+    trace = build_tracer(pay_in.name, pay_in, app=celery_app)
+    kept = Request.blank("/", headers={"X-Request-ID": "kept"})
+    with published() as sent, prepare(kept, pyramid_site.config.registry):
+        trace("t1", (), {}, request)
+    assert [headers.get(CARRIED) for headers in sent] == [came]
 
 
 def test_no_site(zope_site: ZopeSite) -> None:

@@ -23,7 +23,7 @@ from .records import all_records
 __all__ = ["CheckpointAdmin", "DeadLetterAdmin", "EventAdmin"]
 
 MOST_ROWS = 10_000
-"""How many rows the pages of a list have at most: to count all of a log takes long, and so do its last pages."""
+"""The most rows of a list, on all of its pages: to count a whole log takes long, and so do its last pages."""
 
 
 class _ReadOnly(admin.ModelAdmin):
@@ -44,7 +44,7 @@ class _ReadOnly(admin.ModelAdmin):
         try:
             found = configured().get(self.of)
         except ConfigurationError:
-            # As the system checks say; a router decides.
+            # The system checks report it. A router decides.
             return None
         return None if found is None else found.alias
 
@@ -57,21 +57,21 @@ class _ReadOnly(admin.ModelAdmin):
         return super().get_paginator(request, queryset[:MOST_ROWS], *arguments, **options)
 
     def lookup_allowed(self, lookup: str, value: Any, request: Any = None) -> bool:
-        """Refuse to find rows by a column that is not shown, as that would tell what is in it."""
+        """Refuse to filter rows by a column that is not shown, because the result would reveal its values."""
         return lookup.partition("__")[0] not in (self.exclude or ()) and bool(
             super().lookup_allowed(lookup, value, request)
         )
 
     def has_add_permission(self, request: Any) -> bool:
-        """Nobody adds a row here."""
+        """Return False: rows are not added here."""
         return False
 
     def has_change_permission(self, request: Any, obj: Any = None) -> bool:
-        """Nobody changes one."""
+        """Return False: rows are not changed here."""
         return False
 
     def has_delete_permission(self, request: Any, obj: Any = None) -> bool:
-        """Nobody deletes one."""
+        """Return False: rows are not deleted here."""
         return False
 
     def has_view_permission(self, request: Any, obj: Any = None) -> bool:
@@ -83,7 +83,7 @@ class _ReadOnly(admin.ModelAdmin):
 
 
 class EventAdmin(_ReadOnly):
-    """Show events, without their states, which may be encrypted or somebody's secret.
+    """Show events without their states, which may be encrypted or secret.
 
     Rows cannot be added, changed or deleted, since the aggregate could not be read then.
     """
@@ -111,7 +111,7 @@ class EventAdmin(_ReadOnly):
                 try:
                     match = Q(**{name: fields[name].to_python(term)})
                 except ValidationError:
-                    # It is no id.
+                    # The search term is no id.
                     continue
                 if name == "originator_id" and queryset.filter(match).exists():
                     # The other columns have no index.
@@ -127,7 +127,7 @@ class CheckpointAdmin(_ReadOnly):
     """
 
     list_display = ("name", "state", "position", "runner", "error", "changed_by", "reason")
-    # A user with that permission may write in the name of the runner.
+    # A user with that permission could put any text into the name of the runner.
     exclude = ("token",)
 
 
@@ -168,7 +168,7 @@ class DeadLetterAdmin(_ReadOnly):
 
     def _call(self, request: Any, queryset: Any, command: Any, **options: Any) -> None:
         said = StringIO()
-        # Those that wait for an earlier one are applied, or stay, with that.
+        # A letter that waits for an earlier one is applied, or stays, together with it.
         ids = list(queryset.exclude(error=None).order_by("projection", "position").values_list("pk", flat=True))
         try:
             if not ids:

@@ -1,4 +1,4 @@
-"""The setting ``EVENTSOURCING``: one mapping from the name of an application to what there is to say of it."""
+"""The setting ``EVENTSOURCING``: a mapping from the name of an application to its options."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .in_cassandra import engine_settings, is_engine, read_settings
 
 SETTING = "EVENTSOURCING"
 LOCK = "PROJECTION_LOCK"
-# How connections are made is in DATABASES.
+# DATABASES has the options of connections.
 OPTIONS = tuple(each.upper() for each in DialectOptions.settings() if each not in OF_CONNECTIONS)
-"""What the setting says of a database, the same for each application that has its events there."""
+"""The keys about a database, which must be the same for each application with events in it."""
 FURTHER = ("METADATA", "METADATA_USER", LOCK, *OPTIONS)
 KEYS = ("APPLICATION", "DATABASE", "ENV", "CASSANDRA", *FURTHER)
 PROGRAM = "manage.py eventsourcing"
@@ -28,22 +28,22 @@ EXAMPLE = f'{SETTING} = {{"Bank": {{"APPLICATION": "bank.domain.Bank"}}}}'
 
 @dataclass(frozen=True)
 class Configured:
-    """What the setting says of one application."""
+    """The options of one application in the setting."""
 
     name: str
     path: Any
     """Of the class: ``APPLICATION``."""
     alias: str
-    """Of the database with the events, or with the models of projections where the events are apart: ``DATABASE``."""
+    """The database of the events, or of the models of projections if the events are apart: ``DATABASE``."""
     env: Mapping[str, str]
-    """What the library reads: ``ENV``."""
+    """The environment that the library reads: ``ENV``."""
     further: Mapping[str, Any] = field(default_factory=dict)
-    """What else the setting says, by its keys."""
+    """The other options, by their keys."""
     cassandra: Config | None = None
-    """Where the events are in Cassandra: what ``CASSANDRA`` and the settings of the engine say of that."""
+    """The settings of the cluster if the events are in Cassandra, from ``CASSANDRA`` or the engine's settings."""
 
     engine: str | None = None
-    """The alias of django-cassandra-engine whose settings they are."""
+    """The alias of django-cassandra-engine that has these settings."""
 
     @property
     def metadata(self) -> Any:
@@ -62,12 +62,12 @@ class Configured:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the database: :data:`OPTIONS`."""
+        """The options of the database: :data:`OPTIONS`."""
         return {key: self.further[key] for key in OPTIONS if key in self.further}
 
     @property
     def place(self) -> str:
-        """How commands name where the events are: an alias, or the keyspace."""
+        """How commands name the place of the events: an alias, or the keyspace."""
         if self.cassandra is None:
             return self.alias
         return self.engine or f"cassandra:{self.cassandra.cassandra_keyspace}"
@@ -102,9 +102,9 @@ class Configured:
 
 
 def configured() -> dict[str, Configured]:
-    """Return what the setting says, by the names of the applications.
+    """Return the options of each application in the setting, by the names of the applications.
 
-    :raises ConfigurationError: naming what cannot be used.
+    :raises ConfigurationError: naming the value that cannot be used.
     """
     found = getattr(settings, SETTING, None)
     if found is None:
@@ -133,7 +133,7 @@ def _read(name: Any, value: Any) -> Configured:
 
 
 def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configured:
-    """Add where the events are, if that is Cassandra."""
+    """Add the place of the events, if it is Cassandra."""
     own = value.get("CASSANDRA")
     if not is_engine(found.alias):
         return found if own is None else replace(found, cassandra=read_settings(f"{where}['CASSANDRA']", own))
@@ -142,7 +142,7 @@ def _located(where: str, found: Configured, value: Mapping[str, Any]) -> Configu
         config = read_settings(f"{where}['CASSANDRA']", {**engine_settings(found.alias), **further}, replicated=False)
     except ConfigurationError as error:
         raise ConfigurationError(f"{error} The other settings come from DATABASES[{found.alias!r}].") from error
-    # The engine has no transactions: models of projections are in the project's first database.
+    # The engine has no transactions, so the models of projections are in the project's first database.
     return replace(found, alias=DEFAULT_DB_ALIAS, cassandra=config, engine=found.alias)
 
 

@@ -12,6 +12,16 @@ from django.db import transaction
 from ..._patches import django_atomic_exit, django_method
 from .marks import Leaving, Marked
 
+REPLACED = (
+    "clean_savepoints",
+    "close",
+    "commit",
+    "run_and_clear_commit_hooks",
+    "savepoint_rollback",
+    "set_rollback",
+)
+"""The methods of a connection that are replaced."""
+
 
 class Checks(Protocol):
     """The unit of work of a connection."""
@@ -20,11 +30,11 @@ class Checks(Protocol):
         """Refuse a commit that would not store the events."""
 
     def look(self) -> None:
-        """Find out what has become of the events."""
+        """Find out whether the events were committed or rolled back."""
 
 
 class Ends:
-    """Replaces some methods of a connection of Django's, and calls them.
+    """Wraps some methods of a connection of Django's.
 
     :param checks: asked before a commit.
     :param marked: what was noted on the connection.
@@ -34,9 +44,9 @@ class Ends:
         self._checks = weakref.ref(checks)
         self._marked = marked
         self._running = 0
-        # Neither is to keep the other.
+        # Weak, so that neither object keeps the other alive.
         found, told = weakref.ref(wrapper), weakref.ref(self)
-        for name in ("close", "commit", "run_and_clear_commit_hooks", "savepoint_rollback", "set_rollback"):
+        for name in REPLACED:
             django_method(wrapper, name, partial(_called, found, told, name))
         _ends[wrapper] = self
 
@@ -77,15 +87,20 @@ class Ends:
             self._marked.tell()
 
     def run_and_clear_commit_hooks(self, wrapper: Any, run: Callable[[], Any]) -> Any:
-        """Call the functions that wait for the commit; ours are called even if one of the user's fails."""
+        """Call the functions that wait for the commit. This package's are called even if one of the user's fails."""
         self._running += 1
         try:
             run()
         finally:
             self._running -= 1
             if not self._running:
-                # And not after a transaction that one of the functions has committed.
+                # But not after another transaction, which one of the functions has committed.
                 self._marked.tell()
+
+    def clean_savepoints(self, wrapper: Any, clean: Callable[[], Any]) -> Any:
+        """Leave the counter of savepoints as it is within a transaction: it tells what a rollback takes along."""
+        if wrapper.autocommit and not wrapper.in_atomic_block:
+            clean()
 
     def savepoint_rollback(self, wrapper: Any, roll_back: Callable[..., Any], sid: Any) -> Any:
         """Roll back to a savepoint, also to one that belongs to no block."""
@@ -96,7 +111,7 @@ class Ends:
     def close(self, wrapper: Any, close: Callable[[], Any]) -> Any:
         """Close the connection; what was not committed is lost."""
         if wrapper.autocommit and not wrapper.in_atomic_block:
-            # Where autocommit was switched on again, that has committed what there was.
+            # If autocommit was switched on again, that has committed everything.
             self._marked.all_committed()
             self._marked.tell()
         self._marked.losses.is_closing = True
@@ -106,7 +121,7 @@ class Ends:
             self._marked.losses.is_closing = False
 
     def set_rollback(self, wrapper: Any, set_rollback: Callable[..., Any], rollback: bool) -> Any:
-        """Ask for a rollback, or take that back."""
+        """Ask for a rollback, or withdraw the request."""
         set_rollback(rollback)
         self._marked.losses.asked(rollback=rollback)
 
@@ -122,12 +137,12 @@ def _called(
 
 
 def _leaving(alias: Any, exc_type: Any) -> Leaving | None:
-    """Return what is around the end of a block, of any connection."""
+    """Return the context for the end of a block, on any connection."""
     wrapper = transaction.get_connection(alias)
     ends = _ends.get(wrapper)
     return None if ends is None else ends.leaving(wrapper, is_quiet=exc_type is None)
 
 
 _ends: weakref.WeakKeyDictionary[Any, Ends] = weakref.WeakKeyDictionary()
-"""Of each connection of Django's on which something was noted."""
+"""The ``Ends`` of each connection of Django's on which something was noted."""
 django_atomic_exit(transaction.Atomic, _leaving)

@@ -44,16 +44,16 @@ class DjangoDatastore(Datastore):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Tests of the user's count statements.
+        # The user's tests may count statements.
         self.dialect.looks_again = False
 
     def prepare(self) -> None:
-        """Leave the connections as Django has made them."""
+        """Do nothing: Django has set up the connections."""
 
     def reading(self, *, join: bool = True) -> Read:
-        """Return a connection for a reader: the thread's, unless its transaction hides what others have committed.
+        """Return a connection for a reader: the thread's, unless its transaction hides commits of others.
 
-        In a test case the thread's is used, as no other connection sees what the test has saved.
+        In a test case it is always the thread's, because no other connection sees the rows of the test.
         """
         unit: Any = self.unit()
         return Read(self, unit if join or not _has_own_transaction(unit) else None)
@@ -66,7 +66,7 @@ def _has_own_transaction(unit: DjangoUnit) -> bool:
 class Database:
     """The applications whose events are in one of Django's databases.
 
-    :param beside: those that have only their projections there.
+    :param beside: the applications that have only their projections there.
     """
 
     def __init__(self, alias: str, found: Sequence[Configured], beside: Sequence[Configured] = ()) -> None:
@@ -149,7 +149,7 @@ class Site:
                 by_alias.setdefault(each.alias, []).append(each)
         self.databases = {alias: Database(alias, found) for alias, found in by_alias.items()}
         self.apart = make_apart([each for each in self.configured.values() if each.is_apart])
-        """The applications whose events are in none of them, by their names."""
+        """The applications whose events are in no database of Django's, by their names."""
         self._beside: dict[str, Database] = {}
 
     def database(self, name: str) -> Database:
@@ -174,9 +174,9 @@ class Site:
         return self.apart[name].slot if name in self.apart else self.database(name).slots[name]
 
     def host_apart(self, context: Callable[[], AbstractContextManager[object]] = nullcontext) -> ApartHost | None:
-        """Return the host of units of work where no database of Django's has events, so that none can be rolled back.
+        """Return the host of units of work if no database of Django's has events, so that no event can be rolled back.
 
-        :param context: what is around a piece of work.
+        :param context: returns the context of a piece of work.
         """
         stores = [each.store for each in self.apart.values()]
         return ApartHost(stores[0], context) if stores and not self.databases else None
@@ -209,7 +209,7 @@ class Site:
         for database in (*self.databases.values(), *self._beside.values()):
             for slot in database.slots.values():
                 slot.close()
-            # What it has beside Django's own connections.
+            # The connections that it has beside Django's own.
             database.datastore.engine.dispose()
 
     def units(self) -> Mapping[str, DjangoUnit]:

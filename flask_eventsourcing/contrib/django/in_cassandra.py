@@ -18,12 +18,12 @@ from ...metadata import Collector
 from ...signals import events_recorded
 
 ENGINE = "django_cassandra_engine"
-"""What an alias has as its ``ENGINE`` that is one of django-cassandra-engine's."""
+"""The ``ENGINE`` of an alias of django-cassandra-engine."""
 PREFIX = "cassandra_"
 KEYS = {each.name.removeprefix(PREFIX).upper(): each.name for each in fields(Config) if each.name.startswith(PREFIX)}
-"""The keys of the mapping, each with the setting that it is in a Flask app."""
+"""The keys of the mapping, each with the name of the same setting in a Flask app."""
 NOT_READ = ("auth_provider", "cloud", "ssl_options")
-"""Options of the engine without which a session of our own would reach other nodes, or none."""
+"""Options of the engine without which a session of this package would reach other nodes, or none."""
 
 
 def is_engine(alias: str) -> bool:
@@ -33,9 +33,9 @@ def is_engine(alias: str) -> bool:
 
 
 def engine_settings(alias: str) -> dict[str, Any]:
-    """Return what the engine's settings say of the cluster: its own session is not used.
+    """Return the settings of the cluster from the engine's settings. The engine's session is not used.
 
-    :raises ConfigurationError: for an option that has no place among ours.
+    :raises ConfigurationError: for an option that has no counterpart here.
     """
     settings: Any = connections.settings
     given = settings[alias]
@@ -59,7 +59,7 @@ def _port(text: str) -> Any:
 
 
 def _refuse_unread(alias: str, given: Mapping[str, Any], connection: Mapping[str, Any]) -> None:
-    # The engine adds what it makes of these to the settings.
+    # The engine adds values that it makes of these to the settings.
     is_known = bool(given.get("USER") and given.get("PASSWORD"))
     for name in NOT_READ:
         if connection.get(name) and not (is_known and name == "auth_provider"):
@@ -70,16 +70,16 @@ def _refuse_unread(alias: str, given: Mapping[str, Any], connection: Mapping[str
 
 
 def _replication(given: Mapping[str, Any]) -> Any:
-    """Return the copies as our setting has them, None where they are not said."""
+    """Return the copies in the form of this package's setting, or None if they are not given."""
     centres = {key: value for key, value in given.items() if key not in ("strategy_class", "replication_factor")}
     return centres or given.get("replication_factor")
 
 
 def read_settings(where: str, given: Any, *, replicated: bool = True) -> Config:
-    """Check what a mapping says of the cluster.
+    """Check a mapping with the settings of the cluster, and return them.
 
     :param where: how messages name the mapping.
-    :param replicated: whether it has to say the replication; the engine, which makes keyspaces too, may forget it.
+    :param replicated: whether it must have the replication; with the engine, which makes keyspaces too, it need not.
     :raises ConfigurationError: naming a key, and what is wrong with it.
     """
     if not isinstance(given, Mapping):

@@ -1,8 +1,8 @@
 """Django's connections, lent to a SQLAlchemy engine that neither begins, commits nor closes them.
 
-Every statement runs on a cursor of Django's own wrappers, so that it is one of Django's: logged, counted, wrapped,
-refused in a broken transaction, in an event loop and where a test case forbids it. What goes the other way are the
-driver's errors, as SQLAlchemy and the dialects know them; Django has taken note of each before.
+Every statement runs on a cursor of Django's own wrappers, and so Django logs, counts and wraps it, and refuses it in a
+broken transaction, in an event loop and where a test case forbids it. SQLAlchemy and the dialects get the driver's
+errors, after Django has noted each of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INHERITED = (
 _opened_in: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """The processes in which Django's connections were made."""
 _pools: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
-"""Of each of Django's pools the process in which it was made, and where Django has it."""
+"""The process in which each of Django's pools was made, and the dictionary in which Django keeps it."""
 _begun_in = os.getpid()
 
 
@@ -50,7 +50,7 @@ def note_process(*, connection: Any, **_: Any) -> None:
         return
     made_in, _ = _pools.setdefault(pools[connection.alias], (os.getpid(), pools))
     if made_in != os.getpid():
-        # It is a session of the parent's, which Django takes from the pool where no Python function runs at a fork.
+        # The connection is the parent's: a fork outside of Python calls no function that would replace the pool.
         _leave_pools()
         keep_for_ever(connection.connection)
         connection.connection = None
@@ -77,7 +77,7 @@ def leave_after_fork() -> None:
 
 
 def _leave_pools() -> None:
-    """Have Django make pools of this process's own."""
+    """Make Django use new pools in this process."""
     for pool in filter(None, (reference() for reference in _pools.keyrefs())):
         pid, pools = _pools[pool]
         if pid != os.getpid():
@@ -98,7 +98,7 @@ def own_connection(alias: str) -> Any:
     """
     wrapper: Any = connections[alias]
     if os.getpid() == _begun_in or is_in_memory(wrapper):
-        # A process has its own copy of what is in memory.
+        # Each process has its own copy of a database in memory.
         return wrapper
     _leave_pools()
     if not _survives_forks(wrapper.vendor) and _is_inherited(wrapper.settings_dict["NAME"]):
@@ -113,7 +113,7 @@ def own_connection(alias: str) -> Any:
 
 
 def _is_inherited(name: Any) -> bool:
-    """Whether a connection to a database, be it another thread's, was made before this process was forked."""
+    """Whether a connection to a database, of any thread, was made before this process was forked."""
     known = [reference() for reference in _opened_in.keyrefs()]
     return any(
         each.connection is not None and _opened_in[each] != os.getpid() and str(each.settings_dict["NAME"]) == str(name)
@@ -210,7 +210,7 @@ def address(wrapper: Any) -> sa.URL:
     """Return a text that identifies a database, without user and password."""
     settings = wrapper.settings_dict
     host, port, name = (str(settings.get(key) or "") or None for key in ("HOST", "PORT", "NAME"))
-    # Of several hosts, each may have its own port.
+    # Each of several hosts may have its own port.
     query = {"port": port} if port and not port.isdigit() else {}
     number = int(port) if port and not query else None
     return sa.URL.create(drivername(wrapper), host=host, port=number, database=name, query=query)
@@ -226,13 +226,13 @@ def make_engine(alias: str) -> Engine:
     known: Any = url.get_dialect()
     body: dict[str, Any] = {"supports_statement_cache": True, "colspecs": _converted(known)}
     dialect: Any = type(f"Lent{known.__name__}", (LentDialect, known), body)(dbapi=wrapper.Database)
-    # Fields of the user's ask the connection for their types.
+    # The user's fields ask the connection for their types.
     dialect.alias = alias
-    # A type that SQLAlchemy would have the connection know.
+    # SQLAlchemy would register this type on the connection.
     dialect.use_native_hstore = False
 
-    # SQLAlchemy's own function would set up each connection, which Django has done.
-    # Its connections outlive requests, whatever CONN_MAX_AGE is, so that each is looked at.
+    # SQLAlchemy's own function would set up each connection, but Django has done that.
+    # These connections outlive requests, whatever CONN_MAX_AGE is, so each is checked before its use.
     pool = QueuePool(lambda: OwnConnection(connections[alias]), dialect=dialect, pre_ping=True)
     return LentEngine(alias, pool, dialect, url)
 
@@ -249,7 +249,7 @@ def initialize(engine: Engine, connection: Connection) -> None:
     """Let a dialect read the server's settings, as SQLAlchemy does for its first connection."""
     if engine not in _initialized:
         engine.dialect.initialize(connection)
-        # The next user of the connection may want each statement to be committed.
+        # The next user of the connection may rely on autocommit.
         connection.rollback()
         _initialized.add(engine)
 
@@ -275,7 +275,7 @@ class LentEngine(Engine):
             return _lend(self, wrapper)
         found = address(wrapper)
         if found != self.url:
-            # Django has put the database of its tests in the place of the one in the settings.
+            # Django has replaced the database in the settings by the database of its tests.
             self.url = found
             self.dispose()
         connection = super().connect()
@@ -286,7 +286,7 @@ class LentEngine(Engine):
 
 
 def _close_in_tests(_: Any, record: ConnectionPoolEntry) -> None:
-    # While a pool keeps connections to it, a server may not drop the tests' database.
+    # A server may refuse to drop the tests' database while a pool keeps connections to it.
     if hasattr(mail, "outbox"):
         record.invalidate()
 
@@ -346,9 +346,9 @@ class Borrowed:
         """Returns the connection of Django's."""
         self._driver: Any = None
         self.known: Connection | None = None
-        """SQLAlchemy's, if it was asked for."""
+        """SQLAlchemy's connection, once it was asked for."""
         self.ends: object = None
-        """What the connection tells of its transactions' ends."""
+        """Follows the ends of the connection's transactions."""
 
     def connection(self) -> Connection:
         """Return SQLAlchemy's connection; Django connects if necessary."""
@@ -369,7 +369,7 @@ class Borrowed:
         return self.known
 
     def end(self) -> None:
-        """Tell only SQLAlchemy, and what hangs on its connection, that the transaction has ended."""
+        """Tell SQLAlchemy, and the listeners on its connection, that the transaction has ended."""
         known = self.known
         if known is None or known.invalidated:
             return

@@ -1,4 +1,4 @@
-"""Cursors and connections of Django's as a driver's, with the driver's own errors."""
+"""Gives Django's cursors and connections the interface of a driver, with the driver's own errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ...persistence.dialects.calls import DirectConnection
 T = TypeVar("T")
 
 MARK = "?"
-"""That of the one database whose statements Django converts."""
+"""The parameter style of the one database whose statements Django converts."""
 _QUOTED_OR_MARK = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\?(\d*)|%")
 
 
@@ -40,7 +40,7 @@ class _DriverErrors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # That of a broken transaction is Django's own; its cause is what has broken it.
+        # The error of a broken transaction is Django's own. Its cause is the error that has broken it.
         if isinstance(error, TransactionManagementError):
             return
         if isinstance(error, Error) and error.__cause__ is not None:
@@ -64,7 +64,7 @@ def formatted(statement: str) -> tuple[str, Sequence[int]]:
         text = found[0]
         if not text.startswith("?"):
             return text.replace("%", "%%")
-        # As the database counts: one more than the largest so far.
+        # The database counts them like this: one more than the largest number so far.
         order.append(int(found[1]) - 1 if found[1] else max(order, default=-1) + 1)
         return "%s"
 
@@ -98,7 +98,7 @@ class LentCursor:
             statement, order = formatted(statement)
             parameters = tuple(parameters[number] for number in order)
         if isinstance(parameters, dict):
-            # Wrappers of statements add their own, and SQLAlchemy's may not be changed.
+            # Wrappers of statements may change the parameters, and SQLAlchemy's must stay as they are.
             parameters = dict(parameters)
         with driver_errors():
             return self._cursor.execute(statement, parameters)
@@ -129,7 +129,7 @@ class LentCursor:
             return self._cursor.fetchall()
 
     def close(self) -> None:
-        """Close the cursor; what a lost connection says to that is of no use, and Django does not listen either."""
+        """Close the cursor. An error of a lost connection is ignored, as Django does."""
         with suppress(self._cursor.db.Database.Error):
             self._cursor.close()
 
@@ -145,7 +145,7 @@ def _alive(reference: Callable[[], Any]) -> Any:
 
 
 class LentConnection:
-    """A thread's connection of Django's, in the place of a driver's; its transactions are Django's.
+    """A thread's connection of Django's with the interface of a driver's. Django controls its transactions.
 
     :param wrapper: ``django.db.connections[alias]``.
     """
@@ -212,9 +212,9 @@ class OwnConnection(LentConnection):
 
     def __init__(self, wrapper: Any) -> None:
         self._copy = wrapper.copy()
-        # From Django's pool it would be kept away from the project's threads, which might wait for it for ever.
+        # Not from Django's pool: the project's threads might wait for the connection without an end.
         self._copy.settings_dict["OPTIONS"].pop("pool", None)
-        # It may be held for others, as that with the locks of runners is.
+        # Several threads may use it, such as the connection with the locks of runners.
         self._copy.inc_thread_sharing()
         super().__init__(self._copy)
         self._commits_each = self._is_begun = False
@@ -229,10 +229,10 @@ class OwnConnection(LentConnection):
             return LentCursor(self._copy.cursor(), marks=self._marks, before=self._begin)
 
     def follow(self, path: str | None, tenant: Any = None, with_public: object = True) -> None:
-        """Look for tables where a thread's connection does.
+        """Look for tables in the same schemas as a thread's connection.
 
         :param path: its search path, or None for that of a new connection.
-        :param tenant: what a backend sets the path by, before each statement.
+        :param tenant: the tenant by which a backend sets the path before each statement.
         """
         if tenant is not None:
             if self._copy.tenant is not tenant or self._copy.include_public_schema != with_public:
@@ -287,7 +287,7 @@ _fixed: ContextVar[tuple[Any, ...] | None] = ContextVar("flask_eventsourcing.sea
 
 
 def place_of_tables(wrapper: Any) -> tuple[Any, ...]:
-    """Return where a thread's connection looks for tables, as ``OwnConnection.follow`` takes it."""
+    """Return where a thread's connection looks for tables: the arguments of ``OwnConnection.follow``."""
     fixed = _fixed.get()
     if fixed is not None:
         return fixed
@@ -300,7 +300,7 @@ def place_of_tables(wrapper: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def looking_for_tables(wrapper: Any) -> Iterator[None]:
-    """Within it, tables are where they are now, so that nobody asks for that again."""
+    """Keep the place of tables in the block, so that it is asked for once."""
     token = _fixed.set(place_of_tables(wrapper))
     try:
         yield

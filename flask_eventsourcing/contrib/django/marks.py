@@ -1,4 +1,4 @@
-"""Functions for Django's ``on_commit`` on which hangs what was noted in a transaction.
+"""Functions for Django's ``on_commit`` that hold what was noted in a transaction.
 
 Django calls them after the commit, and drops them when the transaction, or the savepoint in which they were noted, is
 rolled back.
@@ -25,7 +25,7 @@ HARMLESS = re.compile(
     r"|SET CONSTRAINTS|SET STATEMENT|ROLLBACK TO SAVEPOINT \W?s\d+_x\d+(?=\W?\Z))\b[^;]*;?\s*\Z",
     re.IGNORECASE,
 )
-"""Statements that end no transaction, and the one with which Django rolls a block back, of which it takes note."""
+"""Statements that end no transaction, and the one with which Django rolls back a block and which it notes itself."""
 
 
 class Noted:
@@ -37,11 +37,11 @@ class Noted:
         self.savepoints = 0
         """How many savepoints there had been on the connection."""
         self.is_committed = False
-        """Whether it is committed, and Django has still to tell so."""
+        """Whether it is committed, but Django has not called the functions yet."""
 
     @property
     def has_events(self) -> bool:
-        """Whether events are among it."""
+        """Whether it has events."""
         return any(isinstance(item, Batch) for item in self.items)
 
 
@@ -51,11 +51,11 @@ class Mark:
     def __init__(self, noted: Noted, committed: Callable[[Noted], None]) -> None:
         self.noted = noted
         self._committed = committed
-        # Django names a function that has failed.
+        # Django logs the name of a function that has failed.
         self.__qualname__ = type(self).__qualname__
 
     def __call__(self) -> None:
-        """Tell that what was noted here is committed."""
+        """Note that everything in it is committed."""
         self._committed(self.noted)
 
 
@@ -66,7 +66,7 @@ def _gone() -> Mark | None:
 class Leaving:
     """The end of one block of Django's, while that is going on.
 
-    What the block rolls back is lost, if an error has left it neither before nor now.
+    Events that the block rolls back are lost, if no error has left it, neither before nor now.
 
     :param losses: those of the connection.
     :param savepoint: the block's, if it has one.
@@ -99,45 +99,45 @@ class Leaving:
 
 
 class Losses:
-    """Tells rollbacks that somebody has asked for from those that come of a swallowed error.
+    """Distinguishes rollbacks that code has asked for from those after a swallowed error.
 
     :param wrapper: the connection of Django's.
-    :param tell: called with events that are gone although nobody has asked for it.
+    :param tell: called with events that were rolled back although no code asked for it.
     """
 
     def __init__(self, wrapper: Any, tell: Announce) -> None:
         self._wrapper = weakref.ref(wrapper)
         self._tell = tell
         self._asked: tuple[str | None] | None = None
-        """The savepoint, or None for all of the transaction, whose rollback somebody has asked for."""
+        """The savepoint whose rollback code has asked for, or None for the whole transaction."""
         self.is_closing = False
         """Whether the connection is being closed."""
         self.lost: list[Batch] | None = None
-        """What was lost, while somebody wants to know."""
+        """The lost events, while a caller collects them."""
         self.leaving: Leaving | None = None
 
     def asked(self, *, rollback: bool) -> None:
-        """Told that somebody asks for a rollback of the innermost block, or not any more."""
+        """Called when code asks for a rollback of the innermost block, or withdraws the request."""
         wrapper: Any = self._wrapper()
         # A block without a savepoint is rolled back with the one around it.
         innermost = next((each for each in reversed(wrapper.savepoint_ids) if each is not None), None)
         self._asked = (innermost,) if rollback else None
 
     def failed(self) -> None:
-        """Told that the commit has failed, with an error that tells the caller of the commit."""
+        """Called when the commit has failed with an error, which the caller of the commit gets."""
         self._asked = (None,)
 
     @property
     def is_asked(self) -> bool:
-        """Whether somebody has asked for a rollback that was not done yet."""
+        """Whether code has asked for a rollback that was not done yet."""
         return self._asked is not None
 
     def forget(self) -> None:
-        """Told of a statement: nobody is waiting for a rollback."""
+        """Called at a statement: no code is waiting for a rollback."""
         self._asked = None
 
     def dropped(self, noted: Noted) -> None:
-        """Told of what is rolled back now."""
+        """Called with what is being rolled back."""
         batches = of_kind(noted.items, Batch)
         leaving = self.leaving
         if leaving is None:
@@ -147,7 +147,7 @@ class Losses:
             leaving.lost += batches
 
     def lose(self, batches: list[Batch]) -> None:
-        """Told of events that are gone although nobody has asked for it."""
+        """Called with events that were rolled back although no code asked for it."""
         if self.lost is not None:
             self.lost += batches
         elif batches:
@@ -155,19 +155,19 @@ class Losses:
 
 
 class Marked:
-    """What was noted on one connection of Django's and has not been decided, in its order.
+    """What was noted on one connection of Django's and is neither committed nor rolled back, in its order.
 
     :param publish: called with the events of a transaction after it was committed.
-    :param losses: told of what is rolled back.
+    :param losses: its methods are called with what is rolled back.
     """
 
     def __init__(self, publish: Announce, losses: Losses) -> None:
         self.noted: list[Noted] = []
         self.ends = 0
-        """How often something that was noted was committed or rolled back."""
+        """How often something noted was committed or rolled back."""
         self.losses = losses
         self.is_suspicious = False
-        """Whether a statement may have ended the transaction past Django."""
+        """Whether a statement may have ended the transaction without Django's knowledge."""
         self._publish = publish
 
     def all(self, kind: Any) -> list[Any]:
@@ -183,7 +183,7 @@ class Marked:
         return any(event.originator_id == originator_id for batch in self.all(Batch) for event in batch.events)
 
     def add_beside(self, originator_id: UUID | str, item: Item) -> None:
-        """Note something that stands or falls with the last events of an aggregate."""
+        """Note something that is committed or rolled back together with the last events of an aggregate."""
         for noted in reversed(self.noted):
             batches = of_kind(noted.items, Batch)
             if any(event.originator_id == originator_id for batch in batches for event in batch.events):
@@ -202,7 +202,7 @@ class Marked:
             or hooks[-1][1] is not last.mark()
             or hooks[-1][0] != savepoints
             or last.savepoints != wrapper.savepoint_state
-            # One function for each save, so that a search for those of a block finds it.
+            # One function for each save, so that it can be found among those of a block.
             or (last.has_events and not isinstance(item, AfterCommit))
         ):
             if not self.noted:
@@ -219,29 +219,29 @@ class Marked:
 
         def gone(_: object) -> None:
             marked = me()
-            # What is doubtful is decided by what is in the database, after the transaction.
+            # If it is in doubt, the database decides after the transaction.
             if marked is not None and not marked.is_suspicious:
                 dropped(marked, noted)
 
-        # Told at once where nobody else has it, as a test that looks at the functions has.
+        # Called at once, unless other code holds the functions, such as a test that collects them.
         noted.mark = weakref.ref(mark, gone)
-        # As on_commit() does, which refuses a connection whose transactions its user begins and ends.
+        # Like on_commit(), but that refuses a connection whose transactions the user begins and ends.
         hooks.append((savepoints, mark, True))
         self.noted.append(noted)
         return noted
 
     def look(self, wrapper: Any) -> None:
-        """Find out what Django has dropped; what is doubtful waits for the end of the transaction."""
+        """Find out what Django has dropped. If that is in doubt, the end of the transaction decides."""
         if self.is_suspicious:
             return
         left = {id(function) for _, function, *_ in wrapper.run_on_commit}
         for noted in [each for each in self.noted if id(each.mark()) not in left]:
-            # Django tells those that are committed one after the other.
+            # After a commit, Django calls the functions one after the other.
             if not noted.is_committed:
                 self.dropped(noted)
 
     def watch(self, wrapper: Any, *, watched: bool) -> None:
-        """Have a connection tell of its statements, or not any more."""
+        """Begin to watch the statements of a connection, or stop watching them."""
         django_watch(wrapper, self._statement, watched=watched)
 
     def _statement(self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any) -> Any:
@@ -253,15 +253,15 @@ class Marked:
         return execute(sql, params, many, context)
 
     def decide(self, there: Collection[int] | None) -> None:
-        """After a transaction that somebody may have ended past Django, tell what has become of it.
+        """After a transaction that may have ended without Django's knowledge, tell whether it was committed.
 
-        :param there: which events are in the database, by the batches' ``id()``; None where nobody knows.
+        :param there: the ``id()`` of the batches whose events are in the database; None if that is unknown.
         """
         self.is_suspicious = False
         known = [each for each in self.noted if each.has_events]
         gone = [each for each in known if there is None or any(id(b) not in there for b in of_kind(each.items, Batch))]
         for noted in list(self.noted):
-            # What has no events stands or falls with the others.
+            # Other things are committed or rolled back together with the events.
             if noted in gone or (noted not in known and len(gone) == len(known)):
                 noted.is_committed = False
                 self.dropped(noted)
@@ -269,7 +269,7 @@ class Marked:
                 self.committed(noted)
 
     def rolled_back_to(self, hooks: list[Any], number: int) -> None:
-        """All is gone that was noted since the connection's savepoint of a number was made.
+        """Drop everything that was noted since the connection's savepoint with a number was made.
 
         :param hooks: Django's functions.
         """
@@ -277,18 +277,18 @@ class Marked:
         hooks[:] = [each for each in hooks if id(each[1]) not in gone]
 
     def all_committed(self) -> None:
-        """Everything is committed, and Django is going to tell so."""
+        """Note that everything is committed, and that Django is going to call the functions."""
         self.is_suspicious = False
         for noted in self.noted:
             noted.is_committed = True
 
     def tell(self) -> None:
-        """Tell of what is committed in the place of Django."""
+        """Call the functions of what is committed instead of Django."""
         for noted in [each for each in self.noted if each.is_committed]:
             self.committed(noted)
 
     def dropped(self, noted: Noted) -> None:
-        """What was noted is rolled back, unless it was committed before Django has dropped it."""
+        """Note that something is rolled back, unless it was committed before Django dropped it."""
         if noted.is_committed:
             self.committed(noted)
         elif noted in self.noted:
@@ -298,12 +298,12 @@ class Marked:
             self.losses.dropped(noted)
 
     def committed(self, noted: Noted) -> None:
-        """What was noted is committed."""
+        """Note that something is committed."""
         if noted not in self.noted:
             return
         self.noted.remove(noted)
         self.ends += 1
-        # Django drops it now, and nobody has to be told.
+        # Django drops it now, without a further call.
         noted.mark = _gone
         functions, batches = of_kind(noted.items, AfterCommit), of_kind(noted.items, Batch)
         if batches:

@@ -1,4 +1,4 @@
-"""The middleware: events get the correlation of their request, and no client is told "done" for events that are lost.
+"""The middleware: events get the correlation of their request, and no client gets a success for events that are lost.
 
 Django rolls back after an exception and not after a returned 4xx, and so it is for events. The middleware finds events
 that were lost although no code asked for a rollback: after an error that was caught inside ``atomic()``, or where
@@ -32,7 +32,7 @@ class _Looked:
         self._outer = self.unit.losses.lost
         self.lost: list[Batch] = []
         self.doomed: Sequence[Batch] = ()
-        """What the block around this middleware, as of another one, is going to lose, and tells then."""
+        """The events that a block around this middleware is going to lose, and reports itself."""
         self.unit.losses.lost = self.lost
 
     def end(self) -> Sequence[Batch]:

@@ -36,7 +36,7 @@ __all__ = [
 
 
 VIEWED = ("view",)
-"""The permissions of what only the package writes."""
+"""The permissions of models that only the package writes."""
 
 
 class AbstractStoredEvent(models.Model):
@@ -315,12 +315,12 @@ def _model(
     }
     own = {"__module__": module, "__qualname__": f"{name}{base.__name__.removeprefix('Abstract')}"}
     made = type(own["__qualname__"], (base,), {**own, **fields, "Meta": type("Meta", (_meta_of(base),), body)})
-    # Where its name says it is: pickled query sets and Django's shell look for it there.
+    # In the module that its name says, where pickled query sets and Django's shell look for it.
     vars(sys.modules[module]).setdefault(made.__name__, made)
     return made
 
 
 def _meta_of(base: Any) -> type:
-    # Django has it where it has made an abstract class.
+    # Django keeps the abstract class there.
     found: type = base.Meta
     return found

@@ -1,4 +1,4 @@
-"""What is filled in for the events of a request: its correlation, its trace, and its user where that is asked for."""
+"""The metadata that a request gives its events: its correlation, its trace and, if the setting says so, its user."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ...metadata.values import metadata_of_headers, trace_of_span
 from .configuring import SETTING, Configured
 
 KEPT = "flask_eventsourcing.metadata"
-"""Where a request has what was filled in for it, for all of its saves."""
+"""The attribute of a request with the metadata for all of its saves."""
 
 _request: ContextVar[Any] = ContextVar("flask_eventsourcing.request", default=None)
 
 
 @contextmanager
 def answering(request: Any) -> Iterator[None]:
-    """Within it, a request is the current one; the metadata that its code leaves in the context end with it."""
+    """Make a request the current one in the block. Metadata that its code leaves in the context end with the block."""
     token = _request.set(request)
     enter_request(request)
     try:
@@ -45,7 +45,7 @@ def answering(request: Any) -> Iterator[None]:
 
 
 class _Streaming(Steps):
-    """The request and the metadata of the code that makes the parts of a response: the request's, in no other code."""
+    """The request and its metadata, for the code that makes the parts of a response and for no other code."""
 
     def __init__(self, request: Any) -> None:
         super().__init__(MetadataBlock({}))
@@ -62,8 +62,8 @@ class _Streaming(Steps):
 
 
 def answer_in_steps(request: Any, response: Any) -> None:
-    """Have what makes the parts of a response, after the view has returned, run in its request."""
-    # A file stays one that the server may send by itself.
+    """Run the code that makes the parts of a response, after the view has returned, in its request."""
+    # A file stays a file, so that the server may send it by itself.
     if not getattr(response, "streaming", False) or getattr(response, "file_to_stream", None) is not None:
         return
     make = _async_parts if response.is_async else _parts
@@ -93,11 +93,11 @@ async def _async_parts(streaming: _Streaming, content: AsyncIterator[Any]) -> As
 class Rereading:
     """Lets a view that is run again read its request again.
 
-    :param arguments: the first ones of the view, or of a method that is one.
+    :param arguments: the first arguments of the view, or of a method that is a view.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        # Django REST framework has a request of its own around Django's.
+        # Django REST framework wraps Django's request in one of its own.
         found = (
             each if isinstance(each, HttpRequest) else getattr_static(each, "_request", None) for each in arguments
         )
@@ -105,13 +105,13 @@ class Rereading:
         for request in self._requests:
             length = str(request.META.get("CONTENT_LENGTH", ""))
             if length.isdecimal() and 0 < int(length) <= _longest_in_memory():
-                # Where something has read it before, the request has what came of that.
+                # If the body was read before, the request has kept it.
                 with suppress(RawPostDataException):
                     _ = request.body
 
     def rewind(self) -> bool:
-        """Have what was read be read from its beginning, or return False where a body that was not kept was read."""
-        # Each of them, even if one cannot.
+        """Go back to the beginning of the body and the uploads. Return False if a body that was not kept was read."""
+        # Each upload, even if one of them cannot go back.
         return min((_rewind(each) for each in self._requests), default=True)
 
 
@@ -124,18 +124,18 @@ def _rewind(request: Any) -> bool:
     there = vars(request)
     uploads = there["_files"].lists() if "_files" in there else ()
     for each in (upload for _, named in uploads for upload in named):
-        # The view that has closed it finds it closed.
+        # An upload that the view has closed stays closed.
         with suppress(ValueError):
             each.open()
     if "_body" in there:
         request._stream.seek(0)
         return True
-    # Only a form is parsed into what can be had again.
+    # Only a form is parsed into values that can be read again.
     return ("_files" in there and request.method == "POST") or not there.get("_read_started")
 
 
 def of_request() -> Mapping[str, str]:
-    """Provide the correlation of the current request, and its trace; empty outside of one."""
+    """Provide the correlation and the trace of the current request; empty outside of a request."""
     request = _request.get()
     if request is None:
         return {}
@@ -153,10 +153,10 @@ def of_user() -> Mapping[str, str] | None:
 
 
 def make_collector(found: Sequence[Configured]) -> Collector | None:
-    """Return what collects the metadata of a save, or None where no metadata is stored.
+    """Return the collector of the metadata of a save, or None if no metadata are stored.
 
     :param found: the applications in one database, which share it.
-    :raises ConfigurationError: when they do not agree, or a provider cannot be imported.
+    :raises ConfigurationError: when their settings differ, or a provider cannot be imported.
     """
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Record classes of the user's: their checks, and their equivalents for SQLAlchemy, which makes the statements."""
+"""Checks record classes of the user's, and makes their equivalents for SQLAlchemy, which makes the statements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIXINS: Mapping[str, type[Any]] = {
     "AbstractTracking": TrackingMixin,
 }
 QUOTED = re.compile(r"([\"`])(.+)\1|([^\"`]+([\"`])\.\4[^\"`]+)")
-"""A name that Django does not quote, or that is whole only within the quotes that Django adds."""
+"""A name that Django does not quote, or that is complete only with the quotes that Django adds."""
 TEXT_ID = "text id"
 """The kind of a field with the ids of aggregates that are texts."""
 
@@ -169,7 +169,7 @@ def mirrored(base: Any, model: Any) -> Any:
         body["column_values"] = model.column_values
     for field in _further(model, abstract):
         given = sa.FetchedValue() if _is_given(field) else None
-        # The attribute is nobody's: a declarative class keeps some names for itself.
+        # Any name will do for the attribute: a declarative class reserves some names.
         body[f"own_{field.attname}"] = sa.Column(
             field.column, OwnType(field), nullable=field.null, server_default=given
         )

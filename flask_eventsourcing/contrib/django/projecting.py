@@ -1,4 +1,4 @@
-"""What runs the projections of a Django project: its databases as hosts, and what is bound to them."""
+"""Runs the projections of a Django project: makes its databases hosts, and binds the projections to them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ SWALLOWED = (
 
 
 class FieldType(sa.types.UserDefinedType[Any]):
-    """The type of a column as Django has it.
+    """The type of a column, as Django writes it.
 
-    :param text: as the database writes it.
+    :param text: the name of the type in the database.
     """
 
     cache_ok: bool | None = True
@@ -71,8 +71,16 @@ def _table_of(model: Any, alias: str) -> sa.Table:
     return sa.Table(name, sa.MetaData(), *columns, schema=schema)
 
 
+def call_each(functions: list[Any]) -> None:
+    """Have Django log what fails of the functions for after the commit, and call those of the other events too.
+
+    The transaction is stored then, and the position with it.
+    """
+    functions[:] = [(savepoints, function, True) for savepoints, function, *_ in functions]
+
+
 class DjangoHost:
-    """What projections ask of a host, on one of Django's databases; each transaction is a block of ``atomic()``."""
+    """One of Django's databases as the host of projections. Each transaction is a block of ``atomic()``."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -85,7 +93,7 @@ class DjangoHost:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Around a piece of work that is not a request: at its end the connection of its thread is closed."""
+        """The context of a piece of work that is not a request: its end closes the connection of its thread."""
         try:
             with looking_for_tables(connections[self._alias]):
                 yield
@@ -115,12 +123,14 @@ class DjangoHost:
         unit: DjangoUnit = self._database.units.current()
         refresh(unit.wrapper)
         with sqlalchemy_errors(self.datastore.engine), transaction.atomic(using=self._alias):
-            # It keeps the transaction from being taken for another one when a savepoint of the handler's is undone.
+            # So that the transaction is recognized after a savepoint of the handler's was rolled back.
             unit.on_commit(nothing)
             with orm.Session(bind=unit.connection(), info={USING: self._alias}) as session:
                 yield session
             if unit.wrapper.needs_rollback:
                 raise HandlerError(SWALLOWED)
+            if len(unit.wrapper.atomic_blocks) == 1:
+                call_each(unit.wrapper.run_on_commit)
 
     def retry(self, function: Callable[[], R], times: int, *, lenient: bool = False) -> R:
         """Call a function in a block, and again after a conflict, *times* times at most."""
@@ -128,7 +138,7 @@ class DjangoHost:
         return found
 
     def using(self, connection: Connection) -> AbstractContextManager[orm.Session]:
-        """Refuse to write elsewhere.
+        """Refuse to write to other tables.
 
         :raises RebuildError: always.
         """
@@ -155,7 +165,7 @@ def _tables_of(model: Any, alias: str) -> Sequence[sa.Table]:
 
 
 class DjangoApart(ApartHost):
-    """The host of applications whose events are apart, as far as commands ask one.
+    """The host of applications whose events are apart, with the methods that commands call.
 
     :param alias: of the database in which projections have their models.
     """
@@ -196,7 +206,7 @@ class Projections:
         return make
 
     def _follow_apart(self, of: type[Application[Any]]) -> ProjectedApplication:
-        """Make what the projections of an application share whose events are apart."""
+        """Make what the projections of one application share, if its events are apart."""
         one = self.site.configured[of.name]
         host: Any = DjangoHost(self.site.projected(one.alias))
         models = records_of(of.name, projected=True).mirror.projections
@@ -221,7 +231,7 @@ class Projections:
         self.bound[one.place].add(self._registrations.add(cls, application_class))
 
     def subject(self, place: str) -> Subject:
-        """Return what commands work on in one database, or in one cluster with the database of its projections."""
+        """Return the subject of commands in one database, or in one cluster with the database of its projections."""
         if place not in self.site.databases:
             return self._subject_apart(place)
         database = self.site.databases[place]
@@ -264,7 +274,7 @@ class Projections:
 
 
 def _check_nothing(projection_class: Any, table: sa.Table) -> None:
-    """A model has no table of its own in SQLAlchemy; its database is checked by its router."""
+    """Do nothing: a model has no table in SQLAlchemy, and ``_check_router`` checks its database."""
 
 
 def _check_router(cls: type[ModelProjection], alias: str) -> None:

@@ -1,4 +1,4 @@
-"""Fields of record classes, whose columns are those that every other host makes."""
+"""Fields of record classes. Their columns are the same as on every other host."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ TYPES: Mapping[str, sa.types.TypeEngine[Any]] = {
 
 @cache
 def _dialect(vendor: str, driver: str, is_second: bool) -> Any:
-    # Values differ by the driver where the database's first one is another.
+    # The values of another driver of the database may differ.
     name = f"{vendor}.{driver}" if driver in DIALECTS[vendor].drivers else vendor
     return sa.dialects.registry.load(name)(**({"is_mariadb": True} if is_second else {}))
 
 
 def dialect_of(connection: Any) -> Any:
     """Return SQLAlchemy's dialect of the database of a connection, or None for one that is not supported."""
-    # Of two that have the same vendor, the server says which one it is; their collations differ.
+    # Django has one vendor for two databases, whose collations differ. The server tells which one it is.
     is_second = getattr(connection, "mysql_is_mariadb", False)
     if connection.vendor not in DIALECTS:
         return None
@@ -48,9 +48,9 @@ def dialect_of(connection: Any) -> Any:
 
 
 def zone_of(connection: Any) -> tzinfo:
-    """Return the zone of what is read without one, where the database has stored it with one.
+    """Return the time zone of values that the driver returns without one, though the database stores one.
 
-    Without ``USE_TZ``, Django has the driver take away the zone, which is that of the connection.
+    Without ``USE_TZ``, Django lets the driver remove the zone, which is that of the connection.
     """
     return ZoneInfo(connection.timezone_name) if connection.features.supports_timezones else UTC
 
@@ -69,7 +69,7 @@ class _RecordField(models.Field):
         super().__init__(*args, **options)
 
     def db_type(self, connection: Any) -> str | None:
-        """Return the type of the column; of a database that is not supported, what Django makes of the field."""
+        """Return the type of the column. On a database that is not supported, it is Django's type of the field."""
         dialect = dialect_of(connection)
         found: str | None = super().db_type(connection) if dialect is None else self._type.compile(dialect)
         return found
@@ -79,7 +79,7 @@ class _RecordField(models.Field):
         return TYPES[self.kind]
 
     def _bound(self, value: Any, connection: Any) -> Any:
-        """Return what the driver gets, as SQLAlchemy gives it."""
+        """Return the value for the driver, in the form that SQLAlchemy gives it."""
         dialect = dialect_of(connection)
         bind = None if dialect is None else self._type.dialect_impl(dialect).bind_processor(dialect)
         return value if bind is None or value is None else bind(value)
@@ -89,7 +89,7 @@ class _RecordField(models.Field):
         return self.db_type(connection)
 
     def deconstruct(self) -> Any:
-        """Return what a migration writes."""
+        """Return what a migration needs to make the field again."""
         name, path, args, options = super().deconstruct()
         if self.given_kind:
             options["kind"] = self.given_kind
@@ -106,7 +106,7 @@ class RecordUUIDField(_RecordField, models.UUIDField):
         return self._bound(self.to_python(value), connection)
 
     def get_internal_type(self) -> str:
-        """Not Django's own, which is native in more databases."""
+        """Return another name than that of Django's field, which is native in more databases."""
         return "RecordUUIDField"
 
     def from_db_value(self, value: Any, expression: Any, connection: Any) -> UUID | None:
@@ -120,7 +120,7 @@ class RecordBinaryField(_RecordField, models.BinaryField):
     kind = "state"
 
     def from_db_value(self, value: Any, expression: Any, connection: Any) -> bytes | None:
-        """Return bytes, of which some drivers give a view."""
+        """Return bytes, where some drivers return a view of them."""
         return None if value is None else bytes(value)
 
 
@@ -139,11 +139,11 @@ class RecordTimeField(_RecordField, models.DateTimeField):
     kind = "time"
 
     def get_internal_type(self) -> str:
-        """Not Django's own, which depends on settings."""
+        """Return another name than that of Django's field, which depends on settings."""
         return "RecordTimeField"
 
     def get_prep_value(self, value: Any) -> Any:
-        """Return a time in UTC; a naive one is taken for that."""
+        """Return a time in UTC. A naive time is taken as UTC."""
         found = models.Field.get_prep_value(self, value)
         if isinstance(found, str):
             found = datetime.fromisoformat(found)
@@ -158,7 +158,7 @@ class RecordTimeField(_RecordField, models.DateTimeField):
         return self._bound(found.replace(tzinfo=UTC if has_zone else None), connection)
 
     def from_db_value(self, value: Any, expression: Any, connection: Any) -> datetime | None:
-        """Return the time, with its zone; drivers give text, or either kind of time."""
+        """Return the time with its zone. Drivers return text, or times with or without a zone."""
         if isinstance(value, str):
             value = datetime.fromisoformat(value)
         if value is None:
@@ -169,12 +169,12 @@ class RecordTimeField(_RecordField, models.DateTimeField):
         return found
 
     def value_from_object(self, obj: Any) -> Any:
-        """Return text for dumps and forms: of a time, JSON has only the milliseconds."""
+        """Return text for dumps and forms, because Django's JSON keeps only the milliseconds of a time."""
         value = super().value_from_object(obj)
         return value.isoformat() if isinstance(value, datetime) else value
 
     def value_to_string(self, obj: Any) -> str:
-        """Return the same for dumps that have nothing but text."""
+        """Return the same for dumps in formats that have only text."""
         return self.value_from_object(obj) or ""
 
     def to_python(self, value: Any) -> Any:
@@ -194,11 +194,11 @@ class RecordMetadataField(_RecordField):
     description = "A mapping of strings to strings"
 
     def get_internal_type(self) -> str:
-        """Not that of Django's JSONField, whose columns are others."""
+        """Return another name than that of Django's JSONField, whose columns differ."""
         return "RecordMetadataField"
 
     def to_python(self, value: Any) -> Any:
-        """Return the mapping, of which dumps have the JSON."""
+        """Return the mapping; dumps have it as JSON."""
         try:
             return json.loads(value) if isinstance(value, str) else value
         except ValueError as error:

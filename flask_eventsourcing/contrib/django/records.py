@@ -1,4 +1,4 @@
-"""The record classes of the project's applications, by the names of these."""
+"""The record classes of the project's applications, by the names of the applications."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .own_records import mirrored
 
 @dataclass(frozen=True, eq=False)
 class Mirror:
-    """The tables of one application as SQLAlchemy has them."""
+    """The tables of one application, for SQLAlchemy."""
 
     tables: Mapping[str, sa.Table]
     """By their use: ``events``, ``snapshots``, ``tracking``."""
     projections: ProjectionModels
-    """The classes for what projections need."""
+    """The record classes for projections."""
 
     def all(self) -> list[sa.Table]:
         """Return every table."""
@@ -56,7 +56,7 @@ class Records:
 
     @property
     def has_events(self) -> bool:
-        """Whether there are some for the events, which there are not where these are apart."""
+        """Whether there are record classes for the events. There are none if the events are apart."""
         return self.StoredEvent is not None
 
 
@@ -71,9 +71,9 @@ def add_records(
     """Note the record classes of an application.
 
     :param models: Django's.
-    :param own: those of the user's, by the keyword arguments of ``make_models``.
-    :param events: whether there are some for events.
-    :raises ConfigurationError: when another module has some for that name.
+    :param own: the user's own, by the keyword arguments of ``make_models``.
+    :param events: whether there are record classes for events.
+    :raises ConfigurationError: when another module has declared record classes for that name.
     """
     known = _modules.get(name)
     if known not in (None, module):
@@ -95,7 +95,7 @@ def add_records(
 def records_of(name: str, *, projected: bool = False) -> Records:
     """Return the record classes of an application.
 
-    :param projected: whether those of its projections are enough.
+    :param projected: whether the record classes of its projections are enough.
     :raises ConfigurationError: when there are none.
     """
     if name not in _records and projected:

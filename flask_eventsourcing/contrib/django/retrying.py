@@ -71,7 +71,7 @@ def retry_on_conflict(
         def run(*args: Any, **kwargs: Any) -> Any:
             return run_again(lambda: decorated(*args, **kwargs), times, using, Rereading(args[:2]).rewind)
 
-        # Django looks for it on the view of the URL. The setting must not be read while views are imported.
+        # Django reads this attribute of the view. The setting must not be read while views are imported.
         run._non_atomic_requests = _Aliases(using)  # type: ignore[attr-defined]
         return run
 
@@ -90,7 +90,7 @@ class _Aliases(set[str]):
 
 
 def _is_only(alias: object) -> bool:
-    """Whether an alias is that of the only database with events; there may be none, where all are apart."""
+    """Whether an alias is that of the only database with events. If all events are apart, there is none."""
     return site().host_apart() is None and alias == _alias(None)
 
 
@@ -126,7 +126,7 @@ def run_again(function: Callable[[], Any], times: int, using: str | None, rewind
             except (IntegrityError, Error) as error:
                 conflict = attempt.conflict if error is attempt.conflict else as_conflict(unit, error)
                 if conflict is None or attempt.has_saved:
-                    # What is apart from the database would be saved again.
+                    # Events apart from the database would be saved a second time.
                     raise
                 if (reason := why_not_again(tries, times, rewind)) is not None:
                     conflict.add_note(reason)

@@ -1,10 +1,10 @@
 """Rebuilds a projection on Django's models: its rows are deleted and written again, all in one transaction.
 
-Handlers write their models through Django's ORM, which has no other tables for them to write. So readers see the old
-rows until the commit, the live projection waits meanwhile, and of a rebuild that is killed no row is left. Where the
-database has one writer at a time, every writer waits. That is done only on request.
+Handlers write their models through Django's ORM, which cannot write them to other tables. So readers see the old rows
+until the commit, the live projection waits meanwhile, and a rebuild that is killed leaves no row. If the database has
+one writer at a time, every writer waits, so such a rebuild must be asked for.
 
-How far it is, is noted outside of that transaction, so that the next process knows at which event this one has ended.
+Its progress is noted outside of that transaction, so that the next process knows at which event this one has ended.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ BROKEN = (
 
 
 class _UndoneError(Exception):
-    """Leaves the transaction, of which nothing is to stay."""
+    """Leaves the transaction, so that it is rolled back."""
 
 
 class _Left(NamedTuple):
-    """Where a process was whose rebuild has not ended: in the page after a position, or trying one of its events."""
+    """Where a process was that has ended in a rebuild: in the page after a position, or trying one of its events."""
 
     after: int
     at: int = 0
@@ -66,7 +66,7 @@ class _Left(NamedTuple):
 
 
 class _Notes:
-    """Notes of a rebuild outside of its transaction: in a row, or in a file where nobody else can write meanwhile."""
+    """Notes of a rebuild outside of its transaction: in a row, or in a file if no other connection can write."""
 
     def __init__(self, live: Consumer) -> None:
         self._live = live
@@ -78,12 +78,12 @@ class _Notes:
         self._file: Path | None = None if path is None else path.with_name(f"{path.name}-rebuild-{digest}")
 
     def begin(self) -> None:
-        """Make the row, before the transaction may lock its place."""
+        """Make the row, before the transaction can lock its place."""
         if self._row is not None:
             self._row.ensure()
 
     def read(self) -> _Left | None:
-        """Return where a process with the same code was, if one has ended in a rebuild."""
+        """Return where a process with the same code was, if it has ended in a rebuild."""
         code, found = None, _Left(0)
         if self._row is not None and (row := self._row.read()) is not None:
             code, found = row.fingerprint, _Left(row.position, row.failed_position or 0, row.claim or 0)
@@ -102,7 +102,7 @@ class _Notes:
             self._file.write_text(json.dumps([self._live.fingerprint, *left]))
 
     def remove(self) -> None:
-        """Remove them, as the rebuild has come to an end."""
+        """Remove the notes at the end of the rebuild."""
         if self._row is not None:
             with self._row.engine.begin() as connection:
                 self._row.remove(connection)
@@ -132,7 +132,7 @@ class Rewrite:
 
     @property
     def runner(self) -> Rewrite:
-        """What tells of its progress."""
+        """The runner, whose progress is shown."""
         return self
 
     @property
@@ -143,7 +143,7 @@ class Rewrite:
     def run(self, *, restart: bool = False) -> Rebuilt | None:
         """Rebuild it; returns None when it was stopped, and nothing was changed.
 
-        :param restart: try also an event again at which processes have ended; it always begins from the start.
+        :param restart: also try an event again at which processes have ended. A rebuild always begins from the start.
         :raises ProjectionBusyError: when another process rebuilds it.
         :raises RebuildError: when it cannot be rebuilt, or an event cannot be applied; nothing was changed.
         """
@@ -164,7 +164,7 @@ class Rewrite:
 
     @contextmanager
     def _noting(self, restart: bool) -> Iterator[None]:
-        """Within it, the process is noted, until it has done what it can."""
+        """Keep the notes of the process in the block, and remove them at its end."""
         if restart:
             self._notes.remove()
         self._notes.begin()
@@ -172,7 +172,7 @@ class Rewrite:
         try:
             yield
         except RebuildError as error:
-            # The same code is not to try it again, and end its process, only because it is started again.
+            # A restart alone must not let the same code try the event again, and end its process.
             is_kept = isinstance(error.__cause__, ProcessEndedError)
             raise
         finally:
@@ -202,11 +202,11 @@ class Rewrite:
                 return Estimate(events, seconds * events / tried if tried else 0.0, tried, failed)
 
     def drop_old(self) -> list[str]:
-        """Return that there is nothing to drop."""
+        """Return nothing: no table is left to drop."""
         return []
 
     def give_up(self) -> list[str]:
-        """Forget where the process of an unfinished rebuild has ended; return that there is nothing to drop."""
+        """Forget where the process of an unfinished rebuild has ended. Return nothing: no table is left to drop."""
         self._notes.remove()
         return []
 
@@ -216,7 +216,7 @@ class Rewrite:
     def _alone(self) -> Iterator[None]:
         lock = self.rebuild.lock()
         try:
-            # Where that is no lock of the server, the row of the live projection is locked by one at a time.
+            # If it is no lock of the server, the lock on the live projection's row keeps other rebuilds out.
             if not lock.leased and not lock.acquire():
                 raise ProjectionBusyError(BUSY.format(self.live.name))
             with self.application.host.context():
@@ -226,7 +226,7 @@ class Rewrite:
 
     @contextmanager
     def _emptied(self) -> Iterator[tuple[Connection, Sequence[int]]]:
-        """A transaction in which the rows are gone, with the live projection's row locked; and how many they were."""
+        """Open a transaction, delete the rows, and lock the live projection's row; yields how many rows there were."""
         host = self.application.host
         with host.transaction() as session:
             unit: DjangoUnit = host.unit_of(session)  # type: ignore[assignment]
@@ -252,7 +252,7 @@ class Rewrite:
                     raise RebuildError(REFERS.format(other, table.name))
 
     def _guard(self, own: Callable[[], set[str]]) -> Callable[..., Any]:
-        """Return what refuses to write tables that are not among the projection's models."""
+        """Return a function that refuses to write tables that are not among the projection's models."""
         tables = {table.name for table in self.live.tables}
 
         def execute(run: Callable[..., Any], sql: Any, parameters: Any, many: bool, context: Any) -> Any:
@@ -280,7 +280,7 @@ class Rewrite:
 
     @contextmanager
     def _reading(self, connection: Connection | None = None) -> Iterator[Connection]:
-        """A connection that sees the end of the log, as that of the transaction may not."""
+        """A connection that sees the end of the log, which that of the transaction may not see."""
         if connection is not None and self.keeps_writers_waiting:
             yield connection
             return
@@ -298,7 +298,7 @@ class Rewrite:
         checkpoint.begin(connection, fingerprint=self.live.fingerprint)
         row = checkpoint.read(connection)
         if row is None:
-            raise RebuildError(f"The rebuild of {self.live.name} has no row.")
+            raise RebuildError(f"The row of the rebuild of {self.live.name} was deleted meanwhile: run it again.")
         return row
 
     def _catch_up(self, connection: Connection) -> CheckpointRow:
@@ -306,7 +306,7 @@ class Rewrite:
         progress.state, progress.position = "catching up", 0
         progress.high_water_mark = self.application.high_water_mark()
         left = self._notes.read()
-        # What comes meanwhile is the live projection's.
+        # The live projection applies later events.
         while row.position < progress.high_water_mark:
             if self.stop.is_set():
                 raise _UndoneError
@@ -329,17 +329,17 @@ class Rewrite:
         try:
             return self._applier.apply(row, page.events, page.position)
         except EventError:
-            # One by one it is seen which event it was.
+            # Applied one by one, the events show which of them failed.
             for notification in page.events:
                 row = self._deliver_one(row, notification)
         return self._applier.apply(row, (), page.position)
 
     def _deliver_noted(self, row: CheckpointRow, page: Page, left: _Left) -> CheckpointRow:
-        """Apply the events of which one may have ended a process, each of which is noted before."""
+        """Apply events of which one may have ended a process. Each is noted first."""
         for notification in page.events:
             tries = left.tries if left.at == notification.id else 0
             if tries > self.live.projection_class.retries:
-                # As it was read: by now an event before it is noted.
+                # The note as it was read: the row has an earlier event by now.
                 self._notes.write(left)
                 error = ProcessEndedError(self.live.command("rebuild", "--restart"))
                 row = self._set_aside(row, notification, error, tries)
@@ -355,7 +355,7 @@ class Rewrite:
                 return self._applier.apply(row, [notification], notification.id)
             except EventError as failure:
                 error, attempts = failure.__cause__ or failure, attempts + 1
-            # What a rebuild refuses is no fault of one event.
+            # What a rebuild refuses is not the fault of one event.
             if isinstance(error, HandlerError) or attempts > self.live.projection_class.retries:
                 break
             if self.stop.wait(pause.seconds):
@@ -374,7 +374,7 @@ class Rewrite:
         return self._applier.apply(row, [notification], notification.id, dead=(error, attempts))
 
     def _check_keys(self, connection: Connection) -> None:
-        """Check the keys that only the commit would look at, which names neither table nor row."""
+        """Check the foreign keys that only the commit would check, whose error names neither table nor row."""
         broken = self.application.datastore.dialect.broken_keys(connection, self.live.tables)
         if broken:
             raise RebuildError(BROKEN.format(self.live.name, ", ".join(broken)))

@@ -1,4 +1,4 @@
-"""What ``manage.py check`` says of the setting, the record classes and their tables."""
+"""The system checks of ``manage.py check``, for the setting, the record classes and their tables."""
 
 from __future__ import annotations
 
@@ -120,13 +120,13 @@ def _check_options(alias: str) -> list[CheckMessage]:
 
 
 def check_databases(app_configs: Any = None, databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
-    """Compare the tables that are there with the record classes; those that are not are made by ``migrate``."""
+    """Compare the tables that exist with the record classes. ``migrate`` makes the others."""
     if not databases or not hasattr(settings, SETTING):
         return []
     try:
         found = site()
     except ConfigurationError:
-        # Said by the other check.
+        # The other check reports it.
         return []
     messages: list[CheckMessage] = []
     for alias in databases:
@@ -146,7 +146,7 @@ def _check_tables(database: Any) -> list[CheckMessage]:
             findings = [each for table in records.mirror.all() for each in dialect.check_table(connection, table) or ()]
             hint = "Let a migration make the table as the record class has it; event_models(…) says how."
             if findings and _awaits_migrations(connections[database.alias], records):
-                # An error would keep migrate itself from running.
+                # Only a warning, because an error would keep migrate from running.
                 findings = [each._replace(is_fault=False) for each in findings]
                 hint = "Run migrate: a migration of the app is not applied."
             messages += [_message(each, f"{records.name}: {each.text}", hint) for each in findings]

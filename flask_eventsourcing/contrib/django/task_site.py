@@ -1,4 +1,4 @@
-"""The project as a site of task queues: each task is in ``atomic()``, and sends others after the commit."""
+"""The project as a site of task queues: each task runs in ``atomic()``, and sends other tasks after the commit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ProjectSite:
 
     @property
     def host(self) -> Any:
-        """The host of tasks. It is another one where no database of Django's has events."""
+        """The host of tasks. If no database of Django's has events, it is another one."""
         found = ProjectHost()
         return site().host_apart(found.context) or found
 

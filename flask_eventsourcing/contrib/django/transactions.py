@@ -36,14 +36,14 @@ GONE = (
 
 
 def nothing() -> None:
-    """Called after a commit, where it matters that something is."""
+    """Do nothing: a function for ``on_commit``, to see whether it is still in the list."""
 
 
 class Gate:
-    """Keeps others from committing, which is Django's own affair."""
+    """Does nothing, because Django itself keeps code from committing in a block."""
 
     def hold(self, reason: str) -> AbstractContextManager[object]:
-        """Return a block within which nobody commits."""
+        """Return a context that does nothing."""
         return nullcontext()
 
 
@@ -68,7 +68,7 @@ class DjangoUnit(Unit):
         self.queue = AggregateQueue(datastore.dialect, contended)
         self._saved = weakref.WeakKeyDictionary()
         self._blocks: list[Any] = []
-        """The blocks of the writes that are in progress."""
+        """The ``atomic()`` blocks of writes in progress."""
         self._hooks: tuple[int, int] | None = None
         """The identity of Django's list of functions, as to hold the list would keep what is dropped; and how often
         something has ended, as another list may have the same."""
@@ -123,7 +123,7 @@ class DjangoUnit(Unit):
         """SQLAlchemy's connection on the one that Django has now."""
         connection = self._borrowed.connection()
         if self._transaction(begin=True) is not None and not connection.in_transaction():
-            # The caller may compare transactions, and the first statement would begin SQLAlchemy's too late.
+            # The caller may compare transactions. Without this, the first statement would begin SQLAlchemy's, too late.
             connection.begin()
         return connection
 
@@ -155,13 +155,13 @@ class DjangoUnit(Unit):
     # ----------------------------------------------------------------------------------- what recorders tell
 
     def before_write(self) -> Connection:
-        """Have what fails mark the block for a rollback, as ``Model.save()`` does; open one where there is none."""
+        """Let an error mark the block for a rollback, as ``Model.save()`` does; open a block if there is none."""
         self.look()
         wrapper = self.wrapper
         block = None
         if not wrapper.in_atomic_block:
             if wrapper.autocommit:
-                # With autocommit off, what is not committed would be lost with it.
+                # With autocommit off, uncommitted rows would be lost with it.
                 refresh(wrapper)
             block = transaction.atomic(using=wrapper.alias, savepoint=False)
             with driver_errors():
@@ -169,7 +169,7 @@ class DjangoUnit(Unit):
         self._blocks.append(block)
         is_ready = False
         try:
-            # Past SQLAlchemy's transaction, which none of the statements needs.
+            # Without SQLAlchemy's transaction, which no statement needs.
             connection = self._borrowed.connection()
             self._transaction(begin=True)
             is_ready = True
@@ -185,12 +185,12 @@ class DjangoUnit(Unit):
             with driver_errors():
                 block.__exit__(None if error is None else type(error), error, None)
         elif error is not None:
-            # Whatever has failed, be it Ctrl-C. Django names it as the cause when it refuses the next statement.
+            # Any error, also Ctrl-C. Django names it as the cause when it refuses the next statement.
             with suppress(RuntimeError), transaction.mark_for_rollback_on_error(using=self.wrapper.alias):
                 raise error from sys.exception()
 
     def written(self) -> None:
-        """Close the block of the write, which commits where nobody has begun a transaction."""
+        """Close the block of the write. It commits if no code has begun a transaction."""
         self._leave()
 
     def failed(self, connection: Connection) -> None:
@@ -213,7 +213,7 @@ class DjangoUnit(Unit):
     # -------------------------------------------------------------------------------- what becomes of it
 
     def refuse(self, reason: str, connection: Connection | None = None) -> None:
-        """Have Django roll back what was done so far."""
+        """Let Django roll back what was done so far."""
         if self.wrapper.in_atomic_block:
             self.wrapper.set_rollback(True)
 
@@ -221,22 +221,22 @@ class DjangoUnit(Unit):
         if self.in_transaction:
             self._marked.add(self.wrapper, item)
         elif isinstance(item, AfterCommit):
-            # There is nothing to wait for, and nothing to roll back.
+            # No commit is to come, and nothing is left to roll back.
             call_all([item])
 
     def look(self) -> None:
-        """Find out what Django has dropped, and what was committed of which it has told nobody yet."""
+        """Find out what Django has dropped, and what was committed without a call of the functions yet."""
         if self._marked.noted:
             if self._has_ended():
                 self._marked.decide(self._there(self._marked.all(Batch)))
             self._marked.look(self.wrapper)
 
     def _has_ended(self) -> bool:
-        """Whether somebody has ended the transaction of whose end Django knows nothing, or only a part.
+        """Whether code has ended the transaction, or a part of it, without Django's knowledge.
 
-        It was done by switching autocommit on, with the driver, or with the text of a statement.
+        It may have switched autocommit on, called the driver, or run a statement such as ``COMMIT``.
 
-        What waits for the rest of Django's own commit is not looked for.
+        Django's own commit in progress does not count.
         """
         wrapper, is_suspicious = self.wrapper, self._marked.is_suspicious
         if wrapper.in_atomic_block or not (wrapper.run_on_commit or is_suspicious):
@@ -244,18 +244,18 @@ class DjangoUnit(Unit):
         if wrapper.connection is None:
             return is_suspicious
         if self._marked.losses.leaving is not None and not wrapper.autocommit:
-            # Django is about to end it.
+            # Django itself is about to end it.
             return False
-        # Before something was written, there may be no transaction yet.
+        # Before the first write there may be no transaction yet.
         return bool(wrapper.autocommit) or (self._marked.has(Batch) and self._is_over())
 
     def _is_over(self) -> bool:
-        """Whether the driver, or the server, says that there is no transaction any more, nor an aborted one."""
+        """Whether the driver, or the server, says that there is no transaction any more, not even an aborted one."""
         known = self._borrowed.known
         return self._cannot_commit() and (known is None or not self.dialect.is_aborted(known))
 
     def _cannot_commit(self) -> bool:
-        """Whether it says that there is no transaction any more, or that it is aborted."""
+        """Whether the driver, or the server, says that there is no transaction any more, or that it is aborted."""
         is_open, known = getattr(self.wrapper.connection, "in_transaction", None), self._borrowed.known
         if isinstance(is_open, bool):
             return not is_open
@@ -264,8 +264,9 @@ class DjangoUnit(Unit):
     def check_commit(self) -> None:
         """Refuse a commit that would not store the events, after an error that was swallowed.
 
-        A driver or server that is in doubt tells it without a round trip; after an error of it the events are looked
-        for, and where code commits without a block and the driver does not know about rollbacks.
+        The driver or the server tells the state of the transaction, without a round trip. The events are looked for in
+        the database after an error of that question, and if code commits without a block and the driver does not know
+        about rollbacks.
 
         :raises TransactionManagementError: when they are not there.
         """
@@ -276,21 +277,21 @@ class DjangoUnit(Unit):
             return
         is_doubtful = marked.is_suspicious or wrapper.errors_occurred
         if is_doubtful or not self.dialect.driver_knows_end or self._cannot_commit():
-            # Without a block of Django's around it, other code may have ended the transaction, and the driver not tell.
+            # Without a block of Django's, other code may have ended the transaction, and the driver may not tell.
             knows = self.losses.leaving is not None and not self.dialect.driver_knows_end
             self._check_stored(known, is_doubtful=is_doubtful or not knows)
 
     def _check_stored(self, connection: Connection, *, is_doubtful: bool) -> None:
         is_refused = self.dialect.is_aborted(connection)
         batches = self._marked.all(Batch) if is_refused or is_doubtful else []
-        # With Django's errors, after which it gives up a connection that is lost.
+        # With Django's errors, after which Django gives up a lost connection.
         with self.wrapper.wrap_database_errors:
             is_gone = is_refused or not all(is_there(self.dialect, connection, each) for each in batches)
         if batches and is_gone:
             raise TransactionManagementError(GONE.format(sum(len(each.events) for each in batches)))
 
     def _there(self, batches: Sequence[Batch]) -> set[int] | None:
-        """Return which events are in the database, or None where that cannot be asked."""
+        """Return which events are in the database, or None if the database cannot be asked."""
         try:
             with driver_errors():
                 connection = self._borrowed.connection()
@@ -304,7 +305,7 @@ class DjangoUnits:
     """The units of work of one database, one for each connection that Django has to it.
 
     :param publish: called with the events of a transaction after it was committed.
-    :param lost: called with events that are gone although nobody asked for a rollback.
+    :param lost: called with events that were rolled back although no code asked for it.
     """
 
     def __init__(self, alias: str, datastore: Datastore, publish: Announce, lost: Announce) -> None:

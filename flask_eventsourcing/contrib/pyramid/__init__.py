@@ -114,7 +114,7 @@ def add_projection(
     projection_class = check_projection(config.maybe_dotted(projection_class))
     state = state_of(config.registry)
     discriminator = ("eventsourcing projection", getattr(of, "name", None), projection_class.name.casefold())
-    # Behind the applications, which may be added later in the file.
+    # After the applications, which may be added later in the file.
     config.action(discriminator, state.add_projection, (projection_class, of), order=1)
 
 

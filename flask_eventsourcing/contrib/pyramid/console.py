@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging(given.ini)
         state = _load(given.ini)
     except (KeyError, IndexError):
-        # What is wrong in the user's own code keeps its traceback.
+        # An error in the user's own code keeps its traceback.
         raise
     except (FileNotFoundError, LookupError, ConfigurationError, ConfigurationExecutionError) as error:
         sys.stderr.write(f"Error: {given.ini} has no application to work on: {_cause(error)}\n")
@@ -80,12 +80,12 @@ def _load(ini: str) -> EventSourcing:
 
 
 def _cause(error: Exception) -> object:
-    """Return what made a configuration fail, where Pyramid has wrapped it."""
+    """Return the cause of a failed configuration, which Pyramid may have wrapped."""
     return error.evalue if isinstance(error, ConfigurationExecutionError) else error
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         PROGRAM, description="Event-sourced applications of a Pyramid site: their tables, events and projections."
     )

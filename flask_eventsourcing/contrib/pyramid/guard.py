@@ -18,7 +18,7 @@ from .pyramid_host import DOOMED, DROPPED, SESSIONS, Subrequest, is_managed, is_
 from .site_state import KEY, EventSourcing
 
 VETOED: tuple[type, ...] = (NoneType,)
-"""The reasons of a rollback that no error has caused."""
+"""The reasons of rollbacks that no error has caused."""
 try:
     from pyramid_tm import AbortWithResponse
 except ImportError:  # nobody aborts with it
@@ -50,10 +50,10 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
     def answer(request: Any) -> Any:
         state: EventSourcing | None = registry.get(KEY)
         if state is None or is_managed(request):
-            # The caller of the request decides, as functional tests do.
+            # The caller of the request decides, such as a functional test.
             return handler(request)
         if not (SESSIONS in request.environ or is_within_another(request)):
-            # What is left in a session of this thread was saved after the answer to an earlier request.
+            # Events that are left in a session of this thread were saved after the answer to an earlier request.
             state.finish(request)
         early = state.drop_pending()
         for key in (DOOMED, DROPPED):
@@ -61,13 +61,13 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
         request.environ[SESSIONS] = {}
         if early:
             return answer_with(request, _early(state, early))
-        # What is raised is a failure by itself; what nobody commits must not stay in the session.
+        # The client gets the error, and events that no code commits must not stay in the session.
         with ExitStack() as failed:
             failed.callback(state.drop_pending)
             response = handler(request)
             failed.pop_all()
         error = find_error(state, request, response)
-        # The last to be called, as what is called before may save as well.
+        # Called last, because the other callbacks may save as well.
         request.add_finished_callback(state.finish)
         return response if error is None else answer_with(request, error)
 
@@ -75,14 +75,14 @@ def guard_tween_factory(handler: Callable[[Any], Any], registry: Registry) -> Ca
 
 
 def _give_metadata(response: Any) -> None:
-    """Give a body that is a generator the metadata of the request while it runs, and keep its own from others."""
+    """Run a body that is a generator with the metadata of the request, and keep its metadata from other code."""
     body = getattr(response, "app_iter", None)
     if not isinstance(body, GeneratorType):
         return
     length = getattr(response, "content_length", None)
     response.app_iter = kept_for_later(of_request())(lambda: body)()
     if length is not None:
-        # WebOb takes it away with the body.
+        # WebOb removes the length together with the body.
         response.content_length = length
 
 
@@ -95,7 +95,7 @@ def answer_with(request: Any, error: Exception) -> Any:
 
 
 def find_error(state: EventSourcing, request: Any, response: Any) -> FlaskEventSourcingError | None:
-    """Return the error for an answer that would say "done" wrongly, or None."""
+    """Return the error for a response that would tell a success although events are not stored, or None."""
     pending = state.drop_pending()
     if pending:
         return _unmanaged(state, pending, response)
@@ -121,7 +121,7 @@ def _dropped(batches: Sequence[Batch], kind: type, error: Any, response: Any) ->
         )
     if not issubclass(kind, VETOED):
         return _behind_view(batches, f"the transaction was aborted for {kind.__name__}", response)
-    # A veto, which is the host's rule, or an exception view where there is none.
+    # By a commit veto, which is the host's rule, or by an exception view without one.
     reason = f"the view raised {type(error).__name__} and pyramid_tm has no commit veto to ask"
     return None if error is None else _behind_view(batches, reason, response)
 
@@ -152,7 +152,7 @@ def _unmanaged(state: EventSourcing, batches: Sequence[Batch], response: Any) ->
 def _behind_view(batches: Sequence[Batch], reason: str, response: Any) -> FlaskEventSourcingError | None:
     message = f"{describe(batches)} rolled back because {reason}, but the response was {response.status}"
     if response.status_code >= 300:
-        # To raise a redirect aborts, as it does for rows.
+        # A redirect that is raised aborts the transaction, for rows too.
         logger.warning("%s: return the redirect instead of raising it, to store the events.", message)
         return None
     return UncommittedEventsError(f"{message}: respond with a 4xx or 5xx status instead.")

@@ -29,11 +29,11 @@ except ImportError:  # nobody tries again without it
 CONFLICTS = "flask_eventsourcing.conflicts"
 """The key in the WSGI environment of the conflicts of a request's earlier tries."""
 DOOMED = "flask_eventsourcing.doomed"
-"""The key that says that a failed unit of work has doomed the transaction of the request."""
+"""The key that is set after a failed unit of work has doomed the transaction of the request."""
 DROPPED = "flask_eventsourcing.dropped"
 """The key of the events that were rolled back after the view had answered, with the type of the error."""
 SESSIONS = "flask_eventsourcing.sessions"
-"""The key of the sessions that were found for a request."""
+"""The key of the sessions of a request."""
 KEPT = "flask_eventsourcing.metadata"
 """The key of the metadata that all saves of a request share."""
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -41,7 +41,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 class Subrequest:
-    """Stands for the error where a subrequest has begun a transaction with the manager of the request around it."""
+    """Stands for the error when a subrequest has begun a transaction with the manager of the outer request."""
 
 
 class PyramidHost(ZopeHost):
@@ -50,7 +50,7 @@ class PyramidHost(ZopeHost):
     Without a request, recorders commit by themselves, and units of work have sessions of the factory.
 
     :param session: the name of a request's attribute, a ``scoped_session``, or a function that takes the request.
-    :param ended: called with a request that nothing looks after, as that of a script, when it has ended.
+    :param ended: called at the end of a request that no tween handles, such as that of a script.
     :param arguments: those of :class:`ZopeHost`.
     """
 
@@ -76,9 +76,9 @@ class PyramidHost(ZopeHost):
         return found
 
     def committing(self, manager: Any) -> None:
-        """Let a commit fail with the conflict that an exception view has answered, if the request is run again.
+        """Raise the conflict that an exception view has answered at the commit, if the request is run again.
 
-        pyramid_retry discards the answer, and what the request has done would be done twice.
+        pyramid_retry discards that answer, and otherwise the work of the request would be committed twice.
         """
         request = get_current_request()
         error = getattr(request, "exception", None)
@@ -167,10 +167,14 @@ def is_managed(request: Any) -> bool:
 
 def of_request() -> Mapping[str, str]:
     """Provide the correlation and the trace of the current request; a subrequest has those of the one around it."""
-    if get_current_request() is None:
+    current = get_current_request()
+    if current is None:
         return {}
     found: Mapping[str, str] = {}
     for request in (each["request"] for each in manager.stack if each["request"] is not None):
+        if request is not current and not (SESSIONS in request.environ or is_managed(request)):
+            # The process keeps it, as that of ``bootstrap()``, and no client has sent it.
+            continue
         if KEPT not in request.environ:
             request.environ[KEPT] = metadata_of_headers(request.headers, found)
         found = request.environ[KEPT]

@@ -40,9 +40,9 @@ logger: logging.Logger = logging.getLogger(__name__)
 PREFIX = "eventsourcing."
 PROGRAM = "pyramid-eventsourcing"
 CALLED: ContextVar[str] = ContextVar("called", default=f"{PROGRAM} <ini file>")
-"""How messages name the commands of an application that is being made: with its ini file, where that is known."""
+"""How messages name the commands of an application that is being made; with its ini file, if that is known."""
 ENV = "env."
-"""The prefix of what the library reads from the environment, as in ``eventsourcing.env.CIPHER_KEY``."""
+"""The prefix of settings for the library's environment, as in ``eventsourcing.env.CIPHER_KEY``."""
 KEY = "flask_eventsourcing"
 """The key of the state in a registry."""
 NO_VETO = (
@@ -160,7 +160,7 @@ class EventSourcing(Facade):
         self._built: Built | None = None
         self._lock = threading.Lock()
         self.is_finished: bool = False
-        """Whether the configuration was complete once."""
+        """Whether the hosts and projections are made."""
 
     def add(self, entry: Entry) -> None:
         """Add an application."""

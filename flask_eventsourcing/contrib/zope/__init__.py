@@ -39,7 +39,7 @@ class EventSourcing(Facade, Generic[A]):
         returns the current session.
     :param session_factory: a ``sessionmaker`` for the sessions of workers, by default *session*.
     :param options: options of the database, a ``flask_eventsourcing.persistence.DialectOptions``.
-    :param env: what the library reads from the environment of an application.
+    :param env: the environment of the applications, which the library reads.
     :param metadata: functions that return metadata for the events of each save; with False none are stored.
     :param lease: whether workers of projections hold a lease rather than a server lock.
     :raises ConfigurationError: when an argument cannot be used.

@@ -1,4 +1,4 @@
-"""The object that users call: it has the applications, the units of work and the projections."""
+"""The object that users call for applications, units of work and projections."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from .registered import (
 if TYPE_CHECKING:
 
     class TransientError(Exception):
-        """The package's own, which has no types."""
+        """The ``TransientError`` of the ``transaction`` package, which has no types."""
 
 else:
     from transaction.interfaces import TransientError
@@ -66,7 +66,7 @@ class TransientConflictError(ConflictError, TransientError):
 
 
 class Managed(Protocol):
-    """What a participant asks its host about transactions, and tells it."""
+    """The methods of a host that a participant calls about transactions."""
 
     def unit_of(self, session: orm.Session) -> UnitOfWork:
         """The unit of work of a session."""
@@ -78,21 +78,21 @@ class Managed(Protocol):
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
 
     def committing(self, manager: Any) -> None:
-        """Told that a transaction of a manager with events is about to be committed.
+        """Called before a transaction of a manager with events is committed.
 
-        :raises: what the commit shall fail with.
+        :raises: the error with which the commit is to fail.
         """
 
     def doomed(self) -> None:
-        """Told that a unit of work which failed has doomed the transaction around it."""
+        """Called after a unit of work that failed has doomed the transaction around it."""
 
     def dropped(self, batches: Sequence[Batch], session: orm.Session | None) -> None:
-        """Told of events of a session that are rolled back because its transaction was aborted without being doomed."""
+        """Called with events of a session that are rolled back, as its transaction was aborted without being doomed."""
 
 
 @implementer(IDataManagerSavepoint)
 class _Savepoint:
-    """The savepoint of the events: zope.sqlalchemy's own rolls back, and the unit of work hears of that."""
+    """The savepoint of the events. That of zope.sqlalchemy rolls back, and the unit of work notices it."""
 
     def rollback(self) -> None:
         """Do nothing."""
@@ -105,7 +105,7 @@ class Participant:
     :param unit: the session's unit of work.
     :param manager: the transaction manager.
     :param transaction: its transaction.
-    :param host: is told how the transaction ends.
+    :param host: its methods are called about the end of the transaction.
     """
 
     def __init__(self, unit: UnitOfWork, manager: Any, transaction: Any, host: Managed) -> None:
@@ -122,7 +122,7 @@ class Participant:
 
     @property
     def is_over(self) -> bool:
-        """Whether its part was aborted. A rollback to an older savepoint does so too, and the transaction goes on."""
+        """Whether its part was aborted. A rollback to an older savepoint does that too, and the transaction goes on."""
         return self._stage == "over"
 
     def follow(self) -> None:
@@ -145,7 +145,7 @@ class Participant:
         self.roll_back()
 
     def aborted(self) -> None:
-        """After an abort, log what its hooks have saved: the transaction rolls it back, as it does with rows."""
+        """After an abort, log the events that its hooks have saved: the transaction rolls them back, like rows."""
         if self._stage == "open":
             self._stage = "over"
             self._log_late()
@@ -173,7 +173,7 @@ class Participant:
     def abort(self, transaction: Any) -> None:
         """Note that the transaction was aborted, or that its commit failed."""
         if self._stage == "aborting" or (self._stage == "open" and _is_aborting(transaction)):
-            # Synchronizers were called meanwhile, or it was one of them that made the session join.
+            # Synchronizers were called meanwhile, or one of them made the session join.
             self._log_late()
         self._stage = "over"
         self.roll_back()
@@ -189,7 +189,7 @@ class Participant:
         self._unit.gate.check()
         if self._unit.pending.has(Batch) and not self._has_session(transaction):
             raise UncommittedEventsError(ELSEWHERE)
-        # If the commit fails, zope.sqlalchemy closes the session, and the caller is told by an error.
+        # If the commit fails, zope.sqlalchemy closes the session, and the caller gets an error.
         if self._unit.pending:
             self.asked()
             self._at_stake = self._unit.pending.all(Batch)
@@ -227,7 +227,7 @@ class Participant:
                 _failed_participant(self),
             )
         elif self._at_stake:
-            # The database has rolled them back with its commit, before anybody was asked to abort.
+            # The database has rolled them back at its commit, before the manager asked a participant to abort.
             self._host.dropped(self._at_stake, self._session())
 
     def sortKey(self) -> str:  # noqa: N802
@@ -263,7 +263,7 @@ def _no_savepoint_support() -> set[str]:
 
 
 def _is_aborting(transaction: Any) -> bool:
-    """Whether its owner aborts all of it, not back to a savepoint, which stays; no public name shows it."""
+    """Whether its owner aborts all of it, and does not go back to a savepoint. No public name shows it."""
     return transaction.status in (Status.ACTIVE, Status.DOOMED) and not transaction._savepoint2index
 
 
@@ -292,7 +292,7 @@ class ManagerCommits:
         self._host = host
         self._participants: weakref.WeakKeyDictionary[orm.Session, Participant] = weakref.WeakKeyDictionary()
         self._own: weakref.WeakSet[Any] = weakref.WeakSet()
-        """The managers whose transaction was begun here, for a unit of work, by thread."""
+        """The managers, as their threads have them, whose transaction was begun here for a unit of work."""
 
     def begin(self, session: orm.Session) -> None:
         """Begin a transaction for a unit of work, unless other code has begun one; that code then ends it."""
@@ -323,7 +323,7 @@ class ManagerCommits:
         participant.refuse_late()
         if not participant.is_following:
             check_registration(session, registered, None if LENT in session.info else self._host.expected_manager())
-        # With its own settings, which joins it if nothing has done so.
+        # With the settings of the registration. It also makes the session join, if nothing has done so yet.
         registered.mark_changed(session)
         participant.follow()
 
@@ -340,13 +340,13 @@ class ManagerCommits:
             known = Participant(self._host.unit_of(session), manager, transaction, self._host)
             self._participants[session] = known
             if transaction.status == Status.COMMITTING:
-                # A listener of the session's flush: what it saves is committed with the flush, or nothing is.
+                # A listener of the session's flush saves here. The database commits its events together with the flush.
                 known.asked()
                 return known
             transaction.join(known)
             transaction.addBeforeAbortHook(known.aborting)
             if any(transaction.getAfterAbortHooks()):
-                # One of them may be what saves here, after the abort.
+                # One of these hooks may be what saves here, after the abort.
                 transaction.addAfterAbortHook(known.aborted)
         return known
 
@@ -381,7 +381,7 @@ class ManagerCommits:
                 logger.warning("An abort failed, its session is closed: %s", error)
                 close(session)
         else:
-            # One whose commit has failed cannot be committed anyway, and one that was committed stays so.
+            # A transaction whose commit has failed, or that was committed, cannot be doomed.
             with suppress(ValueError):
                 manager.doom()
                 self._host.doomed()

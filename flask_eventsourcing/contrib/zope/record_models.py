@@ -47,7 +47,7 @@ class EventModels:
 
     @property
     def Tracking(self) -> type[TrackingMixin]:  # noqa: N802
-        """The record class of positions in the logs of others. It has rows if the application follows some."""
+        """The record class of positions in other applications' logs. It has rows if the application follows some."""
         return self.events.Tracking
 
     @property
@@ -67,7 +67,7 @@ class EventModels:
 
     @property
     def tables(self) -> dict[str, sa.Table]:
-        """The tables by their use, such as ``events`` and ``projections``. A migration needs them by these names."""
+        """The tables by their use, such as ``events`` and ``projections``. Migrations look them up by these names."""
         return {**self.events.tables, **self.projections.tables}
 
 
@@ -82,8 +82,8 @@ def event_models(
 ) -> EventModels:
     """Make the record classes of an application, and of its projections, on a declarative base.
 
-    Call it in the module of your models. Then the tables depend on no setting, and Alembic's ``env.py``, which imports
-    only the base, sees them.
+    Call it in the module of your models. Then the tables depend on no setting, and Alembic's ``env.py`` sees them,
+    although it imports only the base.
 
     :param base: the declarative base.
     :param application_name: the name of the application class, after which the tables are named.

@@ -98,7 +98,7 @@ def watch(factory: orm.sessionmaker[Any] | orm.scoped_session[Any]) -> None:
     """Note for each session, before it joins a transaction, whether the transaction has already begun."""
     for name in ("after_begin", "after_attach"):
         sa.event.listen(factory, name, note_owner, insert=True)
-    # With a statement of the ORM, a session joins before it begins.
+    # At a statement of the ORM, a session joins the transaction before it begins its own.
     sa.event.listen(factory, "do_orm_execute", lambda state: note_owner(state.session), insert=True)
 
 

@@ -158,7 +158,7 @@ class ZopeHost(PlainHost):
             raise ConfigurationError(f"The sessions of {session!r} take part in no transaction: {REGISTER}.")
         transaction = current_transaction(manager)
         if transaction is None:
-            # As with the bare library, outside of an explicit transaction each save commits on its own.
+            # Outside of an explicit transaction, each save commits on its own, as it does with the bare library.
             if manager.explicit or not make:
                 return None
             found = _session_of(manager.get(), session)
@@ -174,13 +174,13 @@ class ZopeHost(PlainHost):
         return None
 
     def committing(self, manager: Any) -> None:
-        """Told that a transaction of a manager with events is about to be committed."""
+        """See ``Managed``."""
 
     def doomed(self) -> None:
-        """Told that a unit of work which failed has doomed the transaction around it."""
+        """See ``Managed``."""
 
     def dropped(self, batches: Sequence[Batch], session: orm.Session | None) -> None:
-        """Told of events of a session that are rolled back because its transaction was aborted without being doomed."""
+        """See ``Managed``."""
 
     def memory(self, manager: Any) -> dict[Any, Any]:
         """Return where the conflicts of a manager's transactions are kept until one is committed."""
@@ -191,7 +191,7 @@ class ZopeHost(PlainHost):
         return False
 
     def _begun(self, session: orm.Session, _: object, connection: Connection) -> None:
-        """Queue before the first read of a transaction that is tried again: its snapshot may be made by that."""
+        """Queue before the first read of a transaction that is tried again, because that read may fix its snapshot."""
         registered = registration_of(session)
         if registered is None or not self.memory(registered.transaction_manager):
             return

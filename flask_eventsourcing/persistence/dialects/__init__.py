@@ -30,7 +30,7 @@ DIALECTS: dict[str, type[Dialect]] = {
 
 
 LIBRARY_SETTINGS = ("POSTGRES_", "SQLITE_")
-"""What the settings of the library's own modules for these databases begin with."""
+"""The prefixes of the settings of the library's own modules for these databases."""
 ASYNCHRONOUS = {"aiomysql", "aiosqlite", "asyncmy", "asyncpg", "psycopg_async"}
 SHARED_CACHE = (
     'With cache=shared in its address, SQLite answers "table is locked" at once where it waits otherwise, so requests '
@@ -84,9 +84,9 @@ def _driver_of(url: URL) -> str:
 
 @contextmanager
 def readable_address_errors(setting: str, error_class: type[Exception]) -> Iterator[None]:
-    """Turn what comes of the address of a database into one line, without the address, which may have a password.
+    """Turn errors about the address of a database into one line without the address, which may have a password.
 
-    :param setting: the name of the setting that has it.
+    :param setting: the name of the setting with the address.
     """
     try:
         yield
@@ -101,7 +101,7 @@ def readable_address_errors(setting: str, error_class: type[Exception]) -> Itera
     except RuntimeError as error:
         raise error_class(f"{setting} cannot be used: {error}") from error
     except (sa.exc.ArgumentError, ValueError):
-        # Their text may have a part of the address.
+        # The text of these errors may have a part of the address.
         raise error_class(
             f"{setting} cannot be used: it is no address such as postgresql+psycopg://user:password@host/database. "
             "In a password, write %40 for @, %3A for : and %2F for /."
@@ -122,7 +122,7 @@ def _proposal() -> str:
 
 
 def column_type(use: str, general: sa.types.TypeEngine[Any]) -> sa.types.TypeEngine[Any]:
-    """Return a column type that is the databases' own where the general one does not do.
+    """Return a column type, with variants for databases where the general type is not right.
 
     :param use: the key in a dialect's ``column_types``.
     """
@@ -138,7 +138,7 @@ def table_options() -> dict[str, Any]:
 
 
 def keep_transactions(tables: Iterable[sa.Table]) -> None:
-    """Have tables made by an engine of the database that takes back what is rolled back, unless they name one."""
+    """Make tables use a storage engine that can roll back, unless they name one."""
     for table in tables:
         for dialect in DIALECTS.values():
             for key, value in dialect.every_table_options.items():
@@ -152,7 +152,7 @@ def is_in_memory(url: URL) -> bool:
 
 
 def guard_forks(engine: Engine) -> bool:
-    """Have an engine refuse what a fork has made unsafe; returns whether to close idle connections before one."""
+    """Make an engine refuse what is unsafe after a fork. Returns whether to close idle connections before a fork."""
     dialect = DIALECTS.get(engine.url.get_backend_name())
     return dialect is not None and dialect.guard_forks(engine)
 
@@ -162,15 +162,15 @@ CONNECTION_LOST = "8s2b"
 
 
 class PassingError(Exception):
-    """An error of this package after which the same may be tried again."""
+    """An error of this package after which another try may succeed."""
 
 
 MAY_PASS = (PassingError, sa.exc.SQLAlchemyError, persistence.OperationalError, persistence.InterfaceError)
-"""The classes of what :func:`is_outage` may be true of."""
+"""The classes of errors for which :func:`is_outage` may be true."""
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error passes by itself: no statement is at fault, and the caller may try the same again."""
+    """Whether an error passes by itself: no statement is at fault, and another try may succeed."""
     if isinstance(error, PassingError | sa.exc.TimeoutError | sa.exc.DisconnectionError):
         return True
     if isinstance(error, sa.exc.PendingRollbackError):
@@ -180,7 +180,7 @@ def is_outage(error: BaseException) -> bool:
         return _passes(error)
     if isinstance(error, MissingTableError | AbortedTransactionError):
         return False
-    # The recorders' own; a conflict of an event that a handler saves is none.
+    # The recorders' errors. A conflict of an event that a handler saves is not among them.
     return isinstance(error, persistence.OperationalError | persistence.InterfaceError)
 
 
@@ -197,7 +197,7 @@ def _text(driver_error: BaseException, said: object) -> str:
 
 
 def hide_values(error: BaseException) -> None:
-    """Take the values of statements out of an error, and out of those that have led to it, before it is told."""
+    """Remove the values of statements from an error, and from the errors that led to it, before it is shown."""
     left, seen = [error], set[int]()
     while left:
         each = left.pop()
@@ -205,12 +205,12 @@ def hide_values(error: BaseException) -> None:
             continue
         seen.add(id(each))
         if isinstance(each, sa.exc.StatementError):
-            # As the engine's option of that name does it.
+            # As the engine's option of that name.
             each.hide_parameters = True
         if isinstance(each, sa.exc.DBAPIError) and each.orig is not None:
             said, told = str(each.orig).strip(), without_values(each.orig)
             each.args = tuple(arg.replace(said, told) if isinstance(arg, str) else arg for arg in each.args)
-            # Some have the server's number before the text.
+            # Some drivers put the server's number before the text.
             number, last = each.orig.args[:-1], each.orig.args[-1:]
             each.orig.args = (*number, *(_text(each.orig, arg) for arg in last)) if number else (told,)
         left += [cause for cause in (each.__cause__, each.__context__) if cause is not None]
@@ -220,12 +220,12 @@ def hide_values(error: BaseException) -> None:
 def _passes(error: sa.exc.DBAPIError) -> bool:
     if error.connection_invalidated or _passes_by_code(error.orig):
         return True
-    # Without a statement, it is the connection that could not be made.
+    # Without a statement, the connection could not be made.
     return error.statement is None and isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
 
 
 def _passes_by_code(driver_error: BaseException | None) -> bool:
-    """Whether a driver's error is one after which the same may be tried again, as a lock that others have held."""
+    """Whether another try may succeed after a driver's error, for example after a lock that was not obtained."""
     return driver_error is not None and any(
         dialect.passes(driver_error)
         or dialect.is_serialization_failure(driver_error)
@@ -236,13 +236,13 @@ def _passes_by_code(driver_error: BaseException | None) -> bool:
 
 
 def is_read_only(error: BaseException) -> bool:
-    """Whether a server has refused to write, as after a failover: another connection may lead to another server."""
+    """Whether a server has refused to write, for example after a failover. A new connection may lead elsewhere."""
     driver_error = _driver_error(error)
     return driver_error is not None and any(each.is_read_only(driver_error) for each in DIALECTS.values())
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a database has no room to write, as its disk is full."""
+    """Whether a database has no room to write, for example because its disk is full."""
     driver_error = _driver_error(error)
     return driver_error is not None and any(each.code(driver_error) in each.full for each in DIALECTS.values())
 
@@ -254,7 +254,7 @@ def is_canceled(error: BaseException) -> bool:
 
 
 def is_serialization_failure(error: BaseException) -> bool:
-    """Whether a database has ended one of several transactions that were in each other's way."""
+    """Whether a database has ended this transaction because it collided with others."""
     driver_error = _driver_error(error)
     return driver_error is not None and any(each.is_serialization_failure(driver_error) for each in DIALECTS.values())
 
@@ -269,7 +269,7 @@ def has_waited(error: BaseException) -> bool:
 def _driver_error(error: BaseException) -> BaseException | None:
     if isinstance(error, sa.exc.DBAPIError):
         return error.orig
-    # The library's errors have the driver's as their cause, as it is or as SQLAlchemy's.
+    # The cause of a library's error is the driver's, or SQLAlchemy's with the driver's in it.
     cause = error.__cause__ if isinstance(error, persistence.PersistenceError) else None
     return _driver_error(cause) or cause if cause is not None else None
 

@@ -69,15 +69,15 @@ class Dialect(Looks, ForProjections, ABC):
     """How one database appends events in order and reads them."""
 
     title: ClassVar[str] = ""
-    """What messages call the database."""
+    """The name of the database in messages."""
     column_types: ClassVar[Mapping[str, Any]] = {}
-    """Column types of this database, by their use, where the general ones of ``persistence.tables`` do not do."""
+    """Column types of this database, by their use, if the general ones of ``persistence.tables`` are not right."""
     table_options: ClassVar[Mapping[str, Any]] = {}
     """Keyword arguments of the events' ``Table``."""
     has_schemas: ClassVar[bool] = True
     """Whether tables can be put into a schema."""
     aborts_transactions: ClassVar[bool] = False
-    """Whether an error makes the database refuse all but a rollback."""
+    """Whether the database refuses everything but a rollback after an error."""
     survives_forks: ClassVar[bool] = True
     """Whether a forked process may open the database again that its parent had open."""
     appends_in_autocommit = False
@@ -93,12 +93,12 @@ class Dialect(Looks, ForProjections, ABC):
 
     @classmethod
     def search_path(cls, driver_connection: Any) -> str | None:
-        """Return where a connection looks for tables, or None where that is the same for all, or cannot be asked."""
+        """Return where a connection looks for tables, or None if that never changes, or cannot be asked."""
         return None
 
     @classmethod
     def set_search_path(cls, driver_connection: Any, path: str) -> None:
-        """Have a connection look for tables elsewhere, until it is closed."""
+        """Make a connection look for tables elsewhere, until it is closed."""
 
     @classmethod
     def is_in_memory(cls, url: sa.URL) -> bool:
@@ -120,13 +120,13 @@ class Dialect(Looks, ForProjections, ABC):
 
     def _after_interruption(self, context: ExceptionContext) -> None:
         connection, error = context.connection, context.original_exception
-        # A server that takes no changes is not the primary any more, so all connections of the pool are closed.
+        # A server that refuses writes is not the primary any more, so all connections of the pool are closed.
         context.is_disconnect = context.is_disconnect or self.is_read_only(error)
         answers = (self.driver_error, sa.exc.SQLAlchemyError)
         if connection is None or connection.closed or connection.invalidated or isinstance(error, answers):
             return
         if self.is_left_midway(connection.connection.dbapi_connection, error):
-            # SQLAlchemy gives a connection up for what is no Exception only. The others of the pool are as they were.
+            # SQLAlchemy gives up a connection only for an error that is not an Exception. The pool's others stay.
             context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
     def install(self, engine: Engine) -> None:
@@ -170,9 +170,8 @@ class Dialect(Looks, ForProjections, ABC):
         check_names(tables, self.title, self.longest_name, self.counts)
 
     def _bind_processor(self, column: sa.Column[Any]) -> Processor | None:
-        dialect = self.engine.dialect
-        implementation = column.type.dialect_impl(dialect)
-        # Every driver takes ``bytes`` as they are.
+        implementation = column.type.dialect_impl(dialect := self.engine.dialect)
+        # Every driver takes ``bytes`` unchanged.
         return None if isinstance(implementation, sa.LargeBinary) else implementation.bind_processor(dialect)
 
     @abstractmethod
@@ -180,6 +179,10 @@ class Dialect(Looks, ForProjections, ABC):
         self, connection: Connection, table: EventTable, events: Sequence[StoredEvent], beside: Beside = NOTHING
     ) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
+
+    @abstractmethod
+    def whereabouts(self, table: EventTable) -> str:
+        """Return the query whose row tells a table from others of its name, such as those of other tenants."""
 
     def is_meant(self, connection: Connection, table: EventTable) -> str:
         """Return the condition under which a table's name means the table that it meant last on this connection."""
@@ -198,7 +201,7 @@ class Dialect(Looks, ForProjections, ABC):
             return table
         name = self.name_of(connection, table.table)
         if name not in self._located:
-            # A unit of work has a dialect of its own, which knows no tables beside those that it is given.
+            # The dialect of a unit of work knows only the tables that it was given.
             beside = (table.counter, table.snapshots)
             others = [None if each is None else self.tables.get(each) for each in beside]
             names = [
@@ -218,7 +221,7 @@ class Dialect(Looks, ForProjections, ABC):
     ) -> StoredEvent | None:
         """Return one of the events that would leave a gap in its stream, or None.
 
-        :param lock: what makes the reads locking ones.
+        :param lock: the words that make the reads locking ones.
         :param snapshots: what :meth:`needs_snapshots` has returned.
         """
         missing = self._find_gap(connection, table, events, lock, snapshots=snapshots)
@@ -243,7 +246,8 @@ class Dialect(Looks, ForProjections, ABC):
     def has_snapshots(self, connection: Connection, table: EventTable) -> bool:
         """Whether there is a table of snapshots: the library makes none for an application that takes none.
 
-        Asked of the catalog, where a statement would fail, and each time: the next tenant may have another answer.
+        The catalog is asked, because a statement would fail without the table; and each time, because tenants may
+        differ.
         """
         return table.snapshots is not None and self.is_there(connection, self.tables[table.snapshots])
 
@@ -275,7 +279,7 @@ class Dialect(Looks, ForProjections, ABC):
         return table.stream(originator_id, rows)
 
     def high_water_mark(self, connection: Connection, table: EventTable, *, joined: bool) -> int | None:
-        """Return the position up to which no event can appear any more, or None where that is all of them.
+        """Return the position up to which no event can appear any more, or None if that holds for all positions.
 
         With *joined*, the transaction's own events do not count.
         """
@@ -296,11 +300,11 @@ class Dialect(Looks, ForProjections, ABC):
         """Read the log by position, up to the high-water mark; a page with rows that cannot be read says so."""
         page = _Page(start, limit, stop, topics, inclusive_of_start)
         if not joined:
-            # A full page, or one that ends below a mark that was found a moment ago, needs no look at the locks.
+            # A full page, or a page that ends below a mark of a moment ago, needs no look at the locks.
             known = self._marks.get(table.name)
             if known is not None and known.until > time.monotonic():
                 found = self._select_page(connection, table, page, known.position, known.condition)
-                # An empty one may be that of a table made again.
+                # An empty page may mean that the table was made again.
                 if len(found) == limit or (found and stop is not None and stop <= known.position):
                     return found
         return self._select_page(connection, table, page, self._find_mark(connection, table, joined=joined))
@@ -308,7 +312,7 @@ class Dialect(Looks, ForProjections, ABC):
     def select_committed(
         self, connection: Connection, table: EventTable, after: int, limit: int, largest: int
     ) -> list[Notification]:
-        """Read the log by position, whatever may appear before the events; only the next one may be a large one."""
+        """Read committed events by position, even if others may appear before them. Only the first may be large."""
         first = f"SELECT min({POSITION}) FROM {table.name} WHERE {POSITION} > {after}"
         small = f"({POSITION} = ({first}) OR length(state) <= {largest})"
         return self._select_page(connection, table, _Page(after, limit, inclusive_of_start=False), None, small)
@@ -371,7 +375,7 @@ class Dialect(Looks, ForProjections, ABC):
         return cast("int | None", self.fetch(connection, statement, (application_name,))[0][0])
 
     def log_identity(self, connection: Connection, tracking_table: sa.Table) -> int:
-        """Return the number that tells a log from every other; a log whose tables have none yet gets one."""
+        """Return the identity of a log, a number that no other log has. A log without one gets one."""
         known = self.max_tracking_id(connection, tracking_table, IDENTITY)
         if known is not None:
             return known
@@ -381,16 +385,16 @@ class Dialect(Looks, ForProjections, ABC):
         return int(connection.scalars(query).one())
 
     def waiter(self, table: EventTable) -> Waiter:
-        """Return what waits for news of a log; here it polls."""
+        """Return a waiter for news of a log; here it polls."""
         return Waiter()
 
     @abstractmethod
     def queue_for(self, connection: Connection, table: EventTable, originator_id: UUID | str, *, wait: bool) -> None:
         """Take the turn to change an aggregate, which lasts to the transaction's end.
 
-        Without *wait* it is taken only if nobody has it; the unit of work goes on without it otherwise.
+        Without *wait* it is taken only if it is free. Otherwise the unit of work goes on without it.
         """
 
     def lock_log(self, connection: Connection, table: EventTable) -> None:
-        """Keep appends to a log out, to the end of the transaction, once those in progress have ended."""
-        # Where there is one writer at a time, that the transaction has written something before is enough.
+        """Wait for appends to a log in progress, and then lock out others to the end of the transaction."""
+        # With one writer at a time, it is enough that the transaction has written something.

@@ -1,4 +1,4 @@
-"""What goes past SQLAlchemy: calls of a driver's connection, which are counted, and statements on a host's cursors."""
+"""Calls that SQLAlchemy does not see: of a driver's connection, which are counted, and of a host's cursors."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ AUTOCOMMIT = "AUTOCOMMIT"
 INTRANS = 2
 """``PQTRANS_INTRANS`` of libpq: there is a transaction, which has not failed."""
 BLOCK = f"/* {OWN} */ BEGIN NOT ATOMIC"
-"""How a block of the recorders' own begins, which ends no transaction, whatever its words look like."""
-WHOLE = {"stream_results": False, "yield_per": None}
+"""The beginning of a block of the recorders' own. The block ends no transaction, though its words look like it."""
+WHOLE: dict[str, bool | None] = {"stream_results": False, "yield_per": None}
 """Execution options by which a result is read at once: PostgreSQL can stream nothing but queries in a transaction."""
-# Taken over as it is, and not copied, by a connection without options of its own.
+# A connection without options of its own uses this object itself, without a copy.
 OPTIONS = sa.util.immutabledict({OWN: True, **WHOLE})
 
 
 class DirectConnection(Connection):
-    """SQLAlchemy's connection on one that a host lends, of whose transactions SQLAlchemy knows nothing.
+    """SQLAlchemy's connection on a connection that a host lends, whose transactions SQLAlchemy does not control.
 
-    There is nothing that SQLAlchemy could do with the recorders' statements, so they go to the host's own cursors.
+    SQLAlchemy need not see the recorders' statements, so they go to the host's own cursors.
     """
 
     @property
     def is_heard(self) -> bool:
-        """Whether there are listeners for statements, which must hear of these too."""
+        """Whether there are listeners for statements, which must get these too."""
         return self._has_events or self.engine._has_events
 
     def run(self, statement: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
-        """Run a statement on a new cursor, and return what is taken from it.
+        """Run a statement on a new cursor, and return what *take* returns for the cursor.
 
         :raises: the driver's errors.
         """
@@ -49,7 +49,7 @@ class DirectConnection(Connection):
 
 
 class Modified(NamedTuple):
-    """What a modifying statement did."""
+    """The result of a modifying statement."""
 
     rowcount: int
     lastrowid: Any
@@ -62,37 +62,37 @@ def all_rows(cursor: Any) -> list[Any]:
 
 
 def modified(cursor: Any) -> Modified:
-    """Return what the statement of a driver's cursor did; not every driver has the last id."""
+    """Return the result of the statement on a driver's cursor. Not every driver has the last id."""
     return Modified(cursor.rowcount, getattr(cursor, "lastrowid", None))
 
 
 def in_autocommit(connection: Connection) -> Connection:
-    """Have a new connection commit each statement.
+    """Make a new connection commit each statement.
 
     The drivers of PostgreSQL refuse that within a transaction, which a listener of the user's may have begun, for
-    example to set something at each checkout. What it did is committed, as it would be where each statement is.
+    example to set a value at each checkout. Its work is committed, as it would be if each statement were.
     """
     driver: Any = connection.connection.dbapi_connection
-    # No transaction of a host's is ended.
+    # A transaction of a host is not ended.
     if not isinstance(connection, DirectConnection) and status_of(driver) == INTRANS:
         driver.commit()
     return connection.execution_options(isolation_level=AUTOCOMMIT, **WHOLE)
 
 
 def status_of(driver_connection: Any) -> Any:
-    """Return the state of the transaction as libpq tells it, without a round trip; None of another database."""
+    """Return libpq's state of the transaction, without a round trip, or None for another database."""
     return getattr(getattr(driver_connection, "info", None), "transaction_status", None)
 
 
 @lru_cache(64)
 def of_rows(statement: str, mark: str, own: int, shared: int, count: int) -> str:
-    """Return the statement that inserts many rows, from that for one; the drivers know one that is the same object."""
+    """Return the statement that inserts many rows, from that for one: the same object each time, for the drivers."""
     again = [f"{mark}{own + number}" for number in range(1, shared + 1)]
     return statement + f", ({', '.join([mark] * own + again)})" * (count - 1)
 
 
 def is_own(context: Any) -> bool:
-    """Whether a statement, by the context that SQLAlchemy's events have of it, is one of the recorders' own."""
+    """Whether a statement is one of the recorders' own, by its context in SQLAlchemy's events."""
     return context is not None and OWN in context.execution_options
 
 
@@ -105,7 +105,7 @@ def root_engine(engine: Engine) -> Engine:
 
 @dataclass(slots=True)
 class Calls:
-    """How often methods of a driver's connection were called: those that end transactions, and ``cursor()``."""
+    """Counts the calls of some methods of a driver's connection: those that end transactions, and ``cursor()``."""
 
     KEY: ClassVar[str] = "flask_eventsourcing.calls"
     ends: int = 0
@@ -114,7 +114,7 @@ class Calls:
 
 CURSOR = "cursor"
 COUNTED = ("commit", "rollback", "begin", CURSOR)
-"""The methods; where ``begin()`` begins a transaction, it commits the one before."""
+"""The methods. If a driver has ``begin()``, it commits the transaction before."""
 
 
 class _Counted:
@@ -126,7 +126,7 @@ class _Counted:
         self._calls, self._ends = calls, name != CURSOR
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A call that fails may have ended the transaction or not, as another's cursor may have.
+        # A call that fails may have ended the transaction, and so may a cursor of other code.
         self._calls.cursors += 1
         answer = self._method(self._driver(), *args, **kwargs)
         if self._ends:
@@ -138,8 +138,8 @@ class _Counted:
 def count_calls(driver: Any, record: Any) -> None:
     """Listen to the event "connect" of an engine: count how often transactions are ended, and cursors made.
 
-    One that is ended without SQLAlchemy, with another one begun since, looks like the one in which events were saved. A
-    cursor that is none of SQLAlchemy's may have done that, or have rolled a savepoint back.
+    If other code ends a transaction and begins another one, this looks like the transaction in which events were saved.
+    A cursor of other code may have done that, or may have rolled back a savepoint.
     """
     _count(driver, record, COUNTED)
 
@@ -153,7 +153,7 @@ def _count(driver: Any, record: Any, names: Iterable[str]) -> None:
     calls = record.info[Calls.KEY] = Calls()
     for name in names:
         if hasattr(type(driver), name):
-            # Some drivers' connections are not made to have attributes.
+            # The connections of some drivers cannot have attributes.
             with suppress(AttributeError, TypeError):
                 driver_method(driver, name, _Counted(driver, name, calls))
 
@@ -161,21 +161,22 @@ def _count(driver: Any, record: Any, names: Iterable[str]) -> None:
 def ask(driver: Any, statement: str) -> list[Any]:
     """Run a query on a driver's connection, and return its rows, as the driver gives them.
 
-    SQLAlchemy would refuse it where it takes the transaction for failed, whatever the database takes it for.
+    SQLAlchemy would refuse it if it takes the transaction for failed, even if the database does not.
     """
-    # Past what counts the cursors of others.
+    # Without the function that counts the cursors of other code.
     cursor = type(driver).cursor(driver)
     cursor.execute(statement)
     rows = list(cursor.fetchall())
-    # Not after an error, which another one could replace: some drivers read what is left of the answer.
+    # Not after an error, which a second error could replace: some drivers then read the rest of the answer.
     cursor.close()
     return rows
 
 
 def ask_on(connection: Connection, statement: str) -> list[Any]:
-    """Do the same on a connection of SQLAlchemy's, which is given up if that is interrupted, as by a signal handler.
+    """Do the same on a connection of SQLAlchemy's, which is given up after an interruption, such as by a signal
+    handler.
 
-    The rest of the answer would be taken for that of the next statement.
+    Otherwise the rest of the answer would be taken for the answer to the next statement.
     """
 
     def interrupted(kind: object, error: BaseException | None, traceback: object) -> bool:
@@ -192,6 +193,6 @@ _NO_CALLS = Calls()
 
 
 def calls_of(connection: Connection) -> Calls:
-    """Return what was counted of a connection's driver connection; nothing where that is not counted."""
+    """Return the counted calls of a connection's driver connection, or an empty result if none are counted."""
     found: Calls = connection.info.get(Calls.KEY, _NO_CALLS)
     return found

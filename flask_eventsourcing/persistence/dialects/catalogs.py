@@ -19,18 +19,18 @@ EXACT = {"postgresql"}
 """Where a table has another identity only after it was made again; elsewhere also after it was altered."""
 
 UNDEFINED_COLUMN = frozenset({"42703", 1054})
-"""The servers' codes that mean: there is no column of this name."""
+"""The servers' codes for a missing column."""
 
 
 def table_ids(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
-    """Return what tells tables from those that are made in their place, by their keys; only of those that there are."""
+    """Return the identities of the tables that exist, by their keys. A table that is made again gets another one."""
     find = _FINDERS.get(connection.dialect.name)
     return {} if find is None or not tables else find(connection, tables)
 
 
 @contextmanager
 def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
-    """Read tables within it: if a table or a column is missing, the error names it.
+    """Read tables in the block. If a table or a column is missing, the error names it.
 
     :raises MissingTableError: when a table was not created.
     :raises UnsafeTableError: when one of the tables lacks a column.
@@ -50,7 +50,7 @@ def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
 
 
 def made_of(table_id: str) -> str:
-    """Return the part of a table's identity that it has until it is made again; the rest changes with its file."""
+    """Return the part of a table's identity that changes only when the table is made again, unlike that of its file."""
     return table_id.partition("/")[0]
 
 
@@ -69,7 +69,7 @@ def are_filled(connection: Connection, tables: Sequence[sa.Table]) -> list[bool]
 
 def _postgresql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
     name = connection.dialect.identifier_preparer.format_table
-    # A table that was truncated has another file; so has one that was rewritten.
+    # A table that was truncated or rewritten has another file.
     places = [sa.func.to_regclass(name(table)) for table in tables]
     query = sa.select(*(sa.cast(at, OID) for at in places), *(sa.func.pg_relation_filenode(at) for at in places))
     found = connection.execute(query).one()
@@ -88,7 +88,7 @@ class OID(sa.types.UserDefinedType[int]):
 
 
 def _mysql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
-    # Only administrators of the server may read the identity that the storage engine has.
+    # Only administrators of the server may read the storage engine's identity of a table.
     query = sa.text(
         "SELECT table_name, create_time FROM information_schema.tables "
         "WHERE table_schema = coalesce(:schema, database()) AND table_name IN :names"
@@ -102,7 +102,7 @@ def _mysql(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]
 
 
 def _sqlite(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, str]:
-    # Pages are used again, so it is the number of the schema's last change that tells.
+    # Pages are used again, so the number of the schema's last change is part of the identity.
     version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
     rows = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'")
     names = set(rows.scalars())
@@ -118,7 +118,7 @@ _FINDERS: dict[str, Callable[[Connection, Sequence[sa.Table]], dict[str, str]]] 
 
 
 def views_of(connection: Connection, tables: Sequence[sa.Table]) -> set[str]:
-    """Return the names of the views that read some tables, or other such views, as far as their definitions tell."""
+    """Return the names of the views that read some tables, or other such views, as far as definitions can be read."""
     inspector, found = sa.inspect(connection), set[str]()
     for schema in {table.schema for table in tables}:
         views = _definitions(inspector, schema)
@@ -136,7 +136,7 @@ def _definitions(inspector: Any, schema: str | None) -> dict[str, str]:
         names += inspector.get_materialized_view_names(schema=schema)
     found = dict.fromkeys(names, "")
     for name in names:
-        # Not every role may see each, nor read what it may not see.
+        # A role may not see every view, nor read the definition of one.
         with suppress(sa.exc.SQLAlchemyError):
             found[name] = inspector.get_view_definition(name, schema=schema) or ""
     return found
@@ -146,7 +146,7 @@ def _definitions(inspector: Any, schema: str | None) -> dict[str, str]:
 
 
 class Checks(NamedTuple):
-    """What a database does with the rows of some tables, beside looking at types and primary keys."""
+    """What a database does with the rows of some tables, beside checking types and primary keys."""
 
     tables: Mapping[str, frozenset[str] | None] = MappingProxyType({})
     """By the keys of those with further constraints: the columns that these are about, in lower case, or None where the
@@ -156,7 +156,7 @@ class Checks(NamedTuple):
     deferred: tuple[str, ...] = ()
     """Those of them that are, unless a handler says otherwise for its own event."""
     at_commit: bool = False
-    """Whether there are constraints that only the commit looks at."""
+    """Whether there are constraints that only the commit checks."""
 
 
 def checks_of(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str = "") -> Checks:
@@ -166,7 +166,7 @@ def checks_of(connection: Connection, dialect: Any, tables: Sequence[sa.Table], 
 
 
 def check_now(connection: Connection, checks: Checks) -> None:
-    """Have the database look now at what it would look at with the commit, and then as at its beginning."""
+    """Make the database check now what it would check at the commit, and then restore the modes of the constraints."""
     for names, when in ((checks.deferrable, "IMMEDIATE"), (checks.deferred, "DEFERRED")):
         if names:
             connection.exec_driver_sql(f"SET CONSTRAINTS {', '.join(names).replace('%', '%%')} {when}")
@@ -183,7 +183,7 @@ def _lower(names: Iterable[str | None], table: sa.Table) -> frozenset[str]:
 
 
 def _checks_of_others(connection: Connection, dialect: Any, tables: Sequence[sa.Table], suffix: str) -> Checks:
-    """Go by the models, where the catalogs are not known."""
+    """Use the models, because the catalogs of this database are not known."""
     checked = (
         table.key
         for table in tables
@@ -232,7 +232,7 @@ def _checks_of_sqlite(connection: Connection, dialect: Any, tables: Sequence[sa.
             if table is not None:
                 found = _columns_of_sqlite(connection, table, owner, sql)
                 checked[table.key] = _both(found, checked.get(table.key, frozenset()))
-            # One of another table may refer to one of these.
+            # A trigger or key of another table may refer to one of these tables.
             named = [each.key for name, each in own.items() if name in sql.lower()]
             if keys and (table is not None or named) and COMMITTING.search(sql):
                 at_commit = True
@@ -254,7 +254,7 @@ def _columns_of_sqlite(connection: Connection, table: sa.Table, name: str, sql: 
 
 
 CHANGING = re.compile(r"\b(COLLATE|GENERATED|TRIGGER|ON\s+CONFLICT)\b", re.I)
-"""What stands in the definition of a table, an index or a trigger by which more is done than to store a row."""
+"""Words in the definition of a table, an index or a trigger that do more than store a row."""
 CHECK = re.compile(r"\bCHECK\b", re.I)
 CASCADING = re.compile(r"\bON\s+UPDATE\s+(CASCADE|SET)\b", re.I)
 COMMITTING = re.compile(r"\bINITIALLY\s+DEFERRED\b", re.I)

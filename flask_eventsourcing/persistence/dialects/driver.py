@@ -1,7 +1,7 @@
-"""Runs the recorders' statements with ``Connection.exec_driver_sql``, and translates errors to the library's.
+"""Runs the recorders' statements with ``Connection.exec_driver_sql``, and translates errors into the library's.
 
-Pools, listeners, logs and what an error does to a connection are SQLAlchemy's, but on a :class:`DirectConnection`. Each
-statement has the execution option ``flask_eventsourcing``, by which a listener tells it from others.
+SQLAlchemy's pools, listeners, logs and treatment of errors apply, except on a :class:`DirectConnection`. A listener
+recognizes these statements by the execution option ``flask_eventsourcing``.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ COMMITS_BY_ITSELF = (
 
 
 class Driver:
-    """Runs statements on the driver's connection of a SQLAlchemy connection, and tells its errors apart."""
+    """Runs statements on the driver's connection of a SQLAlchemy connection, and classifies its errors."""
 
     mark: ClassVar[str] = "%s"
     """The driver's parameter placeholder."""
     serialization_failures: ClassVar[frozenset[object]] = frozenset()
-    """The server's codes that mean: another transaction was first, the whole transaction may be tried again."""
+    """The server's codes after which the whole transaction may be tried again, because another one was first."""
     duplicates: ClassVar[frozenset[object]] = frozenset()
-    """The server's codes that mean: there is a row with this key."""
+    """The server's codes for a key that exists already."""
     rights_lacking: ClassVar[frozenset[object]] = frozenset()
-    """The server's codes that mean: the role may not do this."""
+    """The server's codes for a missing right."""
     missing_table: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
-    """Finds, in what the server says of a table that is not there, the table's name as the group ``name``."""
+    """The server's message for a missing table, with the table's name as the group ``name``."""
     missing_table_code: ClassVar[object] = None
-    """The code of that, if the database has one for it: the words depend on the language of the server."""
+    """The code of that message, if the database has one: the words depend on the server's language."""
     drivers: ClassVar[Mapping[str, str]] = {}
-    """SQLAlchemy's names of the drivers that can be used, each with what to install for it; the first is proposed."""
+    """SQLAlchemy's names of the drivers that can be used, each with its package. Messages propose the first one."""
     rows_at_once = 1
-    """The rows of one statement of :meth:`insert_rows`."""
+    """The most rows of one statement of :meth:`insert_rows`."""
     conflict_error: type[ConflictError] = ConflictError
-    """What is raised when another writer was first."""
+    """The error that is raised when another writer was first."""
 
     def __init__(self, engine: Engine, program: str | None = None) -> None:
         self.engine = engine
@@ -90,11 +90,11 @@ class Driver:
         return f"the command '{words}'" if self._program is None else f"'{self._program} {words}'"
 
     def missing(self, name: str) -> MissingTableError:
-        """Return the error that names a table that is not there."""
+        """Return the error that names a missing table."""
         return MissingTableError(f"Table {name!r} does not exist: run {self.command('init-db')} or your migrations.")
 
     def quote(self, name: str) -> str:
-        """Quote a name where the database needs it."""
+        """Quote a name if the database needs it."""
         return self.engine.dialect.identifier_preparer.quote(name)
 
     # ------------------------------------------------------------------------------------------------- statements
@@ -123,7 +123,7 @@ class Driver:
         if isinstance(connection, DirectConnection) and not connection.is_heard:
             return self._run_directly(connection, statement, tuple(parameters), modified)
         result = self._run(connection, statement, tuple(parameters))
-        # Not the result's own, which only an INSERT has: a counting UPDATE of MySQL's has one too.
+        # Not the result's own id, which only an INSERT has: the UPDATE of a counter has one too.
         return Modified(result.rowcount, getattr(result.context.cursor, "lastrowid", None))
 
     def modify_many(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -134,7 +134,7 @@ class Driver:
         try:
             return connection.exec_driver_sql(statement, parameters, OPTIONS)
         except exc.DBAPIError as error:
-            # Not from SQLAlchemy's, which has the parameters.
+            # Not from SQLAlchemy's error, which has the parameters.
             raise self.own_error(connection, error.orig, statement) from error.orig
 
     def _run_directly(
@@ -153,12 +153,12 @@ class Driver:
     ) -> Any:
         """Insert all of the rows, or none, with a statement that would insert one; returns the driver's last id.
 
-        :param beside: what the rows end with; it shares values only where the database can name a parameter again.
+        :param beside: the ends of the rows. They share values only if the database can refer to a parameter twice.
         """
         chunks = self.chunks(connection, rows, len(beside.columns))
         if len(chunks) == 1:
             return self._insert_chunk(connection, statement, rows, beside)
-        # One statement is all or nothing; several need a savepoint to be so.
+        # One statement inserts all or nothing. Several statements need a savepoint for that.
         last = None
         self.modify(connection, "SAVEPOINT flask_eventsourcing")
         # Half of a save must not be committed.
@@ -217,20 +217,20 @@ class Driver:
         return self.modify(connection, statement, row).rowcount == 1
 
     def forget_looks(self, connection: Connection) -> None:
-        """Called after an error that may come of what has changed in the database."""
+        """Called after an error that may be due to a change in the database."""
 
     # ------------------------------------------------------------------------------------- what state it is in
 
     @classmethod
     def is_left_midway(cls, driver_connection: Any, error: BaseException) -> bool:
-        """Whether an error that is not the driver's, as a signal handler raises, came in the middle of a statement.
+        """Whether an error that is not the driver's, such as a signal handler's, came in the middle of a statement.
 
-        The answer of the server would then be taken for that of the next statement, or keep it out.
+        The server's answer would then be taken for the answer to the next statement, or block it.
         """
         return False
 
     driver_knows_end = True
-    """Whether :meth:`is_over` asks no server."""
+    """Whether :meth:`is_over` can answer without the server."""
 
     appends_one_by_one = False
     """Whether an append waits for every transaction that has appended, and not only for one with the same versions."""
@@ -252,11 +252,11 @@ class Driver:
         return False
 
     def calls(self, connection: Connection) -> Calls:
-        """Return how often methods of the driver's connection were called, as far as that is counted."""
+        """Return the counted calls of methods of the driver's connection."""
         return calls_of(connection)
 
     def roll_back(self, connection: Connection) -> bool:
-        """Roll the driver's connection back, and return whether that was possible: in two phases, it may not be."""
+        """Roll the driver's connection back, and return whether that was possible: in two phases it may not be."""
         driver: Any = connection.connection.dbapi_connection
         try:
             driver.rollback()
@@ -265,9 +265,9 @@ class Driver:
         return True
 
     def is_over(self, connection: Connection) -> bool:
-        """Whether the transaction is over in which something was written: ended by any code, or aborted.
+        """Whether a transaction that has written is over: ended by any code, or aborted.
 
-        The driver or the server is asked, not SQLAlchemy. Before anything was written, it may not have begun.
+        The driver or the server is asked, not SQLAlchemy. Before the first write, the transaction may not have begun.
         """
         return self.is_aborted(connection)
 
@@ -280,7 +280,7 @@ class Driver:
 
     @classmethod
     def text(cls, driver_error: Any, code: object = None) -> str:
-        """Return what a driver's exception, or a part of one with that code, says without ids, states and the like."""
+        """Return the text of a driver's exception, or of a part of it with that code, without ids and values."""
         return str(driver_error).strip()
 
     @classmethod
@@ -289,10 +289,10 @@ class Driver:
         return cls.code(driver_error) in cls.serialization_failures
 
     def is_conflict(self, error: BaseException | None) -> bool:
-        """Whether any error means that another writer was first, and that the whole unit may be run again.
+        """Whether an error means that another writer was first, so that the whole unit may be run again.
 
-        Of the library's ``IntegrityError`` this is one kind: a gap in a stream, or a position that was processed
-        already, would be the same the next time.
+        Not every ``IntegrityError`` of the library is one: a gap in a stream, or a position that was processed already,
+        would be refused again.
         """
         if isinstance(error, exc.DBAPIError):
             error = error.orig
@@ -301,7 +301,7 @@ class Driver:
         return isinstance(error, ConflictError)
 
     def own_error(self, connection: Connection, error: Any, statement: str) -> persistence.PersistenceError:
-        """Return the library's exception for the driver's error of a statement that is the recorders' own."""
+        """Return the library's exception for the driver's error of a recorder's statement."""
         found = self.translate_driver(error)
         if not isinstance(found, persistence.IntegrityError):
             self.forget_looks(connection)
@@ -340,7 +340,7 @@ class Driver:
         if special is not None:
             return special
         if isinstance(error, exc.TimeoutError | exc.PendingRollbackError):
-            # Of SQLAlchemy's own: the pool is exhausted, or the session waits for a rollback.
+            # An error of SQLAlchemy's own: the pool is exhausted, or the session waits for a rollback.
             return persistence.OperationalError(text)
         return _counterpart(error, exc, text)
 
@@ -372,8 +372,8 @@ def _counterpart(error: Exception, module: Any, text: str) -> persistence.Persis
 class Translated:
     """Context manager within which SQLAlchemy's exceptions, and the driver's, become the library's.
 
-    Those of a statement stay as they are: the recorders' own were translated where they came up.
-    SQLAlchemy lets the driver's through when it resets a connection.
+    Errors of statements stay as they are: those of the recorders' statements are translated already. When SQLAlchemy
+    resets a connection, it lets the driver's errors through.
     """
 
     def __init__(self, driver: Driver) -> None:

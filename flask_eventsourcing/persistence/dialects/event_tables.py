@@ -25,13 +25,13 @@ EVENT_COLUMNS = ("originator_id", "originator_version", "topic", "state")
 """The columns of an event beside its position, as the library's ``StoredEvent`` names them; the first is the id."""
 VERSION_KEY = EVENT_COLUMNS[:2]
 VERSION = VERSION_KEY[1]
-"""They tell the events of an application from each other."""
+"""The columns that identify an event of an application."""
 OF_AGGREGATE = ", ".join(EVENT_COLUMNS[1:])
-"""Those that differ among the events of an aggregate."""
+"""The columns that differ among the events of an aggregate."""
 METADATA_COLUMNS = ("event_id", "recorded_at", "metadata", "correlation_id")
-"""The columns of what is known of an event beside its state, each of which a record class may leave out."""
+"""The columns of metadata. A record class may leave out each of them."""
 COLUMN_VALUES = "flask_eventsourcing.column_values"
-"""Where a table has the function of its record class that fills further columns, in ``Table.info``."""
+"""The key in ``Table.info`` of the record class's function that fills further columns."""
 
 Processor = Callable[[Any], Any]
 Snapshot = Callable[[str, str | None], str]
@@ -42,13 +42,13 @@ class Shape(NamedTuple):
     """The columns that an append fills beside those of ``EVENT_COLUMNS``, by their quoted names."""
 
     each: tuple[str, ...] = ()
-    """Those with a value of each event."""
+    """The columns with a value for each event."""
     shared: tuple[str, ...] = ()
-    """Those with one value for all events of the append."""
+    """The columns with one value for all events of the append."""
     kinds: tuple[str, ...] = ()
     """The types of both, as the database writes them."""
     key: str = ""
-    """What tells its statements from others."""
+    """The key of its statements."""
 
     @property
     def columns(self) -> str:
@@ -60,7 +60,7 @@ PLAIN = Shape()
 
 
 class Beside(NamedTuple):
-    """What is stored beside the events of an append, as the driver takes it."""
+    """The values beside the events of an append, in the driver's form."""
 
     shape: Shape = PLAIN
     columns: Sequence[Sequence[Any]] = ()
@@ -80,7 +80,7 @@ class Beside(NamedTuple):
         if not self.columns:
             return list(chain.from_iterable(rows))
         values: list[Any] = [None] * ((width := len(rows[0]) + len(self.columns)) * len(rows))
-        # A column at once: no row is made again.
+        # Column by column, so that no row is copied.
         for number, column in enumerate(chain(zip(*rows, strict=True), self.columns)):
             values[number::width] = column
         return values
@@ -103,12 +103,12 @@ class EventTable:
     """Quoted, and qualified by the schema if there is one."""
     accepted: Accepted
     binds: tuple[tuple[int, Processor], ...]
-    """Functions that turn the value of a column into the driver's, by the column's number."""
+    """Functions that convert the value of a column for the driver, by the column's number."""
     decode_id: Processor
     counter: str | None = None
-    """The quoted name of the tracking table, where a database counts positions in it."""
+    """The quoted name of the tracking table, if the database counts positions in it."""
     snapshots: str | None = None
-    """The quoted name of the table whose versions may be followed too."""
+    """The quoted name of the table of snapshots, after whose versions an event may follow too."""
     statements: dict[str, str] = field(default_factory=dict, compare=False)
     """Statements by their use, filled by the dialect as they are needed."""
 
@@ -135,7 +135,7 @@ class EventTable:
         return found
 
     def read_id(self, value: Any) -> UUID | str:
-        """Return an aggregate's id as the driver gives it; of one that cannot be read, a text that shows it."""
+        """Return an aggregate's id from the driver's value, or a text that shows a value that cannot be read."""
         if type(value) is self.accepted.id_class:
             return value
         try:
@@ -145,7 +145,7 @@ class EventTable:
         return found
 
     def can_have(self, originator_id: object) -> bool:
-        """Whether there can be an aggregate of an id; one of the wrong type is for :meth:`encode_id` to refuse."""
+        """Whether an aggregate can have this id. :meth:`encode_id` refuses an id of the wrong type."""
         return not isinstance(originator_id, str) or self.accepted.id_class is UUID or is_plain(originator_id)
 
     def follows(
@@ -153,7 +153,7 @@ class EventTable:
     ) -> str:
         """Return the condition under which an event leaves no gap in its stream, with the marks of its id and version.
 
-        Where the event itself is there already, its key decides.
+        If the event itself exists already, its key decides.
 
         :param lock: what makes the reads locking ones.
         :param begins: whether its version is one that a stream can begin with.
@@ -184,7 +184,7 @@ class EventTable:
             follows = self.follows(mark, mark, lock, begins=first, snapshot=snapshot)
             statements.append(f"SELECT {number} FROM (SELECT 1 AS one) AS d WHERE NOT ({follows})")
             originator_id = self.encode_id(event.originator_id)
-            # In the order of the marks of that condition.
+            # In the order of the marks in the condition.
             parameters += (originator_id, version, version)
             parameters += (originator_id, version) if snapshots else ()
             parameters += [originator_id] * (1 + snapshots) if first else ()
@@ -196,7 +196,7 @@ class EventTable:
         return f"SELECT {columns} FROM {place or self.name} WHERE {POSITION} BETWEEN {first} AND {last}"
 
     def page(self, rows: Sequence[Sequence[Any]]) -> list[Notification]:
-        """Return what rows of the log say: position, and the columns of ``EVENT_COLUMNS``.
+        """Return the notifications of rows of the log, with the position before the columns of ``EVENT_COLUMNS``.
 
         It is a :class:`DamagedPage` if some of them cannot be read.
         """
@@ -248,15 +248,15 @@ class EventTable:
 
 
 UNREADABLE = (TypeError, ValueError, AttributeError)
-"""What comes of a value of another type than the column's, which others have written."""
+"""The errors of a value of another type than the column's, which another program has written."""
 
 
 class ConflictError(persistence.IntegrityError):
-    """Another writer was first: the same may succeed when it is run again as a whole."""
+    """Another writer was first: the whole unit may succeed when it is run again."""
 
 
 LATEST_FIRST_VERSION = 1
-"""A stream begins with this version or the one before it: the library's own is 1, its contract has both."""
+"""A stream begins with this version or the one before it: the library begins with 1, its contract tests with both."""
 
 
 def begins(event: StoredEvent) -> bool:
@@ -306,7 +306,7 @@ def is_key(table: sa.Table, columns: Collection[str]) -> bool:
 
 
 def columns_of(table: sa.Table, name: str) -> Collection[str] | None:
-    """Return the columns of a unique constraint or index of that name, or None where the table's class has none."""
+    """Return the columns of a unique constraint or index of that name, or None if the table's class has none."""
     uniques = [each for each in table.constraints if isinstance(each, sa.PrimaryKeyConstraint | sa.UniqueConstraint)]
     for unique in [*uniques, *(index for index in table.indexes if index.unique)]:
         if str(unique.name) == name:
@@ -338,7 +338,7 @@ def notification(position: int, originator_id: UUID | str, version: int, topic: 
 
 
 def snapshot_in(table: str | None, lock: str = "") -> Snapshot:
-    """Return what makes the condition for a snapshot in a table that is there."""
+    """Return a function that makes the condition for a snapshot in a table that exists."""
 
     def condition(originator_id: str, version: str | None) -> str:
         of_version = "" if version is None else f" AND p.originator_version = {version}"
@@ -353,7 +353,7 @@ def transposed(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
 
 
 class KnownLog(NamedTuple):
-    """A table of events, as its identity in the database tells it from others of its name."""
+    """A table of events with its identity in the database, because other tables may have the same name."""
 
     identity: int
     sequence: str
@@ -365,9 +365,9 @@ class KnownLog(NamedTuple):
 
 
 class Known:
-    """What a connection of the driver knows: which tables the names meant last, and the floors of its transaction.
+    """What is known on a driver's connection: which tables the names meant last, and the floors of its transaction.
 
-    Later appends hold on to the floor that a transaction published first. A lock taken within a savepoint goes when
+    Later appends keep the floor that a transaction published first. A lock taken within a savepoint goes when
     that is rolled back. Taking the same lock again is always safe, as a lower floor only makes readers more careful,
     and costs no new entry in the server's lock table.
     """
@@ -396,5 +396,5 @@ class Known:
         return self._floors
 
     def ended(self) -> None:
-        """Told of the end of a transaction that SQLAlchemy does not know."""
+        """Called at the end of a transaction that SQLAlchemy does not know."""
         self._transaction = None

@@ -16,21 +16,21 @@ from ...config import is_plain
 from ...exceptions import ConfigurationError, EventValueError, IdentifierTypeError, UnreadableEventError
 
 LONGEST_ID = 600
-"""Characters of a text id where its column has no limit: an index of PostgreSQL's takes 2,704 bytes."""
+"""The most characters of a text id whose column has no limit: an index of PostgreSQL's takes 2,704 bytes."""
 LONGEST_TOPIC = 16_383
-"""Characters of a topic: a TEXT column of MySQL's has 65,535 bytes, and a character up to four."""
+"""The most characters of a topic: a TEXT column of MySQL's has 65,535 bytes, and a character up to four."""
 LONGEST_NAME = 255
 LARGEST = 2**63 - 1
 NOT_PLAIN = "has control characters, line breaks or unpaired surrogates"
 
 
 def bounded(number: int | None) -> int | None:
-    """Return a bound of versions or positions that every driver takes, and that bounds the same ones."""
+    """Return a bound of versions or positions that every driver takes, and that selects the same ones."""
     return None if number is None else max(-1, min(number, LARGEST))
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes in the place of what ends a line, or makes a terminal do something."""
+    """Return a text in which characters that end a line, or control a terminal, are escapes."""
     if is_plain(text):
         return text
     return "".join(each if is_plain(each) else each.encode("unicode_escape").decode() for each in text)
@@ -46,7 +46,7 @@ def as_bytes(state: Any) -> bytes:
 
     :raises TypeError: when it is no binary value.
     """
-    # Of an int, ``bytes`` would make as many zeros.
+    # From an int, ``bytes()`` would make as many zeros.
     if isinstance(state, bytes | bytearray | memoryview):
         return bytes(state)
     raise TypeError(f"its state is of type {type(state).__name__} and not binary")
@@ -64,9 +64,9 @@ def as_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Accepted:
-    """What the columns of a table take, so that each database gives it back as it was.
+    """The values that the columns of a table accept, so that each database returns them unchanged.
 
-    :param name: of the table, as messages have it.
+    :param name: the name of the table in messages.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Accepted:
 
     @classmethod
     def by(cls, name: str, originator_id: Any, version: Any, topic: Any) -> Accepted:
-        """Return what columns take, by their types for all databases: what fits one fits the others."""
+        """Return the accepted values of columns, by their types on all databases: what fits one fits the others."""
         is_text = isinstance(originator_id, sa.String)
         return cls(
             name,
@@ -151,7 +151,7 @@ class Accepted:
             self._refuse(what, f"has {len(found)} characters, and {longest} can be stored")
         if not is_plain(found):
             self._refuse(what, NOT_PLAIN)
-        # Of a subclass, as of an enumeration, some drivers would store something else.
+        # For a subclass, such as an enumeration, some drivers would store another value.
         return str.__str__(found)
 
     def _refuse(self, what: str, text: str) -> NoReturn:
@@ -201,7 +201,7 @@ class DamagedPage(list[Notification]):
     """A page of the log in which some rows could not be read."""
 
     def before_damage(self) -> list[Notification]:
-        """Return what can be read before the first of these rows.
+        """Return the notifications before the first of these rows.
 
         :raises UnreadableEventError: when it is the first of the page.
         """
@@ -218,7 +218,7 @@ def unreadable_version(name: str, originator_id: Any, version: Any, error: Excep
 
 
 def _cannot(error: Exception) -> str:
-    # The text of another error than ours may have the value in it.
+    # The text of another package's error may contain the value.
     why = str(error) if isinstance(error, TypeError) else "its id is no UUID"
     return f"cannot be read: {why}. Another program wrote it: correct the row, or delete it."
 
@@ -246,13 +246,13 @@ def as_parameter(quoted: str) -> str:
 
 
 Check = Callable[[Any], bool]
-"""Tells whether a column takes a value, other than None, and returns it unchanged."""
+"""A function that tells whether a column takes a value, other than None, and returns it unchanged."""
 
 
 def check_of(column: sa.ColumnElement[Any]) -> Check | None:
-    """Return what tells it of the values of a column, or None where the column may change or refuse any of them.
+    """Return such a function for a column, or None if the column may change or refuse any value.
 
-    Of times it does not tell whether the database keeps their microseconds.
+    For times, it does not tell whether the database keeps their microseconds.
     """
     kind = column.type
     if isinstance(kind, _CHANGING):
@@ -261,7 +261,7 @@ def check_of(column: sa.ColumnElement[Any]) -> Check | None:
 
 
 def is_one(expected: type[Any]) -> Check:
-    """Return what tells whether a value is of a class, and no subclass."""
+    """Return a function that tells whether a value is of a class, and not of a subclass."""
     return lambda value: type(value) is expected
 
 
@@ -273,7 +273,7 @@ def _whole(kind: Any) -> Check:
 
 def _text(kind: Any) -> Check:
     longest = min(kind.length or LONGEST_TOPIC, LONGEST_TOPIC)
-    # A NUL and half a surrogate pair, which not every database takes, cannot be printed.
+    # Not every database takes a NUL or half a surrogate pair, and neither is printable.
     return lambda value: type(value) is str and len(value) <= longest and value.isprintable()
 
 
@@ -316,9 +316,9 @@ class PlainColumn(NamedTuple):
 
 
 def plain_columns(model: type[Any], uuid_type: type[Any]) -> Sequence[PlainColumn] | None:
-    """Return the columns of a class whose rows are stored as they are, or None where its model says that more is done.
+    """Return the columns of a class whose rows are stored as they are, or None if its model does more.
 
-    What the database checks in them is not looked at.
+    The checks of the database are not considered.
 
     :param uuid_type: a further type of columns with UUIDs.
     """
@@ -332,7 +332,7 @@ def plain_columns(model: type[Any], uuid_type: type[Any]) -> Sequence[PlainColum
 
 
 def _has_columns_alone(mapper: orm.Mapper[Any], table: sa.Table) -> bool:
-    """Whether a model has nothing by which more is done than to store its columns."""
+    """Whether a model does nothing more than store its columns."""
     listeners = (getattr(mapper.dispatch, f"{when}_{what}") for when in ("before", "after") for what in _OPERATIONS)
     return not (
         mapper.relationships

@@ -15,8 +15,10 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,14 +39,19 @@ class OpenWriter(NamedTuple):
     name: str
     """Such as ``process 4711``."""
     seconds: float | None
-    """Since it began; None where this role may not know."""
+    """Seconds since it began; None if this role may not see that."""
     remedy: str
     """What ends it."""
 
 
 def utc_now() -> datetime:
-    """The time in UTC, without a time zone, as the tables of projections have it."""
+    """Return the time in UTC, without a time zone, as in the tables of projections."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+@cache
+def _clock(sql: str, seconds: float) -> sa.ColumnElement[datetime]:
+    return sa.literal_column(sql.format(seconds), sa.DateTime())
 
 
 class RunnerLock(ABC):
@@ -83,50 +90,59 @@ class RunnerLock(ABC):
         """Whether the lock is taken now."""
 
 
-FARTHEST = timedelta(minutes=1)
-"""A lease that ends later than this was taken under a wrong clock."""
+FARTHEST = 60
+"""Seconds. If a lease ends later than this, the clock was wrong when it was taken."""
 
 
 class Lease(RunnerLock):
-    """No lock: the claim in the projection's row holds until its time is over."""
+    """No lock: the claim in the projection's row holds until its time is over.
+
+    :param time_in: of the dialect: the database's clock, as those of processes may be wrong.
+    """
+
+    def __init__(self, engine: Engine, name: str, time_in: Callable[[float], sa.ColumnElement[datetime]]) -> None:
+        super().__init__(engine, name)
+        self._time_in = time_in
 
     @property
     def leased(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def acquire(self) -> bool:
-        """Nothing to take: the claim decides."""
+        """Return True: the claim decides."""
         return True
 
     def check(self) -> None:
-        """Nothing to look at: renewing the lease shows whether it was lost."""
+        """Do nothing: a renewal of the lease shows whether it was lost."""
 
     def release(self) -> None:
-        """Nothing to give back: the claim is released."""
+        """Do nothing: the claim is released."""
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Whether the lease is valid."""
-        now = utc_now()
-        return leased_until is not None and now < leased_until < now + FARTHEST
+        if leased_until is None:
+            return False
+        until = sa.literal(leased_until, sa.DateTime())
+        return bool(connection.scalar(sa.select(until.between(self._time_in(0), self._time_in(FARTHEST)))))
 
 
 LOOK_AGAIN = 0.5
-"""Seconds after which a waiting thread looks whether the owner of the queue is still there."""
+"""Seconds after which a waiting thread checks whether the owner of the queue still exists."""
 
 
 class _Place:
     """The place of an owner, or of a waiting thread.
 
-    The connection is held weakly: one that is gone has the queue no longer, nor has one of SQLAlchemy's that is closed.
-    It was closed without the driver's being told where a listener had refused its commit.
+    The connection is held weakly: a connection that is gone, or a closed one of SQLAlchemy's, does not own the queue
+    any more. SQLAlchemy's may be closed without the driver's, after a listener has refused its commit.
     """
 
     __slots__ = ("called", "over", "owner", "thread")
 
     def __init__(self, owner: object) -> None:
         self.owner = weakref.ref(owner)
-        # Only to tell a thread at once that it would wait for itself.
+        # Only to refuse at once that a thread waits for itself.
         self.thread = weakref.ref(threading.current_thread())
         self.called: threading.Event | None = None
         """Set for a waiting thread when it acquires the queue."""
@@ -140,8 +156,8 @@ class _Place:
 class WriteQueue:
     """The right to use a database, of one owner at a time.
 
-    ``threading.Lock`` would not do: another thread than the one that acquired the queue may release it, and a thread
-    that would wait for itself gets an error at once.
+    It is no ``threading.Lock``, because another thread than the one that acquired it may release it, and a thread that
+    would wait for itself gets an error at once.
     """
 
     def __init__(self, name: str) -> None:
@@ -188,7 +204,7 @@ class WriteQueue:
         return True
 
     def try_acquire(self, owner: object, *, blocking: bool = True) -> bool:
-        """Acquire the queue if it is free; without *blocking*, not even the queue's own lock is waited for."""
+        """Acquire the queue if it is free. Without *blocking*, it does not even wait for the queue's own lock."""
         place = _Place(owner)
         if not self._lock.acquire(blocking=blocking):
             return False
@@ -207,7 +223,7 @@ class WriteQueue:
         with ExitStack() as interrupted:
             interrupted.callback(self._give_up, place)
             while not called.wait(max(0, min(LOOK_AGAIN, deadline - time.monotonic()))):
-                # Nobody is told when an owner is collected.
+                # No one is notified when an owner is garbage-collected.
                 self._call_next()
                 if time.monotonic() >= deadline:
                     break
@@ -238,8 +254,8 @@ class WriteQueue:
             self._call_next()
 
     def _call_next(self) -> None:
-        # A release may come from the garbage collector, in the midst of what this thread does with the lock, so it must
-        # not wait for that. Every thread that had the lock comes here afterwards and sees what was released meanwhile.
+        # The garbage collector may call this while this thread holds the lock, so it must not wait for the lock. Every
+        # thread that had the lock comes here afterwards, and sees what was released meanwhile.
         while self._waiting and self._is_free() and self._lock.acquire(blocking=False):
             try:
                 if self._waiting and self._is_free():
@@ -262,9 +278,9 @@ _queues: weakref.WeakValueDictionary[tuple[int, str], WriteQueue] = weakref.Weak
 
 
 def write_queue_of(name: str) -> WriteQueue:
-    """Return the queue of a database; a forked process has its own, as the parent's may be taken for ever."""
+    """Return the queue of a database. A forked process has its own, because the parent's may be taken for ever."""
     key = (os.getpid(), name)
-    # Not under a lock: it too may have been held by another thread at the time of a fork.
+    # Without a lock, which another thread may have held at the time of a fork.
     queue = _queues.get(key)
     if queue is None:
         queue = WriteQueue(name)
@@ -279,7 +295,7 @@ class ForProjections(ForSwaps):
     batch_seconds: float = 0.5
     """Seconds that a batch of a projection takes at most, roughly: a longer one keeps SIGTERM waiting."""
     keeps_microseconds = False
-    """Whether a time has its microseconds, when it is read again from a column of SQLAlchemy's ``DateTime``."""
+    """Whether a column of SQLAlchemy's ``DateTime`` keeps the microseconds of a time."""
 
     def is_node(self, connection: Connection | None = None) -> bool:
         """Whether the server is one of several that take writes, each with locks of its own.
@@ -288,31 +304,38 @@ class ForProjections(ForSwaps):
         """
         return False
 
+    clock: ClassVar[str] = ""
+    """SQL for the time of the database in UTC, so many seconds from now."""
+
+    def time_in(self, seconds: float) -> sa.ColumnElement[datetime]:
+        """Return the time of the database in UTC, so many seconds from now: the same expression each time."""
+        return _clock(self.clock, seconds)
+
     locks_what_it_compares = False
-    """Whether a change locks the rows that its conditions look for, so that nobody else can insert such ones."""
+    """Whether a change locks the rows that its conditions look for, so that other writers cannot insert such rows."""
     canceled: ClassVar[frozenset[object]] = frozenset()
-    """The driver's codes of errors by which the server has ended a statement that took too long."""
+    """The driver's codes of errors after which the server has ended a statement that took too long."""
     full: ClassVar[frozenset[object]] = frozenset()
-    """Those that say that the disk is full."""
+    """The codes for a full disk."""
     has_one_writer = False
-    """Whether one writer keeps out all others, so that a handler that waits is waiting for itself."""
+    """Whether there is one writer at a time, so that a handler that waits is waiting for itself."""
 
     @staticmethod
     def passes(driver_error: BaseException) -> bool:
-        """Whether a driver's error says that a lock was not obtained in time, so that the same may be tried again."""
+        """Whether a driver's error says that a lock was not obtained in time, so that another try may succeed."""
         return False
 
     @staticmethod
     def is_read_only(driver_error: BaseException) -> bool:
-        """Whether a driver's error says that the server takes no writes, as one does that is not the primary now."""
+        """Whether a driver's error says that the server takes no writes, such as one that is not the primary."""
         return False
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection; here there is none but the lease."""
-        return Lease(self.engine, name)
+        return Lease(self.engine, name, self.time_in)
 
     def shared_waiter(self, table: EventTable) -> Waiter:
-        """Return what waits for news of a log, for one of many runners; here it polls."""
+        """Return a waiter for news of a log, for one of many runners; here it polls."""
         return Waiter()
 
     def update_and_notify(
@@ -322,11 +345,11 @@ class ForProjections(ForSwaps):
         return connection.execute(change, parameters).rowcount
 
     def update_waiter(self, table: sa.Table) -> Waiter:
-        """Return what waits for updates of a table; here it polls."""
+        """Return a waiter for updates of a table; here it polls."""
         return Waiter()
 
     def free_connections(self, connection: Connection) -> int | None:
-        """Return how many more connections the server takes, or None where it does not say."""
+        """Return how many more connections the server takes, or None if it does not tell."""
         return None
 
     def shares_connections(self) -> bool:
@@ -334,9 +357,9 @@ class ForProjections(ForSwaps):
         return False
 
     def file_beside(self, connection: Connection) -> Path | None:
-        """Return the file of a database whose one writer lets nobody else note anything, if it has one."""
+        """Return the file of a database with one writer at a time, beside which notes can be kept, or None."""
         return None
 
     def oldest_writer(self, connection: Connection, table: EventTable) -> OpenWriter | None:
-        """Return the oldest transaction that holds readers of a log back; here none does, as writers queue."""
+        """Return the oldest transaction that holds readers of a log back. Here none does, because writers queue."""
         return None

@@ -1,9 +1,8 @@
 """Checks before the first append or read: the server's settings, and the tables as they are in the database.
 
-Each look is made on the connection in use, by statements that do not fail where something is missing: a failing one
-would end the user's transaction, and a second connection would be waited for where a pool has one. A server's settings
-are looked at once a connection of the driver, tables once, and again after any error. The command ``check`` makes the
-same looks.
+Each look uses the current connection, and statements that do not fail if something is missing: a failing statement
+would end the user's transaction, and a pool may have no second connection. A server's settings are looked at once for
+each connection of the driver, tables once, and both again after any error. The command ``check`` makes the same looks.
 """
 
 from __future__ import annotations
@@ -41,43 +40,43 @@ FAMILIES = {
 FAMILY = {word: family for family, words in FAMILIES.items() for word in words.split()}
 SAME = {"integer": "int", "int4": "int", "int8": "bigint", "character": "char"}
 LOOK_LASTS = 1.0
-"""Seconds within which what a look has found is used."""
+"""Seconds for which the result of a look is used."""
 KIND = re.compile(r"([a-z0-9]+)( varying)?\s*(?:\((\d+)[^)]*\))?")
 
 
 class FoundColumn(NamedTuple):
-    """A column as it is in the database."""
+    """A column in the database."""
 
     name: str
     kind: str
     """The type, as the database writes it."""
     nullable: bool
     is_given: bool
-    """Whether the database gives a value of its own: a default, or the next number."""
+    """Whether the database provides a value: a default, or the next number."""
     collation: str | None = None
 
 
 class FoundTable(NamedTuple):
-    """A table as it is in the database."""
+    """A table in the database."""
 
     columns: Mapping[str, FoundColumn]
     engine: str | None = None
     lacking: frozenset[str] = frozenset()
-    """The rights that the role of the connection does not have."""
+    """The rights that the role of the connection lacks."""
     role: str = ""
     keys: Collection[frozenset[str]] = ()
-    """The columns of each unique key that is kept at once and for all rows."""
+    """The columns of each unique key that the database checks at once and for all rows."""
 
 
 class Finding(NamedTuple):
-    """What is not as the package expects it, with the remedy."""
+    """A difference from what the package expects, with the remedy."""
 
     text: str
     refuses: Sequence[Use] = ()
-    """What would lose events, and is refused with the error."""
+    """The error of a use that would lose events, and is refused."""
     error: type[Exception] = UnsafeTableError
     is_fault: bool = True
-    """Whether ``check`` fails for it; other differences are only named."""
+    """Whether ``check`` fails because of it. Other differences are only named."""
     leaves_out: bool = False
     """Whether appends leave the columns of metadata out: the table is one of the library's, which has none of them."""
     may_grow: bool = False
@@ -85,7 +84,7 @@ class Finding(NamedTuple):
 
 
 class MissingOptions(NamedTuple):
-    """What a connection lacks that another framework makes by its own settings."""
+    """The options that a connection lacks, in the settings of another framework that makes it."""
 
     text: str
     lines: str
@@ -110,7 +109,7 @@ class Kind(NamedTuple):
 
 
 class Seen:
-    """What a connection of the driver has been looked at for."""
+    """The results of the looks on a connection of the driver."""
 
     KEY = "flask_eventsourcing.seen"
 
@@ -119,10 +118,10 @@ class Seen:
         self.scope = scope
         """What the connection's names are names in: its database, or the version of its schema."""
         self.findings: list[Finding] = []
-        """What is wrong with the settings."""
+        """The findings about the settings."""
         self.until: float = 0.0
         self.there: set[str] = set()
-        """Tables that are there, for as long as the rest holds."""
+        """Tables that exist, as long as the rest holds."""
         self.longest = 0
         """How many bytes a statement may have, or 0 where there is no limit."""
 
@@ -137,7 +136,7 @@ class Looks(Driver):
     """Keyword arguments of each ``Table``."""
 
     looks_again: bool = True
-    """Whether what was looked at may be looked at again after a time, so that the number of statements differs."""
+    """Whether a look may be repeated after a time, so that the number of statements differs."""
 
     @cached_property
     def looked_at(self) -> dict[tuple[Any, str], list[Finding]]:
@@ -201,7 +200,7 @@ class Looks(Driver):
         seen = self._seen(connection)
         refuse(seen.findings, use)
         findings = self.looked_at.get((seen.scope, table.name))
-        # What is refused is looked at again each time, so that it is seen when it is as it should be.
+        # After a refusal, each use looks again, so that a correction is noticed.
         if findings is None or any(use in each.refuses for each in findings):
             findings = self._growing((self.lasting(seen.scope), table.name), self.findings_of(connection, table))
         refuse(findings, use)
@@ -234,7 +233,7 @@ class Looks(Driver):
         return any(each.leaves_out for each in self.looked_at.get((self._seen(connection).scope, table.name), ()))
 
     def look_again(self, connection: Connection, table: EventTable, use: Use) -> None:
-        """Look at the tables of a log as if that had not been done."""
+        """Look at the tables of a log again."""
         self.looked_at.pop((self._seen(connection).scope, table.name), None)
         self._look(connection, table, use)
 
@@ -271,11 +270,11 @@ class Looks(Driver):
         return is_database and self.schema_of(one, table.table) == self.schema_of(other, table.table)
 
     def check_settings(self, connection: Connection) -> list[Finding]:
-        """Return what ``check`` says of the settings."""
+        """Return the findings of ``check`` about the settings."""
         return list(self.found_settings(connection, Seen()))
 
     def check_table(self, connection: Connection, table: sa.Table) -> list[Finding] | None:
-        """Return what ``check`` says of a table, or None where it is missing."""
+        """Return the findings of ``check`` about a table, or None if it is missing."""
         found = self.found_table(connection, table)
         if found is None:
             return None
@@ -283,7 +282,7 @@ class Looks(Driver):
         return findings or list(self.check_rights(connection, table))
 
     def check_rights(self, connection: Connection, table: sa.Table) -> Iterable[Finding]:
-        """Try what appends do, with no row."""
+        """Try the statements of an append, without a row."""
         columns = [table.columns[name] for name in sorted(needed_columns(table))]
         if not columns:
             return
@@ -298,7 +297,7 @@ class Looks(Driver):
                 yield Finding(str(error.orig))
 
     def check_log(self, connection: Connection, table: EventTable) -> Iterable[Finding]:
-        """Return what ``check`` says of what gives positions."""
+        """Return the findings of ``check`` about the source of positions."""
         return ()
 
     def others_of(self, table: EventTable) -> list[sa.Table]:
@@ -357,7 +356,7 @@ class Looks(Driver):
 
 
 def needed_columns(table: sa.Table) -> frozenset[str]:
-    """Return the columns that statements name, of a table of events, snapshots or positions; none of another's."""
+    """Return the columns that statements name in a table of events, snapshots or positions; else none."""
     columns = {column.name for column in table.columns}
     if set(EVENT_COLUMNS) <= columns:
         return frozenset((*EVENT_COLUMNS, POSITION)) & columns
@@ -385,7 +384,7 @@ def keys_of(rows: Iterable[Sequence[Any]]) -> list[frozenset[str]]:
 
 
 def keyless(table: sa.Table, found: FoundTable, needed: Collection[str]) -> Iterable[Finding]:
-    """Return what is wrong where a version could be stored twice."""
+    """Return the finding if a version could be stored twice."""
     is_there = VERSION in needed and found.columns.keys() >= set(VERSION_KEY)
     if is_there and frozenset(VERSION_KEY) not in found.keys:
         key = f"UNIQUE ({', '.join(VERSION_KEY)})"

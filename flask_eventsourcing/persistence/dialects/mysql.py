@@ -29,7 +29,7 @@ from ...exceptions import WriteTimeoutError
 from .calls import ask_on, count_calls
 from .event_tables import NOTHING, POSITION, Beside, ConflictError, EventTable, begins, columns_of, heads
 from .event_values import check_tracking
-from .locks import RunnerLock
+from .locks import Lease, RunnerLock
 from .mysql_looks import APPEND_ONE, EXACT, ORDER, ExactText, MySQLLooks, surely_follows
 from .mysql_swapping import MySQLSwaps
 from .session_locks import NamedLock
@@ -175,7 +175,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
             draw = self._drawing(connection, table, snapshots)
             statement = APPEND_ONE.format(draw=draw, condition=condition, into=into, marks=marks)
             last, is_inserted = self.fetch(connection, statement, (1, ORDER, *known, *row))[0]
-            if last:
+            if is_inserted is not None:
                 return last, bool(is_inserted)
             # Somebody has emptied the table since.
             self._counters.discard(self.counter_of(table))
@@ -341,7 +341,7 @@ class MySQLDialect(MySQLSwaps, MySQLLooks):
 
     def runner_lock(self, name: str) -> RunnerLock:
         """Return a lock of the server's by a name."""
-        return NamedLock(self.engine, name, self.is_node)
+        return NamedLock(self.engine, Lease(self.engine, name, self.time_in), self.is_node)
 
 
 def _after_error(context: Any) -> None:

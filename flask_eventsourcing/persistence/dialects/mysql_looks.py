@@ -47,15 +47,14 @@ MOST_PLACES = 1024
 APPEND_ONE = (
     BLOCK
     + """
-DECLARE is_next BOOLEAN DEFAULT FALSE;
-DO LAST_INSERT_ID(0);
+DECLARE is_next BOOLEAN;
 {draw};
-SELECT {condition} INTO is_next;
-IF is_next AND LAST_INSERT_ID() > 0 THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
+SELECT IF(ROW_COUNT(), {condition}, NULL) INTO is_next;
+IF is_next THEN {into} VALUES (LAST_INSERT_ID(){marks}); END IF;
 SELECT LAST_INSERT_ID(), is_next;
 END"""
 )
-"""What draws a position and inserts an event with it; where there is no row that counts, the position is 0.
+"""What draws a position and inserts an event with it; where there is no row that counts, the second value is NULL.
 
 A read that is not part of the INSERT locks nothing.
 """
@@ -94,11 +93,6 @@ class MySQLLooks(Dialect):
     def __init__(self, engine: Engine, options: DialectOptions) -> None:
         super().__init__(engine, options)
         self._places: dict[tuple[str, Any], int] = _places.setdefault(root_engine(engine), {})
-
-    def free_connections(self, connection: Connection) -> int | None:
-        """Return what is left of ``max_connections``."""
-        used = self.fetch(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
-        return int(self.fetch(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
 
     def scope(self, connection: Connection) -> Any:
         """Return the database."""
@@ -186,6 +180,10 @@ class MySQLLooks(Dialect):
     def _with_snapshots(self) -> set[str]:
         return set()
 
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for the database, which ``USE`` changes."""
+        return "SELECT database()"
+
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""
         findings = []
@@ -262,7 +260,7 @@ class MySQLLooks(Dialect):
         if missing is not None:
             missing = self.find_gap(connection, table, first, " LOCK IN SHARE MODE", snapshots=snapshots)
         if missing is not None:
-            # The row is locked, so nobody has seen the positions.
+            # The row is locked, so no other transaction has seen the positions.
             back = "SET notification_id = notification_id - %s WHERE application_name = %s"
             self.modify(connection, f"UPDATE {self.counter_of(table)} {back}", (count, ORDER))
             raise gap(missing)
@@ -376,7 +374,8 @@ def surely_follows(table: EventTable, row: Sequence[Any], *, first: bool, snapsh
         key = "originator_id = %s AND originator_version = %s"
         return f"EXISTS (SELECT 1 FROM {table.name} WHERE {key})", (row[0], row[1] - 1)
     names = [table.name, table.snapshots] if snapshots else [table.name]
-    conditions = [f"NOT EXISTS (SELECT 1 FROM {name} WHERE originator_id = %s)" for name in names]
+    # One look into the key, made before there is a plan. NOT EXISTS takes about twice as long.
+    conditions = [f"(SELECT MIN({VERSION}) FROM {name} WHERE originator_id = %s) IS NULL" for name in names]
     return " AND ".join(conditions), [row[0]] * len(names)
 
 

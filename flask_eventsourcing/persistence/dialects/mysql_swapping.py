@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from .calls import ask_on
 from .mysql_looks import ORDER
 from .swapping import OWN, ForSwaps, Part
 
@@ -24,8 +25,14 @@ KEY = re.compile(r"(?:(?:UNIQUE |FULLTEXT |SPATIAL )?KEY|CONSTRAINT) `((?:[^`]|`
 class MySQLSwaps(ForSwaps):
     """The part of the dialect that rebuilds use."""
 
+    clock: ClassVar[str] = "(utc_timestamp(6) + INTERVAL {:g} SECOND)"
     swaps_in_transaction = False
     refuses_old_snapshot = True
+
+    def free_connections(self, connection: Connection) -> int | None:
+        """Return what is left of ``max_connections``."""
+        used = ask_on(connection, "SHOW GLOBAL STATUS LIKE 'Threads_connected'")
+        return int(ask_on(connection, "SELECT @@max_connections")[0][0]) - int(used[0][1])
 
     def limit_ddl_waiting(self, connection: Connection, seconds: int) -> None:
         """Limit the waiting to the end of the connection."""

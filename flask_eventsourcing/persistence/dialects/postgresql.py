@@ -57,7 +57,7 @@ NOT_DRAWN = (
     "waiting: let all processes that write to it run the same version of this package, and try again."
 )
 QUIET = " quiet!"
-"""The end of the uses of statements that notify nobody."""
+"""The suffix of the uses of statements that send no notification."""
 
 _LATEST = ("read committed", "read uncommitted")
 """The isolation levels in which each statement sees what is committed by then."""
@@ -71,6 +71,7 @@ class PostgreSQLDialect(PostgreSQLSwaps, CatalogLooks):
     duplicates: ClassVar[frozenset[object]] = frozenset({"23505"})
     rights_lacking: ClassVar[frozenset[object]] = frozenset({"42501"})
     title = "PostgreSQL"
+    clock: ClassVar[str] = "(clock_timestamp() AT TIME ZONE 'UTC' + interval '{:g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"psycopg": "Flask-EventSourcing[postgres]", "psycopg2": "psycopg2-binary"}
     counts = "bytes"
     missing_table: ClassVar[re.Pattern[str]] = re.compile(rf"{QUOTES} ?(?P<name>.+?) ?{QUOTES}")

@@ -222,7 +222,7 @@ def make_statement(
 
     :param compiled: makes the name of a column's type.
     :param shape: the columns that it fills beside those of an event; the values that all of its events have come first.
-    :param quiet: whether nobody is notified.
+    :param quiet: whether no notification is sent.
     """
     snapshot = None
     if table.snapshots is not None:

@@ -103,7 +103,7 @@ class PostgreSQLSwaps(ForSwaps):
                 connection.exec_driver_sql(statement, (names[0],), execution_options=OWN)
 
     def go_on_behind(self, connection: Connection, events: sa.Table, tracking: sa.Table, position: int) -> None:
-        """Raise the sequence, at once for everybody."""
+        """Raise the sequence, at once for all sessions."""
         name = as_parameter(self.qualified(events, events.name))
         found = connection.exec_driver_sql(_SEQUENCE, (name, POSITION)).scalar_one()
         if found is not None:
@@ -159,7 +159,7 @@ g AS (
     UNION ALL SELECT ' on sequence ' || relname, NULL, aclexplode(coalesce(relacl, acldefault('s', relowner))) FROM s),
 n AS (
     SELECT DISTINCT d.classid, d.objid, d.objsubid FROM r JOIN pg_depend d
-    ON (d.refclassid = 'pg_class'::regclass AND d.refobjid = r.oid)
+    ON (d.refclassid = 'pg_class'::regclass AND d.refobjid IN (SELECT r.oid UNION SELECT oid FROM s))
     OR (d.refclassid = 'pg_type'::regclass AND d.deptype <> 'i'
         AND d.refobjid IN (SELECT oid FROM pg_type WHERE oid = r.reltype OR typelem = r.reltype)))
 SELECT 'own' AS kind, 'the owner ' || pg_get_userbyid(relowner) AS what, NULL AS definition, NULL AS columns FROM r
@@ -176,6 +176,9 @@ UNION ALL SELECT 'own', 'policy ' || polname, concat_ws(' ', polcmd, polpermissi
     FROM r JOIN pg_policy ON polrelid = r.oid
 UNION ALL SELECT 'own', 'the right to ' || (x).privilege_type || at || ' of '
     || CASE (x).grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid((x).grantee) END, concat((x).is_grantable), col FROM g
+UNION ALL SELECT 'own', 'the limits of the rights' || at,
+    string_agg(concat_ws(' ', (x).grantee, (x).privilege_type), ', ' ORDER BY (x).grantee, (x).privilege_type), col
+    FROM g GROUP BY at, col
 UNION ALL SELECT 'own', 'index ' || c.relname, pg_get_indexdef(c.oid),
     (SELECT string_agg(attname, E'\\n') FROM pg_attribute WHERE attrelid = i.indrelid AND attnum = ANY (i.indkey))
     FROM r JOIN pg_index i ON i.indrelid = r.oid JOIN pg_class c ON c.oid = i.indexrelid
@@ -183,10 +186,13 @@ UNION ALL SELECT 'own', 'index ' || c.relname, pg_get_indexdef(c.oid),
 UNION ALL SELECT 'own', 'constraint ' || conname, pg_get_constraintdef(k.oid),
     (SELECT string_agg(attname, E'\\n') FROM pg_attribute WHERE attrelid = k.conrelid AND attnum = ANY (k.conkey))
     FROM r JOIN pg_constraint k ON conrelid = r.oid AND contype <> 't'
-UNION ALL SELECT 'own', 'the collation or storage of column ' || attname, concat_ws(' ',
-    nullif(attcollation, typcollation)::regcollation, nullif(attstorage, typstorage), attcompression), attname
+UNION ALL SELECT 'own', 'the order by index ' || indexrelid::regclass, NULL, NULL
+    FROM r JOIN pg_index ON indrelid = r.oid AND indisclustered
+UNION ALL SELECT 'own', 'the collation or storage of column ' || attname, concat_ws(' ', nullif(attcollation,
+    typcollation)::regcollation, nullif(attstorage, typstorage), attcompression, attstattarget, attoptions), attname
     FROM r JOIN pg_attribute ON attrelid = r.oid AND attnum > 0 AND NOT attisdropped JOIN pg_type t ON t.oid = atttypid
-    WHERE attcollation <> typcollation OR attstorage <> typstorage OR attcompression <> ''
+    WHERE attcollation <> typcollation OR attstorage <> typstorage OR attcompression <> '' OR attstattarget >= 0
+    OR attoptions IS NOT NULL
 UNION ALL SELECT 'own', 'the default of column ' || attname, pg_get_expr(adbin, adrelid), attname
     FROM r JOIN pg_attrdef ON adrelid = r.oid JOIN pg_attribute ON attrelid = r.oid AND attnum = adnum
 UNION ALL SELECT 'own', 'the comment on ' || pg_describe_object(classoid, objoid, objsubid), description,
@@ -208,6 +214,9 @@ UNION ALL SELECT 'on', pg_describe_object(classid, objid, objsubid), NULL, NULL 
     AND NOT (classid = 'pg_policy'::regclass AND objid IN (SELECT p.oid FROM pg_policy p JOIN r ON p.polrelid = r.oid))
 UNION ALL SELECT 'on', 'table ' || inhrelid::regclass || ', which inherits from it', NULL, NULL
     FROM r JOIN pg_inherits ON inhparent = r.oid
+UNION ALL SELECT DISTINCT 'on', 'the default of column ' || attname || ' of table ' || adrelid::regclass, NULL, NULL
+    FROM n JOIN pg_attrdef e ON n.classid = 'pg_attrdef'::regclass AND n.objid = e.oid
+    JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum WHERE adrelid NOT IN (SELECT oid FROM r)
 UNION ALL SELECT DISTINCT 'on', 'table ' || objid::regclass || ', which has a column of its type', NULL, NULL
     FROM n WHERE classid = 'pg_class'::regclass AND objsubid > 0 AND objid NOT IN (SELECT oid FROM r)"""
 """What a table has beside its columns: its kind, its name, its definition, and the columns that it is about."""

@@ -25,14 +25,14 @@ class LostLockError(DisconnectionError):
 
 
 CHECKED_FOR = 0.5
-"""Seconds for which a connection that has answered is taken to live."""
+"""Seconds for which a connection counts as alive after it has answered."""
 
 
 class LockConnection:
     """The connection with all locks that a process holds in one database, out of the pool.
 
-    When it is lost, so are all of them. What a runner then commits before it knows is refused where another has claimed
-    the projection.
+    If it is lost, all locks are lost. If a runner then commits before it knows, and another has claimed the projection,
+    the commit is refused.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -55,7 +55,7 @@ class LockConnection:
             return self._owners.get(lock.name) is lock
 
     def check(self, lock: SessionLock) -> None:
-        """See whether the connection still lives, which keeps it from being closed for idleness too.
+        """Check that the connection is alive. This also keeps it from being closed because it is idle.
 
         :raises LostLockError: when the lock was lost.
         """
@@ -88,7 +88,7 @@ class LockConnection:
     def _ask(self, statement: str, lock: SessionLock | None = None) -> Any:
         if self._connection is None:
             connection = in_autocommit(self.engine.connect())
-            # Out of the pool, which is for connections that are used for a short time.
+            # The connection leaves the pool, which is for short uses.
             connection.detach()
             self._connection = connection
         try:
@@ -112,7 +112,7 @@ _lock_connections: weakref.WeakValueDictionary[tuple[int, int], LockConnection] 
 def _lock_connection(engine: Engine) -> LockConnection:
     key = (os.getpid(), id(engine))
     found = _lock_connections.get(key)
-    # It keeps the engine, so that no other one gets its id.
+    # It keeps the engine alive, so that no other engine gets its id.
     return found or _lock_connections.setdefault(key, LockConnection(engine))
 
 
@@ -136,7 +136,7 @@ class SessionLock(RunnerLock):
         return self._connection.acquire(self)
 
     def check(self) -> None:
-        """See whether the connection with the lock still lives."""
+        """Check that the connection with the lock is alive."""
         self._connection.check(self)
 
     def release(self) -> None:
@@ -155,16 +155,17 @@ class SessionLock(RunnerLock):
 class NamedLock(SessionLock):
     """``GET_LOCK``, whose names are the whole server's and have at most 64 characters; in a cluster, a lease.
 
-    :param is_node: whether there are other servers that take writes, where nobody knows of this one's locks.
+    :param lease: what it is in a cluster.
+    :param is_node: whether there are other servers that take writes, which do not know this one's locks.
     """
 
     take = "SELECT GET_LOCK(:name, 0) = 1"
     give = "SELECT RELEASE_LOCK(:name)"
     look = "SELECT IS_USED_LOCK(:name) IS NOT NULL"
 
-    def __init__(self, engine: Engine, name: str, is_node: Callable[[Connection | None], bool]) -> None:
-        super().__init__(engine, name)
-        self._is_node = is_node
+    def __init__(self, engine: Engine, lease: Lease, is_node: Callable[[Connection | None], bool]) -> None:
+        super().__init__(engine, lease.name)
+        self._lease, self._is_node = lease, is_node
 
     @property
     def leased(self) -> bool:
@@ -176,14 +177,14 @@ class NamedLock(SessionLock):
         return self.leased or super().acquire()
 
     def check(self) -> None:
-        """See whether the connection with the lock still lives."""
+        """Check that the connection with the lock is alive."""
         if not self.leased:
             super().check()
 
     def is_held(self, connection: Connection, leased_until: datetime | None) -> bool:
         """Ask the server whether the lock is taken, or look at the lease."""
         if self._is_node(connection):
-            return Lease(self.engine, self.name).is_held(connection, leased_until)
+            return self._lease.is_held(connection, leased_until)
         return super().is_held(connection, leased_until)
 
     def parameters(self) -> dict[str, Any]:

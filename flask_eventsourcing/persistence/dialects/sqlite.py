@@ -37,7 +37,7 @@ WRITES = {"INSERT", "UPDATE", "DELETE", "REPLACE", "SAVEPOINT"}
 READS = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA"}
 SCOPE = "SELECT s.schema_version, d.name, d.file FROM pragma_schema_version AS s, pragma_database_list AS d"
 SCHEMA_HOLDS_FOR = 0.05
-"""Seconds for which it is assumed that nobody both changes the schema and deletes the last event."""
+"""Seconds within which no code is assumed to change the schema and delete the last event."""
 FILE_IN_MEMORY = (
     "The engine's creator has opened {0}, and the engine's address is that of a database in memory, whose one "
     "connection a forked process shares: make the address 'sqlite:///{0}'."
@@ -75,6 +75,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
 
     mark = "?"
     title = "SQLite"
+    clock: ClassVar[str] = "strftime('%Y-%m-%d %H:%M:%f000', 'now', '{:+g} seconds')"
     drivers: ClassVar[dict[str, str]] = {"pysqlite": ""}
     missing_table: ClassVar[re.Pattern[str]] = re.compile(r"no such table: (?P<name>\S+)")
     # SQLITE_BUSY_SNAPSHOT, for a transaction that has read what others have changed since.
@@ -86,7 +87,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         # A BLOB, as the library's own module has it; JSON's storage class is TEXT.
         "metadata": sa.LargeBinary(),
     }
-    # Without AUTOINCREMENT, the position of a deleted last event is given to the next one.
+    # Without AUTOINCREMENT, the next event would get the position of a deleted last event.
     table_options: ClassVar[dict[str, Any]] = {"sqlite_autoincrement": True}
     has_schemas = False
     aborts_transactions = True
@@ -98,9 +99,13 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
+    def whereabouts(self, table: EventTable) -> str:
+        """Ask for the file."""
+        return "SELECT file FROM pragma_database_list WHERE name = 'main'"
+
     @classmethod
     def guard_forks(cls, engine: Engine) -> bool:
-        """Have a forked process refuse a file that was open at the fork, and connections closed before it."""
+        """Make a forked process refuse a file that was open at the fork, and close idle connections before it."""
         sa.event.listen(engine, "do_connect", refuse_inherited, insert=True)
         # There is no such event where the engine was made with a function that connects.
         sa.event.listen(engine, "connect", refuse_opened, insert=True)
@@ -167,7 +172,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
             if position is not None:
                 return [position]
         if len(events) == 1 or len(first) > 1 or begins(first[0]) or not self._has_previous(connection, table, rows[0]):
-            # With the lock to write: nothing is to come between the look and the rows.
+            # With the lock to write, so that no other writer comes between the check and the rows.
             self.queue_for(connection, table, first[0].originator_id, wait=True)
             snapshots = self.needs_snapshots(connection, table, first)
             missing = self.find_gap(connection, table, first, "", snapshots=snapshots)
@@ -225,7 +230,7 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         return isinstance(driver, QueuedConnection) and driver.has_aborted(connection)
 
     def driver_commits(self, connection: Connection) -> bool:
-        """Whether the driver begins no transactions, and nobody else has begun this one."""
+        """Whether the driver begins no transactions, and no other code has begun this one."""
         driver: Any = connection.connection.dbapi_connection
         return not self.is_memory and driver.isolation_level is None and not driver.in_transaction
 
@@ -353,7 +358,7 @@ def _replace_connections(engine: Engine, memory: bool) -> None:
     """Give up connections from before, which do not queue; the content of an in-memory database is copied."""
     pool = engine.pool
     if not memory or (isinstance(pool, sa.pool.StaticPool) and "connection" not in vars(pool)):
-        # Nothing to copy: its one connection was not made yet, and looking for it must not make it.
+        # Nothing to copy: its one connection does not exist yet, and this must not make it.
         engine.dispose()
         return
     before = engine.raw_connection()

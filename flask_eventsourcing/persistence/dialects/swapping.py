@@ -175,7 +175,7 @@ class ForSwaps:
         """Have foreign keys looked at with the commit, where tables may refer to each other in a circle."""
 
     def broken_keys(self, connection: Connection, tables: Sequence[sa.Table]) -> Collection[str]:
-        """Return the foreign keys that copied rows of tables break, where nobody has looked at them; here all were."""
+        """Return the foreign keys that copied rows break, if the database has not checked them; here it has."""
         return ()
 
     def gather_statistics(self, connection: Connection, table: sa.Table, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -31,7 +32,7 @@ from ..checkpoint import PAUSED, CheckpointRow, FencedError
 from ..consumers import Consumer, id_keys
 from ..consumers.shadows import Undeclared
 from ..dead_letters import DeadLetters
-from ..definitions import EXITED, ModelProjection
+from ..definitions import CANCELED, EXITED, ModelProjection
 from .batches import Batches
 from .pages import Decoding, EventError, ObservedError, Recordings, SuspectError, telling
 
@@ -83,7 +84,7 @@ class Applier:
         dialect = consumer.application.datastore.dialect
         look = Undeclared(consumer).look
         self._batches = Batches(dialect, models, list(id_keys(consumer)), ENDED.format(name), look)
-        # Within the transaction of somebody else, a batch cannot begin again.
+        # In a transaction of the caller's, a batch cannot begin again.
         self._batches.flushes_each = joins
         self._recordings = Recordings(consumer)
         self._decoding: Decoding | None = None
@@ -143,10 +144,10 @@ class Applier:
         applied = 0 if dead is not None else len(notifications)
         self._batches.last = None
         try:
-            # Whatever the commit says, unless it passes by itself, is about what the handlers wrote.
+            # An error of the commit is about what the handlers wrote, unless it passes by itself.
             with telling(self._passes), self.consumer.application.host.transaction() as session:
                 connection = self.connection(session)
-                # First, as its lock keeps everybody else out.
+                # First, because the lock of the row keeps other runners out.
                 self._advance(connection, claimed, position, applied, notifications)
                 if dead is not None:
                     self.letters.add(connection, self.consumer.name, notifications[0], *dead)
@@ -163,7 +164,7 @@ class Applier:
         return claimed._replace(position=position, applied=claimed.applied + applied)
 
     def _react(self, claimed: CheckpointRow, notification: Notification, position: int) -> CheckpointRow:
-        """Call a reaction with no transaction open, as it may take its time, and move the position after that.
+        """Call a reaction with no transaction open, because it may take long, and then move the position.
 
         What it does in the host's session is committed with the position.
         """
@@ -205,7 +206,8 @@ class Applier:
     def _blocked(self, connection: Connection, notifications: Sequence[Notification]) -> set[str]:
         """Return the aggregates of some events that wait behind an event that was set aside."""
         if self._has_letters is None:
-            # One that halts has only those that an operator has skipped, while nobody ran it.
+            # A projection that halts has letters only if an operator skipped events, which is done while it does not
+            # run.
             sets_aside = self.consumer.projection_class.on_failure == "dead-letter"
             self._has_letters = sets_aside or self.letters.any(connection, self.consumer.name)
         if not self._has_letters:
@@ -214,11 +216,11 @@ class Applier:
         return self.letters.blocked(connection, self.consumer.name, ids)
 
     def _passes(self, error: BaseException) -> bool:
-        """Whether an error allows another try: what is before the handlers may wait for longer than a statement may."""
+        """Whether an error allows another try: before the handlers are called, also a canceled statement does."""
         return is_outage(error) or (self._batches.last is None and is_canceled(error))
 
     def _is_suspect(self, error: BaseException) -> bool:
-        """Whether the handler may have caused an error that allows another try: it would be tried for ever."""
+        """Whether the handler may have caused an error that allows another try, which would never end."""
         batch = self._batches.last
         if batch is None or isinstance(error, FencedError) or is_serialization_failure(error) or is_full(error):
             return False
@@ -288,7 +290,7 @@ class Applier:
                         break
                 session.flush()
             if unit.dialect.is_aborted(connection):
-                # A commit would be a rollback, and nobody would be told.
+                # The database would roll back at the commit, without an error.
                 raise HandlerError(SWALLOWED.format(name))
         if self.consumer.kind == "rebuild" and len(unit.batches) != saved:
             raise HandlerError(
@@ -382,8 +384,9 @@ class _Calls:
                 handler(self._projection, event, *last, **named, recorded=recorded())
             else:
                 handler(self._projection, event, *last, **named)
-        except SystemExit as error:
-            raise HandlerError(EXITED.format(type(self._projection).__name__)) from error
+        except (SystemExit, CancelledError) as error:
+            text = EXITED if isinstance(error, SystemExit) else CANCELED
+            raise HandlerError(text.format(type(self._projection).__name__)) from error
 
     def _find(self, event_class: type[Any]) -> _Call | None:
         handlers = self._consumer.handlers

@@ -5,7 +5,8 @@ after each event ensures this, but is slow. For *plain* models both can wait: a 
 unchanged need not be read again, and a flush that no code asked for can be done before the next statement. Each class
 and each value that is set is checked; what is not known to be plain is flushed and expired. So is a row with which the
 database might do more than to store it. A row that it might refuse is flushed after each event that adds it, or sets
-a column that a constraint is about: a later event might change it, and nobody would be told. It is not expired.
+a column that a constraint is about: otherwise a later event might change it, and no error would tell. It is not
+expired.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class Batches:
     def applying(
         self, session: orm.Session, connection: Connection, notifications: Sequence[Notification]
     ) -> Iterator[Batch]:
-        """Within it, a batch is being applied."""
-        # What handlers have kept, and what a session expires at no commit, is as old as anything else.
+        """Apply a batch in the block."""
+        # Also the objects that handlers have kept, and those of a session that does not expire them at a commit.
         session.expire_all()
         batch = self.last = Batch(self, session, connection)
         if len(notifications) >= PREFETCH_FROM and not self.flushes_each:
@@ -147,9 +148,9 @@ class Batch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear of what the session and the connection do."""
+        """Listen to the session and the connection in the block."""
         if self._session not in _heard:
-            # For all batches to come, as that takes longer than what is heard of one.
+            # For all later batches: to add a listener takes longer than its calls in one batch.
             _heard.add(self._session)
             for name, listener in _OF_SESSIONS.items():
                 sa.event.listen(self._session, name, listener)
@@ -165,12 +166,12 @@ class Batch:
             del self._session.info[_KEY]
             for target in heard.items():
                 sa.event.remove(self._connection, *target)
-            # The last batch is known until the next one, which may be long.
+            # The last batch is kept until the next one, which may come much later.
             self._kept.clear()
             self._added.clear()
 
     def _get(self, entity: Any, ident: Any, *, identity_token: Any = None, **options: Any) -> Any:
-        """Do what the session's own method does: it makes twenty calls for a row that is there."""
+        """Do what ``Session.get()`` does, which makes twenty calls for a row that the session has."""
         plain = self._batches.plain.get(entity)
         if plain is not None and plain.is_gotten and type(ident) in SCALARS and identity_token is None:
             found = self._session.identity_map.get((entity, (ident,), None))
@@ -202,7 +203,7 @@ class Batch:
         if not self._state.has_waiting:
             self._send()
         self._added.clear()
-        # Of a host's own models nothing tells whether a statement was sent.
+        # For models of a host's own ORM, nothing tells whether a statement was sent.
         if self._batches.checks is not None:
             check_now(self._connection, self._batches.checks)
 
@@ -240,8 +241,9 @@ class Batch:
     def _inserted(self, instance: Any) -> None:
         self._kept.append(instance)
         if not self._flushes and not self._batches.keeps_row(instance):
-            # A default has given it a value that may come back as another, and an earlier event may have added it.
-            # Not raised here, in the middle of what the session does after a flush.
+            # A default has given it a value that the database may return changed. An earlier event may have added the
+            # row.
+            # The error is not raised here, while the session finishes a flush.
             self._flushes = True
             self._state.is_observed = self._state.has_waiting
 
@@ -385,7 +387,7 @@ def _has_flush_listeners(session: orm.Session) -> bool:
     """Whether other code listens to flushes, and so can observe how many there are."""
     dispatch: Any = session.dispatch
     listeners = [each for name in _FLUSHES for each in getattr(dispatch, name) if each not in _OWN]
-    # SQLAlchemy-Utils has one on each session, which does nothing for whom has no aggregated attributes.
+    # SQLAlchemy-Utils has one on each session, which does nothing without aggregated attributes.
     return any(each != manager.construct_aggregate_queries or manager.generator_registry for each in listeners)
 
 

@@ -40,7 +40,7 @@ class ProjectedApplication:
     :param name: of the application.
     :param find: returns the application of this process.
     :param lease: whether runners hold a lease rather than a lock of the server.
-    :param rebuild_with: what rebuilds a projection of it in the place of ``Rebuild``, called with the same.
+    :param rebuild_with: the class that rebuilds its projections instead of ``Rebuild``, with the same arguments.
     """
 
     host: Host
@@ -51,7 +51,7 @@ class ProjectedApplication:
     registered: dict[str, type[ModelProjection]] = field(default_factory=dict)
     """Its projections by their names."""
     merged: dict[str, float] = field(default_factory=dict)
-    """When what inline projections have applied was merged last in this process, by their names."""
+    """When this process last merged the ranges of each inline projection, by its name."""
     rebuild_with: Callable[..., Any] | None = None
 
     def is_orphan(self, name: str) -> bool:
@@ -99,7 +99,8 @@ class ProjectedApplication:
     def runner_lock(self, name: str) -> RunnerLock:
         """Return the lock that lets one process run a projection."""
         unique = f"{self.models.tables['projections'].fullname}/{name}"
-        return Lease(self.engine, unique) if self.lease else self.datastore.dialect.runner_lock(unique)
+        dialect = self.datastore.dialect
+        return Lease(self.engine, unique, dialect.time_in) if self.lease else dialect.runner_lock(unique)
 
     def read_log(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
         """Read the log on a connection of its own, with placeholders for rows that cannot be read."""
@@ -108,7 +109,7 @@ class ProjectedApplication:
     def time_of(self, notification: Notification) -> datetime | None:
         """Return the timestamp of an event, None where it has none or cannot be read."""
         event: Any = None
-        # An event that cannot be read is what a projection halts at; its time is not known.
+        # The projection halts at an event that cannot be read, so its time is not needed.
         with Kept():
             event = self.mapper.to_domain_event(notification)
         timestamp = getattr(event, "timestamp", None)
@@ -209,7 +210,7 @@ class Consumer:
     def count_topics(self, connection: Connection, after: int, to: int, *, exact: bool = True) -> dict[str, int]:
         """Count the events between two positions that concern it, by their topics.
 
-        :param exact: whether every event is counted; else positions that nobody has read count as events.
+        :param exact: whether every event is counted. Otherwise positions that were not read count as events.
         """
         found = self.application.log.count_topics(connection, after, to, exact=exact)
         return {topic: count for topic, count in found.items() if topic == REST or self.handlers.concerns(topic)}
@@ -217,7 +218,7 @@ class Consumer:
     def last_event(
         self, connection: Connection, position: int, notifications: Sequence[Notification]
     ) -> dict[str, Any]:
-        """Return what the row notes of the event at a position, the last of some or one that has no handler."""
+        """Return the columns for the event at the position: the last of *notifications*, or one without a handler."""
         log = self.application.log
         if notifications and notifications[-1].id == position:
             last = notifications[-1]
@@ -229,9 +230,9 @@ class Consumer:
 
     @cached_property
     def applied_inline(self) -> sa.ColumnElement[bool] | None:
-        """The condition, in the statement that moves its position, that others have applied inline what it passes over.
+        """A condition for the statement that moves the position: others have applied inline what it passes over.
 
-        None where nobody does, or where the condition would keep others waiting and has to be asked before.
+        None for reactions and rebuilds, and where the condition would lock rows, so that it is asked before.
         """
         if self.kind != "projection" or self.application.datastore.dialect.locks_what_it_compares:
             return None
@@ -296,7 +297,7 @@ def load_rows(
 
     :param keys: of :func:`id_keys`.
     """
-    # By their numbers, as Python makes a call for each hash of a UUID.
+    # By their numbers, because the hash of a UUID is a call of a Python function.
     readable: Any = (each.originator_id for each in notifications if type(each) is not UnreadableNotification)
     ids = list({each.int: each for each in readable}.values()) if keys else []
     found: list[Any] = []

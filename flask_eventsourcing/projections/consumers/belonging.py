@@ -238,7 +238,7 @@ class Belonging:
     # ------------------------------------------------------------------------------------------------------- to note
 
     def notes(self, connection: Connection, row: CheckpointRow) -> dict[str, Any]:
-        """Return what a claim notes: the log, the tables, and the code that is going to run."""
+        """Return the columns that a claim writes: the log, the tables, and the code that is going to run."""
         noted: dict[str, Any] = {}
         if (tables := self.note_tables(connection, row)) is not None:
             noted["tables_id"] = tables
@@ -257,12 +257,12 @@ AGAIN = "was made again"
 
 
 def _change(noted: Sequence[Any] | None, found: str, row: CheckpointRow, notes: Mapping[str, Any]) -> str | None:
-    """Return what has happened to a table that may lack what it had; if it had nothing, it lacks nothing."""
+    """Return what happened to a table that may lack rows now, or None; a table that had none lacks none."""
     if noted is None:
         return "was added"
     if made_of(noted[0]) != made_of(found):
         return AGAIN if noted[1] or row.applied > notes["applied"] else None
-    # What was applied since may have emptied it, and notes of earlier versions do not tell of files.
+    # Events that were applied since may have emptied it. Notes of earlier versions do not name the table's file.
     is_other = "/" in noted[0] and noted[0] != found
     return "was emptied" if is_other and noted[1] and row.applied == notes["applied"] else None
 

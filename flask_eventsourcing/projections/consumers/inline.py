@@ -63,14 +63,14 @@ class InlineApplier:
     ) -> None:
         """Apply the events of one append, and note their positions."""
         if joined is None:
-            # Without a session to join, the recorder has a transaction of its own, which one of ours only joins.
+            # Without a session to join, the recorder has a transaction of its own, and a session of ours joins it.
             self._refuse_old_snapshot(connection)
             with orm.Session(bind=connection) as session:
                 session.begin()
                 self._apply(session, events, partial(described.recorded, positions))
             self._note(connection, positions)
             return
-        # What a host has for recorders to join is always a unit of work.
+        # A host has nothing but units of work for recorders to join.
         unit = cast(UnitOfWork, joined)
         # A caller that catches the error must not commit the events without their read models.
         with ExitStack() as failed:
@@ -83,7 +83,7 @@ class InlineApplier:
 
     @staticmethod
     def _refuse(unit: UnitOfWork, connection: Connection) -> None:
-        # A session whose flush has failed has closed its connection.
+        # If a flush failed, the session has closed its connection.
         unit.refuse("An inline projection failed", None if connection.closed else connection)
 
     def _apply(
@@ -106,7 +106,7 @@ class InlineApplier:
         session.flush()
 
     def _note(self, connection: Connection, positions: Sequence[int]) -> None:
-        """Insert a row for each projection: writers would queue for one that they shared."""
+        """Insert a row for each projection. If writers shared a row, they would queue for it."""
         blocks = [(positions[0], positions[-1])]
         if positions[-1] - positions[0] != len(positions) - 1:
             blocks = [(position, position) for position in positions]
@@ -118,7 +118,7 @@ class InlineApplier:
         connection.execute(sa.insert(self.application.models.tables["inline_ranges"]), rows)
 
     def _forget_rows(self, session: orm.Session) -> None:
-        """Have handlers load rows again: what the session has may be older than the aggregate's last event."""
+        """Have handlers load rows again: those in the session may be older than the aggregate's last event."""
         models = tuple(model for projection in self.projections for model in projection.models)
         if models:
             for row in list(session.identity_map.values()):
@@ -126,7 +126,7 @@ class InlineApplier:
                     session.expire(row)
 
     def _refuse_old_snapshot(self, connection: Connection) -> None:
-        """Let a transaction try again whose snapshot is older than the end of a rebuild.
+        """Refuse a transaction whose snapshot is older than the end of a rebuild, so that it is tried again.
 
         It would see the new tables as they were while they were being built. A locking read sees what is committed.
 
@@ -184,7 +184,7 @@ class Ranges:
         own = sa.select(before, c.first_position, c.last_position).where(self._own, c.last_position > base).subquery()
         after = sa.func.coalesce(own.c.before, base)
         found = sa.select(after + 1, own.c.first_position - 1).where(own.c.first_position > after + 1)
-        # In their order; those of appends in progress are beyond the mark.
+        # In order of position. Appends in progress are beyond the mark.
         gaps = [(first, min(last, mark)) for first, last in connection.execute(found.order_by(after))]
         rest = (max(base, self.end(connection)) + 1, mark)
         return [(first, last) for first, last in (*gaps, rest) if first <= last]
@@ -288,7 +288,7 @@ class Ranges:
             connection.execute(sa.insert(self.table), merged)
         if len(page) < RANGES_AT_ONCE:
             return None
-        # What follows may go on with the last of them.
+        # The next page may begin with a range that continues the last one.
         last: tuple[int, int, int] = groups[-1][0] if groups else page[-1]
         return last[1] if last[1] > start else page[-1][2] + 1
 

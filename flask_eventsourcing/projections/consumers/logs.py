@@ -27,7 +27,7 @@ COUNTED = 10_000
 """Positions of a store that are read for a count that need not be exact."""
 REMEMBERED = 64
 REST = ""
-"""The topic under which positions are counted that nobody has read."""
+"""The topic that stands for positions that were counted without being read."""
 
 
 TEXT = sa.Text()
@@ -53,7 +53,7 @@ class EventLog(Protocol):
         """Return the position up to which no event can appear any more, on a connection of its own; 0 for none."""
 
     def last_position(self, connection: Connection) -> int:
-        """Return the same, read on a connection where the log is there: a pool may have no second one."""
+        """Return the same. A log in this database is read on *connection*, because a pool may have no second one."""
 
     def look_for_writer(self, connection: Connection, mark: int) -> tuple[int, OpenWriter | None]:
         """Return the last position that is committed, and the oldest writer in progress if it is above the mark."""
@@ -62,7 +62,7 @@ class EventLog(Protocol):
         """Read events on a connection of its own, with placeholders for those that cannot be read."""
 
     def page(self, after: int, limit: int, stop: int, topics: Sequence[str]) -> tuple[Sequence[Notification], int]:
-        """Read as many events as are not too large to be kept at once, and tell up to where these are all."""
+        """Return as many events as fit into memory at once, and the position up to which they are complete."""
 
     def topics(self, after: int, to: int) -> set[str]:
         """Return the topics between two positions."""
@@ -85,7 +85,7 @@ class EventLog(Protocol):
         """Return the id of the event at a position as a text, or None, as a value of a statement like :meth:`at`."""
 
     def identity(self, connection: Connection | None = None) -> int | None:
-        """Return what tells the log from every other, None where there is nothing to tell it by."""
+        """Return the identity of the log, which no other log has, or None where it has none."""
 
     def look(self, connection: Connection, position: int) -> tuple[int | None, Found | None]:
         """Return the identity of the log, and which event is at a position."""
@@ -106,7 +106,7 @@ class EventLog(Protocol):
         """Return the type of the ids of aggregates."""
 
     def table_names(self) -> set[str]:
-        """Return the names of its tables in the projection's database, as far as they were met."""
+        """Return the names of its tables in the projection's database that are known so far."""
 
 
 class TableLog:
@@ -223,7 +223,7 @@ class TableLog:
         """See ``EventLog``."""
         events = self.recorder.events_table
         c, read_id, tracking = events.table.c, events.read_id, self._tracking
-        # As the driver gives it: others may have written an id that is none.
+        # As the driver returns it: another program may have written an id that is not a UUID.
         event_id = sa.cast(c.event_id, TEXT) if self._has_ids(connection) else sa.null()
         of_event = (sa.type_coerce(c.originator_id, sa.String()), c.originator_version, event_id)
         at = c.notification_id == position
@@ -294,7 +294,7 @@ class StoreLog:
         return self.high_water_mark()
 
     def look_for_writer(self, connection: Connection, mark: int) -> tuple[int, OpenWriter | None]:
-        """See ``EventLog``: nobody keeps readers from the end."""
+        """See ``EventLog``; no writer keeps readers from the end."""
         return mark, None
 
     def read(self, after: int, limit: int, stop: int | None, topics: Sequence[str]) -> Sequence[Notification]:
@@ -335,7 +335,7 @@ class StoreLog:
         """See ``EventLog``."""
         known = self._ends.get(position)
         if known is not None:
-            # What was read, and not what may be there by now; and a transaction is open.
+            # The event as it was read: the log may have changed since, and a transaction is open.
             return known
         found = self.read(position - 1, 1, position, ()) if position > 0 else ()
         return (str(found[0].originator_id), found[0].originator_version) if found else (None, None)

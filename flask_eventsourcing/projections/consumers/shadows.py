@@ -21,6 +21,7 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection
 from sqlalchemy.schema import CreateIndex, CreateTable, SetColumnComment, SetTableComment
 
+from ..._patches import connection_dialect
 from ...exceptions import HandlerError, RebuildError
 from ...host import Host
 from ...models import is_of_rebuild
@@ -38,13 +39,13 @@ def shadows_of(consumer: Consumer, suffix: str) -> ShadowTables:
 
 
 def own_tables(consumer: Consumer) -> Callable[[], set[str]]:
-    """Return a function for the names of this package's own tables that were met so far."""
+    """Return a function that returns the names of this package's own tables that are known so far."""
     application = consumer.application
     own = {table.name for table in application.models.tables.values()}
     own |= {table.name for table in (application.datastore.tables(application.name) or {}).values()}
 
     def names() -> set[str]:
-        # Those of other applications are met when their recorders are made.
+        # The tables of other applications are known when their recorders are made.
         return own | application.log.table_names()
 
     return names
@@ -82,7 +83,7 @@ class ShadowTables:
         """Return the name that a constraint of a live table has at its shadow."""
         if name in self._copied[1]:
             return self._copied[1][name]
-        # One without a name in the model has one that begins with that of its table.
+        # The database names a constraint without a name, and begins with the name of its table.
         owners = [table.name for table in self.live if name.startswith(f"{table.name}_")]
         owner = max(owners, key=len, default=None)
         return name if owner is None else f"{owner}{self.suffix}{name[len(owner) :]}"
@@ -96,7 +97,7 @@ class ShadowTables:
         _check(self.live, self.suffix, self.datastore.dialect)
 
     def create(self, connection: Connection) -> None:
-        """Create the tables; types, such as those of enumerations, are there already."""
+        """Create the tables. Types, such as those of enumerations, exist already."""
         for shadow in sa.schema.sort_tables(self.tables.values()):
             connection.execute(CreateTable(shadow))
             for index in sorted(shadow.indexes, key=lambda index: str(index.name)):
@@ -104,13 +105,13 @@ class ShadowTables:
             _comment(connection, shadow)
 
     def gather_statistics(self) -> None:
-        """Have the planner know the tables, before anybody reads them."""
+        """Gather the planner's statistics of the tables, before the swap lets queries read them."""
         try:
             with self.datastore.engine.begin() as connection:
                 for table in self.live:
                     self.datastore.dialect.gather_statistics(connection, table, table.name + self.suffix)
         except sa.exc.DBAPIError as error:
-            # Readers may be slow until the database does it by itself.
+            # Queries may be slow until the database gathers them by itself.
             logger.warning("Statistics of tables with %s could not be gathered: %s", self.suffix, error)
 
     def drop(self, connection: Connection) -> list[str]:
@@ -215,7 +216,7 @@ def _redirect(table: sa.Table, shadows: Mapping[str, sa.Table], dialect: Dialect
             shadow.foreign_keys.discard(element)
     for constraint in sorted(table.foreign_key_constraints, key=lambda each: list(each.column_keys)):
         columns = [shadow.c[key] for key in constraint.column_keys]
-        # By their objects, as a name may have a dot in it.
+        # By their objects, because a name may have a dot in it.
         targets = [
             _copy_of(each.column.table, shadows, shadow.metadata).c[each.column.key] for each in constraint.elements
         ]
@@ -236,9 +237,9 @@ def _connect(tables: ShadowTables) -> Connection:
     datastore, shadows, own = tables.datastore, tables.tables, tables.own
     connection = datastore.engine.connect()
     if isinstance(datastore.engine.pool, sa.pool.QueuePool):
-        # Out of the pool, which may have no second one for the checkpoint and the log.
+        # The connection leaves the pool, which may have no second one for the checkpoint and the log.
         connection.detach()
-    connection.dialect = _redirected(datastore.engine.dialect, tables, _views(datastore, tables.live))
+    connection_dialect(connection, _redirected(datastore.engine.dialect, tables, _views(datastore, tables.live)))
 
     def refuse(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         if OWN.items() <= getattr(context, "execution_options", {}).items():
@@ -282,13 +283,13 @@ class Names:
         name, part = rf"(?<!\w)({either})(?!\w)", r"[\w\"`\[\]]+"
         self._any, self._any_case = re.compile(name), re.compile(name, re.I)
         others = rf"(?:{part}(?:\.{part})?(?:\s+(?:AS\s+)?\w+)?\s*,\s*)*"
-        # A column, or a word of a text, may have the name of a table.
+        # A column, or a word in a string, may have the name of a table, so only some places count.
         self._read = re.compile(rf"\b(?:FROM|JOIN|USING)\s+{others}(?:ONLY\s+)?(?:{part}\.)?[\"`\[]?{name}", re.I)
 
     def refuse(self, text: str, *, read: bool, names: bool = False) -> None:
         """Refuse a text.
 
-        :param read: whether only where it reads a table.
+        :param read: whether to refuse only a text that reads a table.
         :param names: whether it has nothing but names of tables.
         :raises HandlerError: when it names one.
         """
@@ -328,7 +329,7 @@ def _redirecting(plain: Any, shadows: Mapping[str, sa.Table]) -> Callable[[Any, 
     """Return what puts the name of a shadow into the place of a live table's, before some end."""
 
     def redirected(table: Any, text: str, end: str) -> str:
-        # Also of one that is written down as table("…").
+        # Also of a table that a handler names as table("…").
         shadow = shadows.get(table.fullname) if isinstance(table, sa.TableClause) else None
         if shadow is None:
             return text
@@ -374,7 +375,7 @@ def _redirected(dialect: Any, tables: ShadowTables, views: Collection[str]) -> A
 
     shadowing = copy.copy(dialect)
     shadowing.statement_compiler = ShadowCompiler
-    # With what it has learned of the server; SQLAlchemy makes its own copies of one in the same way.
+    # The copy keeps what the dialect knows of the server. SQLAlchemy copies a dialect in the same way.
     shadowing.identifier_preparer = ShadowPreparer.__new__(ShadowPreparer)
     vars(shadowing.identifier_preparer).update(vars(plain))
     return shadowing

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import sqlalchemy as sa
@@ -40,20 +41,23 @@ EXITED = (
     "A handler of {} raised SystemExit, as sys.exit() does. A handler cannot end a worker, in which other projections "
     "run: raise another error, or stop the worker from outside."
 )
+CANCELED = (
+    "A handler of {} raised asyncio's CancelledError: catch it where a task was cancelled, or raise another error."
+)
 MOST_EVENTS = 2000
 MOST_TOPICS = 100
-"""More than this many are not worth a filter."""
+"""With more topics than this, a filter in the database is not worth it."""
 
 
 class Told(Protocol[P_contra, E_contra, Last_contra]):
-    """A method that is told what was recorded of the event, too."""
+    """A method that also gets what was recorded of the event."""
 
     def __call__(self, projection: P_contra, event: E_contra, last: Last_contra, /, *, recorded: Recorded) -> object:
         """Handle the event."""
 
 
 class Handles(Protocol[E, Last]):
-    """A decorator of methods that take such an event, and the session or the key: what type checkers look at."""
+    """The type of a decorator of methods that take such an event and the session or the key, for type checkers."""
 
     @overload
     def __call__(self, function: Callable[[P, E, Last], object], /) -> Callable[[P, E, Last], object]: ...
@@ -80,7 +84,7 @@ def on(*event_classes: type[Any]) -> Any:
     most specific class is called. If it has a parameter ``recorded``, it also gets the position, ``event_id``, time and
     metadata of the event, as a ``flask_eventsourcing.metadata.Recorded``.
 
-    :raises ConfigurationError: when an argument is not an event class.
+    :raises ConfigurationError: when an argument is not an event class, or the class has a handler of that name.
     """
     return _marker(_ON, event_classes, "on")
 
@@ -103,20 +107,15 @@ def reaction(*event_classes: type[Any], start: Start = "beginning") -> Any:
 
     :param start: where to begin: at the ``"beginning"`` of the log, or at its ``"end"`` when a worker first runs the
         reaction.
-    :raises ConfigurationError: when an argument is not an event class, or *start* is unknown.
+    :raises ConfigurationError: when an argument is not an event class, *start* is unknown, or the class has a handler
+        of that name.
     """
     if start not in get_args(Start):
         raise ConfigurationError(f"@reaction(start=…) is 'beginning' or 'end'; found {start!r}.")
-    mark = _marker(_REACTION, event_classes, "reaction")
-
-    def decorate(function: F) -> F:
-        function.__dict__[f"{_REACTION}_start"] = start
-        return mark(function)
-
-    return decorate
+    return _marker(_REACTION, event_classes, "reaction", **{f"{_REACTION}_start": start})
 
 
-def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callable[[F], F]:
+def _marker(attribute: str, event_classes: tuple[Any, ...], name: str, **also: str) -> Callable[[F], F]:
     if not event_classes or not all(isinstance(each, type) for each in event_classes):
         raise ConfigurationError(
             f"@{name} takes one or more event classes, as @{name}(Account.Opened); found {event_classes!r}."
@@ -128,10 +127,26 @@ def _marker(attribute: str, event_classes: tuple[Any, ...], name: str) -> Callab
             )
 
     def decorate(function: F) -> F:
+        _refuse_second(function, inspect.currentframe())
         function.__dict__[attribute] = (*function.__dict__.get(attribute, ()), *event_classes)
+        function.__dict__.update(also)
         return function
 
     return decorate
+
+
+def _refuse_second(function: Any, decorating: FrameType | None) -> None:
+    """Refuse a second method of a name: the class would have only that one, and nobody would call the first.
+
+    :raises ConfigurationError: when the body of the class has such a method before it.
+    """
+    body = decorating.f_back.f_locals if decorating and decorating.f_back else {}
+    earlier = body.get(getattr(function, "__name__", "")) if "__qualname__" in body else None
+    if earlier is not None and earlier is not function and {_ON, _REACTION} & getattr(earlier, "__dict__", {}).keys():
+        raise ConfigurationError(
+            f"{function.__qualname__} is the name of two handlers, of which Python keeps the last: give each a name of "
+            "its own."
+        )
 
 
 def _no_event_class(cls: type[Any]) -> str:
@@ -140,7 +155,7 @@ def _no_event_class(cls: type[Any]) -> str:
         return "an aggregate class: name one of its events"
     if issubclass(cls, Application | BaseException):
         return "not an event class"
-    # All that a module of the standard library has; every event is an object.
+    # No class of the standard library is an event class; each event is an ``object``.
     if cls is not object and cls.__module__.partition(".")[0] in sys.stdlib_module_names:
         return "a class of Python's own"
     return ""
@@ -150,7 +165,7 @@ class Handlers:
     """The handlers of one kind by event class.
 
     :param functions: methods of a projection class, as ``(projection, event, session or key)``.
-    :param offered: what each is given if it names that.
+    :param offered: the names of further parameters that a handler may have.
     """
 
     def __init__(self, functions: Mapping[type[Any], Callable[..., Any]], offered: Sequence[str] = ()) -> None:
@@ -158,12 +173,12 @@ class Handlers:
         self.telling: frozenset[Callable[..., Any]] = frozenset(
             each for each in self.functions.values() if names_recorded(each)
         )
-        """Those that are told what was recorded of the event."""
+        """The handlers with the parameter ``recorded``."""
         self.naming: dict[str, frozenset[Callable[..., Any]]] = {
             name: frozenset(each for each in self.functions.values() if name in inspect.signature(each).parameters)
             for name in offered
         }
-        """Those that name what is offered, looked up once."""
+        """The handlers with each of the offered parameters."""
         self._found: dict[type[Any], Callable[..., Any] | None] = {}
         self._topics: dict[str, bool] = {}
 
@@ -211,7 +226,7 @@ class ModelProjection:
     name: ClassVar[str] = ""
     """The name by which commands and tables know it; by default the name of the class."""
     models: ClassVar[Sequence[Any]] = ()
-    """The models that it owns: nobody else writes them, and a rebuild makes them again."""
+    """The models that it owns: no other code writes them, and a rebuild makes them again."""
     on_failure: ClassVar[OnFailure] = "halt"
     """When a handler keeps failing: halt before that event, or set it aside as a dead letter and go on."""
     retries: ClassVar[int] = 3
@@ -227,7 +242,7 @@ class ModelProjection:
     reactions: ClassVar[Handlers] = Handlers({})
     reactions_start: ClassVar[Start] = "beginning"
     handled_with: ClassVar[Sequence[str]] = ("session",)
-    """What a handler takes after the event; and what it is given if it names that, in *offered*."""
+    """The parameters of a handler after the event; *offered* has those that it may have besides."""
     offered: ClassVar[Sequence[str]] = ()
 
     @classmethod

@@ -16,26 +16,26 @@ PACKAGE = __name__.partition(".")[0]
 MOST_EARLIER = 100
 """How many earlier fingerprints are kept."""
 RAN = "+"
-"""Stands before the fingerprint of code that ran since the last rebuild, beside that of the rebuild."""
+"""The prefix of the fingerprint of code that ran since the last rebuild, other than the code of the rebuild."""
 SIMPLE = (bool, int, float, str, bytes, type(None))
 
 _sources: dict[str, str | None] = {}
 _digests: dict[str, str] = {}
 _parsing = ProcessLock()
-"""Held while a source is parsed: Python counts how deep it is for all threads together (gh-106905)."""
+"""Held while a source is parsed: Python has one count of the depth for all threads (gh-106905)."""
 
 
 def note_sources(cls: type[Any]) -> None:
     """Remember the present source of a class's modules: a deployment may replace the files while the process runs."""
     for module in _modules(cls):
-        # Read again for a module that an application factory, or a reload, has defined again.
+        # Read again, because an application factory or a reload may define a module's classes again.
         _sources[module] = _read_source(module)
 
 
 def fingerprint_of(cls: type[Any], functions: Iterable[Callable[..., Any]]) -> str:
     """Return the fingerprint of a class: 64 characters.
 
-    It is made of the syntax trees of the modules of its handlers, and of its bases outside of this package; of code
+    It is made of the syntax trees of the modules of its handlers and of its bases outside of this package, and of code
     objects where there is no source.
 
     :param functions: its handlers.
@@ -66,7 +66,7 @@ def add_run(earlier: str | None, fingerprint: str) -> str:
 
 
 def accept(earlier: str | None, fingerprint: str) -> str | None:
-    """Return earlier fingerprints without one, which may run again."""
+    """Return earlier fingerprints without one of them, whose code may run again."""
     return " ".join(each for each in (earlier or "").split() if each != fingerprint) or None
 
 
@@ -120,7 +120,7 @@ def _is_source_of(source: str, cls: type[Any], module: str) -> bool:
     return all(
         each.co_qualname in compiled and list(_code_parts(each)) == list(_code_parts(compiled[each.co_qualname]))
         for each in codes
-        # Not what a decorator of another module, or ``dataclass``, has made.
+        # A function that a decorator of another module, or ``dataclass``, has made does not count.
         if each.co_filename == file
     )
 
@@ -137,10 +137,10 @@ def _digest_of_source(source: str) -> str:
 
 
 def _tree(node: ast.AST) -> Iterator[str]:
-    """The parts of a syntax tree that every version of Python has in the same way."""
+    """Yield the parts of a syntax tree that are the same in every version of Python."""
     yield f"({type(node).__name__}"
     for name, value in ast.iter_fields(node):
-        # What is empty was left out by earlier versions, or is unknown to them.
+        # Earlier versions leave out an empty field, or do not know it.
         if name in ("ctx", "kind", "type_comment", "type_ignores") or value is None or value == []:
             continue
         yield name
@@ -159,7 +159,7 @@ def _is_comment(node: ast.AST) -> bool:
 
 
 def _code(cls: type[Any], module: str) -> str:
-    """What the classes of a module without source are made of."""
+    """Return the names, code and values of the classes of a module without source."""
     parts: list[str] = []
     for base in _bases(cls):
         if base.__module__ != module:
@@ -180,7 +180,7 @@ def _code_parts(code: types.CodeType) -> Iterator[str]:
         if isinstance(constant, types.CodeType):
             yield from _code_parts(constant)
         elif isinstance(constant, frozenset):
-            # Its order is another in every process.
+            # Its order differs in every process.
             yield repr(sorted(map(repr, constant)))
         else:
             yield repr(constant)

@@ -33,7 +33,7 @@ STANDBY_PAUSE = 0.5
 """Seconds between the tries of a runner that stands by to take over."""
 SHORTEST_WAIT, GROWTH = 0.002, 1.5
 SLICE = 0.2
-"""Seconds after which a wait looks whether it was told to stop."""
+"""Seconds after which a wait checks whether the runner is to stop."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between tries to apply an event, and to reach a database that cannot be reached."""
 SUSPECT_PAUSE = 1.0
@@ -112,7 +112,7 @@ class Delivery:
         return applied
 
     def _is_over(self) -> bool:
-        """Whether a batch is to end between two of its events: its transaction keeps others waiting."""
+        """Whether a batch is to end before its next event, because its transaction keeps other writers waiting."""
         return self.stop.is_set() or time.monotonic() > self.pace.until
 
     def _one_by_one(self, claimed: CheckpointRow, page: Sequence[Notification]) -> CheckpointRow:
@@ -140,7 +140,7 @@ class Delivery:
                 attempts += 1
                 error = failure.__cause__ or failure
                 if isinstance(failure, SuspectError):
-                    # Several connections may be lost at once, in the middle of an outage that is soon over.
+                    # A short outage may end several connections.
                     pause.seconds = max(pause.seconds, SUSPECT_PAUSE)
             else:
                 self.progress.events += 1
@@ -159,18 +159,18 @@ class Delivery:
         try:
             self.consumer.checkpoint.note_try(claimed, notification.id, attempts, error=text)
         except sa.exc.DBAPIError as lost:
-            # One that the pool has kept from before: after that, it has new ones.
+            # The pool still had a connection from before the outage. After this error it makes new ones.
             if not lost.connection_invalidated:
                 raise
             self.consumer.checkpoint.note_try(claimed, notification.id, attempts, error=text)
-        # The traceback once: the next tries are likely to end in the same way.
+        # The traceback is logged once: the next tries are likely to fail in the same way.
         shown = error if attempts == 1 and error.__traceback__ else None
         logger.warning("%s: its handler failed, try %d: %s", claimed.name, attempts, text, exc_info=shown)
 
     def _fail(
         self, claimed: CheckpointRow, notification: Notification, error: BaseException, attempts: int
     ) -> CheckpointRow:
-        # What a rebuild refuses is no fault of one event: it would set all of them aside.
+        # What a rebuild refuses is not the fault of one event, and it would set aside all of them.
         is_refused = self.consumer.kind == "rebuild" and isinstance(error, HandlerError)
         if self.consumer.projection_class.on_failure == "dead-letter" and not is_refused:
             logger.error("%s: %s is set aside as a dead letter", claimed.name, event_name(notification))
@@ -236,13 +236,13 @@ class Runner:
             except ProjectionHaltedError as error:
                 if once:
                     raise
-                # Others may go on in the meantime; it waits until somebody resumes it.
+                # Other projections may go on in the meantime. This one waits until an operator resumes it.
                 self.progress.halted = error
                 logger.error("%s", error)
             except FencedError:
                 logger.info("%s: another process moved its position; it goes on from there", self.name)
             except MAY_PASS as error:
-                # An outage ends, and so may what a statement waited for; anything else is raised.
+                # An outage ends, and so may a lock that a statement waited for. Any other error is raised.
                 if not (is_outage(error) or (is_canceled(error) and not once)):
                     raise
                 self.progress.state = "unreachable"
@@ -289,7 +289,7 @@ class Runner:
         self.stop.wait(STANDBY_PAUSE)
 
     def _settle_swap(self) -> None:
-        """A rebuild is about to end; if its process has died, end it in its place."""
+        """Wait for the end of a rebuild, or end it here if its process has died."""
         self.progress.state = "standing by"
         lock = self.consumer.of_kind("rebuild").lock()
         try:
@@ -348,7 +348,7 @@ class Runner:
         mark = self.progress.high_water_mark
         page = pages.read(claimed.position, self.pace.limit, mark)
         self.progress.state = "catching up" if page.full else "up to date"
-        # A node may not have yet what another one has.
+        # A node of a cluster may not have an event yet that another node has.
         seen = page.position > claimed.position
         if not page.events and (page.position == mark or not seen):
             self.stop.wait(0 if once and seen else SKIP_PAUSE)

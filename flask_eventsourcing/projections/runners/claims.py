@@ -24,16 +24,16 @@ from ..consumers.inline import Ranges, merge_ranges
 logger: logging.Logger = logging.getLogger(__name__)
 
 MERGE_EVERY = 20.0
-"""Seconds between two times at which an idle worker merges what inline projections have noted."""
+"""Seconds after which an idle worker merges the ranges of inline projections again."""
 LOOK_EVERY = 5.0
-"""Seconds between two looks of an idle runner at its log and its tables."""
+"""Seconds after which an idle runner checks its log and its tables again."""
 FILLED = (
     "%s begins at the start of the log, and its table %s has rows: if its checkpoint was lost, events are applied to "
     "these a second time, and you need to run %s"
 )
 
 _alone = threading.RLock()
-"""Held while a process tries an event of which it may die, so that no other one is taken for what it died of."""
+"""Held while an event is tried that may end the process, so that no other event is blamed for the end."""
 
 
 class ProcessEndedError(Exception):
@@ -50,11 +50,11 @@ class ProcessEndedError(Exception):
 
 
 class Suspects:
-    """Events of which one may have ended a process: tried alone, and noted before, so that the next process knows.
+    """Events of which one may have ended a process. Each is noted and tried alone, so that the next process knows it.
 
-    A process that is ended by a signal, a lack of memory, or ``os._exit()``, does not give its claim back.
+    A process that a signal, a lack of memory, or ``os._exit()`` has ended does not give its claim back.
 
-    A supervisor that starts processes again is nobody who has decided to try it again.
+    That a supervisor restarts the process is no decision of an operator to try the event again.
 
     :param token: of the claim that this process is to give back, if it has one.
     :param left: how many events the process before may have been applying, or 0 if it has given its claim back.
@@ -71,13 +71,13 @@ class Suspects:
         return claimed.claim or 0 if is_noted else 0
 
     def halted(self, error: BaseException) -> None:
-        """Leave the claim as the process has left it that has ended, if the consumer has halted for that."""
+        """Leave the claim of the process that has ended in the row, if the consumer has halted because of it."""
         if isinstance(error, ProcessEndedError):
             self.token = None
 
     @contextmanager
     def trying(self, claimed: CheckpointRow, notification: Notification, attempt: int) -> Iterator[None]:
-        """Within it, an event is tried; if it may end the process, the try is noted first.
+        """Note a try, if the event may end the process, and try the event in the block.
 
         :raises FencedError: when the claim was lost.
         """
@@ -91,7 +91,7 @@ class Suspects:
 
 
 class LeaseWatch:
-    """Notices that a lease is not renewed, by the clock of this process, as the other's may be wrong."""
+    """Notices that a lease is not renewed, by the clock of this process: the other's clock may be wrong."""
 
     def __init__(self) -> None:
         self._seen: tuple[str | None, datetime | None] = (None, None)
@@ -121,14 +121,14 @@ class Turn:
         self._looked = time.monotonic()
         self.suspects: Suspects = Suspects(consumer)
         self.topics: dict[str, Any] = {}
-        """What was found out of topics, to be noted with the end of the claim."""
+        """What the runner has found out about topics; the end of the claim writes it."""
 
     def take(self, row: CheckpointRow | None) -> CheckpointRow | Mismatch | None:
         """Return the row if the turn is taken, a mismatch, or None while another process has the turn."""
         belonging = Belonging(self.consumer)
         if row is None:
             return self._begin(belonging)
-        # Before the lock: another process, with other code, may have that for long.
+        # Before the lock, which another process with other code may hold for long.
         mismatch = belonging.find_old_code(row)
         if mismatch is not None:
             return self._refuse(mismatch)
@@ -137,7 +137,7 @@ class Turn:
             return None
         mark = self.consumer.application.high_water_mark()
         with self.consumer.application.engine.begin() as connection:
-            # The position as it is with the lock.
+            # Read again, now that the lock is held.
             row = self.consumer.checkpoint.read(connection) or row
             notes = self._notes(belonging, connection, row, mark)
             if isinstance(notes, Mismatch):
@@ -149,7 +149,7 @@ class Turn:
         )
         if claimed is not None:
             self._told, self._looked = None, time.monotonic()
-            # One of its own is left by an outage, in which it could not be given back.
+            # This process may have left a claim itself, in an outage in which it could not give it back.
             is_left = row.token not in (None, self.suspects.token)
             self.suspects = Suspects(self.consumer, claimed.token, self.consumer.batch_size if is_left else 0)
             if claimed.position == 0 < mark:
@@ -172,7 +172,7 @@ class Turn:
         notes = belonging.notes(connection, row)
         if self.consumer.kind != "projection":
             return notes
-        # The projection may have been an inline one before.
+        # The projection may have been inline before.
         behind = Ranges(self.consumer).take_over(connection, row, mark)
         return behind if isinstance(behind, Mismatch) else notes | behind
 
@@ -196,10 +196,10 @@ class Turn:
         if end is None:
             end = self.consumer.end()
         if end <= row.position:
-            # It has applied all that a process may have ended of.
+            # Every event that may have ended a process is applied.
             self.suspects.left = 0
         elif self.consumer.kind == "projection" and self.consumer.applied_inline is None:
-            # After the end was known, so that what is noted of the events before it is there.
+            # Read after the end, so that the ranges of all events before the end are there.
             with self.consumer.application.datastore.reading(join=False) as read:
                 if Ranges(self.consumer).beyond(read.connection, row.position, end) != row.position:
                     raise FencedError
@@ -238,7 +238,7 @@ class Turn:
         except FencedError:
             logger.debug("%s: its claim was lost before it was released", self.consumer.name)
         except MAY_PASS as error:
-            # What ended the run is more important, and another process that takes over does not need this.
+            # The error that ended the run is more important, and a process that takes over does not need the release.
             if not is_outage(error):
                 raise
             logger.debug("%s: its claim could not be released: %s", self.consumer.name, error)
@@ -246,7 +246,7 @@ class Turn:
     def _note(self, claimed: CheckpointRow) -> None:
         with self.consumer.application.engine.connect() as connection:
             row = self.consumer.checkpoint.read(connection)
-            # Not over what was noted by others, or does not fit.
+            # Only over its own notes, and only if everything fits.
             if row is None or row.token != claimed.token:
                 return
             belonging = Belonging(self.consumer)
@@ -274,7 +274,7 @@ class Turn:
 
 
 def refuse_missing(consumer: Consumer) -> None:
-    """Look whether an event failed because a table of the projection is missing, which is no fault of the event.
+    """Refuse to go on if a table of the projection is missing: then the event that failed is not at fault.
 
     :raises FencedError: when one is; the next turn says which.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 AIM = 0.75
-"""The part of the longest time of a batch that the next one is to take."""
+"""How much of the longest time of a batch the next batch is to take."""
 
 
 class Backoff:
@@ -63,7 +63,7 @@ class Pace:
 
     def adapt(self, seconds: float, size: int) -> None:
         """Adapt to the time that a batch of a size has taken."""
-        # At the end of the log a page has what there is, often a single event: that says nothing.
+        # At the end of the log a page is often a single event, which tells nothing about the speed.
         if seconds > self.seconds or (size == self.limit and seconds < self.seconds / 2):
             fitting = int(size * AIM * self.seconds / seconds) if seconds > 0 else self.most
             self.limit = min(self.most, max(1, fitting))

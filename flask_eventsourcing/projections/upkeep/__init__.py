@@ -23,11 +23,11 @@ from ..runners import stopped_message
 LONGEST_NAME = 255
 """Characters of the name of the operator who changed something."""
 LOOK_BACK = 1000
-"""Positions before a time in which there may be an event with a later timestamp: its writer took as long to commit."""
+"""How many positions back an event may have a later timestamp, because the writers before it took long to commit."""
 
 
 FEW = 10
-"""Events that are read for the first one that has a timestamp."""
+"""How many events are read at first to find one that has a timestamp."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def skip(consumer: Consumer, position: int, *, by: str, reason: str) -> str:
     _check_halted(consumer, consumer.checkpoint.read(), position)
     found = application.read_log(position - 1, 1, position, ())
     if not found:
-        raise CheckpointError(f"Event {position} is not in the log any more.")
+        raise CheckpointError(f"Event {position} is not in the log any more: resume {consumer.name} instead.")
     name = event_name(found[0])
     with application.engine.begin() as connection:
         row = _check_halted(consumer, _locked(consumer, connection), position)
@@ -298,7 +298,7 @@ def _first_time(application: ProjectedApplication, after: int, stop: int) -> tup
 
 
 def _times(application: ProjectedApplication, after: int, stop: int, limit: int) -> Iterator[tuple[int, datetime]]:
-    """Return the positions and timestamps between two positions, of as many events at once as are not too large."""
+    """Return the positions and timestamps between two positions, for as many events as fit into memory at once."""
     while after < stop:
         page, after = application.log.page(after, limit, stop, ())
         for each in page:

@@ -31,7 +31,7 @@ GROWTH = 1.5
 LONGEST_WAIT = 0.1
 MOST_IDLE = 8
 LOOK_EVERY = 1.0
-"""Seconds between two looks whether a projection that is waited for fits its log and its tables."""
+"""Seconds after which a wait checks again whether the projection fits its log and its tables."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def wait_for(consumer: Consumer, recordings: Any, timeout: float, waiters: Waite
     goal = _Goal(consumer, position)
     if not goal.is_reached():
         _wait(goal, timeout, waiters)
-    # The caller is going to read in its session, which may have a snapshot from before.
+    # The caller is going to read in its session, whose snapshot may be older.
     unit = consumer.application.host.unit()
     if unit is not None and unit.has_begun:
         seen = consumer.checkpoint.read(unit.connection())
@@ -294,7 +294,7 @@ def _ends(consumer: Consumer) -> tuple[str, str]:
 
 
 def _check_inline(consumer: Consumer) -> None:
-    """Look whether an inline projection has applied all that is committed.
+    """Check that an inline projection has applied every committed event.
 
     :raises CheckpointMismatchError: when it has not.
     """
@@ -313,7 +313,7 @@ def _wait(goal: _Goal, timeout: float, waiters: Waiters) -> None:
         pause = Backoff(SHORTEST_WAIT, LONGEST_WAIT, GROWTH)
         while True:
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if not remaining > 0:
                 raise TimeoutError(
                     f"{goal.consumer.name} has not reached position {goal.position} within {timeout:g} s: "
                     f"{_why_not(goal.consumer)}"
@@ -351,7 +351,7 @@ class _Goal:
             found = self.consumer.checkpoint.read(connection)
             row = found or CheckpointRow.never_run(self.consumer.name)
             if time.monotonic() > self._looked + LOOK_EVERY:
-                # Or else its position says nothing, and no worker would begin.
+                # If it does not fit, its position tells nothing, and no worker would begin.
                 self._looked = time.monotonic()
                 mismatch = _mismatch(Belonging(self.consumer), connection, found)
                 mismatch = mismatch or find_not_applied(self.consumer, connection, row, self.position)

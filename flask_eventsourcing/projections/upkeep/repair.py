@@ -137,7 +137,7 @@ class _Repairer:
         """Apply the letters of some aggregates, each up to one that fails again."""
         while page:
             done = [each for each in page if self._apply_all(each, up_to_failed)]
-            # Those that a runner has set aside behind the last one, before it saw that this is gone.
+            # A runner may have set aside further events before it saw that the last letter is gone.
             page = self._left([each.originator_id for each in done])
 
     def _apply_all(self, aggregate: Aggregate, up_to_failed: bool) -> bool:
@@ -161,7 +161,7 @@ class _Repairer:
             if not isinstance(error, EventError) and not (self.handling and may_be_its_own(error)):
                 raise
             self.tried.add(letter.position)
-            # An outage is raised from here.
+            # In an outage this raises the error.
             with self.engine.begin() as connection:
                 self.letters.note_failure(connection, letter, error.__cause__ or error)
             self.tell("failed", self._read(ids=[letter.id]) or letter)
@@ -174,7 +174,7 @@ class _Repairer:
         self.handling = False
         with self.consumer.application.host.transaction() as session:
             connection = self.applier.connection(session)
-            # Keeps the runner out: what it adds behind this letter comes before or after, not in between.
+            # Keeps the runner out, which could add a letter behind this one in the meantime.
             self.consumer.checkpoint.lock(connection)
             if not self.letters.select(connection, [self.consumer.name], ids=[letter.id]):
                 return False

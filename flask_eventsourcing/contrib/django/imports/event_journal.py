@@ -1,4 +1,4 @@
-"""What djangoevents has stored: a journal of JSON, whose events become those of classes of today."""
+"""Takes over the events of djangoevents: a journal of JSON, whose events become events of your present classes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class JournalEvent:
     event_version: int | None
     """Of its Avro schema."""
     data: Mapping[str, Any]
-    """Of ``event_data``; with ``schema_version`` where that was switched on."""
+    """The values in ``event_data``, with ``schema_version`` if that was switched on."""
     aggregate_id: str
     aggregate_type: str
     aggregate_version: int
-    """From 0 on; an event here has the next higher one."""
+    """From 0 on. The event gets the next higher version here."""
     created: datetime
     """With a time zone."""
     metadata: Mapping[str, Any]
@@ -68,7 +68,7 @@ def import_event_journal(
     Each event gets its date as ``timestamp`` and ``recorded_at``, its id as ``event_id``, and its metadata. It is read
     with the application and compared before anything is committed.
 
-    :param application: to which the events are to belong, or its name.
+    :param application: the application to which the events are to belong, or its name.
     :param mapping: by the module and the class of an event in the journal, ``("todo.aggregates", "Todo.Created")``, the
         class of today and a function that returns the values of its own attributes; None for events that are left out,
         which are those of another application.
@@ -104,7 +104,7 @@ def _check_mapping(rows: Any, mapping: Mapping[tuple[str, str], Converted | None
 
 
 class _Found(NamedTuple):
-    """An event of the journal with what becomes of it."""
+    """An event of the journal, and the event that it becomes."""
 
     event: JournalEvent
     converted: Any
@@ -163,7 +163,7 @@ class _Journal:
             "correlation_id": found.metadata.get("correlation_id"),
         }
         model = self.landing.records.StoredEvent
-        # A record class of the user's may be without some of those for metadata.
+        # A record class of the user's may lack some columns of metadata.
         has = {field.name for field in model._meta.local_concrete_fields}
         return model(**{name: value for name, value in values.items() if name in has})
 
@@ -206,5 +206,5 @@ def _event_of(row: Any) -> JournalEvent:
 
 
 def _texts_of(metadata: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return metadata as texts, which they are here; what is none becomes JSON."""
+    """Return metadata as strings, as they are stored here; other values become JSON."""
     return checked({key: each if isinstance(each, str) else json.dumps(each) for key, each in metadata.items()})

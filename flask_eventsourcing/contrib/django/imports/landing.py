@@ -1,4 +1,4 @@
-"""Where an import takes events from, and where it puts them.
+"""The tables from which an import takes events, and those into which it puts them.
 
 The tables of other packages are models that no app has, so that Django neither migrates nor checks them. Each event
 that was put into the tables of an application is checked.
@@ -26,7 +26,7 @@ from ..record_fields import RecordBinaryField, RecordUUIDField
 R = TypeVar("R")
 
 PAGE = 1000
-"""The most rows that are held at a time."""
+"""The most rows that are held in memory at a time."""
 UNREADABLE = (
     "cannot be read ({}): set in ENV the cipher, compressor and transcoder that wrote it, and call register_topic() "
     "for each class that has moved"
@@ -35,7 +35,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Imported:
-    """What was taken over into the tables of one application.
+    """The result of an import into the tables of one application.
 
     An import returns one for each application. It was committed, unless the import was a dry run.
     """
@@ -44,9 +44,9 @@ class Imported:
     events: int
     """How many were compared."""
     position: int
-    """Of the last one; the next event of the application comes behind it."""
+    """The position of the last event. The next event of the application gets a higher one."""
     was_there: bool
-    """Whether an earlier run had taken them over, so that they were compared only."""
+    """Whether an earlier run had taken them over, so that this run only compared them."""
     snapshots: int = 0
     tracking: int = 0
     """How many applications it follows."""
@@ -93,7 +93,8 @@ class Landing(Generic[R]):
             if dry_run:
                 transaction.set_rollback(True, using=self.alias)
         if not dry_run:
-            # Later, as a sequence is raised at once for everybody: readers would be at the end before the commit.
+            # At the end, because every session sees a sequence at once: readers would pass the events before the
+            # commit.
             with transaction.atomic(using=self.alias, durable=True):
                 self._lock()
                 self._count_from(last)
@@ -171,7 +172,7 @@ class Landing(Generic[R]):
 
 
 def refusing(text: Callable[[str], str]) -> AbstractContextManager[None]:
-    """Around functions and classes of the user's, whose errors name the event at which the import ends.
+    """Around calls of the user's functions and classes: an error names the event at which the import ends.
 
     :param text: returns the message for an error's type and text.
     :return: a context manager that raises an ``ImportedEventsError`` for any error.
@@ -180,7 +181,7 @@ def refusing(text: Callable[[str], str]) -> AbstractContextManager[None]:
 
 
 def by_position(query: Any) -> Iterator[Any]:
-    """Return the rows of a query one after the other, by their ids; no driver holds all of them."""
+    """Yield the rows of a query in the order of their ids, without holding all of them in memory."""
     last = 0
     while page := list(query.filter(pk__gt=last).order_by("pk")[:PAGE]):
         yield from page
@@ -193,7 +194,7 @@ def _model(name: str, table: str, **fields: Any) -> Any:
 
 
 def _versions() -> dict[str, Any]:
-    # A column of ids may be text still, that an older Django has made.
+    # A column of ids that an older Django has made may still be text.
     return {
         "application_name": models.CharField(max_length=32),
         "originator_id": RecordUUIDField(),
@@ -217,7 +218,7 @@ def snapshots() -> Any:
 
 @cache
 def notification_tracking() -> Any:
-    """Return the positions up to which followers have processed the events of others, all that they have been at."""
+    """Return all positions at which followers have been in the logs of other applications."""
     return _model(
         "FormerTracking",
         "notification_tracking",

@@ -28,10 +28,10 @@ def import_eventsourcing_django(
 ) -> Iterator[Imported]:
     """Take over what eventsourcing-django has stored, one application after the other.
 
-    Events keep their positions, which all applications have shared, with the gaps between them; so do followers know
-    how far they are. Snapshots are taken over as they are. Each event is compared, and read with the application.
+    Events keep their positions, with gaps, because all applications shared one sequence; so the positions of followers
+    stay right. Snapshots are taken over unchanged. Each event is compared, and read with the application.
 
-    :param applications: which ones; all that the table has unless told otherwise.
+    :param applications: the names of the applications; by default all that the table has.
     :param using: the alias of the database with ``stored_events``.
     :param dry_run: whether to roll back at the end of each application.
     :raises ConfigurationError: when the tables, or an application in the setting, are not there.
@@ -75,7 +75,7 @@ class _Former:
         self._records = self._landing.records
 
     def take_over(self, *, dry_run: bool) -> Imported:
-        """Take it over."""
+        """Take the application over."""
         last = self._of(stored_events()).aggregate(last=Max("pk"))["last"]
         return self._landing.land(lambda: by_position(self._of(stored_events())), last, self._beside, dry_run=dry_run)
 

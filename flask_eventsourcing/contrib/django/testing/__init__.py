@@ -25,9 +25,9 @@ __all__ = ["EventSourcingTestCase", "EventSourcingTransactionTestCase", "initial
 def initialized() -> Iterator[Application[Any]]:
     """A context with new applications, which are closed at its end; its value is the first one of the setting.
 
-    So no test sees what another one has cached in an application, or set on it.
+    So no test sees what another test has cached in an application, or set on it.
     """
-    # One may have been constructed for data that several tests share.
+    # An application may have been constructed for data that several tests share.
     close_application()
     application = init_application()
     try:
@@ -39,7 +39,7 @@ def initialized() -> Iterator[Application[Any]]:
 def run_projections(*names: str) -> None:
     """Run projections, and their reactions, to the end of the log, in this thread and on its connection.
 
-    In a ``TestCase`` they see what the test has saved, which no worker does.
+    In a ``TestCase`` they see the events of the test, which no worker sees.
 
     :param names: their names, as ``manage.py eventsourcing status`` shows them; by default all.
     :raises ConfigurationError: when there is no projection of a name.

@@ -30,9 +30,9 @@ MIGRATE = "In a Django project, tables are made by migrations: run 'manage.py ma
 
 
 def _init_db(subject: Subject, output: PlainOutput) -> int:
-    """Make the tables that another site had no use for, so that ``migrate --fake-initial`` finds all of them.
+    """Make the tables that a site on another host has not made, so that ``migrate --fake-initial`` finds all of them.
 
-    :raises CommandError: where there are none of another site's, or migrations have made some.
+    :raises CommandError: when there are no tables of another host, or migrations have made some.
     """
     if subject.store is not None:
         return _init_store(subject.store, output)
@@ -58,7 +58,7 @@ def _init_db(subject: Subject, output: PlainOutput) -> int:
 
 
 def _init_store(store: EventStore, output: PlainOutput) -> int:
-    """Make the tables of events that are apart; those of projections are migrated."""
+    """Make the tables of events that are apart. Migrations make the tables of projections."""
     with clear_errors():
         made = store.create_tables()
     for name in made:
@@ -69,12 +69,12 @@ def _init_store(store: EventStore, output: PlainOutput) -> int:
 
 
 def _run(subject: Subject, output: PlainOutput, *, names: Any, everything: bool, **options: Any) -> int:
-    """Run what is named, or all."""
+    """Run the named projections, or all."""
     return work.run(subject, output, names, everything=everything or not names, **options)
 
 
 OWN: dict[Callable[..., int], Callable[..., int]] = {reports.init_db: _init_db, work.run: _run}
-"""What is called here in the place of a command in the list."""
+"""The functions that replace those of the list of commands here."""
 
 
 class Command(BaseCommand):

@@ -11,7 +11,7 @@ from flask_eventsourcing.exceptions import FlaskEventSourcingError
 
 
 class Command(BaseCommand):
-    """Says of each application what was taken over."""
+    """Takes the tables over, and prints a line for each application."""
 
     help = "Take over the tables stored_events, snapshots and notification_tracking of eventsourcing-django."
     requires_system_checks = ()

@@ -32,7 +32,7 @@ FAILURES = (
     ObjectDoesNotExist,
     PersistenceError,
 )
-"""What makes one follower fail, and lets the others go on."""
+"""The errors that make one follower fail, while the others go on."""
 
 
 class _DryRunError(Exception):
@@ -53,7 +53,7 @@ class Command(BaseCommand):
         parser.add_argument("-n", "--dry-run", action="store_true", help=text)
 
     def handle(self, *followers: str, verbosity: int, dry_run: bool, **_: Any) -> None:
-        """Process what each follower has not seen.
+        """Process the events that each follower has not seen.
 
         :raises CommandError: when there is no such follower, or no runner.
         """
@@ -68,7 +68,7 @@ class Command(BaseCommand):
         selected = _selected(known, followers)
         self._print_header(len(selected), len(selected) == len(known))
         failed: list[str] = []
-        # What an exception rolls back is not among what was lost.
+        # Events that an exception rolls back do not count as lost.
         with suppress(_DryRunError), ExitStack() as blocks:
             for using in {site().configured[name].alias for name in selected} if dry_run else ():
                 blocks.enter_context(transaction.atomic(using=using))
