@@ -151,6 +151,25 @@ def test_a_wrong_clock_does_not_matter_to_a_lease(
     other.release(held)
 
 
+@pytest.mark.parametrize("uri", ["postgresql"], indirect=True)
+def test_a_machine_that_is_gone_loses_its_locks(desk: Desk) -> None:
+    """PostgreSQL is told to look every few seconds whether the machine of a worker is still there."""
+    desk.balances()
+    told: list[str] = []
+    lock, other = desk.consumer().lock(), desk.consumer().of_kind("rebuild").lock()
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        told.append(statement)
+
+    sa.event.listen(desk.engine, "before_cursor_execute", note)
+    assert lock.acquire()
+    assert other.acquire()
+    sa.event.remove(desk.engine, "before_cursor_execute", note)
+    lock.release()
+    other.release()
+    assert ["keepalives_idle', '2'" in each for each in told] == [True, False, False]
+
+
 def end_locks(desk: Desk, consumer_name: str = "Balances") -> int:
     """End the connections that hold locks, from the server; return how many."""
     engine = desk.engine

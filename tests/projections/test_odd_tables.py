@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import orm
 from sqlalchemy.dialects import postgresql
 
-from flask_eventsourcing.exceptions import ProjectionHaltedError, RebuildError
+from flask_eventsourcing.exceptions import MissingRightError, ProjectionHaltedError, RebuildError
 from flask_eventsourcing.projections import ModelProjection, on, swap
 from flask_eventsourcing.projections.rebuilding import Rebuild
 from flask_eventsourcing.projections.runners import Runner
@@ -775,3 +776,35 @@ def test_what_a_database_has_beside_rows(desk: Desk, what: str) -> None:
         rebuild(desk)
         assert sorted(row[1] for row in rows(desk, entry)) == [1, 2]
         assert scalar(desk, query) == before
+
+
+@on_postgres
+def test_a_role_that_may_create_no_table(desk: Desk) -> None:
+    """A rebuild by a role that may not create tables says which right it lacks, and nothing is changed."""
+    desk.balances()
+    account_id = desk.open(1, 2)
+    assert desk.run_once() == []
+    role = f"clerk_{token_hex(4)}"
+    execute(
+        desk,
+        f"CREATE ROLE {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}",
+        f"GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO {role}",
+    )
+    engine = desk.engine
+    engine.dispose()
+
+    def become(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET ROLE {role}")
+        connection.commit()
+
+    sa.event.listen(engine, "connect", become)
+    try:
+        with desk.context(), pytest.raises(MissingRightError, match="permission denied for schema public: grant what"):
+            Rebuild(desk.consumer()).run()
+        assert desk.amounts() == {account_id: 3}
+    finally:
+        sa.event.remove(engine, "connect", become)
+        engine.dispose()
+        execute(desk, f"DROP OWNED BY {role}", f"DROP ROLE {role}")

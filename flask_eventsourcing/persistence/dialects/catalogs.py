@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from ...exceptions import MissingTableError, UnsafeTableError
+from ...exceptions import MissingRightError, MissingTableError, UnsafeTableError
 from .driver import Driver
 from .event_values import as_parameter
 
@@ -30,16 +30,17 @@ def table_ids(connection: Connection, tables: Sequence[sa.Table]) -> dict[str, s
 
 @contextmanager
 def naming_lack(dialect: Driver, *tables: sa.Table) -> Iterator[None]:
-    """Read tables in the block. If a table or a column is missing, the error names it.
+    """Read or make tables within it: if a table, a column or a right is missing, the error names it.
 
     :raises MissingTableError: when a table was not created.
+    :raises MissingRightError: when the role may not do it.
     :raises UnsafeTableError: when one of the tables lacks a column.
     """
     try:
         yield
     except sa.exc.DBAPIError as error:
         translated = dialect.translate(error)
-        if isinstance(translated, MissingTableError):
+        if isinstance(translated, MissingTableError | MissingRightError):
             raise translated from error
         if dialect.code(error.orig) not in UNDEFINED_COLUMN and "no such column" not in str(error.orig):
             raise

@@ -91,6 +91,8 @@ class LockConnection:
             # The connection leaves the pool, which is for short uses.
             connection.detach()
             self._connection = connection
+            if lock is not None and lock.opening:
+                self._ask(lock.opening)
         try:
             answer = self._connection.execute(sa.text(statement), lock.parameters() if lock is not None else {})
             self._checked = time.monotonic()
@@ -119,6 +121,8 @@ def _lock_connection(engine: Engine) -> LockConnection:
 class SessionLock(RunnerLock):
     """A lock of the server that belongs to a connection, which a process has for all of them."""
 
+    opening = ""
+    """What a new connection is told, so that the server soon notices when the machine at its other end is gone."""
     take = ""
     give = ""
     look = ""
@@ -193,6 +197,8 @@ class NamedLock(SessionLock):
         return {"name": f"{NAMESPACE}:{hashlib.sha1(unique.encode(), usedforsecurity=False).hexdigest()}"}
 
 
+KEEPALIVE = {"keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 3, "user_timeout": 5000}
+"""After how many seconds without news the server asks whether a client is there, how often; and milliseconds."""
 KEY = "hashtext(:name || coalesce(to_regclass(:table)::oid::text, ''))"
 """Of a lock: a schema of the search path may have a table of the same name, with a projection of the same name."""
 
@@ -200,6 +206,8 @@ KEY = "hashtext(:name || coalesce(to_regclass(:table)::oid::text, ''))"
 class AdvisoryLock(SessionLock):
     """An advisory lock of a connection, in the space of two 32-bit keys."""
 
+    # The server's default is two hours. It has no effect on a connection that is none of TCP.
+    opening = "SELECT " + ", ".join(f"set_config('tcp_{name}', '{value}', false)" for name, value in KEEPALIVE.items())
     take: str = f"SELECT pg_try_advisory_lock(hashtext(:namespace), {KEY})"
     give: str = f"SELECT pg_advisory_unlock(hashtext(:namespace), {KEY})"
     look: str = (

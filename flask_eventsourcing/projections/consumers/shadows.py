@@ -26,7 +26,7 @@ from ...exceptions import HandlerError, RebuildError
 from ...host import Host
 from ...models import is_of_rebuild
 from ...persistence import Datastore, Dialect
-from ...persistence.dialects.catalogs import views_of
+from ...persistence.dialects.catalogs import naming_lack, views_of
 from ...persistence.dialects.swapping import OWN, written_tables
 from . import Consumer
 
@@ -97,12 +97,16 @@ class ShadowTables:
         _check(self.live, self.suffix, self.datastore.dialect)
 
     def create(self, connection: Connection) -> None:
-        """Create the tables. Types, such as those of enumerations, exist already."""
-        for shadow in sa.schema.sort_tables(self.tables.values()):
-            connection.execute(CreateTable(shadow))
-            for index in sorted(shadow.indexes, key=lambda index: str(index.name)):
-                connection.execute(CreateIndex(index))
-            _comment(connection, shadow)
+        """Create the tables; types, such as those of enumerations, are there already.
+
+        :raises MissingRightError: when the role may not create tables.
+        """
+        with naming_lack(self.datastore.dialect, *self.live):
+            for shadow in sa.schema.sort_tables(self.tables.values()):
+                connection.execute(CreateTable(shadow))
+                for index in sorted(shadow.indexes, key=lambda index: str(index.name)):
+                    connection.execute(CreateIndex(index))
+                _comment(connection, shadow)
 
     def gather_statistics(self) -> None:
         """Gather the planner's statistics of the tables, before the swap lets queries read them."""
