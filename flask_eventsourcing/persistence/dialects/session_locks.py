@@ -121,7 +121,7 @@ def _lock_connection(engine: Engine) -> LockConnection:
 class SessionLock(RunnerLock):
     """A lock of the server that belongs to a connection, which a process has for all of them."""
 
-    opening = ""
+    opening: str = ""
     """What a new connection is told, so that the server soon notices when the machine at its other end is gone."""
     take = ""
     give = ""
@@ -207,7 +207,9 @@ class AdvisoryLock(SessionLock):
     """An advisory lock of a connection, in the space of two 32-bit keys."""
 
     # The server's default is two hours. It has no effect on a connection that is none of TCP.
-    opening = "SELECT " + ", ".join(f"set_config('tcp_{name}', '{value}', false)" for name, value in KEEPALIVE.items())
+    opening: str = "SELECT " + ", ".join(
+        f"set_config('tcp_{name}', '{value}', false)" for name, value in KEEPALIVE.items()
+    )
     take: str = f"SELECT pg_try_advisory_lock(hashtext(:namespace), {KEY})"
     give: str = f"SELECT pg_advisory_unlock(hashtext(:namespace), {KEY})"
     look: str = (
