@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
-from threading import RLock, Thread
+from threading import Lock, RLock, Thread
 from typing import Any, TypeVar
 
 from eventsourcing.application import (
     Application,
+    Cache,
     ProjectorFunction,
     Repository,
     project_aggregate,
@@ -39,24 +41,14 @@ from eventsourcing.system import (
 )
 from eventsourcing.utils import TopicError
 
-from .._patches import application_method, leader_lead, repository_class
+from .._patches import application_method, leader_lead, repository_cache, repository_class
 from ..exceptions import AggregateErasedError, SnapshotError
-from ..persistence import Datastore, SQLAlchemyApplicationRecorder
-from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION
+from ..persistence import Datastore, SQLAlchemyAggregateRecorder, SQLAlchemyApplicationRecorder
+from ..persistence.dialects.event_tables import LATEST_FIRST_VERSION, EventTable
 from ..uow import Unit
 from .erasure import refusing_erased
 from .library_env import check_environment, environment
-from .stale import (
-    CommittedCache,
-    Saves,
-    UsingSession,
-    evict,
-    install_cache,
-    refuse_stale_aggregates,
-    share,
-    unit_of,
-    watch,
-)
+from .stale import Saves, UsingSession, evict, refuse_stale_aggregates, share, unit_of, watch
 from .upstream import note_upstream
 
 __all__ = [
@@ -250,6 +242,71 @@ def install_repository(application: Application[Any]) -> None:
     """Give an application a repository of this class, unless it has one of its own."""
     if type(application.repository) is Repository:
         repository_class(application.repository, CheckedRepository)
+
+
+class CommittedCache(Cache[Any, Any]):
+    """Wraps the repository's cache: it has copies of committed aggregates, and never replaces one by an older one.
+
+    :param inner: the cache that the library made, with its size.
+    :param unit: returns the unit of work in which the caller is, or None.
+    :param events_table: the table of the aggregates' events, where there are units of work.
+    """
+
+    def __init__(
+        self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], events_table: EventTable | None
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.cache: dict[Any, Any] = inner.cache
+        self._unit = unit
+        self._events_table = events_table
+        self._lock = Lock()
+
+    def get(self, key: Any, *, evict: bool = False) -> Any:
+        """Return a cached aggregate.
+
+        :raises KeyError: when there is none, or this unit of work has uncommitted events of it.
+        """
+        unit = self._unit()
+        if unit is not None and unit.pending.has_events_of(key):
+            raise KeyError(key)
+        if unit is not None and self._events_table is not None and unit.queue.active:
+            # Before the library takes the aggregate's fast-forward lock: a unit that waited in the queue with that lock
+            # would be in the way of the one that is first in it.
+            with unit.dialect.translated:
+                unit.before_read(unit.connection(), self._events_table, key)
+        return self.inner.get(key, evict=evict)
+
+    def put(self, key: Any, value: Any) -> None:
+        """Cache a copy of an aggregate, after the commit if it has uncommitted events."""
+        if value is None:
+            return
+        # A copy, as the caller may go on changing the aggregate.
+        kept = deepcopy(value)
+        unit = self._unit()
+        if unit is None or not unit.pending.has_events_of(key):
+            self._keep(key, kept)
+        else:
+            unit.on_commit(partial(self._keep, key, kept))
+
+    def _keep(self, key: Any, kept: Any) -> None:
+        # The first to commit need not be the first here, and a reader may have an older snapshot.
+        with self._lock:
+            try:
+                is_older = kept.version < self.inner.get(key).version
+            except KeyError:
+                is_older = False
+            if not is_older:
+                share(kept)
+                self.inner.put(key, kept)
+
+
+def install_cache(application: Application[Any], unit: Callable[[], Unit | None]) -> None:
+    """Wrap the cache of an application's repository, if it has one."""
+    cache = application.repository.cache
+    recorder = application.recorder
+    if cache is not None and isinstance(recorder, SQLAlchemyAggregateRecorder):
+        repository_cache(application.repository, CommittedCache(cache, unit, recorder.events_table))
 
 
 class CommittedReceiver(RecordingEventReceiver[Any]):

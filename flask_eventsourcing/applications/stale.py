@@ -4,8 +4,6 @@
 nothing, or the next event behind a gap. So ``Application._record()``, which sees objects and events, is wrapped, and
 the objects whose events were lost are remembered by identity: aggregates are not hashable, and an attribute on them
 would get into snapshots.
-
-The cache of aggregates has what is stored only.
 """
 
 from __future__ import annotations
@@ -14,16 +12,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from copy import deepcopy
 from functools import partial
-from threading import Lock
 from typing import Any
 
-from eventsourcing.application import Application, Cache, ProcessingEvent
-from eventsourcing.persistence import PersistenceError
+from eventsourcing.application import Application, ProcessingEvent
 from sqlalchemy import orm
 
-from .._patches import application_method, repository_cache
+from .._patches import application_method
 from ..exceptions import ConfigurationError, FlaskEventSourcingError, SharedAggregateError, StaleAggregateError
 from ..persistence import SQLAlchemyAggregateRecorder
 from ..persistence.describing import saving
@@ -186,92 +181,6 @@ def _note(unit: Unit | None, changed: list[Any], ids: set[Any]) -> None:
     if unit is not None:
         lost_with(unit, changed, ROLLED_BACK)
         unit.note_saved(ids)
-
-
-class CommittedCache(Cache[Any, Any]):
-    """Wraps the repository's cache: it has copies of committed aggregates, and never replaces one by an older one.
-
-    Each is served only where it was read or saved. Code may choose a table by the search path, as for each tenant, and
-    an id may be that of another aggregate there.
-
-    :param inner: the cache that the library made, with its size.
-    :param unit: returns the unit of work in which the caller is, or None.
-    :param recorder: that of the aggregates' events, where they are in a database.
-    """
-
-    def __init__(
-        self, inner: Cache[Any, Any], unit: Callable[[], Unit | None], recorder: SQLAlchemyAggregateRecorder | None
-    ) -> None:
-        super().__init__()
-        self.inner = inner
-        self.cache: dict[Any, Any] = inner.cache
-        self._unit = unit
-        self._recorder = recorder
-        self._lock = Lock()
-
-    def get(self, key: Any, *, evict: bool = False) -> Any:
-        """Return a cached aggregate.
-
-        :raises KeyError: when there is none, or this unit of work has uncommitted events of it.
-        """
-        unit = self._unit()
-        if unit is not None and unit.pending.has_events_of(key):
-            raise KeyError(key)
-        if unit is not None and self._recorder is not None and unit.queue.active:
-            # Before the library takes the aggregate's fast-forward lock: a unit that waited in the queue with that lock
-            # would be in the way of the one that is first in it.
-            with unit.dialect.translated:
-                unit.before_read(unit.connection(), self._recorder.events_table, key)
-        place, found = self.inner.get(key, evict=evict)
-        if place != self._place():
-            raise KeyError(key)
-        return found
-
-    def _place(self) -> object:
-        """Return what tells the table of the events from those of other tenants."""
-        if self._recorder is None:
-            return None
-        with self._recorder.datastore.reading() as read:
-            dialect = self._recorder.dialect
-            table = dialect.located(read.connection, self._recorder.events_table)
-            return table.name, *map(tuple, dialect.fetch(read.connection, dialect.whereabouts(table)))
-
-    def put(self, key: Any, value: Any) -> None:
-        """Cache a copy of an aggregate, after the commit if it has uncommitted events."""
-        if value is None:
-            return
-        # A copy, as the caller may go on changing the aggregate.
-        kept = deepcopy(value)
-        unit = self._unit()
-        try:
-            place = self._place()
-        except PersistenceError:
-            # What was saved may be stored, and is only not kept.
-            return
-        if unit is None or not unit.pending.has_events_of(key):
-            self._keep(key, place, kept)
-        else:
-            unit.on_commit(partial(self._keep, key, place, kept))
-
-    def _keep(self, key: Any, place: object, kept: Any) -> None:
-        # The first to commit need not be the first here, and a reader may have an older snapshot.
-        with self._lock:
-            try:
-                there, known = self.inner.get(key)
-                is_older = place == there and kept.version < known.version
-            except KeyError:
-                is_older = False
-            if not is_older:
-                share(kept)
-                self.inner.put(key, (place, kept))
-
-
-def install_cache(application: Application[Any], unit: Callable[[], Unit | None]) -> None:
-    """Wrap the cache of an application's repository, if it has one."""
-    cache = application.repository.cache
-    recorder = application.recorder
-    if cache is not None and isinstance(recorder, SQLAlchemyAggregateRecorder):
-        repository_cache(application.repository, CommittedCache(cache, unit, recorder))
 
 
 def evict(cache: Any, key: Any) -> None:

@@ -161,26 +161,6 @@ def test_search_path_that_moves(site: DjangoBank, is_local: bool) -> None:
     assert (count("ada"), count("eve")) == (1, 2)
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-@pytest.mark.parametrize("fastforward", ["y", "n"])
-def test_cache_of_two_tenants(site: DjangoBank, fastforward: str) -> None:
-    """The cache serves no tenant an aggregate of another one that has the same id."""
-    env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
-    for tenant in ("ada", "eve"):
-        make_tenant(site, tenant)
-    with project.applications({"ENV": env}, Bank=site.alias):
-        bank = get_application(Bank)
-        account_id = bank.open_account()
-        bank.deposit(account_id, 7)
-        with site.connection.cursor() as cursor:
-            cursor.execute("INSERT INTO ada.bank_events SELECT * FROM eve.bank_events WHERE originator_version = 1")
-            cursor.execute("SET search_path TO ada")
-        assert bank.balance(account_id) == 0
-        with site.connection.cursor() as cursor:
-            cursor.execute("SET search_path TO eve")
-        assert bank.balance(account_id) == 7
-
-
 def make_tenant(site: DjangoBank, tenant: str) -> None:
     """Make the tables in a schema of their own."""
     from tests.django_host.ledger.models import Balance, BankRecords

@@ -5,16 +5,10 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from eventsourcing.application import AggregateNotFoundError
-from sqlalchemy import orm
 
 from flask_eventsourcing import SharedAggregateError
 from tests.bank import Site
@@ -315,60 +309,3 @@ def test_cache_serves_what_is_stored_whatever_ended_the_transaction(new_site: Ma
         site.db.session.commit()
         assert site.bank.balance(account_id) == 0
     assert site.balance(account_id) == 0
-
-
-def of_tenant(database: str, site: Site, tenant: str) -> Any:
-    """Return a session in which names mean the tables of a tenant, by the way that its database has for that."""
-    if database == "sqlite":
-        engine = site.db.engine.execution_options(schema_translate_map={None: tenant})
-        return orm.Session(engine)
-    session = orm.Session(site.db.engine)
-    session.execute(sa.text(f"{'USE' if database == 'mysql' else 'SET LOCAL search_path TO'} {tenant}"))
-    return session
-
-
-@on_files
-@pytest.mark.parametrize("fastforward", ["y", "n"])
-def test_tenant_is_not_served_the_aggregate_of_another(new_site: MakeSite, fastforward: str, tmp_path: Path) -> None:
-    """Where two tenants have an aggregate of one id, each gets its own, whether a path or a map chooses the tables."""
-    env = {"AGGREGATE_CACHE_MAXSIZE": "10", "AGGREGATE_CACHE_FASTFORWARD": fastforward}
-    site = new_site(create=False, EVENTSOURCING_ENV=env)
-    account = Account("Ada")
-    tenants = [f"{each}_{os.getpid()}" for each in ("one", "two")]
-    with site.app.app_context(), ExitStack() as stack:
-        database = site.db.engine.dialect.name
-        if database == "sqlite":
-            sa.event.listen(site.db.engine, "connect", partial(attach, {each: tmp_path / each for each in tenants}))
-        for tenant in tenants:
-            with site.db.engine.begin() as connection:
-                if database != "sqlite":
-                    connection.execute(sa.schema.CreateSchema(tenant))
-                    stack.callback(drop, site.db.engine, tenant)
-                site.db.metadata.create_all(connection.execution_options(schema_translate_map={None: tenant}))
-        events = [site.bank.mapper.to_stored_event(each) for each in account.pending_events]
-        for tenant in tenants:
-            with of_tenant(database, site, tenant) as session, site.es.using(session):
-                with pytest.raises(AggregateNotFoundError):
-                    site.bank.account(account.id)
-                site.bank.recorder.insert_events(events)
-                session.commit()
-            with of_tenant(database, site, tenant) as session, site.es.using(session):
-                assert site.bank.balance(account.id) == 0
-                site.bank.deposit(account.id, 5 if tenant == tenants[0] else 7)
-                session.commit()
-        for tenant, balance in zip(tenants * 2, (5, 7, 5, 7), strict=True):
-            with of_tenant(database, site, tenant) as session, site.es.using(session):
-                assert site.bank.balance(account.id) == balance
-        site.db.session.remove()
-
-
-def attach(files: dict[str, Path], driver: Any, _: Any) -> None:
-    """Have a connection to SQLite find each tenant's tables in a file of its own."""
-    for tenant, file in files.items():
-        driver.execute(f"ATTACH '{file}' AS {tenant}").close()
-
-
-def drop(engine: sa.Engine, tenant: str) -> None:
-    """Drop a tenant's tables; on MariaDB they are the server's, and not of the test's own database."""
-    with engine.begin() as connection:
-        connection.execute(sa.schema.DropSchema(tenant, cascade=engine.dialect.name == "postgresql"))

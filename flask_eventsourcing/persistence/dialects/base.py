@@ -180,10 +180,6 @@ class Dialect(Looks, ForProjections, ABC):
     ) -> list[int]:
         """Insert events at the end of the log, contiguously, and return their positions."""
 
-    @abstractmethod
-    def whereabouts(self, table: EventTable) -> str:
-        """Return the query whose row tells a table from others of its name, such as those of other tenants."""
-
     def is_meant(self, connection: Connection, table: EventTable) -> str:
         """Return the condition under which a table's name means the table that it meant last on this connection."""
         return ""

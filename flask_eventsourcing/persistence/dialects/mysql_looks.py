@@ -180,10 +180,6 @@ class MySQLLooks(Dialect):
     def _with_snapshots(self) -> set[str]:
         return set()
 
-    def whereabouts(self, table: EventTable) -> str:
-        """Ask for the database, which ``USE`` changes."""
-        return "SELECT database()"
-
     def found_more(self, connection: Connection, table: sa.Table, found: FoundTable) -> list[Finding]:
         """Look at the engine, and at the collation of text ids."""
         findings = []

@@ -19,10 +19,10 @@ from ...exceptions import (
     UnsafeTableError,
 )
 from .base import Dialect
-from .event_tables import POSITION, VERSION, EventTable
+from .event_tables import POSITION, VERSION
 from .looks import APPEND, USES, Finding, FoundColumn, FoundTable, Seen
 from .postgresql_drivers import is_outdated, search_path_of
-from .postgresql_statements import DROPPED, literal
+from .postgresql_statements import DROPPED
 
 CONFORMING = "standard_conforming_strings"
 NOT_CONFORMING = (
@@ -195,10 +195,6 @@ class CatalogLooks(Dialect):
         if self.fetch(connection, "SELECT current_setting('transaction_read_only')")[0][0] == "on":
             findings.append(Finding(ONLY_READS))
         return findings
-
-    def whereabouts(self, table: EventTable) -> str:
-        """Ask for what the name means on this connection."""
-        return f"SELECT current_database(), to_regclass({literal(table.name)})::oid::bigint"
 
     def place(self, connection: Connection, table: sa.Table) -> tuple[str | None, str, str | None, str]:
         """Return the parameters of :data:`NAMED`."""

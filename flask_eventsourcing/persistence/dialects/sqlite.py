@@ -99,10 +99,6 @@ class SQLiteDialect(SQLiteSwaps, Dialect):
         """Whether an address names no file."""
         return url.database in (None, "", ":memory:") or "mode=memory" in str(url)
 
-    def whereabouts(self, table: EventTable) -> str:
-        """Ask for the file."""
-        return "SELECT file FROM pragma_database_list WHERE name = 'main'"
-
     @classmethod
     def guard_forks(cls, engine: Engine) -> bool:
         """Make a forked process refuse a file that was open at the fork, and close idle connections before it."""
