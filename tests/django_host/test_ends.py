@@ -274,10 +274,10 @@ def test_savepoints_whose_numbers_begin_again(site: DjangoBank) -> None:
     """``transaction.clean_savepoints()`` changes nothing of what a rollback to a savepoint takes along."""
     site.opened()
     with told() as (stored, lost), site.atomic():
-        transaction.savepoint(using=site.alias)
+        site.connection.savepoint()
         account_id = site.opened()
         transaction.clean_savepoints(using=site.alias)
-        inner = transaction.savepoint(using=site.alias)
+        inner = site.connection.savepoint()
         site.bank.deposit(account_id, 5)
         transaction.clean_savepoints(using=site.alias)
         site.bank.deposit(account_id, 5)
